@@ -1,0 +1,36 @@
+# make demo: the whole job on this machine.  make test: every check.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint setup requirements
+.DEFAULT_GOAL := demo
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt
+	@echo "setup   installing into $(VENV) (about 5 GB, mostly PyTorch)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+		|| (echo "Python 3.11 or 3.12 is needed; name it with make PYTHON=python3.11"; exit 1)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet uv
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -r requirements.txt
+	@touch $@
+
+demo:
+	@test -f $(STAMP) && ! test requirements.txt -nt $(STAMP) && echo "setup   $(VENV) is there, reused" || $(MAKE) --no-print-directory setup
+	@$(BIN)/python pipeline/demo.py $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+# Pins from pyproject.toml, for Python 3.11 and 3.12 on any Linux.
+requirements: $(STAMP)
+	$(BIN)/python -m uv pip compile --quiet --no-emit-index-url --no-header --universal --python-version 3.11 \
+		--extra demo --extra dev pyproject.toml -o requirements.txt

@@ -1,0 +1,181 @@
+"""The one typed configuration of a run, read from YAML, changed by ``section.key=value``, checked before any work."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import pydantic
+import yaml
+
+from student.config import StudentConfig
+from student.settings import TrainSettings
+from teacher_cache.codecs import CODECS
+from teacher_cache.layout import MaskDraws
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be used; the message names the key and what is allowed."""
+
+
+class _Section(pydantic.BaseModel, frozen=True, extra="forbid"):
+    pass
+
+
+class CorpusSection(_Section):
+    """Where the audio is.
+
+    Attributes:
+        path: LibriSpeech's layout, any folder of audio, or a CSV/Parquet manifest.
+        train_splits, validation_splits: split names; None takes what the names suggest (see `pipeline.corpus`).
+        validation_fraction: share of the utterances held out where the corpus has no splits.
+        max_seconds: longer audio is skipped, and listed.
+    """
+
+    path: Path
+    train_splits: list[str] | None = None
+    validation_splits: list[str] | None = None
+    validation_fraction: float = pydantic.Field(default=0.05, gt=0, lt=1)
+    max_seconds: float = pydantic.Field(default=40.0, gt=0)
+
+
+class TeacherSection(_Section):
+    """The teacher.
+
+    Attributes:
+        checkpoint: for `teacher_cache.load_teacher`: a .pt file, a Hugging Face folder, ``torchaudio:NAME``, ``random:LxD``.
+        layers: 1-based layers to learn from; None takes all.
+    """
+
+    checkpoint: str
+    layers: list[int] | None = None
+
+
+class CacheSection(_Section):
+    """The cache.
+
+    Attributes:
+        path: its folder.
+        codec: how features are stored.
+        shard_minutes: audio per shard (the unit of work, retry and resume).
+        batch_seconds: padded audio per teacher batch.
+        actors: teachers that run side by side.
+        gpus_per_actor: GPUs each takes; 0 runs on CPU.
+    """
+
+    path: Path
+    codec: str = "fp16"
+    shard_minutes: float = pydantic.Field(default=10.0, gt=0)
+    batch_seconds: float = pydantic.Field(default=120.0, gt=0)
+    actors: int = pydantic.Field(default=1, ge=1)
+    gpus_per_actor: float = pydantic.Field(default=0.0, ge=0)
+
+    @pydantic.field_validator("codec")
+    @classmethod
+    def _known(cls, codec: str) -> str:
+        if codec not in CODECS:
+            raise ValueError(f"codec {codec!r} is not known; known codecs: {', '.join(sorted(CODECS))}")
+        return codec
+
+
+class Config(_Section):
+    """A run.
+
+    Attributes:
+        name: of the run; its folder is ``runs/name``.
+        runs: folder of all runs.
+        corpus, teacher, masks, cache, train: see their classes.
+        student: fields of `student.StudentConfig`. ``encoder_layers`` and ``target_dim`` left out, or ``teacher``, take
+            the number of layers learnt from and the teacher's width.
+    """
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs: Path = Path("runs")
+    corpus: CorpusSection
+    teacher: TeacherSection
+    masks: MaskDraws = MaskDraws()
+    cache: CacheSection
+    student: dict[str, Any] = {}  # noqa: RUF012
+    train: TrainSettings
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.runs / self.name
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> Self:
+        pattern = self.student.get("attention_reuse")
+        placeholder = len(pattern) if isinstance(pattern, (list, tuple)) else 12
+        self.resolve_student(placeholder, StudentConfig.model_fields["target_dim"].default)
+        return self
+
+    def resolve_student(self, num_layers: int, dim: int) -> StudentConfig:
+        """The student for a teacher with this many layers to learn from and this width."""
+        values = dict(self.student)
+        for key, value in (("encoder_layers", num_layers), ("target_dim", dim)):
+            if values.get(key, "teacher") == "teacher":
+                values[key] = value
+        try:
+            return StudentConfig.model_validate(values)
+        except pydantic.ValidationError as error:
+            raise ConfigError(_explain(error, StudentConfig, "student.")) from error
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML configuration and applies ``section.key=value`` overrides (values are YAML).
+
+    Raises:
+        ConfigError: unreadable file, malformed override, unknown key, wrong type, impossible combination.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no configuration file at {path}; configs/ has the published recipes and the demo")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections (corpus, teacher, ...), not {type(tree).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{override!r} is not an override; write section.key=value, as in train.epochs=3")
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key!r} can't be set: {section!r} is a value, not a section")
+        try:
+            node[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of {key!r} is not valid YAML: {text!r}") from error
+    try:
+        return Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_explain(error, Config, "")) from error
+
+
+def _explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str) -> str:
+    """One sentence for each error: the key, what is wrong, and for an unknown key the allowed ones."""
+    sentences = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        key = prefix + ".".join(location)
+        if item["type"] == "extra_forbidden":
+            owner: Any = model
+            for part in location[:-1]:
+                owner = owner.model_fields[part].annotation
+            sentences.append(f"{key}: unknown key; allowed here: {', '.join(sorted(owner.model_fields))}")
+        elif item["type"] == "missing":
+            sentences.append(f"{key}: missing; it must be given")
+        elif item["type"] == "value_error":
+            reason = str(item["ctx"]["error"])
+            sentences.append(f"{key}: {reason}" if location else reason)
+        else:
+            sentences.append(f"{key}: {item['msg']} (got {item['input']!r})")
+    return "; ".join(sentences)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, as kept in a run's folder."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

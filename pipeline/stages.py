@@ -1,0 +1,365 @@
+"""The stages of a run, each skipping what is done: index, plan, cache, train, export, report."""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pipeline.config import Config, ConfigError, dump_config
+from pipeline.corpus import CorpusIndex, index_corpus
+from pipeline.plan import plan_cost
+from student import load_student
+from student.ray_training import train_on_ray
+from teacher_cache.build import Progress as BuildProgress
+from teacher_cache.build import build_cache
+from teacher_cache.frames import SAMPLE_RATE
+from teacher_cache.layout import CacheSpec, Layout, SourceUtterance, cache_bytes, open_or_create, plan_shards
+from teacher_cache.teachers import Teacher, load_teacher
+from teacher_cache.verify import verify_cache
+
+STAGES = ("index", "plan", "cache", "train", "export", "report")
+
+
+class Run:
+    """One run: its configuration, its folder, and its stages as methods.
+
+    Args:
+        config: checked configuration.
+        console: where progress goes.
+
+    Raises:
+        ConfigError: the run's folder holds a run of another configuration, or paths are relative inside a Ray job.
+    """
+
+    def __init__(self, config: Config, console: Console) -> None:
+        # A job's working directory is a copy that is thrown away.
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+            for key, path in (("runs", config.runs), ("cache.path", config.cache.path), ("corpus.path", config.corpus.path)):
+                if not path.is_absolute():
+                    raise ConfigError(f"{key}: {path} is relative, but a Ray job runs in a copy of its folder; give an absolute path")
+        self.config = config
+        self.console = console
+        self.folder = config.folder.absolute()
+        self.cache = config.cache.path.absolute()
+        self._claim_folder()
+
+    def _claim_folder(self) -> None:
+        path = self.folder / "config.yaml"
+        mine = yaml.safe_load(dump_config(self.config))
+        if path.is_file():
+            theirs = yaml.safe_load(path.read_text())
+            changed = [section for section in mine if mine[section] != theirs.get(section)]
+            if changed:
+                raise ConfigError(
+                    f"{self.folder} holds a run with another configuration (sections that differ: {', '.join(changed)}); "
+                    "choose another name=..., or remove that folder"
+                )
+            return
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ConfigError(f"{self.folder} holds files but no run (no config.yaml); choose another name=...")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump_config(self.config))
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        self.console.print(text, highlight=False)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher, on the CPU."""
+        teacher = load_teacher(self.config.teacher.checkpoint, "cpu")
+        if self.config.teacher.checkpoint.startswith("random:"):
+            self.say(
+                "[yellow]The teacher has seeded RANDOM weights: this run shows the machinery, its features mean nothing. "
+                "Give a real teacher for real features.[/yellow]"
+            )
+        for layer in self.layers_of(teacher):
+            if not 1 <= layer <= teacher.num_layers:
+                raise ConfigError(f"teacher.layers: there is no layer {layer}; {teacher.name} has layers 1 to {teacher.num_layers}")
+        if self.config.masks.draws and not teacher.has_mask_embedding:
+            raise ConfigError(
+                f"masks.draws: {teacher.name} has no mask embedding, so it has no masked targets; set masks.draws=0 for clean "
+                "targets, or use a checkpoint that kept its mask embedding"
+            )
+        return teacher
+
+    def layers_of(self, teacher: Teacher) -> tuple[int, ...]:
+        """1-based layers learnt from."""
+        return tuple(self.config.teacher.layers or range(1, teacher.num_layers + 1))
+
+    @cached_property
+    def corpus(self) -> CorpusIndex:
+        """The corpus index, made by the index stage."""
+        return CorpusIndex.load(self.folder / "corpus")
+
+    @cached_property
+    def utterances(self) -> list[SourceUtterance]:
+        """All indexed utterances."""
+        return [SourceUtterance(u.id, str(u.path), u.num_samples, u.split, u.sha256) for u in self.corpus.utterances]
+
+    @cached_property
+    def spec(self) -> CacheSpec:
+        """The identity of the cache this run needs."""
+        return CacheSpec(
+            teacher=self.teacher.fingerprint,
+            num_layers=self.teacher.num_layers,
+            dim=self.teacher.dim,
+            layers=self.layers_of(self.teacher),
+            masks=self.config.masks,
+            codec=self.config.cache.codec,
+            corpus=self.corpus.fingerprint,
+            shard_seconds=self.config.cache.shard_minutes * 60,
+            batch_seconds=self.config.cache.batch_seconds,
+        )
+
+    @contextmanager
+    def _progress(self, name: str, unit: str) -> Iterator[Any]:
+        """A progress bar; yields update(done, total, note="")."""
+        columns = (
+            TextColumn(f"{name:7s}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(name, total=None, note="")
+            yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+
+    def index(self) -> None:
+        """Finds and checks the audio."""
+        corpus = self.config.corpus
+        with self._progress("index", "files") as update:
+            index = index_corpus(
+                corpus.path,
+                train_splits=corpus.train_splits,
+                validation_splits=corpus.validation_splits,
+                validation_fraction=corpus.validation_fraction,
+                max_seconds=corpus.max_seconds,
+                output=self.folder / "corpus",
+                progress=update,
+            )
+        self.corpus = index
+        skipped = f", {len(index.skipped)} files skipped (see {self.folder / 'corpus' / 'skipped.csv'})" if index.skipped else ""
+        again = " (unchanged since last time, reused)" if index.reused else ""
+        self.say(f"index   {len(index.utterances)} utterances, {index.hours:.2f} h of audio{skipped}{again}")
+
+    def plan(self) -> None:
+        """Says what the cache will cost; refuses where the disk is too small."""
+        if self.config.train.targets == "online":
+            self.say("plan    targets are online: no cache is needed")
+            return
+        cost = plan_cost(self.utterances, self.spec, self.cache)
+        self.say(
+            f"plan    {cost.frames} frames, {len(self.spec.layers)} layers x {self.spec.dim}, {self.spec.masks.draws} mask draws "
+            f"({cost.masked_fraction:.0%} masked), {self.spec.codec}: about {cost.total_bytes / 1e9:.2f} GB, "
+            f"{cost.bytes_per_second / 1e3:.0f} kB per second of audio"
+        )
+        if not Layout(self.cache).cache_json.is_file() and cost.total_bytes > cost.free_bytes:
+            raise ConfigError(
+                f"cache.path: {self.cache} has {cost.free_bytes / 1e9:.1f} GB free, the cache needs about "
+                f"{cost.total_bytes / 1e9:.1f} GB; choose another disk, fewer layers or draws"
+            )
+
+    def cache_targets(self) -> None:
+        """Runs the teacher over the corpus, once."""
+        if self.config.train.targets == "online":
+            self.say("cache   targets are online: skipped")
+            return
+        plan = plan_shards(self.utterances, self.spec.shard_seconds)
+        layout = open_or_create(self.cache, self.spec, plan, self.teacher.name)
+        shards = len(set(plan["shard"].to_pylist()))
+        missing = [shard for shard in range(shards) if not layout.is_committed(shard)]
+        if missing:
+            _init_ray()
+            with self._progress("cache", "shards") as update:
+
+                def show(progress: BuildProgress) -> None:
+                    update(progress.shards_done, progress.shards)
+
+                update(shards - len(missing), shards)
+                report = build_cache(
+                    self.cache,
+                    self.spec,
+                    plan,
+                    _absolute_spec(self.config.teacher.checkpoint),
+                    teacher_name=self.teacher.name,
+                    actors=self.config.cache.actors,
+                    gpus_per_actor=self.config.cache.gpus_per_actor,
+                    on_progress=show,
+                )
+            problems = verify_cache(self.cache)
+            if problems:
+                raise ConfigError(f"the cache at {self.cache} is not sound: {'; '.join(problems[:3])}")
+            detail = f"{report.written} shards written in {report.elapsed:.0f} s, verified" + (
+                f", {report.reused} were there" if report.reused else ""
+            )
+        else:
+            detail = f"all {shards} shards are there, reused"
+        size = cache_bytes(self.cache)
+        self.say(f"cache   {detail}: {size / 1e6:.1f} MB, {size / self._seconds / 1e3:.1f} kB per second of audio, at {self.cache}")
+
+    @property
+    def _seconds(self) -> float:
+        return sum(u.num_samples for u in self.utterances) / SAMPLE_RATE
+
+    def train(self) -> None:
+        """Trains the student from the cache (or with the teacher in the loop)."""
+        result = self.folder / "train.json"
+        if result.is_file():
+            self.say(f"train   finished before ({json.loads(result.read_text())['steps']} steps), reused")
+            return
+        settings = self.config.train
+        if settings.targets == "cached":
+            plan = plan_shards(self.utterances, self.spec.shard_seconds)
+            open_or_create(self.cache, self.spec, plan, self.teacher.name)
+        layers = self.layers_of(self.teacher)
+        config = self.config.resolve_student(len(layers), self.teacher.dim)
+        _init_ray()
+        with self._progress("train", "steps") as update:
+            done = threading.Event()
+            watcher = threading.Thread(target=_follow, args=(self.folder / "metrics.jsonl", update, done), daemon=True)
+            watcher.start()
+            try:
+                train_on_ray(
+                    config,
+                    settings,
+                    self.folder,
+                    layers=layers,
+                    cache=self.cache if settings.targets == "cached" else None,
+                    teacher=_absolute_spec(self.config.teacher.checkpoint),
+                    masks=self.config.masks,
+                    utterances=self.utterances,
+                    cpu_threads=max(1, (os.cpu_count() or 1) // settings.workers),
+                )
+            finally:
+                done.set()
+                watcher.join()
+        trained = json.loads(result.read_text())
+        self.say(
+            f"train   {trained['steps']} steps in {trained['seconds']:.0f} s: training loss {trained['first_loss']:.4f} -> "
+            f"{trained['last_loss']:.4f}, validation {trained['first_validation_loss']:.4f} -> {trained['last_validation_loss']:.4f}"
+        )
+
+    def export(self) -> None:
+        """Puts the best student where the service finds it."""
+        best = self.folder / "checkpoints" / "best"
+        if not (self.folder / "train.json").is_file():
+            raise ConfigError(f"the run {self.config.name} has no finished training to export; run the train stage first")
+        export = self.folder / "export"
+        names = [path.name for path in sorted(best.iterdir())]
+        if export.is_dir() and all((export / n).is_file() and (export / n).read_bytes() == (best / n).read_bytes() for n in names):
+            self.say(f"export  {export} is up to date")
+            return
+        temporary = self.folder / ".export.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(best, temporary)
+        load_student(temporary)
+        shutil.rmtree(export, ignore_errors=True)
+        temporary.rename(export)
+        self.say(f"export  {export}")
+
+    def report(self) -> dict[str, Any]:
+        """Writes summary.json and prints it as a table."""
+        export = self.folder / "export"
+        if not export.is_dir():
+            raise ConfigError(f"the run {self.config.name} has no export to report on; run the export stage first")
+        student = load_student(export)
+        trained = json.loads((self.folder / "train.json").read_text())
+        online = self.config.train.targets == "online"
+        size = None if online else cache_bytes(self.cache)
+        summary: dict[str, Any] = {
+            "name": self.config.name,
+            "hours": self.corpus.hours,
+            "utterances": len(self.utterances),
+            "skipped_files": len(self.corpus.skipped),
+            "teacher": self.teacher.name,
+            "teacher_is_random": self.config.teacher.checkpoint.startswith("random:"),
+            "teacher_parameters": self.teacher.num_parameters,
+            "student_parameters": sum(p.numel() for p in student.parameters()),
+            "targets": self.config.train.targets,
+            "cache_bytes": size,
+            "cache_bytes_per_second": None if size is None else size / self._seconds,
+            "training": trained,
+            "cache": None if online else str(self.cache),
+            "export": str(export),
+            "run": str(self.folder),
+        }
+        path = self.folder / "summary.json"
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The short table a run ends with."""
+    trained = summary["training"]
+    table = Table(show_header=False, title=f"run {summary['name']}")
+    random = " (RANDOM weights: shows the machinery only)" if summary["teacher_is_random"] else ""
+    table.add_row("audio", f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {summary['skipped_files']} files skipped")
+    if summary["cache_bytes"] is not None:
+        table.add_row("cache", f"{summary['cache_bytes_per_second'] / 1e3:.1f} kB per second of audio, {summary['cache_bytes'] / 1e6:.1f} MB")
+    table.add_row("training loss", f"{trained['first_loss']:.4f} first, {trained['last_loss']:.4f} last ({trained['steps']} steps)")
+    table.add_row("validation loss", f"{trained['first_validation_loss']:.4f} first, {trained['last_validation_loss']:.4f} last")
+    table.add_row("teacher", f"{summary['teacher']}: {summary['teacher_parameters']:,} parameters{random}")
+    table.add_row("student", f"{summary['student_parameters']:,} parameters")
+    for key, name in (("features", "features over HTTP"), ("cache", "cache at"), ("export", "model at"), ("run", "run at")):
+        if summary.get(key):
+            table.add_row(name, str(summary[key]))
+    return table
+
+
+def run_stages(run: Run, stages: list[str]) -> dict[str, Any] | None:
+    """Runs the named stages in their order; returns the summary where report is among them."""
+    summary = None
+    for stage in STAGES:
+        if stage in stages:
+            summary = {"cache": run.cache_targets}.get(stage, getattr(run, stage))()
+    return summary
+
+
+def _absolute_spec(checkpoint: str) -> str:
+    # Workers have other working directories.
+    return str(Path(checkpoint).absolute()) if Path(checkpoint).exists() else checkpoint
+
+
+def _init_ray() -> None:
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # This process's packages must be importable in the workers of an embedded Ray; a submitted job has them shipped.
+    repository = str(Path(__file__).resolve().parent.parent)
+    paths = os.environ.get("PYTHONPATH", "")
+    if repository not in paths.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [repository, paths]))
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS"),
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}},
+    )
+
+
+def _follow(path: Path, update: Any, done: threading.Event) -> None:
+    """Shows training progress from the metrics the loop writes."""
+    while not done.wait(1.0):
+        rows = path.read_text().splitlines() if path.is_file() else []
+        for row in reversed(rows):
+            record = json.loads(row) if row.endswith("}") else {}
+            if record.get("kind") == "train":
+                update(record["step"], record["steps"], f"loss {record['loss']:.4f}")
+                break

@@ -1,0 +1,101 @@
+"""The training loop on Ray Train workers."""
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from student.config import StudentConfig
+from student.settings import TrainSettings
+from student.training import Rank, train
+from teacher_cache.layout import MaskDraws, SourceUtterance
+from teacher_cache.reader import CacheReader, OnlineReader, TargetReader
+
+
+def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, TargetReader]:
+    layers = job["layers"]
+    if job["settings"]["targets"] == "cached":
+        cache = Path(job["cache"])
+        return CacheReader(cache, "train", layers), CacheReader(cache, "validation", layers)
+    from teacher_cache.teachers import load_teacher
+
+    teacher = load_teacher(job["teacher"], device)
+    masks = MaskDraws.model_validate(job["masks"])
+    utterances = [SourceUtterance(**utterance) for utterance in job["utterances"]]
+    by_split = {
+        split: OnlineReader([u for u in utterances if u.split == split], teacher, masks, layers)
+        for split in ("train", "validation")
+    }
+    return by_split["train"], by_split["validation"]
+
+
+def _worker(job: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(job["threads"])
+    rank = Rank(context.get_world_rank(), context.get_world_size(), device)
+    train_reader, validation_reader = _readers(job, device)
+    train(
+        StudentConfig.model_validate(job["student"]),
+        TrainSettings.model_validate(job["settings"]),
+        train_reader,
+        validation_reader,
+        Path(job["folder"]),
+        rank=rank,
+        wrap=lambda student: ray.train.torch.prepare_model(student, move_to_device=False),
+        on_validation=lambda row: ray.train.report(row),
+    )
+
+
+def train_on_ray(
+    config: StudentConfig,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    layers: tuple[int, ...],
+    cache: Path | None,
+    teacher: str,
+    masks: MaskDraws,
+    utterances: list[SourceUtterance],
+    cpu_threads: int = 1,
+) -> None:
+    """Trains on ``settings.workers`` Ray Train workers; Ray must be initialised. Goes on from the run's last checkpoint.
+
+    Args:
+        config, settings, folder: as in `student.training.train`; the folder must be reachable from every node.
+        layers: 1-based teacher layers to learn from.
+        cache: folder of the cache, for cached targets.
+        teacher, masks, utterances: for online targets.
+        cpu_threads: PyTorch threads of a worker without a GPU.
+    """
+    import ray.train
+    import ray.train.torch
+
+    job = {
+        "student": config.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
+        "folder": str(folder),
+        "layers": layers,
+        "cache": None if cache is None else str(cache),
+        "teacher": teacher,
+        "masks": masks.model_dump(mode="json"),
+        "utterances": [vars(u) for u in utterances] if settings.targets == "online" else [],
+        "threads": cpu_threads,
+    }
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config=job,
+        scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=settings.use_gpu),
+        # Our own checkpoints carry the progress; a name of its own keeps Ray from resuming some other run's state.
+        run_config=ray.train.RunConfig(
+            name=uuid.uuid4().hex[:12],
+            storage_path=str(folder / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+        ),
+    )
+    trainer.fit()

@@ -1,0 +1,64 @@
+"""How a student is trained: every hyper-parameter of a recipe, with the published value as default."""
+
+from typing import Literal, Self
+
+import pydantic
+
+
+class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """Training settings; defaults are ARMHuBERT-S-100h's.
+
+    Attributes:
+        targets: ``cached`` reads them from a cache; ``online`` runs the teacher in the loop (the comparison).
+        epochs: passes over the training split.
+        max_steps: stop after this many optimiser steps, and lay the schedule out over them; None: as epochs say.
+        batch_size: utterances per worker and batch, as published; None when batch_seconds is given.
+        batch_seconds: padded seconds of audio per worker and batch, instead of batch_size.
+        accumulate: batches per optimiser step.
+        workers: Ray Train workers (DDP ranks).
+        use_gpu: one GPU per worker.
+        precision: ``fp32``, ``bf16`` or ``fp16`` (with loss scaling); the last two need use_gpu.
+        learning_rate: peak; 5e-3 with attention reuse, 5e-4 without (published).
+        warmup_fraction: of all steps, linear from 0; then linear to 0 at the end.
+        betas, eps, weight_decay: AdamW. The published yaml says weight decay 1e-6, but its optimiser's parameter groups
+            override it: 0.01 on everything but biases.
+        hint_weight: on the sum over layers below the last.
+        final_weight: on the last layer.
+        loss: ``mse`` or ``l1``.
+        max_grad_norm: clip gradients to this norm; None (published) does not clip.
+        validate_every: optimiser steps between validations (one more at the end).
+        log_every: optimiser steps between metric rows.
+        max_failures: how often a failed worker group is started again from the last checkpoint.
+        seed: of initialisation, order and dropout.
+    """
+
+    targets: Literal["cached", "online"] = "cached"
+    epochs: int = pydantic.Field(default=200, ge=1)
+    max_steps: int | None = pydantic.Field(default=None, ge=1)
+    batch_size: int | None = pydantic.Field(default=None, ge=1)
+    batch_seconds: float | None = pydantic.Field(default=None, gt=0)
+    accumulate: int = pydantic.Field(default=1, ge=1)
+    workers: int = pydantic.Field(default=1, ge=1)
+    use_gpu: bool = False
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    learning_rate: float = pydantic.Field(default=5e-3, gt=0)
+    warmup_fraction: float = pydantic.Field(default=0.05, ge=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    hint_weight: float = 0.1
+    final_weight: float = 1.0
+    loss: Literal["mse", "l1"] = "mse"
+    max_grad_norm: float | None = pydantic.Field(default=None, gt=0)
+    validate_every: int = pydantic.Field(default=1000, ge=1)
+    log_every: int = pydantic.Field(default=10, ge=1)
+    max_failures: int = pydantic.Field(default=2, ge=0)
+    seed: int = pydantic.Field(default=0, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> Self:
+        if (self.batch_size is None) == (self.batch_seconds is None):
+            raise ValueError("give exactly one of train.batch_size and train.batch_seconds")
+        if self.precision != "fp32" and not self.use_gpu:
+            raise ValueError(f"train.precision {self.precision} needs train.use_gpu true; on a CPU use fp32")
+        return self

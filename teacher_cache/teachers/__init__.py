@@ -1,0 +1,53 @@
+"""Teachers: a specification becomes a model whose hidden states can be cached."""
+
+from pathlib import Path
+
+import torch
+
+from teacher_cache.teachers.bundles import load_bundle
+from teacher_cache.teachers.fairseq import load_fairseq
+from teacher_cache.teachers.huggingface import load_huggingface
+from teacher_cache.teachers.model import Teacher, TeacherError
+from teacher_cache.teachers.random import load_random
+from teacher_cache.teachers.wavlm import is_wavlm, load_wavlm
+from teacher_cache.untrusted import load_untrusted
+
+__all__ = ["Teacher", "TeacherError", "load_teacher"]
+
+
+def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
+    """A frozen teacher, ready to use.
+
+    Nothing in a checkpoint is executed, and neither fairseq nor transformers is needed.
+
+    Args:
+        spec: path of a fairseq checkpoint (pre-trained HuBERT or wav2vec 2.0) or of WavLM's own; path of a Hugging
+            Face folder (config.json, model.safetensors); ``torchaudio:NAME`` of a torchaudio bundle, such as
+            ``torchaudio:HUBERT_BASE``; or ``random:LAYERSxDIM``, a HuBERT with seeded random weights.
+        device: where it computes; default the CPU.
+
+    Raises:
+        TeacherError: there is no such teacher, or it is of an unsupported kind.
+        UntrustedCheckpointError: the checkpoint is damaged, or names something that could run code. Both are
+            ``ValueError``s of one sentence.
+
+    Example:
+        >>> load_teacher("random:4x96").dim
+        96
+    """
+    kind, separator, rest = spec.partition(":")
+    if separator and kind == "torchaudio":
+        return load_bundle(rest, device)
+    if separator and kind == "random":
+        return load_random(rest, device)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return load_huggingface(path, device)
+    if not path.is_file():
+        raise TeacherError(
+            f"there is no teacher {spec!r}: give the path of a checkpoint or of a Hugging Face folder, torchaudio:NAME, "
+            "or random:LAYERSxDIM"
+        )
+    checkpoint = load_untrusted(path)
+    load = load_wavlm if is_wavlm(checkpoint) else load_fairseq
+    return load(checkpoint, path.name, device)

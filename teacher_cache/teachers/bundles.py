@@ -1,0 +1,46 @@
+"""Pre-trained models that torchaudio downloads by name. None of them has a mask embedding."""
+
+import torch
+import torchaudio.pipelines
+from torchaudio.models import Wav2Vec2Model
+
+from teacher_cache.teachers.model import NORMALIZE_EPS, Teacher, TeacherError
+
+
+def bundle_names() -> list[str]:
+    """Names of torchaudio's pre-trained, not fine-tuned, HuBERT, WavLM and wav2vec 2.0 bundles, sorted."""
+    return sorted(
+        name
+        for name, bundle in vars(torchaudio.pipelines).items()
+        if isinstance(bundle, torchaudio.pipelines.Wav2Vec2Bundle)
+        and not isinstance(bundle, torchaudio.pipelines.Wav2Vec2ASRBundle)
+    )
+
+
+def load_bundle(name: str, device: str | torch.device) -> Teacher:
+    """A teacher from a torchaudio bundle; its weights are downloaded once and kept in torch.hub's folder.
+
+    Args:
+        name: one of `bundle_names`, such as ``HUBERT_BASE``.
+        device: where the teacher computes.
+
+    Raises:
+        TeacherError: an unknown name, or the weights can't be downloaded.
+    """
+    if name not in bundle_names():
+        raise TeacherError(f"{name!r} is no pre-trained bundle of torchaudio; there are {', '.join(bundle_names())}")
+    bundle = getattr(torchaudio.pipelines, name)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = bundle.get_model()
+    except (OSError, RuntimeError) as error:
+        raise TeacherError(f"the weights of torchaudio's {name} can't be had: {error}") from error
+    # Large models come wrapped in a module that normalises the whole batch as one; ours does it for each utterance.
+    normalize = not isinstance(model, Wav2Vec2Model)
+    return Teacher(
+        model.model if normalize else model,
+        None,
+        name=f"torchaudio:{name}",
+        normalize_eps=NORMALIZE_EPS if normalize else None,
+        device=device,
+    )

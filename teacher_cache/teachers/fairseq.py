@@ -1,0 +1,211 @@
+"""HuBERT and wav2vec 2.0 checkpoints as fairseq publishes them, read without fairseq."""
+
+import ast
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teacher_cache.frames import SAMPLE_RATE
+from teacher_cache.teachers.architecture import HUBERT_CONVOLUTIONS, Architecture, build_model
+from teacher_cache.teachers.model import NORMALIZE_EPS, Teacher, TeacherError, checked_mask_embedding, load_weights
+from teacher_cache.untrusted import plain
+
+_PRETRAINED = ("hubert", "wav2vec2")
+_MAX_CONVOLUTIONS = 32
+
+# Of pre-training only; no layer output depends on them.
+_HEADS = re.compile(r"(final_proj|quantizer|project_q|target_glu)\.|label_embs_concat$")
+
+# Settings under which fairseq's models are another architecture, with the values that are not.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "activation_fn": ("gelu",),
+    "layer_type": ("transformer",),
+    "pos_conv_depth": (1,),
+    "conv_pos_batch_norm": (False,),
+    "quantize_input": (False,),
+    "crop_seq_to_multiple": (1,),
+    "extractor_mode": ("default", "layer_norm"),
+}
+
+# fairseq's names (also of WavLM's own checkpoints) to torchaudio's; the first pattern that fits the whole name counts.
+_NAMES: tuple[tuple[str, str], ...] = (
+    (r"feature_extractor\.conv_layers\.(\d+)\.0\.(weight|bias)", r"feature_extractor.conv_layers.\1.conv.\2"),
+    (r"feature_extractor\.conv_layers\.0\.2\.(weight|bias)", r"feature_extractor.conv_layers.0.layer_norm.\1"),
+    (r"feature_extractor\.conv_layers\.(\d+)\.2\.1\.(weight|bias)", r"feature_extractor.conv_layers.\1.layer_norm.\2"),
+    (r"layer_norm\.(weight|bias)", r"encoder.feature_projection.layer_norm.\1"),
+    (r"post_extract_proj\.(weight|bias)", r"encoder.feature_projection.projection.\1"),
+    (r"encoder\.pos_conv\.0\.weight_g", "encoder.transformer.pos_conv_embed.conv.parametrizations.weight.original0"),
+    (r"encoder\.pos_conv\.0\.weight_v", "encoder.transformer.pos_conv_embed.conv.parametrizations.weight.original1"),
+    (
+        r"encoder\.pos_conv\.0\.(bias|parametrizations\.weight\.original[01])",
+        r"encoder.transformer.pos_conv_embed.conv.\1",
+    ),
+    (r"encoder\.layer_norm\.(weight|bias)", r"encoder.transformer.layer_norm.\1"),
+    (r"encoder\.layers\.(\d+)\.self_attn_layer_norm\.(.+)", r"encoder.transformer.layers.\1.layer_norm.\2"),
+    (r"encoder\.layers\.(\d+)\.final_layer_norm\.(.+)", r"encoder.transformer.layers.\1.final_layer_norm.\2"),
+    (r"encoder\.layers\.(\d+)\.fc1\.(.+)", r"encoder.transformer.layers.\1.feed_forward.intermediate_dense.\2"),
+    (r"encoder\.layers\.(\d+)\.fc2\.(.+)", r"encoder.transformer.layers.\1.feed_forward.output_dense.\2"),
+    (
+        r"encoder\.layers\.(\d+)\.self_attn\.relative_attention_bias\.weight",
+        r"encoder.transformer.layers.\1.attention.rel_attn_embed.weight",
+    ),
+    (
+        r"encoder\.layers\.(\d+)\.self_attn\.grep_linear\.(.+)",
+        r"encoder.transformer.layers.\1.attention.gru_rel_pos_linear.\2",
+    ),
+    (r"encoder\.layers\.(\d+)\.self_attn\.grep_a", r"encoder.transformer.layers.\1.attention.gru_rel_pos_const"),
+    (
+        r"encoder\.layers\.(\d+)\.self_attn\.([kvq]_proj|out_proj)\.(.+)",
+        r"encoder.transformer.layers.\1.attention.\2.\3",
+    ),
+)
+_PATTERNS = tuple((re.compile(pattern), replacement) for pattern, replacement in _NAMES)
+
+
+def load_fairseq(checkpoint: Mapping[str, Any], name: str, device: str | torch.device) -> Teacher:
+    """A pre-trained HuBERT or wav2vec 2.0 from the dictionary of a fairseq checkpoint.
+
+    Args:
+        checkpoint: what `load_untrusted` read: ``cfg`` (or, before 2021, ``args``) and ``model``.
+        name: the file, for messages.
+        device: where the teacher computes.
+
+    Raises:
+        TeacherError: a fine-tuned or other model, or one whose weights don't fit its configuration.
+    """
+    model_cfg, task_cfg = _configuration(checkpoint, name)
+    kind = model_cfg.get("_name") or model_cfg.get("arch")
+    if kind not in _PRETRAINED:
+        raise TeacherError(
+            f"{name} holds a model of kind {kind!r}; a pre-trained, not fine-tuned, one of kind "
+            f"{' or '.join(_PRETRAINED)} is needed"
+        )
+    sample_rate = task_cfg.get("sample_rate", SAMPLE_RATE)
+    if sample_rate != SAMPLE_RATE:
+        raise TeacherError(f"{name} was trained on {sample_rate} Hz audio, but {SAMPLE_RATE} Hz is what teachers get")
+    architecture = fairseq_architecture(model_cfg, name)
+    weights, mask_embedding = torchaudio_weights(checkpoint.get("model"), name)
+    model = build_model(architecture, name)
+    load_weights(model, weights, name)
+    return Teacher(
+        model,
+        checked_mask_embedding(mask_embedding, architecture.dim, name),
+        name=name,
+        normalize_eps=NORMALIZE_EPS if task_cfg.get("normalize") else None,
+        device=device,
+    )
+
+
+def fairseq_architecture(cfg: Mapping[str, Any], name: str) -> Architecture:
+    """The architecture in fairseq's terms; what is missing has fairseq's default, that of the Base models.
+
+    Raises:
+        TeacherError: a setting that makes it another architecture, or a value of the wrong kind.
+    """
+    for key, allowed in _ONLY.items():
+        if key in cfg and cfg[key] not in allowed:
+            raise TeacherError(
+                f"{name} has {key} = {cfg[key]!r}, but only {' or '.join(map(repr, allowed))} is supported"
+            )
+    dim = _integer(cfg, "encoder_embed_dim", 768, name)
+    convolutions = cfg.get("conv_feature_layers")
+    conv_layers = HUBERT_CONVOLUTIONS if convolutions is None else parse_conv_layers(convolutions, name)
+    return Architecture(
+        conv_layers=conv_layers,
+        conv_bias=bool(cfg.get("conv_bias", False)),
+        conv_layer_norm=cfg.get("extractor_mode", "default") == "layer_norm",
+        dim=dim,
+        ffn_dim=_integer(cfg, "encoder_ffn_embed_dim", 3072, name),
+        heads=_integer(cfg, "encoder_attention_heads", 12, name),
+        layers=_integer(cfg, "encoder_layers", 12, name),
+        layer_norm_first=bool(cfg.get("layer_norm_first", False)),
+        pos_kernel=_integer(cfg, "conv_pos", 128, name),
+        pos_groups=_integer(cfg, "conv_pos_groups", 16, name),
+        projected=conv_layers[-1][0] != dim,
+    )
+
+
+def parse_conv_layers(text: Any, name: str) -> list[tuple[int, int, int]]:
+    """The convolutions of a string such as ``"[(512,10,5)] + [(512,3,2)] * 4"``, which fairseq evaluates as Python.
+
+    Only lists of integer triples, ``+`` and ``*`` are understood; nothing is evaluated.
+
+    Raises:
+        TeacherError: anything else.
+    """
+
+    def value(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=int() as number):
+                return number
+            case ast.Tuple(elts=elements):
+                return tuple(value(element) for element in elements)
+            case ast.List(elts=elements):
+                return [value(element) for element in elements]
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                first, second = value(left), value(right)
+                if isinstance(first, list) and isinstance(second, list):
+                    return first + second
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                layers, times = value(left), value(right)
+                if isinstance(layers, list) and isinstance(times, int) and len(layers) * times <= _MAX_CONVOLUTIONS:
+                    return layers * times
+        raise ValueError
+
+    try:
+        layers = value(ast.parse(text, mode="eval").body) if isinstance(text, str) else text
+        parsed = [(int(channels), int(kernel), int(stride)) for channels, kernel, stride in layers]
+        if not 0 < len(parsed) <= _MAX_CONVOLUTIONS or min(min(layer) for layer in parsed) < 1:
+            raise ValueError
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+        raise TeacherError(
+            f"{name} has conv_feature_layers = {str(text)[:100]!r}, which is not a list of (channels, kernel, stride)"
+        ) from None
+    return parsed
+
+
+def torchaudio_weights(state: Any, name: str) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Weights under torchaudio's names, and the mask embedding, from fairseq's (or WavLM's own) state dict.
+
+    Raises:
+        TeacherError: not a state dict, or a weight of an unknown name.
+    """
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise TeacherError(f"{name} has no weights under its key 'model', as fairseq's checkpoints have")
+    mask_embedding: Tensor | None = None
+    weights: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key == "mask_emb":
+            mask_embedding = value
+        elif not _HEADS.match(key):
+            weights[_torchaudio_name(key, name)] = value
+    return weights, mask_embedding
+
+
+def _torchaudio_name(key: str, name: str) -> str:
+    for pattern, replacement in _PATTERNS:
+        match = pattern.fullmatch(key)
+        if match:
+            return match.expand(replacement)
+    raise TeacherError(f"{name} has a weight {key!r}, which no pre-trained HuBERT, WavLM or wav2vec 2.0 has")
+
+
+def _configuration(checkpoint: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configurations of the model and of its task; before 2021 fairseq kept both in one ``args`` namespace."""
+    cfg, args = plain(checkpoint.get("cfg")), plain(checkpoint.get("args"))
+    if isinstance(cfg, dict) and isinstance(cfg.get("model"), dict):
+        task = cfg.get("task")
+        return cfg["model"], task if isinstance(task, dict) else {}
+    if isinstance(args, dict):
+        return args, args
+    raise TeacherError(f"{name} has neither 'cfg' nor 'args', so it is no checkpoint of fairseq's or WavLM's")
+
+
+def _integer(cfg: Mapping[str, Any], key: str, default: int, name: str) -> int:
+    value = cfg.get(key, default)
+    if not isinstance(value, int) or value < 1:
+        raise TeacherError(f"{name} has {key} = {value!r}, which is not a positive integer")
+    return value

@@ -1,0 +1,62 @@
+"""WavLM's own checkpoints: ``{"cfg", "model"}``, with fairseq's weight names and a flat configuration."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teacher_cache.teachers.architecture import build_model
+from teacher_cache.teachers.fairseq import fairseq_architecture, torchaudio_weights
+from teacher_cache.teachers.model import NORMALIZE_EPS, Teacher, TeacherError, checked_mask_embedding, load_weights
+from teacher_cache.untrusted import plain
+
+
+def is_wavlm(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint has WavLM's flat configuration rather than fairseq's nested one."""
+    cfg = plain(checkpoint.get("cfg"))
+    return isinstance(cfg, dict) and "relative_position_embedding" in cfg and "model" not in cfg
+
+
+def load_wavlm(checkpoint: Mapping[str, Any], name: str, device: str | torch.device) -> Teacher:
+    """A WavLM from the dictionary of its own checkpoint.
+
+    Args:
+        checkpoint: what `load_untrusted` read: ``cfg`` and ``model``.
+        name: the file, for messages.
+        device: where the teacher computes.
+
+    Raises:
+        TeacherError: without gated relative positions, or with weights that don't fit the configuration.
+    """
+    cfg = plain(checkpoint["cfg"])
+    for key in ("relative_position_embedding", "gru_rel_pos"):
+        if not cfg.get(key):
+            raise TeacherError(f"{name} has {key} = {cfg.get(key)!r}, but only WavLMs where it is True are supported")
+    # Defaults of WavLM's own configuration class.
+    buckets, distance = cfg.get("num_buckets", 320), cfg.get("max_distance", 1280)
+    architecture = dataclasses.replace(fairseq_architecture(cfg, name), relative_positions=(buckets, distance))
+    weights, mask_embedding = torchaudio_weights(checkpoint.get("model"), name)
+    model = build_model(architecture, name)
+    load_weights(model, join_attention_projections(weights), name)
+    return Teacher(
+        model,
+        checked_mask_embedding(mask_embedding, architecture.dim, name),
+        name=name,
+        normalize_eps=NORMALIZE_EPS if cfg.get("normalize") else None,
+        device=device,
+    )
+
+
+def join_attention_projections(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with each WavLM layer's query, key and value projections joined, as torchaudio holds them."""
+    joined = dict(weights)
+    for key in weights:
+        prefix, separator, kind = key.rpartition(".attention.q_proj.")
+        parts = [f"{prefix}.attention.{part}.{kind}" for part in ("q_proj", "k_proj", "v_proj")]
+        output = f"{prefix}.attention.out_proj.{kind}"
+        if separator and all(part in joined for part in [*parts, output]):
+            joined[f"{prefix}.attention.attention.in_proj_{kind}"] = torch.cat([joined.pop(part) for part in parts])
+            joined[f"{prefix}.attention.attention.out_proj.{kind}"] = joined.pop(output)
+    return joined

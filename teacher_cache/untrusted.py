@@ -1,0 +1,216 @@
+"""Reading checkpoints of others without running anything that is pickled in them.
+
+PyTorch's weights-only unpickler does the reading. Published checkpoints also hold a few harmless objects (a fairseq
+dictionary, an omegaconf configuration, Lightning's bookkeeping); those come back as inert `StandIn`s, so the classes
+need not be installed and none of their code runs. Every other global is refused.
+"""
+
+import pickletools
+import re
+import threading
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLES_IN_LEGACY_FILE = 5  # magic number, protocol, system info, object, storage keys
+_MAX_DEPTH = 64
+
+_HARMLESS_PACKAGES = {"fairseq", "omegaconf", "hydra", "pytorch_lightning", "lightning", "lightning_fabric"}
+_HARMLESS_GLOBALS = {
+    "argparse.Namespace",
+    "collections.defaultdict",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "typing.Any",
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "object", "str", "tuple")),
+}
+_DICTIONARIES = (".defaultdict", ".AttributeDict")
+# What torch's own weights-only unpickler may know; whether it does, it decides itself.
+_TORCH_ROOTS = {"torch", "_codecs"}
+_TORCH_GLOBALS = {
+    "collections.OrderedDict",
+    "collections.Counter",
+    "builtins.bytearray",
+    "builtins.complex",
+    "builtins.set",
+}
+
+# torch's list of safe globals belongs to the whole process.
+_lock = threading.Lock()
+
+
+class UntrustedCheckpointError(ValueError):
+    """The checkpoint cannot be read safely: it is damaged, of another format, or names a global that is not allowed."""
+
+
+class StandIn:
+    """What an object of a class that we don't load becomes: its pickled parts, and no behaviour.
+
+    Attributes:
+        args: what its class would have been called with.
+        state: what its ``__setstate__`` or ``__dict__`` would have been given; None if nothing.
+    """
+
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any) -> "StandIn":
+        """Any arguments are taken and kept, as the class stood in for might take them."""
+        self = super().__new__(cls)
+        self.args, self.state = args, None
+        return self
+
+    def __init__(self, *args: Any) -> None:
+        """Nothing: `__new__` has kept the arguments, and unpickling may skip this."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _DictionaryStandIn:
+    """Gives an ordered dictionary in place of a subclass of dict: torch sets items on no other class."""
+
+    def __new__(cls, *_: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]  # Another class is the purpose.
+        return OrderedDict()
+
+
+def load_untrusted(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint written by ``torch.save``, on the CPU, executing nothing that is in it.
+
+    Args:
+        path: the file, in PyTorch's zip format or the older one.
+
+    Returns:
+        The dictionary in the file. Objects of classes that are known to be harmless are `StandIn`s; `plain` turns
+        configurations among them into dictionaries.
+
+    Raises:
+        UntrustedCheckpointError: the file does not exist, is damaged, holds no dictionary, or names a global that is
+            neither PyTorch's own nor known to be harmless; the message names the global.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UntrustedCheckpointError(f"{path} is not a file; a checkpoint written by torch.save is needed")
+    try:
+        found = _globals(path)
+    except Exception as error:  # Damaged bytes can make the parsers raise anything.
+        raise UntrustedCheckpointError(f"{path} is not a readable PyTorch checkpoint: {_one_line(error)}") from error
+    refused = sorted(name for name in found if not _is_harmless(name) and not _may_be_torch(name))
+    if refused:
+        raise UntrustedCheckpointError(
+            f"{path} is refused: its pickle names {', '.join(refused)}, which could run code when loaded"
+        )
+    stand_ins = [
+        (_DictionaryStandIn if name.endswith(_DICTIONARIES) else StandIn, name) for name in found if _is_harmless(name)
+    ]
+    try:
+        with _lock, torch.serialization.safe_globals(stand_ins):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # As above.
+        unsupported = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if unsupported:
+            raise UntrustedCheckpointError(
+                f"{path} is refused: its pickle names {unsupported[1]}, which could run code when loaded"
+            ) from error
+        raise UntrustedCheckpointError(f"{path} is not a readable PyTorch checkpoint: {_one_line(error)}") from error
+    if not isinstance(checkpoint, dict):
+        raise UntrustedCheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary of a checkpoint")
+    return checkpoint
+
+
+def plain(value: Any) -> Any:
+    """Configurations in a checkpoint as plain dictionaries, lists and values.
+
+    Undoes ``argparse.Namespace``, omegaconf's containers and nodes (``_content``, ``_val``), enumerations (their value)
+    and dictionary subclasses.
+
+    Args:
+        value: anything `load_untrusted` returned.
+
+    Raises:
+        UntrustedCheckpointError: nested deeper than any configuration is.
+    """
+    return _plain(value, 0)
+
+
+def _plain(value: Any, depth: int) -> Any:
+    if depth > _MAX_DEPTH:
+        raise UntrustedCheckpointError(f"the checkpoint's configuration is nested deeper than {_MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        return {key: _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth + 1) for item in value]
+    if not isinstance(value, StandIn):
+        return value
+    state = value.state
+    if isinstance(state, dict) and "_content" in state:
+        return _plain(state["_content"], depth + 1)
+    if isinstance(state, dict) and "_val" in state:
+        return _plain(state["_val"], depth + 1)
+    if isinstance(state, dict):
+        return _plain(state, depth + 1)
+    return _plain(value.args[0], depth + 1) if value.args else {}
+
+
+def _is_harmless(name: str) -> bool:
+    return name in _HARMLESS_GLOBALS or ("." in name and name.split(".")[0] in _HARMLESS_PACKAGES)
+
+
+def _may_be_torch(name: str) -> bool:
+    return name in _TORCH_GLOBALS or name.split(".")[0] in _TORCH_ROOTS
+
+
+def _globals(path: Path) -> set[str]:
+    """Every global named in the file's pickles, dotted. Parses opcodes only; nothing is built."""
+    with path.open("rb") as file:
+        if file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:
+            with zipfile.ZipFile(path) as archive:
+                pickles = [name for name in archive.namelist() if name.split("/")[-1] == "data.pkl"]
+                if not pickles:
+                    raise ValueError("the archive holds no data.pkl")
+                with archive.open(pickles[0]) as pickle:
+                    return _globals_of_pickle(pickle)
+        file.seek(0)
+        found: set[str] = set()
+        for _ in range(_PICKLES_IN_LEGACY_FILE):
+            found |= _globals_of_pickle(file)
+            if any(not _is_harmless(name) and not _may_be_torch(name) for name in found):
+                break  # Refused already; what follows need not be a checkpoint.
+        return found
+
+
+def _globals_of_pickle(pickle: Any) -> set[str]:
+    file: BinaryIO = pickle
+    found: set[str] = set()
+    strings: list[str] = []
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "INST"):
+            found.add(_current_name(*str(argument).split(" ", 1)))
+        elif opcode.name == "STACK_GLOBAL":
+            # Protocol 4, which torch refuses anyhow: the name is for the message.
+            found.add(_current_name(*strings[-2:]) if len(strings) > 1 else "an unnamed global")
+        elif opcode.name.startswith("EXT"):
+            found.add("a copyreg extension")
+        elif isinstance(argument, str) and "UNICODE" in opcode.name:
+            strings.append(argument)
+    return found
+
+
+def _current_name(module: str, name: str) -> str:
+    # Python 2's name of builtins, written by protocol 2 under Python 3 too.
+    return f"{'builtins' if module == '__builtin__' else module}.{name}"
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import ConfigError, dump_config, load_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEMO = REPOSITORY / "configs" / "demo.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", r"train\.epoch: unknown key; allowed here: accumulate, .*epochs"),
+        ("traim.epochs=3", r"traim: unknown key; allowed here: cache, corpus"),
+        ("train.epochs=many", r"train\.epochs: .*integer.*'many'"),
+        ("train.epochs=0", r"train\.epochs: .*greater than or equal to 1"),
+        ("train.targets=both", r"train\.targets: .*'cached' or 'online'"),
+        ("train.batch_size=4", "exactly one of train.batch_size and train.batch_seconds"),
+        ("train.precision=fp16", "needs train.use_gpu"),
+        ("cache.codec=mp3", r"cache\.codec: .*known codecs: fp16, fp32"),
+        ("student.widht=3", r"student\.widht: unknown key; allowed here: .*encoder_embed_dim"),
+        ("student.encoder_attention_heads=5", "student"),
+        ("masks.policy.selection=often", r"masks\.policy\.selection: .*'static', 'uniform', 'normal' or 'poisson'"),
+        ("name=../elsewhere", "name"),
+        ("train", "not an override"),
+        ("name.x=1", "is a value, not a section"),
+    ],
+)
+def test_what_is_wrong_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(DEMO, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_section(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no configuration file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "a.yaml").write_text("name: a\n")
+    with pytest.raises(ConfigError, match="corpus: missing"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("- a list\n")
+    with pytest.raises(ConfigError, match="sections"):
+        load_config(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_text("a: [\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_the_dumped_configuration_loads_again(tmp_path: Path) -> None:
+    config = load_config(DEMO, ["train.max_steps=7", "corpus.train_splits=[a, b]"])
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    assert yaml.safe_load(dump_config(config))["train"]["max_steps"] == 7
+
+
+def test_student_follows_the_teacher() -> None:
+    student = load_config(DEMO).resolve_student(6, 192)
+    assert (student.encoder_layers, student.target_dim) == (6, 192)

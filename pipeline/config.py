@@ -6,8 +6,8 @@ from typing import Any, Self
 
 import pydantic
 import yaml
-
 from student.config import StudentConfig
+
 from student.settings import TrainSettings
 from teacher_cache.codecs import CODECS
 from teacher_cache.layout import MaskDraws
@@ -94,7 +94,7 @@ class Config(_Section):
     teacher: TeacherSection
     masks: MaskDraws = MaskDraws()
     cache: CacheSection
-    student: dict[str, Any] = {}  # noqa: RUF012
+    student: dict[str, Any] = {}
     train: TrainSettings
 
     @property

@@ -18,11 +18,11 @@ import httpx
 import numpy as np
 import typer
 from rich.console import Console
+from teacher_cache.audio import load_audio
 
 from pipeline.config import load_config
 from pipeline.demo_corpus import make_demo_corpus
 from pipeline.stages import STAGES, Run, run_stages, summary_table
-from teacher_cache.audio import load_audio
 from teacher_cache.frames import SAMPLE_RATE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -74,7 +74,9 @@ def main(
             settings.append(f"corpus.path={Path(corpus).absolute()}")
             name += "-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(corpus).absolute().name)
         else:
-            console.print("corpus  speaking a fixed text list in several voices (CORPUS=/path/to/LibriSpeech takes real speech)")
+            console.print(
+                "corpus  speaking a fixed text list in several voices (CORPUS=/path/to/LibriSpeech takes real speech)"
+            )
             settings.append(f"corpus.path={make_demo_corpus(Path('corpora/demo').absolute())}")
         if teacher:
             spec = str(Path(teacher).absolute()) if Path(teacher).exists() else teacher
@@ -88,7 +90,9 @@ def main(
         # Sent as the file is; mp3, ogg or other rates would do as well.
         with service(Path(summary["export"]), run.folder / "service.log") as address:
             console.print(f"serve   {address} is up; sending {utterance.id}", highlight=False)
-            response = httpx.post(f"{address}/v1/features?format=npy", content=Path(utterance.path).read_bytes(), timeout=120)
+            response = httpx.post(
+                f"{address}/v1/features?format=npy", content=Path(utterance.path).read_bytes(), timeout=120
+            )
             response.raise_for_status()
             features = np.load(io.BytesIO(response.content), allow_pickle=False)
     except (ValueError, OSError, RuntimeError, httpx.HTTPError) as error:

@@ -55,5 +55,12 @@ def plan_cost(utterances: Sequence[SourceUtterance], spec: CacheSpec, cache: Pat
     total = features + int(seconds * _FLAC_BYTES_PER_SECOND)
     existing = next(folder for folder in [cache, *cache.parents] if folder.exists())
     return CostPlan(
-        seconds / 3600, len(utterances), sum(frames), masked, features, total, total / seconds, shutil.disk_usage(existing).free
+        seconds / 3600,
+        len(utterances),
+        sum(frames),
+        masked,
+        features,
+        total,
+        total / seconds,
+        shutil.disk_usage(existing).free,
     )

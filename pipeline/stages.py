@@ -6,7 +6,6 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,15 @@ class Run:
     def __init__(self, config: Config, console: Console) -> None:
         # A job's working directory is a copy that is thrown away.
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-            for key, path in (("runs", config.runs), ("cache.path", config.cache.path), ("corpus.path", config.corpus.path)):
+            for key, path in (
+                ("runs", config.runs),
+                ("cache.path", config.cache.path),
+                ("corpus.path", config.corpus.path),
+            ):
                 if not path.is_absolute():
-                    raise ConfigError(f"{key}: {path} is relative, but a Ray job runs in a copy of its folder; give an absolute path")
+                    raise ConfigError(
+                        f"{key}: {path} is relative, but a Ray job runs in a copy of its folder; give an absolute path"
+                    )
         self.config = config
         self.console = console
         self.folder = config.folder.absolute()
@@ -86,7 +91,9 @@ class Run:
             )
         for layer in self.layers_of(teacher):
             if not 1 <= layer <= teacher.num_layers:
-                raise ConfigError(f"teacher.layers: there is no layer {layer}; {teacher.name} has layers 1 to {teacher.num_layers}")
+                raise ConfigError(
+                    f"teacher.layers: there is no layer {layer}; {teacher.name} has layers 1 to {teacher.num_layers}"
+                )
         if self.config.masks.draws and not teacher.has_mask_embedding:
             raise ConfigError(
                 f"masks.draws: {teacher.name} has no mask embedding, so it has no masked targets; set masks.draws=0 for clean "
@@ -153,7 +160,11 @@ class Run:
                 progress=update,
             )
         self.corpus = index
-        skipped = f", {len(index.skipped)} files skipped (see {self.folder / 'corpus' / 'skipped.csv'})" if index.skipped else ""
+        skipped = (
+            f", {len(index.skipped)} files skipped (see {self.folder / 'corpus' / 'skipped.csv'})"
+            if index.skipped
+            else ""
+        )
         again = " (unchanged since last time, reused)" if index.reused else ""
         self.say(f"index   {len(index.utterances)} utterances, {index.hours:.2f} h of audio{skipped}{again}")
 
@@ -210,7 +221,9 @@ class Run:
         else:
             detail = f"all {shards} shards are there, reused"
         size = cache_bytes(self.cache)
-        self.say(f"cache   {detail}: {size / 1e6:.1f} MB, {size / self._seconds / 1e3:.1f} kB per second of audio, at {self.cache}")
+        self.say(
+            f"cache   {detail}: {size / 1e6:.1f} MB, {size / self._seconds / 1e3:.1f} kB per second of audio, at {self.cache}"
+        )
 
     @property
     def _seconds(self) -> float:
@@ -258,10 +271,14 @@ class Run:
         """Puts the best student where the service finds it."""
         best = self.folder / "checkpoints" / "best"
         if not (self.folder / "train.json").is_file():
-            raise ConfigError(f"the run {self.config.name} has no finished training to export; run the train stage first")
+            raise ConfigError(
+                f"the run {self.config.name} has no finished training to export; run the train stage first"
+            )
         export = self.folder / "export"
         names = [path.name for path in sorted(best.iterdir())]
-        if export.is_dir() and all((export / n).is_file() and (export / n).read_bytes() == (best / n).read_bytes() for n in names):
+        if export.is_dir() and all(
+            (export / n).is_file() and (export / n).read_bytes() == (best / n).read_bytes() for n in names
+        ):
             self.say(f"export  {export} is up to date")
             return
         temporary = self.folder / ".export.tmp"
@@ -308,14 +325,30 @@ def summary_table(summary: dict[str, Any]) -> Table:
     trained = summary["training"]
     table = Table(show_header=False, title=f"run {summary['name']}")
     random = " (RANDOM weights: shows the machinery only)" if summary["teacher_is_random"] else ""
-    table.add_row("audio", f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {summary['skipped_files']} files skipped")
+    table.add_row(
+        "audio",
+        f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {summary['skipped_files']} files skipped",
+    )
     if summary["cache_bytes"] is not None:
-        table.add_row("cache", f"{summary['cache_bytes_per_second'] / 1e3:.1f} kB per second of audio, {summary['cache_bytes'] / 1e6:.1f} MB")
-    table.add_row("training loss", f"{trained['first_loss']:.4f} first, {trained['last_loss']:.4f} last ({trained['steps']} steps)")
-    table.add_row("validation loss", f"{trained['first_validation_loss']:.4f} first, {trained['last_validation_loss']:.4f} last")
+        table.add_row(
+            "cache",
+            f"{summary['cache_bytes_per_second'] / 1e3:.1f} kB per second of audio, {summary['cache_bytes'] / 1e6:.1f} MB",
+        )
+    table.add_row(
+        "training loss",
+        f"{trained['first_loss']:.4f} first, {trained['last_loss']:.4f} last ({trained['steps']} steps)",
+    )
+    table.add_row(
+        "validation loss", f"{trained['first_validation_loss']:.4f} first, {trained['last_validation_loss']:.4f} last"
+    )
     table.add_row("teacher", f"{summary['teacher']}: {summary['teacher_parameters']:,} parameters{random}")
     table.add_row("student", f"{summary['student_parameters']:,} parameters")
-    for key, name in (("features", "features over HTTP"), ("cache", "cache at"), ("export", "model at"), ("run", "run at")):
+    for key, name in (
+        ("features", "features over HTTP"),
+        ("cache", "cache at"),
+        ("export", "model at"),
+        ("run", "run at"),
+    ):
         if summary.get(key):
             table.add_row(name, str(summary[key]))
     return table

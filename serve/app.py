@@ -38,12 +38,10 @@ _FORM = {
 }
 _REQUEST_BODY = {
     "required": True,
-    "description": "An audio file: wav, flac, ogg or mp3, of any sampling rate and channel count. It is averaged to mono and "
-    "resampled to 16 kHz. Any content type but multipart/form-data means that the body is the file.",
+    "description": "An audio file: wav, flac, ogg or mp3, of any rate and channel count. It is averaged to mono "
+    "and resampled to 16 kHz. Any content type but multipart/form-data means that the body is the file.",
     "content": {
-        **{
-            name: _BINARY for name in ("audio/wav", "audio/flac", "audio/ogg", "audio/mpeg", "application/octet-stream")
-        },
+        **dict.fromkeys(("audio/wav", "audio/flac", "audio/ogg", "audio/mpeg", "application/octet-stream"), _BINARY),
         "multipart/form-data": {"schema": _FORM},
     },
 }
@@ -105,7 +103,7 @@ def create_app(
 
     Args:
         model: a student, or the folder of one as ``student.save_student`` writes it.
-        name: what answers call the model. Default: the folder's name (for a run's ``NAME/export``: NAME), or ``student``.
+        name: what answers call the model. Default: the folder's name (of ``NAME/export``: NAME), or ``student``.
         device: where inference runs.
         max_seconds: longest audio accepted, in seconds.
         max_bytes: largest request body accepted, in bytes.
@@ -167,7 +165,7 @@ def create_app(
             },
             400: {
                 "model": ErrorResponse,
-                "description": "`empty`: there is no audio; `bad_multipart`: the form is broken or hasn't exactly one file.",
+                "description": "`empty`: no audio; `bad_multipart`: the form is broken or holds not just one file.",
             },
             413: {
                 "model": ErrorResponse,
@@ -226,13 +224,16 @@ def _bad_layer(layer: object, num_layers: int) -> ServiceError:
 
 def _decode(audio: bytes, max_seconds: float) -> Array:
     try:
-        waveform = load_audio(io.BytesIO(audio), max_seconds=max_seconds)
+        return load_audio(io.BytesIO(audio), max_seconds=max_seconds)
     except AudioError as error:
-        raise ServiceError(error.reason, str(error)) from error
-    # A float file may hold NaN or infinity, which no decoder minds.
-    if not np.isfinite(waveform).all():
-        raise ServiceError("undecodable", "The audio holds samples that are not finite numbers.")
-    return waveform
+        # The loader's own words are for files with names, and quote the decoder's.
+        messages = {
+            "empty": "The audio file holds no samples.",
+            "too_short": "The audio is too short: one frame needs at least 400 samples at 16 kHz (25 ms).",
+            "too_long": f"The audio is longer than the {max_seconds:g} seconds allowed.",
+            "undecodable": "The body can't be decoded as audio, or is damaged: send a whole wav, flac, ogg or mp3 file.",
+        }
+        raise ServiceError(error.reason, messages[error.reason]) from error
 
 
 def _format_accepted(accept: str) -> Literal["json", "npy"]:
@@ -302,5 +303,5 @@ def _add_error_handlers(app: FastAPI, num_layers: int) -> None:
 
     @app.exception_handler(Exception)
     async def internal(_: Request, __: Exception) -> Response:
-        # Starlette raises the exception again after this answer, so the server logs its trace; the client never sees it.
+        # Starlette raises the exception again after this answer, so its trace is logged and the client never sees it.
         return ServiceError("internal", "The service failed on this request; its log holds the cause.").response()

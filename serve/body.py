@@ -11,8 +11,8 @@ from serve.errors import ServiceError
 async def read_audio_bytes(request: Request, max_bytes: int) -> bytes:
     """The bytes of the audio file in a request.
 
-    A ``multipart/form-data`` body must hold one file, in the field ``file``; a body of any other content type is the file
-    itself. The limit counts the whole body as it arrives, so it also holds for chunked bodies and false lengths.
+    A ``multipart/form-data`` body must hold one file, in the field ``file``; a body of any other content type is the
+    file itself. The limit counts the whole body as it arrives, so it also holds for chunked bodies and false lengths.
 
     Args:
         request: whose body nobody has read yet.

@@ -30,11 +30,11 @@ class FeatureEngine:
 
     def __init__(self, student: Student, device: str | torch.device = "cpu") -> None:
         try:
-            self.device = torch.device(device)
-            self._student = student.to(self.device).eval()
+            self.device = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
             # PyTorch's own messages run over many lines; builds without CUDA raise AssertionError.
             raise ValueError(f"Can't use device '{device}': PyTorch finds no such device on this machine.") from error
+        self._student = student.to(self.device).eval()
         self.num_parameters = sum(parameter.numel() for parameter in self._student.parameters())
         # One frame of silence: warms the model up and shows its shape.
         layers, _, dim = self._infer(np.zeros(RECEPTIVE_FIELD, np.float32), None).shape
@@ -69,4 +69,5 @@ class FeatureEngine:
         real = hidden_states[0, :, : int(num_frames[0])]
         chosen = real if layer is None else real[layer - 1]
         # A copy, so that an answer being sent doesn't keep the other layers alive.
-        return chosen.float().cpu().contiguous().numpy().copy()
+        features: Array = chosen.float().cpu().numpy().copy()
+        return features

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-
 from student.checkpoints import save_student
 from student.config import StudentConfig
 from student.loss import distillation_loss
 from student.model import Student
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
 from student.settings import TrainSettings
 from student.train_state import load_train_state, save_train_state
 from teacher_cache.batches import cut_by_seconds, plan_epoch
@@ -35,7 +35,7 @@ class Rank:
 
     index: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    device: torch.device = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def train(
     validation_reader: TargetReader,
     folder: Path,
     *,
-    rank: Rank = Rank(),  # noqa: B008
+    rank: Rank = Rank(),
     wrap: Callable[[Student], nn.Module] = lambda student: student,
     on_validation: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> TrainResult:

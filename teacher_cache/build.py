@@ -106,8 +106,13 @@ class ShardWriter:
         spec, layout = self._spec, self._layout
         features = [(layer_column(layer), pa.large_binary()) for layer in spec.layers]
         clean_schema = pa.schema(
-            [("id", pa.string()), ("num_samples", pa.int64()), ("num_frames", pa.int64()), ("audio", pa.large_binary())]
-            + features
+            [
+                ("id", pa.string()),
+                ("num_samples", pa.int64()),
+                ("num_frames", pa.int64()),
+                ("audio", pa.large_binary()),
+                *features,
+            ]
         )
         masked_schema = pa.schema([("id", pa.string()), ("mask", pa.list_(pa.bool_())), *features])
         samples = np.array([len(waveform) for waveform in waveforms])
@@ -136,7 +141,9 @@ class ShardWriter:
             for path in layout.files(shard, spec.masks.draws)
         }
         with written_whole(layout.commit(shard)) as temporary:
-            temporary.write_text(json.dumps({"shard": shard, "fingerprint": spec.fingerprint, "files": files}, indent=2) + "\n")
+            temporary.write_text(
+                json.dumps({"shard": shard, "fingerprint": spec.fingerprint, "files": files}, indent=2) + "\n"
+            )
 
     def _hidden(self, waveforms: list[np.ndarray], masks: torch.Tensor | None) -> torch.Tensor:
         padded, lengths = pad_waveforms(waveforms)
@@ -221,5 +228,7 @@ def build_cache(
     remove_leftovers(root)
     if failures:
         more = f" and {len(failures) - _FAILURES_SHOWN} more" if len(failures) > _FAILURES_SHOWN else ""
-        raise CacheError(f"{len(failures)} utterances could not be cached: {'; '.join(failures[:_FAILURES_SHOWN])}{more}")
+        raise CacheError(
+            f"{len(failures)} utterances could not be cached: {'; '.join(failures[:_FAILURES_SHOWN])}{more}"
+        )
     return BuildReport(len(missing), len(shards) - len(missing), time.monotonic() - started)

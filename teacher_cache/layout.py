@@ -250,7 +250,9 @@ def open_or_create(root: Path, spec: CacheSpec, plan: pa.Table, teacher_name: st
                 "give cache.path another folder, or the settings the cache was made with"
             )
         return layout
-    if root.is_dir() and any(path.name != layout.plan.name and not path.name.startswith(".") for path in root.iterdir()):
+    if root.is_dir() and any(
+        path.name != layout.plan.name and not path.name.startswith(".") for path in root.iterdir()
+    ):
         raise CacheError(f"{root} holds files but no cache.json; give cache.path an empty or a new folder")
     samples = plan["num_samples"].to_numpy()
     record = {
@@ -292,7 +294,9 @@ def read_spec(root: Path) -> CacheSpec:
     try:
         spec = CacheSpec.model_validate(record["spec"])
     except pydantic.ValidationError as error:
-        raise CacheError(f"{Layout(root).cache_json} is damaged ({error.errors()[0]['msg']}); build the cache again") from error
+        raise CacheError(
+            f"{Layout(root).cache_json} is damaged ({error.errors()[0]['msg']}); build the cache again"
+        ) from error
     if spec.fingerprint != record.get("fingerprint"):
         raise CacheError(f"{Layout(root).cache_json} was altered: its fingerprint does not match its spec")
     return spec
@@ -304,7 +308,9 @@ def read_commit(layout: Layout, shard: int) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise CacheError(f"shard {shard} of the cache at {layout.root} is not finished; run the cache stage again") from None
+        raise CacheError(
+            f"shard {shard} of the cache at {layout.root} is not finished; run the cache stage again"
+        ) from None
     except json.JSONDecodeError as error:
         raise CacheError(f"{path} is damaged ({error}); delete it and run the cache stage again") from error
     return record

@@ -10,10 +10,12 @@ import re
 import threading
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING  # What its unpickler renames by.
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLES_IN_LEGACY_FILE = 5  # magic number, protocol, system info, object, storage keys
@@ -110,7 +112,7 @@ def load_untrusted(path: Path) -> dict[str, Any]:
         raise UntrustedCheckpointError(
             f"{path} is refused: its pickle names {', '.join(refused)}, which could run code when loaded"
         )
-    stand_ins = [
+    stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (_DictionaryStandIn if name.endswith(_DICTIONARIES) else StandIn, name) for name in found if _is_harmless(name)
     ]
     try:
@@ -207,8 +209,10 @@ def _globals_of_pickle(pickle: Any) -> set[str]:
 
 
 def _current_name(module: str, name: str) -> str:
-    # Python 2's name of builtins, written by protocol 2 under Python 3 too.
-    return f"{'builtins' if module == '__builtin__' else module}.{name}"
+    """The dotted name after the renaming of Python 2's names, which protocol 2 writes under Python 3 too."""
+    if (module, name) in NAME_MAPPING:
+        module, name = NAME_MAPPING[(module, name)]
+    return f"{IMPORT_MAPPING.get(module, module)}.{name}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -47,5 +47,9 @@ def verify_cache(root: Path) -> list[str]:
                 twice = sorted(name for name, count in Counter(found).items() if count > 1)
                 problems.append(f"{path} holds other utterances than planned (missing {lost[:3]}, twice {twice[:3]})")
     expected = {path for shard in planned for path in layout.files(shard, spec.masks.draws)}
-    problems += [f"{path} does not belong to the cache" for path in sorted(root.rglob("*.parquet")) if path not in expected | {layout.plan}]
+    problems += [
+        f"{path} does not belong to the cache"
+        for path in sorted(root.rglob("*.parquet"))
+        if path not in expected | {layout.plan}
+    ]
     return problems

@@ -45,8 +45,8 @@ def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
         return load_huggingface(path, device)
     if not path.is_file():
         raise TeacherError(
-            f"there is no teacher {spec!r}: give the path of a checkpoint or of a Hugging Face folder, torchaudio:NAME, "
-            "or random:LAYERSxDIM"
+            f"there is no teacher {spec!r}: give the path of a checkpoint or of a Hugging Face folder, "
+            "torchaudio:NAME, or random:LAYERSxDIM"
         )
     checkpoint = load_untrusted(path)
     load = load_wavlm if is_wavlm(checkpoint) else load_fairseq

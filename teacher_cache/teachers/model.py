@@ -118,7 +118,7 @@ class Teacher:
 
     def _architecture(self) -> dict[str, Any]:
         """What the weights' names and shapes don't tell."""
-        attention = self._layers[0].attention
+        attention: Any = self._layers[0].attention
         position = self._model.encoder.transformer.pos_conv_embed.conv
         return {
             "convolutions": self._kernels_and_strides,
@@ -202,16 +202,20 @@ class Teacher:
         if bool((frame_counts == frames).all()):
             padding = None
         attention_mask: Tensor | None = None
+        key_padding: Tensor | None = None
         if padding is not None:
             # Before the position convolution, which would else carry padding into real frames.
             x_BTD = x_BTD.masked_fill(padding[:, :, None], 0.0)
-            if not isinstance(self._layers[0].attention, WavLMSelfAttention):
+            if isinstance(self._layers[0].attention, WavLMSelfAttention):
+                # Added to the position bias, so of its type.
+                key_padding = torch.zeros_like(padding, dtype=x_BTD.dtype).masked_fill(padding, -torch.inf)
+            else:
                 attention_mask = ~padding[:, None, None, :].expand(batch, 1, frames, frames)
         x_BTD = encoder.transformer._preprocess(x_BTD)
         position_bias: Tensor | None = None
         for number, layer in enumerate(self._layers[: max(wanted)], start=1):
             x_BTD, position_bias = layer(
-                x_BTD, attention_mask=attention_mask, position_bias=position_bias, key_padding_mask=padding
+                x_BTD, attention_mask=attention_mask, position_bias=position_bias, key_padding_mask=key_padding
             )
             for slot, layer_number in enumerate(wanted):
                 if layer_number == number:
@@ -252,8 +256,8 @@ class Teacher:
     def _check_frame_mask(self, frame_mask: Tensor, batch: int, frames: int) -> None:
         if not self.has_mask_embedding:
             raise TeacherError(
-                f"{self.name} has no mask embedding, so it can't give masked targets: use the original checkpoint of the "
-                "model, or targets that need no mask"
+                f"{self.name} has no mask embedding, so it can't give masked targets: use the model's original "
+                "checkpoint, or targets that need no mask"
             )
         if frame_mask.shape != (batch, frames) or frame_mask.dtype != torch.bool:
             raise TeacherError(

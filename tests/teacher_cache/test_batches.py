@@ -61,8 +61,6 @@ def test_sorting_within_windows_saves_padding() -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_fewer_utterances_than_a_step_needs(count: int) -> None:
-    steps = plan_epoch(
-        LENGTHS[:count], batch_size=4, batch_seconds=None, world_size=2, accumulate=2, seed=0, epoch=0
-    )
+    steps = plan_epoch(LENGTHS[:count], batch_size=4, batch_seconds=None, world_size=2, accumulate=2, seed=0, epoch=0)
     assert len(steps) == 1
     assert set(flat(steps)) == set(range(count))

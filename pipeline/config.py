@@ -17,8 +17,8 @@ class ConfigError(ValueError):
     """A configuration that can't be used; the message names the key and what is allowed."""
 
 
-class _Section(pydantic.BaseModel, frozen=True, extra="forbid"):
-    pass
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
 
 class CorpusSection(_Section):

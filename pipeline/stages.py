@@ -356,11 +356,16 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 def run_stages(run: Run, stages: list[str]) -> dict[str, Any] | None:
     """Runs the named stages in their order; returns the summary where report is among them."""
-    summary = None
-    for stage in STAGES:
+    for stage, work in (
+        ("index", run.index),
+        ("plan", run.plan),
+        ("cache", run.cache_targets),
+        ("train", run.train),
+        ("export", run.export),
+    ):
         if stage in stages:
-            summary = {"cache": run.cache_targets}.get(stage, getattr(run, stage))()
-    return summary
+            work()
+    return run.report() if "report" in stages else None
 
 
 def _absolute_spec(checkpoint: str) -> str:

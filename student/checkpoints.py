@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pydantic
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from student.config import StudentConfig
 from student.model import Student
@@ -57,7 +57,7 @@ def load_student(checkpoint: Path | str, config: Path | str | None = None) -> St
             raise ValueError(f"{path} is not a student: there is no {needed}")
     try:
         student = Student(StudentConfig.model_validate(json.loads(described.read_text())["student"]))
-    except (json.JSONDecodeError, KeyError, TypeError, pydantic.ValidationError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{described} does not describe a student ({' '.join(str(error).split())})") from error
     try:
         tensors = load_file(weights)
@@ -74,8 +74,8 @@ def fill(student: Student, tensors: dict[str, Any], origin: Path) -> None:
         what = "lacks" if name in expected else "has an unexpected"
         raise ValueError(f"{origin} does not fit its configuration: it {what} tensor {name!r}")
     for name, tensor in expected.items():
-        if tensor.shape != tensors[name].shape:
-            raise ValueError(
-                f"{origin} does not fit its configuration: {name!r} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
-            )
+        found = tensors[name]
+        if not isinstance(found, Tensor) or found.shape != tensor.shape:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise ValueError(f"{origin} does not fit its configuration: {name!r} is {shape}, not {tuple(tensor.shape)}")
     student.load_state_dict(tensors)

@@ -66,6 +66,14 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
         assert not isinstance(self.attention_reuse, str)
         return self.attention_reuse
 
+    @property
+    def receptive_field(self) -> int:
+        """Samples that one frame sees, which is the shortest waveform with a frame: 400 for the published front ends."""
+        samples = 1
+        for _, kernel, stride in reversed(self.conv_layers):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
     @pydantic.model_validator(mode="after")
     def _possible(self) -> Self:
         if not self.conv_layers or any(min(layer) < 1 for layer in self.conv_layers):

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from teacher_cache.frames import padding_mask
+
+_ERRORS = {"mse": F.mse_loss, "l1": F.l1_loss}
 
 
 @dataclass
@@ -59,21 +62,29 @@ def distillation_loss(
             whole step, and sum.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes that don't fit, or an unknown kind.
     """
     if projections.shape != targets.shape:
-        raise ValueError(f"projections {tuple(projections.shape)} and targets {tuple(targets.shape)} must have one shape")
-    real = ~padding_mask(num_frames, projections.shape[2])
-    frames = real.sum() if normalizer is None else normalizer
-    error = projections.float() - targets.float()
-    # (B, L, T): each frame's error, averaged over D.
-    per_frame = error.square().mean(-1) if kind == "mse" else error.abs().mean(-1)
-    per_frame = per_frame.masked_fill(~real[:, None], 0)
-    per_layer = per_frame.sum((0, 2)) / frames
+        raise ValueError(
+            f"projections {tuple(projections.shape)} and targets {tuple(targets.shape)} must have one shape"
+        )
+    batch, _, frames, _ = projections.shape
+    if num_frames.shape != (batch,):
+        raise ValueError(f"num_frames must be {(batch,)}, not {tuple(num_frames.shape)}")
+    if frame_mask is not None and frame_mask.shape != (batch, frames):
+        raise ValueError(f"frame_mask must be {(batch, frames)}, not {tuple(frame_mask.shape)}")
+    if kind not in _ERRORS:
+        raise ValueError(f"the loss kind {kind!r} is not known; known kinds: {', '.join(_ERRORS)}")
+    padded = padding_mask(num_frames, frames)
+    divisor = num_frames.sum() if normalizer is None else normalizer
+    # (B, L, T): each frame's error, averaged over D. The fused loss keeps its inputs for backward, not their difference.
+    per_frame = _ERRORS[kind](projections.float(), targets.float(), reduction="none").mean(-1)
+    per_frame = per_frame.masked_fill(padded[:, None], 0)
+    per_layer = per_frame.sum((0, 2)) / divisor
     hint, final = hint_weight * per_layer[:-1].sum(), final_weight * per_layer[-1]
     loss = DistillationLoss(hint + final, hint, final, per_layer)
     if frame_mask is not None:
-        masked = (per_frame * frame_mask[:, None]).detach().sum((0, 2)) / frames
+        masked = (per_frame * frame_mask[:, None]).detach().sum((0, 2)) / divisor
         unmasked = per_layer.detach() - masked
         loss.mask_hint, loss.mask_final = masked[:-1].sum(), masked[-1]
         loss.unmask_hint, loss.unmask_final = unmasked[:-1].sum(), unmasked[-1]

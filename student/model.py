@@ -30,12 +30,12 @@ class StudentOutput(NamedTuple):
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale  # type: ignore[attr-defined]
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.scale, None  # type: ignore[attr-defined]
 
 
@@ -115,9 +115,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def _split(self, x_BTd: Tensor) -> Tensor:
-        return x_BTd.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x_BTd.view(*x_BTd.shape[:2], self.heads, -1).transpose(1, 2)
 
-    def forward(self, x_BTd: Tensor, attended: Tensor | None, shared: AttentionMap | None) -> tuple[Tensor, AttentionMap]:
+    def forward(
+        self, x_BTd: Tensor, attended: Tensor | None, shared: AttentionMap | None
+    ) -> tuple[Tensor, AttentionMap]:
         """``attended``: (B, 1, 1, T) bool, False at padding, or None. Returns (B, T, d) and the map for later layers."""
         if not self.reuses:
             shared = AttentionMap(self._split(self.query(x_BTd)), self._split(self.key(x_BTd)))
@@ -150,7 +152,9 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.activation_dropout = nn.Dropout(config.activation_dropout)
 
-    def forward(self, x_BTd: Tensor, attended: Tensor | None, shared: AttentionMap | None) -> tuple[Tensor, AttentionMap]:
+    def forward(
+        self, x_BTd: Tensor, attended: Tensor | None, shared: AttentionMap | None
+    ) -> tuple[Tensor, AttentionMap]:
         """As `Attention.forward`."""
         mixed, shared = self.attention(x_BTd, attended, shared)
         x = self.attention_norm(x_BTd + self.dropout(mixed))
@@ -231,20 +235,30 @@ class Student(nn.Module):
             raise ValueError(
                 f"waveforms must be (B, S) and lengths (B,), not {tuple(waveforms.shape)} and {tuple(lengths.shape)}"
             )
+        if not waveforms.is_floating_point() or lengths.is_floating_point():
+            raise ValueError(f"waveforms must be float and lengths int, not {waveforms.dtype} and {lengths.dtype}")
+        samples = lengths.tolist()  # On a GPU, the one wait that the checks and the choice of a padding mask cost.
+        if not samples:
+            raise ValueError("the batch holds no waveform; give at least one")
+        if min(samples) < self.config.receptive_field or max(samples) > waveforms.shape[1]:
+            raise ValueError(
+                f"lengths must be from {self.config.receptive_field} samples (one frame) to the batch's "
+                f"{waveforms.shape[1]}, not {samples}"
+            )
         num_frames = self.num_frames(lengths)
-        if bool((num_frames < 1).any()) or bool((lengths > waveforms.shape[1]).any()):
-            raise ValueError(f"lengths must be between 400 samples and the batch's {waveforms.shape[1]}, not {lengths.tolist()}")
         x, real = waveforms[:, None], lengths
         for block in self.conv_blocks:
             x, real = block(x, real)
         x = self.input_dropout(self.projection(self.feature_norm(x.transpose(1, 2))))
         if frame_mask is not None:
-            if frame_mask.shape != x.shape[:2]:
-                raise ValueError(f"frame_mask must be {tuple(x.shape[:2])}, not {tuple(frame_mask.shape)}")
+            if frame_mask.shape != x.shape[:2] or frame_mask.dtype != torch.bool:
+                raise ValueError(
+                    f"frame_mask must be bool of shape {tuple(x.shape[:2])}, not {frame_mask.dtype} of {tuple(frame_mask.shape)}"
+                )
             x = torch.where(frame_mask[..., None], self.mask_embedding.to(x.dtype), x)
-        padded = padding_mask(num_frames, x.shape[1])
         attended = None
-        if bool(padded.any()):
+        if min(samples) < waveforms.shape[1]:
+            padded = padding_mask(num_frames, x.shape[1])
             x = x.masked_fill(padded[..., None], 0)
             attended = ~padded[:, None, None]
         x = self.encoder_dropout(self.encoder_norm(x + self.position(x)))

@@ -3,9 +3,8 @@
 import ast
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import pydantic
 import yaml
 
 from student.checkpoints import fill
@@ -42,8 +41,11 @@ _ONLY = {
     "layerwise_proj": True,
     "pos_conv_depth": 1,
     "activation_fn": "gelu",
+    "crop_seq_to_multiple": 1,
 }
 """Options of the published yaml whose other values this student does not have."""
+
+_MOST_LAYERS = 1000
 
 
 def load_published(checkpoint: Path, config: Path) -> Student:
@@ -78,24 +80,28 @@ def published_config(path: Path) -> StudentConfig:
     try:
         tree = yaml.safe_load(path.read_text())
         options: dict[str, Any] = tree["distiller"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        if not isinstance(options, dict):
+            raise TypeError("distiller is not a mapping")
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a published configuration: it has no readable 'distiller' section") from error
     for key, value in _ONLY.items():
         if options.get(key, value) != value:
             raise ValueError(f"{path}: distiller.{key} is {options[key]!r}; only {value!r} is supported")
     try:
         layers = int(options["encoder_layers"])
-        pattern = _literal(options["reuse_pattern"]) if "reuse_pattern" in options else [True] * layers
+        pattern = options.get("reuse_pattern")  # MaskHuBERT's yaml has none: every layer computes its map.
+        computes = [True] * layers if pattern in (None, "None") else _literal(pattern)
+        norms: dict[str, Literal["group_norm", "layer_norm"]] = {"default": "group_norm", "layer_norm": "layer_norm"}
         return StudentConfig(
             conv_layers=tuple(tuple(layer) for layer in _literal(options["conv_feature_layers"])),
-            conv_norm="group_norm" if options.get("extractor_mode", "default") == "default" else "layer_norm",
+            conv_norm=norms[options.get("extractor_mode", "default")],
             conv_bias=options.get("conv_bias", False),
             encoder_layers=layers,
             encoder_embed_dim=options["encoder_embed_dim"],
             encoder_ffn_embed_dim=options["encoder_ffn_embed_dim"],
             encoder_attention_heads=options["encoder_attention_heads"],
             # Published: True computes a map. Ours: True reuses one.
-            attention_reuse=tuple(not computes for computes in pattern),
+            attention_reuse=tuple(not own for own in computes),
             reuse_behaviour="released",
             layer_grad_scale=options.get("layer_grad_scale", False),
             conv_pos=options.get("conv_pos", 128),
@@ -106,26 +112,28 @@ def published_config(path: Path) -> StudentConfig:
             activation_dropout=options.get("activation_dropout", 0.0),
             dropout_input=options.get("dropout_input", 0.0),
         )
-    except (KeyError, TypeError, SyntaxError, pydantic.ValidationError) as error:
+    except (KeyError, TypeError, ValueError, SyntaxError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a student ({' '.join(str(error).split())})") from error
 
 
 def _literal(text: Any) -> list[Any]:
-    """The value of a list expression such as ``[(128, 10, 5)] + [(256, 3, 2)] * 4``, without eval."""
-    if not isinstance(text, str):
-        return list(text)
+    """The value of a list expression such as ``[(128, 10, 5)] + [(256, 3, 2)] * 4``, without eval.
 
-    def value(node: ast.expr) -> Any:
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            return value(node.left) + value(node.right)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            left, right = value(node.left), value(node.right)
-            if not isinstance(right, int) or right > 1000:
-                raise TypeError(f"{text!r} repeats a list by something else than a small number")
-            return left * right
-        try:
-            return ast.literal_eval(node)
-        except ValueError as error:
-            raise TypeError(f"{text!r} is not a list of numbers") from error
+    Raises:
+        TypeError: anything but lists of literals, added, or repeated up to a small total length.
+    """
+    return list(_list(ast.parse(text, mode="eval").body, text)) if isinstance(text, str) else list(text)
 
-    return list(value(ast.parse(text, mode="eval").body))
+
+def _list(node: ast.expr, text: str) -> list[Any]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _list(node.left, text) + _list(node.right, text)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and isinstance(node.right, ast.Constant):
+        items, times = _list(node.left, text), node.right.value
+        # The bound keeps a hostile yaml from filling the memory.
+        if not isinstance(times, int) or len(items) * times > _MOST_LAYERS:
+            raise TypeError(f"{text!r} repeats a list by something else than a small number")
+        return items * times
+    if not isinstance(node, ast.List):
+        raise TypeError(f"{text!r} is not a sum of lists")
+    return [ast.literal_eval(item) for item in node.elts]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.amp.grad_scaler import GradScaler
 from student.model import Student
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def save_train_state(
     folder: Path,
     student: Student,
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    scaler: GradScaler,
     state: TrainState,
     rank: "Rank",
 ) -> None:
@@ -67,7 +68,7 @@ def save_train_state(
 
 
 def load_train_state(
-    folder: Path, student: Student, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, rank: "Rank"
+    folder: Path, student: Student, optimizer: torch.optim.Optimizer, scaler: GradScaler, rank: "Rank"
 ) -> TrainState:
     """Restores what `save_train_state` wrote; a fresh TrainState where there is nothing.
 

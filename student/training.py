@@ -17,6 +17,7 @@ from student.config import StudentConfig
 from student.loss import distillation_loss
 from student.model import Student
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.utils.tensorboard import SummaryWriter
 
 from student.settings import TrainSettings
@@ -206,15 +207,15 @@ class _Metrics:
         rows = self._path.read_text().splitlines() if self._path.is_file() else []
         kept = [row for row in rows if json.loads(row)["step"] <= first_step]
         self._path.write_text("".join(row + "\n" for row in kept))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
             if isinstance(value, float):
-                self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])  # type: ignore[no-untyped-call]
-        self._board.flush()  # type: ignore[no-untyped-call]
+                self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+        self._board.flush()
 
 
 def train(
@@ -259,7 +260,7 @@ def train(
     # Ranks start from equal weights but drop different units.
     torch.manual_seed(settings.seed * 1_000_003 + 1 + rank.index)
     optimizer = make_optimizer(student, settings)
-    scaler = torch.amp.GradScaler(enabled=settings.precision == "fp16")
+    scaler = GradScaler(enabled=settings.precision == "fp16")
     plan = TrainingPlan(train_reader.num_samples, settings, rank.world_size)
     last, best = folder / "checkpoints" / "last", folder / "checkpoints" / "best"
     state = load_train_state(last, student, optimizer, scaler, rank)
@@ -310,7 +311,7 @@ def train(
                 normalizer=micro.step_frames,
             ).total
             # DDP averages gradients over ranks; the sum is wanted.
-            scaler.scale(loss * rank.world_size).backward()
+            scaler.scale(loss * rank.world_size).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach()
         audio += float(batch.lengths.sum()) / SAMPLE_RATE
         if micro.last_of_step:

@@ -1,5 +1,6 @@
 """Audio of any rate and channel count becomes 16 kHz mono; what can't be used is refused with the reason."""
 
+from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -12,9 +13,11 @@ from teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 
 Reason = Literal["undecodable", "empty", "too_short", "too_long"]
 
-_BLOCK_SECONDS = 10
-_MAX_RATE = 768_000
+# Outside these a header lies, or the memory that resampling needs grows without bound.
+_RATES = (2_000, 768_000)
 _MAX_CHANNELS = 64
+# Values decoded at once, over all channels: what a header claims is never allocated before it is there.
+_BLOCK_VALUES = 1 << 20
 
 
 class AudioError(ValueError):
@@ -32,50 +35,96 @@ class AudioError(ValueError):
 def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) -> np.ndarray:
     """Decodes wav, flac, ogg or mp3 to what teachers and students hear.
 
+    Untrusted bytes are fine: they are only decoded, in blocks, and without ``max_seconds`` memory is bounded by what the
+    file really holds. A wav file shorter than its header says (a stream, or cut short) gives what it holds.
+
     Args:
-        source: a path, or a seekable binary file (untrusted bytes are fine: they are only decoded).
-        max_seconds: refuse longer audio; from the header where it is honest, and while decoding in any case.
+        source: a path, or a seekable binary file.
+        max_seconds: refuse longer audio; from the header where it has a length, and while decoding in any case.
 
     Returns:
         (S,) float32 at 16 kHz, channels averaged, clipped to [-1, 1]; S >= 400.
 
     Raises:
-        AudioError: see its reasons.
+        AudioError: its ``reason`` says which of four ways the audio can't be used, its message one sentence why.
     """
     name = str(source) if isinstance(source, (str, Path)) else "the audio"
-    try:
-        file = soundfile.SoundFile(source)
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
-        raise AudioError("undecodable", f"{name} can't be decoded as audio ({error})") from error
-    with file:
-        rate, channels = file.samplerate, file.channels
-        if not 1 <= rate <= _MAX_RATE or not 1 <= channels <= _MAX_CHANNELS:
-            raise AudioError("undecodable", f"{name} claims {channels} channels at {rate} Hz, which is not audio")
-        limit = None if max_seconds is None else int(max_seconds * rate)
-        too_long = AudioError("too_long", f"{name} is longer than the {max_seconds} s allowed")
-        if limit is not None and file.frames > limit and file.format != "MP3":
-            raise too_long
-        blocks: list[np.ndarray] = []
-        count = 0
-        try:
-            while len(block := file.read(_BLOCK_SECONDS * rate, dtype="float32", always_2d=True)):
-                blocks.append(block.mean(axis=1))
-                count += len(block)
-                if limit is not None and count > limit:
-                    raise too_long
-        except (soundfile.SoundFileError, RuntimeError) as error:
-            raise AudioError("undecodable", f"{name} is damaged ({error})") from error
-        if file.format not in ("MP3", "OGG") and count < file.frames:
-            raise AudioError("undecodable", f"{name} is damaged (its header says {file.frames} samples, it holds {count})")
-    if count == 0:
+    samples, rate = _decode(source, name, max_seconds)
+    if len(samples) == 0:
         raise AudioError("empty", f"{name} holds no samples")
-    waveform = np.concatenate(blocks)
-    if not np.isfinite(waveform).all():
-        raise AudioError("undecodable", f"{name} holds samples that are not numbers")
-    if rate != SAMPLE_RATE:
-        waveform = torchaudio.functional.resample(torch.from_numpy(waveform), rate, SAMPLE_RATE).numpy()
+    if not np.isfinite(samples).all():
+        raise AudioError("undecodable", f"{name} holds samples that are not finite numbers")
+    waveform: np.ndarray = np.clip(_resample(samples, rate), -1.0, 1.0)
     if len(waveform) < RECEPTIVE_FIELD:
         raise AudioError(
             "too_short", f"{name} has {len(waveform)} samples at 16 kHz; at least {RECEPTIVE_FIELD} (25 ms) are needed"
         )
-    return np.clip(waveform, -1.0, 1.0)
+    return waveform
+
+
+def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None) -> tuple[np.ndarray, int]:
+    """(N,) float32 mean of the channels, and the rate in Hz."""
+    try:
+        if _num_bytes(source) == 0:
+            raise AudioError("empty", f"{name} is an empty file")
+        file = soundfile.SoundFile(source)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        detail = "it doesn't say what format it is" if isinstance(error, TypeError) else _detail(error)
+        raise AudioError("undecodable", f"{name} can't be decoded as audio ({detail})") from error
+    with file:
+        rate, channels = file.samplerate, file.channels
+        if not _RATES[0] <= rate <= _RATES[1] or not 1 <= channels <= _MAX_CHANNELS:
+            raise AudioError(
+                "undecodable",
+                f"{name} claims {channels} channels at {rate} Hz; up to {_MAX_CHANNELS} channels at {_RATES[0]} to {_RATES[1]} Hz "
+                "can be used",
+            )
+        # MP3 headers give an estimate, streams of FLAC and Ogg the largest number there is.
+        length_known = file.format in ("WAV", "WAVEX", "FLAC") and file.frames < 2**62
+        limit = None if max_seconds is None else int(max_seconds * rate)
+        too_long = AudioError("too_long", f"{name} is longer than the {max_seconds} s allowed")
+        if limit is not None and length_known and file.frames > limit:
+            raise too_long
+        blocks = [np.zeros(0, np.float32)]
+        count = 0
+        try:
+            while len(block := file.read(_BLOCK_VALUES // channels, dtype="float32", always_2d=True)):
+                count += len(block)
+                if limit is not None and count > limit:
+                    raise too_long
+                blocks.append(block.mean(axis=1))
+        except (soundfile.SoundFileError, RuntimeError) as error:
+            raise AudioError("undecodable", f"{name} is damaged ({_detail(error)})") from error
+        if length_known and count < file.frames:
+            raise AudioError(
+                "undecodable", f"{name} is damaged (its header says {file.frames} samples, it holds {count})"
+            )
+    return np.concatenate(blocks), rate
+
+
+def _num_bytes(source: Path | str | BinaryIO) -> int:
+    if isinstance(source, (str, Path)):
+        return Path(source).stat().st_size
+    start = source.tell()
+    end = source.seek(0, 2)
+    source.seek(start)
+    return end - start
+
+
+def _detail(error: Exception) -> str:
+    # soundfile's own messages repeat the path, or the address of the file object.
+    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+    return str(text).rstrip(".")
+
+
+def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
+    """(N,) at rate → (S,) at 16 kHz.
+
+    torchaudio tabulates p x q values for the ratio p / q in lowest terms: fine for every usual rate, gigabytes for 44,101 Hz.
+    So unusual ratios are rounded, by at most 1 in 10,000 or so; every rate recorders use is exact.
+    """
+    if rate == SAMPLE_RATE:
+        return samples
+    ratio = Fraction(rate, SAMPLE_RATE).limit_denominator(640 if rate <= 48_000 else 160)
+    resampled = torchaudio.functional.resample(torch.from_numpy(samples), ratio.numerator, ratio.denominator)
+    return np.asarray(resampled.numpy())

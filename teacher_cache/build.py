@@ -217,7 +217,7 @@ def build_cache(
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(missing))),
             num_gpus=gpus_per_actor,
             num_cpus=1,
-        ).iter_rows(prefetch_batches=0)
+        ).iter_rows()
         for count, record in enumerate(records, 1):
             if record["failures"]:
                 failures += record["failures"].split("\n")

@@ -14,7 +14,10 @@ from torch import Tensor
 class Codec(Protocol):
     """What the cache asks of a codec. Implementations are stateless and deterministic."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As in ``cache.json``."""
+        ...
 
     def encode(self, frames: Tensor) -> bytes:
         """(T, D) float32 on any device → bytes."""

@@ -30,4 +30,5 @@ def to_flac(waveform: np.ndarray) -> bytes:
 def from_flac(data: bytes) -> np.ndarray:
     """FLAC bytes of `to_flac` → (S,) float32, equal to what was quantised."""
     samples, _ = soundfile.read(io.BytesIO(data), dtype="int16")
-    return samples.astype(np.float32) / np.float32(_SCALE)
+    waveform: np.ndarray = samples.astype(np.float32) / np.float32(_SCALE)
+    return waveform

@@ -25,9 +25,9 @@ class MaskPolicy(pydantic.BaseModel, frozen=True, extra="forbid"):
     """
 
     selection: Literal["static", "uniform", "normal", "poisson"] = "static"
-    mask_prob: float = pydantic.Field(default=0.8, ge=0, le=1)
+    mask_prob: float = pydantic.Field(default=0.8, ge=0, le=1, allow_inf_nan=False)
     mask_length: int = pydantic.Field(default=10, ge=1)
-    mask_other: float = pydantic.Field(default=0.0, ge=0)
+    mask_other: float = pydantic.Field(default=0.0, ge=0, allow_inf_nan=False)
     no_overlap: bool = False
     min_space: int = pydantic.Field(default=1, ge=0)
 
@@ -38,21 +38,27 @@ class MaskPolicy(pydantic.BaseModel, frozen=True, extra="forbid"):
                 f"mask_other {self.mask_other:g} is above 2 x mask_length {2 * self.mask_length}, so no uniform span length "
                 "is possible; lower mask_other"
             )
+        if self.selection == "uniform" and self.mask_other != int(self.mask_other):
+            raise ValueError(
+                f"mask_other {self.mask_other:g} is no whole number of frames, as uniform span lengths need"
+            )
         return self
 
 
 def draw_mask(policy: MaskPolicy, seed: int, draw: int, utterance_id: str, num_frames: int) -> np.ndarray:
     """One mask of one utterance; equal arguments give equal masks on every machine, in any order.
 
-    In distribution this is fairseq's ``compute_mask_indices`` for a batch of one. At least one frame stays unmasked: a
-    mask that would cover everything loses one frame, chosen at random, and a single frame is never masked.
+    In distribution this is fairseq's ``compute_mask_indices`` for a batch of one with ``min_masks=2``, as HuBERT and wav2vec
+    2.0 call it. Where fairseq raises or would mask everything, ours differs: at least one frame stays unmasked (a mask over
+    everything loses one frame, chosen at random), a single frame is never masked, and with no_overlap an utterance in which
+    no span fits has no mask. A mask_prob of 0 means no mask, as in fairseq's models.
 
     Args:
         policy: how spans are drawn.
         seed: of the run's masks.
         draw: number of the draw, 0-based.
         utterance_id: the utterance.
-        num_frames: T.
+        num_frames: T, at least 0.
 
     Returns:
         (T,) bool, True at masked frames.
@@ -81,7 +87,8 @@ def _span_lengths(policy: MaskPolicy, count: int, rng: np.random.Generator) -> n
     if policy.selection == "uniform":
         return rng.integers(int(policy.mask_other), policy.mask_length * 2 + 1, size=count)
     if policy.selection == "normal":
-        return np.maximum(1, np.rint(rng.normal(policy.mask_length, policy.mask_other, size=count)).astype(int))
+        lengths = np.rint(rng.normal(policy.mask_length, policy.mask_other, size=count))
+        return lengths.clip(min=1).astype(int)
     return rng.poisson(policy.mask_length, size=count)
 
 

@@ -28,7 +28,11 @@ def single(golden: dict[str, Tensor], row: int) -> tuple[Tensor, Tensor, Tensor]
     """Waveform, length and mask of one utterance, unpadded."""
     length = int((~golden["padding_mask"][row].bool()).sum())
     frames = (length - 400) // 320 + 1
-    return golden["wav"][row : row + 1, :length], torch.tensor([length]), golden["mask_indices"][row : row + 1, :frames].bool()
+    return (
+        golden["wav"][row : row + 1, :length],
+        torch.tensor([length]),
+        golden["mask_indices"][row : row + 1, :frames].bool(),
+    )
 
 
 @pytest.mark.parametrize("row", [0, 1, 2])
@@ -59,7 +63,9 @@ def test_losses_and_gradients(golden: dict[str, Tensor], published: tuple[str, S
         "unmask_rec_loss": loss.unmask_final,
     }
     for key, value in expected.items():
-        torch.testing.assert_close(value.detach(), golden[f"{name}_{key}"], **TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            value.detach(), golden[f"{name}_{key}"], **TOLERANCE, msg=lambda m, key=key: f"{key}: {m}"
+        )
     gradients = {
         "conv0": student.conv_blocks[0].conv.weight.grad,
         "mask_emb": student.mask_embedding.grad,
@@ -67,7 +73,9 @@ def test_losses_and_gradients(golden: dict[str, Tensor], published: tuple[str, S
         "head0": student.heads[0].weight.grad,
     }
     for key, gradient in gradients.items():
-        torch.testing.assert_close(gradient, golden[f"{name}_grad_{key}"], **TOLERANCE, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            gradient, golden[f"{name}_grad_{key}"], **TOLERANCE, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def test_validation_loss(golden: dict[str, Tensor], published: tuple[str, Student]) -> None:

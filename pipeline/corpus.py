@@ -1,0 +1,375 @@
+"""The corpus index: every audio file found, decoded once, and either an utterance or skipped with the reason."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from teacher_cache.audio import AudioError, load_audio
+from teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+TRAIN_PREFIXES = ("train",)
+VALIDATION_PREFIXES = ("dev", "heldout", "valid")
+
+_FILES = ("index.parquet", "skipped.csv", "state.json")
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One usable file.
+
+    Attributes:
+        id: unique in the corpus.
+        path: absolute path of the file.
+        num_samples: S, at 16 kHz.
+        split: ``train`` or ``validation``.
+        sha256: of the decoded float32 samples, as hex.
+    """
+
+    id: str
+    path: Path
+    num_samples: int
+    split: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One file that can't be used.
+
+    Attributes:
+        path: the file.
+        reason: ``undecodable``, ``empty``, ``too_short``, ``too_long``, ``missing``, ``duplicate_id``,
+            ``no_split`` or ``bad_name``.
+        message: one sentence.
+    """
+
+    path: Path
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class CorpusIndex:
+    """What a corpus holds.
+
+    Attributes:
+        utterances: sorted by id.
+        skipped: sorted by path.
+        reused: whether an earlier index was still right, and nothing was decoded.
+    """
+
+    utterances: list[Utterance]
+    skipped: list[Skipped]
+    reused: bool = False
+
+    @property
+    def hours(self) -> float:
+        """Hours of usable audio."""
+        return sum(utterance.num_samples for utterance in self.utterances) / SAMPLE_RATE / 3600
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over ids, splits and sample hashes: equal for equal audio, wherever it lies."""
+        digest = hashlib.sha256()
+        for u in sorted(self.utterances, key=lambda utterance: utterance.id):
+            digest.update(json.dumps([u.id, u.split, u.sha256]).encode())
+        return digest.hexdigest()
+
+    @classmethod
+    def load(cls, folder: Path) -> "CorpusIndex":
+        """Reads what `index_corpus` wrote to its output folder.
+
+        Raises:
+            ValueError: there is no complete index.
+        """
+        path = folder / "index.parquet"
+        try:
+            # Files that have meanwhile gone are the caller's to notice, when it reads them.
+            table = pq.read_table(path)
+            with (folder / "skipped.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+                skipped = [Skipped(Path(row["path"]), row["reason"], row["message"]) for row in csv.DictReader(file)]
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{folder} holds no complete corpus index; run the index stage first") from error
+        utterances = [Utterance(**{**row, "path": Path(row["path"])}) for row in table.to_pylist()]
+        return cls(utterances, skipped, reused=True)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file found, before decoding; split is a name of the corpus's, later ``train`` or ``validation``, or None."""
+
+    id: str
+    path: Path
+    split: str | None
+
+
+def index_corpus(
+    path: Path,
+    *,
+    train_splits: Sequence[str] | None = None,
+    validation_splits: Sequence[str] | None = None,
+    validation_fraction: float = 0.05,
+    min_seconds: float = RECEPTIVE_FIELD / SAMPLE_RATE,
+    max_seconds: float = 40.0,
+    output: Path,
+    progress: Callable[[int, int], object] | None = None,
+) -> CorpusIndex:
+    """Finds, decodes and lists the audio of a corpus.
+
+    The kind of corpus is told from what is there: a file is a manifest (.csv or .parquet, a column ``path``, optionally ``id``
+    and ``split``; relative paths start at the manifest); a folder with ``SPLIT/SPEAKER/CHAPTER/*.flac`` has LibriSpeech's
+    layout, where the top-level folders are the splits and file stems the ids; any other folder is searched for wav, flac, ogg
+    and mp3, whose ids are their relative paths without suffix (with it, where two files differ in nothing else).
+
+    Splits whose names start with "train" are for training, those with "dev", "heldout" or "valid" for validation, unless named
+    otherwise. Where none is for validation, the files whose hashed ids are smallest are held out.
+
+    Args:
+        path: folder or manifest.
+        train_splits: names of the splits to train on.
+        validation_splits: names of the splits to validate on.
+        validation_fraction: share of the training files held out where no split is for validation; at least one file.
+        min_seconds: shorter audio is skipped. Default 400 samples (25 ms, one frame), which is the least.
+        max_seconds: longer audio is skipped. Default 40.
+        output: folder that gets ``index.parquet`` and ``skipped.csv`` (path, reason, message). Where it holds an index of
+            the same files (path, size, time) made with the same arguments, that is returned.
+        progress: called as progress(done, total) while files are decoded.
+
+    Returns:
+        The index. Every file found is in ``utterances`` or in ``skipped``.
+
+    Raises:
+        ValueError: nothing at path, no audio, a split that isn't there, or no usable file to train or validate on.
+    """
+    path = path.absolute()
+    entries, skipped = _find(path, train_splits, validation_splits)
+    state = _state(entries, skipped, [validation_fraction, min_seconds, max_seconds])
+    if all((output / name).is_file() for name in _FILES) and (output / "state.json").read_text() == state:
+        index = CorpusIndex.load(output)
+        if progress is not None:
+            progress(len(entries), len(entries))
+    else:
+        utterances: list[Utterance] = []
+        # Decoding and hashing release the GIL.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            results = pool.map(lambda entry: _decode(entry, min_seconds, max_seconds), entries)
+            for done, result in enumerate(results, 1):
+                if isinstance(result, Utterance):
+                    utterances.append(result)
+                else:
+                    skipped.append(result)
+                if progress is not None:
+                    progress(done, len(entries))
+        if not any(entry.split == "validation" for entry in entries):
+            utterances = _hold_out(utterances, validation_fraction)
+        index = CorpusIndex(
+            sorted(utterances, key=lambda utterance: utterance.id), sorted(skipped, key=lambda skip: str(skip.path))
+        )
+        _save(index, state, output)
+    for split in ("train", "validation"):
+        if not any(utterance.split == split for utterance in index.utterances):
+            counts = Counter(skip.reason for skip in index.skipped)
+            why = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none"
+            raise ValueError(
+                f"no usable audio is left for the {split} split of {path} (files skipped: {why}; listed in "
+                f"{output / 'skipped.csv'}); add audio or choose other splits"
+            )
+    return index
+
+
+def _find(
+    path: Path, train: Sequence[str] | None, validation: Sequence[str] | None
+) -> tuple[list[_Entry], list[Skipped]]:
+    skipped: list[Skipped] = []
+    if path.is_dir():
+        found = _find_in_folder(path, skipped)
+    elif path.is_file():
+        found = _find_in_manifest(path)
+    else:
+        raise ValueError(f"there is no corpus at {path}; give a folder of audio or a .csv or .parquet manifest")
+    if not found:
+        raise ValueError(f"{path} holds no audio; files ending in {', '.join(SUFFIXES)} are looked for")
+    found = _take_splits(found, train, validation, path)
+    entries: dict[str, _Entry] = {}
+    for entry in sorted(found, key=lambda entry: (entry.id, str(entry.path))):
+        first = entries.setdefault(entry.id, entry)
+        if first is not entry:
+            message = f"{entry.path} has the id {entry.id!r}, which {first.path} has already"
+            skipped.append(Skipped(entry.path, "duplicate_id", message))
+    return list(entries.values()), skipped
+
+
+def _find_in_folder(path: Path, skipped: list[Skipped]) -> list[_Entry]:
+    files = []
+    for file in _walk(path):
+        if _is_text(str(file)):
+            files.append(file)
+        else:
+            skipped.append(Skipped(file, "bad_name", "the file's name is not valid UTF-8"))
+    relative = [file.relative_to(path) for file in files]
+    if any(_is_librispeech(file) for file in relative):
+        entries = []
+        for file, name in zip(files, relative, strict=True):
+            if len(name.parts) > 1:
+                entries.append(_Entry(file.stem, file, name.parts[0]))
+            else:
+                skipped.append(Skipped(file, "no_split", f"{file} lies beside the splits, in none of them"))
+        return entries
+    stems = [name.with_suffix("").as_posix() for name in relative]
+    counts = Counter(stems)
+    return [
+        _Entry(stem if counts[stem] == 1 else name.as_posix(), file, None)
+        for stem, name, file in zip(stems, relative, files, strict=True)
+    ]
+
+
+def _walk(path: Path) -> list[Path]:
+    """Audio files below path, sorted; links to folders are followed (corpora are often linked together), each folder once."""
+    files, seen = [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders.sort()
+        real = Path(folder).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(folder) / name for name in names if name.lower().endswith(SUFFIXES)]
+    return sorted(files)
+
+
+def _is_librispeech(name: Path) -> bool:
+    """Whether a path within the corpus reads SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac."""
+    parts = name.parts
+    return len(parts) == 4 and name.suffix == ".flac" and name.stem.startswith(f"{parts[1]}-{parts[2]}-")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _find_in_manifest(path: Path) -> list[_Entry]:
+    try:
+        if path.suffix.lower() == ".parquet":
+            table = pq.read_table(path)
+        elif path.suffix.lower() == ".csv":
+            # As text: an id of 0012 is not 12.
+            header = next(csv.reader([path.open(encoding="utf-8-sig").readline()]), [])
+            options = pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in header})
+            table = pyarrow.csv.read_csv(path, convert_options=options)
+        else:
+            raise ValueError(f"{path} is neither a folder of audio nor a .csv or .parquet manifest")
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"the manifest {path} can't be read ({str(error).splitlines()[0]})") from error
+    if "path" not in table.column_names:
+        raise ValueError(f"the manifest {path} has no column 'path'; it has {', '.join(table.column_names) or 'none'}")
+    columns = {}
+    for name in {"path", "id", "split"} & set(table.column_names):
+        try:
+            columns[name] = pc.cast(table[name], pa.string()).to_pylist()
+        except pa.ArrowException as error:
+            raise ValueError(f"the column {name!r} of the manifest {path} must be text") from error
+        if not all(columns[name]):
+            row = next(n for n, value in enumerate(columns[name], 1) if not value)
+            raise ValueError(f"row {row} of the manifest {path} has no {name}; fill it in, or leave out the row")
+    files = [path.parent / file for file in columns["path"]]
+    ids = columns.get("id") or [Path(file).with_suffix("").as_posix() for file in columns["path"]]
+    splits = columns.get("split") or [None] * len(files)
+    return [_Entry(id, file, split) for id, file, split in zip(ids, files, splits, strict=True)]
+
+
+def _take_splits(
+    found: list[_Entry], train: Sequence[str] | None, validation: Sequence[str] | None, path: Path
+) -> list[_Entry]:
+    """Names of splits become ``train`` and ``validation``; files of other splits are left out."""
+    names = sorted({entry.split for entry in found if entry.split is not None})
+    wanted = [*(train or []), *(validation or [])]
+    if not names:
+        if wanted:
+            raise ValueError(f"{path} has no splits, so there is no {wanted[0]!r}; leave the names of splits out")
+        return found
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"{path} has no split {name!r}; it has {', '.join(names)}")
+    both = sorted(set(train or []) & set(validation or []))
+    if both:
+        raise ValueError(f"the split {both[0]!r} can't be both for training and for validation")
+    if validation is None:
+        validation = [name for name in names if name.startswith(VALIDATION_PREFIXES) and name not in (train or [])]
+    if train is None:
+        train = [name for name in names if name.startswith(TRAIN_PREFIXES) and name not in validation]
+        if not train:
+            raise ValueError(f"no split of {path} starts with 'train'; name one of {', '.join(names)} to train on")
+    role = dict.fromkeys(train, "train") | dict.fromkeys(validation, "validation")
+    return [_Entry(entry.id, entry.path, role[entry.split]) for entry in found if entry.split in role]
+
+
+def _hold_out(utterances: list[Utterance], fraction: float) -> list[Utterance]:
+    """The same ones at every call and in any order: those with the smallest hashes of their ids; never all of them."""
+    count = min(max(1, round(fraction * len(utterances))), len(utterances) - 1)
+    by_hash = sorted(utterances, key=lambda utterance: hashlib.sha256(utterance.id.encode()).digest())
+    return [replace(u, split="validation" if n < count else "train") for n, u in enumerate(by_hash)]
+
+
+def _state(entries: list[_Entry], skipped: list[Skipped], settings: list[float]) -> str:
+    """What an index depends on; equal states have equal indices."""
+    files: list[object] = []
+    for entry in entries:
+        try:
+            stat = entry.path.stat()
+            files.append([entry.id, str(entry.path), entry.split, stat.st_size, stat.st_mtime_ns])
+        except OSError:
+            files.append([entry.id, str(entry.path), entry.split, "missing"])
+    content = [_SCHEMA, files, [[str(skip.path), skip.reason] for skip in skipped], settings]
+    return json.dumps({"sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest()})
+
+
+def _decode(entry: _Entry, min_seconds: float, max_seconds: float) -> Utterance | Skipped:
+    if not os.path.isfile(entry.path):  # noqa: PTH113 (Path.is_file raises where a folder on the way is closed to us)
+        return Skipped(entry.path, "missing", f"{entry.path} is not there, or is no file")
+    try:
+        waveform = load_audio(entry.path, max_seconds)
+        if len(waveform) < min_seconds * SAMPLE_RATE:
+            raise AudioError("too_short", f"{entry.path} is shorter than {min_seconds} s")
+    except AudioError as error:
+        return Skipped(entry.path, error.reason, str(error))
+    digest = hashlib.sha256(waveform.tobytes()).hexdigest()
+    return Utterance(entry.id, entry.path, len(waveform), entry.split or "train", digest)
+
+
+def _save(index: CorpusIndex, state: str, output: Path) -> None:
+    """Each file beside its place, then renamed; the state last, and gone while the others change."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "state.json").unlink(missing_ok=True)
+    schema = pa.schema(
+        [("id", "string"), ("path", "string"), ("num_samples", "int64"), ("split", "string"), ("sha256", "string")]
+    )
+    rows = [{**asdict(utterance), "path": str(utterance.path)} for utterance in index.utterances]
+    pq.write_table(pa.Table.from_pylist(rows, schema), output / "index.parquet.tmp")
+    (output / "index.parquet.tmp").replace(output / "index.parquet")
+    report = io.StringIO(newline="")
+    writer = csv.writer(report)
+    writer.writerow(["path", "reason", "message"])
+    writer.writerows([str(skip.path), skip.reason, skip.message] for skip in index.skipped)
+    for name, text in (("skipped.csv", report.getvalue()), ("state.json", state)):
+        temporary = output / f"{name}.tmp"
+        temporary.write_bytes(text.encode(errors="surrogateescape"))
+        temporary.replace(output / name)

@@ -6,8 +6,8 @@ from typing import Any, Self
 
 import pydantic
 import yaml
-from student.config import StudentConfig
 
+from student.config import StudentConfig
 from student.settings import TrainSettings
 from teacher_cache.codecs import CODECS
 from teacher_cache.layout import MaskDraws
@@ -170,7 +170,9 @@ def _explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], p
             sentences.append(f"{key}: missing; it must be given")
         elif item["type"] == "value_error":
             reason = str(item["ctx"]["error"])
-            sentences.append(f"{key}: {reason}" if location else reason)
+            sentences.append(
+                f"{key}: {reason}" if location else f"{prefix.rstrip('.')}: {reason}" if prefix else reason
+            )
         else:
             sentences.append(f"{key}: {item['msg']} (got {item['input']!r})")
     return "; ".join(sentences)

@@ -18,11 +18,11 @@ import httpx
 import numpy as np
 import typer
 from rich.console import Console
-from teacher_cache.audio import load_audio
 
 from pipeline.config import load_config
 from pipeline.demo_corpus import make_demo_corpus
 from pipeline.stages import STAGES, Run, run_stages, summary_table
+from teacher_cache.audio import load_audio
 from teacher_cache.frames import SAMPLE_RATE
 
 REPOSITORY = Path(__file__).resolve().parent.parent

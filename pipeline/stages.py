@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -146,6 +147,20 @@ class Run:
             task = bar.add_task(name, total=None, note="")
             yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
 
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Ray's notices on standard error, from C++ too, go to the run's ray.log: they would drown the run's own."""
+        sys.stderr.flush()
+        kept = os.dup(2)
+        with (self.folder / "ray.log").open("a") as log:
+            os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+
     def index(self) -> None:
         """Finds and checks the audio."""
         corpus = self.config.corpus
@@ -195,8 +210,8 @@ class Run:
         shards = len(set(plan["shard"].to_pylist()))
         missing = [shard for shard in range(shards) if not layout.is_committed(shard)]
         if missing:
-            _init_ray()
-            with self._progress("cache", "shards") as update:
+            with self._quiet(), self._progress("cache", "shards") as update:
+                _init_ray()
 
                 def show(progress: BuildProgress) -> None:
                     update(progress.shards_done, progress.shards)
@@ -241,8 +256,8 @@ class Run:
             open_or_create(self.cache, self.spec, plan, self.teacher.name)
         layers = self.layers_of(self.teacher)
         config = self.config.resolve_student(len(layers), self.teacher.dim)
-        _init_ray()
-        with self._progress("train", "steps") as update:
+        with self._quiet(), self._progress("train", "steps") as update:
+            _init_ray()
             done = threading.Event()
             watcher = threading.Thread(target=_follow, args=(self.folder / "metrics.jsonl", update, done), daemon=True)
             watcher.start()

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from student.config import StudentConfig
 
+from student.config import StudentConfig
 from student.settings import TrainSettings
 from student.training import Rank, train
 from teacher_cache.layout import MaskDraws, SourceUtterance

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.amp.grad_scaler import GradScaler
+
 from student.model import Student
 
 if TYPE_CHECKING:

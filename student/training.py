@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from student.checkpoints import save_student
-from student.config import StudentConfig
-from student.loss import distillation_loss
-from student.model import Student
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.tensorboard import SummaryWriter
 
+from student.checkpoints import save_student
+from student.config import StudentConfig
+from student.loss import distillation_loss
+from student.model import Student
 from student.settings import TrainSettings
 from student.train_state import load_train_state, save_train_state
 from teacher_cache.batches import cut_by_seconds, plan_epoch
@@ -129,7 +129,7 @@ class _Micro:
 def _micro_batches(
     plan: TrainingPlan, reader: TargetReader, rank: Rank, first_step: int, accumulate: int
 ) -> Iterator[_Micro]:
-    frames = num_frames(torch.from_numpy(np.ascontiguousarray(reader.num_samples)))
+    frames = num_frames(torch.tensor(reader.num_samples))
 
     def jobs() -> Iterator[tuple[int, int, int, int, list[int], int | None]]:
         for step in range(first_step, plan.total_steps):
@@ -203,6 +203,7 @@ class _Metrics:
     """Rank 0's record: JSON lines and TensorBoard. After a resume, rows beyond the checkpoint are dropped, not repeated."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         rows = self._path.read_text().splitlines() if self._path.is_file() else []
         kept = [row for row in rows if json.loads(row)["step"] <= first_step]

@@ -72,6 +72,8 @@ def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None)
         detail = "it doesn't say what format it is" if isinstance(error, TypeError) else _detail(error)
         raise AudioError("undecodable", f"{name} can't be decoded as audio ({detail})") from error
     with file:
+        # soundfile seeks after each read of a seekable file, which fails in streams of FLAC that don't say their length.
+        file.seekable = lambda: False
         rate, channels = file.samplerate, file.channels
         if not _RATES[0] <= rate <= _RATES[1] or not 1 <= channels <= _MAX_CHANNELS:
             raise AudioError(

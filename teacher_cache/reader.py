@@ -127,7 +127,10 @@ class CacheReader:
             for name, record in read_commit(self._layout, shard)["files"].items():
                 path = root / name
                 if not path.is_file() or path.stat().st_size != record["bytes"]:
-                    raise CacheError(f"{path} is missing or not as committed; run the cache stage with verification")
+                    raise CacheError(
+                        f"{path} is missing or not as committed; delete {self._layout.commit(shard)} and run the "
+                        "cache stage again, which rebuilds that shard"
+                    )
         splits = plan["split"].to_pylist()
         if split not in splits:
             raise CacheError(f"the cache at {root} has no split {split!r}; it has {sorted(set(splits))}")

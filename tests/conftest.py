@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from teacher_cache.audio import load_audio
 
+from teacher_cache.audio import load_audio
 from teacher_cache.layout import SourceUtterance
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -13,10 +13,10 @@ import pytest
 import soundfile
 import torch
 from fastapi.testclient import TestClient
-from teacher_cache.audio import load_audio
 
 from serve import create_app
 from student import Student
+from teacher_cache.audio import load_audio
 
 MAX_BYTES = 2**20
 MAX_SECONDS = 20.0

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+
 from student.config import StudentConfig
 from student.model import Student
-from teacher_cache.masks import MaskPolicy
-
 from student.settings import TrainSettings
 from student.training import Rank, TrainingPlan, make_optimizer, schedule_factor, train
 from teacher_cache.build import ShardWriter
 from teacher_cache.layout import CacheSpec, MaskDraws, SourceUtterance, open_or_create, plan_shards
+from teacher_cache.masks import MaskPolicy
 from teacher_cache.reader import CacheReader, OnlineReader
 from teacher_cache.teachers import load_teacher
 

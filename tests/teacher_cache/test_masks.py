@@ -60,9 +60,9 @@ def test_order_and_global_random_state_do_not_matter() -> None:
     policy = MaskPolicy(selection="uniform", mask_prob=0.4, no_overlap=True)
     names = [f"utterance-{n}" for n in range(20)]
     forwards = {name: draw_mask(policy, 0, 0, name, 200) for name in names}
-    np.random.seed(5)  # noqa: NPY002
+    np.random.seed(5)
     for name in reversed(names):
-        np.random.rand()  # noqa: NPY002
+        np.random.rand()
         np.testing.assert_array_equal(forwards[name], draw_mask(policy, 0, 0, name, 200))
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from teacher_cache.masks import MaskPolicy, draw_mask
 
 from teacher_cache.build import ShardWriter
 from teacher_cache.layout import CacheError, CacheSpec, Layout, MaskDraws, SourceUtterance, open_or_create, plan_shards
+from teacher_cache.masks import MaskPolicy, draw_mask
 from teacher_cache.reader import CacheReader, OnlineReader
 from teacher_cache.teachers import load_teacher
 from teacher_cache.verify import verify_cache
@@ -112,8 +112,8 @@ def test_verification_names_the_damage(cache: Path) -> None:
         CacheReader(cache, "train")
     path.unlink()
     assert verify_cache(cache) == [f"{path} is missing"]
-    Layout(cache).commit(1).unlink()
-    assert "shard 1 is not finished" in verify_cache(cache)
+    Layout(cache).commit(0).unlink()
+    assert "shard 0 is not finished" in verify_cache(cache)
     with pytest.raises(CacheError, match="not finished"):
         CacheReader(cache, "train")
 

@@ -1,0 +1,80 @@
+"""Freezes tiny students' numbers into students.safetensors, so that a clone without the shared data tests the arithmetic.
+
+Run from the repository: ``PYTHONPATH=. python tests/golden/make_student_golden.py``. Made when the same code reproduced the published
+implementation's golden tensors (tests/student/test_published.py); run it again only if the arithmetic must change.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from student import Student, StudentConfig, distillation_loss
+from teacher_cache.frames import num_frames, padding_mask
+
+FILE = Path(__file__).with_name("students.safetensors")
+TINY = StudentConfig(
+    conv_layers=((6, 10, 5), (8, 1, 1), *((8, 3, 2),) * 4, (12, 1, 1), *((12, 2, 2),) * 2),
+    encoder_layers=4,
+    encoder_embed_dim=12,
+    encoder_ffn_embed_dim=20,
+    encoder_attention_heads=3,
+    conv_pos=8,
+    conv_pos_groups=2,
+    target_dim=16,
+)
+STUDENTS = {
+    "paper": TINY,
+    "released": TINY.model_copy(update={"reuse_behaviour": "released"}),
+    "none": TINY.model_copy(update={"attention_reuse": "none", "layer_grad_scale": False}),
+}
+
+
+def main() -> None:
+    """Writes the file: ``NAME/weights/...``, the inputs, and what the student in eval mode gives for them."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([6400, 4321])
+    waveforms = torch.randn(2, 6400).masked_fill(padding_mask(lengths, 6400), 0)
+    frames = num_frames(lengths)
+    width = int(frames.max())
+    mask = (torch.rand(2, width) < 0.5) & ~padding_mask(frames, width)
+    targets = torch.randn(2, TINY.encoder_layers, width, TINY.target_dim)
+    tensors = {"waveforms": waveforms, "lengths": lengths, "frame_mask": mask, "targets": targets}
+    for name, config in STUDENTS.items():
+        student = Student(config).eval()
+        with torch.no_grad():
+            for module in student.layers.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight.normal_(0, 0.5)  # Attention far from uniform, so that reuse shows.
+        tensors |= {f"{name}/weights/{key}": value.clone() for key, value in student.state_dict().items()}
+        tensors |= {f"{name}/{key}": value for key, value in results(student, tensors).items()}
+    save_file({key: value.contiguous() for key, value in tensors.items()}, FILE)
+
+
+def results(student: Student, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that is frozen of one student; padded frames are zeroed, since they mean nothing."""
+    waveforms, lengths, mask = inputs["waveforms"], inputs["lengths"], inputs["frame_mask"]
+    student.zero_grad()
+    plain = student(waveforms, lengths)
+    masked = student(waveforms, lengths, mask)
+    loss = distillation_loss(masked.projections, inputs["targets"], masked.num_frames, mask)
+    loss.total.backward()
+    padded = padding_mask(plain.num_frames, mask.shape[1])[:, None, :, None]
+    found = {
+        "hidden_states": plain.hidden_states.masked_fill(padded, 0),
+        "projections": plain.projections.masked_fill(padded, 0),
+        "masked_projections": masked.projections.masked_fill(padded, 0),
+        "loss": loss.total,
+        "loss_per_layer": loss.per_layer,
+        "validation_loss": distillation_loss(plain.projections, inputs["targets"], plain.num_frames).total,
+    }
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None, name
+        if name in {"conv_blocks.0.conv.weight", "mask_embedding"} or name.endswith("attention.value.weight"):
+            found[f"gradient/{name}"] = parameter.grad
+    return {key: value.detach().clone() for key, value in found.items()}
+
+
+if __name__ == "__main__":
+    main()

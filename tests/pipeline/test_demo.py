@@ -1,0 +1,112 @@
+"""The demo itself, at a reduced size: every stage, the service, and the same once more."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from teacher_cache.verify import verify_cache
+
+pytestmark = pytest.mark.ray
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = [
+    "cache.shard_minutes=0.2",
+    "train.max_steps=6",
+    "train.validate_every=3",
+    "train.log_every=1",
+    "train.batch_seconds=8",
+]
+
+
+def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"COLUMNS": "200", "RAY_USAGE_STATS_ENABLED": "0"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def test_demo_runs_and_reuses(tmp_path: Path, speech_folder: Path) -> None:
+    (speech_folder / "train-tones" / "broken.flac").write_bytes(b"this is not audio")
+    demo = [str(REPOSITORY / "pipeline" / "demo.py"), "teacher.checkpoint=random:2x32", *SMALL]
+    first = run(demo, tmp_path, CORPUS=str(speech_folder))
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "RANDOM weights" in first.stdout
+    assert re.search(r"features over HTTP\W+\(\d+, 64\) float32", first.stdout)
+    run_folder = tmp_path / "runs" / "demo-corpus"
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert summary["utterances"] == 12
+    assert summary["skipped_files"] == 1
+    assert "broken.flac" in (run_folder / "corpus" / "skipped.csv").read_text()
+    assert verify_cache(tmp_path / "caches" / "demo-corpus") == []
+    rows = [json.loads(row) for row in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if row["kind"] == "validation"] == [0, 3, 6]
+    for name in (
+        "config.yaml",
+        "export/model.safetensors",
+        "export/config.json",
+        "checkpoints/best",
+        "checkpoints/last",
+        "tensorboard",
+    ):
+        assert (run_folder / name).exists(), name
+
+    second = run(demo, tmp_path, CORPUS=str(speech_folder))
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert second.stdout.count("reused") == 3, second.stdout
+
+    other = run([*demo, "train.max_steps=7"], tmp_path, CORPUS=str(speech_folder))
+    assert other.returncode == 2
+    assert "another configuration (sections that differ: train)" in other.stdout
+    codec = run([*demo, "cache.codec=fp32", "name=second"], tmp_path, CORPUS=str(speech_folder))
+    assert codec.returncode == 2
+    assert "codec: 'fp16' -> 'fp32'" in codec.stdout
+
+
+def test_online_targets_need_no_cache(tmp_path: Path, speech_folder: Path) -> None:
+    command = [
+        *(str(REPOSITORY / "pipeline" / "run.py"), "--config", str(REPOSITORY / "configs" / "demo.yaml")),
+        *(
+            "teacher.checkpoint=random:2x32",
+            f"corpus.path={speech_folder}",
+            "train.targets=online",
+            "train.workers=1",
+            *SMALL,
+        ),
+    ]
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "caches").exists()
+    assert json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())["targets"] == "online"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.epoch=3"], "train.epoch: unknown key; allowed here: "),
+        (["--stages", "bake"], "unknown stage 'bake'; stages are index, plan, cache, train, export, report"),
+        (["corpus.path=/nowhere/at/all"], "/nowhere/at/all"),
+        (["teacher.checkpoint=/nowhere.pt", "--stages", "plan"], "there is no corpus index"),
+        (["--stages", "export"], "no finished training to export"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], message: str) -> None:
+    command = [
+        str(REPOSITORY / "pipeline" / "run.py"),
+        "--config",
+        str(REPOSITORY / "configs" / "demo.yaml"),
+        *arguments,
+    ]
+    done = run(command, tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in " ".join(done.stdout.split())
+    assert "Traceback" not in done.stdout + done.stderr

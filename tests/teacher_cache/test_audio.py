@@ -1,0 +1,195 @@
+"""Any audio becomes 16 kHz mono, and whatever can't is refused with one of four reasons."""
+
+import io
+import struct
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from teacher_cache.audio import AudioError, load_audio
+
+
+def tone(seconds: float, rate: int, frequency: float = 440.0) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)
+
+
+def encode(samples: np.ndarray, rate: int, kind: str = "WAV", subtype: str | None = None) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+def refused(data: bytes, max_seconds: float | None = None) -> AudioError:
+    with pytest.raises(AudioError) as caught:
+        load_audio(io.BytesIO(data), max_seconds)
+    message = str(caught.value)
+    assert message and "\n" not in message and "0x" not in message
+    return caught.value
+
+
+def test_16_khz_mono_is_left_as_it_is(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, 5000).astype(np.int16)
+    soundfile.write(tmp_path / "a.flac", samples, 16_000)
+    expected = samples.astype(np.float32) / 32768
+    for source in (tmp_path / "a.flac", str(tmp_path / "a.flac"), io.BytesIO((tmp_path / "a.flac").read_bytes())):
+        waveform = load_audio(source)
+        assert waveform.dtype == np.float32
+        np.testing.assert_array_equal(waveform, expected)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+def test_every_format_rate_and_channel_count(kind: str, rate: int) -> None:
+    stereo = np.stack([tone(1.0, rate) * 1.5, tone(1.0, rate) * 0.5], axis=1)
+    waveform = load_audio(io.BytesIO(encode(stereo, rate, kind)))
+    # Encoders of MP3 pad at both ends.
+    assert 15_990 <= len(waveform) <= 16_000 + (4000 if kind == "MP3" else 10)
+    spectrum = np.abs(np.fft.rfft(waveform[:16_000] * np.hanning(len(waveform[:16_000]))))
+    assert spectrum.argmax() == 440
+    assert np.sqrt(np.mean(waveform[2000:14_000] ** 2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
+
+
+@pytest.mark.parametrize("rate", [2_000, 11_025, 22_255, 44_101, 96_000, 191_999, 352_800, 768_000])
+def test_unusual_rates_take_little_memory(rate: int) -> None:
+    tracemalloc.start()
+    waveform = load_audio(io.BytesIO(encode(tone(0.5, rate), rate, subtype="FLOAT")))
+    assert len(waveform) == pytest.approx(8_000, abs=3)
+    spectrum = np.abs(np.fft.rfft(waveform * np.hanning(len(waveform))))
+    assert spectrum.argmax() == 220
+    assert np.abs(waveform).max() == pytest.approx(0.5, rel=0.02)
+    tracemalloc.stop()
+
+
+def test_channels_are_averaged_and_loud_floats_clipped() -> None:
+    stereo = np.stack([np.full(1000, 0.75), np.full(1000, -0.25)], axis=1)
+    np.testing.assert_allclose(load_audio(io.BytesIO(encode(stereo, 16_000, subtype="FLOAT"))), 0.25)
+    np.testing.assert_array_equal(load_audio(io.BytesIO(encode(np.full(1000, 7.0), 16_000, subtype="FLOAT"))), 1.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_no_numbers_are_refused(bad: float) -> None:
+    samples = tone(0.5, 16_000)
+    samples[4000] = bad
+    assert refused(encode(samples, 16_000, subtype="FLOAT")).reason == "undecodable"
+    assert refused(encode(np.stack([samples, samples], 1), 44_100, subtype="DOUBLE")).reason == "undecodable"
+
+
+def test_text_noise_and_lone_headers_are_undecodable(tmp_path: Path) -> None:
+    for data in (b"hello, this is not audio", bytes(range(256)) * 40, b"RIFF", b"fLaC", b"OggS" + bytes(100)):
+        assert refused(data).reason == "undecodable"
+        (tmp_path / "a.wav").write_bytes(data)
+        with pytest.raises(AudioError, match="a.wav can't be decoded") as caught:
+            load_audio(tmp_path / "a.wav")
+        assert caught.value.reason == "undecodable"
+    for path in (tmp_path, tmp_path / "nowhere.wav", tmp_path / "a.raw"):
+        with pytest.raises(AudioError) as caught:
+            load_audio(path)
+        assert caught.value.reason == "undecodable"
+
+
+def test_a_cut_off_flac_is_undecodable() -> None:
+    data = encode(np.random.default_rng(0).uniform(-0.5, 0.5, 60_000), 16_000, "FLAC")
+    for keep in (0.3, 0.9):
+        assert refused(data[: int(keep * len(data))]).reason == "undecodable"
+
+
+def test_damage_inside_a_flac_never_gives_a_waveform_of_another_length() -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 60_000)
+    data = bytearray(encode(samples, 16_000, "FLAC"))
+    data[len(data) // 2 : len(data) // 2 + 5000] = bytes(5000)
+    try:
+        assert len(load_audio(io.BytesIO(bytes(data)))) == 60_000
+    except AudioError as error:
+        assert error.reason == "undecodable"
+
+
+def test_empty_and_too_short() -> None:
+    assert refused(b"").reason == "empty"
+    assert refused(encode(np.zeros(0), 16_000)).reason == "empty"
+    assert refused(encode(np.zeros(0), 44_100, "FLAC")).reason in ("empty", "undecodable")
+    assert refused(encode(tone(1, 16_000)[:399], 16_000)).reason == "too_short"
+    assert refused(encode(tone(1, 48_000)[:1197], 48_000)).reason == "too_short"
+    assert len(load_audio(io.BytesIO(encode(tone(1, 16_000)[:400], 16_000)))) == 400
+    assert len(load_audio(io.BytesIO(encode(tone(1, 48_000)[:1200], 48_000)))) == 400
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+def test_too_long(kind: str) -> None:
+    data = encode(tone(3.0, 44_100), 44_100, kind)
+    assert refused(data, max_seconds=2.5).reason == "too_long"
+    assert len(load_audio(io.BytesIO(data), max_seconds=3.5)) >= 47_000
+
+
+def test_exactly_the_longest_is_allowed() -> None:
+    assert len(load_audio(io.BytesIO(encode(tone(2.0, 16_000), 16_000)), max_seconds=2.0)) == 32_000
+    assert refused(encode(tone(2.001, 16_000), 16_000), max_seconds=2.0).reason == "too_long"
+
+
+def wav_header(channels: int, rate: int, num_bytes: int) -> bytes:
+    block = channels * 2 % 65536
+    form = struct.pack("<HHIIHH", 1, channels, rate, rate * block % 2**32, block, 16)
+    return (
+        b"RIFF"
+        + struct.pack("<I", 0xFFFFFFFF)
+        + b"WAVEfmt "
+        + struct.pack("<I", 16)
+        + form
+        + b"data"
+        + struct.pack("<I", num_bytes)
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "rate"), [(1, 0), (1, 1), (1, 2**31 - 1), (1, 2**32 - 1), (0, 16_000), (65, 16_000), (32_767, 16_000)]
+)
+def test_impossible_channel_counts_and_rates(channels: int, rate: int) -> None:
+    assert refused(wav_header(channels, rate, 100_000) + bytes(100_000)).reason == "undecodable"
+
+
+def test_a_wav_claiming_gigabytes_costs_what_it_holds() -> None:
+    """Streams say 0xFFFFFFFF, as they can't know; liars say anything. Neither may cost memory."""
+    samples = (tone(0.5, 16_000) * 32768).astype("<i2").tobytes()
+    tracemalloc.start()
+    waveform = load_audio(io.BytesIO(wav_header(1, 16_000, 0xFFFFFFFF) + samples), max_seconds=40)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(waveform) == 8_000
+    assert peak < 20e6
+
+
+def test_a_flac_whose_header_lies_about_its_length() -> None:
+    data = bytearray(encode(tone(0.5, 16_000), 16_000, "FLAC"))
+    # STREAMINFO's 36-bit number of samples: the low 4 bits of byte 21 and the next four bytes.
+    data[22:26] = struct.pack(">I", 4_000_000_000)
+    tracemalloc.start()
+    assert refused(bytes(data)).reason == "undecodable"
+    assert refused(bytes(data), max_seconds=40).reason == "too_long"
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def test_a_streamed_flac_without_a_length_is_decoded() -> None:
+    data = bytearray(encode(tone(0.5, 16_000), 16_000, "FLAC"))
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    assert len(load_audio(io.BytesIO(bytes(data)), max_seconds=40)) == 8_000
+    assert refused(bytes(data), max_seconds=0.4).reason == "too_long"
+
+
+def test_random_damage_never_raises_anything_else() -> None:
+    rng = np.random.default_rng(1)
+    for kind in ("WAV", "FLAC", "OGG", "MP3"):
+        data = encode(np.stack([tone(0.2, 22_050)] * 2, 1), 22_050, kind)
+        for _ in range(60):
+            damaged = bytearray(data)
+            for at in rng.integers(0, min(len(data), 400), 6):
+                damaged[at] = rng.integers(256)
+            try:
+                waveform = load_audio(io.BytesIO(bytes(damaged)), max_seconds=5)
+            except AudioError:
+                continue
+            assert 400 <= len(waveform) <= 80_001
+            assert np.isfinite(waveform).all() and np.abs(waveform).max() <= 1

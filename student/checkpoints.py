@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from student.config import StudentConfig
@@ -28,7 +28,9 @@ def save_student(student: Student, folder: Path, metadata: dict[str, Any] | None
     temporary = folder / f".{CONFIG}.tmp"
     temporary.write_text(json.dumps(record, indent=2) + "\n")
     weights = folder / f".{WEIGHTS}.tmp"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}, weights)
+    # Written by hand: safetensors' own save_file lets nobody but the owner read, and a service may be another user.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
+    weights.write_bytes(save(tensors))
     weights.replace(folder / WEIGHTS)
     temporary.replace(folder / CONFIG)
 

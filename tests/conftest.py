@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from teacher_cache.audio import load_audio
 from teacher_cache.layout import SourceUtterance
+
+# Tiny models: threads cost more than they bring, above all on a busy machine.
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -81,7 +81,7 @@ def fairseq_draws(seed: int) -> Callable[[dict[str, Any], int], np.ndarray]:
         options = dict(policy)
         with (
             mock.patch.object(np, "int", int, create=True),
-            mock.patch.object(np.random, "default_rng", lambda _seed=None: state),
+            mock.patch.object(np.random, "default_rng", return_value=state),
         ):
             mask: np.ndarray = compute_mask_indices(
                 (1, num_frames),

@@ -30,13 +30,13 @@ from teacher_cache.layout import CacheSpec, MaskDraws, SourceUtterance, plan_sha
 from teacher_cache.teachers import load_teacher
 
 root, corpus = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-teacher = load_teacher("random:2x32")
-spec = CacheSpec(teacher=teacher.fingerprint, num_layers=2, dim=32, layers=(1, 2), masks=MaskDraws(), codec="fp16",
-                 corpus="test", shard_seconds=2.5, batch_seconds=6)
+teacher = load_teacher("random:3x160")
+spec = CacheSpec(teacher=teacher.fingerprint, num_layers=3, dim=160, layers=(1, 2, 3), masks=MaskDraws(draws=3), codec="fp16",
+                 corpus="test", shard_seconds=0.5, batch_seconds=6)
 plan = plan_shards([SourceUtterance(**u) for u in corpus], spec.shard_seconds)
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 print("building", flush=True)
-report = build_cache(root, spec, plan, "random:2x32", teacher_name=teacher.name, actors=1,
+report = build_cache(root, spec, plan, "random:3x160", teacher_name=teacher.name, actors=1,
                      on_progress=lambda p: print("done", p.shards_done, p.shards, flush=True))
 print("finished", report.written, report.reused, flush=True)
 """
@@ -76,32 +76,40 @@ def contents(root: Path) -> dict[str, str]:
     }
 
 
-def actor_pids(driver: int) -> list[int]:
-    """Processes of the session that run a ShardWriter: Ray names them after the actor class."""
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def teacher_actors(driver: int) -> list[int]:
+    """Descendants of the driver that run a ShardWriter: Ray puts the class into the process's title."""
     found = []
     for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                command = (folder / "cmdline").read_bytes().decode(errors="replace")
-                session = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[3])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if (
-                session == driver
-                and command.startswith("ray::")
-                and "ShardWriter" in command.replace("_MapWorker", "ShardWriter")
-            ):
-                found.append(int(folder.name))
+        if not folder.name.isdigit():
+            continue
+        try:
+            title = (folder / "cmdline").read_bytes().decode(errors="replace")
+            pid = int(folder.name)
+            if title.startswith("ray::") and "ShardWriter" in title:
+                while pid not in (driver, 0):
+                    pid = parent(pid)
+                if pid == driver:
+                    found.append(int(folder.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while we looked
     return found
 
 
 def assert_whole(root: Path, utterances: list[SourceUtterance]) -> None:
     assert verify_cache(root) == []
-    for part in ("clean", "masked/draw=0"):
+    for part in ("clean", *(f"masked/draw={draw}" for draw in range(3))):
         ids = [
             i for path in (root / part).glob("*.parquet") for i in pq.read_table(path, columns=["id"])["id"].to_pylist()
         ]
         assert Counter(ids) == Counter(u.id for u in utterances)
+
+
+def commits(root: Path) -> int:
+    return len(list((root / "commits").glob("part-*.json")))
 
 
 def test_kills_leave_a_cache_that_finishes_with_the_same_bytes(
@@ -111,31 +119,46 @@ def test_kills_leave_a_cache_that_finishes_with_the_same_bytes(
     driver = start(undisturbed, corpus)
     shards = int(wait_for(driver, "finished").split()[1])
     assert driver.wait() == 0
-    assert shards >= 5
+    assert shards == len(source_utterances)
     assert_whole(undisturbed, source_utterances)
+    expected = contents(undisturbed)
 
+    # The driver dies before the first shard, and after some more. Its actors may live on for a moment, beside the next's.
     killed = tmp_path / "killed"
-    # The driver dies before the first shard, after one, and after some more.
-    for point in ("building", "done 1", "done 3"):
+    for wanted in (0, 1, 4):
         driver = start(killed, corpus)
-        wait_for(driver, point)
+        wait_for(driver, "building")
+        deadline = time.monotonic() + 120
+        while commits(killed) < wanted:
+            assert time.monotonic() < deadline, "no shard was written"
+            time.sleep(0.01)
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
+    assert commits(killed) < shards, "the kills came too late to test anything"
     # A writer that was killed mid-file leaves this behind.
+    (killed / "clean").mkdir(exist_ok=True)
     (killed / "clean" / ".part-00000.parquet.dead.tmp").write_bytes(b"half a shard")
-    # A teacher actor dies; Ray starts another.
     driver = start(killed, corpus)
-    wait_for(driver, "building")
-    deadline = time.monotonic() + 60
-    while not (victims := actor_pids(driver.pid)):
-        assert time.monotonic() < deadline, "no teacher actor appeared"
-        time.sleep(0.02)
-    os.kill(victims[0], signal.SIGKILL)
     wait_for(driver, "finished")
     assert driver.wait() == 0
     assert_whole(killed, source_utterances)
-    assert contents(killed) == contents(undisturbed)
+    assert contents(killed) == expected
 
-    driver = start(killed, corpus)
+    # A teacher actor dies in the middle; Ray starts another.
+    robbed = tmp_path / "robbed"
+    driver = start(robbed, corpus)
+    wait_for(driver, "building")
+    while commits(robbed) < 2:
+        time.sleep(0.01)
+    victims = teacher_actors(driver.pid)
+    assert victims
+    os.kill(victims[0], signal.SIGKILL)
+    assert commits(robbed) < shards
+    wait_for(driver, "finished")
+    assert driver.wait() == 0
+    assert_whole(robbed, source_utterances)
+    assert contents(robbed) == expected
+
+    driver = start(robbed, corpus)
     assert wait_for(driver, "finished").split() == ["finished", "0", str(shards)]
     driver.wait()

@@ -1,0 +1,310 @@
+"""Three kinds of corpus, every broken file listed, and an index that is reused while it is right."""
+
+import csv
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from pipeline import corpus
+from pipeline.corpus import CorpusIndex, index_corpus
+from teacher_cache.audio import load_audio
+
+
+def write(path: Path, seconds: float = 0.3, rate: int = 16_000, channels: int = 1, pitch: float = 200) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave = 0.3 * np.sin(2 * np.pi * pitch * np.arange(round(seconds * rate)) / rate)
+    soundfile.write(path, np.stack([wave] * channels, 1), rate)
+    return path
+
+
+@pytest.fixture
+def librispeech(tmp_path: Path) -> Path:
+    root = tmp_path / "LibriSpeech"
+    for split, speaker in (("train-clean-5", 19), ("train-clean-5", 26), ("dev-clean", 84), ("test-clean", 61)):
+        for n in range(2):
+            write(root / split / str(speaker) / "7" / f"{speaker}-7-000{n}.flac", 0.3 + 0.1 * n, pitch=100 + speaker)
+    (root / "SPEAKERS.TXT").write_text("not audio")
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "folder"
+    for n, suffix in enumerate(("wav", "flac", "ogg", "mp3", "WAV")):
+        write(root / f"sub-{n % 2}" / f"clip{n}.{suffix}", 0.5, 44_100, 2, 150 + 50 * n)
+    return root
+
+
+def ids(index: CorpusIndex, split: str) -> list[str]:
+    return [utterance.id for utterance in index.utterances if utterance.split == split]
+
+
+def test_librispeech(librispeech: Path, tmp_path: Path) -> None:
+    seen = []
+    index = index_corpus(
+        librispeech, output=tmp_path / "index", progress=lambda done, total: seen.append((done, total))
+    )
+    assert ids(index, "train") == ["19-7-0000", "19-7-0001", "26-7-0000", "26-7-0001"]
+    assert ids(index, "validation") == ["84-7-0000", "84-7-0001"]
+    assert index.skipped == [] and not index.reused
+    assert seen == [(n, 6) for n in range(1, 7)]
+    first = index.utterances[0]
+    assert first.path == librispeech / "train-clean-5/19/7/19-7-0000.flac"
+    assert first.num_samples == 4800
+    assert first.sha256 == hashlib.sha256(load_audio(first.path).tobytes()).hexdigest()
+    assert index.hours == pytest.approx(6 * 0.35 / 3600)
+
+
+def test_named_splits(librispeech: Path, tmp_path: Path) -> None:
+    index = index_corpus(
+        librispeech,
+        train_splits=["dev-clean", "test-clean"],
+        validation_splits=["train-clean-5"],
+        output=tmp_path / "i",
+    )
+    assert {name[:2] for name in ids(index, "train")} == {"84", "61"}
+    assert {name[:2] for name in ids(index, "validation")} == {"19", "26"}
+    only = index_corpus(librispeech, train_splits=["test-clean"], output=tmp_path / "j")
+    assert {name[:2] for name in ids(only, "train")} == {"61"}
+    assert {name[:2] for name in ids(only, "validation")} == {"84"}
+
+
+def test_a_split_alone_lends_some_of_its_own_for_validation(librispeech: Path, tmp_path: Path) -> None:
+    shutil.rmtree(librispeech / "dev-clean")
+    index = index_corpus(librispeech, output=tmp_path / "index")
+    assert len(ids(index, "train")) == 3
+    assert len(ids(index, "validation")) == 1
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (
+            {"train_splits": ["train-clean-100"]},
+            "no split 'train-clean-100'; it has dev-clean, test-clean, train-clean-5",
+        ),
+        ({"validation_splits": ["dev"]}, "no split 'dev'"),
+        ({"train_splits": ["dev-clean"], "validation_splits": ["dev-clean"]}, "both for training and for validation"),
+        ({"train_splits": []}, "left for the train split"),
+    ],
+)
+def test_wrong_splits(librispeech: Path, tmp_path: Path, splits: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        index_corpus(librispeech, output=tmp_path / "index", **splits)
+
+
+def test_no_split_for_training(librispeech: Path, tmp_path: Path) -> None:
+    shutil.rmtree(librispeech / "train-clean-5")
+    with pytest.raises(ValueError, match="starts with 'train'; name one of dev-clean, test-clean"):
+        index_corpus(librispeech, output=tmp_path / "index")
+
+
+def test_a_file_beside_the_splits_and_a_stem_twice_are_listed(librispeech: Path, tmp_path: Path) -> None:
+    write(librispeech / "stray.flac")
+    write(librispeech / "train-clean-5" / "99" / "7" / "19-7-0000.flac")
+    index = index_corpus(librispeech, output=tmp_path / "index")
+    assert {(skip.path.name, skip.reason) for skip in index.skipped} == {
+        ("stray.flac", "no_split"),
+        ("19-7-0000.flac", "duplicate_id"),
+    }
+    assert len(index.utterances) == 6
+
+
+def test_a_folder_of_anything(folder: Path, tmp_path: Path) -> None:
+    index = index_corpus(folder, output=tmp_path / "index")
+    assert {u.id for u in index.utterances} == {
+        "sub-0/clip0",
+        "sub-1/clip1",
+        "sub-0/clip2",
+        "sub-1/clip3",
+        "sub-0/clip4",
+    }
+    assert len(ids(index, "validation")) == 1
+    assert all(u.num_samples == pytest.approx(8000, abs=2500) for u in index.utterances)
+    with pytest.raises(ValueError, match="has no splits, so there is no 'train'"):
+        index_corpus(folder, train_splits=["train"], output=tmp_path / "other")
+
+
+def test_the_held_out_part_is_a_matter_of_ids(tmp_path: Path) -> None:
+    for n in range(20):
+        write(tmp_path / "a" / f"{n}.wav", 0.05)
+    held_out = ids(index_corpus(tmp_path / "a", validation_fraction=0.2, output=tmp_path / "i"), "validation")
+    assert len(held_out) == 4
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert ids(index_corpus(tmp_path / "b", validation_fraction=0.2, output=tmp_path / "j"), "validation") == held_out
+    # Losing a file to damage doesn't leave validation empty.
+    (tmp_path / "a" / f"{held_out[0]}.wav").write_bytes(b"RIFF")
+    again = index_corpus(tmp_path / "a", validation_fraction=0.01, output=tmp_path / "i")
+    assert len(ids(again, "validation")) == 1 and again.skipped[0].reason == "undecodable"
+
+
+def test_ambiguous_stems_keep_their_suffix(tmp_path: Path) -> None:
+    for name in ("a.wav", "a.flac", "b.wav"):
+        write(tmp_path / "c" / name)
+    index = index_corpus(tmp_path / "c", output=tmp_path / "index")
+    assert [u.id for u in index.utterances] == ["a.flac", "a.wav", "b"]
+
+
+def test_linked_folders_are_followed_once(folder: Path, tmp_path: Path) -> None:
+    (folder / "cycle").symlink_to(folder)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "speech").symlink_to(folder)
+    assert len(index_corpus(tmp_path / "linked", output=tmp_path / "index").utterances) == 5
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_manifest(folder: Path, tmp_path: Path, kind: str) -> None:
+    rows = {
+        "path": ["folder/sub-0/clip0.wav", str(folder / "sub-1" / "clip1.flac"), "folder/nowhere.wav"],
+        "id": ["0012", "b", "c"],
+        "split": ["train", "valid", "train"],
+        "text": ["one, two", "three", "four"],
+    }
+    manifest = tmp_path / f"corpus.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table(rows), manifest)
+    else:
+        with manifest.open("w", newline="") as file:
+            csv.writer(file).writerows([rows.keys(), *zip(*rows.values(), strict=True)])
+    index = index_corpus(manifest, output=tmp_path / "index")
+    assert [(u.id, u.split, u.path) for u in index.utterances] == [
+        ("0012", "train", folder / "sub-0" / "clip0.wav"),
+        ("b", "validation", folder / "sub-1" / "clip1.flac"),
+    ]
+    assert [(skip.path.name, skip.reason) for skip in index.skipped] == [("nowhere.wav", "missing")]
+
+
+def test_manifest_of_paths_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("path\nfolder/sub-0/clip0.wav\nfolder/sub-1/clip1.flac\nfolder/sub-1/clip1.flac\n")
+    index = index_corpus(tmp_path / "m.csv", output=tmp_path / "index")
+    assert [u.id for u in index.utterances] == ["folder/sub-0/clip0", "folder/sub-1/clip1"]
+    assert [skip.reason for skip in index.skipped] == ["duplicate_id"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m.csv", "file\na.wav\n", "no column 'path'; it has file"),
+        ("m.csv", "path,id\na.wav,\n", "row 1 of the manifest .* has no id"),
+        ("m.csv", "path,id\na.wav\n", "can't be read"),
+        ("m.csv", "", "can't be read"),
+        ("m.csv", "path\n", "holds no audio"),
+        ("m.parquet", "path\na.wav\n", "can't be read"),
+        ("m.txt", "path\na.wav\n", "neither a folder of audio nor a .csv or .parquet manifest"),
+    ],
+)
+def test_wrong_manifests(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        index_corpus(tmp_path / name, output=tmp_path / "index")
+
+
+def test_nothing_there_and_no_audio(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no corpus at"):
+        index_corpus(tmp_path / "nowhere", output=tmp_path / "index")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match="holds no audio"):
+        index_corpus(tmp_path / "texts", output=tmp_path / "index")
+
+
+def test_every_broken_file_is_listed_with_its_reason(folder: Path, tmp_path: Path) -> None:
+    (folder / "zero.wav").write_bytes(b"")
+    soundfile.write(folder / "nothing.wav", np.zeros(0), 16_000)
+    soundfile.write(folder / "brief.wav", np.zeros(399), 16_000)
+    soundfile.write(folder / "endless.flac", np.zeros(16_000 * 3), 16_000)
+    (folder / "text, with a comma.mp3").write_text("no audio at all")
+    data = (folder / "sub-1" / "clip1.flac").read_bytes()
+    (folder / "cut.flac").write_bytes(data[: len(data) // 2])
+    soundfile.write(folder / "nan.wav", np.full(8000, np.nan), 16_000, subtype="FLOAT")
+    (folder / "gone.wav").symlink_to(folder / "nowhere")
+    expected = {
+        "zero.wav": "empty",
+        "nothing.wav": "empty",
+        "brief.wav": "too_short",
+        "endless.flac": "too_long",
+        "text, with a comma.mp3": "undecodable",
+        "cut.flac": "undecodable",
+        "nan.wav": "undecodable",
+        "gone.wav": "missing",
+    }
+    bad_name = os.fsencode(folder) + b"/bad-\xff.wav"
+    shutil.copy(folder / "sub-0" / "clip0.wav", bad_name)
+    expected[os.fsdecode(b"bad-\xff.wav")] = "bad_name"
+    index = index_corpus(folder, max_seconds=2, output=tmp_path / "index")
+    assert {skip.path.name: skip.reason for skip in index.skipped} == expected
+    assert len(index.utterances) == 5
+    with (tmp_path / "index" / "skipped.csv").open(newline="", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file))
+    assert {Path(row["path"]).name: row["reason"] for row in rows} == expected
+    assert all(row["message"] for row in rows)
+    again = index_corpus(folder, max_seconds=2, output=tmp_path / "index")
+    assert again.reused and again.skipped == index.skipped
+
+
+def test_nothing_usable_is_refused_every_time(tmp_path: Path) -> None:
+    for n in range(3):
+        write(tmp_path / "c" / f"{n}.wav", 0.01)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no usable audio is left for the train split .*3 too_short"):
+            index_corpus(tmp_path / "c", output=tmp_path / "index")
+
+
+def test_one_file_can_not_be_both_splits(tmp_path: Path) -> None:
+    write(tmp_path / "c" / "a.wav")
+    with pytest.raises(ValueError, match="no usable audio is left for the validation split"):
+        index_corpus(tmp_path / "c", output=tmp_path / "index")
+
+
+def test_reuse_without_decoding(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = index_corpus(folder, output=tmp_path / "index")
+
+    def never(*_: object) -> None:
+        raise AssertionError("decoded again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "load_audio", never)
+        again = index_corpus(folder, output=tmp_path / "index")
+        assert again.reused
+        assert again.utterances == index.utterances and again.fingerprint == index.fingerprint
+        assert CorpusIndex.load(tmp_path / "index").utterances == index.utterances
+        for changed in ({"max_seconds": 30.0}, {"validation_fraction": 0.4}):
+            with pytest.raises(AssertionError, match="decoded again"):
+                index_corpus(folder, output=tmp_path / "index", **changed)
+    # Touched, replaced, added, removed: found each time.
+    os.utime(folder / "sub-0" / "clip0.wav", ns=(1, 1))
+    assert not index_corpus(folder, output=tmp_path / "index").reused
+    write(folder / "sub-0" / "clip0.wav", pitch=999)
+    changed_audio = index_corpus(folder, output=tmp_path / "index")
+    assert not changed_audio.reused and changed_audio.fingerprint != index.fingerprint
+    write(folder / "new.wav")
+    assert len(index_corpus(folder, output=tmp_path / "index").utterances) == 6
+    (folder / "new.wav").unlink()
+    assert index_corpus(folder, output=tmp_path / "index").fingerprint == changed_audio.fingerprint
+    # A lost part is made again.
+    (tmp_path / "index" / "index.parquet").unlink()
+    with pytest.raises(ValueError, match="run the index stage"):
+        CorpusIndex.load(tmp_path / "index")
+    assert index_corpus(folder, output=tmp_path / "index").fingerprint == changed_audio.fingerprint
+
+
+def test_the_fingerprint_is_of_audio_and_splits_not_of_places(librispeech: Path, tmp_path: Path) -> None:
+    index = index_corpus(librispeech, output=tmp_path / "i")
+    shutil.copytree(librispeech, tmp_path / "moved")
+    assert index_corpus(tmp_path / "moved", output=tmp_path / "j").fingerprint == index.fingerprint
+    other = index_corpus(librispeech, validation_splits=["test-clean"], output=tmp_path / "k")
+    assert other.fingerprint != index.fingerprint
+
+
+def test_real_librispeech(shared: Path, tmp_path: Path) -> None:
+    index = index_corpus(shared / "speech" / "LibriSpeech", output=tmp_path / "index")
+    assert index.skipped == []
+    assert len(index.utterances) == len(list((shared / "speech").rglob("*.flac")))
+    assert 0 < len(ids(index, "validation")) < len(ids(index, "train"))

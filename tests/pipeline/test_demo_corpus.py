@@ -1,0 +1,101 @@
+"""The demo corpus is speech of several voices, the same every time."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from pipeline.corpus import index_corpus
+from pipeline.demo_corpus import VOICES, make_demo_corpus
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+needs_espeak = pytest.mark.skipif(
+    importlib.util.find_spec("espeakng_loader") is None,
+    reason="espeakng-loader is not installed (it is the [demo] extra)",
+)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_demo_corpus(tmp_path_factory.mktemp("demo") / "demo-corpus", minutes=1.0)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.flac"))}
+
+
+@needs_espeak
+def test_it_is_a_corpus_of_the_size_asked_for(demo: Path, tmp_path: Path) -> None:
+    index = index_corpus(demo, output=tmp_path / "index")
+    assert index.skipped == []
+    assert 1.0 <= index.hours * 60 <= 1.6
+    speakers = {
+        split: {u.path.parts[-3] for u in index.utterances if u.split == split} for split in ("train", "validation")
+    }
+    assert len(speakers["train"]) == 6 and len(speakers["validation"]) == 2
+    names = {split: {voice.name for voice in VOICES if voice.split == split} for split in ("train-demo", "dev-demo")}
+    assert not names["train-demo"] & names["dev-demo"]
+
+
+@needs_espeak
+def test_it_is_16_bit_flac_of_speech_not_silence(demo: Path) -> None:
+    voices: dict[str, list[np.ndarray]] = {}
+    for path in demo.rglob("*.flac"):
+        info = soundfile.info(path)
+        assert (info.samplerate, info.channels, info.subtype) == (16_000, 1, "PCM_16")
+        samples = soundfile.read(path)[0]
+        voices.setdefault(path.parts[-3], []).append(samples)
+        assert 1.0 < len(samples) / 16_000 < 8.0
+        assert 0.03 < samples.std() < 0.3
+        # Speech comes and goes: loud syllables and gaps between them.
+        level = samples[: len(samples) // 400 * 400].reshape(-1, 400).std(1)
+        assert np.percentile(level, 90) > 5 * np.percentile(level, 5)
+    spectra = []
+    for samples in voices.values():
+        power = np.abs(np.fft.rfft(np.concatenate(samples), 1 << 20)) ** 2
+        spectra.append(power.reshape(-1)[: 1 << 19].reshape(64, -1).sum(1))
+        share = spectra[-1] / spectra[-1].sum()
+        assert share[:8].sum() > 0.4 and share[8:32].sum() > 0.02  # below 1 kHz, 1 to 4 kHz
+        spectra[-1] = np.log(share)
+    # Voices differ from each other.
+    for n, spectrum in enumerate(spectra):
+        for other in spectra[:n]:
+            assert np.abs(spectrum - other).mean() > 0.1
+
+
+@needs_espeak
+def test_every_process_speaks_the_same(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pipeline.demo_corpus import make_demo_corpus;"
+        "make_demo_corpus(Path(sys.argv[1]), 1.0)"
+    )
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], cwd=REPOSITORY, check=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@needs_espeak
+def test_what_is_there_is_kept_and_what_is_half_done_is_made_again(tmp_path: Path) -> None:
+    folder = make_demo_corpus(tmp_path / "d", minutes=0.1)
+    names = set(contents(folder))
+    first = folder / min(names)
+    first.unlink()
+    make_demo_corpus(folder, minutes=0.1)
+    assert not first.exists()
+    for marker in folder.glob(".complete-*"):
+        marker.unlink()
+    (folder / "train-demo" / "0" / "0" / "0-0-9999.flac").write_bytes(b"half a file")
+    make_demo_corpus(folder, minutes=0.1)
+    # Lengths differ a little within a process, so a voice may need a sentence more or less.
+    assert {name.split("/")[1] for name in contents(folder)} == {str(n) for n in range(len(VOICES))}
+    assert first.exists() and not (folder / "train-demo" / "0" / "0" / "0-0-9999.flac").exists()
+
+
+def test_without_the_synthesiser_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    with pytest.raises(ValueError, match="install the 'demo' extra .* or set CORPUS"):
+        make_demo_corpus(tmp_path / "d")

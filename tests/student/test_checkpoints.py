@@ -1,0 +1,208 @@
+"""Students on disk: our folder, the published checkpoint, and what is refused."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from student import Student, StudentConfig, load_student, save_student
+from student.published import published_config
+
+TINY = StudentConfig(
+    conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
+    encoder_layers=3,
+    encoder_embed_dim=8,
+    encoder_ffn_embed_dim=12,
+    encoder_attention_heads=2,
+    conv_pos=4,
+    conv_pos_groups=2,
+    target_dim=16,
+    attention_reuse=(False, True, False),
+)
+PUBLISHED = {
+    "conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2",
+    "encoder_layers": 3,
+    "encoder_embed_dim": 8,
+    "encoder_ffn_embed_dim": 12,
+    "encoder_attention_heads": 2,
+    "conv_pos": 4,
+    "conv_pos_groups": 2,
+    "pred_head_final_dim": 16,
+    "reuse_pattern": "[True, False, True]",
+    "layer_grad_scale": True,
+    "activation_dropout": 0.1,
+    "dropout_input": 0.05,
+}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Student, Path]:
+    student = Student(TINY)
+    save_student(student, tmp_path / "student", {"step": 7})
+    return student, tmp_path / "student"
+
+
+def write_yaml(folder: Path, **changes: object) -> Path:
+    path = folder / "published.yaml"
+    path.write_text(yaml.safe_dump({"distiller": PUBLISHED | changes, "model": "armhubert"}))
+    return path
+
+
+def test_round_trip(saved: tuple[Student, Path]) -> None:
+    student, folder = saved
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json"}
+    assert json.loads((folder / "config.json").read_text())["metadata"] == {"step": 7}
+    for loaded in (load_student(folder), load_student(str(folder / "model.safetensors"), folder / "config.json")):
+        assert loaded.config == TINY
+        assert not loaded.training
+        for name, tensor in student.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+    inputs = torch.randn(2, 4000), torch.tensor([4000, 3000])
+    assert torch.equal(load_student(folder)(*inputs).projections, student.eval()(*inputs).projections)
+
+
+def test_both_files_can_be_read_by_whom_the_umask_allows(saved: tuple[Student, Path]) -> None:
+    # A service in a container may be another user; safetensors' own save_file writes mode 0600.
+    modes = {path.name: path.stat().st_mode for path in saved[1].iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_saving_again_replaces(saved: tuple[Student, Path]) -> None:
+    _, folder = saved
+    other = Student(TINY.model_copy(update={"attention_reuse": "none"}))
+    save_student(other, folder)
+    loaded = load_student(folder)
+    assert loaded.config.attention_reuse == "none"
+    assert torch.equal(loaded.mask_embedding, other.mask_embedding)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(saved: tuple[Student, Path], missing: str) -> None:
+    _, folder = saved
+    (folder / missing).unlink()
+    with pytest.raises(ValueError, match=f"is not a student: there is no .*{missing}"):
+        load_student(folder)
+
+
+def test_tensors_that_do_not_fit_are_named(saved: tuple[Student, Path]) -> None:
+    _, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    for changes, message in (
+        ({"layers.9.up.weight": torch.zeros(1)}, "has an unexpected tensor 'layers.9.up.weight'"),
+        ({"mask_embedding": torch.zeros(9)}, r"'mask_embedding' is \(9,\), not \(8,\)"),
+    ):
+        save_file(tensors | changes, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_student(folder)
+    del tensors["mask_embedding"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="lacks tensor 'mask_embedding'"):
+        load_student(folder)
+
+
+def test_damaged_files_are_refused(saved: tuple[Student, Path]) -> None:
+    _, folder = saved
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        load_student(folder)
+    for text in ("{", "[]", "{}", '{"student": {"width": 3}}', '{"student": {"encoder_attention_heads": 5}}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json does not describe a student"):
+            load_student(folder)
+
+
+def test_a_published_checkpoint_needs_its_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="its yaml must be given as config"):
+        load_student(tmp_path / "student.ckpt")
+    with pytest.raises(ValueError, match="there is no yaml at"):
+        load_student(tmp_path / "student.ckpt", tmp_path / "absent.yaml")
+    with pytest.raises(ValueError, match=r"student\.ckpt is not a file"):
+        load_student(tmp_path / "student.ckpt", write_yaml(tmp_path))
+
+
+class Malicious:
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.witness,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_malicious_checkpoint_is_refused_and_does_nothing(tmp_path: Path, legacy: bool) -> None:
+    witness = tmp_path / "witness"
+    torch.save(
+        {"state_dict": {"student_model.mask_emb": Malicious(witness)}},
+        tmp_path / "bad.ckpt",
+        _use_new_zipfile_serialization=not legacy,
+    )
+    with pytest.raises(ValueError, match="is refused: its pickle names .*could run code"):
+        load_student(tmp_path / "bad.ckpt", write_yaml(tmp_path))
+    assert not witness.exists()
+    # The same file does run code where nobody looks.
+    pickle.loads(pickle.dumps(Malicious(witness)))
+    assert witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weights": 1}, "is not a Lightning checkpoint: it has no state_dict"),
+        ({"state_dict": {"teacher_model.mask_emb": torch.zeros(8)}}, "holds no student"),
+        ({"state_dict": {"student_model.upsampler.weight": torch.zeros(8)}}, "no student has: 'upsampler.weight'"),
+        ({"state_dict": {"student_model.mask_emb": torch.zeros(8)}}, "lacks tensor"),
+    ],
+)
+def test_other_checkpoints_are_refused(tmp_path: Path, content: dict[str, object], message: str) -> None:
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=message):
+        load_student(tmp_path / "other.ckpt", write_yaml(tmp_path))
+
+
+def test_published_yaml(tmp_path: Path) -> None:
+    config = published_config(write_yaml(tmp_path))
+    assert config == TINY.model_copy(update={"reuse_behaviour": "released"})
+    # MaskHuBERT's yaml has no pattern at all.
+    path = write_yaml(tmp_path)
+    tree = yaml.safe_load(path.read_text())
+    del tree["distiller"]["reuse_pattern"]
+    path.write_text(yaml.safe_dump(tree))
+    assert published_config(path).reuses == (False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conv_feature_layers": "__import__('os').system('touch witness')"}, "is not a sum of lists"),
+        ({"conv_feature_layers": "[(8, 10, 5)] * 1000 * 1000 * 1000"}, "something else than a small number"),
+        ({"conv_feature_layers": "[(8, 10, open('witness', 'w'))]"}, "does not describe a student"),
+        ({"conv_feature_layers": " + ".join(["[(8,1,1)]"] * 5000)}, "does not describe a student"),
+        ({"conv_feature_layers": "[(8, 10"}, "does not describe a student"),
+        ({"reuse_pattern": "[False, True, True]"}, "first layer has no attention map"),
+        ({"reuse_pattern": "[True, False]"}, "has 2 entries, encoder_layers is 3"),
+        ({"encoder_layers": "many"}, "does not describe a student"),
+        ({"extractor_mode": "spectrogram"}, "does not describe a student"),
+        ({"layer_type": "conformer"}, "distiller.layer_type is 'conformer'; only 'transformer' is supported"),
+        ({"enable_tr_layer": True}, "distiller.enable_tr_layer is True; only False"),
+        ({"crop_seq_to_multiple": 2}, "distiller.crop_seq_to_multiple is 2; only 1"),
+    ],
+)
+def test_a_yaml_that_does_not_fit_is_refused_and_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        published_config(write_yaml(tmp_path, **changes))
+    assert not (tmp_path / "witness").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "distiller: 3", "distiller: [", "model: armhubert"])
+def test_a_file_that_is_no_published_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ValueError, match="has no readable 'distiller' section"):
+        published_config(tmp_path / "x.yaml")

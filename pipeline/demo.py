@@ -75,7 +75,8 @@ def main(
             name += "-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(corpus).absolute().name)
         else:
             console.print(
-                "corpus  speaking a fixed text list in several voices (CORPUS=/path/to/LibriSpeech takes real speech)"
+                "corpus  speaking a fixed text list in several voices (CORPUS=/path/to/LibriSpeech takes real speech)",
+                soft_wrap=True,
             )
             settings.append(f"corpus.path={make_demo_corpus(Path('corpora/demo').absolute())}")
         if teacher:

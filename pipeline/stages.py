@@ -62,24 +62,26 @@ class Run:
 
     def _claim_folder(self) -> None:
         path = self.folder / "config.yaml"
-        mine = yaml.safe_load(dump_config(self.config))
-        if path.is_file():
-            theirs = yaml.safe_load(path.read_text())
+        # A run that failed before its first result has nothing to lose: a corrected configuration may replace its own.
+        results = self.folder.is_dir() and any(
+            entry.name not in ("config.yaml", "ray.log") for entry in self.folder.iterdir()
+        )
+        if results:
+            if not path.is_file():
+                raise ConfigError(f"{self.folder} holds files but no run (no config.yaml); choose another name=...")
+            mine, theirs = _identity(dump_config(self.config)), _identity(path.read_text())
             changed = [section for section in mine if mine[section] != theirs.get(section)]
             if changed:
                 raise ConfigError(
                     f"{self.folder} holds a run with another configuration (sections that differ: {', '.join(changed)}); "
                     "choose another name=..., or remove that folder"
                 )
-            return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            raise ConfigError(f"{self.folder} holds files but no run (no config.yaml); choose another name=...")
         self.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(dump_config(self.config))
 
     def say(self, text: str) -> None:
         """One line for people."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -381,6 +383,15 @@ def run_stages(run: Run, stages: list[str]) -> dict[str, Any] | None:
         if stage in stages:
             work()
     return run.report() if "report" in stages else None
+
+
+def _identity(text: str) -> dict[str, Any]:
+    """A dumped configuration without what changes how a run is carried out but not what comes out."""
+    tree: dict[str, Any] = yaml.safe_load(text)
+    tree.pop("runs", None)
+    for key in ("actors", "gpus_per_actor"):
+        tree["cache"].pop(key, None)
+    return tree
 
 
 def _absolute_spec(checkpoint: str) -> str:

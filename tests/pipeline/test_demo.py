@@ -89,13 +89,27 @@ def test_online_targets_need_no_cache(tmp_path: Path, speech_folder: Path) -> No
     assert json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())["targets"] == "online"
 
 
+def test_a_corrected_command_is_not_refused(tmp_path: Path, speech_folder: Path) -> None:
+    command = [str(REPOSITORY / "pipeline" / "run.py"), "--config", str(REPOSITORY / "configs" / "demo.yaml")]
+    wrong = run([*command, "corpus.path=/nowhere", "--stages", "index"], tmp_path)
+    assert wrong.returncode == 2
+    right = run([*command, f"corpus.path={speech_folder}", "--stages", "index"], tmp_path)
+    assert right.returncode == 0, right.stdout + right.stderr
+    assert "12 utterances" in right.stdout
+    more_actors = run([*command, f"corpus.path={speech_folder}", "cache.actors=2", "--stages", "index"], tmp_path)
+    assert more_actors.returncode == 0, more_actors.stdout + more_actors.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train.epoch=3"], "train.epoch: unknown key; allowed here: "),
         (["--stages", "bake"], "unknown stage 'bake'; stages are index, plan, cache, train, export, report"),
         (["corpus.path=/nowhere/at/all"], "/nowhere/at/all"),
-        (["teacher.checkpoint=/nowhere.pt", "--stages", "plan"], "there is no corpus index"),
+        (
+            ["teacher.checkpoint=/nowhere.pt", "--stages", "plan"],
+            "holds no complete corpus index; run the index stage first",
+        ),
         (["--stages", "export"], "no finished training to export"),
     ],
 )

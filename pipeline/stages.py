@@ -411,7 +411,8 @@ def _init_ray() -> None:
     if repository not in paths.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [repository, paths]))
     ray.init(
-        address=os.environ.get("RAY_ADDRESS"),
+        # A submitted job is told its cluster; anything else gets a Ray of its own, whatever else runs on this machine.
+        address=os.environ.get("RAY_ADDRESS", "local"),
         log_to_driver=False,
         logging_level="ERROR",
         runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}},

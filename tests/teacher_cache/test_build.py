@@ -34,7 +34,7 @@ teacher = load_teacher("random:3x160")
 spec = CacheSpec(teacher=teacher.fingerprint, num_layers=3, dim=160, layers=(1, 2, 3), masks=MaskDraws(draws=3), codec="fp16",
                  corpus="test", shard_seconds=0.5, batch_seconds=6)
 plan = plan_shards([SourceUtterance(**u) for u in corpus], spec.shard_seconds)
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 print("building", flush=True)
 report = build_cache(root, spec, plan, "random:3x160", teacher_name=teacher.name, actors=1,
                      on_progress=lambda p: print("done", p.shards_done, p.shards, flush=True))

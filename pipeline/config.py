@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
 
 from student.config import StudentConfig
 from student.settings import TrainSettings
-from teacher_cache.codecs import CODECS
-from teacher_cache.layout import MaskDraws
+from teacher_cache.codecs import DEFAULT_CODEC, check_codec
+from teacher_cache.spec import MaskDraws, Targets
 
 
 class ConfigError(ValueError):
@@ -54,27 +54,52 @@ class CacheSection(_Section):
     """The cache.
 
     Attributes:
-        path: its folder.
-        codec: how features are stored.
+        path: its folder, or a URI such as ``s3://bucket/prefix``.
+        codec: how features are stored: ``pca`` (default), ``layer-pca``, ``int8``, ``fp16``, ``fp32``; ``pca:STEP`` sets the
+            quantisation step.
+        targets: ``clean_and_masked`` (default), ``composite_only`` or ``clean_only``; see `teacher_cache.spec.CacheSpec`.
+        precision: of the teacher: ``fp32``, ``fp16``, ``bf16``; None takes fp16 on GPUs and fp32 on CPUs.
+        audio: ``flac`` (smaller) or ``pcm`` (faster to read).
         shard_minutes: audio per shard (the unit of work, retry and resume).
         batch_seconds: padded audio per teacher batch.
         actors: teachers that run side by side.
         gpus_per_actor: GPUs each takes; 0 runs on CPU.
+        cpus_per_actor: cores each takes.
+        verify: read every byte and compare checksums before training.
     """
 
-    path: Path
-    codec: str = "fp16"
+    path: str
+    codec: Annotated[str, pydantic.AfterValidator(check_codec)] = DEFAULT_CODEC
+    targets: Targets = "clean_and_masked"
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    audio: Literal["flac", "pcm"] = "flac"
     shard_minutes: float = pydantic.Field(default=10.0, gt=0)
     batch_seconds: float = pydantic.Field(default=120.0, gt=0)
     actors: int = pydantic.Field(default=1, ge=1)
     gpus_per_actor: float = pydantic.Field(default=0.0, ge=0)
+    cpus_per_actor: int = pydantic.Field(default=1, ge=1)
+    verify: bool = True
 
-    @pydantic.field_validator("codec")
+    @property
+    def location(self) -> str:
+        """Its absolute path, or its URI."""
+        return self.path if "://" in self.path else str(Path(self.path).absolute())
+
+    @property
+    def is_absolute(self) -> bool:
+        """Whether every process finds it under this name."""
+        return "://" in self.path or Path(self.path).is_absolute()
+
+    @pydantic.field_validator("path", mode="before")
     @classmethod
-    def _known(cls, codec: str) -> str:
-        if codec not in CODECS:
-            raise ValueError(f"codec {codec!r} is not known; known codecs: {', '.join(sorted(CODECS))}")
-        return codec
+    def _text(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.precision == "fp16" and not self.gpus_per_actor:
+            raise ValueError("precision fp16 needs cache.gpus_per_actor; on CPUs use fp32 or bf16")
+        return self
 
 
 class Config(_Section):

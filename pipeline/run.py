@@ -28,7 +28,7 @@ def main(
         raise typer.Exit(2)
     try:
         summary = run_stages(Run(load_config(config, overrides or []), console), wanted)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     if summary is not None:

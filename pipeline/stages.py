@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -18,13 +19,16 @@ from rich.table import Table
 
 from pipeline.config import Config, ConfigError, dump_config
 from pipeline.corpus import CorpusIndex, index_corpus
-from pipeline.plan import plan_cost
+from pipeline.plan import cost_lines, cost_table, plan_cost
 from student import load_student
 from student.ray_training import train_on_ray
 from teacher_cache.build import Progress as BuildProgress
-from teacher_cache.build import build_cache
+from teacher_cache.build import Workers, build_cache
 from teacher_cache.frames import SAMPLE_RATE
-from teacher_cache.layout import CacheSpec, Layout, SourceUtterance, cache_bytes, open_or_create, plan_shards
+from teacher_cache.layout import Cache, cache_bytes
+from teacher_cache.shards import SourceUtterance, plan_shards
+from teacher_cache.spec import CacheError, CacheSpec
+from teacher_cache.store import Store
 from teacher_cache.teachers import Teacher, load_teacher
 from teacher_cache.verify import verify_cache
 
@@ -45,19 +49,19 @@ class Run:
     def __init__(self, config: Config, console: Console) -> None:
         # A job's working directory is a copy that is thrown away.
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-            for key, path in (
-                ("runs", config.runs),
-                ("cache.path", config.cache.path),
-                ("corpus.path", config.corpus.path),
+            for key, path, absolute in (
+                ("runs", config.runs, config.runs.is_absolute()),
+                ("cache.path", config.cache.path, config.cache.is_absolute),
+                ("corpus.path", config.corpus.path, config.corpus.path.is_absolute()),
             ):
-                if not path.is_absolute():
+                if not absolute:
                     raise ConfigError(
                         f"{key}: {path} is relative, but a Ray job runs in a copy of its folder; give an absolute path"
                     )
         self.config = config
         self.console = console
         self.folder = config.folder.absolute()
-        self.cache = config.cache.path.absolute()
+        self.cache = Store(config.cache.location)
         self._claim_folder()
 
     def _claim_folder(self) -> None:
@@ -120,17 +124,21 @@ class Run:
 
     @cached_property
     def spec(self) -> CacheSpec:
-        """The identity of the cache this run needs."""
+        """The cache this run needs."""
+        cache = self.config.cache
         return CacheSpec(
             teacher=self.teacher.fingerprint,
             num_layers=self.teacher.num_layers,
             dim=self.teacher.dim,
             layers=self.layers_of(self.teacher),
             masks=self.config.masks,
-            codec=self.config.cache.codec,
+            codec=cache.codec,
+            targets=cache.targets,
             corpus=self.corpus.fingerprint,
-            shard_seconds=self.config.cache.shard_minutes * 60,
-            batch_seconds=self.config.cache.batch_seconds,
+            shard_seconds=cache.shard_minutes * 60,
+            batch_seconds=cache.batch_seconds,
+            precision=cache.precision or ("fp16" if cache.gpus_per_actor else "fp32"),
+            audio=cache.audio,
         )
 
     @contextmanager
@@ -190,57 +198,76 @@ class Run:
         if self.config.train.targets == "online":
             self.say("plan    targets are online: no cache is needed")
             return
-        cost = plan_cost(self.utterances, self.spec, self.cache)
-        self.say(
-            f"plan    {cost.frames} frames, {len(self.spec.layers)} layers x {self.spec.dim}, {self.spec.masks.draws} mask draws "
-            f"({cost.masked_fraction:.0%} masked), {self.spec.codec}: about {cost.total_bytes / 1e9:.2f} GB, "
-            f"{cost.bytes_per_second / 1e3:.0f} kB per second of audio"
-        )
-        if not Layout(self.cache).cache_json.is_file() and cost.total_bytes > cost.free_bytes:
+        if Cache.exists(self.cache) and Cache.open(self.cache).covers(self.spec):
+            self.say(f"plan    the cache at {self.cache.location} has all layers and draws that are needed")
+            return
+        teacher = self.teacher
+        if self.config.cache.gpus_per_actor and torch.cuda.is_available():
+            teacher = load_teacher(self.config.teacher.checkpoint, "cuda")
+        cost = plan_cost(self.utterances, self.spec, teacher, self.cache.location)
+        self.console.print(cost_table(cost))
+        for line in cost_lines(cost):
+            self.say(f"plan    {line}")
+        needed = cost.total_bytes(self.spec.codec, self.spec.targets) - cost.there_bytes
+        if cost.free_bytes is not None and needed > cost.free_bytes:
             raise ConfigError(
-                f"cache.path: {self.cache} has {cost.free_bytes / 1e9:.1f} GB free, the cache needs about "
-                f"{cost.total_bytes / 1e9:.1f} GB; choose another disk, fewer layers or draws"
+                f"cache.path: {self.cache.location} has {cost.free_bytes / 1e9:.1f} GB free, the cache needs about "
+                f"{needed / 1e9:.1f} GB more; choose another disk, a smaller codec, fewer layers or draws"
             )
 
     def cache_targets(self) -> None:
-        """Runs the teacher over the corpus, once."""
+        """Runs the teacher over the corpus, once; adds layers and draws that an earlier run did not need."""
         if self.config.train.targets == "online":
             self.say("cache   targets are online: skipped")
             return
-        plan = plan_shards(self.utterances, self.spec.shard_seconds)
-        layout = open_or_create(self.cache, self.spec, plan, self.teacher.name)
-        shards = len(set(plan["shard"].to_pylist()))
-        missing = [shard for shard in range(shards) if not layout.is_committed(shard)]
-        if missing:
-            with self._quiet(), self._progress("cache", "shards") as update:
+        settings = self.config.cache
+        complete = Cache.exists(self.cache) and Cache.open(self.cache).covers(self.spec)
+        if complete and not Cache.open(self.cache).missing():
+            detail = "all shards are there, reused"
+        else:
+            with self._quiet(), self._progress("cache", "utterances") as update:
                 _init_ray()
 
                 def show(progress: BuildProgress) -> None:
-                    update(progress.shards_done, progress.shards)
+                    note = (
+                        f"{progress.seconds_done / 3600:.2f} of {progress.seconds / 3600:.2f} h, "
+                        f"{progress.audio_per_second / 60:.2f} h of audio/min, teachers busy {progress.busy:.0%}"
+                    )
+                    update(progress.utterances_done, progress.utterances, note)
 
-                update(shards - len(missing), shards)
                 report = build_cache(
-                    self.cache,
+                    self.cache.location,
                     self.spec,
-                    plan,
+                    plan_shards(self.utterances, self.spec.shard_seconds),
                     _absolute_spec(self.config.teacher.checkpoint),
                     teacher_name=self.teacher.name,
-                    actors=self.config.cache.actors,
-                    gpus_per_actor=self.config.cache.gpus_per_actor,
+                    workers=Workers(settings.actors, settings.gpus_per_actor, settings.cpus_per_actor),
                     on_progress=show,
                 )
-            problems = verify_cache(self.cache)
-            if problems:
-                raise ConfigError(f"the cache at {self.cache} is not sound: {'; '.join(problems[:3])}")
-            detail = f"{report.written} shards written in {report.elapsed:.0f} s, verified" + (
-                f", {report.reused} were there" if report.reused else ""
-            )
-        else:
-            detail = f"all {shards} shards are there, reused"
-        size = cache_bytes(self.cache)
+            detail = (
+                f"{report.written} shards written in {report.elapsed:.0f} s "
+                f"({report.seconds / max(report.elapsed, 1e-9) / 60:.2f} h of audio per minute)"
+            ) + (f", {report.reused} were there" if report.reused else "")
+        size = cache_bytes(Cache.open(self.cache))
         self.say(
-            f"cache   {detail}: {size / 1e6:.1f} MB, {size / self._seconds / 1e3:.1f} kB per second of audio, at {self.cache}"
+            f"cache   {detail}: {size / 1e6:.1f} MB, {size / self._seconds / 1e3:.1f} kB per second of audio, "
+            f"at {self.cache.location}"
         )
+
+    def _check_cache(self) -> None:
+        """Refuses a cache that is not this run's, or not sound."""
+        cache = Cache.open(self.cache)
+        if not cache.covers(self.spec):
+            raise CacheError(
+                f"the cache at {self.cache.location} lacks layers or draws that this run needs; run the cache stage"
+            )
+        problems = verify_cache(self.cache, checksums=self.config.cache.verify)
+        if problems:
+            more = f" and {len(problems) - 3} more problems" if len(problems) > 3 else ""
+            raise CacheError(
+                f"the cache is not sound: {'; '.join(problem.text for problem in problems[:3])}{more}; "
+                f"`python -m teacher_cache repair {self.cache.location}` rebuilds what is damaged"
+            )
 
     @property
     def _seconds(self) -> float:
@@ -254,8 +281,7 @@ class Run:
             return
         settings = self.config.train
         if settings.targets == "cached":
-            plan = plan_shards(self.utterances, self.spec.shard_seconds)
-            open_or_create(self.cache, self.spec, plan, self.teacher.name)
+            self._check_cache()
         layers = self.layers_of(self.teacher)
         config = self.config.resolve_student(len(layers), self.teacher.dim)
         with self._quiet(), self._progress("train", "steps") as update:
@@ -269,7 +295,7 @@ class Run:
                     settings,
                     self.folder,
                     layers=layers,
-                    cache=self.cache if settings.targets == "cached" else None,
+                    cache=self.cache.location if settings.targets == "cached" else None,
                     teacher=_absolute_spec(self.config.teacher.checkpoint),
                     masks=self.config.masks,
                     utterances=self.utterances,
@@ -314,7 +340,7 @@ class Run:
         student = load_student(export)
         trained = json.loads((self.folder / "train.json").read_text())
         online = self.config.train.targets == "online"
-        size = None if online else cache_bytes(self.cache)
+        size = None if online else cache_bytes(Cache.open(self.cache))
         summary: dict[str, Any] = {
             "name": self.config.name,
             "hours": self.corpus.hours,
@@ -328,7 +354,7 @@ class Run:
             "cache_bytes": size,
             "cache_bytes_per_second": None if size is None else size / self._seconds,
             "training": trained,
-            "cache": None if online else str(self.cache),
+            "cache": None if online else self.cache.location,
             "export": str(export),
             "run": str(self.folder),
         }
@@ -385,12 +411,19 @@ def run_stages(run: Run, stages: list[str]) -> dict[str, Any] | None:
     return run.report() if "report" in stages else None
 
 
+_CARRIED_OUT = {
+    "cache": ("actors", "gpus_per_actor", "cpus_per_actor", "verify"),
+    "train": ("trackers", "max_failures", "checkpoint_every", "keep_best", "max_skipped_steps"),
+}
+
+
 def _identity(text: str) -> dict[str, Any]:
     """A dumped configuration without what changes how a run is carried out but not what comes out."""
     tree: dict[str, Any] = yaml.safe_load(text)
     tree.pop("runs", None)
-    for key in ("actors", "gpus_per_actor"):
-        tree["cache"].pop(key, None)
+    for section, keys in _CARRIED_OUT.items():
+        for key in keys:
+            tree[section].pop(key, None)
     return tree
 
 

@@ -1,12 +1,17 @@
-"""The published distillation loss, counting real frames only."""
+"""The published distillation loss, counting real frames only, and a student with its loss as one module."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from student.model import Student
 from teacher_cache.frames import padding_mask
+
+Kind = Literal["mse", "l1"]
 
 _ERRORS = {"mse": F.mse_loss, "l1": F.l1_loss}
 
@@ -22,6 +27,9 @@ class DistillationLoss:
         per_layer: (L,) unweighted.
         mask_hint, unmask_hint: unweighted share of the hint layers from masked and unmasked frames; None without a mask.
         mask_final, unmask_final: the same of the last layer.
+        cosines: (2, L + 1) float64, from a `Distiller` that was asked for them: for masked, then for unmasked frames, each
+            layer's cosine similarity of projections and targets summed over frames, and the number of frames. Sums of
+            batches and ranks can be added up. Not differentiable.
     """
 
     total: Tensor
@@ -32,6 +40,7 @@ class DistillationLoss:
     unmask_hint: Tensor | None = None
     mask_final: Tensor | None = None
     unmask_final: Tensor | None = None
+    cosines: Tensor | None = None
 
 
 def distillation_loss(
@@ -40,7 +49,7 @@ def distillation_loss(
     num_frames: Tensor,
     frame_mask: Tensor | None = None,
     *,
-    kind: Literal["mse", "l1"] = "mse",
+    kind: Kind = "mse",
     hint_weight: float = 0.1,
     final_weight: float = 1.0,
     normalizer: float | Tensor | None = None,
@@ -48,7 +57,8 @@ def distillation_loss(
     """``hint_weight * sum_{l<L} m_l + final_weight * m_L``, m_l averaged over D, summed over frames, divided by frames.
 
     The published code counts padded frames too; here only real ones count. Without padding the two agree. With
-    ``frame_mask=None`` and clean targets this is the published (unmasked) validation loss.
+    ``frame_mask=None`` and clean targets this is the published (unmasked) validation loss. `Distiller` gives the same for
+    less memory.
 
     Args:
         projections: (B, L, T, D) of the student's heads.
@@ -73,19 +83,187 @@ def distillation_loss(
         raise ValueError(f"num_frames must be {(batch,)}, not {tuple(num_frames.shape)}")
     if frame_mask is not None and frame_mask.shape != (batch, frames):
         raise ValueError(f"frame_mask must be {(batch, frames)}, not {tuple(frame_mask.shape)}")
-    if kind not in _ERRORS:
-        raise ValueError(f"the loss kind {kind!r} is not known; known kinds: {', '.join(_ERRORS)}")
+    _check_kind(kind)
     padded = padding_mask(num_frames, frames)
     divisor = num_frames.sum() if normalizer is None else normalizer
     # (B, L, T): each frame's error, averaged over D. The fused loss keeps its inputs for backward, not their difference.
     per_frame = _ERRORS[kind](projections.float(), targets.float(), reduction="none").mean(-1)
     per_frame = per_frame.masked_fill(padded[:, None], 0)
     per_layer = per_frame.sum((0, 2)) / divisor
+    return _weighted(per_layer, per_frame.detach(), frame_mask, divisor, hint_weight, final_weight)
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f"the loss kind {kind!r} is not known; known kinds: {', '.join(get_args(Kind))}")
+
+
+def _weighted(
+    per_layer: Tensor,
+    per_frame: Tensor,
+    frame_mask: Tensor | None,
+    divisor: float | Tensor,
+    hint_weight: float,
+    final_weight: float,
+) -> DistillationLoss:
     hint, final = hint_weight * per_layer[:-1].sum(), final_weight * per_layer[-1]
     loss = DistillationLoss(hint + final, hint, final, per_layer)
     if frame_mask is not None:
-        masked = (per_frame * frame_mask[:, None]).detach().sum((0, 2)) / divisor
+        masked = (per_frame * frame_mask[:, None]).sum((0, 2)) / divisor
         unmasked = per_layer.detach() - masked
         loss.mask_hint, loss.mask_final = masked[:-1].sum(), masked[-1]
         loss.unmask_hint, loss.unmask_final = unmasked[:-1].sum(), unmasked[-1]
     return loss
+
+
+class Distiller(nn.Module):
+    """A student and its `distillation_loss` in one forward: what training puts in DDP.
+
+    It gives the same numbers as the two apart, a layer at a time: each head's projections and errors are gone once their loss
+    and gradients are known, so that no (B, L, T, D) tensor stands beside the targets.
+
+    Args:
+        student: whose parameters (under ``student.``) are all this module's.
+        kind, hint_weight, final_weight: as `distillation_loss` takes them.
+
+    Raises:
+        ValueError: an unknown kind.
+
+    Example:
+        >>> distiller = Distiller(Student(StudentConfig()))
+        >>> waveforms, lengths = torch.randn(2, 16_000), torch.tensor([16_000, 12_000])
+        >>> distiller(waveforms, lengths, None, torch.randn(2, 12, 49, 768)).total.backward()
+    """
+
+    def __init__(
+        self, student: Student, *, kind: Kind = "mse", hint_weight: float = 0.1, final_weight: float = 1.0
+    ) -> None:
+        super().__init__()
+        _check_kind(kind)
+        self.student = student
+        self.kind, self.hint_weight, self.final_weight = kind, hint_weight, final_weight
+
+    def forward(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor,
+        frame_mask: Tensor | None,
+        targets: Tensor,
+        normalizer: float | Tensor | None = None,
+        *,
+        cosines: bool = False,
+    ) -> DistillationLoss:
+        """The loss of a batch.
+
+        Args:
+            waveforms, lengths, frame_mask: as `Student.forward` takes them.
+            targets, normalizer: as `distillation_loss` takes them.
+            cosines: whether cosine similarities are wanted too.
+
+        Raises:
+            ValueError: shapes that don't fit.
+        """
+        _, seen, num_frames = self.student.layer_outputs(waveforms, lengths, frame_mask)
+        expected = (len(waveforms), len(seen), seen[0].shape[1], self.student.config.target_dim)
+        if targets.shape != expected:
+            raise ValueError(f"targets must be (B, L, T, D) = {expected}, not {tuple(targets.shape)}")
+        padded = padding_mask(num_frames, expected[2])
+        sums, errors, similarities = zip(
+            *(
+                _head_loss(x, head, targets[:, layer], padded, self.kind, cosines)
+                for layer, (x, head) in enumerate(zip(seen, self.student.heads, strict=True))
+            ),
+            strict=True,
+        )
+        divisor = num_frames.sum() if normalizer is None else normalizer
+        loss = _weighted(
+            torch.stack(sums) / divisor,
+            torch.stack(errors, 1),
+            frame_mask,
+            divisor,
+            self.hint_weight,
+            self.final_weight,
+        )
+        if cosines:
+            masked = torch.zeros_like(padded) if frame_mask is None else frame_mask & ~padded
+            loss.cosines = _cosine_sums(torch.stack(similarities), masked, ~padded & ~masked)
+        return loss
+
+
+def _cosine_sums(similarities: Tensor, masked: Tensor, unmasked: Tensor) -> Tensor:
+    """(L, B, T) and two (B, T) bool, to the (2, L + 1) of `DistillationLoss.cosines`."""
+    frames = torch.stack([masked, unmasked]).double()
+    sums = torch.einsum("lbt,kbt->kl", similarities.double(), frames)
+    return torch.cat([sums, frames.sum((1, 2))[:, None]], 1)
+
+
+def _head_loss(
+    x: Tensor, head: nn.Module, targets: Tensor, padded: Tensor, kind: Kind, cosines: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer's loss.
+
+    Args:
+        x: (B, T, d), what the head sees.
+        head: a linear layer, or the identity.
+        targets: (B, T, D).
+        padded: (B, T) bool.
+        kind: of error.
+        cosines: whether they are wanted.
+
+    Returns:
+        () the errors' sum over real frames; then without gradient (B, T) each real frame's error, averaged over D, and
+        (B, T) cosine similarities, empty if not wanted.
+    """
+    weight, bias = (head.weight, head.bias) if isinstance(head, nn.Linear) else (None, None)
+    result: tuple[Tensor, Tensor, Tensor] = _HeadLoss.apply(
+        x, weight, bias, targets, padded, kind, cosines, torch.is_grad_enabled()
+    )  # type: ignore[no-untyped-call]
+    return result
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Computes its gradients in forward, up to the factor that only backward knows, and keeps nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        targets: Tensor,
+        padded: Tensor,
+        kind: Kind,
+        cosines: bool,
+        differentiable: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        projections = x if weight is None else F.linear(x, weight, bias)
+        targets = targets.float()
+        similarities = F.cosine_similarity(projections.float(), targets, -1) if cosines else x.new_empty(0)
+        error = projections.float() - targets
+        per_frame = (error.square() if kind == "mse" else error.abs()).mean(-1).masked_fill(padded, 0)
+        if differentiable:
+            # The gradient of the sum is factor * error (or its sign). Matrix products see it scaled by the root of the number
+            # of frames, so that half precision neither overflows in the sum over frames nor underflows before it.
+            scale = padded.numel() ** -0.5
+            ctx.factor = (2 if kind == "mse" else 1) / error.shape[-1] / scale
+            error = (error if kind == "mse" else error.sign_()).masked_fill_(padded[..., None], 0).mul_(scale)
+            if weight is None:
+                gradients = [error.to(x.dtype)]
+            else:
+                assert bias is not None
+                rows = error.to(projections.dtype).flatten(0, 1)
+                gradients = [
+                    (rows @ weight).view_as(x).to(x.dtype),
+                    (rows.t() @ x.flatten(0, 1)).to(weight.dtype),
+                    rows.sum(0, dtype=bias.dtype),
+                ]
+            ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(per_frame, similarities)
+        return per_frame.sum(), per_frame, similarities
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        factor = gradient * ctx.factor
+        gradients = [saved * factor for saved in ctx.saved_tensors]
+        return (*gradients, *(None,) * (8 - len(gradients)))

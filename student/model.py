@@ -1,6 +1,6 @@
 """The ARMHuBERT student: convolutional front end, Transformer with attention-map reuse, one head per layer.
 
-Shape suffixes: B batch, S samples, C channels, T frames, L layers, d student width, D teacher width, H heads.
+Shape suffixes: B batch, S samples, C channels, T frames, L layers, d student width, D teacher width.
 """
 
 import math
@@ -9,8 +9,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from student.attention import Attention, AttentionMap
 from student.config import StudentConfig
+from student.convolution import gelu_convolution
+from student.dropout import Dropout
 from teacher_cache.frames import conv_output_length, group_norm_over_real, padding_mask
 
 
@@ -46,11 +50,17 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 class ConvBlock(nn.Module):
-    """One unpadded convolution, its normalisation if any, GELU."""
+    """GELU (but for the first block), one unpadded convolution, its normalisation if any.
 
-    def __init__(self, inputs: int, channels: int, kernel: int, stride: int, bias: bool, norm: str | None) -> None:
+    The published order is convolution, normalisation, GELU; the last block's GELU is the student's to apply. Shifted so, each
+    convolution is one step with the GELU before it, which need not be kept for backward.
+    """
+
+    def __init__(
+        self, inputs: int, channels: int, kernel: int, stride: int, bias: bool, norm: str | None, first: bool
+    ) -> None:
         super().__init__()
-        self.kernel, self.stride = kernel, stride
+        self.kernel, self.stride, self.first = kernel, stride, first
         self.conv = nn.Conv1d(inputs, channels, kernel, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
         self.norm: nn.Module | None = None
@@ -59,15 +69,16 @@ class ConvBlock(nn.Module):
         elif norm == "layer_norm":
             self.norm = nn.LayerNorm(channels)
 
-    def forward(self, x_BCS: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, S), (B,) → (B, C', S'), (B,)."""
-        x = self.conv(x_BCS)
+    def forward(self, x_BSC: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, C), (B,) → (B, S', C'), (B,)."""
+        x = gelu_convolution(x_BSC, self.conv.weight, self.conv.bias, self.stride, gelu=not self.first)
         lengths = conv_output_length(lengths_B, [(self.kernel, self.stride)])
         if isinstance(self.norm, nn.GroupNorm):
-            x = group_norm_over_real(x, lengths, self.norm.weight, self.norm.bias, self.norm.eps)
+            norm = self.norm
+            x = group_norm_over_real(x.transpose(1, 2), lengths, norm.weight, norm.bias, norm.eps).transpose(1, 2)
         elif self.norm is not None:
-            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
-        return F.gelu(x), lengths
+            x = self.norm(x)
+        return x, lengths
 
 
 class PositionConv(nn.Module):
@@ -87,57 +98,6 @@ class PositionConv(nn.Module):
         return F.gelu(x[..., : x.shape[-1] - self.surplus]).transpose(1, 2)
 
 
-class AttentionMap(NamedTuple):
-    """What decides a softmaxed attention map, without the (T, T) map itself: queries and keys, each (B, H, T, d/H)."""
-
-    queries: Tensor
-    keys: Tensor
-
-
-class Attention(nn.Module):
-    """Self-attention that computes its own map, or applies an earlier layer's to its own values.
-
-    A reused map is softmax(QK^T) of an earlier layer, so calling attention again with that layer's Q and K and this
-    layer's V gives the same numbers. Dropout applies only where the map is computed.
-    """
-
-    def __init__(self, config: StudentConfig, reuses: bool) -> None:
-        super().__init__()
-        width = config.encoder_embed_dim
-        self.heads = config.encoder_attention_heads
-        self.reuses = reuses
-        self.second_softmax = config.reuse_behaviour == "released"
-        self.dropout = config.attention_dropout
-        if not reuses:
-            self.query = nn.Linear(width, width)
-            self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-
-    def _split(self, x_BTd: Tensor) -> Tensor:
-        return x_BTd.view(*x_BTd.shape[:2], self.heads, -1).transpose(1, 2)
-
-    def forward(
-        self, x_BTd: Tensor, attended: Tensor | None, shared: AttentionMap | None
-    ) -> tuple[Tensor, AttentionMap]:
-        """``attended``: (B, 1, 1, T) bool, False at padding, or None. Returns (B, T, d) and the map for later layers."""
-        if not self.reuses:
-            shared = AttentionMap(self._split(self.query(x_BTd)), self._split(self.key(x_BTd)))
-        assert shared is not None
-        values = self._split(self.value(x_BTd))
-        if self.reuses and self.second_softmax:
-            scores = shared.queries @ shared.keys.transpose(-1, -2) / math.sqrt(shared.keys.shape[-1])
-            for _ in range(2):
-                if attended is not None:
-                    scores = scores.masked_fill(~attended, float("-inf"))
-                scores = scores.softmax(-1)
-            mixed = scores @ values
-        else:
-            rate = self.dropout if self.training and not self.reuses else 0.0
-            mixed = F.scaled_dot_product_attention(shared.queries, shared.keys, values, attended, rate)
-        return self.out(mixed.transpose(1, 2).flatten(2)), shared
-
-
 class EncoderLayer(nn.Module):
     """Post-norm Transformer layer."""
 
@@ -149,8 +109,8 @@ class EncoderLayer(nn.Module):
         self.up = nn.Linear(width, config.encoder_ffn_embed_dim)
         self.down = nn.Linear(config.encoder_ffn_embed_dim, width)
         self.final_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.activation_dropout = nn.Dropout(config.activation_dropout)
+        self.dropout = Dropout(config.dropout)
+        self.activation_dropout = Dropout(config.activation_dropout)
 
     def forward(
         self, x_BTd: Tensor, attended: Tensor | None, shared: AttentionMap | None
@@ -174,26 +134,32 @@ class Student(nn.Module):
     Initialisation as published: convolutions Kaiming normal; position convolution normal with standard deviation
     sqrt(4 / (kernel * width)); linear layers inside the encoder normal(0, 0.02) with zero bias; projection and heads
     PyTorch's default; mask embedding uniform(0, 1).
+
+    Attributes:
+        config: what it is.
+        checkpoint_activations: where gradients are wanted, keep only what each encoder layer gives, and compute the rest
+            again in backward: for batches that would not fit. Default False.
     """
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         width = config.encoder_embed_dim
         blocks = []
         inputs = 1
         for number, (channels, kernel, stride) in enumerate(config.conv_layers):
             norm = config.conv_norm if config.conv_norm == "layer_norm" or number == 0 else None
-            blocks.append(ConvBlock(inputs, channels, kernel, stride, config.conv_bias, norm))
+            blocks.append(ConvBlock(inputs, channels, kernel, stride, config.conv_bias, norm, number == 0))
             inputs = channels
         self.conv_blocks = nn.ModuleList(blocks)
         self.feature_norm = nn.LayerNorm(inputs)
         self.projection = nn.Linear(inputs, width) if inputs != width else nn.Identity()
-        self.input_dropout = nn.Dropout(config.dropout_input)
+        self.input_dropout = Dropout(config.dropout_input)
         self.mask_embedding = nn.Parameter(torch.empty(width).uniform_())
         self.position = PositionConv(width, config.conv_pos, config.conv_pos_groups)
         self.encoder_norm = nn.LayerNorm(width)
-        self.encoder_dropout = nn.Dropout(config.dropout)
+        self.encoder_dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList([EncoderLayer(config, reuses) for reuses in config.reuses])
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
@@ -218,19 +184,22 @@ class Student(nn.Module):
         Raises:
             ValueError: shapes that don't fit, or a waveform too short for one frame.
         """
-        layers, heads, num_frames = self._encode(waveforms, lengths, frame_mask)
-        projections = torch.stack([head(x) for head, x in zip(self.heads, heads, strict=True)], dim=1)
+        layers, seen, num_frames = self.layer_outputs(waveforms, lengths, frame_mask)
+        projections = torch.stack([head(x) for head, x in zip(self.heads, seen, strict=True)], dim=1)
         return StudentOutput(torch.stack(layers, dim=1), projections, num_frames)
 
     def encode(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (B, L, T, d) and num_frames (B,), without the heads: what the service needs."""
-        layers, _, num_frames = self._encode(waveforms, lengths, None)
+        layers, _, num_frames = self.layer_outputs(waveforms, lengths)
         return torch.stack(layers, dim=1), num_frames
 
-    def _encode(
-        self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None
+    def layer_outputs(
+        self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Each layer's output, the same as the heads see it (gradient scaling), and real frames."""
+        """As `forward`, one by one: each layer's output (B, T, d), the same as its head sees it, and real frames (B,).
+
+        What a head sees differs in its gradient only (``layer_grad_scale``).
+        """
         if waveforms.ndim != 2 or lengths.shape != waveforms.shape[:1]:
             raise ValueError(
                 f"waveforms must be (B, S) and lengths (B,), not {tuple(waveforms.shape)} and {tuple(lengths.shape)}"
@@ -246,10 +215,10 @@ class Student(nn.Module):
                 f"{waveforms.shape[1]}, not {samples}"
             )
         num_frames = self.num_frames(lengths)
-        x, real = waveforms[:, None], lengths
+        x, real = waveforms[..., None], lengths
         for block in self.conv_blocks:
             x, real = block(x, real)
-        x = self.input_dropout(self.projection(self.feature_norm(x.transpose(1, 2))))
+        x = self.input_dropout(self.projection(self.feature_norm(F.gelu(x))))
         if frame_mask is not None:
             if frame_mask.shape != x.shape[:2] or frame_mask.dtype != torch.bool:
                 raise ValueError(
@@ -266,7 +235,10 @@ class Student(nn.Module):
         layers, heads = [], []
         shared: AttentionMap | None = None
         for number, layer in enumerate(self.layers):
-            x, shared = layer(x, attended, shared)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, shared = checkpoint(layer, x, attended, shared, use_reentrant=False)
+            else:
+                x, shared = layer(x, attended, shared)
             seen = x
             if self.config.layer_grad_scale:
                 # The published rule: layer i of N passes on g of its gradient, the head's part takes a further 1 - g.

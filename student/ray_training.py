@@ -7,17 +7,25 @@ from typing import Any
 import torch
 
 from student.config import StudentConfig
+from student.metrics import check_trackers
+from student.rank import Rank
 from student.settings import TrainSettings
-from student.training import Rank, train
-from teacher_cache.layout import MaskDraws, SourceUtterance
-from teacher_cache.reader import CacheReader, OnlineReader, TargetReader
+from student.train_state import CheckpointError
+from student.training import train
+from teacher_cache.batch import TargetReader
+from teacher_cache.online import OnlineReader
+from teacher_cache.reader import CacheReader
+from teacher_cache.shards import SourceUtterance
+from teacher_cache.spec import MaskDraws
 
 
 def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, TargetReader]:
     layers = job["layers"]
     if job["settings"]["targets"] == "cached":
-        cache = Path(job["cache"])
-        return CacheReader(cache, "train", layers), CacheReader(cache, "validation", layers)
+        return (
+            CacheReader(job["cache"], "train", layers, job["masks"]["draws"]),
+            CacheReader(job["cache"], "validation", layers),
+        )
     from teacher_cache.teachers import load_teacher
 
     teacher = load_teacher(job["teacher"], device)
@@ -30,7 +38,8 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
     return by_split["train"], by_split["validation"]
 
 
-def _worker(job: dict[str, Any]) -> None:
+def _worker(job: dict[str, Any]) -> Exception | None:
+    """Trains; returns what went wrong where starting again would only end the same."""
     import ray.train
     import ray.train.torch
 
@@ -38,18 +47,24 @@ def _worker(job: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(job["threads"])
+    else:
+        torch.cuda.set_device(device)
     rank = Rank(context.get_world_rank(), context.get_world_size(), device)
     train_reader, validation_reader = _readers(job, device)
-    train(
-        StudentConfig.model_validate(job["student"]),
-        TrainSettings.model_validate(job["settings"]),
-        train_reader,
-        validation_reader,
-        Path(job["folder"]),
-        rank=rank,
-        wrap=lambda student: ray.train.torch.prepare_model(student, move_to_device=False),
-        on_validation=lambda row: ray.train.report(row),
-    )
+    try:
+        train(
+            StudentConfig.model_validate(job["student"]),
+            TrainSettings.model_validate(job["settings"]),
+            train_reader,
+            validation_reader,
+            Path(job["folder"]),
+            rank=rank,
+            wrap=lambda distiller: ray.train.torch.prepare_model(distiller, move_to_device=False),
+            on_validation=lambda row: ray.train.report(row),
+        )
+    except (FloatingPointError, CheckpointError) as error:
+        return error  # Every rank raises these at the same step.
+    return None
 
 
 def train_on_ray(
@@ -58,7 +73,7 @@ def train_on_ray(
     folder: Path,
     *,
     layers: tuple[int, ...],
-    cache: Path | None,
+    cache: str | None,
     teacher: str,
     masks: MaskDraws,
     utterances: list[SourceUtterance],
@@ -69,19 +84,23 @@ def train_on_ray(
     Args:
         config, settings, folder: as in `student.training.train`; the folder must be reachable from every node.
         layers: 1-based teacher layers to learn from.
-        cache: folder of the cache, for cached targets.
+        cache: location of the cache, for cached targets.
         teacher, masks, utterances: for online targets.
         cpu_threads: PyTorch threads of a worker without a GPU.
+
+    Raises:
+        ValueError, FloatingPointError, OSError: as `student.training.train` does, from whichever worker it came.
     """
     import ray.train
     import ray.train.torch
 
+    check_trackers(settings.trackers)
     job = {
         "student": config.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json"),
         "folder": str(folder),
         "layers": layers,
-        "cache": None if cache is None else str(cache),
+        "cache": cache,
         "teacher": teacher,
         "masks": masks.model_dump(mode="json"),
         "utterances": [vars(u) for u in utterances] if settings.targets == "online" else [],
@@ -98,4 +117,12 @@ def train_on_ray(
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
         ),
     )
-    trainer.fit()
+    try:
+        problem = trainer.fit().return_value
+    except ray.train.WorkerGroupError as error:
+        # Ray wraps what the workers raised: one rank's reason, and perhaps the broken connections of the others.
+        causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
+        reasons = [c for c in causes if isinstance(c, (ValueError, OSError)) and not isinstance(c, ConnectionError)]
+        problem = reasons[0] if reasons else error
+    if problem is not None:
+        raise problem

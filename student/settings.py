@@ -17,7 +17,7 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
         accumulate: batches per optimiser step.
         workers: Ray Train workers (DDP ranks).
         use_gpu: one GPU per worker.
-        precision: ``fp32``, ``bf16`` or ``fp16`` (with loss scaling); the last two need use_gpu.
+        precision: ``fp32``, ``bf16``, or ``fp16`` with loss scaling, which needs use_gpu.
         learning_rate: peak; 5e-3 with attention reuse, 5e-4 without (published).
         warmup_fraction: of all steps, linear from 0; then linear to 0 at the end.
         betas, eps, weight_decay: AdamW. The published yaml says weight decay 1e-6, but its optimiser's parameter groups
@@ -26,8 +26,18 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
         final_weight: on the last layer.
         loss: ``mse`` or ``l1``.
         max_grad_norm: clip gradients to this norm; None (published) does not clip.
-        validate_every: optimiser steps between validations (one more at the end).
+        max_skipped_steps: a step whose loss or gradient is not finite is left out; the run stops after this many in a row.
+            Ten leave a rare bad batch behind, and do not let a diverged run go on for hours. Under fp16 the steps by which
+            the loss scale is looked for don't count while it can still fall.
+        ema_decay: of an exponential moving average of the weights, as 0.999; it is then what is validated and exported.
+            None (published) keeps none.
+        draw_order: which mask draw an epoch trains with: ``rotate`` takes them in turn, ``in_order`` spreads them over the
+            run, so that draws with policies of their own (masks.policies) make a schedule.
+        validate_every: optimiser steps between validations (one more at the end); each is followed by a checkpoint.
+        checkpoint_every: optimiser steps between checkpoints, besides those; None makes no others.
+        keep_best: students kept of those that were validated.
         log_every: optimiser steps between metric rows.
+        trackers: of ``wandb`` and ``mlflow``, what metrics are also sent to; see `student.metrics`. Default none.
         max_failures: how often a failed worker group is started again from the last checkpoint.
         seed: of initialisation, order and dropout.
     """
@@ -50,8 +60,14 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
     final_weight: float = 1.0
     loss: Literal["mse", "l1"] = "mse"
     max_grad_norm: float | None = pydantic.Field(default=None, gt=0)
+    max_skipped_steps: int = pydantic.Field(default=10, ge=1)
+    ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    draw_order: Literal["rotate", "in_order"] = "rotate"
     validate_every: int = pydantic.Field(default=1000, ge=1)
+    checkpoint_every: int | None = pydantic.Field(default=None, ge=1)
+    keep_best: int = pydantic.Field(default=1, ge=1)
     log_every: int = pydantic.Field(default=10, ge=1)
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     max_failures: int = pydantic.Field(default=2, ge=0)
     seed: int = pydantic.Field(default=0, ge=0)
 
@@ -59,6 +75,10 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
     def _possible(self) -> Self:
         if (self.batch_size is None) == (self.batch_seconds is None):
             raise ValueError("give exactly one of train.batch_size and train.batch_seconds")
-        if self.precision != "fp32" and not self.use_gpu:
-            raise ValueError(f"train.precision {self.precision} needs train.use_gpu true; on a CPU use fp32")
+        if self.precision == "fp16" and not self.use_gpu:
+            raise ValueError("train.precision fp16 needs train.use_gpu true; on a CPU use fp32 or bf16")
+        if self.draw_order == "in_order" and self.targets == "online":
+            raise ValueError(
+                "train.draw_order in_order needs train.targets cached: online targets never run out of draws"
+            )
         return self

@@ -1,42 +1,35 @@
 """The training loop of one rank: plain PyTorch, without Ray. `student.ray_training` runs it on Ray Train workers."""
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.utils.tensorboard import SummaryWriter
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from student.checkpoints import save_student
 from student.config import StudentConfig
-from student.loss import distillation_loss
+from student.feed import Micro, TrainingPlan, micro_batches
+from student.loss import DistillationLoss, Distiller
+from student.metrics import Metrics, Window, cosine_row
 from student.model import Student
+from student.optimizer import make_optimizer, schedule_factor
+from student.rank import Rank
 from student.settings import TrainSettings
-from student.train_state import load_train_state, save_train_state
-from teacher_cache.batches import cut_by_seconds, plan_epoch
-from teacher_cache.frames import SAMPLE_RATE, num_frames
-from teacher_cache.reader import Batch, TargetReader
+from student.train_state import Checkpoints, Stateful
+from teacher_cache.batch import Batch, TargetReader
+from teacher_cache.batches import cut_by_seconds
+from teacher_cache.frames import SAMPLE_RATE
 
-PREFETCH = 4
-"""Batches read ahead by a background thread."""
-
-
-@dataclass(frozen=True)
-class Rank:
-    """This process among the others. ``device`` is where the student lives."""
-
-    index: int = 0
-    world_size: int = 1
-    device: torch.device = torch.device("cpu")
+MIN_LOSS_SCALE = 1e-4
+"""Where fp16's loss scale stops being looked for; fairseq's ``--min-loss-scale``."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +37,7 @@ class TrainResult:
     """What a finished training says of itself: losses are per frame, weighted as in training; hours are of audio."""
 
     steps: int
+    skipped_steps: int
     first_loss: float
     last_loss: float
     first_validation_loss: float
@@ -53,170 +47,51 @@ class TrainResult:
     seconds: float
 
 
-def schedule_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
-    """Learning-rate factor of optimiser step ``step`` (0-based): linear warm-up from 0, then linear decay to 0.
-
-    As in the published recipe's ``get_linear_schedule_with_warmup``: step 0 has factor 0.
-    """
-    warmup = int(total_steps * warmup_fraction)
-    if step < warmup:
-        return step / max(1, warmup)
-    return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
-
-
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW with weight decay on everything but biases, as the published parameter groups have it."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for n, p in named if not n.endswith("bias")], "weight_decay": settings.weight_decay},
-            {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=next(model.parameters()).is_cuda,
-    )
-
-
-class TrainingPlan:
-    """Which batch every rank reads at every step: a pure function of lengths, settings and world size."""
-
-    def __init__(self, num_samples: np.ndarray, settings: TrainSettings, world_size: int) -> None:
-        self._num_samples = num_samples
-        self._settings = settings
-        self._world_size = world_size
-        self._epoch = -1
-        self._steps: list[list[list[list[int]]]] = []
-        starts = [0]
-        # Under a budget of seconds the number of batches depends on the epoch's shuffle, so each is planned once here.
-        epochs = settings.epochs
-        while len(starts) <= epochs and (settings.max_steps is None or starts[-1] < settings.max_steps):
-            starts.append(starts[-1] + len(self._plan(len(starts) - 1)))
-        self._starts = starts
-        self.total_steps = starts[-1] if settings.max_steps is None else min(starts[-1], settings.max_steps)
-
-    def _plan(self, epoch: int) -> list[list[list[list[int]]]]:
-        return plan_epoch(
-            self._num_samples,
-            batch_size=self._settings.batch_size,
-            batch_seconds=self._settings.batch_seconds,
-            world_size=self._world_size,
-            accumulate=self._settings.accumulate,
-            seed=self._settings.seed,
-            epoch=epoch,
+def forward(
+    model: nn.Module, batch: Batch, settings: TrainSettings, normalizer: float | None = None, *, cosines: bool = False
+) -> DistillationLoss:
+    """What a `Distiller` (perhaps in DDP) says of a batch on its device, in the settings' precision."""
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+    with nullcontext() if dtype is None else torch.autocast(batch.waveforms.device.type, dtype):
+        loss: DistillationLoss = model(
+            batch.waveforms, batch.lengths, batch.frame_mask, batch.targets, normalizer, cosines=cosines
         )
-
-    def step(self, step: int) -> tuple[int, list[list[list[int]]]]:
-        """(epoch, batches[micro][rank]) of a 0-based optimiser step."""
-        epoch = int(np.searchsorted(self._starts, step, side="right")) - 1
-        if epoch != self._epoch:
-            self._epoch, self._steps = epoch, self._plan(epoch)
-        return epoch, self._steps[step - self._starts[epoch]]
+    return loss
 
 
-@dataclass
-class _Micro:
-    """One batch of one optimiser step, as the prefetching thread hands it over."""
-
-    step: int
-    epoch: int
-    last_of_step: bool
-    step_frames: int
-    batch: Batch
-
-
-def _micro_batches(
-    plan: TrainingPlan, reader: TargetReader, rank: Rank, first_step: int, accumulate: int
-) -> Iterator[_Micro]:
-    frames = num_frames(torch.tensor(reader.num_samples))
-
-    def jobs() -> Iterator[tuple[int, int, int, int, list[int], int | None]]:
-        for step in range(first_step, plan.total_steps):
-            epoch, micros = plan.step(step)
-            total = sum(int(frames[indices].sum()) for micro in micros for indices in micro)
-            # Draws rotate over epochs; the teacher in the loop never repeats one.
-            draw = None if reader.draws == 0 else epoch if reader.draws is None else epoch % reader.draws
-            for number, micro in enumerate(micros):
-                yield step, epoch, number, total, micro[rank.index], draw
-
-    with ThreadPoolExecutor(1) as pool:
-        waiting: list[tuple[tuple[int, int, int, int], Any]] = []
-        source = jobs()
-        while True:
-            while len(waiting) < PREFETCH and (job := next(source, None)) is not None:
-                waiting.append((job[:4], pool.submit(reader.read, job[4], job[5])))
-            if not waiting:
-                return
-            (step, epoch, number, total), future = waiting.pop(0)
-            yield _Micro(step, epoch, number == accumulate - 1, total, future.result())
-
-
-def _sum_over_ranks(values: Tensor, rank: Rank) -> Tensor:
-    if rank.world_size > 1:
-        dist.all_reduce(values)
-    return values
+def distiller_of(student: Student, settings: TrainSettings) -> Distiller:
+    """The student with the settings' loss."""
+    return Distiller(student, kind=settings.loss, hint_weight=settings.hint_weight, final_weight=settings.final_weight)
 
 
 @torch.no_grad()
-def validate(student: Student, reader: TargetReader, settings: TrainSettings, rank: Rank) -> tuple[float, list[float]]:
-    """Unmasked loss over the whole validation split, per real frame.
+def validate(student: Student, reader: TargetReader, settings: TrainSettings, rank: Rank) -> dict[str, float]:
+    """The unmasked student against the clean pass, over the whole validation split, per real frame.
 
     Returns:
-        (weighted loss, unweighted loss of each layer), the same on every rank.
+        ``loss`` (weighted), ``layer_NN`` (unweighted) and ``cosine_unmasked_layer_NN``, the same on every rank.
     """
-    student.eval()
+    distiller = distiller_of(student, settings).eval()
     order = np.argsort(-reader.num_samples, kind="stable").tolist()
     if settings.batch_size is not None:
         batches = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
     else:
         assert settings.batch_seconds is not None
         batches = cut_by_seconds(order, reader.num_samples, settings.batch_seconds)
-    sums = torch.zeros(len(reader.layers) + 2, dtype=torch.float64, device=rank.device)
+    losses = torch.zeros(len(reader.layers) + 1, dtype=torch.float64, device=rank.device)
+    cosines = torch.zeros(2, len(reader.layers) + 1, dtype=torch.float64, device=rank.device)
     for indices in batches[rank.index :: rank.world_size]:
         batch = reader.read(indices, None).to(rank.device)
-        with _autocast(settings, rank):
-            out = student(batch.waveforms, batch.lengths)
-        loss = distillation_loss(
-            out.projections,
-            batch.targets,
-            out.num_frames,
-            kind=settings.loss,
-            hint_weight=settings.hint_weight,
-            final_weight=settings.final_weight,
-        )
-        frames = float(batch.num_frames.sum())
-        sums += torch.cat([loss.total[None], loss.per_layer, loss.total.new_ones(1)]).double() * frames
-    sums = _sum_over_ranks(sums, rank)
-    means = (sums[:-1] / sums[-1]).tolist()
-    student.train()
-    return means[0], means[1:]
-
-
-def _autocast(settings: TrainSettings, rank: Rank) -> Any:
-    if settings.precision == "fp32":
-        return nullcontext()
-    return torch.autocast(rank.device.type, torch.bfloat16 if settings.precision == "bf16" else torch.float16)
-
-
-class _Metrics:
-    """Rank 0's record: JSON lines and TensorBoard. After a resume, rows beyond the checkpoint are dropped, not repeated."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "metrics.jsonl"
-        rows = self._path.read_text().splitlines() if self._path.is_file() else []
-        kept = [row for row in rows if json.loads(row)["step"] <= first_step]
-        self._path.write_text("".join(row + "\n" for row in kept))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-
-    def write(self, row: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
-        self._board.flush()
+        loss = forward(distiller, batch, settings, 1.0, cosines=True)
+        losses += torch.cat([loss.total[None], loss.per_layer]).double()
+        assert loss.cosines is not None
+        cosines += loss.cosines
+    distiller.train()
+    rank.sum(losses)
+    rank.sum(cosines)
+    total, *layers = (losses / cosines[1, -1]).tolist()
+    named = {f"layer_{layer:02d}": loss for layer, loss in zip(reader.layers, layers, strict=True)}
+    return {"loss": total} | named | cosine_row(cosines, reader.layers)
 
 
 def train(
@@ -227,7 +102,7 @@ def train(
     folder: Path,
     *,
     rank: Rank = Rank(),
-    wrap: Callable[[Student], nn.Module] = lambda student: student,
+    wrap: Callable[[Distiller], nn.Module] = lambda distiller: distiller,
     on_validation: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> TrainResult:
     """Trains a student, or goes on from ``folder/checkpoints/last``.
@@ -240,15 +115,16 @@ def train(
         settings: of the training.
         train_reader: targets of the training split.
         validation_reader: targets of the validation split.
-        folder: run folder; gets ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/last``, ``checkpoints/best`` and
-            ``train.json`` (the result, written when training is finished).
+        folder: run folder; gets ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` (see `Checkpoints`) and ``train.json``
+            (the result, written when training is finished).
         rank: this process.
-        wrap: puts the student in DDP.
+        wrap: puts the student, with its loss, in DDP.
         on_validation: called on every rank, equally often, after each validation.
 
     Raises:
-        ValueError: the student doesn't fit the targets.
-        FloatingPointError: the loss is not finite.
+        ValueError: the student doesn't fit the targets, the checkpoint not the training, or a tracker is not installed.
+        FloatingPointError: ``settings.max_skipped_steps`` steps in a row, or a validation, gave no finite loss.
+        OSError: a checkpoint or the metrics can't be written.
     """
     if config.encoder_layers != len(train_reader.layers) or config.target_dim != train_reader.dim:
         raise ValueError(
@@ -256,122 +132,253 @@ def train(
             f"{len(train_reader.layers)} layers of width {train_reader.dim}; set student.encoder_layers and "
             "student.target_dim to match, or choose teacher.layers"
         )
-    torch.manual_seed(settings.seed)
-    student = Student(config).to(rank.device)
-    # Ranks start from equal weights but drop different units.
-    torch.manual_seed(settings.seed * 1_000_003 + 1 + rank.index)
-    optimizer = make_optimizer(student, settings)
-    scaler = GradScaler(enabled=settings.precision == "fp16")
-    plan = TrainingPlan(train_reader.num_samples, settings, rank.world_size)
-    last, best = folder / "checkpoints" / "last", folder / "checkpoints" / "best"
-    state = load_train_state(last, student, optimizer, scaler, rank)
-    model = wrap(student)
-    metrics = _Metrics(folder, state.step) if rank.index == 0 else None
-    started = time.monotonic() - state.seconds
-
-    def validation() -> None:
-        loss, layers = validate(student, validation_reader, settings, rank)
-        row = {"kind": "validation", "step": state.step, "loss": loss} | {
-            f"layer_{layer:02d}": value for layer, value in zip(validation_reader.layers, layers, strict=True)
-        }
-        if state.first_validation_loss is None:
-            state.first_validation_loss = loss
-        state.last_validation_loss = loss
-        improved = state.best_validation_loss is None or loss < state.best_validation_loss
-        if improved:
-            state.best_validation_loss, state.best_step = loss, state.step
-        if metrics is not None:
-            metrics.write(row)
-            if improved:
-                save_student(student, best, {"step": state.step, "validation_loss": loss})
-        state.seconds = time.monotonic() - started
-        save_train_state(last, student, optimizer, scaler, state, rank)
-        on_validation(row)
-
-    if state.step == 0 and state.first_validation_loss is None:
-        validation()
-    student.train()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=rank.device)
-    audio = waited = 0.0
-    window_started = mark = time.monotonic()
-    for micro in _micro_batches(plan, train_reader, rank, state.step, settings.accumulate):
-        waited += time.monotonic() - mark
-        batch = micro.batch.to(rank.device)
-        syncs = nullcontext() if micro.last_of_step or rank.world_size == 1 else model.no_sync()  # type: ignore[operator]
-        with syncs:
-            with _autocast(settings, rank):
-                out = model(batch.waveforms, batch.lengths, batch.frame_mask)
-            loss = distillation_loss(
-                out.projections,
-                batch.targets,
-                out.num_frames,
-                batch.frame_mask,
-                kind=settings.loss,
-                hint_weight=settings.hint_weight,
-                final_weight=settings.final_weight,
-                normalizer=micro.step_frames,
-            ).total
-            # DDP averages gradients over ranks; the sum is wanted.
-            scaler.scale(loss * rank.world_size).backward()  # type: ignore[no-untyped-call]
-        loss_sum += loss.detach()
-        audio += float(batch.lengths.sum()) / SAMPLE_RATE
-        if micro.last_of_step:
-            factor = schedule_factor(micro.step, plan.total_steps, settings.warmup_fraction)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * factor
-            if settings.max_grad_norm is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            if state.step % settings.log_every == 0 or state.step in (1, plan.total_steps):
-                total, audio_all = _sum_over_ranks(torch.stack([loss_sum, loss_sum.new_tensor(audio)]), rank).tolist()
-                steps = state.step - state.logged_step
-                mean = total / steps
-                if not np.isfinite(mean):
-                    raise FloatingPointError(
-                        f"the training loss is {mean} at step {state.step}; lower train.learning_rate or check the targets"
-                    )
-                if state.first_loss is None:
-                    state.first_loss = mean
-                state.last_loss, state.logged_step = mean, state.step
-                elapsed = time.monotonic() - window_started
-                if metrics is not None:
-                    metrics.write(
-                        {
-                            "kind": "train",
-                            "step": state.step,
-                            "steps": plan.total_steps,
-                            "epoch": micro.epoch,
-                            "loss": mean,
-                            "learning_rate": settings.learning_rate * factor,
-                            "audio_hours_per_minute": audio_all / 60 / elapsed,
-                            "data_wait": waited / elapsed,
-                        }
-                    )
-                loss_sum.zero_()
-                audio = waited = 0.0
-                window_started = time.monotonic()
-            if state.step % settings.validate_every == 0 or state.step == plan.total_steps:
-                validation()
-                window_started = time.monotonic()
-        mark = time.monotonic()
-    assert state.first_loss is not None and state.last_loss is not None and state.best_validation_loss is not None
-    assert state.first_validation_loss is not None and state.last_validation_loss is not None
-    result = TrainResult(
-        state.step,
-        state.first_loss,
-        state.last_loss,
-        state.first_validation_loss,
-        state.last_validation_loss,
-        state.best_validation_loss,
-        state.best_step,
-        time.monotonic() - started,
-    )
+    loop = _Loop(config, settings, train_reader, validation_reader, folder, rank, wrap, on_validation)
+    with loop.metrics:
+        result = loop.run()
     if rank.index == 0:
         temporary = folder / ".train.json.tmp"
         temporary.write_text(json.dumps(asdict(result), indent=2) + "\n")
         temporary.replace(folder / "train.json")
     return result
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one batch of this rank added to a step: its loss, and the seconds of each utterance."""
+
+    loss: Tensor
+    seconds: dict[str, float]
+
+
+class _Loop:
+    """A training under way; see `train` for the arguments."""
+
+    def __init__(
+        self,
+        config: StudentConfig,
+        settings: TrainSettings,
+        train_reader: TargetReader,
+        validation_reader: TargetReader,
+        folder: Path,
+        rank: Rank,
+        wrap: Callable[[Distiller], nn.Module],
+        on_validation: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.settings, self.rank, self.on_validation = settings, rank, on_validation
+        self.train_reader, self.validation_reader = train_reader, validation_reader
+        torch.manual_seed(settings.seed)
+        self.student = Student(config).to(rank.device)
+        # Without masks nothing reaches the mask embedding, and DDP would wait for its gradient.
+        self.student.mask_embedding.requires_grad_(train_reader.draws != 0)
+        # Ranks start from equal weights but drop different units.
+        torch.manual_seed(settings.seed * 1_000_003 + 1 + rank.index)
+        self.optimizer = make_optimizer(self.student, settings)
+        self.scaler = GradScaler(rank.device.type, enabled=settings.precision == "fp16")
+        parts: dict[str, Stateful] = {
+            "student": self.student,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+        }
+        self.average: AveragedModel | None = None
+        if settings.ema_decay is not None:
+            average = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(self.student, multi_avg_fn=average)
+            parts["average"] = self.average
+        self.plan = TrainingPlan(train_reader.num_samples, settings, rank.world_size)
+        self.checkpoints = Checkpoints(folder / "checkpoints", parts, rank)
+        self.state = self.checkpoints.load()
+        self.started = time.monotonic() - self.state.seconds
+        self.model = wrap(distiller_of(self.student, settings))
+        self.window = Window(train_reader, rank)
+        self.shares: list[_Share] = []
+        configuration = {f"student.{key}": value for key, value in config.model_dump(mode="json").items()} | {
+            f"train.{key}": value for key, value in settings.model_dump(mode="json").items()
+        }
+        done = None if self.is_fresh() else self.state.step
+        self.metrics = Metrics(folder, done, settings.trackers, configuration, enabled=rank.index == 0)
+
+    def run(self) -> TrainResult:
+        settings, state, total_steps = self.settings, self.state, self.plan.total_steps
+        if self.is_fresh():
+            self.validate()
+        self.student.train()
+        mark = time.monotonic()
+        for micro in micro_batches(self.plan, self.train_reader, self.rank, state.step, settings.accumulate):
+            self.window.waited += time.monotonic() - mark
+            self.backward(micro)
+            if micro.last_of_step:
+                self.step(micro)
+                if self.is_logged(state.step):
+                    self.log(micro)
+                if state.step % settings.validate_every == 0 or state.step == total_steps:
+                    self.validate()
+                elif settings.checkpoint_every and state.step % settings.checkpoint_every == 0:
+                    self.checkpoint()
+            mark = time.monotonic()
+        if state.first_loss is None or state.last_loss is None:
+            raise FloatingPointError("no step of this training gave a finite loss; check the targets and the waveforms")
+        assert state.first_validation_loss is not None and state.last_validation_loss is not None
+        return TrainResult(
+            state.step,
+            state.skipped_steps,
+            state.first_loss,
+            state.last_loss,
+            state.first_validation_loss,
+            state.last_validation_loss,
+            *state.best[0],
+            time.monotonic() - self.started,
+        )
+
+    def is_fresh(self) -> bool:
+        """Whether nothing is done yet: a run begins with a validation."""
+        return self.state.first_validation_loss is None
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a row is written when ``step`` optimiser steps are done."""
+        return step % self.settings.log_every == 0 or step in (1, self.plan.total_steps)
+
+    def backward(self, micro: Micro) -> None:
+        """Forward and backward of one batch; ranks exchange gradients at the last one of a step only."""
+        batch = micro.batch.to(self.rank.device)
+        self.window.count(micro.num_samples)
+        exchange = micro.last_of_step or self.rank.world_size == 1
+        with nullcontext() if exchange else self.model.no_sync():  # type: ignore[operator]
+            logged = self.is_logged(micro.step + 1)
+            loss = forward(self.model, batch, self.settings, micro.step_frames, cosines=logged)
+            # DDP averages gradients over ranks; the sum is wanted. A loss that is not finite need not have such gradients
+            # (L1 has not): times NaN they tell every rank, at no cost.
+            factor = self.rank.world_size + 0 * loss.total.detach()
+            self.scaler.scale(loss.total * factor).backward()  # type: ignore[no-untyped-call]
+        seconds = dict(zip(batch.ids, (micro.num_samples / SAMPLE_RATE).tolist(), strict=True))
+        self.shares.append(_Share(loss.total.detach(), seconds))
+        if loss.cosines is not None:
+            self.window.cosines += loss.cosines
+
+    def step(self, micro: Micro) -> None:
+        """One optimiser step, or none where loss or gradient is not finite: the norm is the same on every rank."""
+        settings, state = self.settings, self.state
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(micro.step)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        state.step += 1
+        if math.isfinite(value := float(norm)):
+            if settings.max_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(self.student.parameters(), settings.max_grad_norm, norm)
+            self.scaler.step(self.optimizer)
+            if self.average is not None:
+                self.average.update_parameters(self.student)
+            state.gradient_norm, state.skipped_in_a_row = value, 0
+            self.count_loss()
+        else:
+            self.skip(micro)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.shares.clear()
+
+    def learning_rate(self, step: int) -> float:
+        """Of a 0-based optimiser step."""
+        return self.settings.learning_rate * schedule_factor(step, self.plan.total_steps, self.settings.warmup_fraction)
+
+    def count_loss(self) -> None:
+        for share in self.shares:
+            self.window.loss += share.loss
+        self.state.loss_steps += 1
+
+    def skip(self, micro: Micro) -> None:
+        """Counts and records a step that is left out; stops the run where there are too many in a row."""
+        state, limit = self.state, self.settings.max_skipped_steps
+        in_loss, seconds = self.blame()
+        searching = self.scaler.is_enabled() and not in_loss and self.scaler.get_scale() > MIN_LOSS_SCALE
+        cause = "loss scale" if searching else "loss" if in_loss else "gradient"
+        state.skipped_steps += 1
+        state.skipped_in_a_row += not searching
+        if in_loss:
+            self.window.cosines.zero_()
+        else:
+            self.count_loss()
+        longest = max(seconds, key=lambda utterance: seconds[utterance])
+        row = {
+            "kind": "skipped",
+            "step": state.step,
+            "cause": cause,
+            "learning_rate": self.learning_rate(micro.step),
+            "utterances": list(seconds),
+            "longest": longest,
+            "longest_seconds": seconds[longest],
+        }
+        self.metrics.write(row)
+        if state.skipped_in_a_row >= limit:
+            some = ", ".join(list(seconds)[:8]) + (", ..." if len(seconds) > 8 else "")
+            raise FloatingPointError(
+                f"the {cause} was not finite in {limit} steps in a row, up to step {state.step} (learning rate "
+                f"{row['learning_rate']:.3g}), there from utterances {some} (the longest is {longest}, {seconds[longest]:.1f} s); "
+                "lower train.learning_rate, set train.max_grad_norm, or check what the cache holds of them"
+            )
+
+    def blame(self) -> tuple[bool, dict[str, float]]:
+        """Whether a loss of this step is not finite, and the seconds of the utterances that may be why; from all ranks."""
+        bad = [share for share in self.shares if not share.loss.isfinite()]
+        mine = {name: seconds for share in bad or self.shares for name, seconds in share.seconds.items()}
+        everyone: list[tuple[bool, dict[str, float]]] = self.rank.gather((bool(bad), mine))
+        in_loss = any(bad for bad, _ in everyone)
+        return in_loss, {k: v for bad, theirs in everyone if bad == in_loss for k, v in theirs.items()}
+
+    def log(self, micro: Micro) -> None:
+        """A training row; none where no step since the last one had a finite loss."""
+        state = self.state
+        state.loss_sum += self.window.take_loss()
+        fields = self.window.close()
+        if state.loss_steps == 0:
+            return
+        loss = state.loss_sum / state.loss_steps
+        state.loss_sum, state.loss_steps = 0.0, 0
+        if state.first_loss is None:
+            state.first_loss = loss
+        state.last_loss = loss
+        row: dict[str, Any] = {
+            "kind": "train",
+            "step": state.step,
+            "steps": self.plan.total_steps,
+            "epoch": micro.epoch,
+            "loss": loss,
+            "learning_rate": self.learning_rate(micro.step),
+        }
+        if state.gradient_norm is not None:
+            row["gradient_norm"] = state.gradient_norm
+        if self.scaler.is_enabled():
+            row["loss_scale"] = self.scaler.get_scale()
+        self.metrics.write(row | fields | {"skipped_steps": state.skipped_steps})
+
+    def validate(self) -> None:
+        """Validates, keeps the student where it is among the best, and makes a checkpoint."""
+        began = time.monotonic()
+        state, settings = self.state, self.settings
+        student = self.student if self.average is None else cast(Student, self.average.module)
+        row: dict[str, Any] = {"kind": "validation", "step": state.step} | validate(
+            student, self.validation_reader, settings, self.rank
+        )
+        loss = row["loss"]
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the validation loss is {loss} at step {state.step}; check the validation targets, or lower "
+                "train.learning_rate"
+            )
+        if state.first_validation_loss is None:
+            state.first_validation_loss = loss
+        state.last_validation_loss = loss
+        self.metrics.write(row)
+        self.checkpoints.save_best(student, state, loss, settings.keep_best)
+        self.window.leave_out(time.monotonic() - began)
+        self.checkpoint()
+        self.checkpoints.remove_old(state)
+        self.on_validation(row)
+
+    def checkpoint(self) -> None:
+        """Makes ``last`` the state after this step."""
+        began = time.monotonic()
+        self.state.loss_sum += self.window.take_loss()
+        self.state.seconds = began - self.started
+        self.checkpoints.save(self.state)
+        self.window.leave_out(time.monotonic() - began)

@@ -1,234 +1,256 @@
-"""Building a cache with Ray Data: one row per shard, one actor per teacher, features straight from the model into the shard."""
+"""Building a cache with Ray Data: shards decoded on CPUs, one teacher per actor, features straight from it into the shard."""
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
-from teacher_cache.batches import cut_by_seconds
-from teacher_cache.codecs import get_codec
-from teacher_cache.flac import to_flac
-from teacher_cache.frames import SAMPLE_RATE
-from teacher_cache.layout import (
-    CacheError,
-    CacheSpec,
-    Layout,
-    SourceUtterance,
-    file_record,
-    layer_column,
-    open_or_create,
-    read_spec,
-    remove_leftovers,
-    shard_numbers,
-    written_whole,
-)
-from teacher_cache.reader import load_source, masks_of, pad_waveforms
-from teacher_cache.teachers import load_teacher
+from teacher_cache.building import building
+from teacher_cache.codecs import is_learned
+from teacher_cache.embedded import to_pcm
+from teacher_cache.fit import fit_to_teacher
+from teacher_cache.layout import Cache, create_cache, grow_cache, refuse_strangers
+from teacher_cache.shards import Shard
+from teacher_cache.spec import CacheError, CacheSpec
+from teacher_cache.store import Store
+from teacher_cache.teachers import Teacher, load_teacher
+from teacher_cache.writer import ShardWriter, decode_shard, shard_from_json, shard_to_json
 
 _FAILURES_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a build is. Seconds are of audio, ``elapsed`` of wall time."""
+    """How far a build is.
+
+    Attributes:
+        shards_done, shards: with those that were there before.
+        utterances_done, utterances: likewise.
+        seconds_done, seconds: of audio, likewise.
+        audio_per_second: seconds of audio cached per second of wall time, in this build.
+        busy: share of the build's time in which teachers worked, averaged over the actors.
+        elapsed: wall seconds of this build.
+    """
 
     shards_done: int
     shards: int
+    utterances_done: int
+    utterances: int
     seconds_done: float
     seconds: float
+    audio_per_second: float
+    busy: float
     elapsed: float
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did: shards written now, shards that were there already, wall seconds."""
+    """What a build did: shards written now, shards that were there already, wall seconds, seconds of audio written."""
 
     written: int
     reused: int
     elapsed: float
+    seconds: float
+    busy: float
 
 
-class ShardWriter:
-    """Runs the teacher over whole shards and writes them. One lives in each Ray Data actor; plain Python can use it too.
+@dataclass(frozen=True)
+class Workers:
+    """Who builds: Ray actors, each with a teacher.
 
-    Args:
-        root: folder of an opened cache (``cache.json`` and ``plan.parquet`` are there).
-        teacher_spec: for `load_teacher`.
-        device: ``cuda`` or ``cpu``.
-        threads: CPU threads for PyTorch; 0 leaves its default.
+    Attributes:
+        actors: teachers that run side by side.
+        gpus_per_actor: GPUs each takes; 0 runs on the CPU.
+        cpus_per_actor: cores each takes. A cache keeps to the number of PyTorch threads that it was begun with.
     """
 
-    def __init__(self, root: str, teacher_spec: str, device: str, threads: int = 0) -> None:
-        if threads:
-            torch.set_num_threads(threads)
-        self._layout = Layout(Path(root))
-        self._spec = read_spec(self._layout.root)
-        self._codec = get_codec(self._spec.codec)
-        self._teacher = load_teacher(teacher_spec, device)
-        if self._teacher.fingerprint != self._spec.teacher:
-            raise CacheError(f"teacher {teacher_spec!r} is not the one the cache at {root} was begun with")
-        self._plan = pq.read_table(self._layout.plan)
+    actors: int = 1
+    gpus_per_actor: float = 0
+    cpus_per_actor: int = 1
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Ray Data's batch function: shard numbers in, one small record each out."""
-        records = [self.write(int(shard)) for shard in batch["shard"]]
-        return {key: [record[key] for record in records] for key in records[0]}
-
-    def write(self, shard: int) -> dict[str, Any]:
-        """Writes one shard unless it is committed. A shard with unreadable audio is left uncommitted and reported."""
-        rows = self._plan.filter(pc.equal(self._plan["shard"], shard)).to_pylist()
-        utterances = [SourceUtterance(**{k: row[k] for k in SourceUtterance.__dataclass_fields__}) for row in rows]
-        record = {"shard": shard, "seconds": sum(u.num_samples for u in utterances) / SAMPLE_RATE, "failures": ""}
-        if self._layout.is_committed(shard):
-            return record
-        waveforms, failures = [], []
-        for utterance in utterances:
-            try:
-                waveforms.append(load_source(utterance))
-            except (ValueError, OSError) as error:
-                failures.append(str(error))
-        if failures:
-            return record | {"failures": "\n".join(failures)}
-        self._write_files(shard, utterances, waveforms, [row["num_frames"] for row in rows])
-        return record
-
-    def _write_files(
-        self, shard: int, utterances: list[SourceUtterance], waveforms: list[np.ndarray], frames: list[int]
-    ) -> None:
-        spec, layout = self._spec, self._layout
-        features = [(layer_column(layer), pa.large_binary()) for layer in spec.layers]
-        clean_schema = pa.schema(
-            [
-                ("id", pa.string()),
-                ("num_samples", pa.int64()),
-                ("num_frames", pa.int64()),
-                ("audio", pa.large_binary()),
-                *features,
-            ]
-        )
-        masked_schema = pa.schema([("id", pa.string()), ("mask", pa.list_(pa.bool_())), *features])
-        samples = np.array([len(waveform) for waveform in waveforms])
-        batches = cut_by_seconds(range(len(utterances)), samples, spec.batch_seconds)
-        # One pass over the shard per file keeps a single writer and one batch's features in memory.
-        with written_whole(layout.clean(shard)) as temporary, _writer(temporary, clean_schema) as writer:
-            for batch in batches:
-                hidden = self._hidden([waveforms[i] for i in batch], None)
-                for b, i in enumerate(batch):
-                    values = [utterances[i].id, int(samples[i]), frames[i], to_flac(waveforms[i])]
-                    values += [self._codec.encode(hidden[b, n, : frames[i]]) for n in range(len(spec.layers))]
-                    writer.write_table(_row(clean_schema, values), row_group_size=1)
-        for draw in range(spec.masks.draws):
-            with written_whole(layout.masked(shard, draw)) as temporary, _writer(temporary, masked_schema) as writer:
-                for batch in batches:
-                    masks = masks_of(spec.masks, draw, [utterances[i].id for i in batch], [frames[i] for i in batch])
-                    hidden = self._hidden([waveforms[i] for i in batch], masks)
-                    for b, i in enumerate(batch):
-                        mask = masks[b, : frames[i]]
-                        kept = hidden[b, :, : frames[i]][:, ~mask.to(hidden.device)]
-                        values = [utterances[i].id, mask.tolist()]
-                        values += [self._codec.encode(kept[n]) for n in range(len(spec.layers))]
-                        writer.write_table(_row(masked_schema, values), row_group_size=1)
-        files = {
-            str(path.relative_to(layout.root)): file_record(path, len(utterances))
-            for path in layout.files(shard, spec.masks.draws)
-        }
-        with written_whole(layout.commit(shard)) as temporary:
-            temporary.write_text(
-                json.dumps({"shard": shard, "fingerprint": spec.fingerprint, "files": files}, indent=2) + "\n"
-            )
-
-    def _hidden(self, waveforms: list[np.ndarray], masks: torch.Tensor | None) -> torch.Tensor:
-        padded, lengths = pad_waveforms(waveforms)
-        device = self._teacher.device
-        hidden = self._teacher.hidden_states(
-            padded.to(device), lengths.to(device), None if masks is None else masks.to(device)
-        )
-        return hidden[:, [layer - 1 for layer in self._spec.layers]]
-
-
-def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    # Features do not compress and have no useful statistics; dictionaries would double the work.
-    return pq.ParquetWriter(
-        path, schema, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
-    )
-
-
-def _row(schema: pa.Schema, values: list[Any]) -> pa.Table:
-    return pa.table([pa.array([value], field.type) for value, field in zip(values, schema, strict=True)], schema=schema)
+    @property
+    def device(self) -> str:
+        """Where the teachers compute."""
+        return "cuda" if self.gpus_per_actor else "cpu"
 
 
 def build_cache(
-    root: Path,
+    location: str | Path,
     spec: CacheSpec,
     plan: pa.Table,
     teacher_spec: str,
     *,
     teacher_name: str,
-    actors: int,
-    gpus_per_actor: float = 0,
+    workers: Workers | None = Workers(),
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> BuildReport:
-    """Writes every shard that is not committed yet, with Ray Data; Ray must be initialised.
+    """Begins a cache, or goes on with it, or adds to it: writes whatever the spec needs and is not there.
 
     Args:
-        root: folder of the cache, absolute, reachable from every node.
-        spec: its identity.
+        location: of the cache, reachable from every node: an absolute path or a URI.
+        spec: what is needed.
         plan: of `plan_shards`.
         teacher_spec: for `load_teacher`, on every node.
         teacher_name: for people, kept in ``cache.json``.
-        actors: teachers that run side by side.
-        gpus_per_actor: GPUs each takes; 0 runs on one CPU core each.
+        workers: Ray Data actors; Ray must be initialised. None does it all in this process, without Ray.
         on_progress: called after every shard.
 
     Raises:
-        CacheError: the folder holds something else, or files changed since the index (all others are cached first).
+        CacheError: the teacher lacks a layer, the location holds something else, another builder is at work, the disk is full,
+            or files changed since the index (all others are cached first).
     """
-    import ray.data
+    wrong = [layer for layer in spec.layers if not 1 <= layer <= spec.num_layers]
+    if wrong:
+        raise CacheError(f"there is no layer {wrong[0]}; the teacher has layers 1 to {spec.num_layers}")
+    store = Store(location)
+    refuse_strangers(store)
+    with building(store):
+        store.remove_leftovers()
+        cache = _prepared(store, spec, plan, teacher_spec, teacher_name, workers)
+        report = write_missing(cache, teacher_spec, workers, on_progress)
+        store.remove_leftovers()
+    return report
 
+
+def _prepared(
+    store: Store, spec: CacheSpec, plan: pa.Table, teacher_spec: str, teacher_name: str, workers: Workers | None
+) -> Cache:
+    if not Cache.exists(store):
+        state = _fit(spec, spec.layers, plan, teacher_spec, workers)
+        return create_cache(
+            store,
+            spec,
+            plan,
+            teacher_name=teacher_name,
+            teacher_spec=teacher_spec,
+            state=state,
+            threads=torch.get_num_threads() if workers is None else workers.cpus_per_actor,
+        )
+    cache = Cache.open(store)
+    if cache.covers(spec):
+        return cache
+    new = tuple(sorted(set(spec.layers) - set(cache.spec.layers)))
+    state = _fit(spec, new, plan, teacher_spec, workers) if new else {}
+    return grow_cache(cache, spec, state)
+
+
+def _fit(
+    spec: CacheSpec, layers: tuple[int, ...], plan: pa.Table, teacher_spec: str, workers: Workers | None
+) -> Mapping[str, Tensor]:
+    if not is_learned(spec.codec):
+        return {}
+    if workers is None:
+        return fit_to_teacher(spec, layers, plan, load_teacher(teacher_spec))
+    import ray
+
+    def fit() -> Mapping[str, Tensor]:
+        return fit_to_teacher(spec, layers, plan, load_teacher(teacher_spec, workers.device))
+
+    task = ray.remote(num_cpus=workers.cpus_per_actor, num_gpus=workers.gpus_per_actor, max_retries=3)(fit)
+    state: Mapping[str, Tensor] = ray.get(task.remote())
+    return state
+
+
+def write_missing(
+    cache: Cache,
+    teacher: str | Teacher,
+    workers: Workers | None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> BuildReport:
+    """Writes all files without a commit record; the caller holds the claim (`building`). See `build_cache`."""
     started = time.monotonic()
-    layout = open_or_create(root, spec, plan, teacher_name)
-    remove_leftovers(root)
-    shards = shard_numbers(plan)
-    missing = [shard for shard in shards if not layout.is_committed(shard)]
-    seconds = float(plan["num_samples"].to_numpy().sum()) / SAMPLE_RATE
-    by_shard = dict.fromkeys(shards, 0.0)
-    for shard, samples in zip(plan["shard"].to_pylist(), plan["num_samples"].to_pylist(), strict=True):
-        by_shard[shard] += samples / SAMPLE_RATE
-    done = sum(by_shard[shard] for shard in shards) - sum(by_shard[shard] for shard in missing)
+    missing = cache.missing()
+    todo = [shard for shard in cache.shards if shard.number in missing]
+    there = [shard for shard in cache.shards if shard.number not in missing]
+    done = seconds = 0.0
+    utterances = 0
+    busy = 0.0
     failures: list[str] = []
-    if missing:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        device = "cuda" if gpus_per_actor else "cpu"
-        dataset = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
-        records: Iterator[dict[str, Any]] = dataset.map_batches(
-            ShardWriter,
-            fn_constructor_args=(str(root), teacher_spec, device, 0 if gpus_per_actor else 1),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(actors, len(missing))),
-            num_gpus=gpus_per_actor,
-            num_cpus=1,
-        ).iter_rows()
-        for count, record in enumerate(records, 1):
-            if record["failures"]:
-                failures += record["failures"].split("\n")
-            done += record["seconds"]
-            on_progress(
-                Progress(len(shards) - len(missing) + count, len(shards), done, seconds, time.monotonic() - started)
+    full = False
+    records = _records(cache, todo, teacher, workers) if todo else iter(())
+    for count, record in enumerate(records, 1):
+        failures += record["failures"]
+        if record["full"]:
+            full = True
+            break
+        seconds += record["seconds"]
+        utterances += record["utterances"]
+        busy += record["busy"]
+        elapsed = time.monotonic() - started
+        actors = 1 if workers is None else min(workers.actors, len(todo))
+        on_progress(
+            Progress(
+                len(there) + count,
+                len(cache.shards),
+                sum(len(shard.utterances) for shard in there) + utterances,
+                cache.record["utterances"],
+                sum(shard.seconds for shard in there) + seconds,
+                cache.record["seconds"],
+                seconds / elapsed,
+                busy / elapsed / actors,
+                elapsed,
             )
-    remove_leftovers(root)
+        )
+        done += 1
+    elapsed = time.monotonic() - started
+    if full:
+        raise CacheError(
+            f"the disk of {cache.store.location} is full ({failures[-1]}); what is finished stays: make room and run again"
+        )
     if failures:
         more = f" and {len(failures) - _FAILURES_SHOWN} more" if len(failures) > _FAILURES_SHOWN else ""
         raise CacheError(
             f"{len(failures)} utterances could not be cached: {'; '.join(failures[:_FAILURES_SHOWN])}{more}"
         )
-    return BuildReport(len(missing), len(shards) - len(missing), time.monotonic() - started)
+    return BuildReport(len(todo), len(there), elapsed, seconds, busy)
+
+
+def _records(
+    cache: Cache, shards: list[Shard], teacher: str | Teacher, workers: Workers | None
+) -> Iterator[dict[str, Any]]:
+    if workers is None or isinstance(teacher, Teacher):
+        threads = torch.get_num_threads()
+        try:
+            writer = ShardWriter(cache.store.location, teacher)
+            for shard in shards:
+                yield writer.write(shard)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    location = cache.store.location
+
+    def decode(row: dict[str, Any]) -> dict[str, Any]:
+        decoded = decode_shard(Cache.open(location), shard_from_json(row["shard"]))
+        return {
+            "shard": row["shard"],
+            "pcm": b"".join(to_pcm(waveform) for waveform in decoded.waveforms),
+            "audio": decoded.embedded or [b""],
+            "failures": json.dumps(decoded.failures),
+        }
+
+    dataset = ray.data.from_items(
+        [{"shard": shard_to_json(shard)} for shard in shards], override_num_blocks=len(shards)
+    ).map(decode, num_cpus=1)
+    yield from dataset.map_batches(
+        ShardWriter,
+        fn_constructor_args=(location, teacher, workers.device),
+        batch_size=1,
+        batch_format="pyarrow",
+        # Two shards at a time in one actor: one is at the teacher while the other is unpacked, written or synced.
+        compute=ray.data.ActorPoolStrategy(
+            size=min(workers.actors, len(shards)), max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
+        ),
+        num_gpus=workers.gpus_per_actor,
+        num_cpus=workers.cpus_per_actor,
+    ).iter_rows()

@@ -1,11 +1,11 @@
 """Frame arithmetic: how samples become frames, which frames are padding, and normalisation that ignores padding."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SAMPLE_RATE = 16_000
 """Samples per second of every waveform in this product."""
@@ -67,19 +67,73 @@ def group_norm_over_real(
     Returns:
         (B, C, T), of x's dtype; padded positions hold finite values of no meaning.
     """
-    channels, width = x.shape[1], x.shape[2]
-    if bool((lengths == width).all()):
-        return F.group_norm(x, channels, weight, bias, eps)
-    # Statistics in float32: half precision can't hold a sum over thousands of positions.
-    values = x.float()
-    real = ~padding_mask(lengths, width)[:, None, :]
-    count = lengths[:, None, None].to(values.dtype)
-    mean = (values * real).sum(-1, keepdim=True) / count
-    centred = values - mean
-    variance = (centred.square() * real).sum(-1, keepdim=True) / count
-    out = centred * torch.rsqrt(variance + eps)
-    if weight is not None:
-        out = out * weight.float()[None, :, None]
-    if bias is not None:
-        out = out + bias.float()[None, :, None]
-    return out.to(x.dtype)
+    channels = x.new_ones(x.shape[1], dtype=torch.float32)
+    scale = channels if weight is None else weight
+    shift = torch.zeros_like(channels) if bias is None else bias
+    out: Tensor = _GroupNormOverReal.apply(x, lengths, scale, shift, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _row_by_row(x: Tensor) -> bool:
+    """Whether to cut rows to their lengths, and not to mask: a GPU would have to wait for the lengths."""
+    return x.device.type == "cpu"
+
+
+def _moments(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean over real positions, (B, C, 1) each, of a (B, C, T) tensor: float64 of that, else float32.
+
+    Half precision can't hold a sum over thousands of positions.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if not _row_by_row(x):
+        real = ~padding_mask(lengths, x.shape[2])[:, None]
+        count = lengths[:, None, None]
+        mean = (x.to(wide) * real).sum(-1, keepdim=True) / count
+        return ((x.to(wide) - mean) * real).square().sum(-1, keepdim=True) / count, mean
+    moments = []
+    for row, length in zip(x, lengths.tolist(), strict=True):
+        values = row[:, :length].to(wide)
+        mean = values.mean(-1, keepdim=True)
+        centred = values - mean
+        mean = mean + centred.mean(-1, keepdim=True)  # What rounding left.
+        moments.append(torch.stack([centred.square_().mean(-1, keepdim=True), mean]))
+    variance, mean = torch.stack(moments, 1)
+    return variance, mean
+
+
+class _GroupNormOverReal(torch.autograd.Function):
+    """Keeps x alone for backward, no mask, no float32 copy and nothing centred."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        variance, mean = _moments(x, lengths)
+        deviation = torch.sqrt(variance + eps)
+        ctx.save_for_backward(x, lengths, weight, mean, deviation)
+        return (x - mean).div_(deviation).mul_(weight[:, None]).add_(bias[:, None]).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:
+        x, lengths, weight, mean, deviation = ctx.saved_tensors
+        gradient, values = gradient.to(mean.dtype), x.to(mean.dtype)
+        # Sums over positions of dy and of dy * normalised(x).
+        plain = gradient.sum(-1, keepdim=True)
+        normalised = ((gradient * values).sum(-1, keepdim=True) - mean * plain) / deviation
+        scale = weight.to(mean.dtype)[:, None] / deviation
+        grad_x = gradient * scale
+        # Through the statistics, which only real positions take part in: slope * x + offset.
+        slope = -scale / deviation * normalised / lengths[:, None, None]
+        offset = -scale * plain / lengths[:, None, None] - slope * mean
+        if not _row_by_row(x):
+            padded = padding_mask(lengths, x.shape[2])[:, None]
+            grad_x += torch.addcmul(offset, values, slope).masked_fill_(padded, 0)
+        else:
+            for row, length in enumerate(lengths.tolist()):
+                grad_x[row, :, :length].addcmul_(values[row, :, :length], slope[row]).add_(offset[row])
+        return (
+            grad_x.to(x.dtype),
+            None,
+            normalised.sum((0, 2)).to(weight.dtype),
+            plain.sum((0, 2)).to(weight.dtype),
+            None,
+        )

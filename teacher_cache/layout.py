@@ -1,333 +1,345 @@
-"""What a cache is on disk: its identity, its plan of shards, its commit records, and how files get there whole.
+"""A cache on disk: its files, their commit records, its identity and how it grows.
 
     CACHE/
-      cache.json                           identity (CacheSpec), fingerprint, counts
+      cache.json                           identity: spec, sets of layers, fingerprint, counts; sealed
       plan.parquet                         one row per utterance: where it belongs
-      clean/part-00000.parquet             id, num_samples, num_frames, audio, layer_01 ...
-      masked/draw=0/part-00000.parquet     id, mask, layer_01 ... at unmasked frames
-      commits/part-00000.json              written last: rows, bytes and SHA-256 of each of the shard's files
+      codec/set=0.safetensors              what the codec learnt, where it learns
+      clean/part-00000.parquet             id, num_samples, num_frames, audio, layer columns
+      masked/draw=0/part-00000.parquet     id, mask, layer columns at unmasked frames
+      commits/clean/part-00000.json        written last, one for each shard file: rows, bytes, SHA-256; sealed
+      copies/...                           cache.json, plan.parquet and codec states once more, for repair
 
-A file is written beside its place, synced, and renamed into it; a shard counts as done only when its commit record is
-there. So a killed build leaves no half shard that looks whole, and doing a shard twice is harmless.
+A file is put in its place whole, and counts only when its commit record is there. So a killed build leaves nothing half done
+that looks whole, and doing a file twice is harmless. Layers and draws added later are files of their own.
 """
 
 import hashlib
-import json
-import os
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import io
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
+import safetensors.torch
+from torch import Tensor
 
-from teacher_cache.frames import SAMPLE_RATE, num_frames
-from teacher_cache.masks import MaskPolicy
+from teacher_cache.building import CLAIM
+from teacher_cache.codecs import ColumnCodec, is_learned, open_codec
+from teacher_cache.frames import SAMPLE_RATE
+from teacher_cache.records import sealed, unsealed
+from teacher_cache.shards import Shard, SourceUtterance, plan_shards, shard_numbers, shards_of
+from teacher_cache.spec import (
+    SCHEMA_VERSION,
+    CacheError,
+    CacheSpec,
+    LayerSet,
+    MaskDraws,
+    Part,
+    content_key,
+    fingerprint,
+    parts_of,
+)
+from teacher_cache.store import Store
 
-SCHEMA_VERSION = 1
+__all__ = [
+    "Cache",
+    "CacheError",
+    "CacheSpec",
+    "MaskDraws",
+    "ShardFile",
+    "SourceUtterance",
+    "plan_shards",
+    "shard_numbers",
+]
+
+CACHE_JSON = "cache.json"
+PLAN = "plan.parquet"
+COPIES = "copies"
+DATA_FOLDERS = ("clean", "masked", "composite", "commits")
 
 
-class CacheError(ValueError):
-    """A cache that is not there, not whole, or not what was asked for; the message is for the user."""
+def column_name(layers: Iterable[int]) -> str:
+    """``layer_01`` for one layer, ``layers_01_02_...`` for several in one column."""
+    numbers = [f"{layer:02d}" for layer in layers]
+    return f"layer{'s' if len(numbers) > 1 else ''}_{'_'.join(numbers)}"
 
 
-class MaskDraws(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """Which random masks a cache holds.
+def state_name(layer_set: int) -> str:
+    """File of a codec's state."""
+    return f"codec/set={layer_set}.safetensors"
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file of a shard, and the key of what it must hold."""
+
+    shard: int
+    part: Part
+    content: str
+
+    @property
+    def name(self) -> str:
+        """Below the cache's folder."""
+        return f"{self.part.folder}/part-{self.shard:05d}.parquet"
+
+    @property
+    def commit(self) -> str:
+        """Name of its commit record."""
+        return f"commits/{self.part.folder}/part-{self.shard:05d}.json"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """An opened cache. Cheap to open; files are looked at only when asked for.
 
     Attributes:
-        policy: how spans are drawn.
-        draws: number of independent masks of every utterance; 0 caches clean targets only. Default 1.
-        seed: of all of them. Default 0.
+        store: where it lies.
+        spec: what it is.
+        layer_sets: layers cached together.
+        record: the whole of ``cache.json``.
     """
 
-    policy: MaskPolicy = MaskPolicy()
-    draws: int = pydantic.Field(default=1, ge=0)
-    seed: int = 0
+    store: Store
+    spec: CacheSpec
+    layer_sets: tuple[LayerSet, ...]
+    record: Mapping[str, Any]
 
+    @staticmethod
+    def exists(store: Store) -> bool:
+        """Whether there is a cache."""
+        return store.size(CACHE_JSON) is not None
 
-class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """Everything that decides a cache's content. Equal specs mean interchangeable caches.
+    @classmethod
+    def open(cls, location: "str | Path | Store") -> "Cache":
+        """The cache at a location. CacheError where there is none, or ``cache.json`` is damaged or of another version."""
+        store = location if isinstance(location, Store) else Store(location)
+        try:
+            data = store.read(CACHE_JSON)
+        except FileNotFoundError:
+            raise CacheError(
+                f"there is no teacher cache at {store.location} (no {CACHE_JSON}); run the cache stage first"
+            ) from None
+        return cls._from(store, data, CACHE_JSON)
 
-    Attributes:
-        teacher: the teacher's fingerprint.
-        num_layers: layers the teacher has.
-        dim: the teacher's width D.
-        layers: 1-based layers kept, ascending.
-        masks: mask draws kept.
-        codec: name of the codec.
-        corpus: fingerprint of the corpus (ids, samples, splits).
-        shard_seconds: audio per shard the plan aims at.
-        batch_seconds: padded audio per teacher batch (it decides rounding, hence bytes).
-        schema_version: of the layout described in this module.
-    """
+    @classmethod
+    def open_copy(cls, store: Store) -> "Cache":
+        """As `open`, from the copy that is kept of ``cache.json``."""
+        try:
+            return cls._from(store, store.read(f"{COPIES}/{CACHE_JSON}"), f"{COPIES}/{CACHE_JSON}")
+        except FileNotFoundError:
+            raise CacheError(f"{store.at(COPIES)} has no {CACHE_JSON}") from None
 
-    teacher: str
-    num_layers: int
-    dim: int
-    layers: tuple[int, ...]
-    masks: MaskDraws
-    codec: str
-    corpus: str
-    shard_seconds: float
-    batch_seconds: float
-    schema_version: int = SCHEMA_VERSION
+    @classmethod
+    def _from(cls, store: Store, data: bytes, name: str) -> "Cache":
+        try:
+            record = unsealed(data)
+        except ValueError as error:
+            raise CacheError(f"{store.at(name)} is damaged ({error}); `repair` restores it") from error
+        version = record["spec"].get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise CacheError(
+                f"the cache at {store.location} has schema version {version}, this program reads version "
+                f"{SCHEMA_VERSION}; build it again or use the program that made it"
+            )
+        try:
+            spec = CacheSpec.model_validate(record["spec"])
+            sets = tuple(LayerSet.model_validate(item) for item in record["sets"])
+        except (pydantic.ValidationError, KeyError) as error:
+            raise CacheError(f"{store.at(name)} can't be understood ({error}); build the cache again") from error
+        return cls(store, spec, sets, record)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the canonical JSON of this spec."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """Two caches with one fingerprint are interchangeable."""
+        return fingerprint(self.spec, self.layer_sets)
 
-    def differences(self, other: "CacheSpec") -> list[str]:
-        """One readable phrase for each value that differs, as ``name: self's -> other's``."""
-        mine, theirs = (_flatten(spec.model_dump(mode="json")) for spec in (self, other))
+    @cached_property
+    def plan(self) -> pa.Table:
+        """The plan of shards. CacheError where it is missing or not as ``cache.json`` says."""
+        return pq.read_table(io.BytesIO(self._checked(PLAN, self.record["plan"])))
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The plan by shards."""
+        return shards_of(self.plan)
+
+    def _checked(self, name: str, sha256: str) -> bytes:
+        try:
+            data = self.store.read(name)
+        except FileNotFoundError:
+            raise CacheError(f"{self.store.at(name)} is missing; `repair` restores it") from None
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise CacheError(f"{self.store.at(name)} is damaged (SHA-256 differs); `repair` restores it")
+        return data
+
+    def codecs(self, layer_set: int) -> tuple[ColumnCodec, ...]:
+        """The codecs of a set of layers, one for each column. CacheError where the state is missing or damaged."""
+        chosen = self.layer_sets[layer_set]
+        state: dict[str, Tensor] = {}
+        if chosen.state is not None:
+            state = safetensors.torch.load(self._checked(state_name(layer_set), chosen.state))
+        try:
+            return open_codec(self.spec.codec, chosen.layers, self.spec.dim, state)
+        except ValueError as error:
+            raise CacheError(f"the cache at {self.store.location} can't be decoded: {error}") from error
+
+    def files(self, shard: Shard) -> list[ShardFile]:
+        """All files of a shard, the one with the audio first."""
         return [
-            f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key)
+            ShardFile(
+                shard.number,
+                part,
+                content_key(self.spec, self.layer_sets[part.layer_set], part, shard.number, shard.split),
+            )
+            for part in parts_of(self.spec, len(self.layer_sets), shard.split)
         ]
 
+    def commit_of(self, file: ShardFile) -> dict[str, Any] | None:
+        """A file's commit record; None where it is not finished.
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-@dataclass(frozen=True)
-class SourceUtterance:
-    """One utterance to cache.
-
-    Attributes:
-        id: unique within the corpus.
-        path: audio file.
-        num_samples: at 16 kHz.
-        split: ``train`` or ``validation``.
-        sha256: of the decoded float32 samples, so that a file that changed since the index is noticed.
-    """
-
-    id: str
-    path: str
-    num_samples: int
-    split: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Names of a cache's files."""
-
-    root: Path
-
-    @property
-    def cache_json(self) -> Path:
-        """The identity record."""
-        return self.root / "cache.json"
-
-    @property
-    def plan(self) -> Path:
-        """The plan of utterances and shards."""
-        return self.root / "plan.parquet"
-
-    def clean(self, shard: int) -> Path:
-        """The clean pass of a shard."""
-        return self.root / "clean" / f"part-{shard:05d}.parquet"
-
-    def masked(self, shard: int, draw: int) -> Path:
-        """One draw's masked pass of a shard."""
-        return self.root / "masked" / f"draw={draw}" / f"part-{shard:05d}.parquet"
-
-    def commit(self, shard: int) -> Path:
-        """The record that a shard is whole."""
-        return self.root / "commits" / f"part-{shard:05d}.json"
-
-    def files(self, shard: int, draws: int) -> list[Path]:
-        """All data files of a shard."""
-        return [self.clean(shard), *(self.masked(shard, draw) for draw in range(draws))]
-
-    def is_committed(self, shard: int) -> bool:
-        """Whether the shard's commit record is there."""
-        return self.commit(shard).is_file()
-
-
-def layer_column(layer: int) -> str:
-    """Column of 1-based layer k: ``layer_01``, ``layer_02``, ..."""
-    return f"layer_{layer:02d}"
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; on success syncs it and renames it into place, on failure removes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
+        Raises:
+            CacheError: the record is damaged, or of a file with another content.
+        """
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
+            data = self.store.read(file.commit)
+        except FileNotFoundError:
+            return None
+        try:
+            record = unsealed(data)
+        except ValueError as error:
+            raise CacheError(f"{self.store.at(file.commit)} is damaged ({error}); `repair` restores it") from error
+        if record["content"] != file.content:
+            raise CacheError(f"{self.store.at(file.commit)} belongs to another file or cache; `repair` restores it")
+        return record
 
+    def missing(self) -> dict[int, list[ShardFile]]:
+        """Files without a commit record, by shard."""
+        committed = set(self.store.names("commits"))
+        absent = {shard.number: [f for f in self.files(shard) if f.commit not in committed] for shard in self.shards}
+        return {number: files for number, files in absent.items() if files}
 
-def remove_leftovers(root: Path) -> None:
-    """Removes temporaries that killed writers left behind. Only while no build is running."""
-    for temporary in root.rglob(".*.tmp"):
-        temporary.unlink()
-
-
-def file_record(path: Path, rows: int) -> dict[str, Any]:
-    """What a commit says of a file: rows, bytes, SHA-256."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"rows": rows, "bytes": path.stat().st_size, "sha256": digest}
-
-
-def plan_shards(utterances: Sequence[SourceUtterance], shard_seconds: float) -> pa.Table:
-    """Assigns every utterance a shard and a row in it; a pure function of its arguments.
-
-    Utterances of a split are put in a fixed pseudo-random order (by hash of the id, so that every shard has a mix of
-    speakers) and cut into shards of about ``shard_seconds``; a shard holds one split only. Within a shard rows go from
-    the longest to the shortest, so that teacher batches need little padding.
-
-    Returns:
-        Table of id, split, path, sha256, num_samples (int64), num_frames (int64), shard (int32), row (int32), sorted by
-        shard and row.
-    """
-    rows: list[tuple[int, int, SourceUtterance]] = []
-    shard = 0
-    for split in sorted({utterance.split for utterance in utterances}):
-        members = [utterance for utterance in utterances if utterance.split == split]
-        members.sort(key=lambda utterance: hashlib.sha256(utterance.id.encode()).digest())
-        group: list[SourceUtterance] = []
-        groups = [group]
-        samples = 0
-        for utterance in members:
-            if group and samples + utterance.num_samples > shard_seconds * SAMPLE_RATE:
-                group, samples = [], 0
-                groups.append(group)
-            group.append(utterance)
-            samples += utterance.num_samples
-        for group in groups:
-            group.sort(key=lambda utterance: (-utterance.num_samples, utterance.id))
-            rows += [(shard, row, utterance) for row, utterance in enumerate(group)]
-            shard += 1
-    return pa.table(
-        {
-            "id": pa.array([u.id for *_, u in rows], pa.string()),
-            "split": pa.array([u.split for *_, u in rows], pa.string()),
-            "path": pa.array([u.path for *_, u in rows], pa.string()),
-            "sha256": pa.array([u.sha256 for *_, u in rows], pa.string()),
-            "num_samples": pa.array([u.num_samples for *_, u in rows], pa.int64()),
-            "num_frames": pa.array([num_frames(u.num_samples) for *_, u in rows], pa.int64()),
-            "shard": pa.array([s for s, *_ in rows], pa.int32()),
-            "row": pa.array([r for _, r, _ in rows], pa.int32()),
-        }
-    )
-
-
-def open_or_create(root: Path, spec: CacheSpec, plan: pa.Table, teacher_name: str) -> Layout:
-    """Claims a folder for a cache of this spec, or accepts the cache of the same spec that is there.
-
-    Raises:
-        CacheError: the folder holds a cache made for something else (the differences are named), or other files.
-    """
-    layout = Layout(root)
-    if layout.cache_json.is_file():
-        existing = read_spec(root)
-        if existing.fingerprint != spec.fingerprint:
+    def covers(self, needed: CacheSpec) -> bool:
+        """Whether all layers and draws that are needed are here, in the spec; CacheError where they can't ever be."""
+        differences = self.spec.differences(needed)
+        if differences:
             raise CacheError(
-                f"the cache at {root} was made for something else ({'; '.join(existing.differences(spec))}); "
+                f"the cache at {self.store.location} was made for something else ({'; '.join(differences)}); "
                 "give cache.path another folder, or the settings the cache was made with"
             )
-        return layout
-    if root.is_dir() and any(
-        path.name != layout.plan.name and not path.name.startswith(".") for path in root.iterdir()
-    ):
-        raise CacheError(f"{root} holds files but no cache.json; give cache.path an empty or a new folder")
+        return set(needed.layers) <= set(self.spec.layers) and needed.masks.draws <= self.spec.masks.draws
+
+
+def refuse_strangers(store: Store) -> None:
+    """CacheError where there is no cache, but there are files that no beginning of one explains."""
+    known = (CACHE_JSON, PLAN, "codec", COPIES, CLAIM)
+    strangers = [name for name in store.names() if name.partition("/")[0] not in known]
+    if strangers and not Cache.exists(store):
+        raise CacheError(
+            f"{store.location} holds files (such as {strangers[0]}) but no {CACHE_JSON}; give cache.path an empty or a new folder"
+        )
+
+
+def create_cache(
+    store: Store,
+    spec: CacheSpec,
+    plan: pa.Table,
+    *,
+    teacher_name: str,
+    teacher_spec: str,
+    state: Mapping[str, Tensor],
+    threads: int = 1,
+) -> Cache:
+    """Begins a cache in an empty folder: plan, codec state, and last ``cache.json``.
+
+    Args:
+        store: where.
+        spec: its identity.
+        plan: of `plan_shards`.
+        teacher_name: for people.
+        teacher_spec: for `load_teacher`, so that repair finds the teacher again.
+        state: what the codec learnt; empty where it learns nothing.
+        threads: of PyTorch where the teacher runs on a CPU: they decide rounding, so whoever adds or repairs uses as many.
+
+    Raises:
+        CacheError: the folder holds other files.
+    """
+    assert bool(state) == is_learned(spec.codec)
+    refuse_strangers(store)
+    buffer = io.BytesIO()
+    pq.write_table(plan, buffer, compression="zstd")
+    for name in (PLAN, f"{COPIES}/{PLAN}"):
+        store.write(name, buffer.getvalue())
     samples = plan["num_samples"].to_numpy()
     record = {
-        "spec": spec.model_dump(mode="json"),
-        "fingerprint": spec.fingerprint,
+        "plan": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "teacher_name": teacher_name,
+        "teacher_spec": teacher_spec,
+        "threads": threads,
         "utterances": plan.num_rows,
-        "shards": int(plan["shard"].to_numpy().max()) + 1,
+        "shards": len(shard_numbers(plan)),
         "seconds": float(samples.sum() / SAMPLE_RATE),
         "frames": int(plan["num_frames"].to_numpy().sum()),
     }
-    with written_whole(layout.plan) as temporary:
-        pq.write_table(plan, temporary, compression="zstd")
-    with written_whole(layout.cache_json) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-    return layout
+    layer_set = LayerSet(layers=spec.layers, state=_write_state(store, 0, state))
+    return _write_record(store, spec, (layer_set,), record)
 
 
-def read_record(root: Path) -> dict[str, Any]:
-    """The content of ``cache.json``; CacheError where there is none or it can't be read."""
-    path = Layout(root).cache_json
-    if not path.is_file():
-        raise CacheError(f"there is no teacher cache at {root} (no cache.json); run the cache stage first")
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        if record["spec"]["schema_version"] != SCHEMA_VERSION:
-            raise CacheError(
-                f"the cache at {root} has schema version {record['spec']['schema_version']}, this program reads "
-                f"version {SCHEMA_VERSION}; build it again or use the program that made it"
-            )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CacheError(f"{path} is damaged ({error}); restore it or build the cache again") from error
-    return record
+def grow_cache(cache: Cache, needed: CacheSpec, state: Mapping[str, Tensor]) -> Cache:
+    """Adds the layers and draws of a need to a cache's identity; what is there stays valid, the new files are missing.
+
+    Args:
+        cache: `Cache.covers` said False.
+        needed: what is wanted.
+        state: of the codec for the layers that are new; empty where there are none, or it learns nothing.
+    """
+    sets = cache.layer_sets
+    new = tuple(sorted(set(needed.layers) - set(cache.spec.layers)))
+    if new:
+        sets = (*sets, LayerSet(layers=new, state=_write_state(cache.store, len(sets), state)))
+    record = {key: value for key, value in cache.record.items() if key not in ("spec", "sets", "fingerprint")}
+    return _write_record(cache.store, cache.spec.grown(needed), sets, record)
 
 
-def read_spec(root: Path) -> CacheSpec:
-    """The identity of the cache at ``root``; CacheError where there is none or it can't be read."""
-    record = read_record(root)
-    try:
-        spec = CacheSpec.model_validate(record["spec"])
-    except pydantic.ValidationError as error:
-        raise CacheError(
-            f"{Layout(root).cache_json} is damaged ({error.errors()[0]['msg']}); build the cache again"
-        ) from error
-    if spec.fingerprint != record.get("fingerprint"):
-        raise CacheError(f"{Layout(root).cache_json} was altered: its fingerprint does not match its spec")
-    return spec
+def _write_state(store: Store, layer_set: int, state: Mapping[str, Tensor]) -> str | None:
+    if not state:
+        return None
+    data = safetensors.torch.save({key: value.cpu().contiguous() for key, value in state.items()})
+    for name in (state_name(layer_set), f"{COPIES}/{state_name(layer_set)}"):
+        store.write(name, data)
+    return hashlib.sha256(data).hexdigest()
 
 
-def read_commit(layout: Layout, shard: int) -> dict[str, Any]:
-    """A shard's commit record; CacheError where it is missing or can't be read."""
-    path = layout.commit(shard)
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CacheError(
-            f"shard {shard} of the cache at {layout.root} is not finished; run the cache stage again"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise CacheError(f"{path} is damaged ({error}); delete it and run the cache stage again") from error
-    return record
-
-
-def shard_numbers(plan: pa.Table) -> list[int]:
-    """All shards of a plan, ascending."""
-    return [int(shard) for shard in np.unique(plan["shard"].to_numpy())]
-
-
-def cache_bytes(root: Path) -> int:
-    """Bytes of all committed data files."""
-    layout = Layout(root)
-    plan = pq.read_table(layout.plan)
-    return sum(
-        file["bytes"]
-        for shard in shard_numbers(plan)
-        if layout.is_committed(shard)
-        for file in read_commit(layout, shard)["files"].values()
+def _write_record(store: Store, spec: CacheSpec, sets: tuple[LayerSet, ...], record: dict[str, Any]) -> Cache:
+    data = sealed(
+        record
+        | {
+            "spec": spec.model_dump(mode="json"),
+            "sets": [layer_set.model_dump(mode="json") for layer_set in sets],
+            "fingerprint": fingerprint(spec, sets),
+        }
     )
+    for name in (f"{COPIES}/{CACHE_JSON}", CACHE_JSON):
+        store.write(name, data)
+    return Cache.open(store)
+
+
+def file_record(path: Path, rows: int, content: str) -> dict[str, Any]:
+    """What a commit says of a file at a local path: rows, bytes, SHA-256, content key."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"rows": rows, "bytes": path.stat().st_size, "sha256": digest, "content": content}
+
+
+def write_commit(store: Store, file: ShardFile, record: dict[str, Any]) -> None:
+    """Makes a shard file count. Only after the file itself is in its place."""
+    store.write(file.commit, sealed(record))
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all data files that are there and belong to the cache."""
+    sizes = cache.store.sizes()
+    return sum(sizes.get(file.name, 0) for shard in cache.shards for file in cache.files(shard))

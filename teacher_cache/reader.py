@@ -1,11 +1,12 @@
-"""Targets for training: from a finished cache (CacheReader) or from the teacher itself (OnlineReader), batch for batch alike."""
+"""Targets for training from a finished cache: random access, one row group per utterance."""
 
-import hashlib
+import os
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,231 +14,214 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from teacher_cache.audio import load_audio
-from teacher_cache.codecs import get_codec
-from teacher_cache.flac import from_flac, quantize
-from teacher_cache.frames import num_frames
-from teacher_cache.layout import (
-    CacheError,
-    Layout,
-    MaskDraws,
-    SourceUtterance,
-    layer_column,
-    read_commit,
-    read_spec,
-    shard_numbers,
-)
-from teacher_cache.masks import draw_mask
-from teacher_cache.teachers import Teacher
+from teacher_cache.batch import Batch, CodedTargets, pad_waveforms
+from teacher_cache.codecs import ColumnCodec
+from teacher_cache.embedded import from_flac, from_pcm
+from teacher_cache.layout import Cache, ShardFile, column_name
+from teacher_cache.online import masks_of
+from teacher_cache.spec import CacheError
 
 _OPEN_FILES = 64
-
-
-@dataclass
-class Batch:
-    """Utterances with their targets, padded to the longest.
-
-    Attributes:
-        ids: B utterance ids.
-        waveforms: (B, S) float32, zeros at padding.
-        lengths: (B,) int64, real samples.
-        num_frames: (B,) int64, real frames.
-        targets: (B, L, T, D) float32: the clean pass, or for a mask draw the composite ``where(mask, clean, masked)``;
-            zeros at padding.
-        frame_mask: (B, T) bool, True at masked frames; None for the clean pass.
-    """
-
-    ids: list[str]
-    waveforms: Tensor
-    lengths: Tensor
-    num_frames: Tensor
-    targets: Tensor
-    frame_mask: Tensor | None
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device."""
-        return Batch(
-            self.ids,
-            self.waveforms.to(device, non_blocking=True),
-            self.lengths.to(device, non_blocking=True),
-            self.num_frames.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-            None if self.frame_mask is None else self.frame_mask.to(device, non_blocking=True),
-        )
-
-
-class TargetReader(Protocol):
-    """What the training loop asks of a source of targets.
-
-    Attributes:
-        num_samples: (N,) int64 lengths of the split's utterances, in index order.
-        layers: 1-based teacher layers that ``targets`` holds.
-        dim: the teacher's width D.
-        draws: mask draws there are; None where every draw can be had.
-    """
-
-    num_samples: np.ndarray
-    layers: tuple[int, ...]
-    dim: int
-    draws: int | None
-
-    def read(self, indices: Sequence[int], draw: int | None) -> Batch:
-        """The batch of these utterances under mask draw ``draw`` (None: the clean pass)."""
-        ...
-
-
-def pad_waveforms(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """B waveforms (S_i,) → ((B, S) float32 zero-padded, (B,) int64 lengths)."""
-    lengths = torch.tensor([len(waveform) for waveform in waveforms])
-    padded = torch.zeros(len(waveforms), int(lengths.max()))
-    for row, waveform in zip(padded, waveforms, strict=True):
-        row[: len(waveform)] = torch.from_numpy(waveform)
-    return padded, lengths
+"""Files each reading thread keeps open."""
+_COMMIT_THREADS = 16
 
 
 class CacheReader:
-    """Random access to a finished cache: one row group per utterance, one column per layer.
+    """Utterances of one split with their targets, in any order. Safe to use from several threads.
 
     Example:
-        >>> reader = CacheReader(Path("caches/demo"), "train")
-        >>> batch = reader.read([0, 1, 2], draw=0)
+        >>> reader = CacheReader("caches/demo", "train")
+        >>> batch = reader.read([0, 1, 2], draw=0).to("cpu")
         >>> batch.targets.shape  # (B, L, T, D)
 
     Args:
-        root: folder of the cache.
+        location: of the cache, a path or a URI.
         split: ``train`` or ``validation``.
         layers: 1-based layers to read; default all that are cached.
+        draws: how many of the cached mask draws to use; default all.
+        threads: that read and unpack the utterances of a batch; default 4, or as many as there are cores.
+
+    Attributes:
+        bytes_read: from the shards, so far.
 
     Raises:
-        CacheError: no cache, an unfinished one, a file whose size is not the committed one, an unknown split or layer.
+        CacheError: no cache, an unfinished one, a file whose size is not the committed one, an unknown split, layer or draw.
     """
-
-    def __init__(self, root: Path, split: str, layers: Sequence[int] | None = None) -> None:
-        self.spec = read_spec(root)
-        self.layers = tuple(layers) if layers is not None else self.spec.layers
-        missing = sorted(set(self.layers) - set(self.spec.layers))
-        if missing:
-            raise CacheError(f"the cache at {root} has no layer {missing[0]}; it has layers {list(self.spec.layers)}")
-        self.dim = self.spec.dim
-        self.draws: int | None = self.spec.masks.draws
-        self._layout = Layout(root)
-        self._codec = get_codec(self.spec.codec)
-        plan = pq.read_table(self._layout.plan)
-        for shard in shard_numbers(plan):
-            for name, record in read_commit(self._layout, shard)["files"].items():
-                path = root / name
-                if not path.is_file() or path.stat().st_size != record["bytes"]:
-                    raise CacheError(
-                        f"{path} is missing or not as committed; delete {self._layout.commit(shard)} and run the "
-                        "cache stage again, which rebuilds that shard"
-                    )
-        splits = plan["split"].to_pylist()
-        if split not in splits:
-            raise CacheError(f"the cache at {root} has no split {split!r}; it has {sorted(set(splits))}")
-        rows = plan.filter(pa.array([name == split for name in splits]))
-        self.ids: list[str] = rows["id"].to_pylist()
-        self.num_samples = rows["num_samples"].to_numpy()
-        self._shards: list[int] = rows["shard"].to_pylist()
-        self._rows: list[int] = rows["row"].to_pylist()
-        self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
-
-    def read(self, indices: Sequence[int], draw: int | None) -> Batch:
-        """See TargetReader. CacheError where the draw is not cached."""
-        if draw is not None and not 0 <= draw < self.spec.masks.draws:
-            raise CacheError(f"mask draw {draw} is not in the cache; it has draws 0 to {self.spec.masks.draws - 1}")
-        columns = [layer_column(layer) for layer in self.layers]
-        clean = [self._row(self._layout.clean(self._shards[i]), i, ["id", "audio", *columns]) for i in indices]
-        waveforms, lengths = pad_waveforms([from_flac(row["audio"][0].as_py()) for row in clean])
-        frames = num_frames(lengths)
-        width = int(frames.max())
-        targets = torch.zeros(len(indices), len(self.layers), width, self.dim)
-        for b, row in enumerate(clean):
-            for n, column in enumerate(columns):
-                targets[b, n, : frames[b]] = self._codec.decode(row[column][0].as_buffer(), self.dim)
-        frame_mask = None
-        if draw is not None:
-            frame_mask = torch.zeros(len(indices), width, dtype=torch.bool)
-            for b, i in enumerate(indices):
-                row = self._row(self._layout.masked(self._shards[i], draw), i, ["id", "mask", *columns])
-                mask = torch.tensor(row["mask"][0].as_py(), dtype=torch.bool)
-                frame_mask[b, : len(mask)] = mask
-                unmasked = torch.nonzero(~mask).squeeze(1)
-                for n, column in enumerate(columns):
-                    targets[b, n, unmasked] = self._codec.decode(row[column][0].as_buffer(), self.dim)
-        return Batch([self.ids[i] for i in indices], waveforms, lengths, frames, targets, frame_mask)
-
-    def _row(self, path: Path, index: int, columns: list[str]) -> pa.Table:
-        file = self._files.get(path)
-        if file is None:
-            file = self._files[path] = pq.ParquetFile(path, memory_map=True)
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-        self._files.move_to_end(path)
-        row: pa.Table = file.read_row_group(self._rows[index], columns=columns)
-        if row["id"][0].as_py() != self.ids[index]:
-            raise CacheError(f"{path} holds {row['id'][0].as_py()!r} where the plan has {self.ids[index]!r}")
-        return row
-
-
-class OnlineReader:
-    """The teacher in the loop: the same batches as a cache would give, computed anew each time.
-
-    Args:
-        utterances: of one split; index order is theirs.
-        teacher: on the device it is to run on.
-        masks: policy and seed of the draws.
-        layers: 1-based layers; default all.
-    """
-
-    draws: int | None = None
 
     def __init__(
         self,
-        utterances: Sequence[SourceUtterance],
-        teacher: Teacher,
-        masks: MaskDraws,
+        location: str | Path,
+        split: str,
         layers: Sequence[int] | None = None,
+        draws: int | None = None,
+        threads: int | None = None,
     ) -> None:
-        self.utterances = utterances
-        self.num_samples = np.array([utterance.num_samples for utterance in utterances])
-        self.layers = tuple(layers or range(1, teacher.num_layers + 1))
-        self.dim = teacher.dim
-        self._teacher = teacher
-        self._masks = masks
+        self.cache = Cache.open(location)
+        spec = self.cache.spec
+        self.layers = tuple(layers) if layers is not None else spec.layers
+        missing = sorted(set(self.layers) - set(spec.layers))
+        if missing:
+            raise CacheError(f"the cache at {location} has no layer {missing[0]}; it has layers {list(spec.layers)}")
+        if draws is not None and draws > spec.masks.draws:
+            raise CacheError(f"the cache at {location} has {spec.masks.draws} mask draws, {draws} are wanted")
+        self.dim = spec.dim
+        self._split = split
+        self.draws: int | None = spec.masks.draws if draws is None else draws
+        self.bytes_read = 0
+        shards = [shard for shard in self.cache.shards if shard.split == split]
+        if not shards:
+            splits = sorted({shard.split for shard in self.cache.shards})
+            raise CacheError(f"the cache at {location} has no split {split!r}; it has {splits}")
+        self.ids = [utterance.id for shard in shards for utterance in shard.utterances]
+        self.num_samples = np.array([u.num_samples for shard in shards for u in shard.utterances])
+        self._num_frames = [frames for shard in shards for frames in shard.num_frames]
+        self._places = [(shard.number, row) for shard in shards for row in range(len(shard.utterances))]
+        self._sets = {
+            number: tuple(c for c in self.cache.codecs(number) if set(c.layers) & set(self.layers))
+            for number, layer_set in enumerate(self.cache.layer_sets)
+            if set(layer_set.layers) & set(self.layers)
+        }
+        self._files: dict[tuple[int, str, int | None, int], ShardFile] = {}
+        for shard in shards:
+            for file in self.cache.files(shard):
+                part = file.part
+                audio = part.kind == "clean" and part.layer_set == 0
+                wanted = part.draw is None or part.draw < self.draws
+                if audio or (wanted and part.layer_set in self._sets):
+                    self._files[shard.number, part.kind, part.draw, part.layer_set] = file
+        self._check_files()
+        self._pool = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), "cache-reader")
+        self._open = threading.local()
+
+    def _check_files(self) -> None:
+        store = self.cache.store
+        sizes = store.sizes()
+        files = list(self._files.values())
+        for file in files:
+            if file.commit not in sizes:
+                raise CacheError(f"{store.at(file.name)} is not finished; run the cache stage again")
+        with ThreadPoolExecutor(_COMMIT_THREADS) as pool:
+            for file, record in zip(files, pool.map(self.cache.commit_of, files), strict=True):
+                if record is None or sizes.get(file.name) != record["bytes"]:
+                    raise CacheError(
+                        f"{store.at(file.name)} is missing or not as committed; `python -m teacher_cache repair` rebuilds it"
+                    )
 
     def read(self, indices: Sequence[int], draw: int | None) -> Batch:
-        """See TargetReader; all tensors are on the teacher's device."""
-        members = [self.utterances[i] for i in indices]
-        waveforms, lengths = pad_waveforms([load_source(utterance) for utterance in members])
-        device = self._teacher.device
-        waveforms, lengths = waveforms.to(device), lengths.to(device)
-        frames = num_frames(lengths)
-        real = (torch.arange(int(frames.max()), device=device) < frames[:, None])[:, None, :, None]
-        layers = [layer - 1 for layer in self.layers]
-        targets = self._teacher.hidden_states(waveforms, lengths)[:, layers] * real
+        """See TargetReader. CacheError where the draw is not cached, or a file turns out damaged."""
+        spec = self.cache.spec
+        if draw is not None and not 0 <= draw < (self.draws or 0):
+            have = f"draws 0 to {self.draws - 1}" if self.draws else "none"
+            raise CacheError(f"mask draw {draw} is not in the cache at {self.cache.store.location}; it has {have}")
+        if draw is None and spec.masks.draws and spec.targets == "composite_only" and self._split == "train":
+            raise CacheError(
+                f"the cache at {self.cache.store.location} has no clean targets of the training split: it is composite_only"
+            )
+        rows = list(self._pool.map(self._read_row, indices, [draw] * len(indices)))
+        waveforms, lengths = pad_waveforms([waveform for waveform, *_ in rows])
+        frames = torch.tensor([self._num_frames[i] for i in indices])
+        width = int(frames.max())
+        codecs = [codec for group in self._sets.values() for codec in group]
+        columns: list[tuple[ColumnCodec, Tensor]] = []
+        for n, codec in enumerate(codecs):
+            codes = torch.zeros(len(indices), width, codec.bytes_per_frame, dtype=torch.uint8)
+            for b, (_, values, _) in enumerate(rows):
+                codes[b, : len(values[n])] = torch.from_numpy(values[n])
+            columns.append((codec, codes))
         frame_mask = None
         if draw is not None:
-            frame_mask = masks_of(self._masks, draw, [u.id for u in members], frames.tolist()).to(device)
-            masked = self._teacher.hidden_states(waveforms, lengths, frame_mask)[:, layers] * real
-            targets = torch.where(frame_mask[:, None, :, None], targets, masked)
-        return Batch([u.id for u in members], waveforms, lengths, frames, targets, frame_mask)
+            frame_mask = torch.zeros(len(indices), width, dtype=torch.bool)
+            for b, (_, _, mask) in enumerate(rows):
+                assert mask is not None
+                frame_mask[b, : len(mask)] = torch.from_numpy(mask)
+        ids = [self.ids[i] for i in indices]
+        return Batch(ids, waveforms, lengths, frames, CodedTargets(self.layers, tuple(columns)), frame_mask)
+
+    def _read_row(self, index: int, draw: int | None) -> tuple[np.ndarray, list[np.ndarray], np.ndarray | None]:
+        """One utterance: (S,) waveform, each column's codes (T, bytes_per_frame), (T,) mask."""
+        spec = self.cache.spec
+        composite = spec.targets == "composite_only" and draw is not None
+        first = self._columns(index, "clean", None, 0, ["audio"], [] if composite or 0 not in self._sets else None)
+        unpack = from_flac if spec.audio == "flac" else from_pcm
+        waveform = unpack(first[0].as_buffer())
+        if len(waveform) != self.num_samples[index]:
+            raise self._damaged(self._file(index, "clean", None, 0), "the audio has another length")
+        codes: list[np.ndarray] = []
+        mask: np.ndarray | None = None
+        count = self._num_frames[index]
+        for number, _codecs in self._sets.items():
+            if composite:
+                mask_value, *values = self._columns(index, "composite", draw, number, ["mask"], None)
+                mask = _to_bool(mask_value)
+                codes += self._codes(index, "composite", draw, number, values, count)
+                continue
+            clean = first[1:] if number == 0 else self._columns(index, "clean", None, number, [], None)
+            arrays = self._codes(index, "clean", None, number, clean, count)
+            if draw is not None and spec.targets == "clean_only":
+                mask = masks_of(spec.masks, draw, [self.ids[index]], [count])[0].numpy()
+            elif draw is not None:
+                mask_value, *values = self._columns(index, "masked", draw, number, ["mask"], None)
+                mask = _to_bool(mask_value)
+                unmasked = ~mask
+                masked = self._codes(index, "masked", draw, number, values, int(unmasked.sum()))
+                arrays = [array.copy() for array in arrays]
+                for array, values_at_unmasked in zip(arrays, masked, strict=True):
+                    array[unmasked] = values_at_unmasked
+            codes += arrays
+        return waveform, codes, mask
+
+    def _codes(
+        self, index: int, kind: str, draw: int | None, number: int, values: list[Any], frames: int
+    ) -> list[np.ndarray]:
+        arrays = []
+        for codec, value in zip(self._sets[number], values, strict=True):
+            data = np.frombuffer(value.as_buffer(), np.uint8)
+            if len(data) != frames * codec.bytes_per_frame:
+                raise self._damaged(
+                    self._file(index, kind, draw, number), f"row {self._places[index][1]} has another size"
+                )
+            size = codec.bytes_per_frame
+            arrays.append(data.reshape(size, frames).T if codec.planar else data.reshape(frames, size))
+        return arrays
+
+    def _file(self, index: int, kind: str, draw: int | None, number: int) -> ShardFile:
+        return self._files[self._places[index][0], kind, draw, number]
+
+    def _columns(
+        self, index: int, kind: str, draw: int | None, number: int, extra: list[str], features: list[str] | None
+    ) -> list[Any]:
+        """Scalars of one row: the extra columns, then the set's (or no) features."""
+        file = self._file(index, kind, draw, number)
+        if features is None:
+            features = [column_name(codec.layers) for codec in self._sets[number]]
+        columns = ["id", *extra, *features]
+        try:
+            parquet = self._parquet(file)
+            table = parquet.read_row_group(self._places[index][1], columns=columns, use_threads=False)
+            values = [table.column(name).chunk(0)[0] for name in columns]
+            found = values[0].as_py()
+            self.bytes_read += table.nbytes
+        except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
+            raise self._damaged(file, str(error).split("\n")[0]) from error
+        if found != self.ids[index]:
+            raise self._damaged(file, f"it holds {found!r} where the plan has {self.ids[index]!r}")
+        return values[1:]
+
+    def _parquet(self, file: ShardFile) -> pq.ParquetFile:
+        opened: OrderedDict[str, pq.ParquetFile] = self._open.__dict__.setdefault("files", OrderedDict())
+        if file.name not in opened:
+            opened[file.name] = pq.ParquetFile(self.cache.store.open(file.name), page_checksum_verification=True)
+            if len(opened) > _OPEN_FILES:
+                opened.popitem(last=False)[1].close()
+        opened.move_to_end(file.name)
+        return opened[file.name]
+
+    def _damaged(self, file: ShardFile, why: str) -> CacheError:
+        return CacheError(
+            f"{self.cache.store.at(file.name)} is damaged ({why}); `python -m teacher_cache repair` rebuilds it"
+        )
 
 
-def masks_of(masks: MaskDraws, draw: int, ids: Sequence[str], frames: Sequence[int]) -> Tensor:
-    """(B, T) bool: each utterance's own mask of this draw, False at padding."""
-    out = torch.zeros(len(ids), max(frames), dtype=torch.bool)
-    for row, utterance_id, count in zip(out, ids, frames, strict=True):
-        row[:count] = torch.from_numpy(draw_mask(masks.policy, masks.seed, draw, utterance_id, count))
-    return out
-
-
-def load_source(utterance: SourceUtterance) -> np.ndarray:
-    """(S,) float32 of an utterance as teachers and students hear it.
-
-    Raises:
-        ValueError: the file can't be decoded, or is not the one that was indexed.
-    """
-    waveform = load_audio(Path(utterance.path))
-    if hashlib.sha256(waveform.tobytes()).hexdigest() != utterance.sha256:
-        raise ValueError(f"{utterance.path} changed since the corpus was indexed; run the index stage again")
-    return quantize(waveform)
+def _to_bool(value: pa.ListScalar) -> np.ndarray:
+    mask: np.ndarray = value.values.to_numpy(zero_copy_only=False)
+    return mask

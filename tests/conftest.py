@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,11 @@ import soundfile
 import torch
 
 from teacher_cache.audio import load_audio
-from teacher_cache.layout import SourceUtterance
+from teacher_cache.build import build_cache
+from teacher_cache.masks import MaskPolicy
+from teacher_cache.shards import SourceUtterance, plan_shards
+from teacher_cache.spec import CacheSpec, MaskDraws
+from teacher_cache.teachers import load_teacher
 
 # Tiny models: threads cost more than they bring, above all on a busy machine.
 torch.set_num_threads(1)
@@ -54,3 +59,40 @@ def source_utterances(speech_folder: Path) -> list[SourceUtterance]:
         digest = hashlib.sha256(waveform.tobytes()).hexdigest()
         found.append(SourceUtterance(path.stem, str(path), len(waveform), split, digest))
     return found
+
+
+@pytest.fixture
+def cache_spec() -> Callable[..., CacheSpec]:
+    """The spec of a small cache of ``random:2x32``: two draws, fp32, several shards; keywords change it."""
+
+    def make(teacher: str = "random:2x32", **changes: object) -> CacheSpec:
+        loaded = load_teacher(teacher)
+        values = {
+            "teacher": loaded.fingerprint,
+            "num_layers": loaded.num_layers,
+            "dim": loaded.dim,
+            "layers": range(1, loaded.num_layers + 1),
+            "masks": MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=4), draws=2, seed=3),
+            "codec": "fp32",
+            "corpus": "test",
+            "shard_seconds": 5,
+            "batch_seconds": 6,
+        }
+        return CacheSpec.model_validate(values | changes)
+
+    return make
+
+
+@pytest.fixture
+def make_cache(
+    cache_spec: Callable[..., CacheSpec], source_utterances: list[SourceUtterance]
+) -> Callable[..., CacheSpec]:
+    """Builds such a cache of the test speech at a location, in this process, and returns its spec."""
+
+    def make(location: Path | str, teacher: str = "random:2x32", **changes: object) -> CacheSpec:
+        spec = cache_spec(teacher, **changes)
+        plan = plan_shards(source_utterances, spec.shard_seconds)
+        build_cache(location, spec, plan, teacher, teacher_name=teacher, workers=None)
+        return spec
+
+    return make

@@ -69,7 +69,7 @@ def test_demo_runs_and_reuses(tmp_path: Path, speech_folder: Path) -> None:
     assert "another configuration (sections that differ: train)" in other.stdout
     codec = run([*demo, "cache.codec=fp32", "name=second"], tmp_path, CORPUS=str(speech_folder))
     assert codec.returncode == 2
-    assert "codec: 'fp16' -> 'fp32'" in codec.stdout
+    assert "codec: 'pca' -> 'fp32'" in codec.stdout
 
 
 def test_online_targets_need_no_cache(tmp_path: Path, speech_folder: Path) -> None:

@@ -1,9 +1,17 @@
-"""The distillation loss by hand: weights, masks, padding, what it is divided by."""
+"""The distillation loss by hand: weights, masks, padding, what it is divided by; and `Distiller` against it."""
+
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from student import distillation_loss
+from student import Student, StudentConfig, distillation_loss
+from student.loss import Distiller, _head_loss
 
 # Two layers, D = 2; row 0 has three real frames, row 1 one.
 PROJECTIONS = torch.zeros(2, 2, 3, 2)
@@ -106,3 +114,191 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict[str, object], messa
     arguments = {"projections": PROJECTIONS, "targets": TARGETS, "num_frames": FRAMES} | changes
     with pytest.raises(ValueError, match=message):
         distillation_loss(**arguments)
+
+
+TINY = StudentConfig(
+    conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((12, 2, 2),) * 2),
+    encoder_layers=3,
+    encoder_embed_dim=12,
+    encoder_ffn_embed_dim=20,
+    encoder_attention_heads=3,
+    conv_pos=8,
+    conv_pos_groups=2,
+    target_dim=16,
+)
+WAVEFORMS, LENGTHS = torch.randn(3, 6400, generator=torch.Generator().manual_seed(0)), torch.tensor([6400, 4321, 3000])
+FRAME_MASK = torch.rand(3, 19, generator=torch.Generator().manual_seed(1)) < 0.5
+
+
+def tiny(target_dim: int = 16) -> tuple[Student, Tensor]:
+    torch.manual_seed(0)
+    student = Student(TINY.model_copy(update={"target_dim": target_dim})).eval()
+    return student, torch.randn(3, 3, 19, target_dim)
+
+
+def gradients(student: Student) -> dict[str, Tensor]:
+    """And clears them. A key's bias shifts all scores of a query alike, so its gradient is rounding alone."""
+    found = {n: p.grad for n, p in student.named_parameters() if p.grad is not None and "key.bias" not in n}
+    student.zero_grad()
+    return found
+
+
+def assert_same_loss(found: object, expected: object) -> None:
+    for field in fields(expected):  # type: ignore[arg-type]
+        if field.name != "cosines":
+            ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+            assert (ours is None) == (theirs is None), field.name
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, msg=lambda m, name=field.name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("mask", [FRAME_MASK, None])
+@pytest.mark.parametrize("normalizer", [None, 50.0, torch.tensor(50)])
+@pytest.mark.parametrize("kind", ["mse", "l1"])
+@pytest.mark.parametrize("target_dim", [16, 12])  # 12: as wide as the student, so without heads
+def test_a_distiller_gives_the_loss_and_gradients_of_the_two_apart(
+    kind: str, target_dim: int, normalizer: float | Tensor | None, mask: Tensor | None
+) -> None:
+    student, targets = tiny(target_dim)
+    weights = {"hint_weight": 0.3, "final_weight": 2.0}
+    out = student(WAVEFORMS, LENGTHS, mask)
+    expected = distillation_loss(
+        out.projections, targets, out.num_frames, mask, kind=kind, normalizer=normalizer, **weights
+    )
+    (expected.total * 3).backward()
+    expected_gradients = gradients(student)
+    # What stands at padded frames of the targets is nobody's business.
+    targets = targets.clone()
+    targets[1, :, 13:] = torch.nan
+    found = Distiller(student, kind=kind, **weights)(WAVEFORMS, LENGTHS, mask, targets, normalizer)
+    (found.total * 3).backward()
+    found_gradients = gradients(student)
+    assert_same_loss(found, expected)
+    assert found.cosines is None
+    assert found_gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(
+            found_gradients[name], gradient, rtol=0, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_each_part_of_a_distillers_loss_has_gradients_of_its_own() -> None:
+    student, targets = tiny()
+    out = student(WAVEFORMS, LENGTHS)
+    for part in ("hint", "final"):
+        getattr(distillation_loss(out.projections, targets, out.num_frames), part).backward(retain_graph=True)
+        expected = gradients(student)
+        getattr(Distiller(student)(WAVEFORMS, LENGTHS, None, targets), part).backward()
+        for name, gradient in gradients(student).items():
+            torch.testing.assert_close(gradient, expected.get(name, torch.zeros_like(gradient)), rtol=1e-4, atol=1e-6)
+
+
+def test_a_distiller_without_gradients_gives_the_same_loss() -> None:
+    student, targets = tiny()
+    distiller = Distiller(student)
+    with torch.no_grad():
+        found = distiller(WAVEFORMS, LENGTHS, FRAME_MASK, targets)
+    assert not found.total.requires_grad
+    assert_same_loss(found, distiller(WAVEFORMS, LENGTHS, FRAME_MASK, targets))
+
+
+@pytest.mark.parametrize("mask", [FRAME_MASK, None])
+def test_cosines_of_masked_and_unmasked_frames(mask: Tensor | None) -> None:
+    student, targets = tiny()
+    found = Distiller(student)(WAVEFORMS, LENGTHS, mask, targets, cosines=True).cosines
+    assert found.dtype == torch.float64 and not found.requires_grad
+    with torch.no_grad():
+        out = student(WAVEFORMS, LENGTHS, mask)
+    for kind in (0, 1):
+        frames = 0
+        sums = torch.zeros(3, dtype=torch.float64)
+        for row, count in enumerate(out.num_frames.tolist()):
+            for frame in range(count):
+                if (mask is not None and bool(mask[row, frame])) == (kind == 0):
+                    frames += 1
+                    for layer in range(3):
+                        pair = out.projections[row, layer, frame], targets[row, layer, frame]
+                        sums[layer] += float(F.cosine_similarity(*pair, dim=0))
+        assert found[kind, -1] == frames
+        torch.testing.assert_close(found[kind, :-1], sums, rtol=0, atol=1e-4)
+
+
+def test_a_distiller_in_half_precision_sums_in_float32() -> None:
+    student, targets = tiny()
+    expected = Distiller(student)(WAVEFORMS, LENGTHS, None, targets)
+    expected.total.backward()
+    expected_gradients = gradients(student)
+    for size in (1.0, 1e4):  # 1e4: squares beyond float16's 65504, summed over frames.
+        with torch.autocast("cpu", torch.bfloat16):
+            found = Distiller(student)(WAVEFORMS, LENGTHS, None, (targets * size).half())
+        assert found.total.dtype == torch.float32 and torch.isfinite(found.total)
+        found.total.backward()
+        found_gradients = gradients(student)
+        assert all(torch.isfinite(gradient).all() for gradient in found_gradients.values())
+        if size == 1.0:
+            torch.testing.assert_close(found.total, expected.total, rtol=0.01, atol=0)
+            ours, theirs = (torch.cat([g.flatten() for g in x.values()]) for x in (found_gradients, expected_gradients))
+            assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+def test_gradients_summed_over_many_frames_do_not_overflow_float16() -> None:
+    head = torch.nn.Linear(2, 4)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    x, targets = torch.ones(1, 30_000, 2), torch.full((1, 30_000, 4), 5.0)
+    with torch.autocast("cpu", torch.float16):
+        total, _, _ = _head_loss(x, head, targets, torch.zeros(1, 30_000, dtype=torch.bool), "mse", False)
+    (total / 30_000).backward()
+    # Errors of -5 times inputs of 1 sum to -150,000, beyond float16.
+    torch.testing.assert_close(head.weight.grad, torch.full((4, 2), -2.5), rtol=1e-2, atol=0)
+
+
+def test_a_loss_that_is_not_finite_shows_in_the_gradients() -> None:
+    # What tells all ranks of a training that a step is to be left out.
+    for kind in ("mse", "l1"):
+        student, targets = tiny()
+        targets[0, 1, 2, 3] = torch.nan
+        loss = Distiller(student, kind=kind)(WAVEFORMS, LENGTHS, None, targets).total
+        assert torch.isnan(loss)
+        (loss * loss.detach()).backward()
+        assert not all(torch.isfinite(gradient).all() for gradient in gradients(student).values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((3, 2, 19, 16), r"must be \(B, L, T, D\) = \(3, 3, 19, 16\)"), ((3, 3, 18, 16), r"not \(3, 3, 18, 16\)")],
+)
+def test_targets_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Distiller(tiny()[0])(WAVEFORMS, LENGTHS, None, torch.zeros(shape))
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="'l2' is not known"):
+        Distiller(tiny()[0], kind="l2")  # type: ignore[arg-type]
+
+
+def _rank(index: int, world: int, meeting: str, results: str) -> None:
+    dist.init_process_group("gloo", init_method=meeting, rank=index, world_size=world)
+    student, targets = tiny()
+    model = DistributedDataParallel(Distiller(student))
+    rows = slice(0, 1) if index == 0 else slice(1, 3)
+    loss = model(WAVEFORMS[rows], LENGTHS[rows], FRAME_MASK[rows], targets[rows], 41.0, cosines=True)
+    (loss.total * world).backward()
+    torch.save((loss.total.detach(), gradients(student)), f"{results}/{index}")
+    dist.destroy_process_group()
+
+
+def test_ddp_wraps_it(tmp_path: Path) -> None:
+    meeting = f"file://{tmp_path}/meeting"
+    torch.multiprocessing.spawn(_rank, (2, meeting, str(tmp_path)), nprocs=2)
+    student, targets = tiny()
+    loss = Distiller(student)(WAVEFORMS, LENGTHS, FRAME_MASK, targets, 41.0)
+    loss.total.backward()
+    expected = gradients(student)
+    (first, ranks), (second, others) = (torch.load(tmp_path / str(index)) for index in range(2))
+    torch.testing.assert_close(first + second, loss.total)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ranks[name], gradient, rtol=1e-4, atol=1e-6)
+        assert torch.equal(ranks[name], others[name])

@@ -1,169 +1,284 @@
-"""The training loop without Ray: cached equals online, resume equals undisturbed, ranks and accumulation don't matter."""
+"""The training loop without Ray: cached equals online, ranks and accumulation don't matter, what is recorded."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from student.checkpoints import load_student
 from student.config import StudentConfig
+from student.feed import TrainingPlan
+from student.loss import Distiller
 from student.model import Student
+from student.optimizer import make_optimizer, schedule_factor
+from student.rank import Rank
 from student.settings import TrainSettings
-from student.training import Rank, TrainingPlan, make_optimizer, schedule_factor, train
-from teacher_cache.build import ShardWriter
-from teacher_cache.layout import CacheSpec, MaskDraws, SourceUtterance, open_or_create, plan_shards
+from student.training import train
+from teacher_cache.batch import TargetReader
 from teacher_cache.masks import MaskPolicy
-from teacher_cache.reader import CacheReader, OnlineReader
+from teacher_cache.online import OnlineReader
+from teacher_cache.reader import CacheReader
+from teacher_cache.shards import SourceUtterance
+from teacher_cache.spec import CacheSpec, MaskDraws
 from teacher_cache.teachers import load_teacher
 
-TEACHER = "random:2x32"
-MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=4), draws=1)
-TINY = StudentConfig(
-    conv_layers=((8, 10, 5), (8, 3, 2), (8, 3, 2), (8, 3, 2), (8, 3, 2), (8, 2, 2), (8, 2, 2)),
-    encoder_layers=2,
-    encoder_embed_dim=16,
-    encoder_ffn_embed_dim=24,
-    encoder_attention_heads=2,
-    conv_pos=8,
-    conv_pos_groups=2,
-    target_dim=32,
-)
-STILL = TINY.model_copy(
-    update={"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "dropout_input": 0.0}
-)
+Readers = tuple[CacheReader, CacheReader]
+Rows = Callable[..., list[dict[str, Any]]]
+Settings = Callable[..., TrainSettings]
 
 
-@pytest.fixture
-def cache(tmp_path: Path, source_utterances: list[SourceUtterance]) -> Path:
-    teacher = load_teacher(TEACHER)
-    spec = CacheSpec(
-        teacher=teacher.fingerprint,
-        num_layers=2,
-        dim=32,
-        layers=(1, 2),
-        masks=MASKS,
-        codec="fp32",
-        corpus="test",
-        shard_seconds=5,
-        batch_seconds=6,
-    )
-    plan = plan_shards(source_utterances, spec.shard_seconds)
-    open_or_create(tmp_path / "cache", spec, plan, teacher.name)
-    writer = ShardWriter(str(tmp_path / "cache"), TEACHER, "cpu")
-    for shard in sorted(set(plan["shard"].to_pylist())):
-        writer.write(shard)
-    return tmp_path / "cache"
+def losses(rows: list[dict[str, Any]]) -> list[float]:
+    return [row["loss"] for row in rows]
 
 
-def settings(**changes: object) -> TrainSettings:
-    values = {
-        "batch_size": 3,
-        "epochs": 1000,
-        "max_steps": 12,
-        "log_every": 1,
-        "validate_every": 6,
-        "learning_rate": 5e-3,
-    }
-    return TrainSettings.model_validate(values | changes)
-
-
-def losses(folder: Path, kind: str = "train") -> list[float]:
-    rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if row["kind"] == kind]
-
-
-def test_it_learns(tmp_path: Path, cache: Path) -> None:
-    result = train(
-        TINY, settings(max_steps=60), CacheReader(cache, "train"), CacheReader(cache, "validation"), tmp_path / "run"
-    )
+def test_it_learns_and_records(
+    tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers, rows: Rows
+) -> None:
+    result = train(tiny, settings(max_steps=60), *readers, tmp_path / "run")
     assert result.last_validation_loss < 0.9 * result.first_validation_loss
-    assert result.steps == 60
-    assert len(losses(tmp_path / "run")) == 60
+    assert (result.steps, result.skipped_steps) == (60, 0)
     assert json.loads((tmp_path / "run" / "train.json").read_text())["steps"] == 60
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found] == list(range(1, 61))
+    row = found[30]
+    assert row["learning_rate"] == pytest.approx(5e-3 * (60 - 30) / 57)
+    assert row["gradient_norm"] > 0
+    assert row["audio_hours_per_minute"] > 0
+    assert 0 <= row["data_wait"] <= 1
+    assert 0 < row["padding_waste"] < 0.5
+    assert row["bytes_per_second"] > 0
+    for name in ("masked", "unmasked"):
+        for layer in (1, 2):
+            cosines = [row[f"cosine_{name}_layer_{layer:02d}"] for row in found]
+            assert np.mean(cosines[-6:]) > np.mean(cosines[:6])
+            assert -1 <= min(cosines) <= max(cosines) <= 1
+    checked = rows(tmp_path / "run", "validation")
+    assert checked[-1]["cosine_unmasked_layer_02"] > checked[0]["cosine_unmasked_layer_02"]
+    assert checked[-1]["loss"] == pytest.approx(0.1 * checked[-1]["layer_01"] + checked[-1]["layer_02"])
 
 
-def test_cached_equals_online(tmp_path: Path, cache: Path, source_utterances: list[SourceUtterance]) -> None:
-    cached = {split: CacheReader(cache, split) for split in ("train", "validation")}
+def test_the_same_seed_gives_the_same_losses(
+    tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers, rows: Rows
+) -> None:
+    for name, seed in (("one", 5), ("two", 5), ("three", 6)):
+        train(tiny, settings(seed=seed), *readers, tmp_path / name)
+    one, two, three = (losses(rows(tmp_path / name)) for name in ("one", "two", "three"))
+    assert one == two
+    assert all(a != b for a, b in zip(one, three, strict=True))
+
+
+def test_cached_equals_online(
+    tmp_path: Path,
+    tiny: StudentConfig,
+    settings: Settings,
+    readers: Readers,
+    source_utterances: list[SourceUtterance],
+    rows: Rows,
+) -> None:
     by_id = {u.id: u for u in source_utterances}
-    teacher = load_teacher(TEACHER)
+    teacher = load_teacher("random:2x32")
 
     class SameDraws(OnlineReader):
         draws = 1  # a cache of one draw repeats it each epoch
 
-    online = {s: SameDraws([by_id[i] for i in reader.ids], teacher, MASKS) for s, reader in cached.items()}
-    train(TINY, settings(max_steps=50), cached["train"], cached["validation"], tmp_path / "cached")
-    train(TINY, settings(max_steps=50), online["train"], online["validation"], tmp_path / "online")
-    for kind in ("train", "validation"):
-        ours, theirs = np.array(losses(tmp_path / "cached", kind)), np.array(losses(tmp_path / "online", kind))
-        assert len(ours) == (50 if kind == "train" else 10)
+    masks = readers[0].cache.spec.masks
+    online = [SameDraws([by_id[i] for i in reader.ids], teacher, masks) for reader in readers]
+    train(tiny, settings(max_steps=50), *readers, tmp_path / "cached")
+    train(tiny, settings(max_steps=50), *online, tmp_path / "online")
+    for kind, count in (("train", 50), ("validation", 10)):
+        ours, theirs = (losses(rows(tmp_path / name, kind)) for name in ("cached", "online"))
+        assert len(ours) == count
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert "bytes_per_second" not in rows(tmp_path / "online")[0]
 
 
-class Stop(Exception):
-    pass
+def test_ranks_and_accumulation_change_nothing(
+    tmp_path: Path, still: StudentConfig, settings: Settings, cache: Path, readers: Readers, rows: Rows
+) -> None:
+    train(still, settings(batch_size=1, accumulate=4), *readers, tmp_path / "run1")
+    for workers, accumulate in ((2, 2), (4, 1)):
+        options = settings(batch_size=1, accumulate=accumulate, max_grad_norm=1e6)
+        mp.spawn(_rank, args=(workers, still, options, cache, tmp_path), nprocs=workers)
+        for kind in ("train", "validation"):
+            ours = rows(tmp_path / f"run{workers}", kind)
+            theirs = rows(tmp_path / "run1", kind)
+            assert len(ours) == len(theirs)
+            for name in ("loss", "gradient_norm", "padding_waste", "cosine_masked_layer_02", "layer_01"):
+                if name in ours[0]:
+                    np.testing.assert_allclose([r[name] for r in ours], [r[name] for r in theirs], rtol=1e-4)
+        # One exchange of gradients for each optimiser step, however many batches it has.
+        assert (tmp_path / f"run{workers}" / "exchanges").read_text() == "12"
 
 
-def test_resume_ends_as_if_undisturbed(tmp_path: Path, cache: Path) -> None:
-    readers = CacheReader(cache, "train"), CacheReader(cache, "validation")
-    train(TINY, settings(), *readers, tmp_path / "whole")
-
-    def stop(row: dict) -> None:
-        if row["step"] == 6:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train(TINY, settings(), *readers, tmp_path / "stopped", on_validation=stop)
-    # Killed between the two renames of a save: only the set-aside checkpoint is there.
-    checkpoints = tmp_path / "stopped" / "checkpoints"
-    (checkpoints / "last").rename(checkpoints / ".last.old")
-    train(TINY, settings(), *readers, tmp_path / "stopped")
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert losses(tmp_path / "stopped", "validation") == losses(tmp_path / "whole", "validation")
-    ours, theirs = (
-        torch.load(tmp_path / name / "checkpoints" / "last" / "state.pt", weights_only=True)["student"]
-        for name in ("stopped", "whole")
-    )
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def test_accumulation_changes_nothing(tmp_path: Path, cache: Path) -> None:
-    readers = CacheReader(cache, "train"), CacheReader(cache, "validation")
-    train(STILL, settings(batch_size=2, accumulate=2, max_steps=6), *readers, tmp_path / "two")
-    loss_two = losses(tmp_path / "two")
-    mp.spawn(_rank, args=(str(cache), str(tmp_path)), nprocs=2)
-    np.testing.assert_allclose(losses(tmp_path / "ranks"), loss_two, rtol=1e-5)
-
-
-def _rank(index: int, cache: str, folder: str) -> None:
+def _rank(index: int, workers: int, config: StudentConfig, options: TrainSettings, cache: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=index, world_size=2)
-    train(
-        STILL,
-        settings(batch_size=2, max_steps=6),
-        CacheReader(Path(cache), "train"),
-        CacheReader(Path(cache), "validation"),
-        Path(folder) / "ranks",
-        rank=Rank(index, 2),
-        wrap=lambda student: torch.nn.parallel.DistributedDataParallel(student),
-    )
+    store = torch.distributed.FileStore(str(folder / f"store{workers}"), workers)
+    torch.distributed.init_process_group("gloo", store=store, rank=index, world_size=workers)
+    exchanges = 0
+
+    def count(group: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        nonlocal exchanges
+        exchanges += bucket.is_last()
+        return allreduce_hook(group, bucket)
+
+    def wrap(distiller: Distiller) -> DistributedDataParallel:
+        model = DistributedDataParallel(distiller)
+        model.register_comm_hook(None, count)
+        return model
+
+    run = folder / f"run{workers}"
+    readers = CacheReader(cache, "train"), CacheReader(cache, "validation")
+    train(config, options, *readers, run, rank=Rank(index, workers), wrap=wrap)
     torch.distributed.destroy_process_group()
+    if index == 0:
+        (run / "exchanges").write_text(str(exchanges))
 
 
-def test_a_student_that_does_not_fit_is_refused(tmp_path: Path, cache: Path) -> None:
-    reader = CacheReader(cache, "train")
-    wide = TINY.model_copy(update={"target_dim": 48})
+def test_two_ranks_learn_from_clean_targets(
+    tmp_path: Path, still: StudentConfig, settings: Settings, make_cache: Callable[..., CacheSpec], rows: Rows
+) -> None:
+    # Nothing reaches the mask embedding then, for whose gradient DDP would wait.
+    make_cache(tmp_path / "cache", masks=MaskDraws(draws=0))
+    options = settings(batch_size=1, accumulate=2)
+    mp.spawn(_rank, args=(2, still, options, tmp_path / "cache", tmp_path), nprocs=2)
+    losses = [row["loss"] for row in rows(tmp_path / "run2", "validation")]
+    assert losses[-1] < losses[0]
+
+
+def test_rows_are_means_whatever_comes_between(
+    tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers, rows: Rows
+) -> None:
+    train(tiny, settings(), *readers, tmp_path / "each")
+    # Checkpoints and validations fall into the middle of what a row sums up.
+    train(tiny, settings(log_every=5, checkpoint_every=2, validate_every=3), *readers, tmp_path / "fifth")
+    each = losses(rows(tmp_path / "each"))
+    fifth = rows(tmp_path / "fifth")
+    assert [row["step"] for row in fifth] == [1, 5, 10, 12]
+    expected = [np.mean(part) for part in (each[:1], each[1:5], each[5:10], each[10:])]
+    np.testing.assert_allclose(losses(fifth), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("budget", [{"batch_size": 4}, {"batch_size": None, "batch_seconds": 20.0}])
+def test_a_step_has_the_same_utterances_however_it_is_spread(settings: Settings, budget: dict[str, Any]) -> None:
+    lengths = np.random.default_rng(0).integers(8_000, 160_000, 333)
+    options = [settings(accumulate=accumulate, max_steps=40, **budget) for accumulate in (4, 2, 1)]
+    plans = [TrainingPlan(lengths, option, workers) for option, workers in zip(options, (1, 2, 4), strict=True)]
+    assert len({plan.total_steps for plan in plans}) == 1
+    for step in range(plans[0].total_steps):
+        batches = [[tuple(batch) for micro in plan.step(step)[1] for batch in micro] for plan in plans]
+        assert batches[0] == batches[1] == batches[2]
+        assert len(batches[0]) == 4
+
+
+def test_bf16_on_a_cpu_learns(tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers) -> None:
+    result = train(tiny, settings(max_steps=60, precision="bf16"), *readers, tmp_path / "bf16")
+    exact = train(tiny, settings(max_steps=60), *readers, tmp_path / "fp32")
+    assert result.last_validation_loss < 0.9 * result.first_validation_loss
+    assert result.first_loss != exact.first_loss
+    assert result.last_validation_loss == pytest.approx(exact.last_validation_loss, rel=0.02)
+
+
+def test_clipping_bounds_the_step(
+    tmp_path: Path, still: StudentConfig, settings: Settings, readers: Readers, rows: Rows
+) -> None:
+    norms: list[float] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    handle = register_optimizer_step_pre_hook(look)
+    train(still, settings(max_grad_norm=0.01), *readers, tmp_path / "run")
+    handle.remove()
+    assert min(row["gradient_norm"] for row in rows(tmp_path / "run")) > 0.01
+    np.testing.assert_allclose(norms, 0.01, rtol=1e-3)
+
+
+def test_the_average_of_the_weights_is_what_is_kept(
+    tmp_path: Path,
+    still: StudentConfig,
+    settings: Settings,
+    readers: Readers,
+    rows: Rows,
+    last: Callable[[Path], dict[str, Any]],
+) -> None:
+    options = settings(max_steps=4, validate_every=1, ema_decay=0.75, keep_best=5)
+    train(still, options, *readers, tmp_path / "average")
+    train(still, options.model_copy(update={"ema_decay": None}), *readers, tmp_path / "plain")
+    name = "heads.1.weight"
+    assert name in dict(Student(still).named_parameters())
+    weights = [
+        dict(load_student(tmp_path / "plain" / "checkpoints" / f"step-{step:06d}").named_parameters())[name]
+        for step in range(1, 5)
+    ]
+    expected = weights[0]
+    for weight in weights[1:]:
+        expected = 0.75 * expected + 0.25 * weight
+    kept = load_student(tmp_path / "average" / "checkpoints" / "step-000004")
+    torch.testing.assert_close(dict(kept.named_parameters())[name], expected)
+    torch.testing.assert_close(last(tmp_path / "average")["parts"]["average"][f"module.{name}"], expected)
+    assert losses(rows(tmp_path / "average")) == losses(rows(tmp_path / "plain"))
+    assert rows(tmp_path / "average", "validation")[4]["loss"] != rows(tmp_path / "plain", "validation")[4]["loss"]
+
+
+def test_draws_in_order(
+    tmp_path: Path, tiny: StudentConfig, settings: Settings, make_cache: Callable[..., CacheSpec], rows: Rows
+) -> None:
+    often, seldom = (MaskPolicy(mask_prob=share, mask_length=4) for share in (0.9, 0.1))
+    make_cache(tmp_path / "cache", masks=MaskDraws(policies=(often, seldom), draws=2))
+    masked: list[float] = []
+
+    class Watched(CacheReader):
+        def read(self, indices: Any, draw: int | None) -> Any:
+            batch = super().read(indices, draw)
+            if draw is not None:
+                assert batch.frame_mask is not None
+                masked.append(float(batch.frame_mask.sum() / batch.num_frames.sum()))
+            return batch
+
+    readers: tuple[TargetReader, TargetReader] = (
+        Watched(tmp_path / "cache", "train"),
+        CacheReader(tmp_path / "cache", "validation"),
+    )
+    train(tiny, settings(draw_order="in_order"), *readers, tmp_path / "in_order")
+    assert min(masked[:6]) > max(masked[6:])
+    masked.clear()
+    train(tiny, settings(), *readers, tmp_path / "rotate")
+    assert min(masked[:3] + masked[6:9]) > max(masked[3:6] + masked[9:])
+
+
+def test_draw_order_is_a_schedule(settings: Settings) -> None:
+    lengths = np.full(9, 16_000)
+    in_order = TrainingPlan(lengths, settings(draw_order="in_order", epochs=10, max_steps=None), 1)
+    assert [in_order.draw(epoch, 4) for epoch in range(10)] == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    rotate = TrainingPlan(lengths, settings(epochs=10, max_steps=None), 1)
+    assert [rotate.draw(epoch, 4) for epoch in range(10)] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert rotate.draw(7, 0) is None
+    assert rotate.draw(7, None) == 7
+    with pytest.raises(ValueError, match="in_order needs train.targets cached"):
+        settings(draw_order="in_order", targets="online")
+
+
+def test_fp16_needs_a_gpu(settings: Settings) -> None:
+    with pytest.raises(ValueError, match="fp16 needs train.use_gpu true; on a CPU use fp32 or bf16"):
+        settings(precision="fp16")
+
+
+def test_a_student_that_does_not_fit_is_refused(
+    tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers
+) -> None:
+    wide = tiny.model_copy(update={"target_dim": 48})
     with pytest.raises(ValueError, match=r"heads of width 48, the targets 2 layers of width 32"):
-        train(wide, settings(), reader, reader, tmp_path / "run")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, cache: Path) -> None:
-    reader = CacheReader(cache, "train")
-    with pytest.raises(FloatingPointError, match="at step"):
-        train(TINY, settings(learning_rate=1e30, warmup_fraction=0.0, max_steps=30), reader, reader, tmp_path / "run")
+        train(wide, settings(), *readers, tmp_path / "run")
 
 
 def test_schedule() -> None:
@@ -175,17 +290,18 @@ def test_schedule() -> None:
     assert factors[100] == 0
 
 
-def test_weight_decay_spares_biases_only() -> None:
-    student = Student(TINY)
+def test_weight_decay_spares_biases_only(tiny: StudentConfig, settings: Settings) -> None:
+    student = Student(tiny)
     decayed, spared = make_optimizer(student, settings()).param_groups
     biases = [p for name, p in student.named_parameters() if name.endswith("bias")]
     assert {id(p) for p in spared["params"]} == {id(p) for p in biases}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
 
 
-def test_plan_counts_steps() -> None:
+@pytest.mark.parametrize("budget", [{"batch_size": 2}, {"batch_size": None, "batch_seconds": 2.0}])
+def test_plan_counts_steps(settings: Settings, budget: dict[str, Any]) -> None:
     lengths = np.full(20, 16_000)
-    assert TrainingPlan(lengths, settings(epochs=3, max_steps=None, batch_size=2), 2).total_steps == 15
-    plan = TrainingPlan(lengths, settings(epochs=3, max_steps=7, batch_size=2), 2)
-    assert plan.total_steps == 7
+    assert TrainingPlan(lengths, settings(epochs=3, max_steps=None, **budget), 2).total_steps == 15
+    plan = TrainingPlan(lengths, settings(epochs=3, max_steps=7, **budget), 2)
+    assert (plan.total_steps, plan.epochs) == (7, 2)
     assert [plan.step(s)[0] for s in (0, 4, 5, 6)] == [0, 0, 1, 1]

@@ -1,33 +1,154 @@
+"""Codecs: what they keep, what they say of themselves, what they refuse."""
+
 import pytest
 import torch
+from torch import Tensor
 
-from teacher_cache.codecs import CODECS, get_codec
+from teacher_cache.codecs import ColumnCodec, check_codec, fit_codec, open_codec, relative_error
+
+LAYERS, DIM = 3, 24
+NAMES = ("fp32", "fp16", "int8", "pca:0.2", "layer-pca:0.2")
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 0.0), ("fp16", 2**-11)])
-def test_round_trip(name: str, tolerance: float) -> None:
-    codec = get_codec(name)
-    frames = torch.randn(7, 12) * 10
-    data = codec.encode(frames)
-    assert len(data) == 7 * codec.bytes_per_frame(12)
-    decoded = codec.decode(data, 12)
-    assert decoded.dtype == torch.float32
+def features(count: int, seed: int, *, loud: bool = False) -> Tensor:
+    """(count, LAYERS, DIM) of low rank, each layer much like the one below; ``loud``: two channels 70 times the others."""
+    mixing = torch.randn(6, DIM, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    changes = 0.2 * torch.randn(count, LAYERS, 6, generator=generator)
+    hidden = torch.randn(count, 1, 6, generator=generator) + changes.cumsum(1)
+    x = hidden @ mixing + 0.05 * torch.randn(count, LAYERS, DIM, generator=generator)
+    if loud:
+        x[..., [3, 17]] *= 70
+    return x
+
+
+def fitted(name: str, *, loud: bool = False) -> tuple[ColumnCodec, ...]:
+    state = fit_codec(name, features(900, 1, loud=loud), features(300, 2, loud=loud))
+    return open_codec(name, range(1, LAYERS + 1), DIM, state)
+
+
+def coded(codecs: tuple[ColumnCodec, ...], frames: Tensor) -> Tensor:
+    """Encoded and decoded, all layers."""
+    parts = [codec.decode(codec.encode(frames[:, [n - 1 for n in codec.layers]])) for codec in codecs]
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_stated_error_holds_for_other_frames(name: str) -> None:
+    codecs = fitted(name)
+    held_out = features(400, 3)
+    found = relative_error(held_out, coded(codecs, held_out))
+    stated = torch.cat([codec.error for codec in codecs])
+    assert stated.shape == (LAYERS,)
+    assert (found <= 1.25 * stated).all(), (found, stated)
+    assert (stated < 0.15).all()
+    if name not in ("fp32", "fp16"):
+        assert (stated > 1e-4).all()
+        assert (found > 0.5 * stated).all(), "the stated error is far too large"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_have_the_stated_size_and_any_batch_decodes(name: str) -> None:
+    frames = features(10, 4)
+    for codec in fitted(name):
+        codes = codec.encode(frames[:, [n - 1 for n in codec.layers]])
+        assert codes.dtype == torch.uint8
+        assert codes.shape == (10, codec.bytes_per_frame)
+        decoded = codec.decode(codes)
+        assert decoded.dtype == torch.float32
+        assert decoded.shape == (10, len(codec.layers), DIM)
+        assert torch.equal(codec.decode(codes.view(2, 5, -1)), decoded.view(2, 5, *decoded.shape[1:]))
+        nothing = codec.encode(frames[:0, [n - 1 for n in codec.layers]])
+        assert codec.decode(nothing).shape == (0, len(codec.layers), DIM)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("fp32", 0), ("fp16", 11)])
+def test_floats_are_kept_to_their_precision(name: str, bits: int) -> None:
+    frames = features(20, 5)
+    decoded = coded(open_codec(name, range(1, LAYERS + 1), DIM, {}), frames)
+    tolerance = 2.0**-bits if bits else 0.0
     assert ((decoded - frames).abs() <= tolerance * frames.abs()).all()
 
 
-@pytest.mark.parametrize("name", sorted(CODECS))
-def test_no_frames(name: str) -> None:
-    codec = get_codec(name)
-    assert codec.decode(codec.encode(torch.zeros(0, 5)), 5).shape == (0, 5)
+@pytest.mark.parametrize("name", ["int8", "pca:0.2", "layer-pca:0.2"])
+def test_fitting_twice_gives_the_same_bytes(name: str) -> None:
+    sample, held_out = features(500, 6), features(100, 7)
+    one, two = fit_codec(name, sample, held_out), fit_codec(name, sample, held_out)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not all(torch.equal(one[key], value) for key, value in fit_codec(name, features(500, 8), held_out).items())
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="beyond the range of fp16"):
-        get_codec("fp16").encode(torch.full((1, 2), 70_000.0))
-    with pytest.raises(ValueError, match="not finite"):
-        get_codec("fp32").encode(torch.tensor([[float("nan")]]))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_few_loud_channels_cost_the_others_nothing(name: str) -> None:
+    codecs, frames = fitted(name, loud=True), features(400, 9, loud=True)
+    decoded = coded(codecs, frames)
+    assert (relative_error(frames, decoded) < 0.15).all()
+    if name in ("fp32", "fp16", "int8"):
+        quiet = [n for n in range(DIM) if n not in (3, 17)]
+        assert (relative_error(frames[..., quiet], decoded[..., quiet]) < 0.02).all()
 
 
-def test_unknown_codec_names_the_known() -> None:
-    with pytest.raises(ValueError, match="fp16, fp32"):
-        get_codec("mp3")
+def test_a_smaller_step_costs_more_and_errs_less() -> None:
+    frames = features(400, 10)
+    sizes, errors = [], []
+    for name in ("pca:1", "pca:0.3", "pca:0.1", "pca:0.02"):
+        (codec,) = fitted(name)
+        sizes.append(codec.bytes_per_frame)
+        errors.append(float(relative_error(frames, codec.decode(codec.encode(frames))).max()))
+    assert sizes == sorted(sizes)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01
+    assert sizes[1] < LAYERS * DIM  # Fewer bytes than values, before any compression.
+
+
+def test_layers_that_say_the_same_share_their_components() -> None:
+    together, apart = fitted("pca:1"), fitted("layer-pca:1")
+    assert len(together) == 1
+    assert len(apart) == LAYERS
+    assert together[0].bytes_per_frame <= 0.7 * sum(codec.bytes_per_frame for codec in apart)
+
+
+def test_what_is_far_beyond_the_sample_is_clipped_and_not_wrapped() -> None:
+    for name in ("int8", "pca:0.2", "layer-pca:0.2"):
+        frames = features(5, 11) * 1000
+        decoded = coded(fitted(name), frames)
+        assert torch.cosine_similarity(decoded.flatten(), frames.flatten(), 0) > 0.4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_that_are_not_finite_are_refused(name: str) -> None:
+    frames = features(4, 12)
+    frames[2, 0, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"a hidden state of layers? .*1.* is not finite"):
+        coded(fitted(name), frames)
+
+
+def test_values_beyond_fp16_are_refused() -> None:
+    (codec,) = open_codec("fp16", (7,), 2, {})
+    with pytest.raises(
+        ValueError, match="layer 7 is beyond the range of fp16; use codec fp32 .largest magnitude 70000"
+    ):
+        codec.encode(torch.full((1, 1, 2), 70_000.0))
+
+
+@pytest.mark.parametrize("name", ["mp3", "fp16:2", "int8:0.1", "PCA", ""])
+def test_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="not known; known codecs: fp32, fp16, int8, pca, layer-pca, and pca:STEP"):
+        check_codec(name)
+
+
+@pytest.mark.parametrize("step", ["0", "-1", "x", "inf", "nan", ""])
+def test_steps_must_be_positive(step: str) -> None:
+    with pytest.raises(ValueError, match="the step after the colon must be a positive number, as in pca:0.5"):
+        check_codec(f"pca:{step}")
+
+
+def test_a_state_that_does_not_fit_is_refused() -> None:
+    state = fit_codec("layer-pca", features(100, 13), features(50, 14))
+    with pytest.raises(ValueError, match="made for other layers than .1, 2."):
+        open_codec("layer-pca", (1, 2), DIM, state)
+    with pytest.raises(ValueError, match="made for 1 layers of width 24, not for 1 of width 48"):
+        open_codec("layer-pca", (1, 2, 3), 48, state)
+    with pytest.raises(ValueError, match="made for another codec"):
+        open_codec("int8", (1, 2, 3), DIM, state)

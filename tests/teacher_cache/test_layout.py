@@ -1,19 +1,17 @@
+"""The plan of shards, a cache's identity, and what keeps it from being mistaken for another."""
+
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from teacher_cache.layout import (
-    CacheError,
-    CacheSpec,
-    MaskDraws,
-    SourceUtterance,
-    open_or_create,
-    plan_shards,
-    read_spec,
-    remove_leftovers,
-    written_whole,
-)
+from teacher_cache.layout import Cache, create_cache
+from teacher_cache.masks import MaskPolicy
+from teacher_cache.records import sealed, unsealed
+from teacher_cache.shards import SourceUtterance, plan_shards
+from teacher_cache.spec import CacheError, CacheSpec, LayerSet, MaskDraws, Part, content_key, fingerprint
+from teacher_cache.store import Store
 
 
 def utterances(count: int, split: str = "train", seconds: float = 2.0) -> list[SourceUtterance]:
@@ -26,7 +24,7 @@ def spec(**changes: object) -> CacheSpec:
         "num_layers": 4,
         "dim": 8,
         "layers": (1, 2, 3, 4),
-        "masks": MaskDraws(),
+        "masks": MaskDraws(draws=2),
         "codec": "fp16",
         "corpus": "c",
         "shard_seconds": 10,
@@ -35,12 +33,33 @@ def spec(**changes: object) -> CacheSpec:
     return CacheSpec.model_validate(values | changes)
 
 
+def create(location: Path, **changes: object) -> Cache:
+    plan = plan_shards(utterances(5), 10)
+    return create_cache(Store(location), spec(**changes), plan, teacher_name="a", teacher_spec="b", state={})
+
+
+CHANGES: dict[str, Any] = {
+    "teacher": "u",
+    "num_layers": 5,
+    "dim": 9,
+    "layers": (1, 2),
+    "masks": MaskDraws(draws=1),
+    "targets": "composite_only",
+    "codec": "fp32",
+    "corpus": "d",
+    "shard_seconds": 11,
+    "batch_seconds": 6,
+    "precision": "bf16",
+    "audio": "pcm",
+}
+
+
 def test_plan_is_independent_of_order_and_complete() -> None:
     corpus = utterances(23) + utterances(4, "validation")
     plan = plan_shards(corpus, 10)
     assert plan.equals(plan_shards(corpus[::-1], 10))
     assert sorted(plan["id"].to_pylist()) == sorted(u.id for u in corpus)
-    by_shard: dict[int, list[dict]] = {}
+    by_shard: dict[int, list[dict[str, Any]]] = {}
     for row in plan.to_pylist():
         by_shard.setdefault(row["shard"], []).append(row)
     assert sorted(by_shard) == list(range(len(by_shard)))
@@ -56,66 +75,95 @@ def test_an_utterance_longer_than_a_shard_gets_its_own() -> None:
     assert plan["shard"].to_pylist() == [0, 1, 2]
 
 
-def test_fingerprint_depends_on_every_field() -> None:
-    base = spec()
-    changes = {
-        "teacher": "u",
-        "num_layers": 5,
-        "dim": 9,
-        "layers": (1, 2),
-        "masks": MaskDraws(draws=2),
-        "codec": "fp32",
-        "corpus": "d",
-        "shard_seconds": 11,
-        "batch_seconds": 6,
-    }
-    fingerprints = {spec(**{key: value}).fingerprint for key, value in changes.items()}
-    assert len(fingerprints | {base.fingerprint}) == len(changes) + 1
-    assert spec().fingerprint == base.fingerprint
+def test_the_fingerprint_depends_on_every_field() -> None:
+    assert set(CHANGES) == set(CacheSpec.model_fields) - {"schema_version"}
+    whole = (LayerSet(layers=(1, 2, 3, 4)),)
+    found = {fingerprint(spec(**{key: value}), whole) for key, value in CHANGES.items()}
+    found |= {fingerprint(spec(), whole), fingerprint(spec(), (LayerSet(layers=(1, 2, 3, 4), state="s"),))}
+    assert len(found) == len(CHANGES) + 2
+    assert fingerprint(spec(), whole) == fingerprint(spec(), whole)
 
 
-def test_a_cache_of_something_else_is_refused_with_the_difference(tmp_path: Path) -> None:
-    plan = plan_shards(utterances(5), 10)
-    open_or_create(tmp_path / "cache", spec(), plan, "teacher")
-    open_or_create(tmp_path / "cache", spec(), plan, "teacher")
-    with pytest.raises(CacheError, match=r"codec: 'fp16' -> 'fp32'") as caught:
-        open_or_create(tmp_path / "cache", spec(codec="fp32"), plan, "teacher")
-    assert "corpus" not in str(caught.value)
-    with pytest.raises(CacheError, match=r"masks\.draws: 1 -> 3"):
-        open_or_create(tmp_path / "cache", spec(masks=MaskDraws(draws=3)), plan, "teacher")
+def test_a_files_content_depends_on_what_decides_it_only() -> None:
+    whole, clean, masked = LayerSet(layers=(1, 2, 3, 4)), Part("clean"), Part("masked", draw=0)
+
+    def key(part: Part, **changes: object) -> str:
+        return content_key(spec(**changes), whole, part, 0, "train")
+
+    for name, value in CHANGES.items():
+        same = name in ("layers", "masks")  # The file's own set of layers is what counts; draws are files of their own.
+        assert (key(clean, **{name: value}) == key(clean)) == same, name
+    other = MaskDraws(policy=MaskPolicy(mask_prob=0.3), draws=2)
+    assert key(masked, masks=other) != key(masked)
+    assert key(clean, masks=other) == key(clean)
+    assert key(masked, masks=MaskDraws(draws=2, seed=1)) != key(masked)
+    assert key(masked, masks=MaskDraws(draws=7)) == key(masked)
+
+
+@pytest.mark.parametrize("name", sorted(set(CHANGES) - {"layers", "masks"}))
+def test_a_cache_of_something_else_is_refused_with_the_difference(tmp_path: Path, name: str) -> None:
+    cache = create(tmp_path / "cache")
+    with pytest.raises(
+        CacheError, match=rf"was made for something else \({name}: .* -> .*\); give cache.path"
+    ) as caught:
+        cache.covers(spec(**{name: CHANGES[name]}))
+    assert str(caught.value).count("->") == 1
+
+
+def test_other_masks_are_refused_but_more_and_fewer_are_not(tmp_path: Path) -> None:
+    cache = create(tmp_path / "cache")
+    assert cache.covers(spec())
+    assert cache.covers(spec(masks=MaskDraws(draws=1), layers=(2, 4)))
+    assert cache.covers(spec(masks=MaskDraws(draws=0, seed=9)))
+    assert not cache.covers(spec(masks=MaskDraws(draws=3)))
+    with pytest.raises(CacheError, match=r"masks.policy_of_draw_1.mask_prob: 0.8 -> 0.5\)"):
+        cache.covers(spec(masks=MaskDraws(draws=2, policies=(MaskPolicy(), MaskPolicy(mask_prob=0.5)))))
+    with pytest.raises(CacheError, match=r"masks.seed: 0 -> 1\)"):
+        cache.covers(spec(masks=MaskDraws(draws=1, seed=1)))
 
 
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(CacheError, match="no cache.json"):
-        open_or_create(tmp_path, spec(), plan_shards(utterances(1), 10), "teacher")
+    with pytest.raises(CacheError, match=r"holds files \(such as thesis.tex\) but no cache.json"):
+        create(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(CacheError, match="there is no teacher cache at"):
+        Cache.open(tmp_path)
 
 
 def test_an_altered_identity_is_noticed(tmp_path: Path) -> None:
-    open_or_create(tmp_path, spec(), plan_shards(utterances(2), 10), "teacher")
+    create(tmp_path)
     path = tmp_path / "cache.json"
-    path.write_text(path.read_text().replace('"fp16"', '"fp32"'))
-    with pytest.raises(CacheError, match="altered"):
-        read_spec(tmp_path)
-    path.write_text("{")
-    with pytest.raises(CacheError, match="damaged"):
-        read_spec(tmp_path)
-    record = {"spec": {"schema_version": 99}}
-    path.write_text(json.dumps(record))
-    with pytest.raises(CacheError, match="schema version 99"):
-        read_spec(tmp_path)
+    sound = path.read_text()
+    for altered in (sound.replace('"fp16"', '"fp32"'), sound + " ", sound[:-2], "{", "[]", '{"seal": 3}'):
+        path.write_text(altered)
+        with pytest.raises(CacheError, match=r"cache.json is damaged .*; `repair` restores it"):
+            Cache.open(tmp_path)
+    record = unsealed(sound.encode())
+    record["spec"]["schema_version"] = 99
+    path.write_bytes(sealed(record))
+    with pytest.raises(CacheError, match="has schema version 99, this program reads version 2"):
+        Cache.open(tmp_path)
+
+
+def test_sealed_records_are_plain_json() -> None:
+    data = sealed({"b": 1, "a": [2]})
+    assert list(json.loads(data)) == ["a", "b", "seal"]
+    assert unsealed(data) == {"a": [2], "b": 1}
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "clean" / "part-00000.parquet"
-    with pytest.raises(OSError, match="disk"), written_whole(path) as temporary:
-        temporary.write_bytes(b"half")
+    store = Store(tmp_path)
+    with pytest.raises(OSError, match="disk"), store.create("clean/part-00000.parquet") as path:
+        path.write_bytes(b"half")
         raise OSError("disk full")
-    assert list(path.parent.iterdir()) == []
-    with written_whole(path) as temporary:
-        temporary.write_bytes(b"whole")
-    assert path.read_bytes() == b"whole"
-    (path.parent / ".part-00001.parquet.abc.tmp").write_bytes(b"left by a killed writer")
-    remove_leftovers(tmp_path)
-    assert list(path.parent.iterdir()) == [path]
+    assert list((tmp_path / "clean").iterdir()) == []
+    with store.create("clean/part-00000.parquet") as path:
+        path.write_bytes(b"whole")
+        assert store.size("clean/part-00000.parquet") is None
+    assert store.read("clean/part-00000.parquet") == b"whole"
+    (tmp_path / "clean" / ".part-00001.parquet.abc.tmp").write_bytes(b"left by a killed writer")
+    assert store.names() == ["clean/part-00000.parquet"]
+    store.remove_leftovers()
+    assert [path.name for path in (tmp_path / "clean").iterdir()] == ["part-00000.parquet"]

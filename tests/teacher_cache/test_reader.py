@@ -1,5 +1,6 @@
 """A cache written without Ray, read back, held against the teacher itself."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,60 +8,58 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from teacher_cache.build import ShardWriter
-from teacher_cache.layout import CacheError, CacheSpec, Layout, MaskDraws, SourceUtterance, open_or_create, plan_shards
+from teacher_cache.layout import Cache
 from teacher_cache.masks import MaskPolicy, draw_mask
-from teacher_cache.reader import CacheReader, OnlineReader
+from teacher_cache.online import OnlineReader
+from teacher_cache.reader import CacheReader
+from teacher_cache.shards import SourceUtterance
+from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
 from teacher_cache.teachers import load_teacher
-from teacher_cache.verify import verify_cache
 
 TEACHER = "random:2x32"
-MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=4), draws=2, seed=3)
-
-
-def build(root: Path, utterances: list[SourceUtterance], codec: str = "fp32", layers: tuple[int, ...] = (1, 2)) -> None:
-    teacher = load_teacher(TEACHER)
-    spec = CacheSpec(
-        teacher=teacher.fingerprint,
-        num_layers=teacher.num_layers,
-        dim=teacher.dim,
-        layers=layers,
-        masks=MASKS,
-        codec=codec,
-        corpus="test",
-        shard_seconds=5,
-        batch_seconds=6,
-    )
-    plan = plan_shards(utterances, spec.shard_seconds)
-    open_or_create(root, spec, plan, teacher.name)
-    writer = ShardWriter(str(root), TEACHER, "cpu")
-    records = [writer.write(shard) for shard in sorted(set(plan["shard"].to_pylist()))]
-    assert all(record["failures"] == "" for record in records)
+Make = Callable[..., CacheSpec]
 
 
 @pytest.fixture
-def cache(tmp_path: Path, source_utterances: list[SourceUtterance]) -> Path:
-    build(tmp_path / "cache", source_utterances)
+def cache(tmp_path: Path, make_cache: Make) -> Path:
+    make_cache(tmp_path / "cache")
     return tmp_path / "cache"
 
 
-def test_cached_equals_online(cache: Path, source_utterances: list[SourceUtterance]) -> None:
-    cached = CacheReader(cache, "train")
-    by_id = {u.id: u for u in source_utterances}
-    online = OnlineReader([by_id[i] for i in cached.ids], load_teacher(TEACHER), MASKS)
-    assert np.array_equal(cached.num_samples, online.num_samples)
+def online(reader: CacheReader, utterances: list[SourceUtterance]) -> OnlineReader:
+    by_id = {u.id: u for u in utterances}
+    return OnlineReader([by_id[i] for i in reader.ids], load_teacher(TEACHER), reader.cache.spec.masks)
+
+
+def real(batch) -> torch.Tensor:
+    return torch.arange(batch.targets.shape[2]) < batch.num_frames[:, None]
+
+
+@pytest.mark.parametrize("audio", ["flac", "pcm"])
+def test_cached_equals_online(
+    tmp_path: Path, make_cache: Make, source_utterances: list[SourceUtterance], audio: str
+) -> None:
+    make_cache(tmp_path / "cache", audio=audio)
+    cached = CacheReader(tmp_path / "cache", "train")
+    reference = online(cached, source_utterances)
+    assert np.array_equal(cached.num_samples, reference.num_samples)
     for draw in (None, 0, 1):
-        ours, theirs = cached.read([3, 0, 5], draw), online.read([3, 0, 5], draw)
+        ours, theirs = cached.read([3, 0, 5], draw).to("cpu"), reference.read([3, 0, 5], draw)
         assert ours.ids == theirs.ids
         assert torch.equal(ours.waveforms, theirs.waveforms)
+        assert torch.equal(ours.lengths, theirs.lengths)
         assert torch.equal(ours.num_frames, theirs.num_frames)
         assert (ours.frame_mask is None) == (draw is None)
         if draw is not None:
             assert torch.equal(ours.frame_mask, theirs.frame_mask)
-        torch.testing.assert_close(ours.targets, theirs.targets, rtol=1e-4, atol=1e-5)
+        frames = real(ours)
+        torch.testing.assert_close(
+            ours.targets.transpose(1, 2)[frames], theirs.targets.transpose(1, 2)[frames], rtol=1e-4, atol=1e-5
+        )
+    assert cached.bytes_read > 0
 
 
-def test_targets_are_the_composite(cache: Path) -> None:
+def test_targets_are_the_composite(cache: Path, cache_spec: Make) -> None:
     reader = CacheReader(cache, "train")
     clean, composite = reader.read([1], None), reader.read([1], 0)
     mask = composite.frame_mask[0]
@@ -68,64 +67,107 @@ def test_targets_are_the_composite(cache: Path) -> None:
     assert not mask.all()
     assert torch.equal(composite.targets[0, :, mask], clean.targets[0, :, mask])
     assert not torch.allclose(composite.targets[0, :, ~mask], clean.targets[0, :, ~mask])
-    expected = draw_mask(MASKS.policy, MASKS.seed, 0, composite.ids[0], len(mask))
-    assert mask.tolist() == expected.tolist()
+    masks = cache_spec().masks
+    assert mask.tolist() == draw_mask(masks.policy, masks.seed, 0, composite.ids[0], len(mask)).tolist()
 
 
-def test_layers_can_be_chosen(cache: Path) -> None:
-    both, second = CacheReader(cache, "train").read([0], 1), CacheReader(cache, "train", [2]).read([0], 1)
+@pytest.mark.parametrize("codec", ["fp32", "int8", "layer-pca:0.1", "pca:0.1"])
+def test_layers_can_be_chosen(tmp_path: Path, make_cache: Make, codec: str) -> None:
+    make_cache(tmp_path / "cache", codec=codec)
+    both = CacheReader(tmp_path / "cache", "train").read([0], 1)
+    second = CacheReader(tmp_path / "cache", "train", [2]).read([0], 1)
+    backwards = CacheReader(tmp_path / "cache", "train", [2, 1]).read([0], 1)
+    assert both.targets.shape[1] == 2
     assert torch.equal(second.targets[:, 0], both.targets[:, 1])
+    assert torch.equal(backwards.targets, both.targets.flip(1))
     with pytest.raises(CacheError, match=r"no layer 5; it has layers \[1, 2\]"):
-        CacheReader(cache, "train", [5])
+        CacheReader(tmp_path / "cache", "train", [5])
 
 
-def test_masked_shards_hold_unmasked_frames_only(cache: Path) -> None:
-    row = pq.read_table(Layout(cache).masked(0, 0)).to_pylist()[0]
+def test_the_joint_codec_has_one_column(tmp_path: Path, make_cache: Make) -> None:
+    make_cache(tmp_path / "cache", codec="pca")
+    schema = pq.read_schema(tmp_path / "cache" / "clean" / "part-00000.parquet")
+    assert schema.names == ["id", "num_samples", "num_frames", "audio", "layers_01_02"]
+
+
+def test_masked_shards_hold_unmasked_frames_only_and_one_row_a_group(cache: Path) -> None:
+    train = next(shard.number for shard in Cache.open(cache).shards if shard.split == "train")
+    path = cache / "masked" / "draw=0" / f"part-{train:05d}.parquet"
+    row = pq.read_table(path).to_pylist()[0]
     assert len(row["layer_01"]) == 4 * 32 * (len(row["mask"]) - sum(row["mask"]))
-    assert pq.ParquetFile(Layout(cache).clean(0)).metadata.row_group(0).num_rows == 1
+    file = pq.ParquetFile(path)
+    assert file.metadata.num_row_groups == file.metadata.num_rows
+    validation = next(shard.number for shard in Cache.open(cache).shards if shard.split == "validation")
+    assert not (cache / "masked" / "draw=0" / f"part-{validation:05d}.parquet").exists()
 
 
-def test_fp16_is_close(tmp_path: Path, source_utterances: list[SourceUtterance], cache: Path) -> None:
-    build(tmp_path / "half", source_utterances, codec="fp16")
+def test_fp16_is_close(tmp_path: Path, make_cache: Make, cache: Path) -> None:
+    make_cache(tmp_path / "half", codec="fp16")
     half, full = CacheReader(tmp_path / "half", "train").read([2], 0), CacheReader(cache, "train").read([2], 0)
     torch.testing.assert_close(half.targets, full.targets, rtol=2**-11, atol=1e-6)
+
+
+def test_composite_only_gives_the_same_targets(tmp_path: Path, make_cache: Make, cache: Path) -> None:
+    make_cache(tmp_path / "composite", targets="composite_only")
+    ours, theirs = CacheReader(tmp_path / "composite", "train"), CacheReader(cache, "train")
+    for draw in (0, 1):
+        a, b = ours.read([0, 4], draw), theirs.read([0, 4], draw)
+        assert torch.equal(a.targets, b.targets)
+        assert torch.equal(a.frame_mask, b.frame_mask)
+        assert torch.equal(a.waveforms, b.waveforms)
+    ours, theirs = CacheReader(tmp_path / "composite", "validation"), CacheReader(cache, "validation")
+    assert torch.equal(ours.read([0], None).targets, theirs.read([0], None).targets)
+    with pytest.raises(CacheError, match="has no clean targets of the training split"):
+        CacheReader(tmp_path / "composite", "train").read([0], None)
+    sizes = [
+        sum(path.stat().st_size for path in (tmp_path / name).rglob("*.parquet")) for name in ("composite", "cache")
+    ]
+    assert sizes[0] < sizes[1]
+
+
+def test_clean_only_masks_the_student_but_not_the_targets(tmp_path: Path, make_cache: Make, cache: Path) -> None:
+    make_cache(tmp_path / "clean", targets="clean_only")
+    assert not (tmp_path / "clean" / "masked").exists()
+    ours, theirs = CacheReader(tmp_path / "clean", "train"), CacheReader(cache, "train")
+    assert ours.draws == 2
+    assert torch.equal(ours.read([3], 1).frame_mask, theirs.read([3], 1).frame_mask)
+    assert torch.equal(ours.read([3], 1).targets, theirs.read([3], None).targets)
+
+
+def test_draws_may_have_policies_of_their_own(tmp_path: Path, make_cache: Make) -> None:
+    policies = [MaskPolicy(mask_prob=p, mask_length=2) for p in (0.2, 0.9)]
+    make_cache(tmp_path / "cache", masks=MaskDraws(policies=policies, draws=3))
+    reader = CacheReader(tmp_path / "cache", "train")
+    indices = list(range(len(reader.ids)))
+    shares = [
+        float(reader.read(indices, d).frame_mask.sum() / reader.read(indices, d).num_frames.sum()) for d in (0, 1, 2)
+    ]
+    assert shares[0] < 0.35 < shares[1]
+    with pytest.raises(ValueError, match="3 policies for 2 draws"):
+        MaskDraws(policies=[*policies, MaskPolicy()], draws=2)
 
 
 def test_what_is_not_there_is_said(cache: Path) -> None:
     with pytest.raises(CacheError, match="no split 'test'; it has"):
         CacheReader(cache, "test")
-    with pytest.raises(CacheError, match="mask draw 2 is not in the cache; it has draws 0 to 1"):
+    with pytest.raises(CacheError, match="mask draw 2 is not in the cache at .*; it has draws 0 to 1"):
         CacheReader(cache, "train").read([0], 2)
+    with pytest.raises(CacheError, match="mask draw 1 is not in the cache at .*; it has draws 0 to 0"):
+        CacheReader(cache, "train", draws=1).read([0], 1)
+    with pytest.raises(CacheError, match="has 2 mask draws, 3 are wanted"):
+        CacheReader(cache, "train", draws=3)
     with pytest.raises(CacheError, match="no teacher cache"):
         CacheReader(cache / "elsewhere", "train")
 
 
-def test_verification_names_the_damage(cache: Path) -> None:
-    assert verify_cache(cache) == []
-    path = Layout(cache).clean(0)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    assert verify_cache(cache) == [f"{path} is not as committed (size or SHA-256 differ)"]
-    path.write_bytes(data[:-1])
-    with pytest.raises(CacheError, match="missing or not as committed"):
-        CacheReader(cache, "train")
-    path.unlink()
-    assert verify_cache(cache) == [f"{path} is missing"]
-    Layout(cache).commit(0).unlink()
-    assert "shard 0 is not finished" in verify_cache(cache)
-    with pytest.raises(CacheError, match="not finished"):
-        CacheReader(cache, "train")
+def test_a_codec_state_that_does_not_fit_is_refused(tmp_path: Path, make_cache: Make) -> None:
+    from teacher_cache.codecs import open_codec
 
+    make_cache(tmp_path / "cache", codec="pca")
+    import safetensors.torch
 
-def test_a_file_that_changed_since_the_index_is_reported_and_not_cached(
-    tmp_path: Path, source_utterances: list[SourceUtterance]
-) -> None:
-    build(tmp_path / "cache", source_utterances)
-    layout = Layout(tmp_path / "cache")
-    commit, path = layout.commit(0), Path(pq.read_table(layout.plan)["path"][0].as_py())
-    commit.unlink()
-    path.write_bytes(b"no longer audio")
-    record = ShardWriter(str(tmp_path / "cache"), TEACHER, "cpu").write(0)
-    assert path.name in record["failures"]
-    assert not commit.exists()
+    state = safetensors.torch.load_file(tmp_path / "cache" / "codec" / "set=0.safetensors")
+    with pytest.raises(ValueError, match="made for 2 layers of width 32, not for 2 of width 48"):
+        open_codec("pca", (1, 2), 48, state)
+    with pytest.raises(ValueError, match="made for another codec"):
+        open_codec("int8", (1,), 32, state)

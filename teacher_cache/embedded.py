@@ -1,4 +1,4 @@
-"""The audio a cache embeds: 16-bit FLAC of exactly what the teacher heard."""
+"""The audio a cache embeds: 16-bit samples of exactly what the teacher heard, as FLAC or plain."""
 
 import io
 
@@ -32,3 +32,13 @@ def from_flac(data: bytes) -> np.ndarray:
     samples, _ = soundfile.read(io.BytesIO(data), dtype="int16")
     waveform: np.ndarray = samples.astype(np.float32) / np.float32(_SCALE)
     return waveform
+
+
+def to_pcm(waveform: np.ndarray) -> bytes:
+    """(S,) float32 as `quantize` gives it → little-endian 16-bit samples."""
+    return np.clip(np.round(waveform * _SCALE), -_SCALE, _SCALE - 1).astype("<i2").tobytes()
+
+
+def from_pcm(data: bytes | memoryview) -> np.ndarray:
+    """Samples of `to_pcm` → (S,) float32, equal to what was quantised."""
+    return np.frombuffer(data, "<i2").astype(np.float32) / np.float32(_SCALE)

@@ -1,0 +1,302 @@
+"""Kill -9 at random points of building and repairing a cache: is anything lost, there twice, or different afterwards?
+
+Each seeded trial starts a build (or a repair of a damaged cache) in a process of its own, kills it, starts it again, and compares
+every byte with a cache that was left in peace. Kinds of trials: ``time`` (the builder is killed at a random moment), ``write`` (it is
+killed while it puts a random file in its place: just before, or just after), ``repair`` (both of these, in a repair), and with
+Ray ``driver`` and ``actor`` (the process that runs the teacher, which Ray starts again).
+"""
+
+import hashlib
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import pyarrow.parquet as pq
+import soundfile
+import typer
+from result_file import REPOSITORY, RESULTS, write_result
+
+from teacher_cache.audio import load_audio
+from teacher_cache.build import Workers, build_cache
+from teacher_cache.layout import Cache
+from teacher_cache.repair import repair_cache
+from teacher_cache.shards import SourceUtterance, plan_shards
+from teacher_cache.spec import CacheSpec, MaskDraws
+from teacher_cache.store import Store
+from teacher_cache.teachers import load_teacher
+from teacher_cache.verify import verify_cache
+
+TEACHER = "random:3x160"
+DRAWS = 2
+
+
+def corpus(folder: Path) -> list[SourceUtterance]:
+    """Sixteen short tones, made anew in the same way each time."""
+    rng = np.random.default_rng(0)
+    found = []
+    for n in range(16):
+        path = folder / f"{n}.flac"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            soundfile.write(path, 0.1 * rng.normal(size=16_000 + 2000 * n), 16_000, subtype="PCM_16")
+        waveform = load_audio(path)
+        digest = hashlib.sha256(waveform.tobytes()).hexdigest()
+        found.append(
+            SourceUtterance(f"u{n}", str(path), len(waveform), "validation" if n % 8 == 7 else "train", digest)
+        )
+    return found
+
+
+def build(root: str, audio: str, workers: Workers | None = None) -> None:
+    """The same cache every time."""
+    teacher = load_teacher(TEACHER)
+    spec = CacheSpec(
+        teacher=teacher.fingerprint,
+        num_layers=teacher.num_layers,
+        dim=teacher.dim,
+        layers=(1, 2, 3),
+        masks=MaskDraws(draws=DRAWS),
+        codec="pca",
+        corpus="tones",
+        shard_seconds=4,
+        batch_seconds=4,
+    )
+    plan = plan_shards(corpus(Path(audio)), spec.shard_seconds)
+    build_cache(root, spec, plan, TEACHER, teacher_name=TEACHER, workers=workers)
+
+
+def work(kind: str, root: str, audio: str, kill_at: tuple[int, bool] | None) -> None:
+    """A child's task; with ``kill_at`` it kills itself when it puts its n-th file in its place, before or after."""
+    if kill_at is not None:
+        number, after = kill_at
+        create, count = Store.create, 0
+
+        @contextmanager
+        def deadly(store: Store, name: str) -> Iterator[Path]:
+            nonlocal count
+            count += 1
+            mine = count
+            with create(store, name) as path:
+                yield path
+                if mine == number and not after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            if mine == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Store.create = deadly  # type: ignore[method-assign]
+    if kind == "repair":
+        repair_cache(root)
+    else:
+        build(root, audio)
+
+
+def contents(root: Path) -> dict[str, str]:
+    """Hashes of all files but the claim of builders."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def commits(root: Path) -> int:
+    return len(list((root / "commits").rglob("*.json")))
+
+
+def damage(rng: random.Random, root: Path) -> None:
+    """A third of the files: gone, cut short, or with a flipped byte."""
+    names = [path for path in sorted(root.rglob("part-*")) if path.is_file()]
+    for path in rng.sample(names, len(names) // 3):
+        data = bytearray(path.read_bytes())
+        how = rng.randrange(3)
+        if how == 0:
+            path.unlink()
+        elif how == 1:
+            path.write_bytes(data[: rng.randrange(len(data))])
+        else:
+            data[rng.randrange(len(data))] ^= 1
+            path.write_bytes(data)
+
+
+def trial(kind: str, seed: int, folder: Path, sound: Path, seconds: float) -> dict[str, Any]:
+    """One kill and its aftermath, without Ray."""
+    rng = random.Random(f"{kind}/{seed}")
+    root, audio = folder / "cache", str(folder.parent / "audio")
+    shutil.rmtree(root, ignore_errors=True)
+    if kind == "repair":
+        shutil.copytree(sound, root)
+        damage(rng, root)
+    by_write = kind == "write" or (kind == "repair" and rng.random() < 0.5)
+    kill_at = (
+        (rng.randrange(1, len(contents(sound)) if kind == "write" else 10), rng.random() < 0.5) if by_write else None
+    )
+    child = multiprocessing.get_context("forkserver").Process(target=work, args=(kind, str(root), audio, kill_at))
+    child.start()
+    if by_write:
+        child.join()
+    else:
+        child.join(rng.uniform(0, seconds))
+        assert child.pid is not None
+        child.kill()
+        child.join()
+    there = commits(root) if root.exists() else 0
+    again = multiprocessing.get_context("forkserver").Process(target=work, args=(kind, str(root), audio, None))
+    again.start()
+    again.join()
+    assert again.exitcode == 0, f"going on after {kind} {seed} failed"
+    return {"kind": kind, "seed": seed, "killed": child.exitcode == -signal.SIGKILL, "commits_at_kill": there} | judge(
+        root, sound
+    )
+
+
+def judge(root: Path, sound: Path) -> dict[str, int]:
+    """Files that differ from the undisturbed cache's, utterances lost or there twice, problems that `verify` finds."""
+    ours, theirs = contents(root), contents(sound)
+    lost = twice = 0
+    cache = Cache.open(root)
+    for split, folders in (
+        ("train", ["clean", *(f"masked/draw={n}" for n in range(DRAWS))]),
+        ("validation", ["clean"]),
+    ):
+        wanted = {u.id for shard in cache.shards if shard.split == split for u in shard.utterances}
+        for name in folders:
+            files = sorted((root / name).glob("*.parquet"))
+            ids = Counter(i for file in files for i in pq.read_table(file, columns=["id"])["id"].to_pylist())
+            lost += sum(ids[i] == 0 for i in wanted)
+            twice += sum(ids[i] > 1 for i in wanted)
+    different = sum(ours.get(name) != theirs.get(name) for name in ours.keys() | theirs.keys())
+    return {"different_files": different, "lost": lost, "twice": twice, "problems": len(verify_cache(root))}
+
+
+DRIVER = """
+import sys
+sys.path[:0] = [{repository!r}, {benchmarks!r}]
+import ray
+from cache_kills import build
+from teacher_cache.build import Workers
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+         runtime_env={{"env_vars": {{"PYTHONPATH": {repository!r}, "OMP_NUM_THREADS": "1"}}}})
+print("building", flush=True)
+build({root!r}, {audio!r}, Workers())
+print("finished", flush=True)
+"""
+
+
+def start_driver(root: Path, audio: str) -> "subprocess.Popen[str]":
+    code = DRIVER.format(
+        repository=str(REPOSITORY), benchmarks=str(REPOSITORY / "benchmarks"), root=str(root), audio=audio
+    )
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def teacher_actors(driver: int) -> list[int]:
+    """Descendants of the driver that run a ShardWriter: Ray puts the class into the process's title."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            title = (folder / "cmdline").read_bytes().decode(errors="replace")
+            pid = int(folder.name)
+            if title.startswith("ray::") and "ShardWriter" in title:
+                while pid not in (driver, 0):
+                    pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+                if pid == driver:
+                    found.append(int(folder.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # It ended while we looked.
+    return found
+
+
+def ray_trial(kind: str, seed: int, folder: Path, sound: Path) -> dict[str, Any]:
+    """One kill of the driver or of the actor, once a random number of files are committed."""
+    rng = random.Random(f"{kind}/{seed}")
+    root, audio = folder / "cache", str(folder.parent / "audio")
+    shutil.rmtree(root, ignore_errors=True)
+    driver = start_driver(root, audio)
+    wanted = rng.randrange(1, commits(sound) - 4)
+    deadline = time.monotonic() + 300
+    while commits(root) < wanted:
+        assert time.monotonic() < deadline and driver.poll() is None, "the build did not get that far"
+        time.sleep(0.005)
+    victims = [driver.pid] if kind == "driver" else teacher_actors(driver.pid)
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+    there = commits(root)
+    if kind == "driver":
+        driver.wait()
+        driver = start_driver(root, audio)
+    assert driver.stdout is not None
+    printed = driver.stdout.read()
+    assert driver.wait() == 0 and "finished" in printed, f"going on after {kind} {seed} failed"
+    return {"kind": kind, "seed": seed, "killed": bool(victims), "commits_at_kill": there} | judge(root, sound)
+
+
+def main(
+    trials: Annotated[int, typer.Option(help="Of each kind without Ray.")] = 12,
+    with_ray: Annotated[int, typer.Option(help="Trials of each kind with Ray.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Two trials of each kind, without Ray.")] = False,
+    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "cache_kills.json",
+) -> None:
+    """Kills builds and repairs, and looks at what is left."""
+    if quick:
+        trials, with_ray = 2, 0
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["teacher_cache.build", "teacher_cache.repair"])
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        audio, sound = str(folder / "audio"), folder / "sound"
+        corpus(folder / "audio")
+        seconds = 0.0
+        for _ in range(2):  # The second time without what only the first costs.
+            shutil.rmtree(sound, ignore_errors=True)
+            began = time.perf_counter()
+            child = context.Process(target=work, args=("time", str(sound), audio, None))
+            child.start()
+            child.join()
+            seconds = time.perf_counter() - began
+        print(f"an undisturbed build takes {seconds:.1f} s and commits {commits(sound)} files", flush=True)
+        (folder / "trials").mkdir()
+        jobs = [(kind, seed) for kind in ("time", "write", "repair") for seed in range(trials)]
+        jobs += [(kind, seed) for kind in ("driver", "actor") for seed in range(with_ray)]
+        for kind, seed in jobs:
+            if kind in ("driver", "actor"):
+                rows.append(ray_trial(kind, seed, folder / "trials", sound))
+            else:
+                rows.append(trial(kind, seed, folder / "trials", sound, seconds))
+            print(rows[-1], flush=True)
+        total = commits(sound)
+    sums = {key: sum(row[key] for row in rows) for key in ("killed", "different_files", "lost", "twice", "problems")}
+    print(f"{len(rows)} trials: {sums}")
+    write_result(output, trials=len(rows), files_committed_by_a_build=total, **sums, rows=rows)
+    if any(sums[key] for key in ("different_files", "lost", "twice", "problems")):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -1,0 +1,43 @@
+"""The result file of a benchmark: what was measured, on what, with what, of which commit, by which command."""
+
+import json
+import multiprocessing
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+
+def write_result(path: Path, **measured: Any) -> None:
+    """Writes ``measured`` as JSON, after machine, versions, commit and command."""
+    record = {
+        "machine": machine(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "pyarrow", "ray")},
+        "commit": commit(),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record | measured, indent=2) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """The CPU's name, its cores, and the GPU's name or None."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": multiprocessing.cpu_count(), "gpu": gpu}
+
+
+def commit() -> str:
+    """The repository's commit, with ``-dirty`` where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"

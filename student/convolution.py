@@ -1,0 +1,150 @@
+"""The front end's convolutions, channels last: GELU and convolution in one step that keeps only what stands before the GELU.
+
+Shape suffixes: B batch, S positions, C channels.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_BLOCK = 1024
+"""Output positions computed at a time on a CPU, so that what the matrix products share stays in its caches."""
+
+
+def gelu_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *, gelu: bool) -> Tensor:
+    """``conv1d(gelu(x))``, unpadded, channels last. Backward computes the GELU again instead of having kept it.
+
+    Args:
+        x: (B, S, C) float, S at least the kernel.
+        weight: (C', C, kernel), as `torch.nn.Conv1d` holds it.
+        bias: (C',), or None.
+        stride: of the convolution.
+        gelu: False leaves the GELU out.
+
+    Returns:
+        (B, (S - kernel) // stride + 1, C') of the weight's dtype, or autocast's.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    y: Tensor = _GeluConvolution.apply(x.to(dtype), weight.to(dtype), stride, gelu)  # type: ignore[no-untyped-call]
+    return y if bias is None else y + bias.to(dtype)
+
+
+class _GeluConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, gelu: bool) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.gelu = stride, gelu
+        return (_forward_by_products if x.device.type == "cpu" else _forward_by_library)(x, weight, stride, gelu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        compute = _backward_by_products if x.device.type == "cpu" else _backward_by_library
+        grad_x, grad_weight = compute(
+            x, weight, gradient.contiguous(), ctx.stride, ctx.gelu, needs_x=ctx.needs_input_grad[0]
+        )
+        return grad_x, grad_weight, None, None
+
+
+def _gelu_backward(gradient: Tensor, x: Tensor) -> None:
+    """In place: the gradient with respect to gelu(x) becomes the one with respect to x."""
+    torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="none", grad_input=gradient)
+
+
+# On a GPU: the library's 2-d convolution in channels_last, whose fast kernels take this layout as it is.
+
+
+def _as_image(x_BSC: Tensor) -> Tensor:
+    return x_BSC.transpose(1, 2)[:, :, None]
+
+
+def _kernel_as_image(weight: Tensor) -> Tensor:
+    return weight[:, :, None].contiguous(memory_format=torch.channels_last)
+
+
+def _forward_by_library(x: Tensor, weight: Tensor, stride: int, gelu: bool) -> Tensor:
+    activated = F.gelu(x) if gelu else x
+    y = F.conv2d(_as_image(activated), _kernel_as_image(weight), stride=(1, stride))
+    return y[:, :, 0].transpose(1, 2).contiguous()
+
+
+def _backward_by_library(
+    x: Tensor, weight: Tensor, gradient: Tensor, stride: int, gelu: bool, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    activated = F.gelu(x) if gelu else x
+    image, kernel, wanted = _as_image(activated), _kernel_as_image(weight), [needs_x, True, False]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        _as_image(gradient), image, kernel, None, [1, stride], [0, 0], [1, 1], False, [0, 0], 1, wanted
+    )
+    if needs_x:
+        grad_x = grad_x[:, :, 0].transpose(1, 2).contiguous()
+        if gelu:
+            _gelu_backward(grad_x, x)
+    return grad_x, grad_weight[:, :, 0]
+
+
+# On a CPU: a sum of matrix products. Taps [j, j + stride) of all windows of an utterance are the rows of one matrix, without
+# a copy: window t's lie at position t * stride + j.
+
+
+def _pieces(kernel: int, stride: int) -> list[tuple[int, int]]:
+    """(first tap, taps) of each product; no piece is longer than the stride, so that its rows don't overlap."""
+    return [(first, min(stride, kernel - first)) for first in range(0, kernel, stride)]
+
+
+def _windows(x_SC: Tensor, first: int, taps: int, stride: int, count: int) -> Tensor:
+    """(count, taps * C): row t is positions t * stride + first and on."""
+    channels = x_SC.shape[1]
+    offset = x_SC.storage_offset() + first * channels
+    return x_SC.as_strided((count, taps * channels), (stride * channels, 1), offset)
+
+
+def _forward_by_products(x: Tensor, weight: Tensor, stride: int, gelu: bool) -> Tensor:
+    outputs, _, kernel = weight.shape
+    taps_first = weight.permute(2, 1, 0).contiguous()
+    count = (x.shape[1] - kernel) // stride + 1
+    y = x.new_empty(x.shape[0], count, outputs)
+    for x_SC, y_SC in zip(x, y, strict=True):
+        for begin in range(0, count, _BLOCK):
+            block = y_SC[begin : begin + _BLOCK]
+            seen = x_SC[begin * stride : (begin + len(block) - 1) * stride + kernel]
+            activated = F.gelu(seen) if gelu else seen
+            for first, taps in _pieces(kernel, stride):
+                rows = _windows(activated, first, taps, stride, len(block))
+                block.addmm_(rows, taps_first[first : first + taps].flatten(0, 1), beta=min(first, 1))
+    return y
+
+
+def _backward_by_products(
+    x: Tensor, weight: Tensor, gradient: Tensor, stride: int, gelu: bool, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    _, _, kernel = weight.shape
+    taps_first = weight.permute(2, 1, 0).contiguous()
+    grad_taps = torch.zeros_like(taps_first)
+    grad_x = torch.zeros_like(x) if needs_x else None
+    for row, (x_SC, gradient_SC) in enumerate(zip(x, gradient, strict=True)):
+        finished = 0
+        for begin in range(0, len(gradient_SC), _BLOCK):
+            block = gradient_SC[begin : begin + _BLOCK]
+            seen = slice(begin * stride, (begin + len(block) - 1) * stride + kernel)
+            activated = F.gelu(x_SC[seen]) if gelu else x_SC[seen]
+            for first, taps in _pieces(kernel, stride):
+                piece = slice(first, first + taps)
+                rows = _windows(activated, first, taps, stride, len(block))
+                grad_taps[piece].flatten(0, 1).addmm_(rows.t(), block)
+                if grad_x is not None:
+                    rows = _windows(grad_x[row, seen], first, taps, stride, len(block))
+                    rows.addmm_(block, taps_first[piece].flatten(0, 1).t())
+            if grad_x is not None and gelu:
+                # The next block adds to positions from its own first one on.
+                last = begin + len(block) == len(gradient_SC)
+                done = slice(finished, len(x_SC) if last else seen.start + len(block) * stride)
+                _gelu_backward(grad_x[row, done], x_SC[done])
+                finished = done.stop
+    return grad_x, grad_taps.permute(2, 1, 0)

@@ -1,0 +1,122 @@
+"""What a rank reads at each step of a training, and the thread that reads it ahead."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from student.rank import Rank
+from student.settings import TrainSettings
+from teacher_cache.batch import Batch, TargetReader
+from teacher_cache.batches import plan_epoch
+from teacher_cache.frames import num_frames
+
+PREFETCH = 4
+"""Batches read ahead by a background thread."""
+
+
+class TrainingPlan:
+    """Which batch every rank reads at every step: a pure function of lengths, settings and world size.
+
+    Batches are dealt to micro steps and ranks in one order, so the utterances of an optimiser step depend on
+    ``workers * accumulate`` only, not on how that product is made up.
+
+    Attributes:
+        epochs: passes that are begun.
+        total_steps: optimiser steps.
+    """
+
+    def __init__(self, num_samples: np.ndarray, settings: TrainSettings, world_size: int) -> None:
+        self._num_samples = num_samples
+        self._settings = settings
+        self._world_size = world_size
+        self._epoch = -1
+        self._steps: list[list[list[list[int]]]] = []
+        # Under a budget of seconds the number of batches depends on the epoch's shuffle, so each is planned once here.
+        starts = [0]
+        limit = settings.max_steps
+        while len(starts) <= settings.epochs and (limit is None or starts[-1] < limit):
+            fixed = settings.batch_size is not None and len(starts) > 1
+            starts.append(starts[-1] + (starts[1] if fixed else len(self._plan(len(starts) - 1))))
+        self._starts = starts
+        self.epochs = len(starts) - 1
+        self.total_steps = starts[-1] if limit is None else min(starts[-1], limit)
+
+    def _plan(self, epoch: int) -> list[list[list[list[int]]]]:
+        return plan_epoch(
+            self._num_samples,
+            batch_size=self._settings.batch_size,
+            batch_seconds=self._settings.batch_seconds,
+            world_size=self._world_size,
+            accumulate=self._settings.accumulate,
+            seed=self._settings.seed,
+            epoch=epoch,
+        )
+
+    def step(self, step: int) -> tuple[int, list[list[list[int]]]]:
+        """(epoch, batches[micro][rank]) of a 0-based optimiser step."""
+        epoch = int(np.searchsorted(self._starts, step, side="right")) - 1
+        if epoch != self._epoch:
+            self._epoch, self._steps = epoch, self._plan(epoch)
+        return epoch, self._steps[step - self._starts[epoch]]
+
+    def draw(self, epoch: int, draws: int | None) -> int | None:
+        """The mask draw of an epoch, of ``draws`` that there are (see TargetReader); None is the clean pass."""
+        if draws == 0:
+            return None
+        if draws is None:
+            return epoch  # The teacher in the loop never repeats one.
+        if self._settings.draw_order == "in_order":
+            return epoch * draws // self.epochs
+        return epoch % draws
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One rank's share of one of the batches of an optimiser step.
+
+    Attributes:
+        step, epoch: 0-based.
+        last_of_step: whether the optimiser steps after it.
+        step_frames: real frames of the whole step: all ranks, all accumulated batches.
+        num_samples: (B,) lengths of its utterances, on the host.
+        batch: as read.
+    """
+
+    step: int
+    epoch: int
+    last_of_step: bool
+    step_frames: int
+    num_samples: np.ndarray
+    batch: Batch
+
+
+def micro_batches(
+    plan: TrainingPlan, reader: TargetReader, rank: Rank, first_step: int, accumulate: int
+) -> Iterator[Micro]:
+    """A rank's batches from optimiser step ``first_step`` on. What comes before is skipped without being read."""
+    frames = num_frames(torch.tensor(reader.num_samples)).numpy()
+
+    def submit() -> Iterator[tuple[int, int, int, int, list[int], Future[Batch]]]:
+        for step in range(first_step, plan.total_steps):
+            epoch, micros = plan.step(step)
+            step_frames = sum(int(frames[indices].sum()) for micro in micros for indices in micro)
+            draw = plan.draw(epoch, reader.draws)
+            for number, micro in enumerate(micros):
+                indices = micro[rank.index]
+                yield step, epoch, number, step_frames, indices, pool.submit(reader.read, indices, draw)
+
+    with ThreadPoolExecutor(1) as pool:
+        jobs = submit()
+        waiting = deque(job for _ in range(PREFETCH) if (job := next(jobs, None)) is not None)
+        while waiting:
+            step, epoch, number, step_frames, indices, read = waiting.popleft()
+            micro = Micro(
+                step, epoch, number == accumulate - 1, step_frames, reader.num_samples[indices], read.result()
+            )
+            if (job := next(jobs, None)) is not None:
+                waiting.append(job)
+            yield micro

@@ -1,0 +1,75 @@
+"""``python -m teacher_cache info|verify|repair CACHE``: look at a cache, check it, bring it back."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from teacher_cache.info import info_table
+from teacher_cache.layout import Cache
+from teacher_cache.repair import repair_cache
+from teacher_cache.store import Store
+from teacher_cache.teachers import load_teacher
+from teacher_cache.verify import verify_cache, verify_deep
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+console = Console(soft_wrap=True, highlight=False)
+
+Location = Annotated[str, typer.Argument(metavar="CACHE", help="Its folder, or a URI such as s3://bucket/prefix.")]
+TeacherSpec = Annotated[str | None, typer.Option(help="Checkpoint; default the one the cache was made with.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda, for the teacher.")]
+
+
+@app.command()
+def info(cache: Location) -> None:
+    """Show what a cache is: teacher, layers, codec, masks, sizes, completeness."""
+    console.print(info_table(cache))
+
+
+@app.command()
+def verify(
+    cache: Location,
+    fast: Annotated[bool, typer.Option("--fast", help="Sizes and records only, without reading every byte.")] = False,
+    deep: Annotated[int, typer.Option(help="Also run the teacher again on this many utterances.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of utterances for --deep.")] = 0,
+    teacher: TeacherSpec = None,
+    device: Device = "cpu",
+) -> None:
+    """Check every file against its commit record; with --deep the content against the teacher. Exit code 1: not sound."""
+    problems = verify_cache(cache, checksums=not fast)
+    for problem in problems:
+        console.print(problem.text, style="red", markup=False)
+    good = not problems
+    if good and deep:
+        loaded = load_teacher(teacher or Cache.open(Store(cache)).record["teacher_spec"], device)
+        table = Table("pass", "layer", "relative error", "allowed", title=f"{deep} utterances against the teacher")
+        for check in verify_deep(cache, loaded, sample=deep, seed=seed):
+            name = "clean" if check.draw is None else f"draw {check.draw}"
+            style = None if check.good else "red"
+            table.add_row(name, str(check.layer), f"{check.error:.4f}", f"{check.allowed:.4f}", style=style)
+            good &= check.good
+        console.print(table)
+    console.print(
+        f"{cache} is sound"
+        if good
+        else f"{cache} is not sound; `python -m teacher_cache repair` rebuilds what is damaged"
+    )
+    raise typer.Exit(0 if good else 1)
+
+
+@app.command()
+def repair(cache: Location, teacher: TeacherSpec = None, device: Device = "cpu") -> None:
+    """Restore damaged records and make damaged or missing shards again, to the same bytes."""
+    done = repair_cache(cache, teacher, device)
+    for sentence in done:
+        console.print(sentence, markup=False)
+    console.print(f"{cache}: {len(done)} things repaired" if done else f"{cache} was sound: nothing to do")
+
+
+if __name__ == "__main__":
+    try:
+        app(standalone_mode=True)
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise SystemExit(2) from None

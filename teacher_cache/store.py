@@ -1,0 +1,164 @@
+"""Where a cache lies: a folder on a local disk, or a prefix in an object store, through pyarrow's file systems."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+_COPY_BYTES = 8 << 20
+
+
+class Store:
+    """Whole files under one root. No file is ever seen half written.
+
+    On a local disk a file is written beside its place, synced and renamed into it. An object store shows an object only
+    when its upload is complete, so there a file is written to the local temporary folder first and uploaded whole.
+
+    Args:
+        location: a local path, or a URI that Arrow or fsspec opens (``s3://bucket/prefix``, ``gs://...``). Credentials
+            come from the usual environment variables (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...).
+
+    Example:
+        >>> store = Store("caches/demo")
+        >>> with store.create("clean/part-00000.parquet") as path:
+        ...     path.write_bytes(b"...")
+    """
+
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        self.location = os.fspath(location).rstrip("/")
+        self.local: Path | None = None
+        if "://" not in self.location:
+            self.local = Path(self.location).absolute()
+            self.location = str(self.local)
+            self._fs, self._root = pafs.LocalFileSystem(), self.location
+        else:
+            try:
+                self._fs, root = pafs.FileSystem.from_uri(self.location)
+            except (OSError, pa.ArrowException) as error:
+                raise ValueError(f"{self.location} can't be opened: {error}") from error
+            self._root = root.rstrip("/")
+
+    def at(self, name: str) -> str:
+        """A file's place, for messages."""
+        return f"{self.location}/{name}"
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or None where there is none."""
+        info = self._fs.get_file_info(f"{self._root}/{name}")
+        return int(info.size) if info.type == pafs.FileType.File else None
+
+    def read(self, name: str) -> bytes:
+        """A whole file. Raises FileNotFoundError."""
+        with self._fs.open_input_file(f"{self._root}/{name}") as file:
+            data: bytes = file.read()
+        return data
+
+    def open(self, name: str) -> pa.NativeFile:
+        """A file for random access: memory-mapped on a local disk, ranged requests in an object store."""
+        if self.local is not None:
+            return pa.memory_map(f"{self._root}/{name}")
+        return self._fs.open_input_file(f"{self._root}/{name}")
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 (hex) of a file. Raises FileNotFoundError."""
+        digest = hashlib.sha256()
+        with self._fs.open_input_stream(f"{self._root}/{name}", buffer_size=0) as file:
+            while block := file.read(_COPY_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def move(self, name: str, to: str) -> None:
+        """Moves a file to another name."""
+        if self.local is not None:
+            (self.local / to).parent.mkdir(parents=True, exist_ok=True)
+        self._fs.move(f"{self._root}/{name}", f"{self._root}/{to}")
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of all files under a prefix (a folder's name), sorted; temporaries of writers are left out."""
+        selector = pafs.FileSelector(f"{self._root}/{prefix}".rstrip("/"), recursive=True, allow_not_found=True)
+        found = (
+            info.path[len(self._root) + 1 :]
+            for info in self._fs.get_file_info(selector)
+            if info.type == pafs.FileType.File
+        )
+        return sorted(name for name in found if not _is_temporary(name))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, by one listing: what a check of a large cache in an object store can afford."""
+        selector = pafs.FileSelector(self._root, recursive=True, allow_not_found=True)
+        infos = [info for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        return {info.path[len(self._root) + 1 :]: info.size for info in infos if not _is_temporary(info.path)}
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[Path]:
+        """Yields a local path to write to; when the block ends well the file is put in its place, whole and durable."""
+        if self.local is not None:
+            place = self.local / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
+        else:
+            handle, path = tempfile.mkstemp(prefix="cache-shard-")
+            os.close(handle)
+            temporary = Path(path)
+        try:
+            yield temporary
+            if self.local is None:
+                self._upload(temporary, name)
+                return
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(place)
+            folder = os.open(place.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Puts a small file in its place, whole."""
+        with self.create(name) as path:
+            path.write_bytes(data)
+
+    def _upload(self, path: Path, name: str) -> None:
+        # Checked against the size: a stream that is closed by an error would leave what it has as a whole object.
+        target = f"{self._root}/{name}"
+        try:
+            with path.open("rb") as source, self._fs.open_output_stream(target) as sink:
+                shutil.copyfileobj(source, sink, _COPY_BYTES)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._fs.delete_file(target)
+            raise
+
+    def remove(self, name: str) -> None:
+        """Deletes a file; nothing happens where there is none."""
+        if self.size(name) is not None:
+            self._fs.delete_file(f"{self._root}/{name}")
+
+    def remove_leftovers(self) -> None:
+        """Removes temporaries that killed writers left behind. Only while no build is running."""
+        if self.local is not None and self.local.is_dir():
+            for temporary in self.local.rglob(".*.tmp"):
+                temporary.unlink(missing_ok=True)
+
+    def free_bytes(self) -> int | None:
+        """Free space on a local disk; None for an object store."""
+        if self.local is None:
+            return None
+        existing = next(folder for folder in [self.local, *self.local.parents] if folder.exists())
+        return shutil.disk_usage(existing).free
+
+
+def _is_temporary(name: str) -> bool:
+    last = name.rpartition("/")[2]
+    return last.startswith(".") and last.endswith((".tmp", ".lock"))

@@ -1,0 +1,123 @@
+"""``python -m teacher_cache``: what it prints, and its exit codes; and the deep check behind ``verify --deep``."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from teacher_cache.__main__ import app
+from teacher_cache.layout import Cache, file_record, write_commit
+from teacher_cache.spec import CacheError, CacheSpec
+from teacher_cache.teachers import load_teacher
+from teacher_cache.verify import verify_cache, verify_deep
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TEACHER = "random:2x32"
+Make = Callable[..., CacheSpec]
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """In this process: starting PyTorch each time would take longer than all the rest."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return done.exit_code, done.output
+
+
+def alter_values(root: Path, layer: str) -> None:
+    """Another teacher's numbers in one layer of one clean shard, committed as if they were right."""
+    cache = Cache.open(root)
+    shard = next(shard for shard in cache.shards if shard.split == "train")
+    file = cache.files(shard)[0]
+    table = pq.read_table(root / file.name)
+    place = table.schema.get_field_index(layer)
+    values = [bytes(reversed(value)) for value in table[layer].to_pylist()]
+    altered = table.set_column(place, table.schema.field(place), pa.array(values, pa.large_binary()))
+    pq.write_table(altered, root / file.name, row_group_size=1)
+    write_commit(cache.store, file, file_record(root / file.name, altered.num_rows, file.content))
+
+
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "pca:0.3", "layer-pca:0.3"])
+def test_the_deep_check_passes_for_a_sound_cache(tmp_path: Path, make_cache: Make, codec: str) -> None:
+    make_cache(tmp_path / "cache", codec=codec)
+    checks = verify_deep(tmp_path / "cache", load_teacher(TEACHER), sample=9)
+    assert [(check.draw, check.layer) for check in checks] == [(d, n) for d in (None, 0, 1) for n in (1, 2)]
+    assert all(check.good for check in checks), checks
+    assert all(check.error > 0 for check in checks) or codec == "fp32"
+
+
+def test_the_deep_check_finds_what_checksums_cannot(tmp_path: Path, make_cache: Make) -> None:
+    make_cache(tmp_path / "cache", codec="int8")
+    alter_values(tmp_path / "cache", "layer_02")
+    assert verify_cache(tmp_path / "cache") == []
+    bad = [check for check in verify_deep(tmp_path / "cache", load_teacher(TEACHER), sample=9) if not check.good]
+    assert {check.layer for check in bad} == {2}
+    with pytest.raises(CacheError, match="random:3x32 is not the teacher that the cache at"):
+        verify_deep(tmp_path / "cache", load_teacher("random:3x32"))
+
+
+def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
+    root = tmp_path / "cache"
+    make_cache(root, codec="int8")
+    code, text = run("info", root)
+    assert code == 0
+    for wanted in (
+        "random:2x32: 2 layers x 32, fp32",
+        "codec int8",
+        "2, seed 3",
+        "masked/draw=1",
+        "complete",
+        "kB per s",
+    ):
+        assert wanted in text, text
+    assert Cache.open(root).fingerprint[:16] in text
+    assert run("verify", root, "--fast")[0] == 0
+    code, text = run("verify", root, "--deep", 9)
+    assert code == 0
+    assert "is sound" in text and "draw 1" in text
+
+    shard = root / "masked" / "draw=0" / "part-00000.parquet"
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    assert run("verify", root, "--fast")[0] == 0  # Its size is right.
+    code, text = run("verify", root)
+    assert code == 1
+    assert f"{shard} is not as committed (SHA-256 differs)" in text
+    code, text = run("repair", root)
+    assert code == 0
+    assert f"{shard} made again" in text and "1 things repaired" in text
+    assert shard.read_bytes() == sound
+    assert "nothing to do" in run("repair", root)[1]
+
+    shutil.rmtree(root / "clean")
+    assert "files are not finished" not in run("info", root)[1]  # The commits are there; only a check can tell.
+    assert run("verify", root, "--fast")[0] == 1
+
+    alter = tmp_path / "altered"
+    make_cache(alter, codec="int8")
+    alter_values(alter, "layer_01")
+    assert run("verify", alter)[0] == 0
+    code, text = run("verify", alter, "--deep", 9)
+    assert code == 1
+    assert "is not sound" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "message"),
+    [
+        ("info", "/nowhere", "error: there is no teacher cache at /nowhere"),
+        ("repair", "/nowhere", "error: there is no teacher cache at /nowhere"),
+        ("verify", "s4://bucket/cache", "error: s4://bucket/cache can't be opened"),
+    ],
+)
+def test_mistakes_are_one_sentence(command: str, place: str, message: str) -> None:
+    arguments = [sys.executable, "-m", "teacher_cache", command, place]
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout.startswith(message), done.stdout
+    assert done.stdout.count("\n") == 1, done.stdout
+    assert "Traceback" not in done.stderr

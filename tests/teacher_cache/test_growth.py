@@ -1,0 +1,149 @@
+"""Draws and layers added to a cache later: what is there stays as it is, to the byte and the second."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from teacher_cache.build import build_cache
+from teacher_cache.layout import Cache
+from teacher_cache.masks import MaskPolicy
+from teacher_cache.reader import CacheReader
+from teacher_cache.repair import repair_cache
+from teacher_cache.shards import SourceUtterance, plan_shards
+from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
+from teacher_cache.teachers import load_teacher
+from teacher_cache.verify import verify_cache, verify_deep
+
+TEACHER = "random:3x32"
+POLICY = MaskPolicy(mask_prob=0.5, mask_length=4)
+Make = Callable[..., CacheSpec]
+
+
+def masks(draws: int, **changes: object) -> MaskDraws:
+    return MaskDraws.model_validate({"policy": POLICY, "draws": draws, "seed": 3} | changes)
+
+
+def files(root: Path) -> dict[str, tuple[bytes, int]]:
+    """Shard files and their commits: bytes and time."""
+    return {
+        str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in root.rglob("part-*")
+        if path.is_file()
+    }
+
+
+def assert_kept(before: dict[str, tuple[bytes, int]], after: dict[str, tuple[bytes, int]]) -> set[str]:
+    """All that was there is there as it was; returns what is new."""
+    assert {name: after.get(name) for name in before} == before
+    return set(after) - set(before)
+
+
+def everything(root: Path, layers: list[int] | None = None) -> list[torch.Tensor]:
+    reader = CacheReader(root, "train", layers)
+    return [
+        reader.read([i], draw).targets for i in range(len(reader.ids)) for draw in (None, *range(reader.draws or 0))
+    ]
+
+
+def test_draws(tmp_path: Path, make_cache: Make) -> None:
+    root = tmp_path / "cache"
+    make_cache(root, TEACHER, masks=masks(1), codec="pca:0.2")
+    one = files(root)
+    make_cache(root, TEACHER, masks=masks(3), codec="pca:0.2")
+    new = assert_kept(one, files(root))
+    assert all("/draw=1/" in name or "/draw=2/" in name for name in new)
+    assert verify_cache(root) == []
+    make_cache(tmp_path / "at once", TEACHER, masks=masks(3), codec="pca:0.2")
+    assert {name: data for name, (data, _) in files(root).items()} == {
+        name: data for name, (data, _) in files(tmp_path / "at once").items()
+    }
+    assert Cache.open(root).fingerprint == Cache.open(tmp_path / "at once").fingerprint
+    three = files(root)
+    make_cache(root, TEACHER, masks=masks(2), codec="pca:0.2")  # Fewer are served by what is there.
+    assert files(root) == three
+    assert CacheReader(root, "train").draws == 3
+
+
+def test_draws_with_policies_of_their_own(tmp_path: Path, make_cache: Make) -> None:
+    root = tmp_path / "cache"
+    make_cache(root, TEACHER, masks=masks(1))
+    before = files(root)
+    schedule = (POLICY, MaskPolicy(mask_prob=0.9, mask_length=4), MaskPolicy(mask_prob=0.1, mask_length=4))
+    make_cache(root, TEACHER, masks=masks(3, policies=schedule))
+    assert_kept(before, files(root))
+    reader = CacheReader(root, "train")
+    batches = [reader.read(list(range(len(reader.ids))), draw) for draw in range(3)]
+    shares = [float(batch.frame_mask.sum() / batch.num_frames.sum()) for batch in batches]
+    assert shares[2] < shares[0] < shares[1]
+    with pytest.raises(CacheError, match=r"masks.policy_of_draw_1.mask_prob: 0.9 -> 0.5"):
+        make_cache(root, TEACHER, masks=masks(2))
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("fp32", 1e-5), ("int8", 0.1), ("pca:0.1", 0.3)])
+def test_layers(tmp_path: Path, make_cache: Make, codec: str, tolerance: float) -> None:
+    root = tmp_path / "cache"
+    make_cache(root, TEACHER, layers=(2,), codec=codec)
+    before = files(root)
+    alone = everything(root)
+    make_cache(root, TEACHER, layers=(1, 3), codec=codec)
+    new = assert_kept(before, files(root))
+    assert all("/set=1/" in name for name in new)
+    assert verify_cache(root) == []
+    assert Cache.open(root).spec.layers == (1, 2, 3)
+    assert [layer_set.layers for layer_set in Cache.open(root).layer_sets] == [(2,), (1, 3)]
+    for ours, theirs in zip(everything(root, [2]), alone, strict=True):
+        assert torch.equal(ours, theirs)
+    make_cache(tmp_path / "at once", TEACHER, codec="fp32")
+    for ours, theirs in zip(everything(root), everything(tmp_path / "at once"), strict=True):
+        assert float((ours - theirs).square().mean().sqrt()) < tolerance * float(theirs.std())
+    assert all(check.good for check in verify_deep(root, load_teacher(TEACHER)))
+
+
+@pytest.mark.parametrize("targets", ["composite_only", "clean_only"])
+def test_layers_and_draws_at_once_in_the_other_layouts(tmp_path: Path, make_cache: Make, targets: str) -> None:
+    root = tmp_path / "cache"
+    make_cache(root, TEACHER, layers=(3,), masks=masks(1), targets=targets)
+    before = files(root)
+    make_cache(root, TEACHER, masks=masks(2), targets=targets)
+    assert_kept(before, files(root))
+    assert verify_cache(root) == []
+    make_cache(tmp_path / "at once", TEACHER, masks=masks(2), targets=targets)
+    for draw in (0, 1):
+        ours, theirs = (CacheReader(place, "train").read([0, 2], draw) for place in (root, tmp_path / "at once"))
+        torch.testing.assert_close(ours.targets, theirs.targets)
+        assert torch.equal(ours.frame_mask, theirs.frame_mask)
+
+
+def test_growth_needs_no_corpus(
+    tmp_path: Path, make_cache: Make, cache_spec: Make, source_utterances: list[SourceUtterance]
+) -> None:
+    root = tmp_path / "cache"
+    make_cache(root, TEACHER, masks=masks(1))
+    for utterance in source_utterances:
+        Path(utterance.path).unlink()
+    spec = cache_spec(TEACHER, masks=masks(2))
+    plan = plan_shards(source_utterances, spec.shard_seconds)
+    report = build_cache(root, spec, plan, TEACHER, teacher_name=TEACHER, workers=None)
+    assert report.written == len({s.number for s in Cache.open(root).shards if s.split == "train"})
+    assert verify_cache(root) == []
+
+
+def test_a_growth_that_stopped_is_finished_by_repair_or_the_next_build(tmp_path: Path, make_cache: Make) -> None:
+    root = tmp_path / "cache"
+    make_cache(root, TEACHER, masks=masks(2))
+    sound = {name: data for name, (data, _) in files(root).items()}
+    for name in sound:
+        if "draw=1/" in name:
+            (root / name).unlink()
+    with pytest.raises(CacheError, match="is not finished; run the cache stage again"):
+        CacheReader(root, "train")
+    assert CacheReader(root, "train", draws=1).read([0], 0).targets.isfinite().all()
+    repair_cache(root)
+    assert {name: data for name, (data, _) in files(root).items()} == sound
+
+
+def test_layers_the_teacher_does_not_have(tmp_path: Path, make_cache: Make) -> None:
+    with pytest.raises(CacheError, match="there is no layer 4; the teacher has layers 1 to 3"):
+        make_cache(tmp_path / "cache", TEACHER, layers=(1, 4))

@@ -1,0 +1,133 @@
+"""A cache in a real S3-compatible object store: built, read, checked, damaged, repaired, grown, and claimed by one builder."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from teacher_cache.building import building
+from teacher_cache.layout import Cache
+from teacher_cache.masks import MaskPolicy
+from teacher_cache.reader import CacheReader
+from teacher_cache.repair import repair_cache
+from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
+from teacher_cache.store import Store
+from teacher_cache.verify import verify_cache
+
+from .s3_server import S3Server
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+Make = Callable[..., CacheSpec]
+
+
+def masks(draws: int) -> MaskDraws:
+    return MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=4), draws=draws, seed=3)
+
+
+@pytest.fixture
+def location(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket of one's own, reached by the variables that a user would set."""
+    for key, value in s3.environment().items():
+        monkeypatch.setenv(key, value)
+    bucket = f"test-{abs(hash(tmp_path)):x}"
+    s3.filesystem().create_dir(bucket)
+    return f"s3://{bucket}/caches/demo"
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    return {name: store.read(name) for name in store.names()}
+
+
+def test_a_cache_in_an_object_store(tmp_path: Path, make_cache: Make, location: str) -> None:
+    make_cache(location, codec="pca:0.2", masks=masks(1))
+    make_cache(tmp_path / "local", codec="pca:0.2", masks=masks(1))
+    store = Store(location)
+    assert store.local is None
+    assert contents(store) == contents(Store(tmp_path / "local"))
+    assert verify_cache(location) == []
+
+    for split, draw in (("train", 0), ("train", None), ("validation", None)):
+        ours, theirs = (CacheReader(place, split) for place in (location, tmp_path / "local"))
+        assert torch.equal(ours.read([1, 0], draw).targets, theirs.read([1, 0], draw).targets)
+        assert ours.bytes_read > 0
+
+    sound = contents(store)
+    shard, commit = "masked/draw=0/part-00000.parquet", "commits/clean/part-00001.json"
+    store.write(shard, sound[shard][:-1] + bytes([sound[shard][-1] ^ 1]))
+    store.remove(commit)
+    store.write("clean/part-00099.parquet", b"no shard of this cache")
+    problems = {problem.name for problem in verify_cache(location)}
+    assert problems == {shard, commit, "clean/part-00099.parquet"}
+    with pytest.raises(CacheError, match="is not finished"):
+        CacheReader(location, "train")
+        CacheReader(location, "validation")
+    done = repair_cache(location)
+    assert f"{location}/{shard} made again" in done
+    store.remove("set-aside/clean/part-00099.parquet")
+    assert contents(store) == sound
+    assert repair_cache(location) == []
+
+    make_cache(location, codec="pca:0.2", masks=masks(2))
+    grown = contents(store)
+    assert {name: data for name, data in grown.items() if name in sound and "cache.json" not in name} == {
+        name: data for name, data in sound.items() if "cache.json" not in name
+    }
+    assert CacheReader(location, "train").read([0], 1).targets.isfinite().all()
+
+
+def test_a_second_builder_says_who_builds(make_cache: Make, location: str) -> None:
+    with building(Store(location)):
+        with pytest.raises(CacheError, match=rf"the cache at {location} is being built by process \d+ on .*, since"):
+            make_cache(location)
+        assert not Cache.exists(Store(location))
+    make_cache(location)
+    assert verify_cache(location) == []
+    assert "building.json" not in Store(location).names()
+
+
+def test_a_killed_builders_claim_ends(make_cache: Make, location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"""
+import os, signal
+from teacher_cache.building import building
+from teacher_cache.store import Store
+with building(Store({location!r})):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False, timeout=60)
+    assert "building.json" in Store(location).names()
+    with pytest.raises(CacheError, match="is being built by"):
+        make_cache(location)
+    monkeypatch.setattr("teacher_cache.building._DEAD_SECONDS", 0.1)
+    make_cache(location)
+    assert verify_cache(location) == []
+
+
+def test_the_command_line_reads_it_too(make_cache: Make, location: str) -> None:
+    make_cache(location)
+    done = subprocess.run(
+        [sys.executable, "-m", "teacher_cache", "verify", location],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{location} is sound" in done.stdout
+
+
+def test_a_store_that_cannot_be_reached_is_one_sentence(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    done = subprocess.run(
+        [sys.executable, "-m", "teacher_cache", "info", location],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stdout.startswith("error: ") and "Traceback" not in done.stderr, done.stdout + done.stderr

@@ -20,12 +20,16 @@ from rich.table import Table
 from pipeline.config import Config, ConfigError, dump_config
 from pipeline.corpus import CorpusIndex, index_corpus
 from pipeline.plan import cost_lines, cost_table, plan_cost
+from pipeline.report import feature_maps, read_metrics, write_report
 from student import load_student
 from student.ray_training import train_on_ray
+from teacher_cache.batch import TargetReader
 from teacher_cache.build import Progress as BuildProgress
 from teacher_cache.build import Workers, build_cache
 from teacher_cache.frames import SAMPLE_RATE
 from teacher_cache.layout import Cache, cache_bytes
+from teacher_cache.online import OnlineReader
+from teacher_cache.reader import CacheReader
 from teacher_cache.shards import SourceUtterance, plan_shards
 from teacher_cache.spec import CacheError, CacheSpec
 from teacher_cache.store import Store
@@ -201,10 +205,10 @@ class Run:
         if Cache.exists(self.cache) and Cache.open(self.cache).covers(self.spec):
             self.say(f"plan    the cache at {self.cache.location} has all layers and draws that are needed")
             return
-        teacher = self.teacher
+        utterances, teacher = self.utterances, self.teacher
         if self.config.cache.gpus_per_actor and torch.cuda.is_available():
             teacher = load_teacher(self.config.teacher.checkpoint, "cuda")
-        cost = plan_cost(self.utterances, self.spec, teacher, self.cache.location)
+        cost = plan_cost(utterances, self.spec, teacher, self.cache.location)
         self.console.print(cost_table(cost))
         for line in cost_lines(cost):
             self.say(f"plan    {line}")
@@ -333,7 +337,7 @@ class Run:
         self.say(f"export  {export}")
 
     def report(self) -> dict[str, Any]:
-        """Writes summary.json and prints it as a table."""
+        """Writes summary.json and report.html."""
         export = self.folder / "export"
         if not export.is_dir():
             raise ConfigError(f"the run {self.config.name} has no export to report on; run the export stage first")
@@ -357,10 +361,46 @@ class Run:
             "cache": None if online else self.cache.location,
             "export": str(export),
             "run": str(self.folder),
+            "report": str(self.folder / "report.html"),
         }
-        path = self.folder / "summary.json"
-        path.write_text(json.dumps(summary, indent=2) + "\n")
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        page = self.folder / "report.html"
+        write_report(
+            page,
+            summary=summary,
+            facts=self._facts(summary),
+            metrics=read_metrics(self.folder / "metrics.jsonl"),
+            maps=feature_maps(student, self._validation_reader()),
+            config=dump_config(self.config),
+        )
+        self.say(f"report  {page}")
         return summary
+
+    def _validation_reader(self) -> TargetReader:
+        layers = self.layers_of(self.teacher)
+        if self.config.train.targets == "cached":
+            return CacheReader(self.cache.location, "validation", layers)
+        members = [utterance for utterance in self.utterances if utterance.split == "validation"]
+        return OnlineReader(members, self.teacher, self.config.masks, layers)
+
+    def _facts(self, summary: dict[str, Any]) -> dict[str, str]:
+        """What the report says of the run, by name."""
+        train, masks = self.config.train, self.config.masks
+        batch = f"{train.batch_size} utterances" if train.batch_size else f"{train.batch_seconds:g} s of audio"
+        layers = f"layers {', '.join(map(str, self.layers_of(self.teacher)))} of width {self.teacher.dim}"
+        facts = {
+            "corpus": f"{summary['hours']:.2f} h, {summary['utterances']:,} utterances, {summary['skipped_files']} files skipped",
+            "teacher": f"{summary['teacher']}, {summary['teacher_parameters']:,} parameters, {layers}",
+            "student": f"{summary['student_parameters']:,} parameters, heads included",
+            "masks": f"{masks.draws} draws, seed {masks.seed}" if masks.draws else "none",
+            "training": f"{train.targets} targets, {batch} x {train.accumulate} x {train.workers} a step, {train.precision}, "
+            f"peak learning rate {train.learning_rate:g}",
+        }
+        if summary["cache_bytes"] is not None:
+            facts["cache"] = (
+                f"{self.spec.codec}, {self.spec.targets}, {summary['cache_bytes'] / 1e6:,.1f} MB at {summary['cache']}"
+            )
+        return facts | {"model": summary["export"]}
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -391,6 +431,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("cache", "cache at"),
         ("export", "model at"),
         ("run", "run at"),
+        ("report", "report at"),
     ):
         if summary.get(key):
             table.add_row(name, str(summary[key]))

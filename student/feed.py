@@ -1,8 +1,9 @@
 """What a rank reads at each step of a training, and the thread that reads it ahead."""
 
-from collections import deque
+import contextlib
+import queue
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,26 +98,46 @@ class Micro:
 def micro_batches(
     plan: TrainingPlan, reader: TargetReader, rank: Rank, first_step: int, accumulate: int
 ) -> Iterator[Micro]:
-    """A rank's batches from optimiser step ``first_step`` on. What comes before is skipped without being read."""
+    """A rank's batches from optimiser step ``first_step`` on. What comes before is skipped without being read.
+
+    One background thread plans epochs and reads, at most PREFETCH batches ahead, so neither the end of an epoch nor the disk is
+    waited for while it keeps up; for a GPU it puts batches into page-locked memory. What it raises is raised here.
+    """
     frames = num_frames(torch.tensor(reader.num_samples)).numpy()
+    ahead: queue.Queue[Micro | BaseException | None] = queue.Queue(PREFETCH)
+    stopped = threading.Event()
 
-    def submit() -> Iterator[tuple[int, int, int, int, list[int], Future[Batch]]]:
-        for step in range(first_step, plan.total_steps):
-            epoch, micros = plan.step(step)
-            step_frames = sum(int(frames[indices].sum()) for micro in micros for indices in micro)
-            draw = plan.draw(epoch, reader.draws)
-            for number, micro in enumerate(micros):
-                indices = micro[rank.index]
-                yield step, epoch, number, step_frames, indices, pool.submit(reader.read, indices, draw)
+    def put(item: Micro | BaseException | None) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ahead.put(item, timeout=0.1)
+                return
 
-    with ThreadPoolExecutor(1) as pool:
-        jobs = submit()
-        waiting = deque(job for _ in range(PREFETCH) if (job := next(jobs, None)) is not None)
-        while waiting:
-            step, epoch, number, step_frames, indices, read = waiting.popleft()
-            micro = Micro(
-                step, epoch, number == accumulate - 1, step_frames, reader.num_samples[indices], read.result()
-            )
-            if (job := next(jobs, None)) is not None:
-                waiting.append(job)
-            yield micro
+    def read() -> None:
+        try:
+            for step in range(first_step, plan.total_steps):
+                epoch, micros = plan.step(step)
+                step_frames = sum(int(frames[indices].sum()) for micro in micros for indices in micro)
+                draw = plan.draw(epoch, reader.draws)
+                for number, micro in enumerate(micros):
+                    indices = micro[rank.index]
+                    batch = reader.read(indices, draw)
+                    if rank.device.type == "cuda":
+                        batch = batch.pinned()
+                    put(Micro(step, epoch, number == accumulate - 1, step_frames, reader.num_samples[indices], batch))
+                    if stopped.is_set():
+                        return
+            put(None)
+        except BaseException as error:  # Whatever it is, the training must hear of it.
+            put(error)
+
+    thread = threading.Thread(target=read, name="feed", daemon=True)
+    thread.start()
+    try:
+        while (item := ahead.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

@@ -52,6 +52,7 @@ def test_demo_runs_and_reuses(tmp_path: Path, speech_folder: Path) -> None:
     assert [row["step"] for row in rows if row["kind"] == "validation"] == [0, 3, 6]
     for name in (
         "config.yaml",
+        "report.html",
         "export/model.safetensors",
         "export/config.json",
         "checkpoints/best",

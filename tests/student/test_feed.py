@@ -1,0 +1,128 @@
+"""What is read ahead of the training: in order, bounded, without a stall between epochs, and honest about errors."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from student.feed import PREFETCH, TrainingPlan, micro_batches
+from student.rank import Rank
+from student.settings import TrainSettings
+from teacher_cache.batch import Batch
+
+Settings = Callable[..., TrainSettings]
+
+
+class Reader:
+    """Ten utterances of one to two seconds; what it does at its n-th read is up to the test."""
+
+    layers, dim = (1,), 2
+    draws: int | None = 3
+
+    def __init__(self, at_read: Callable[[int], None] = lambda number: None) -> None:
+        self.num_samples = np.arange(16_000, 26_000, 1000)
+        self.reads: list[tuple[list[int], int | None]] = []
+        self._at_read = at_read
+
+    def read(self, indices: Sequence[int], draw: int | None) -> Batch:
+        self.reads.append((list(indices), draw))
+        self._at_read(len(self.reads))
+        empty = torch.zeros(len(indices), 1)
+        return Batch([str(i) for i in indices], empty, empty[:, 0].long(), empty[:, 0].long(), empty, None)
+
+
+def feed(reader: Reader, options: TrainSettings, *, first: int = 0, rank: Rank = Rank()) -> Any:
+    plan = TrainingPlan(reader.num_samples, options, rank.world_size)
+    return micro_batches(plan, reader, rank, first, options.accumulate)
+
+
+def feeds() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "feed"]
+
+
+def test_every_epoch_has_all_utterances_and_a_draw_of_its_own(settings: Settings) -> None:
+    options = settings(batch_size=2, max_steps=20)
+    seen = [(micro.epoch, micro.batch.ids) for micro in feed(Reader(), options)]
+    for epoch in range(4):
+        ids = [i for number, batch in seen if number == epoch for i in batch]
+        assert sorted(ids, key=int) == [str(n) for n in range(10)]
+    assert len({str([b for n, b in seen if n == epoch]) for epoch in range(4)}) == 4, (
+        "every epoch has an order of its own"
+    )
+    reader = Reader()
+    list(feed(reader, options))
+    assert [draw for _, draw in reader.reads] == [epoch % 3 for epoch in range(4) for _ in range(5)]
+
+
+@pytest.mark.parametrize("budget", [{"batch_size": 2}, {"batch_size": None, "batch_seconds": 4.0}])
+def test_going_on_reads_only_what_is_left(settings: Settings, budget: dict[str, Any]) -> None:
+    options = settings(**budget, accumulate=2, max_steps=9)
+    whole, rest = Reader(), Reader()
+    list(feed(whole, options))
+    micros = list(feed(rest, options, first=4))
+    assert rest.reads == whole.reads[8:]
+    assert [micro.step for micro in micros] == [4, 4, 5, 5, 6, 6, 7, 7, 8, 8]
+    assert [micro.last_of_step for micro in micros] == [False, True] * 5
+
+
+def test_ranks_read_different_utterances_of_the_same_step(settings: Settings) -> None:
+    options = settings(batch_size=2, max_steps=4, workers=2)
+    ours, theirs = (list(feed(Reader(), options, rank=Rank(index, 2))) for index in (0, 1))
+    for one, other in zip(ours, theirs, strict=True):
+        assert not set(one.batch.ids) & set(other.batch.ids)
+        assert one.step_frames == other.step_frames
+
+
+def test_no_more_is_read_ahead_than_said(settings: Settings) -> None:
+    reader = Reader()
+    running = feed(reader, settings(batch_size=2, max_steps=100))
+    next(running)
+    deadline = time.monotonic() + 10
+    while len(reader.reads) < PREFETCH + 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert len(reader.reads) == PREFETCH + 2  # One was taken, PREFETCH wait, one more is in the reader's hands.
+    running.close()
+    assert feeds() == []
+
+
+def test_epochs_are_planned_ahead_in_the_background(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    planners: list[tuple[int, str]] = []
+    original = TrainingPlan._plan
+
+    def watched(plan: TrainingPlan, epoch: int) -> Any:
+        planners.append((epoch, threading.current_thread().name))
+        return original(plan, epoch)
+
+    options = settings(batch_size=2, max_steps=20)
+    reader = Reader()
+    plan = TrainingPlan(reader.num_samples, options, 1)
+    monkeypatch.setattr(TrainingPlan, "_plan", watched)
+    list(micro_batches(plan, reader, Rank(), 0, 1))
+    assert planners == [(epoch, "feed") for epoch in range(4)]
+
+
+def test_what_the_reader_raises_is_raised_by_the_training(settings: Settings) -> None:
+    def damaged(number: int) -> None:
+        if number == 4:
+            raise ValueError("part-00003.parquet is damaged")
+
+    seen = []
+    with pytest.raises(ValueError, match=r"part-00003.parquet is damaged"):
+        for micro in feed(Reader(damaged), settings(batch_size=2, max_steps=20)):
+            seen.append(micro.step)
+    assert seen == [0, 1, 2]
+    assert feeds() == []
+
+
+def test_a_training_that_fails_leaves_no_thread(settings: Settings) -> None:
+    running = feed(Reader(), settings(batch_size=2, max_steps=1000))
+    for micro in running:
+        if micro.step == 3:
+            break
+    running.close()
+    assert feeds() == []

@@ -29,6 +29,8 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
         max_skipped_steps: a step whose loss or gradient is not finite is left out; the run stops after this many in a row.
             Ten leave a rare bad batch behind, and do not let a diverged run go on for hours. Under fp16 the steps by which
             the loss scale is looked for don't count while it can still fall.
+        checkpoint_activations: keep only what each encoder layer gives and compute the rest again in backward: less memory for
+            more time, for batches that would not fit. Changes no number.
         ema_decay: of an exponential moving average of the weights, as 0.999; it is then what is validated and exported.
             None (published) keeps none.
         draw_order: which mask draw an epoch trains with: ``rotate`` takes them in turn, ``in_order`` spreads them over the
@@ -61,6 +63,7 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
     loss: Literal["mse", "l1"] = "mse"
     max_grad_norm: float | None = pydantic.Field(default=None, gt=0)
     max_skipped_steps: int = pydantic.Field(default=10, ge=1)
+    checkpoint_activations: bool = False
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
     draw_order: Literal["rotate", "in_order"] = "rotate"
     validate_every: int = pydantic.Field(default=1000, ge=1)

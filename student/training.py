@@ -168,6 +168,7 @@ class _Loop:
         self.train_reader, self.validation_reader = train_reader, validation_reader
         torch.manual_seed(settings.seed)
         self.student = Student(config).to(rank.device)
+        self.student.checkpoint_activations = settings.checkpoint_activations
         # Without masks nothing reaches the mask embedding, and DDP would wait for its gradient.
         self.student.mask_embedding.requires_grad_(train_reader.draws != 0)
         # Ranks start from equal weights but drop different units.

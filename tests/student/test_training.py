@@ -187,6 +187,14 @@ def test_bf16_on_a_cpu_learns(tmp_path: Path, tiny: StudentConfig, settings: Set
     assert result.last_validation_loss == pytest.approx(exact.last_validation_loss, rel=0.02)
 
 
+def test_checkpointed_activations_change_no_loss(
+    tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers, rows: Rows
+) -> None:
+    for name, on in (("plain", False), ("checkpointed", True)):
+        train(tiny, settings(checkpoint_activations=on), *readers, tmp_path / name)
+    assert losses(rows(tmp_path / "plain")) == losses(rows(tmp_path / "checkpointed"))
+
+
 def test_clipping_bounds_the_step(
     tmp_path: Path, still: StudentConfig, settings: Settings, readers: Readers, rows: Rows
 ) -> None:

@@ -1,0 +1,90 @@
+"""The cost plan, held against the cache that is then built."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from pipeline.config import ConfigError, load_config
+from pipeline.plan import cost_lines, cost_table, plan_cost
+from pipeline.stages import Run
+from teacher_cache.layout import Cache, cache_bytes
+from teacher_cache.shards import SourceUtterance
+from teacher_cache.spec import CacheSpec, MaskDraws
+from teacher_cache.store import Store
+from teacher_cache.teachers import load_teacher
+
+TEACHER = "random:2x32"
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+Make = Callable[..., CacheSpec]
+
+
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "pca"])
+@pytest.mark.parametrize("targets", ["clean_and_masked", "composite_only", "clean_only"])
+def test_the_plan_foretells_the_size(
+    tmp_path: Path, make_cache: Make, source_utterances: list[SourceUtterance], codec: str, targets: str
+) -> None:
+    spec = make_cache(tmp_path / "cache", codec=codec, targets=targets)
+    plan = plan_cost(source_utterances, spec, load_teacher(TEACHER), str(tmp_path / "new"))
+    # Each of so small a cache's row groups costs some 1.2 kB of Parquet's own.
+    groups = sum(
+        len(shard.utterances)
+        for shard in Cache.open(tmp_path / "cache").shards
+        for _ in Cache.open(tmp_path / "cache").files(shard)
+    )
+    actual = cache_bytes(Cache.open(tmp_path / "cache")) - 1200 * groups
+    assert plan.total_bytes(codec, targets) == pytest.approx(actual, rel=0.25)  # type: ignore[arg-type]
+    assert plan.utterances == 12
+    assert plan.frames == Cache.open(tmp_path / "cache").record["frames"]
+    assert plan.there_bytes == 0
+    assert plan.teacher_passes == (1 if targets == "clean_only" else 3)
+    assert plan.audio_per_second > 0
+
+
+def test_what_the_plan_says(tmp_path: Path, cache_spec: Make, source_utterances: list[SourceUtterance]) -> None:
+    teacher = load_teacher(TEACHER)
+    spec = cache_spec(TEACHER, codec="pca", masks=MaskDraws(draws=5))
+    plan = plan_cost(source_utterances, spec, teacher, str(tmp_path))
+    text = " ".join(cost_lines(plan))
+    assert "5 mask draws" in text and "reads all their bytes" in text
+    assert "6 teacher passes" in text and "paid for after 3 epochs" in text
+    console = Console(width=200, record=True)
+    console.print(cost_table(plan))
+    table = console.export_text()
+    for wanted in ("pca", "fp16", "int8", "layer-pca", "composite_only, 5 draws", "clean_only", "<-"):
+        assert wanted in table
+    columns = plan_cost(
+        source_utterances, cache_spec(TEACHER, codec="fp16", masks=MaskDraws(draws=0)), teacher, str(tmp_path)
+    )
+    assert columns.masked_fraction == 0
+    assert columns.pays_after == 1
+    assert "reads all their bytes" not in " ".join(cost_lines(columns))
+
+
+def test_a_disk_that_is_too_small_is_refused(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [
+        f"runs={tmp_path / 'runs'}",
+        f"corpus.path={speech_folder}",
+        f"cache.path={tmp_path / 'cache'}",
+        f"teacher.checkpoint={TEACHER}",
+    ]
+    run = Run(load_config(DEMO, overrides), Console(quiet=True))
+    run.index()
+    run.plan()
+    monkeypatch.setattr(Store, "free_bytes", lambda store: 10_000)
+    with pytest.raises(
+        ConfigError, match=r"cache.path: .*cache has 0.0 GB free, the cache needs about .* choose another disk"
+    ):
+        run.plan()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_dumped_policies_of_draws_load_again(tmp_path: Path) -> None:
+    schedule = "[{mask_prob: 0.4}, {mask_prob: 0.6}]"
+    config = load_config(DEMO, [f"masks.policies={schedule}", "train.draw_order=in_order"])
+    assert [policy.mask_prob for policy in config.masks.policies] == [0.4, 0.6]
+    assert yaml.safe_load(schedule)[1]["mask_prob"] == config.masks.policy_of(1).mask_prob

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 
@@ -40,10 +41,7 @@ class Store:
             self.location = str(self.local)
             self._fs, self._root = pafs.LocalFileSystem(), self.location
         else:
-            try:
-                self._fs, root = pafs.FileSystem.from_uri(self.location)
-            except (OSError, pa.ArrowException) as error:
-                raise ValueError(f"{self.location} can't be opened: {error}") from error
+            self._fs, root = _open(self.location)
             self._root = root.rstrip("/")
 
     def at(self, name: str) -> str:
@@ -157,6 +155,27 @@ class Store:
             return None
         existing = next(folder for folder in [self.local, *self.local.parents] if folder.exists())
         return shutil.disk_usage(existing).free
+
+
+def _open(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Arrow's file system for a URI, or fsspec's where Arrow has none, and the path within it."""
+    scheme, _, rest = uri.partition("://")
+    if "@" in rest.partition("/")[0]:
+        raise ValueError(
+            f"the {scheme}:// location holds credentials, which logs would repeat; give them in the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
+        )
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+        return filesystem, path
+    except (OSError, pa.ArrowException) as error:
+        if scheme not in fsspec.available_protocols():
+            raise ValueError(f"{uri} can't be opened: neither Arrow nor fsspec knows {scheme}:// ({error})") from error
+    try:
+        found, path = fsspec.url_to_fs(uri)
+    except (ImportError, OSError, ValueError) as error:
+        raise ValueError(f"{uri} can't be opened: {error}") from error
+    return pafs.PyFileSystem(pafs.FSSpecHandler(found)), path
 
 
 def _is_temporary(name: str) -> bool:

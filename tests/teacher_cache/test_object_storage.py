@@ -118,6 +118,27 @@ def test_the_command_line_reads_it_too(make_cache: Make, location: str) -> None:
     assert f"{location} is sound" in done.stdout
 
 
+def test_what_arrow_does_not_know_fsspec_opens(tmp_path: Path, make_cache: Make) -> None:
+    location = f"memory://{tmp_path.name}/cache"
+    make_cache(location, codec="int8")
+    make_cache(tmp_path / "local", codec="int8")
+    assert contents(Store(location)) == contents(Store(tmp_path / "local"))
+    Store(location).remove("clean/part-00000.parquet")
+    assert [problem.name for problem in verify_cache(location)] == ["clean/part-00000.parquet"]
+    repair_cache(location)
+    assert contents(Store(location)) == contents(Store(tmp_path / "local"))
+    ours, theirs = CacheReader(location, "train"), CacheReader(tmp_path / "local", "train")
+    assert torch.equal(ours.read([2], 1).targets, theirs.read([2], 1).targets)
+
+
+def test_locations_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="holds credentials, which logs would repeat") as caught:
+        Store("s3://AKIAEXAMPLE:secret@bucket/cache")
+    assert "secret@" not in str(caught.value) and "AKIA" not in str(caught.value)
+    with pytest.raises(ValueError, match="s4://bucket/cache can't be opened: neither Arrow nor fsspec knows s4://"):
+        Store("s4://bucket/cache")
+
+
 def test_a_store_that_cannot_be_reached_is_one_sentence(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)

@@ -8,7 +8,7 @@ reverse water-filling of rate-distortion theory (Cover and Thomas, Elements of I
 import torch
 from torch import Tensor
 
-DEFAULT_STEP = 1.0
+DEFAULT_STEP = 0.5
 _KEPT = 0.3
 """Components whose standard deviation is below this share of the step would round to zero almost always: left out."""
 _MOST = 2048

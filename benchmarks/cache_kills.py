@@ -1,9 +1,10 @@
 """Kill -9 at random points of building and repairing a cache: is anything lost, there twice, or different afterwards?
 
 Each seeded trial starts a build (or a repair of a damaged cache) in a process of its own, kills it, starts it again, and compares
-every byte with a cache that was left in peace. Kinds of trials: ``time`` (the builder is killed at a random moment), ``write`` (it is
-killed while it puts a random file in its place: just before, or just after), ``repair`` (both of these, in a repair), and with
-Ray ``driver`` and ``actor`` (the process that runs the teacher, which Ray starts again).
+every byte with a cache that was left in peace. Kinds of trials: ``time`` (the builder is killed at a random moment, mostly while it
+writes shards), ``write`` (it is killed while it puts a random file in its place: just before, or just after), ``repair`` (both of
+these, in a repair), and with Ray ``driver`` and ``actor`` (the process that runs the teacher, which Ray starts again). Where a kill
+fell is told by the files that this build or repair had committed by then.
 """
 
 import hashlib
@@ -27,8 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import pyarrow.parquet as pq
 import soundfile
+import torch
 import typer
 from result_file import REPOSITORY, RESULTS, write_result
+from rich.console import Console
+from rich.table import Table
 
 from teacher_cache.audio import load_audio
 from teacher_cache.build import Workers, build_cache
@@ -40,8 +44,15 @@ from teacher_cache.store import Store
 from teacher_cache.teachers import load_teacher
 from teacher_cache.verify import verify_cache
 
-TEACHER = "random:3x160"
+TEACHER = "random:2x32"
 DRAWS = 2
+SAYS = {
+    "different_files": "files that differ from the undisturbed cache's",
+    "lost": "utterances lost, in all passes",
+    "twice": "utterances there twice",
+    "made_again": "files that were finished before the kill and written again after it",
+    "problems": "problems that verify finds",
+}
 
 
 def corpus(folder: Path) -> list[SourceUtterance]:
@@ -68,7 +79,7 @@ def build(root: str, audio: str, workers: Workers | None = None) -> None:
         teacher=teacher.fingerprint,
         num_layers=teacher.num_layers,
         dim=teacher.dim,
-        layers=(1, 2, 3),
+        layers=(1, 2),
         masks=MaskDraws(draws=DRAWS),
         codec="pca",
         corpus="tones",
@@ -81,6 +92,7 @@ def build(root: str, audio: str, workers: Workers | None = None) -> None:
 
 def work(kind: str, root: str, audio: str, kill_at: tuple[int, bool] | None) -> None:
     """A child's task; with ``kill_at`` it kills itself when it puts its n-th file in its place, before or after."""
+    torch.set_num_threads(1)
     if kill_at is not None:
         number, after = kill_at
         create, count = Store.create, 0
@@ -114,7 +126,17 @@ def contents(root: Path) -> dict[str, str]:
 
 
 def commits(root: Path) -> int:
-    return len(list((root / "commits").rglob("*.json")))
+    return len(list((root / "commits").rglob("part-*.json")))
+
+
+def commits_since(root: Path, started: float) -> int:
+    return sum(path.stat().st_mtime >= started for path in (root / "commits").rglob("part-*.json"))
+
+
+def times(root: Path) -> dict[Path, int]:
+    """When each finished shard file was written."""
+    files = [root / path.relative_to(root / "commits").with_suffix(".parquet") for path in root.rglob("part-*.json")]
+    return {file: file.stat().st_mtime_ns for file in files if file.exists()}
 
 
 def damage(rng: random.Random, root: Path) -> None:
@@ -132,14 +154,28 @@ def damage(rng: random.Random, root: Path) -> None:
             path.write_bytes(data)
 
 
+def wait_for_shards(kind: str, root: Path, child: Any) -> None:
+    """Until the child begins with the shards: ``cache.json`` is there, or a repair removes or writes a commit record."""
+    before = commits(root)
+    while child.is_alive() and not (commits(root) != before if kind == "repair" else (root / "cache.json").exists()):
+        time.sleep(0.0005)
+
+
+def writing_seconds(root: Path) -> float:
+    """From ``cache.json`` to the last commit record."""
+    last = max(path.stat().st_mtime for path in root.rglob("part-*.json"))
+    return last - (root / "cache.json").stat().st_mtime
+
+
 def trial(kind: str, seed: int, folder: Path, sound: Path, seconds: float) -> dict[str, Any]:
-    """One kill and its aftermath, without Ray."""
+    """One kill and its aftermath, without Ray; ``seconds`` an undisturbed build takes."""
     rng = random.Random(f"{kind}/{seed}")
     root, audio = folder / "cache", str(folder.parent / "audio")
     shutil.rmtree(root, ignore_errors=True)
     if kind == "repair":
         shutil.copytree(sound, root)
         damage(rng, root)
+    started = time.time()
     by_write = kind == "write" or (kind == "repair" and rng.random() < 0.5)
     kill_at = (
         (rng.randrange(1, len(contents(sound)) if kind == "write" else 10), rng.random() < 0.5) if by_write else None
@@ -149,22 +185,26 @@ def trial(kind: str, seed: int, folder: Path, sound: Path, seconds: float) -> di
     if by_write:
         child.join()
     else:
-        child.join(rng.uniform(0, seconds))
-        assert child.pid is not None
+        if rng.random() < 0.25:
+            child.join(rng.uniform(0, seconds))  # Mostly while it prepares.
+        else:
+            wait_for_shards(kind, root, child)
+            child.join(rng.uniform(0, writing_seconds(sound)))
         child.kill()
         child.join()
-    there = commits(root) if root.exists() else 0
+    there, finished = commits_since(root, started), times(root)
     again = multiprocessing.get_context("forkserver").Process(target=work, args=(kind, str(root), audio, None))
     again.start()
     again.join()
     assert again.exitcode == 0, f"going on after {kind} {seed} failed"
-    return {"kind": kind, "seed": seed, "killed": child.exitcode == -signal.SIGKILL, "commits_at_kill": there} | judge(
-        root, sound
-    )
+    killed = child.exitcode == -signal.SIGKILL
+    if kind == "repair":
+        finished = {}  # Some of them are damaged.
+    return {"kind": kind, "seed": seed, "killed": killed, "commits_at_kill": there} | judge(root, sound, finished)
 
 
-def judge(root: Path, sound: Path) -> dict[str, int]:
-    """Files that differ from the undisturbed cache's, utterances lost or there twice, problems that `verify` finds."""
+def judge(root: Path, sound: Path, finished: dict[Path, int]) -> dict[str, int]:
+    """What the kill did: see `SAYS`."""
     ours, theirs = contents(root), contents(sound)
     lost = twice = 0
     cache = Cache.open(root)
@@ -179,7 +219,9 @@ def judge(root: Path, sound: Path) -> dict[str, int]:
             lost += sum(ids[i] == 0 for i in wanted)
             twice += sum(ids[i] > 1 for i in wanted)
     different = sum(ours.get(name) != theirs.get(name) for name in ours.keys() | theirs.keys())
-    return {"different_files": different, "lost": lost, "twice": twice, "problems": len(verify_cache(root))}
+    again = len(finished.items() - times(root).items())
+    problems = len(verify_cache(root))
+    return dict(zip(SAYS, (different, lost, twice, again, problems), strict=True))
 
 
 DRIVER = """
@@ -244,14 +286,16 @@ def ray_trial(kind: str, seed: int, folder: Path, sound: Path) -> dict[str, Any]
     victims = [driver.pid] if kind == "driver" else teacher_actors(driver.pid)
     for victim in victims:
         os.kill(victim, signal.SIGKILL)
-    there = commits(root)
+    there, finished = commits(root), times(root)
     if kind == "driver":
         driver.wait()
         driver = start_driver(root, audio)
     assert driver.stdout is not None
     printed = driver.stdout.read()
     assert driver.wait() == 0 and "finished" in printed, f"going on after {kind} {seed} failed"
-    return {"kind": kind, "seed": seed, "killed": bool(victims), "commits_at_kill": there} | judge(root, sound)
+    return {"kind": kind, "seed": seed, "killed": bool(victims), "commits_at_kill": there} | judge(
+        root, sound, finished
+    )
 
 
 def main(
@@ -264,7 +308,8 @@ def main(
     if quick:
         trials, with_ray = 2, 0
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["teacher_cache.build", "teacher_cache.repair"])
+    # pandas: pyarrow imports it at the first use of a table, which takes longer than a build here.
+    context.set_forkserver_preload(["teacher_cache.build", "teacher_cache.repair", "pandas"])
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -289,10 +334,16 @@ def main(
                 rows.append(trial(kind, seed, folder / "trials", sound, seconds))
             print(rows[-1], flush=True)
         total = commits(sound)
-    sums = {key: sum(row[key] for row in rows) for key in ("killed", "different_files", "lost", "twice", "problems")}
-    print(f"{len(rows)} trials: {sums}")
+    sums = {key: sum(row[key] for row in rows) for key in ("killed", *SAYS)}
+    table = Table("kind", "trials", "killed", "files committed at the kill", *SAYS.values())
+    for kind in dict.fromkeys(kind for kind, _ in jobs):
+        chosen = [row for row in rows if row["kind"] == kind]
+        at_kill = " ".join(str(count) for count in sorted(row["commits_at_kill"] for row in chosen if row["killed"]))
+        counts = [sum(row[key] for row in chosen) for key in ("killed", *SAYS)]
+        table.add_row(kind, str(len(chosen)), str(counts[0]), f"{at_kill} of {total}", *map(str, counts[1:]))
+    Console(width=150).print(table)
     write_result(output, trials=len(rows), files_committed_by_a_build=total, **sums, rows=rows)
-    if any(sums[key] for key in ("different_files", "lost", "twice", "problems")):
+    if any(sums[key] for key in SAYS):
         raise SystemExit(1)
 
 

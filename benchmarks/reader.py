@@ -181,7 +181,8 @@ def read_alone(way: str, reader: TargetReader, settings: TrainSettings) -> dict[
         reader.num_samples, replace_seed(settings, 0).model_copy(update={"epochs": 3, "max_steps": None}), 1
     )
     before, began = reader.bytes_read, time.perf_counter()
-    samples, peaks = 0, []
+    samples = 0
+    peaks: list[float] = []
     for micro in micro_batches(plan, reader, Rank(), 0, 1):
         samples += int(micro.num_samples.sum())
         _ = micro.batch.targets
@@ -286,9 +287,9 @@ def measure_order(planned: list[list[list[int]]], lengths: np.ndarray) -> dict[s
                 again += following.get(one, -1) == following.get(other, -2)
         expected.append(statistics.mean(len(batch) - 1 for batch in batches) / (len(lengths) - 1))
     positions, autocorrelations = [], []
-    for one, other in pairwise(where):
-        common = sorted(one.keys() & other.keys())
-        positions.append(np.corrcoef([one[i] for i in common], [other[i] for i in common])[0, 1])
+    for now, later in pairwise(where):
+        common = sorted(now.keys() & later.keys())
+        positions.append(np.corrcoef([now[i] for i in common], [later[i] for i in common])[0, 1])
     for batches in planned:
         means = [lengths[batch].mean() for batch in batches]
         autocorrelations.append(np.corrcoef(means[:-1], means[1:])[0, 1])

@@ -27,15 +27,6 @@ class Line:
     color: str
 
 
-def layer_color(number: int, count: int) -> str:
-    """A colour for the number-th (from 0) of ordered things: dark blue to orange, of even lightness."""
-    stops = np.array([[58, 76, 192], [0, 150, 170], [110, 165, 50], [215, 125, 0]])
-    at = number / max(1, count - 1) * (len(stops) - 1)
-    low = min(int(at), len(stops) - 2)
-    rgb = stops[low] + (at - low) * (stops[low + 1] - stops[low])
-    return "#{:02x}{:02x}{:02x}".format(*(int(v) for v in rgb))
-
-
 def line_chart(title: str, lines: Sequence[Line], y_label: str, *, x_label: str = "optimiser step") -> str:
     """A figure with axes, lines and a legend; a logarithmic y axis where values span more than a factor of 10.
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 import yaml
 from rich.console import Console
@@ -21,7 +22,7 @@ from pipeline.config import Config, ConfigError, dump_config
 from pipeline.corpus import CorpusIndex, index_corpus
 from pipeline.plan import cost_lines, cost_table, plan_cost
 from pipeline.report import feature_maps, read_metrics, write_report
-from student import load_student
+from student import Student, load_student
 from student.ray_training import train_on_ray
 from teacher_cache.batch import TargetReader
 from teacher_cache.build import Progress as BuildProgress
@@ -77,7 +78,7 @@ class Run:
         if results:
             if not path.is_file():
                 raise ConfigError(f"{self.folder} holds files but no run (no config.yaml); choose another name=...")
-            mine, theirs = _identity(dump_config(self.config)), _identity(path.read_text())
+            mine, theirs = _identity(dump_config(self.config)), _identity(_completed(path.read_text()))
             changed = [section for section in mine if mine[section] != theirs.get(section)]
             if changed:
                 raise ConfigError(
@@ -337,12 +338,18 @@ class Run:
         self.say(f"export  {export}")
 
     def report(self) -> dict[str, Any]:
-        """Writes summary.json and report.html."""
-        export = self.folder / "export"
-        if not export.is_dir():
-            raise ConfigError(f"the run {self.config.name} has no export to report on; run the export stage first")
-        student = load_student(export)
-        trained = json.loads((self.folder / "train.json").read_text())
+        """Writes summary.json and report.html; of a run that has no export yet, a page of what is recorded, and says so."""
+        export, page = self.folder / "export", self.folder / "report.html"
+        exported, metrics = export.is_dir(), read_metrics(self.folder / "metrics.jsonl")
+        nothing = f"the run {self.config.name} has no export to report on; run the export stage first"
+        if not exported and not metrics:
+            raise ConfigError(nothing)
+        if exported:
+            student = load_student(export)
+        else:
+            student = Student(self.config.resolve_student(len(self.layers_of(self.teacher)), self.teacher.dim))
+        result = self.folder / "train.json"
+        trained = json.loads(result.read_text()) if exported or result.is_file() else None
         online = self.config.train.targets == "online"
         size = None if online else cache_bytes(Cache.open(self.cache))
         summary: dict[str, Any] = {
@@ -361,18 +368,21 @@ class Run:
             "cache": None if online else self.cache.location,
             "export": str(export),
             "run": str(self.folder),
-            "report": str(self.folder / "report.html"),
+            "report": str(page),
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        page = self.folder / "report.html"
+        if exported:
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        maps = feature_maps(student, self._validation_reader()) if exported else "No student is exported yet."
         write_report(
             page,
             summary=summary,
             facts=self._facts(summary),
-            metrics=read_metrics(self.folder / "metrics.jsonl"),
-            maps=feature_maps(student, self._validation_reader()),
+            metrics=metrics,
+            maps=maps,
             config=dump_config(self.config),
         )
+        if not exported:
+            raise ConfigError(f"{nothing} ({page} shows what is recorded so far)")
         self.say(f"report  {page}")
         return summary
 
@@ -387,20 +397,21 @@ class Run:
         """What the report says of the run, by name."""
         train, masks = self.config.train, self.config.masks
         batch = f"{train.batch_size} utterances" if train.batch_size else f"{train.batch_seconds:g} s of audio"
+        policy = "a policy for each draw" if masks.policies else f"mask_prob {masks.policy.mask_prob:g}"
         layers = f"layers {', '.join(map(str, self.layers_of(self.teacher)))} of width {self.teacher.dim}"
         facts = {
             "corpus": f"{summary['hours']:.2f} h, {summary['utterances']:,} utterances, {summary['skipped_files']} files skipped",
             "teacher": f"{summary['teacher']}, {summary['teacher_parameters']:,} parameters, {layers}",
             "student": f"{summary['student_parameters']:,} parameters, heads included",
-            "masks": f"{masks.draws} draws, seed {masks.seed}" if masks.draws else "none",
-            "training": f"{train.targets} targets, {batch} x {train.accumulate} x {train.workers} a step, {train.precision}, "
-            f"peak learning rate {train.learning_rate:g}",
+            "masks": f"{masks.draws} draws, {policy}, seed {masks.seed}" if masks.draws else "none",
+            "training": f"{train.targets} targets, batches of {batch}, {train.accumulate} a step and worker, "
+            f"{train.workers} workers, {train.precision}, {train.loss}, peak learning rate {train.learning_rate:g}",
         }
         if summary["cache_bytes"] is not None:
             facts["cache"] = (
                 f"{self.spec.codec}, {self.spec.targets}, {summary['cache_bytes'] / 1e6:,.1f} MB at {summary['cache']}"
             )
-        return facts | {"model": summary["export"]}
+        return facts | ({"model": summary["export"]} if Path(summary["export"]).is_dir() else {})
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -454,8 +465,23 @@ def run_stages(run: Run, stages: list[str]) -> dict[str, Any] | None:
 
 _CARRIED_OUT = {
     "cache": ("actors", "gpus_per_actor", "cpus_per_actor", "verify"),
-    "train": ("trackers", "max_failures", "checkpoint_every", "keep_best", "max_skipped_steps"),
+    "train": (
+        "trackers",
+        "max_failures",
+        "checkpoint_every",
+        "keep_best",
+        "max_skipped_steps",
+        "checkpoint_activations",
+    ),
 }
+
+
+def _completed(text: str) -> str:
+    """A configuration that an earlier version wrote, with the defaults of keys that are new since."""
+    try:
+        return dump_config(Config.model_validate(yaml.safe_load(text)))
+    except pydantic.ValidationError:
+        return text  # Of a key that is gone; comparing shows it.
 
 
 def _identity(text: str) -> dict[str, Any]:

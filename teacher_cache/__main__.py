@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -16,9 +17,19 @@ from teacher_cache.verify import verify_cache, verify_deep
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 console = Console(soft_wrap=True, highlight=False)
 
+
+def _usable(device: str) -> str:
+    """The device, if PyTorch can use it; ValueError otherwise."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # The latter where PyTorch was built without CUDA.
+        raise ValueError(f"can't use device {device!r}: PyTorch finds no such device on this machine") from error
+    return device
+
+
 Location = Annotated[str, typer.Argument(metavar="CACHE", help="Its folder, or a URI such as s3://bucket/prefix.")]
 TeacherSpec = Annotated[str | None, typer.Option(help="Checkpoint; default the one the cache was made with.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda, for the teacher.")]
+Device = Annotated[str, typer.Option(callback=_usable, help="cpu or cuda, for the teacher.")]
 
 
 @app.command()
@@ -31,7 +42,7 @@ def info(cache: Location) -> None:
 def verify(
     cache: Location,
     fast: Annotated[bool, typer.Option("--fast", help="Sizes and records only, without reading every byte.")] = False,
-    deep: Annotated[int, typer.Option(help="Also run the teacher again on this many utterances.")] = 0,
+    deep: Annotated[int, typer.Option(min=0, help="Also run the teacher again on this many utterances.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the choice of utterances for --deep.")] = 0,
     teacher: TeacherSpec = None,
     device: Device = "cpu",
@@ -43,7 +54,9 @@ def verify(
     good = not problems
     if good and deep:
         loaded = load_teacher(teacher or Cache.open(Store(cache)).record["teacher_spec"], device)
-        table = Table("pass", "layer", "relative error", "allowed", title=f"{deep} utterances against the teacher")
+        table = Table(
+            "pass", "layer", "relative error", "allowed", title=f"up to {deep} utterances against the teacher"
+        )
         for check in verify_deep(cache, loaded, sample=deep, seed=seed):
             name = "clean" if check.draw is None else f"draw {check.draw}"
             style = None if check.good else "red"

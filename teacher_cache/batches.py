@@ -8,6 +8,8 @@ from teacher_cache.frames import SAMPLE_RATE
 
 WINDOW_BATCHES = 50
 """Batches' worth of utterances that are sorted by length together: more saves padding, fewer shuffles better."""
+LENGTH_NOISE = 0.02
+"""Share of its length by which an utterance may be sorted wrongly, so that it meets others in each epoch."""
 
 
 def cut_by_seconds(order: Sequence[int], num_samples: np.ndarray, batch_seconds: float) -> list[list[int]]:
@@ -43,9 +45,10 @@ def plan_epoch(
 ) -> list[list[list[list[int]]]]:
     """The batches of one training epoch.
 
-    Utterances are permuted by ``default_rng((seed, epoch))``, sorted by length within windows of WINDOW_BATCHES batches,
-    cut into batches, and the batches shuffled. The last ``batches mod (world_size * accumulate)`` are left out, so that
-    every rank takes equally many (uneven loops deadlock DDP); being the last of a shuffle, they differ each epoch.
+    Utterances are permuted by ``default_rng((seed, epoch))``, sorted by length (give or take LENGTH_NOISE) within windows of
+    WINDOW_BATCHES batches, cut into batches, and the batches shuffled. The last ``batches mod (world_size * accumulate)`` are
+    left out, so that every rank takes equally many (uneven loops deadlock DDP); being the last of a shuffle, they differ each
+    epoch.
     Where there are fewer batches than one optimiser step needs, they are repeated to fill it.
 
     Args:
@@ -68,7 +71,9 @@ def plan_epoch(
     batches: list[list[int]] = []
     for start in range(0, len(order), window):
         members = order[start : start + window]
-        members = members[np.argsort(num_samples[members], kind="stable")]
+        # Exact lengths would make the same batches each epoch where a window holds the whole split.
+        nearly = num_samples[members] * rng.uniform(1 - LENGTH_NOISE, 1 + LENGTH_NOISE, len(members))
+        members = members[np.argsort(nearly, kind="stable")]
         if batch_size is not None:
             batches += [members[i : i + batch_size].tolist() for i in range(0, len(members), batch_size)]
         else:

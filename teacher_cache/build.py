@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from teacher_cache.building import building
+from teacher_cache.building import building, full_disk
 from teacher_cache.codecs import is_learned
 from teacher_cache.embedded import to_pcm
 from teacher_cache.fit import fit_to_teacher
-from teacher_cache.layout import Cache, create_cache, grow_cache, refuse_strangers
+from teacher_cache.layout import COPIES, Cache, create_cache, grow_cache, refuse_strangers, state_name
 from teacher_cache.shards import Shard
 from teacher_cache.spec import CacheError, CacheSpec
 from teacher_cache.store import Store
 from teacher_cache.teachers import Teacher, load_teacher
-from teacher_cache.writer import ShardWriter, decode_shard, shard_from_json, shard_to_json
+from teacher_cache.writer import ShardAudio, ShardWriter, decode_shard, shard_from_json, shard_to_json
 
 _FAILURES_SHOWN = 5
 
@@ -110,19 +111,27 @@ def build_cache(
         raise CacheError(f"there is no layer {wrong[0]}; the teacher has layers 1 to {spec.num_layers}")
     store = Store(location)
     refuse_strangers(store)
-    with building(store):
+    with building(store) as check:
         store.remove_leftovers()
-        cache = _prepared(store, spec, plan, teacher_spec, teacher_name, workers)
-        report = write_missing(cache, teacher_spec, workers, on_progress)
+        cache = _prepared(store, spec, plan, teacher_spec, teacher_name, workers, check)
+        _remove_states_of_no_set(cache)
+        report = _write_missing(cache, teacher_spec, workers, on_progress, check)
         store.remove_leftovers()
     return report
 
 
 def _prepared(
-    store: Store, spec: CacheSpec, plan: pa.Table, teacher_spec: str, teacher_name: str, workers: Workers | None
+    store: Store,
+    spec: CacheSpec,
+    plan: pa.Table,
+    teacher_spec: str,
+    teacher_name: str,
+    workers: Workers | None,
+    check: Callable[[], None],
 ) -> Cache:
     if not Cache.exists(store):
         state = _fit(spec, spec.layers, plan, teacher_spec, workers)
+        check()
         return create_cache(
             store,
             spec,
@@ -137,7 +146,16 @@ def _prepared(
         return cache
     new = tuple(sorted(set(spec.layers) - set(cache.spec.layers)))
     state = _fit(spec, new, plan, teacher_spec, workers) if new else {}
+    check()
     return grow_cache(cache, spec, state)
+
+
+def _remove_states_of_no_set(cache: Cache) -> None:
+    """A builder killed before it wrote ``cache.json`` leaves a codec's state; what is built now may need none."""
+    known = {state_name(number) for number, chosen in enumerate(cache.layer_sets) if chosen.state is not None}
+    for name in (*cache.store.names("codec"), *cache.store.names(f"{COPIES}/codec")):
+        if name.removeprefix(f"{COPIES}/") not in known and Path(name).name.startswith("set="):
+            cache.store.remove(name)
 
 
 def _fit(
@@ -146,82 +164,120 @@ def _fit(
     if not is_learned(spec.codec):
         return {}
     if workers is None:
-        return fit_to_teacher(spec, layers, plan, load_teacher(teacher_spec))
+        teacher = load_teacher(teacher_spec)
+        try:
+            return fit_to_teacher(spec, layers, plan, teacher)
+        except ValueError as error:
+            raise CacheError(f"the codec could not be fitted: {error}") from error
     import ray
 
-    def fit() -> Mapping[str, Tensor]:
-        return fit_to_teacher(spec, layers, plan, load_teacher(teacher_spec, workers.device))
+    def fit() -> Mapping[str, Tensor] | str:
+        # Ray would wrap an exception in its traceback, and can't carry every one.
+        try:
+            return fit_to_teacher(spec, layers, plan, load_teacher(teacher_spec, workers.device))
+        except (ValueError, OSError) as error:
+            return str(error)
 
     task = ray.remote(num_cpus=workers.cpus_per_actor, num_gpus=workers.gpus_per_actor, max_retries=3)(fit)
-    state: Mapping[str, Tensor] = ray.get(task.remote())
+    state: Mapping[str, Tensor] | str = ray.get(task.remote())
+    if isinstance(state, str):
+        raise CacheError(f"the codec could not be fitted: {state}")
     return state
 
 
-def write_missing(
+def _write_missing(
     cache: Cache,
-    teacher: str | Teacher,
+    teacher_spec: str,
     workers: Workers | None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[Progress], None],
+    check: Callable[[], None],
 ) -> BuildReport:
-    """Writes all files without a commit record; the caller holds the claim (`building`). See `build_cache`."""
+    """Writes all files without a commit record."""
     started = time.monotonic()
     missing = cache.missing()
     todo = [shard for shard in cache.shards if shard.number in missing]
     there = [shard for shard in cache.shards if shard.number not in missing]
-    done = seconds = 0.0
-    utterances = 0
-    busy = 0.0
+    utterances_there, seconds_there = sum(len(shard.utterances) for shard in there), sum(s.seconds for s in there)
+    actors = 1 if workers is None else min(workers.actors, len(todo))
+    written = utterances = 0
+    seconds = busy = 0.0
     failures: list[str] = []
-    full = False
-    records = _records(cache, todo, teacher, workers) if todo else iter(())
-    for count, record in enumerate(records, 1):
-        failures += record["failures"]
-        if record["full"]:
-            full = True
-            break
-        seconds += record["seconds"]
-        utterances += record["utterances"]
-        busy += record["busy"]
-        elapsed = time.monotonic() - started
-        actors = 1 if workers is None else min(workers.actors, len(todo))
-        on_progress(
-            Progress(
-                len(there) + count,
-                len(cache.shards),
-                sum(len(shard.utterances) for shard in there) + utterances,
-                cache.record["utterances"],
-                sum(shard.seconds for shard in there) + seconds,
-                cache.record["seconds"],
-                seconds / elapsed,
-                busy / elapsed / actors,
-                elapsed,
+    # Closed whatever happens, so that no actor writes on after the claim is given up.
+    with closing(_records(cache, todo, teacher_spec, workers)) as records:
+        for record in records:
+            check()
+            if record.get("refused"):
+                raise CacheError(record["refused"])
+            if record["full"]:
+                raise full_disk(cache.store, record["failures"][-1])
+            busy += record["busy"]
+            if record["failures"]:
+                failures += record["failures"]
+                continue
+            written += 1
+            utterances += record["utterances"]
+            seconds += record["seconds"]
+            elapsed = time.monotonic() - started
+            on_progress(
+                Progress(
+                    len(there) + written,
+                    len(cache.shards),
+                    utterances_there + utterances,
+                    cache.record["utterances"],
+                    seconds_there + seconds,
+                    cache.record["seconds"],
+                    seconds / elapsed,
+                    busy / elapsed / actors,
+                    elapsed,
+                )
             )
-        )
-        done += 1
+    refuse_failures(failures)
     elapsed = time.monotonic() - started
-    if full:
-        raise CacheError(
-            f"the disk of {cache.store.location} is full ({failures[-1]}); what is finished stays: make room and run again"
-        )
+    return BuildReport(written, len(there), elapsed, seconds, busy)
+
+
+def refuse_failures(failures: list[str]) -> None:
+    """CacheError of the first few sentences, where there are any."""
     if failures:
         more = f" and {len(failures) - _FAILURES_SHOWN} more" if len(failures) > _FAILURES_SHOWN else ""
         raise CacheError(
             f"{len(failures)} utterances could not be cached: {'; '.join(failures[:_FAILURES_SHOWN])}{more}"
         )
-    return BuildReport(len(todo), len(there), elapsed, seconds, busy)
+
+
+@contextmanager
+def writer_here(cache: Cache, teacher: str | Teacher, device: str = "cpu") -> Iterator[ShardWriter]:
+    """A writer in this process, with the cache's number of PyTorch threads while the block runs."""
+    threads = torch.get_num_threads()
+    try:
+        yield ShardWriter(cache.store.location, teacher, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _ShardWriterActor:
+    """`ShardWriter` in a Ray Data actor. What it raises for the user comes back in a record: Ray would try again and again."""
+
+    def __init__(self, location: str, teacher_spec: str, device: str) -> None:
+        self._refused = ""
+        try:
+            self._writer = ShardWriter(location, teacher_spec, device)
+        except (ValueError, OSError) as error:
+            self._refused = str(error)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([{"refused": self._refused}]) if self._refused else self._writer(batch)
 
 
 def _records(
-    cache: Cache, shards: list[Shard], teacher: str | Teacher, workers: Workers | None
-) -> Iterator[dict[str, Any]]:
-    if workers is None or isinstance(teacher, Teacher):
-        threads = torch.get_num_threads()
-        try:
-            writer = ShardWriter(cache.store.location, teacher)
+    cache: Cache, shards: list[Shard], teacher_spec: str, workers: Workers | None
+) -> Generator[dict[str, Any], None, None]:
+    if not shards:
+        return
+    if workers is None:
+        with writer_here(cache, teacher_spec) as writer:
             for shard in shards:
                 yield writer.write(shard)
-        finally:
-            torch.set_num_threads(threads)
         return
     import ray.data
 
@@ -231,7 +287,11 @@ def _records(
     location = cache.store.location
 
     def decode(row: dict[str, Any]) -> dict[str, Any]:
-        decoded = decode_shard(Cache.open(location), shard_from_json(row["shard"]))
+        shard = shard_from_json(row["shard"])
+        try:
+            decoded = decode_shard(Cache.open(location), shard)
+        except (ValueError, OSError) as error:
+            decoded = ShardAudio([], [], [f"shard {shard.number}: {error}"])
         return {
             "shard": row["shard"],
             "pcm": b"".join(to_pcm(waveform) for waveform in decoded.waveforms),
@@ -243,8 +303,8 @@ def _records(
         [{"shard": shard_to_json(shard)} for shard in shards], override_num_blocks=len(shards)
     ).map(decode, num_cpus=1)
     yield from dataset.map_batches(
-        ShardWriter,
-        fn_constructor_args=(location, teacher, workers.device),
+        _ShardWriterActor,
+        fn_constructor_args=(location, teacher_spec, workers.device),
         batch_size=1,
         batch_format="pyarrow",
         # Two shards at a time in one actor: one is at the teacher while the other is unpacked, written or synced.

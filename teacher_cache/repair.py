@@ -1,14 +1,22 @@
 """Bringing a damaged cache back: only what is missing or damaged is made again, to the same bytes."""
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
-from teacher_cache.build import write_missing
-from teacher_cache.building import building
-from teacher_cache.layout import CACHE_JSON, COPIES, Cache
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from teacher_cache.build import refuse_failures, writer_here
+from teacher_cache.building import building, full_disk
+from teacher_cache.embedded import from_flac, from_pcm, to_flac, to_pcm
+from teacher_cache.layout import CACHE_JSON, COPIES, Cache, ShardFile
+from teacher_cache.shards import Shard
 from teacher_cache.spec import CacheError
 from teacher_cache.store import Store
 from teacher_cache.teachers import load_teacher
 from teacher_cache.verify import verify_cache
+from teacher_cache.writer import ShardAudio, decode_shard
 
 SET_ASIDE = "set-aside"
 
@@ -17,7 +25,9 @@ def repair_cache(location: str | Path, teacher_spec: str | None = None, device: 
     """Repairs a cache in this process; a build that was never finished is finished too.
 
     Records are restored from their copies. Damaged shard files are computed again, from the audio embedded in the cache where
-    it is sound, else from the corpus. Files that do not belong to the cache are moved to ``set-aside/``.
+    it is sound, else from the corpus, else from what can still be read of the damaged file (each utterance is checked against
+    the corpus index). A damaged file stays until its successor is ready. Files that do not belong to the cache are moved to
+    ``set-aside/``.
 
     Args:
         location: of the cache.
@@ -28,13 +38,14 @@ def repair_cache(location: str | Path, teacher_spec: str | None = None, device: 
         One sentence for each thing done; empty where nothing was wrong.
 
     Raises:
-        CacheError: both copies of a record are gone, the teacher is another, or the audio can't be had.
+        CacheError: both copies of a record are gone, the teacher is another, or the audio can't be had (all else is
+            repaired first).
     """
     store = Store(location)
     if not Cache.exists(store) and store.size(f"{COPIES}/{CACHE_JSON}") is None:
         raise CacheError(f"there is no teacher cache at {store.location} (no {CACHE_JSON}, and no copy of it)")
     done: list[str] = []
-    with building(store):
+    with building(store) as check:
         store.remove_leftovers()
         problems = verify_cache(store)
         records = [problem.name for problem in problems if problem.kind == "identity"]
@@ -50,16 +61,67 @@ def repair_cache(location: str | Path, teacher_spec: str | None = None, device: 
             problems = verify_cache(store)
         for problem in problems:
             if problem.kind == "stranger":
-                store.move(problem.name, f"{SET_ASIDE}/{problem.name}")
+                store.move(problem.name, _free_name(store, f"{SET_ASIDE}/{problem.name}"))
                 done.append(f"{store.at(problem.name)} moved to {SET_ASIDE}/")
-        damaged = [problem for problem in problems if problem.file is not None]
+        damaged = [problem.file for problem in problems if problem.file is not None]
         if damaged:
-            for problem in damaged:
-                assert problem.file is not None
-                # The commit first: a kill in between leaves an unfinished file, not a trusted damaged one.
-                store.remove(problem.file.commit)
-                store.remove(problem.file.name)
-            cache = Cache.open(store)
-            write_missing(cache, load_teacher(teacher_spec or cache.record["teacher_spec"], device), None)
-            done += [f"{store.at(problem.file.name)} made again" for problem in damaged if problem.file]
+            done += _make_again(Cache.open(store), damaged, teacher_spec, device, check)
     return done
+
+
+def _free_name(store: Store, name: str) -> str:
+    """The name, or with a number where something was set aside under it before."""
+    number, free = 1, name
+    while store.size(free) is not None:
+        number, free = number + 1, f"{name}.{number + 1}"
+    return free
+
+
+def _make_again(
+    cache: Cache, damaged: list[ShardFile], teacher_spec: str | None, device: str, check: Callable[[], None]
+) -> list[str]:
+    done: list[str] = []
+    failures: list[str] = []
+    teacher = load_teacher(teacher_spec or cache.record["teacher_spec"], device)
+    with writer_here(cache, teacher, device) as writer:
+        for shard in cache.shards:
+            files = [file for file in damaged if file.shard == shard.number]
+            if not files:
+                continue
+            check()
+            if cache.files(shard)[0] in files:
+                # With its commit, damage would pass for sound audio.
+                cache.store.remove(cache.files(shard)[0].commit)
+            audio = decode_shard(cache, shard)
+            if audio.failures:
+                audio = _salvaged(cache, shard) or audio
+            if audio.failures:
+                failures += audio.failures
+                continue
+            for file in files:
+                cache.store.remove(file.commit)
+            record = writer.write(shard, audio)
+            if record["full"]:
+                raise full_disk(cache.store, record["failures"][-1])
+            failures += record["failures"]
+            done += [f"{cache.store.at(file.name)} made again" for file in files]
+    refuse_failures(failures)
+    return done
+
+
+def _salvaged(cache: Cache, shard: Shard) -> ShardAudio | None:
+    """A shard's audio from what can be read of its damaged file; None where any utterance is not as it was indexed."""
+    decode, encode = (from_flac, to_flac) if cache.spec.audio == "flac" else (from_pcm, to_pcm)
+    waveforms, embedded = [], []
+    try:
+        with pq.ParquetFile(cache.store.open(cache.files(shard)[0].name), page_checksum_verification=True) as file:
+            for row, utterance in enumerate(shard.utterances):
+                table = file.read_row_group(row, columns=["audio"], use_threads=False)
+                waveform = decode(table["audio"][0].as_py())
+                if hashlib.sha256(waveform.tobytes()).hexdigest() != utterance.sha256:
+                    return None
+                waveforms.append(waveform)
+                embedded.append(encode(waveform))
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, pa.ArrowException):
+        return None
+    return ShardAudio(waveforms, embedded, [])

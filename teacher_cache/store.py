@@ -1,6 +1,7 @@
 """Where a cache lies: a folder on a local disk, or a prefix in an object store, through pyarrow's file systems."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -98,19 +99,18 @@ class Store:
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
         """Yields a local path to write to; when the block ends well the file is put in its place, whole and durable."""
-        if self.local is not None:
-            place = self.local / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
-        else:
-            handle, path = tempfile.mkstemp(prefix="cache-shard-")
-            os.close(handle)
-            temporary = Path(path)
+        if self.local is None:
+            # A file without a name: it ends with the process, however that ends.
+            with tempfile.TemporaryFile() as unnamed:
+                path = Path(f"/proc/self/fd/{unnamed.fileno()}")
+                yield path
+                self._upload(path, name)
+            return
+        place = self.local / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
         try:
             yield temporary
-            if self.local is None:
-                self._upload(temporary, name)
-                return
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(place)
@@ -128,14 +128,16 @@ class Store:
             path.write_bytes(data)
 
     def _upload(self, path: Path, name: str) -> None:
-        # Checked against the size: a stream that is closed by an error would leave what it has as a whole object.
         target = f"{self._root}/{name}"
+        before = self.size(name)
         try:
             with path.open("rb") as source, self._fs.open_output_stream(target) as sink:
                 shutil.copyfileobj(source, sink, _COPY_BYTES)
         except BaseException:
+            # A stream that an error closes leaves what it has as a whole object; what was there before stays.
             with contextlib.suppress(OSError):
-                self._fs.delete_file(target)
+                if self.size(name) not in (before, path.stat().st_size):
+                    self._fs.delete_file(target)
             raise
 
     def remove(self, name: str) -> None:
@@ -155,6 +157,11 @@ class Store:
             return None
         existing = next(folder for folder in [self.local, *self.local.parents] if folder.exists())
         return shutil.disk_usage(existing).free
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that a disk has no room, or a user no quota, left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _open(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -138,6 +138,8 @@ def open_codec(name: str, layers: Sequence[int], dim: int, state: State) -> tupl
         if not number.isdigit() or int(number) >= len(groups):
             raise ValueError(f"the state of codec {name!r} was made for other layers than {list(layers)}")
         parts[int(number)][rest] = value
+    if not all(parts):
+        raise ValueError(f"the state of codec {name!r} was made for other layers than {list(layers)}")
     made: type[Int8Codec] | type[PcaCodec] = Int8Codec if kind == "int8" else PcaCodec
     try:
         codecs = tuple(made(group, part) for group, part in zip(groups, parts, strict=True))

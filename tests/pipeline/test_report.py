@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.charts import Line, heatmap, layer_color, line_chart
-from pipeline.report import FeatureMaps, feature_maps, read_metrics, write_report
+from pipeline.charts import Line, heatmap, line_chart
+from pipeline.report import FeatureMaps, LayerMap, feature_maps, layer_color, read_metrics, write_report
 from student import Student, StudentConfig
 from teacher_cache.reader import CacheReader
 from teacher_cache.spec import CacheSpec
@@ -35,7 +35,7 @@ SUMMARY: dict[str, Any] = {
         "best_validation_loss": 0.5,
     },
 }
-MAPS = FeatureMaps("u-1", 3.0, [(1, np.zeros((150, 8)), np.ones((150, 8))), (12, np.ones((150, 8)), np.ones((150, 8)))])
+MAPS = FeatureMaps("u-1", 3.0, [LayerMap(n, np.zeros((150, 8)), np.ones((150, 8)), 0.25 + n / 100) for n in (1, 12)])
 
 
 def rows() -> list[dict[str, Any]]:
@@ -57,7 +57,11 @@ def rows() -> list[dict[str, Any]]:
     found += [
         {"kind": "validation", "step": step, "loss": 1.0, "layer_01": 1.0, "layer_02": 2.0} for step in (0, 20, 40)
     ]
-    return [*found, {"kind": "skipped", "step": 7}, {"kind": "skipped", "step": 30}]
+    return [
+        *found,
+        {"kind": "skipped", "step": 7, "cause": "loss"},
+        {"kind": "skipped", "step": 30, "cause": "gradient"},
+    ]
 
 
 def write(folder: Path, metrics: list[dict[str, Any]], **changes: Any) -> str:
@@ -90,7 +94,8 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     assert parser.open == []
     assert "http:" not in page and "https:" not in page and "<script" not in page and "@import" not in page
     assert set(re.findall(r'src="(.{10})', page)) == {"data:image"}
-    for title in ("Loss", "Skipped steps", "Validation loss of each layer", "Throughput", "Waste", "Layer 12"):
+    titles = ("Training and validation loss", "skipped step", "Validation loss of each layer", "Throughput", "Padding")
+    for title in (*titles, "Layer 12", "0.37"):
         assert title in page
     assert "Nothing was recorded" not in page
     assert "a &lt;run&gt; &amp; more" in page and "12 h &lt;of&gt; speech" in page and "name: &lt;b&gt;" in page
@@ -174,8 +179,8 @@ def test_maps_come_from_teacher_and_student(tmp_path: Path, make_cache: Callable
         )
     )
     maps = feature_maps(student, reader)
-    assert [layer for layer, *_ in maps.layers] == [2, 3, 4]
-    for _, teacher, ours in maps.layers:
+    assert [layer.layer for layer in maps.layers] == [2, 3, 4]
+    for teacher, ours in ((layer.teacher, layer.student) for layer in maps.layers):
         assert teacher.shape == ours.shape
         assert teacher.shape[1] == 32
         np.testing.assert_allclose(teacher.mean(0), 0, atol=1e-4)

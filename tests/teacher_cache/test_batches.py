@@ -59,6 +59,19 @@ def test_sorting_within_windows_saves_padding() -> None:
     assert padding(ours) < padding(naive) / 3
 
 
+def test_an_epoch_within_one_window_has_other_batches_than_the_next() -> None:
+    first, second = (
+        {
+            frozenset(flat([step]))
+            for step in plan_epoch(
+                LENGTHS[:100], batch_size=4, batch_seconds=None, world_size=1, accumulate=1, seed=0, epoch=epoch
+            )
+        }
+        for epoch in (0, 1)
+    )
+    assert len(first & second) < len(first) / 2
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_fewer_utterances_than_a_step_needs(count: int) -> None:
     steps = plan_epoch(LENGTHS[:count], batch_size=4, batch_seconds=None, world_size=2, accumulate=2, seed=0, epoch=0)

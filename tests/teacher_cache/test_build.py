@@ -1,8 +1,11 @@
 """Building with Ray Data and without: the same bytes, honest progress, and one sentence where something is wrong."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,20 +95,77 @@ def test_ray_and_no_ray_give_the_same_bytes(
 
 
 @pytest.mark.ray
+def test_two_actors_give_the_same_bytes(tmp_path: Path, local_ray: None, build: Build) -> None:
+    seen: list[Progress] = []
+    report = build(tmp_path / "ray", Workers(actors=2), seen.append, shard_seconds=2)
+    build(tmp_path / "alone", shard_seconds=2)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "alone")
+    assert report.written == len(seen) > 6
+    assert all(0 < p.busy <= 1 for p in seen)
+    assert [p.utterances_done for p in seen] == sorted({p.utterances_done for p in seen})
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("codec", ["fp32", "pca"])
 def test_a_file_that_vanished_is_named_and_all_others_are_cached(
-    tmp_path: Path, local_ray: None, build: Build, source_utterances: list[SourceUtterance]
+    tmp_path: Path, local_ray: None, build: Build, source_utterances: list[SourceUtterance], codec: str
 ) -> None:
-    victim = Path(source_utterances[0].path)
+    victim = Path(next(utterance.path for utterance in source_utterances if utterance.split == "train"))
     sound = victim.read_bytes()
     victim.unlink()
-    with pytest.raises(CacheError, match=rf"1 utterances could not be cached: .*{victim}"):
-        build(tmp_path / "cache", Workers())
-    cache = Cache.open(tmp_path / "cache")
-    assert len(cache.missing()) == 1
+    seen: list[Progress] = []
+    # A codec that learns hears the utterances first.
+    message = (
+        f"the codec could not be fitted: {victim} can't" if codec == "pca" else f"1 utterances could not .*{victim}"
+    )
+    with pytest.raises(CacheError, match=message) as caught:
+        build(tmp_path / "cache", Workers(), seen.append, codec=codec)
+    assert "\n" not in str(caught.value)
+    if codec == "pca":
+        assert not Cache.exists(Store(tmp_path / "cache"))
+    else:
+        cache = Cache.open(tmp_path / "cache")
+        assert len(cache.missing()) == 1
+        assert seen[-1].shards_done == len(cache.shards) - 1
+        assert seen[-1].utterances_done < seen[-1].utterances
     victim.write_bytes(sound)
-    report = build(tmp_path / "cache", Workers())
-    assert report.written == 1
+    report = build(tmp_path / "cache", None, codec=codec)
+    if codec == "fp32":
+        assert report.written == 1
     assert verify_cache(tmp_path / "cache") == []
+
+
+@pytest.mark.ray
+def test_another_teacher_is_said_in_one_sentence(
+    tmp_path: Path, local_ray: None, cache_spec: Make, source_utterances: list[SourceUtterance]
+) -> None:
+    spec = cache_spec(TEACHER)
+    plan = plan_shards(source_utterances, spec.shard_seconds)
+    for workers in (None, Workers()):
+        with pytest.raises(CacheError) as caught:
+            build_cache(tmp_path / "cache", spec, plan, "random:3x32", teacher_name="other", workers=workers)
+        expected = f"random:3x32 is not the teacher that the cache at {tmp_path / 'cache'} was made with"
+        assert str(caught.value) == expected
+
+
+@pytest.mark.ray
+def test_a_build_that_is_broken_off_writes_nothing_more(tmp_path: Path, local_ray: None, build: Build) -> None:
+    many = {"shard_seconds": 1, "masks": MaskDraws(draws=30)}
+
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        build(tmp_path / "cache", Workers(actors=2), stop, **many)
+    assert caught.tb  # Which keeps what the build was doing alive.
+    time.sleep(1)  # Of actors that are being ended.
+    left = contents(tmp_path / "cache")
+    time.sleep(1.5)
+    assert contents(tmp_path / "cache") == left
+    assert len(Cache.open(tmp_path / "cache").missing()) > 0
+    build(tmp_path / "cache", **many)
+    build(tmp_path / "sound", **many)
+    assert contents(tmp_path / "cache") == contents(tmp_path / "sound")
 
 
 def test_who_adds_or_repairs_uses_the_threads_it_was_begun_with(tmp_path: Path, build: Build) -> None:
@@ -129,6 +189,9 @@ def test_a_file_that_changed_is_named(tmp_path: Path, build: Build, source_utter
     victim, other = Path(source_utterances[0].path), Path(source_utterances[1].path)
     victim.write_bytes(other.read_bytes())
     with pytest.raises(CacheError, match=f"{victim} changed since the corpus was indexed; run the index stage again"):
+        build(tmp_path / "cache")
+    victim.write_bytes(b"fLaC but no more")
+    with pytest.raises(CacheError, match=f"1 utterances could not be cached: {victim} can't be decoded as audio"):
         build(tmp_path / "cache")
 
 
@@ -177,53 +240,76 @@ def test_a_foreign_folder_is_left_as_it_is(tmp_path: Path, build: Build) -> None
 
 
 FULL_DISK = """
-import sys
+import hashlib, json, shutil, sys
 from pathlib import Path
+import torch
 from teacher_cache.build import build_cache
 from teacher_cache.layout import Cache
+from teacher_cache.repair import repair_cache
 from teacher_cache.shards import plan_shards, SourceUtterance
 from teacher_cache.spec import CacheError, CacheSpec
-import json, torch
+from teacher_cache.store import Store
 torch.set_num_threads(1)
-root, job = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+disk, job = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+root, ballast = disk / "cache", disk / "ballast"
 spec = CacheSpec.model_validate(job["spec"])
 plan = plan_shards([SourceUtterance(**u) for u in job["utterances"]], spec.shard_seconds)
-ballast = root / "ballast"
-ballast.write_bytes(bytes(job["ballast"]))
-try:
-    build_cache(root / "cache", spec, plan, job["teacher"], teacher_name=job["teacher"], workers=None)
-    print("no error")
-except CacheError as error:
-    print(error)
-cache = Cache.open(root / "cache")
-print("missing", len(cache.missing()), "of", len(cache.shards))
+
+def build():
+    return build_cache(root, spec, plan, job["teacher"], teacher_name=job["teacher"], workers=None).written
+
+def hashes():
+    found = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+def fill(room):
+    ballast.write_bytes(bytes(shutil.disk_usage(disk).free - room))
+
+def attempt(do):
+    try:
+        do()
+        return "no error"
+    except CacheError as error:
+        return str(error)
+
+rows = []
+for room in job["rooms"]:
+    shutil.rmtree(root, ignore_errors=True)
+    fill(room)
+    said = attempt(build)
+    begun = Cache.exists(Store(root))
+    missing = len(Cache.open(root).missing()) if begun else None
+    left = [name for name in hashes() if name.endswith(".tmp")]
+    ballast.unlink()
+    rows.append({"said": said, "missing": missing, "left": left, "written": build(), "files": hashes()})
+for path in root.glob("masked/*/*.parquet"):
+    path.unlink()
+fill(job["repair_room"])
+said = attempt(lambda: repair_cache(root))
 ballast.unlink()
-report = build_cache(root / "cache", spec, plan, job["teacher"], teacher_name=job["teacher"], workers=None)
-print("written", report.written)
-import hashlib
-for path in sorted((root / "cache").rglob("*")):
-    if path.is_file() and path.suffix != ".lock":
-        print("file", path.relative_to(root / "cache"), hashlib.sha256(path.read_bytes()).hexdigest())
+repair_cache(root)
+rows.append({"said": said, "files": hashes()})
+print(json.dumps(rows))
 """
 
 
 def test_a_full_disk(tmp_path: Path, build: Build, cache_spec: Make, source_utterances: list[SourceUtterance]) -> None:
-    import hashlib
-    import json
-
     build(tmp_path / "sound")
+    sound = {name: hashlib.sha256(data).hexdigest() for name, data in contents(tmp_path / "sound").items()}
     size = sum(len(data) for data in contents(tmp_path / "sound").values())
+    shares = (0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9)
     job = {
         "spec": cache_spec(TEACHER).model_dump(mode="json"),
         "utterances": [vars(u) for u in source_utterances],
         "teacher": TEACHER,
-        "ballast": size,
+        "rooms": [int(share * size) for share in shares],
+        "repair_room": int(0.2 * size),
     }
     (tmp_path / "job.json").write_text(json.dumps(job))
     (tmp_path / "disk").mkdir()
-    # A file system in memory that has room for one and a half caches, in a namespace of its own.
+    # A file system in memory, in a namespace of its own.
     script = 'mount -t tmpfs -o size="$1" tmpfs "$2" && exec "$3" -c "$4" "$2" "$5"'
-    arguments = [str(int(1.6 * size)), tmp_path / "disk", sys.executable, FULL_DISK, tmp_path / "job.json"]
+    arguments = [str(3 * size), tmp_path / "disk", sys.executable, FULL_DISK, tmp_path / "job.json"]
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", *map(str, arguments)],
         cwd=REPOSITORY,
@@ -234,14 +320,18 @@ def test_a_full_disk(tmp_path: Path, build: Build, cache_spec: Make, source_utte
     )
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip(f"needs a file system of its own, which is not permitted here: {done.stderr.strip()}")
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith(f"the disk of {tmp_path / 'disk' / 'cache'} is full ("), done.stdout + done.stderr
-    assert lines[0].endswith("what is finished stays: make room and run again")
-    _, missing, _, shards = lines[1].split()
-    assert 0 < int(missing) <= int(shards)
-    assert lines[2] == f"written {missing}"
-    found = {name: digest for _, name, digest in (line.split() for line in lines[3:])}
-    assert found == {name: hashlib.sha256(data).hexdigest() for name, data in contents(tmp_path / "sound").items()}
+    assert done.returncode == 0, done.stderr
+    *rows, repaired = json.loads(done.stdout)
+    shards = len(Cache.open(tmp_path / "sound").shards)
+    for row in [*rows, repaired]:
+        assert row["said"].startswith(f"the disk of {tmp_path / 'disk' / 'cache'} is full ("), row["said"]
+        assert row["said"].endswith("what is finished stays: make room and run again")
+        assert row["files"] == sound
+    for row in rows:
+        assert row["left"] == []
+        assert row["written"] == (shards if row["missing"] is None else row["missing"])
+    assert rows[0]["missing"] is None, "the cache was not begun"
+    assert len({row["missing"] for row in rows}) > 2, "the disk was full early and late"
 
 
 def test_draws_and_layers_that_are_not_there(tmp_path: Path, build: Build) -> None:

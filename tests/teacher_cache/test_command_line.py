@@ -4,7 +4,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,9 +15,9 @@ from typer.testing import CliRunner
 
 from teacher_cache.__main__ import app
 from teacher_cache.layout import Cache, file_record, write_commit
-from teacher_cache.spec import CacheError, CacheSpec
+from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
 from teacher_cache.teachers import load_teacher
-from teacher_cache.verify import verify_cache, verify_deep
+from teacher_cache.verify import DEEP_TOLERANCE, verify_cache, verify_deep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEACHER = "random:2x32"
@@ -28,11 +30,11 @@ def run(*arguments: object) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def alter_values(root: Path, layer: str) -> None:
-    """Another teacher's numbers in one layer of one clean shard, committed as if they were right."""
+def alter_values(root: Path, layer: str, folder: str = "clean") -> None:
+    """Another teacher's numbers in one layer of one shard, committed as if they were right."""
     cache = Cache.open(root)
-    shard = next(shard for shard in cache.shards if shard.split == "train")
-    file = cache.files(shard)[0]
+    files = [file for shard in cache.shards if shard.split == "train" for file in cache.files(shard)]
+    file = next(file for file in files if file.part.folder == folder)
     table = pq.read_table(root / file.name)
     place = table.schema.get_field_index(layer)
     values = [bytes(reversed(value)) for value in table[layer].to_pylist()]
@@ -60,6 +62,42 @@ def test_the_deep_check_finds_what_checksums_cannot(tmp_path: Path, make_cache: 
         verify_deep(tmp_path / "cache", load_teacher("random:3x32"))
 
 
+@pytest.mark.parametrize(
+    ("targets", "folder"), [("clean_and_masked", "masked/draw=1"), ("composite_only", "composite/draw=1")]
+)
+def test_the_deep_check_looks_at_every_draw(tmp_path: Path, make_cache: Make, targets: str, folder: str) -> None:
+    make_cache(tmp_path / "cache", codec="fp16", targets=targets)
+    assert all(check.good for check in verify_deep(tmp_path / "cache", load_teacher(TEACHER), sample=9))
+    alter_values(tmp_path / "cache", "layer_01", folder)
+    assert verify_cache(tmp_path / "cache") == []
+    bad = [check for check in verify_deep(tmp_path / "cache", load_teacher(TEACHER), sample=9) if not check.good]
+    assert [(check.draw, check.layer) for check in bad] == [(1, 1)]
+
+
+@pytest.mark.parametrize("changes", [{"targets": "clean_only"}, {"masks": MaskDraws(draws=0)}])
+def test_the_deep_check_of_caches_without_masked_passes(
+    tmp_path: Path, make_cache: Make, changes: dict[str, Any]
+) -> None:
+    make_cache(tmp_path / "cache", codec="fp16", **changes)
+    assert all(check.good for check in verify_deep(tmp_path / "cache", load_teacher(TEACHER), sample=9))
+    alter_values(tmp_path / "cache", "layer_02")
+    bad = [check for check in verify_deep(tmp_path / "cache", load_teacher(TEACHER), sample=9) if not check.good]
+    assert {check.layer for check in bad} == {2}
+    assert bad[0].draw is None
+
+
+def test_the_deep_check_allows_what_the_codec_explains_and_no_more(tmp_path: Path, make_cache: Make) -> None:
+    make_cache(tmp_path / "cache", codec="pca:1")
+    checks = verify_deep(tmp_path / "cache", load_teacher(TEACHER), sample=9)
+    stated = Cache.open(tmp_path / "cache").codecs(0)[0].error
+    for check in checks:
+        assert check.allowed == pytest.approx(DEEP_TOLERANCE * float(stated[check.layer - 1]) + 1e-3)
+        assert 0.3 * check.allowed < check.error <= check.allowed
+    worse = replace(checks[0], error=1.01 * checks[0].allowed)
+    assert not worse.good
+    assert not replace(worse, error=float("nan")).good
+
+
 def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
     root = tmp_path / "cache"
     make_cache(root, codec="int8")
@@ -79,6 +117,18 @@ def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
     code, text = run("verify", root, "--deep", 9)
     assert code == 0
     assert "is sound" in text and "draw 1" in text
+    for arguments, message in (
+        (
+            ("verify", root, "--deep", 1, "--device", "cuda:99"),
+            "can't use device 'cuda:99': PyTorch finds no such device",
+        ),
+        (("repair", root, "--device", "quantum"), "can't use device 'quantum': PyTorch finds no such device"),
+        (("verify", root, "--deep", 1, "--teacher", "random:3x32"), "random:3x32 is not the teacher that the cache"),
+        (("verify", root, "--deep", 1, "--teacher", "nobody"), "there is no teacher 'nobody'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(*arguments)
+    assert run("verify", root, "--deep", -1)[0] == 2
 
     shard = root / "masked" / "draw=0" / "part-00000.parquet"
     sound = shard.read_bytes()

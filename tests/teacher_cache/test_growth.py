@@ -1,5 +1,7 @@
 """Draws and layers added to a cache later: what is there stays as it is, to the byte and the second."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,11 +28,11 @@ def masks(draws: int, **changes: object) -> MaskDraws:
 
 
 def files(root: Path) -> dict[str, tuple[bytes, int]]:
-    """Shard files and their commits: bytes and time."""
+    """All files but the one that says how far the cache has grown: bytes and time."""
     return {
         str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns)
-        for path in root.rglob("part-*")
-        if path.is_file()
+        for path in root.rglob("*")
+        if path.is_file() and path.name not in ("cache.json", ".building.lock")
     }
 
 
@@ -47,11 +49,18 @@ def everything(root: Path, layers: list[int] | None = None) -> list[torch.Tensor
     ]
 
 
-def test_draws(tmp_path: Path, make_cache: Make) -> None:
+def test_draws(tmp_path: Path, make_cache: Make, cache_spec: Make) -> None:
     root = tmp_path / "cache"
-    make_cache(root, TEACHER, masks=masks(1), codec="pca:0.2")
+    first = make_cache(root, TEACHER, masks=masks(1), codec="pca:0.2")
+    spec = cache_spec(TEACHER, masks=masks(3), codec="pca:0.2")
     one = files(root)
+    assert Cache.open(root).covers(first)
+    assert not Cache.open(root).covers(spec)
+    with pytest.raises(CacheError, match="mask draw 1 is not in the cache at .*; it has draws 0 to 0"):
+        CacheReader(root, "train").read([0], 1)
     make_cache(root, TEACHER, masks=masks(3), codec="pca:0.2")
+    assert Cache.open(root).covers(first)
+    assert Cache.open(root).covers(spec)
     new = assert_kept(one, files(root))
     assert all("/draw=1/" in name or "/draw=2/" in name for name in new)
     assert verify_cache(root) == []
@@ -63,7 +72,9 @@ def test_draws(tmp_path: Path, make_cache: Make) -> None:
     three = files(root)
     make_cache(root, TEACHER, masks=masks(2), codec="pca:0.2")  # Fewer are served by what is there.
     assert files(root) == three
-    assert CacheReader(root, "train").draws == 3
+    reader, fewer = CacheReader(root, "train"), CacheReader(root, "train", draws=1)
+    assert (reader.draws, fewer.draws) == (3, 1)
+    assert torch.equal(reader.read([0], 0).targets, fewer.read([0], 0).targets)
 
 
 def test_draws_with_policies_of_their_own(tmp_path: Path, make_cache: Make) -> None:
@@ -87,9 +98,11 @@ def test_layers(tmp_path: Path, make_cache: Make, codec: str, tolerance: float) 
     make_cache(root, TEACHER, layers=(2,), codec=codec)
     before = files(root)
     alone = everything(root)
+    with pytest.raises(CacheError, match=r"has no layer 3; it has layers \[2\]"):
+        CacheReader(root, "train", [2, 3])
     make_cache(root, TEACHER, layers=(1, 3), codec=codec)
     new = assert_kept(before, files(root))
-    assert all("/set=1/" in name for name in new)
+    assert all("/set=1" in name for name in new)
     assert verify_cache(root) == []
     assert Cache.open(root).spec.layers == (1, 2, 3)
     assert [layer_set.layers for layer_set in Cache.open(root).layer_sets] == [(2,), (1, 3)]
@@ -101,13 +114,34 @@ def test_layers(tmp_path: Path, make_cache: Make, codec: str, tolerance: float) 
     assert all(check.good for check in verify_deep(root, load_teacher(TEACHER)))
 
 
+@pytest.mark.parametrize("codec", ["int8", "pca"])
+def test_what_a_codec_learns_is_the_same_twice_and_part_of_the_identity(
+    tmp_path: Path, make_cache: Make, codec: str
+) -> None:
+    for name in ("one", "two"):
+        make_cache(tmp_path / name, TEACHER, layers=(2,), codec=codec)
+        make_cache(tmp_path / name, TEACHER, layers=(1, 3), codec=codec)
+    assert {name: data for name, (data, _) in files(tmp_path / "one").items()} == {
+        name: data for name, (data, _) in files(tmp_path / "two").items()
+    }
+    record = json.loads((tmp_path / "one" / "cache.json").read_text())
+    states = [(tmp_path / "one" / "codec" / f"set={number}.safetensors").read_bytes() for number in (0, 1)]
+    assert [layer_set["state"] for layer_set in record["sets"]] == [hashlib.sha256(s).hexdigest() for s in states]
+    assert record["fingerprint"] == Cache.open(tmp_path / "two").fingerprint
+
+
 @pytest.mark.parametrize("targets", ["composite_only", "clean_only"])
 def test_layers_and_draws_at_once_in_the_other_layouts(tmp_path: Path, make_cache: Make, targets: str) -> None:
     root = tmp_path / "cache"
     make_cache(root, TEACHER, layers=(3,), masks=masks(1), targets=targets)
     before = files(root)
     make_cache(root, TEACHER, masks=masks(2), targets=targets)
-    assert_kept(before, files(root))
+    new = assert_kept(before, files(root))
+    train = next(shard.number for shard in Cache.open(root).shards if shard.split == "train")
+    assert {str(Path(name).parent) for name in new if name.endswith(f"part-{train:05d}.parquet")} == {
+        "composite_only": {"composite/draw=1", "composite/draw=0/set=1", "composite/draw=1/set=1"},
+        "clean_only": {"clean/set=1"},
+    }[targets]
     assert verify_cache(root) == []
     make_cache(tmp_path / "at once", TEACHER, masks=masks(2), targets=targets)
     for draw in (0, 1):

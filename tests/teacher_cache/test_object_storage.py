@@ -1,9 +1,15 @@
 """A cache in a real S3-compatible object store: built, read, checked, damaged, repaired, grown, and claimed by one builder."""
 
+import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +19,7 @@ from teacher_cache.layout import Cache
 from teacher_cache.masks import MaskPolicy
 from teacher_cache.reader import CacheReader
 from teacher_cache.repair import repair_cache
+from teacher_cache.shards import SourceUtterance
 from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
 from teacher_cache.store import Store
 from teacher_cache.verify import verify_cache
@@ -78,31 +85,139 @@ def test_a_cache_in_an_object_store(tmp_path: Path, make_cache: Make, location: 
     assert CacheReader(location, "train").read([0], 1).targets.isfinite().all()
 
 
-def test_a_second_builder_says_who_builds(make_cache: Make, location: str) -> None:
-    with building(Store(location)):
+@pytest.fixture
+def quick_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claims that are renewed, and given up, twenty times as fast."""
+    monkeypatch.setattr("teacher_cache.building._BEAT_SECONDS", 0.5)
+    monkeypatch.setattr("teacher_cache.building._DEAD_SECONDS", 3.0)
+
+
+def test_a_second_builder_says_who_builds(make_cache: Make, location: str, quick_claims: None) -> None:
+    with building(Store(location)) as check:
         with pytest.raises(CacheError, match=rf"the cache at {location} is being built by process \d+ on .*, since"):
             make_cache(location)
         assert not Cache.exists(Store(location))
+        check()
     make_cache(location)
     assert verify_cache(location) == []
     assert "building.json" not in Store(location).names()
 
 
-def test_a_killed_builders_claim_ends(make_cache: Make, location: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = f"""
-import os, signal
+BUILDER = """
+import json, sys, time
+from pathlib import Path
+import teacher_cache.building
+from teacher_cache.build import build_cache
+from teacher_cache.shards import SourceUtterance, plan_shards
+from teacher_cache.spec import CacheError, CacheSpec
+teacher_cache.building._BEAT_SECONDS = 0.5
+location, says, other = sys.argv[1:4]
+job = json.loads(Path(sys.argv[4]).read_text())
+spec = CacheSpec.model_validate(job["spec"])
+plan = plan_shards([SourceUtterance(**u) for u in job["utterances"]], spec.shard_seconds)
+Path(says + ".ready").touch()
+while not Path(other + ".ready").exists():
+    pass
+
+def wait(progress):
+    # So that the other one meets a builder at work.
+    while not Path(other).exists():
+        time.sleep(0.02)
+
+try:
+    build_cache(location, spec, plan, "random:2x32", teacher_name="random:2x32", workers=None, on_progress=wait)
+    said = "built"
+except CacheError as error:
+    said = str(error)
+Path(says + ".part").write_text(said)
+Path(says + ".part").rename(says)
+"""
+
+
+def test_of_two_builders_at_once_one_goes_on(
+    tmp_path: Path, make_cache: Make, cache_spec: Make, location: str, source_utterances: list[SourceUtterance]
+) -> None:
+    job = {"spec": cache_spec().model_dump(mode="json"), "utterances": [asdict(u) for u in source_utterances]}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    says = [tmp_path / name for name in ("one", "two")]
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUILDER, location, mine, other, tmp_path / "job.json"],
+            cwd=REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for mine, other in (says, says[::-1])
+    ]
+    try:
+        assert [process.wait(120) for process in pair] == [0, 0]
+    finally:
+        for process in pair:
+            process.kill()
+    outcomes = [path.read_text() for path in says]
+    winner = outcomes.index("built")
+    expected = f"the cache at {location} is being built by process {pair[winner].pid} on "
+    assert outcomes[1 - winner].startswith(expected), outcomes
+    make_cache(tmp_path / "sound")
+    assert contents(Store(location)) == contents(Store(tmp_path / "sound"))
+
+
+KILLED = """
+import os, signal, sys
 from teacher_cache.building import building
 from teacher_cache.store import Store
-with building(Store({location!r})):
+store = Store(sys.argv[1])
+with building(store), store.create("clean/part-00000.parquet") as path:
+    path.write_bytes(b"half a shard")
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False, timeout=60)
-    assert "building.json" in Store(location).names()
-    with pytest.raises(CacheError, match="is being built by"):
-        make_cache(location)
-    monkeypatch.setattr("teacher_cache.building._DEAD_SECONDS", 0.1)
-    make_cache(location)
-    assert verify_cache(location) == []
+
+
+def test_a_killed_builders_claim_ends(
+    tmp_path: Path, make_cache: Make, location: str, quick_claims: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(location)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    subprocess.run([sys.executable, "-c", KILLED, location], cwd=REPOSITORY, check=False, timeout=60)
+    assert store.names() == ["building.json"]
+    assert list((tmp_path / "tmp").iterdir()) == [], "a killed builder leaves no temporary file"
+    make_cache(location)  # Watches the claim for a while, as it can't know.
+    make_cache(tmp_path / "sound")
+    assert contents(store) == contents(Store(tmp_path / "sound"))
+
+
+def test_a_builder_whose_claim_was_taken_over_ends(make_cache: Make, location: str, quick_claims: None) -> None:
+    store = Store(location)
+    other = json.dumps({"host": "elsewhere", "pid": 7, "since": "noon", "claim": "its own", "beat": 1}).encode()
+    expected = r"was taken over by process 7 on elsewhere, since noon.* leave it to the other"
+    with pytest.raises(CacheError, match=expected), building(store) as check:
+        store.write("building.json", other)
+        for _ in range(40):
+            time.sleep(0.1)
+            check()
+    assert store.read("building.json") == other, "it is left as it is"
+
+
+def test_an_upload_that_fails_leaves_what_was_there(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError("no connection")
+
+    def half(source: BinaryIO, sink: BinaryIO, length: int) -> None:
+        sink.write(source.read(3))
+        fail()
+
+    store = Store(location)
+    store.write("cache.json", b"before")
+    monkeypatch.setattr(store, "_fs", Mock(wraps=store._fs, open_output_stream=fail))
+    with pytest.raises(OSError, match="no connection"):
+        store.write("cache.json", b"and after")
+    assert store.read("cache.json") == b"before"
+    # What Arrow makes a whole object of is no half of a new one.
+    store = Store(location)
+    monkeypatch.setattr("teacher_cache.store.shutil.copyfileobj", half)
+    with pytest.raises(OSError, match="no connection"):
+        store.write("clean/part-00000.parquet", b"a shard")
+    assert store.names() == ["cache.json"]
 
 
 def test_the_command_line_reads_it_too(make_cache: Make, location: str) -> None:

@@ -1,5 +1,8 @@
 """A cache can be read with DuckDB and NumPy alone, by the code that docs/cache.md gives."""
 
+import hashlib
+import io
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +10,10 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import soundfile
 
-from teacher_cache.codecs import open_codec
 from teacher_cache.layout import Cache
 from teacher_cache.reader import CacheReader
 from teacher_cache.spec import CacheSpec
@@ -73,23 +77,60 @@ def test_components(tmp_path: Path, make_cache: Make, documented: dict[str, Any]
             np.testing.assert_allclose(ours, reader.read([index], None).targets[0, layer], rtol=1e-4, atol=1e-4)
 
 
-def test_audio(tmp_path: Path, make_cache: Make) -> None:
-    make_cache(tmp_path / "cache", audio="pcm")
+@pytest.mark.parametrize("audio", ["flac", "pcm"])
+def test_audio(tmp_path: Path, make_cache: Make, audio: str) -> None:
+    make_cache(tmp_path / "cache", audio=audio)
     reader = CacheReader(tmp_path / "cache", "train")
     found = rows(tmp_path / "cache" / "clean" / "*.parquet")
     for index, name in enumerate(reader.ids):
-        samples = np.frombuffer(found[name]["audio"], "<i2") / 32768
-        np.testing.assert_allclose(samples, reader.read([index], None).waveforms[0], atol=1e-7)
+        value = found[name]["audio"]
+        samples = np.frombuffer(value, "<i2") if audio == "pcm" else soundfile.read(io.BytesIO(value), dtype="int16")[0]
+        assert len(samples) == found[name]["num_samples"]
+        np.testing.assert_array_equal(samples / np.float32(32768), reader.read([index], None).waveforms[0])
 
 
-def test_the_state_is_what_the_codec_was_opened_with(
-    tmp_path: Path, make_cache: Make, documented: dict[str, Any]
-) -> None:
-    make_cache(tmp_path / "cache", codec="int8")
-    state = documented["read_state"](tmp_path / "cache" / "codec" / "set=0.safetensors")
-    assert sorted(state) == sorted(f"{n}.{key}" for n in (0, 1) for key in ("mean", "scale", "error"))
-    import torch
+@pytest.mark.parametrize("codec", ["fp16", "pca"])
+@pytest.mark.parametrize("targets", ["clean_and_masked", "composite_only", "clean_only"])
+def test_every_file_and_column_is_documented(tmp_path: Path, make_cache: Make, codec: str, targets: str) -> None:
+    root = tmp_path / "cache"
+    make_cache(root, "random:3x32", layers=(1,), codec=codec, targets=targets)
+    make_cache(root, "random:3x32", codec=codec, targets=targets)
+    text = DOCUMENT.read_text()
+    listing = text.partition("CACHE/")[2].partition("\nA shard is")[0]
+    for path in (path for path in root.rglob("*") if path.is_file()):
+        top = path.relative_to(root).parts[0]
+        assert re.search(rf"^ +{re.escape(top)}", listing, re.MULTILINE), path
+    types: dict[str, str] = {}
+    for names, kind in re.findall(r"^\| (`[^|]*`) \| ([^|]*) \|", text, re.MULTILINE):
+        types |= dict.fromkeys(re.findall(r"`(\w+)[`.]", names), kind)
+    shards = list(root.rglob("part-*.parquet"))
+    for path in shards:
+        for field in pq.read_schema(path):
+            name = "layer_KK" if re.fullmatch(r"layer_\d\d", field.name) else field.name
+            name = re.sub(r"^layers_\d\d_\d\d$", "layers_01_02_", name)
+            kind = str(field.type).replace("list<element: bool not null>", "list of bool")
+            assert types[name] == kind, f"{path}: {field}"
+    assert {path.relative_to(root).parts[0] for path in shards} == {
+        "clean_and_masked": {"clean", "masked"},
+        "composite_only": {"clean", "composite"},
+        "clean_only": {"clean"},
+    }[targets]
 
-    tensors = {key: torch.from_numpy(value.copy()) for key, value in state.items()}
-    ours, theirs = open_codec("int8", (1, 2), 32, tensors), Cache.open(tmp_path / "cache").codecs(0)
-    assert [codec.error.tolist() for codec in ours] == [codec.error.tolist() for codec in theirs]
+
+def test_seals_and_checksums_need_only_a_json_parser(tmp_path: Path, make_cache: Make) -> None:
+    root = tmp_path / "cache"
+    make_cache(root, codec="int8")
+    records = [root / "cache.json", *(root / "commits").rglob("*.json")]
+    assert len(records) > 5
+    for path in records:
+        record = json.loads(path.read_text())
+        seal = record.pop("seal")
+        assert hashlib.sha256((json.dumps(record, sort_keys=True, indent=2) + "\n").encode()).hexdigest() == seal
+        if path.name != "cache.json":
+            data = (root / path.relative_to(root / "commits").with_suffix(".parquet")).read_bytes()
+            assert (record["bytes"], record["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+            assert record["rows"] == pq.ParquetFile(io.BytesIO(data)).metadata.num_rows
+            assert set(record) == {"rows", "bytes", "sha256", "content"}
+    identity = json.loads((root / "cache.json").read_text())
+    state = (root / "codec" / "set=0.safetensors").read_bytes()
+    assert identity["sets"] == [{"layers": [1, 2], "state": hashlib.sha256(state).hexdigest()}]

@@ -1,0 +1,402 @@
+"""Kills, second builders, full disks, lost corpora: what was finished stays, and going on gives the undisturbed bytes."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from teacher_cache.building import building
+from teacher_cache.layout import Cache
+from teacher_cache.repair import SET_ASIDE, repair_cache
+from teacher_cache.shards import SourceUtterance
+from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
+from teacher_cache.store import Store
+from teacher_cache.verify import verify_cache
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TEACHER = "random:2x32"
+Make = Callable[..., CacheSpec]
+
+WORK = """
+import contextlib, os, signal, time
+from pathlib import Path
+import torch
+from teacher_cache.build import build_cache
+from teacher_cache.repair import repair_cache
+from teacher_cache.shards import SourceUtterance, plan_shards
+from teacher_cache.spec import CacheError, CacheSpec
+from teacher_cache.store import Store
+
+torch.set_num_threads(1)
+count, create = 0, Store.create
+
+@contextlib.contextmanager
+def deadly(store, name):
+    # Killed while the n-th file is written (half of it is there), or as soon as it is in its place.
+    global count
+    count += 1
+    fatal = count == job["file"]
+    with create(store, name) as path:
+        yield path
+        if fatal and job["torn"]:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    if fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Store.create = deadly
+if job["spec"] is None:
+    repair_cache(job["root"])
+else:
+    spec = CacheSpec.model_validate(job["spec"])
+    plan = plan_shards([SourceUtterance(**u) for u in job["utterances"]], spec.shard_seconds)
+
+    def wait(progress):
+        # So that the other builder of a pair meets one at work.
+        while job["until"] and not Path(job["until"]).exists():
+            time.sleep(0.005)
+
+    try:
+        arguments = {"teacher_name": job["teacher"], "workers": job["workers"], "on_progress": wait}
+        build_cache(job["root"], spec, plan, job["teacher"], **arguments)
+        said = "built"
+    except CacheError as error:
+        said = str(error)
+    if job["says"]:
+        Path(job["says"]).write_text(said)
+"""
+
+
+@pytest.fixture
+def start(source_utterances: list[SourceUtterance], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Starts a builder (or, without a spec, a repairer) in a process of its own; its keywords are WORK's ``job``."""
+    context = multiprocessing.get_context("forkserver")
+    # pandas: pyarrow imports it at the first use of a table, which takes longer than the work here.
+    context.set_forkserver_preload(["teacher_cache.build", "teacher_cache.repair", "pandas"])
+    started = []
+
+    def run(root: Path, spec: CacheSpec | None, **job: object) -> Any:
+        job = {
+            "root": str(root),
+            "spec": spec and spec.model_dump(mode="json"),
+            "utterances": [asdict(u) for u in source_utterances],
+            "teacher": TEACHER,
+            "workers": None,
+            "file": 0,
+            "torn": False,
+            "until": "",
+            "says": "",
+        } | job
+        process = context.Process(target=exec, args=(WORK, {"job": job}))
+        process.start()
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def committed(root: Path) -> dict[str, int]:
+    """Finished shard files with the time they were written."""
+    commits = sorted((root / "commits").rglob("*.json"))
+    files = [root / path.relative_to(root / "commits").with_suffix(".parquet") for path in commits]
+    return {str(path): path.stat().st_mtime_ns for path in files if path.exists()}
+
+
+def damage(root: Path) -> None:
+    """A file gone, one cut short, one with a flipped bit; a lost commit, a lost copy."""
+    (root / "masked/draw=0/part-00001.parquet").unlink()
+    (root / "copies/plan.parquet").unlink()
+    (root / "commits/clean/part-00002.json").unlink()
+    os.truncate(root / "clean/part-00000.parquet", 100)
+    flip(root / "clean/part-00001.parquet", 40)
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("what", ["build", "growth", "repair"])
+def test_killed_at_every_file(
+    tmp_path: Path, make_cache: Make, cache_spec: Make, start: Callable[..., Any], what: str
+) -> None:
+    full = {"codec": "pca:0.2", "masks": MaskDraws(draws=1), "shard_seconds": 8}
+    first = full | {"layers": (2,), "masks": MaskDraws(draws=0)}
+    before, sound, root = (tmp_path / name for name in ("before", "sound", "cache"))
+    if what == "growth":
+        make_cache(sound, **first)
+        shutil.copytree(sound, before)
+    make_cache(sound, **full)
+    if what == "repair":
+        shutil.copytree(sound, before)
+        damage(before)
+    expected = contents(sound)
+    counts = set()
+    for step in range(1, 1000):
+        shutil.rmtree(root, ignore_errors=True)
+        if before.exists():
+            shutil.copytree(before, root)
+        torn = step % 2 == 1
+        spec = None if what == "repair" else cache_spec(**full)
+        killed = start(root, spec, file=step, torn=torn)
+        killed.join()
+        if killed.exitcode == 0:
+            break
+        assert killed.exitcode == -signal.SIGKILL
+        assert not torn or any(".tmp" in name for name in contents(root)), "the kill was in the middle of a file"
+        finished = committed(root)
+        counts.add(len(finished))
+        if what == "repair":
+            repair_cache(root)
+        else:
+            make_cache(root, **full)
+            assert committed(root).items() >= finished.items(), "what was finished was made once"
+        assert contents(root) == expected, f"killed at step {step}"
+        assert verify_cache(root) == []
+    assert step > 6, "files were counted"
+    assert len(counts) > 2, "kills fell early and late"
+
+
+def test_killed_at_random_moments(
+    tmp_path: Path, make_cache: Make, cache_spec: Make, start: Callable[..., Any]
+) -> None:
+    make_cache(tmp_path / "sound", codec="int8")
+    start(tmp_path / "first", cache_spec(codec="int8")).join()  # Waits for the server of processes.
+    began = time.monotonic()
+    start(tmp_path / "timed", cache_spec(codec="int8")).join()
+    seconds = time.monotonic() - began
+    rng = random.Random(5)
+    for trial in range(4):
+        root = tmp_path / str(trial)
+        kills = 0
+        while kills < 20:
+            # Again and again on what was left, until one gets through.
+            kills += 1
+            builder = start(root, cache_spec(codec="int8"))
+            builder.join(rng.uniform(0.3, 1.0) * seconds)
+            builder.kill()
+            builder.join()
+            if builder.exitcode == 0:
+                break
+        assert builder.exitcode == 0
+        assert contents(root) == contents(tmp_path / "sound")
+        assert verify_cache(root) == []
+
+
+def test_a_beginning_with_another_codec_leaves_nothing(
+    tmp_path: Path, make_cache: Make, cache_spec: Make, start: Callable[..., Any]
+) -> None:
+    killed = start(tmp_path / "cache", cache_spec(codec="pca:0.2"), file=4)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert (tmp_path / "cache/codec/set=0.safetensors").exists()
+    make_cache(tmp_path / "cache", codec="fp16")
+    make_cache(tmp_path / "sound", codec="fp16")
+    assert contents(tmp_path / "cache") == contents(tmp_path / "sound")
+    assert verify_cache(tmp_path / "cache") == []
+
+
+def test_of_two_builders_at_once_one_goes_on(
+    tmp_path: Path, make_cache: Make, cache_spec: Make, start: Callable[..., Any]
+) -> None:
+    make_cache(tmp_path / "sound")
+    for trial in range(4):
+        root = tmp_path / str(trial)
+        says = [tmp_path / f"{trial}.{n}" for n in range(2)]
+        pair = [start(root, cache_spec(), says=str(says[n]), until=str(says[1 - n])) for n in range(2)]
+        for process in pair:
+            process.join(60)
+        outcomes = [path.read_text() for path in says]
+        winner = outcomes.index("built")
+        assert outcomes[1 - winner].startswith(f"the cache at {root} is being built by process {pair[winner].pid} on ")
+        assert contents(root) == contents(tmp_path / "sound")
+        assert verify_cache(root) == []
+
+
+DRIVER = """
+import json, sys, ray
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+         runtime_env={"env_vars": {"PYTHONPATH": sys.argv[1], "OMP_NUM_THREADS": "1"}})
+from teacher_cache.build import Workers
+job = json.loads(sys.argv[2]) | {"workers": Workers(actors=2)}
+exec(sys.argv[3], {"job": job})
+"""
+
+
+@pytest.fixture
+def start_with_ray(source_utterances: list[SourceUtterance]) -> Iterator[Callable[..., Any]]:
+    """Starts a driver with a Ray of its own and two actors."""
+    started = []
+
+    def run(root: Path, spec: CacheSpec) -> Any:
+        job = {
+            "root": str(root),
+            "spec": spec.model_dump(mode="json"),
+            "utterances": [asdict(u) for u in source_utterances],
+            "teacher": TEACHER,
+            "file": 0,
+            "torn": False,
+            "until": "",
+            "says": str(root) + ".says",
+        }
+        command = [sys.executable, "-c", DRIVER, str(REPOSITORY), json.dumps(job), WORK]
+        environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for_commits(root: Path, count: int, driver: Any) -> None:
+    give_up = time.monotonic() + 120
+    while len(committed(root)) < count:
+        assert driver.poll() is None and time.monotonic() < give_up, "the build did not get that far"
+        time.sleep(0.002)
+
+
+def actors_of(driver: int) -> list[int]:
+    """Processes below the driver that run the teacher: Ray puts the class into a process's title."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title, pid = (folder / "cmdline").read_bytes(), int(folder.name)
+            while title.startswith(b"ray::") and b"ShardWriter" in title and pid not in (0, 1):
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+                if pid == driver:
+                    found.append(int(folder.name))
+                    break
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # It ended while we looked.
+    return found
+
+
+@pytest.mark.ray
+def test_a_killed_actor_is_replaced(
+    tmp_path: Path, make_cache: Make, cache_spec: Make, start_with_ray: Callable[..., Any]
+) -> None:
+    changes = {"codec": "pca:0.2", "shard_seconds": 2}
+    make_cache(tmp_path / "sound", **changes)
+    driver = start_with_ray(tmp_path / "cache", cache_spec(**changes))
+    wait_for_commits(tmp_path / "cache", 3, driver)
+    victims = actors_of(driver.pid)
+    assert victims
+    os.kill(victims[0], signal.SIGKILL)
+    finished = committed(tmp_path / "cache")
+    assert len(finished) < len(committed(tmp_path / "sound"))
+    assert driver.wait(300) == 0
+    assert Path(str(tmp_path / "cache") + ".says").read_text() == "built"
+    assert committed(tmp_path / "cache").items() >= finished.items()
+    assert contents(tmp_path / "cache") == contents(tmp_path / "sound")
+
+
+@pytest.mark.ray
+def test_a_killed_driver_is_started_again(
+    tmp_path: Path, make_cache: Make, cache_spec: Make, start_with_ray: Callable[..., Any]
+) -> None:
+    changes = {"codec": "pca:0.2", "shard_seconds": 2}
+    make_cache(tmp_path / "sound", **changes)
+    root = tmp_path / "cache"
+    driver = start_with_ray(root, cache_spec(**changes))
+    wait_for_commits(root, random.Random(2).randrange(2, 12), driver)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    # At once: its actors may still be at work.
+    make_cache(root, **changes)
+    assert verify_cache(root) == []
+    give_up = time.monotonic() + 60
+    while actors_of(driver.pid) and time.monotonic() < give_up:
+        time.sleep(0.1)
+    found = {name: data for name, data in contents(root).items() if ".tmp" not in name}
+    assert found == contents(tmp_path / "sound")
+    repair_cache(root)
+    assert contents(root) == contents(tmp_path / "sound"), "what a late actor left aside goes with the next builder"
+
+
+def test_repair_without_a_corpus_reads_what_is_left_of_a_damaged_file(
+    tmp_path: Path, make_cache: Make, speech_folder: Path
+) -> None:
+    root = tmp_path / "cache"
+    make_cache(root)
+    sound = contents(root)
+    shutil.rmtree(speech_folder)
+    shard = root / "clean/part-00001.parquet"
+    with pq.ParquetFile(shard) as file:
+        group = file.metadata.row_group(0)
+        places = {group.column(n).path_in_schema: group.column(n).data_page_offset + 60 for n in range(6)}
+    flip(shard, places["layer_02"])
+    assert repair_cache(root) == [f"{shard} made again"]
+    assert contents(root) == sound
+
+    # Damage that reaches the audio can't be undone, and nothing is thrown away; all else is made again.
+    flip(shard, places["audio"])
+    damaged = shard.read_bytes()
+    other = root / "masked/draw=0/part-00002.parquet"
+    other.unlink()
+    with pytest.raises(CacheError, match="could not be cached: .*flac can't be decoded as audio"):
+        repair_cache(root)
+    assert shard.read_bytes() == damaged
+    assert other.read_bytes() == sound["masked/draw=0/part-00002.parquet"]
+    shard.write_bytes(sound["clean/part-00001.parquet"])
+    assert repair_cache(root) == [f"{shard} made again"]
+    assert contents(root) == sound
+
+
+def test_strangers_of_one_name_are_all_kept(tmp_path: Path, make_cache: Make) -> None:
+    root = tmp_path / "cache"
+    make_cache(root)
+    stranger = root / "clean/part-00099.parquet"
+    for text in ("one", "two", "three"):
+        stranger.write_text(text)
+        repair_cache(root)
+    kept = sorted((root / SET_ASIDE / "clean").iterdir())
+    assert [path.read_text() for path in kept] == ["one", "two", "three"]
+
+
+def test_a_full_temporary_folder_is_said() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/somewhere")
+    expected = r"the disk with the temporary folder \(TMPDIR\) is full .* run again"
+    with pytest.raises(CacheError, match=expected), building(Store("memory://bucket/full")):
+        raise full
+    with pytest.raises(OSError, match="Input/output error") as other, building(Store("memory://bucket/full")):
+        raise OSError(errno.EIO, "Input/output error")
+    assert not isinstance(other.value, ValueError)
+
+
+def test_a_file_in_its_place_is_all_there_is(tmp_path: Path) -> None:
+    """A write that fails leaves what was there before, and no temporary file."""
+    store = Store(tmp_path / "cache")
+    store.write("a/b", b"before")
+    with pytest.raises(RuntimeError, match="in the middle"), store.create("a/b") as path:
+        path.write_bytes(b"half")
+        raise RuntimeError("in the middle")
+    assert contents(tmp_path / "cache") == {"a/b": b"before"}
+    assert Cache.exists(store) is False

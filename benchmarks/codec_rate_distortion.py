@@ -4,7 +4,8 @@
 teacher's layers of real speech in memory, codes them with each codec (fitted to training utterances), and reports bytes per second
 of audio, the relative error of each layer on held-out speakers, decoding speed, and the validation loss, against *uncompressed*
 targets, of students trained from the decoded targets for equal steps, with several seeds. ``check`` compares how compressible a
-genuine HuBERT Base layer is with one of whisper's. ``plot`` draws the trade-off from the result files.
+genuine HuBERT Base layer is with one of whisper's, ``loud`` what becomes of the channels beside loud ones. ``plot`` draws the
+trade-off from the result files.
 """
 
 import json
@@ -308,6 +309,42 @@ def check(
     write_result(output, rows=rows)
 
 
+def loud(
+    codecs: Annotated[str, typer.Option(help="With commas.")] = "int8,pca:0.5",
+    seconds: Annotated[float, typer.Option(help="Of speech to fit on.")] = 300,
+    whisper: Annotated[str, typer.Option(help="Folder of Whisper-small.")] = "",
+    output: Annotated[Path, typer.Option()] = RESULTS / "codec_loud_channels.json",
+) -> None:
+    """Whisper's layers with loud channels (deviation above ten times the median): the others' error apart."""
+    WHISPER[:] = [whisper] if whisper else []
+    training, validation = load_split("whisper", TRAIN, seconds), load_split("whisper", HELD_OUT, seconds / 4)
+    held_out = torch.cat(validation.clean)
+    _, layers, dim = held_out.shape
+    deviation = (held_out - held_out.mean(0)).square().mean(0).sqrt()
+    are_loud = deviation > 10 * deviation.median(1, keepdim=True).values
+    rows: list[dict[str, Any]] = []
+    for name in codecs.split(","):
+        coder = fit(name, training, layers, dim)
+        parts = [codec.decode(codes) for codec, codes in zip(coder, _encode(coder, held_out), strict=True)]
+        decoded = torch.cat(parts, 1)
+        for layer in range(layers):
+            quiet = ~are_loud[layer]
+            rows.append(
+                {
+                    "codec": name,
+                    "layer": layer + 1,
+                    "loud_channels": int(are_loud[layer].sum()),
+                    "largest_over_median": float(deviation[layer].max() / deviation[layer].median()),
+                    "error": float(relative_error(held_out[:, layer, None], decoded[:, layer, None])),
+                    "error_of_the_others": float(
+                        relative_error(held_out[:, layer, None][..., quiet], decoded[:, layer, None][..., quiet])
+                    ),
+                }
+            )
+            print(rows[-1], flush=True)
+    write_result(output, rows=rows)
+
+
 def plot(output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "codecs.svg") -> None:
     """Bytes per second against the change of the student's loss, both teachers; prints the table as Markdown."""
     import matplotlib
@@ -361,6 +398,6 @@ def plot(output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "codecs
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    for command in (measure, check, plot):
+    for command in (measure, check, loud, plot):
         app.command()(command)
     app()

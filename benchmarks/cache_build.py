@@ -10,7 +10,6 @@ and its last. Then the peak memory of a build of the corpus, and of one three ti
 
 import importlib.util
 import multiprocessing
-import resource
 import shutil
 import statistics
 import sys
@@ -29,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import typer
+from memory import peak_resident_bytes
 from result_file import REPOSITORY, RESULTS, write_result
 from small_speech import TRAIN, shared_data, utterances
 
@@ -143,7 +143,7 @@ def peak_bytes(checkpoint: str, seconds: float, device: str, codec: str, copies:
     bench.members = members
     with tempfile.TemporaryDirectory() as folder:
         bench.without_ray(Path(folder) / "cache")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
 
 
 def main(

@@ -6,7 +6,6 @@ epoch waits. ``order`` measures padding and how random epochs are, against a ful
 """
 
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import typer
+from memory import forget_peak, peak_resident_bytes
 from result_file import RESULTS, write_result
 from small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances
 from torch.nn.utils.rnn import pad_sequence
@@ -180,6 +180,7 @@ def read_alone(way: str, reader: TargetReader, settings: TrainSettings) -> dict[
     plan = TrainingPlan(
         reader.num_samples, replace_seed(settings, 0).model_copy(update={"epochs": 3, "max_steps": None}), 1
     )
+    forget_peak()
     before, began = reader.bytes_read, time.perf_counter()
     samples = 0
     peaks: list[float] = []
@@ -187,9 +188,9 @@ def read_alone(way: str, reader: TargetReader, settings: TrainSettings) -> dict[
         samples += int(micro.num_samples.sum())
         _ = micro.batch.targets
         if not peaks or micro.epoch == len(peaks):
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            peaks.append(peak_resident_bytes() / 2**20)
     elapsed = time.perf_counter() - began
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    peaks.append(peak_resident_bytes() / 2**20)
     waits: dict[bool, list[float]] = {True: [], False: []}
     epoch = 0
     mark = time.perf_counter()

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import typer
+from memory import forget_peak, peak_resident_bytes, resident_bytes
 from published_student import PublishedStudent, published_loss
 from result_file import RESULTS, write_result
 from torch import Tensor
@@ -159,15 +160,10 @@ def peak_bytes(case: Case, name: str) -> int:
         bench.step(name)
         return torch.cuda.max_memory_allocated() - before
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # Sets the peak back to what is in use.
-    before = _status("VmRSS")
+    forget_peak()
+    before = resident_bytes()
     bench.step(name)
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    return peak_resident_bytes() - before
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:

@@ -252,8 +252,7 @@ def downstream(python: Path, upstream: Path, task: str, split: str, config: dict
     run([*common, "-m", "train", "-p", work / "experiment"], work)
     steps = config["runner"]["total_steps"]
     evaluated = run(
-        [python, upstream / "run_downstream.py", "-m", "evaluate", "-t", split, "--device", "cpu"]
-        + ["-e", work / "experiment" / f"states-{steps}.ckpt"],
+        [*common[:2], "-m", "evaluate", "-t", split, "--device", "cpu", "-e", work / f"experiment/states-{steps}.ckpt"],
         work,
     )
     return [line.strip() for line in evaluated.splitlines() if re.search(r"(acc|uer|wer|loss)[:=]? ?", line)]

@@ -28,13 +28,13 @@ class DistilledStudentConfig(PretrainedConfig):
         pad_token_id: int = 0,
         **others: Any,
     ) -> None:
-        self.student = student
+        self.student: Any = student
         self.origin = origin
         self.use_weighted_layer_sum = use_weighted_layer_sum
         self.vocab_size = vocab_size
         # transformers makes one without arguments to compare with.
-        self.hidden_size = student["encoder_embed_dim"] if student else None
-        self.num_hidden_layers = len(student["reuses"]) if student else None
+        self.hidden_size: Any = student["encoder_embed_dim"] if student else None
+        self.num_hidden_layers: Any = len(student["reuses"]) if student else None
         others.pop("hidden_size", None)
         others.pop("num_hidden_layers", None)
         super().__init__(pad_token_id=pad_token_id, **others)

@@ -41,7 +41,7 @@ class DistilledStudentModel(DistilledStudentPreTrainedModel):
     def frame_mask(self, attention_mask: Tensor) -> Tensor:
         """(B, S), 1 at real samples → (B, T) bool, True at real frames."""
         frames = self.student.num_frames(attention_mask.shape[1])
-        counts = self.student.num_frames(attention_mask.sum(-1))
+        counts: Tensor = self.student.num_frames(attention_mask.sum(-1))
         return torch.arange(frames, device=attention_mask.device) < counts[:, None]
 
     def forward(

@@ -129,4 +129,6 @@ def command(
 
 
 if __name__ == "__main__":
-    typer.run(command)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    app()

@@ -178,7 +178,7 @@ def runner(steps: int, splits: list[str]) -> dict[str, Any]:
 
 
 def asr(work: Path, steps: int, utterances: int) -> dict[str, Any]:
-    """S3PRL's ``asr`` on part of the training speakers and the two held-out ones; its published shape, narrower."""
+    """S3PRL's ``asr`` on part of the training speakers and the two held-out ones; its published kind of network, one narrow layer of it."""
     table(work / "lengths" / f"{TRAIN}.csv", files(TRAIN, utterances))
     table(work / "lengths" / f"{HELD_OUT}.csv", files(HELD_OUT, max(2, utterances // 8)))
     letters = "|ETAONIHSRDLUMWCFGYPBVK'XJQZ"
@@ -186,9 +186,9 @@ def asr(work: Path, steps: int, utterances: int) -> dict[str, Any]:
     rnn = {
         "module": "LSTM",
         "bidirection": True,
-        "dim": [128, 128],
-        "dropout": [0.2, 0.2],
-        "layer_norm": [False, False],
+        "dim": [64],
+        "dropout": [0.2],
+        "layer_norm": [False],
     }
     return {
         "runner": runner(steps, ["dev-clean"]),
@@ -208,10 +208,9 @@ def asr(work: Path, steps: int, utterances: int) -> dict[str, Any]:
                 "decoder_args": {"decoder_type": "None"},
             },
             "modelrc": {
-                "project_dim": 128,
+                "project_dim": 64,
                 "select": "RNNs",
-                "RNNs": rnn
-                | {"total_rate": -1, "proj": [False, False], "sample_rate": [1, 1], "sample_style": "concat"},
+                "RNNs": rnn | {"total_rate": -1, "proj": [False], "sample_rate": [1], "sample_style": "concat"},
             },
         },
     }
@@ -264,7 +263,7 @@ def main(
     work: Annotated[
         Path | None, typer.Option(help="Folder of the export and experiments; default a temporary one.")
     ] = None,
-    asr_steps: Annotated[int, typer.Option(help="Training steps of the asr task.")] = 60,
+    asr_steps: Annotated[int, typer.Option(help="Training steps of the asr task.")] = 100,
     speaker_steps: Annotated[int, typer.Option(help="Training steps of the speaker task.")] = 60,
     utterances: Annotated[int, typer.Option(help="Training utterances of each task.")] = 96,
     output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "s3prl_check.json",

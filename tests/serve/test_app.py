@@ -339,7 +339,7 @@ def test_openapi_describes_the_interface(client: TestClient) -> None:
         "model",
         "timeout",
     }
-    assert set(post["responses"]) == set(["200", "400", "401", "404", "411", "413", "415", "422", "429", "503", "504"])
+    assert set(post["responses"]) == {"200", "400", "401", "404", "411", "413", "415", "422", "429", "503", "504"}
     assert {"application/json", NPY, "application/x-npz"} < set(post["responses"]["200"]["content"])
     for status in ("400", "413", "422"):
         reference = post["responses"][status]["content"]["application/json"]["schema"]["$ref"]

@@ -1,6 +1,6 @@
 """Seeded mutations of audio in every accepted format: an answer or a refusal, never a failure of the service.
 
-``python tests/serve/test_damaged_audio.py 20000`` runs more cases.
+``python -m tests.serve.test_damaged_audio 20000`` runs more cases.
 """
 
 import io

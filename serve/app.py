@@ -56,9 +56,11 @@ def create_app(
     Raises:
         ValueError: a limit that is not positive, a device that isn't there, or a folder without a readable student.
     """
-    limits = Limits(max_seconds, max_bytes, deadline_seconds, max_requests)
+    batch = batch or BatchLimits()
+    # What the queue can't hold would be told to come again, for ever.
+    limits = Limits(max_seconds, max_bytes, deadline_seconds, max_requests, max(max_seconds, batch.queue_seconds))
     metrics = Metrics()
-    models = Models(device, batch or BatchLimits(), metrics.record_batch)
+    models = Models(device, batch, metrics.record_batch)
     own_name, student = ("student", model) if isinstance(model, Student) else load_model(model)
     models.put(name or own_name, student)
     for other, value in (more or {}).items():

@@ -17,6 +17,7 @@ from serve.errors import ServiceError
 from serve.models import Models, ServedModel
 from serve.observation import Metrics
 from serve.parameters import Query, choose_layer, parse_parameters
+from teacher_cache.frames import SAMPLE_RATE
 
 _DECODERS = 4  # audio files decoded at once, which bounds the memory of decoding
 Result = TypeVar("Result")
@@ -31,15 +32,17 @@ class Limits:
         max_bytes: largest request body accepted, in bytes. Default 32 MiB.
         deadline_seconds: longest time for an answer; a request may ask for less. Default 30.
         max_requests: requests answered at once; more are refused. Default 256.
+        request_seconds: audio in all files of a request together, in seconds. Default 300.
     """
 
     max_seconds: float = 60.0
     max_bytes: int = 32 * 2**20
     deadline_seconds: float = 30.0
     max_requests: int = 256
+    request_seconds: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("max_seconds", "deadline_seconds"):
+        for name in ("max_seconds", "deadline_seconds", "request_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}.")
         for name in ("max_bytes", "max_requests"):
@@ -124,10 +127,16 @@ class Asker:
     async def _features(self, query: Any, files: list[bytes], many: bool) -> Answered:
         # Bound before decoding: a wrong layer must not cost any.
         choose_layer(query.layer, self.models.get(query.model).engine.num_layers)
-        waveforms = []
+        waveforms: list[Array] = []
+        room = self.limits.request_seconds
         for file in files:
             seconds = self.limits.max_seconds
             waveforms.append(await anyio.to_thread.run_sync(decode, file, seconds, limiter=self._decoders))
+            room -= len(waveforms[-1]) / SAMPLE_RATE
+            if room < 0:
+                limit = f"{self.limits.request_seconds:g}"
+                message = f"The files hold more than the {limit} seconds of audio that a request may have; send fewer at once."
+                raise ServiceError("too_long", message)
         while True:
             model = self.models.get(query.model)
             layer = choose_layer(query.layer, model.engine.num_layers)

@@ -15,6 +15,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from serve import create_app
+from serve.engine import BatchLimits
 from student import Student
 from teacher_cache.audio import load_audio
 
@@ -223,6 +224,13 @@ def test_too_long_audio_is_refused(client: TestClient) -> None:
     assert len(hour) < MAX_BYTES
     assert "20" in assert_refused(client.post("/v1/features", content=hour), 413, "too_long")
     assert client.post("/v1/features?format=npy", content=encode(sound(MAX_SECONDS))).status_code == 200
+
+
+def test_files_longer_than_the_queue_together_are_refused(student: Student) -> None:
+    files = [("file", encode(sound(1.5))) for _ in range(2)]
+    with TestClient(create_app(student, max_seconds=2, batch=BatchLimits(queue_seconds=2.5))) as client:
+        assert "2.5" in assert_refused(client.post("/v1/features", files=files), 413, "too_long")
+        assert client.post("/v1/features", files=files[:1]).status_code == 200
 
 
 def test_a_body_over_the_limit_is_refused(client: TestClient) -> None:

@@ -1,0 +1,220 @@
+"""A distilled speech student in plain PyTorch (1.13 or newer), for inference and fine-tuning; needs no other package.
+
+One utterance gives the same features whatever it is batched with: normalisation and attention see real samples only.
+
+Shape suffixes: B batch, S samples, C channels, T frames, d width, H heads, h width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PortableStudent(nn.Module):
+    """Convolutional front end and Transformer encoder with attention-map reuse, without what only pre-training needs.
+
+    Attributes:
+        config: architecture, JSON values: conv_layers [[channels, kernel, stride], ...], conv_norm, conv_bias,
+            encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads, reuses [bool for each layer],
+            reuse_behaviour, conv_pos, conv_pos_groups, dropout, attention_dropout, activation_dropout, dropout_input.
+        hold_maps: keep a computed (T, T) attention map for the layers that reuse it, rather than its queries and keys.
+            Same numbers; less work, more memory on long audio. Default False.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.hold_maps = False
+        width: int = config["encoder_embed_dim"]
+        blocks, channels = [], 1
+        for number, (outputs, kernel, stride) in enumerate(config["conv_layers"]):
+            norm = config["conv_norm"] if config["conv_norm"] == "layer_norm" or number == 0 else None
+            blocks.append(ConvBlock(channels, outputs, kernel, stride, config["conv_bias"], norm))
+            channels = outputs
+        self.conv_blocks = nn.ModuleList(blocks)
+        self.feature_norm = nn.LayerNorm(channels)
+        self.projection = nn.Linear(channels, width) if channels != width else nn.Identity()
+        self.input_dropout = nn.Dropout(config["dropout_input"])
+        self.position = PositionConv(width, config["conv_pos"], config["conv_pos_groups"])
+        self.encoder_norm = nn.LayerNorm(width)
+        self.encoder_dropout = nn.Dropout(config["dropout"])
+        self.layers = nn.ModuleList([EncoderLayer(config, reuses) for reuses in config["reuses"]])
+
+    @property
+    def stride(self) -> int:
+        """Samples between the starts of neighbouring frames."""
+        return math.prod(stride for _, _, stride in self.config["conv_layers"])
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that one frame sees: the shortest waveform with a frame."""
+        samples = 1
+        for _, kernel, stride in reversed(self.config["conv_layers"]):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
+    def num_frames(self, lengths: Any) -> Any:
+        """Real frames of waveforms of these lengths (int or integer tensor) of at least one frame each."""
+        for _, kernel, stride in self.config["conv_layers"]:
+            lengths = (lengths - kernel) // stride + 1
+        return lengths
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+        """Hidden states of a padded batch.
+
+        Args:
+            waveforms: (B, S) float, 16 kHz mono in [-1, 1]; padding may hold anything finite.
+            lengths: (B,) int64, real samples, from ``receptive_field`` to S; None where nothing is padded.
+
+        Returns:
+            The encoder's input (B, T, d), then each layer's output; values at padded frames are finite and mean nothing.
+        """
+        x, real = waveforms[:, None], lengths
+        for block in self.conv_blocks:
+            x, real = block(x, real)
+        x = self.input_dropout(self.projection(self.feature_norm(x.transpose(1, 2))))
+        attended = None
+        if real is not None:
+            frames = torch.arange(x.shape[1], device=x.device) < real[:, None]
+            x = torch.where(frames[..., None], x, torch.zeros_like(x))
+            attended = frames[:, None, None]
+        x = self.encoder_dropout(self.encoder_norm(x + self.position(x)))
+        states = [x]
+        shared: tuple[Tensor, ...] = ()
+        for layer in self.layers:
+            x, shared = layer(x, attended, shared, self.hold_maps)
+            states.append(x)
+        return states
+
+
+class ConvBlock(nn.Module):
+    """Unpadded convolution, its normalisation if any, GELU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, bias: bool, norm: str | None) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, outputs, kernel, stride, bias=bias)
+        self.norm: nn.Module | None = None
+        if norm is not None:
+            self.norm = nn.GroupNorm(outputs, outputs) if norm == "group_norm" else nn.LayerNorm(outputs)
+
+    def forward(self, x_BCS: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, C, S), (B,) or None → (B, C', S'), (B,) or None."""
+        x = self.conv(x_BCS)
+        if lengths is not None:
+            lengths = torch.div(lengths - self.conv.kernel_size[0], self.conv.stride[0], rounding_mode="floor") + 1
+        if isinstance(self.norm, nn.GroupNorm) and lengths is not None:
+            x = _group_norm_over_real(x, lengths, self.norm)
+        elif isinstance(self.norm, nn.GroupNorm):
+            x = self.norm(x)
+        elif self.norm is not None:
+            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        return F.gelu(x), lengths
+
+
+def _group_norm_over_real(x_BCS: Tensor, lengths: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """GroupNorm with a group for each channel, whose statistics leave padding out."""
+    x = x_BCS.float()  # Half precision can't hold a sum over thousands of positions.
+    real = (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None].float()
+    count = lengths[:, None, None].float()
+    centred = x - (x * real).sum(-1, keepdim=True) / count
+    variance = (centred * real).square().sum(-1, keepdim=True) / count
+    normalised = (centred / torch.sqrt(variance + norm.eps)).to(x_BCS.dtype)
+    return normalised * norm.weight[:, None] + norm.bias[:, None]
+
+
+class PositionConv(nn.Module):
+    """Convolutional position embedding; the weight normalisation of pre-training is folded into the weight."""
+
+    def __init__(self, width: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
+        self.surplus = 1 - kernel % 2
+
+    def forward(self, x_BTd: Tensor) -> Tensor:
+        """(B, T, d) → (B, T, d); padded frames must be zeros."""
+        x = self.conv(x_BTd.transpose(1, 2))
+        return F.gelu(x[..., : x.shape[-1] - self.surplus]).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention that computes its own map, or applies an earlier layer's to its own values."""
+
+    def __init__(self, config: dict[str, Any], reuses: bool) -> None:
+        super().__init__()
+        width: int = config["encoder_embed_dim"]
+        self.heads: int = config["encoder_attention_heads"]
+        self.reuses = reuses
+        self.second_softmax = config["reuse_behaviour"] == "released"
+        self.dropout: float = config["attention_dropout"]
+        if not reuses:
+            self.query = nn.Linear(width, width)
+            self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def _split(self, x_BTd: Tensor) -> Tensor:
+        return x_BTd.view(x_BTd.shape[0], x_BTd.shape[1], self.heads, -1).transpose(1, 2)
+
+    def forward(
+        self, x_BTd: Tensor, attended: Tensor | None, shared: tuple[Tensor, ...], hold_maps: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``attended``: (B, 1, 1, T) bool or None. ``shared``: (queries, keys), each (B, H, T, h), or (map (B, H, T, T),)."""
+        rate = self.dropout if self.training and not self.reuses else 0.0
+        values = self._split(self.value(x_BTd))
+        if not self.reuses:
+            shared = self._split(self.query(x_BTd)), self._split(self.key(x_BTd))
+        fused = hasattr(F, "scaled_dot_product_attention")  # From PyTorch 2.0 on.
+        if fused and not hold_maps and not (self.reuses and self.second_softmax):
+            mixed = F.scaled_dot_product_attention(shared[0], shared[1], values, attended, rate)
+            return self.out(mixed.transpose(1, 2).flatten(2)), shared
+        weights = shared[0] if len(shared) == 1 else _softmax(_scores(shared[0], shared[1]), attended)
+        if hold_maps or not fused:
+            shared = (weights,)
+        if self.reuses and self.second_softmax:
+            weights = _softmax(weights, attended)
+        mixed = F.dropout(weights, rate, training=rate > 0) @ values
+        return self.out(mixed.transpose(1, 2).flatten(2)), shared
+
+
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    return (queries / math.sqrt(keys.shape[-1])) @ keys.transpose(-1, -2)
+
+
+def _softmax(scores: Tensor, attended: Tensor | None) -> Tensor:
+    return (scores if attended is None else scores.masked_fill(~attended, float("-inf"))).softmax(-1)
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm Transformer layer."""
+
+    def __init__(self, config: dict[str, Any], reuses: bool) -> None:
+        super().__init__()
+        width: int = config["encoder_embed_dim"]
+        self.attention = Attention(config, reuses)
+        self.attention_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, config["encoder_ffn_embed_dim"])
+        self.down = nn.Linear(config["encoder_ffn_embed_dim"], width)
+        self.final_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(config["dropout"])
+        self.activation_dropout = nn.Dropout(config["activation_dropout"])
+
+    def forward(
+        self, x_BTd: Tensor, attended: Tensor | None, shared: tuple[Tensor, ...], hold_maps: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `Attention.forward`."""
+        mixed, shared = self.attention(x_BTd, attended, shared, hold_maps)
+        x = self.attention_norm(x_BTd + self.dropout(mixed))
+        inner = self.activation_dropout(F.gelu(self.up(x)))
+        return self.final_norm(x + self.dropout(self.down(inner))), shared
+
+
+def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Waveforms (S_i,) → (B, S), zero-padded, and their lengths (B,), or None where all are equal."""
+    lengths = [len(waveform) for waveform in waveforms]
+    padded = nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+    return padded, None if min(lengths) == max(lengths) else torch.tensor(lengths, device=padded.device)

@@ -1,0 +1,42 @@
+"""The real S3PRL takes an exported student. It needs an environment of its own, which ``benchmarks/s3prl_check.py`` makes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from student import Student, StudentConfig, save_student
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+def test_features_upstream_test_and_two_tasks(tmp_path: Path, shared: Path) -> None:
+    environment = os.environ.get("S3PRL_ENVIRONMENT")
+    if environment is None:
+        pytest.skip("needs S3PRL in an environment of its own (set S3PRL_ENVIRONMENT to the one s3prl_check.py made)")
+    torch.manual_seed(0)
+    config = StudentConfig(
+        conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
+        encoder_layers=2,
+        encoder_embed_dim=16,
+        encoder_ffn_embed_dim=24,
+        encoder_attention_heads=2,
+        conv_pos=8,
+        conv_pos_groups=2,
+    )
+    save_student(Student(config), tmp_path / "model")
+    options = ["--environment", environment, "--asr-steps", "2", "--speaker-steps", "2", "--utterances", "64"]
+    subprocess.run(
+        [sys.executable, "benchmarks/s3prl_check.py", tmp_path / "model", *options, "--output", tmp_path / "r.json"],
+        check=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"SHARED_DATA": str(shared)},
+    )
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["largest_difference"] < 1e-5
+    assert any("acc" in line and "nan" not in line for line in found["evaluated"]["speaker_linear_utter_libri"])
+    assert any("uer" in line for line in found["evaluated"]["asr"])

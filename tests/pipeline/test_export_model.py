@@ -1,0 +1,102 @@
+"""The export command: what it takes, what it says of origin, how it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from pipeline.export_model import command, open_student
+from student import Student, StudentConfig, save_student
+from teacher_cache.layout import Cache
+
+TINY = StudentConfig(
+    conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
+    encoder_layers=2,
+    encoder_embed_dim=16,
+    encoder_ffn_embed_dim=24,
+    encoder_attention_heads=2,
+    conv_pos=8,
+    conv_pos_groups=2,
+    target_dim=32,
+)
+
+app = typer.Typer()
+app.command()(command)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, make_cache) -> Path:  # type: ignore[no-untyped-def]
+    """A run's folder with what its export reads."""
+    make_cache(tmp_path / "cache")
+    run = tmp_path / "runs" / "tiny"
+    torch.manual_seed(0)
+    save_student(Student(TINY), run / "export", {"step": 12, "validation_loss": 0.5})
+    config = {
+        "name": "tiny",
+        "teacher": {"checkpoint": "random:2x32"},
+        "cache": {"path": str(tmp_path / "cache")},
+        "train": {"targets": "cached", "loss": "mse"},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    summary = {
+        "hours": 0.5,
+        "teacher": "random:2x32",
+        "teacher_is_random": True,
+        "training": {"steps": 12, "last_loss": 0.4},
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def test_origin_of_a_run(run_folder: Path) -> None:
+    _, origin = open_student(run_folder)
+    assert origin["run"] == "tiny" and "RANDOM" in origin["teacher"]
+    assert origin["cache_fingerprint"] == Cache.open(run_folder.parent.parent / "cache").fingerprint
+    assert origin["metrics"] == {"step": 12, "validation_loss": 0.5, "steps": 12, "last_loss": 0.4}
+    assert origin["configuration"]["train"]["loss"] == "mse" and origin["student"]["encoder_layers"] == 2
+    assert origin["commit"]
+    # Of the exported folder alone it is the same, and of one that left its run, what is left.
+    assert open_student(run_folder / "export")[1] == origin
+    moved = run_folder.parent.parent / "elsewhere" / "deep" / "student"
+    moved.parent.mkdir(parents=True)
+    (run_folder / "export").rename(moved)
+    assert "run" not in open_student(moved)[1]
+
+
+def test_a_cache_that_is_gone(run_folder: Path) -> None:
+    (run_folder.parent.parent / "cache" / "cache.json").unlink()
+    assert open_student(run_folder)[1]["cache_fingerprint"] is None
+
+
+def test_formats(run_folder: Path, tmp_path: Path) -> None:
+    for form, output, file in (
+        ("s3prl", "my_student", "my_student/expert.py"),
+        ("huggingface", "hf", "hf/model.safetensors"),
+        ("torch", "student.pt2", "student.pt2"),
+    ):
+        result = CliRunner().invoke(app, [str(run_folder), "--format", form, "--output", str(tmp_path / output)])
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / file).is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--format", "s3prl", "--output", "x"], "is not a student"),
+        (["MODEL", "--format", "s3prl", "--output", "my-student"], "Python name"),
+        (["MODEL", "--format", "s3prl", "--int8", "--output", "x"], "--int8"),
+        (["RUN", "--format", "s3prl", "--output", "x"], "has no export"),
+    ],
+)
+def test_mistakes(run_folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    model = run_folder / "export"
+    if arguments[0] == "RUN":
+        model.rename(tmp_path / "moved")
+    places = {"MODEL": str(model), "RUN": str(run_folder)}
+    result = CliRunner().invoke(app, [places.get(a, a) for a in arguments])
+    assert result.exit_code == 2
+    assert message in result.output and result.output.count("\n") == 1

@@ -1,0 +1,105 @@
+"""ONNX and torch.export programs give the student's features, of any batch and length."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from student import Student, StudentConfig
+from student.exporters.onnx import OPSET, export_onnx, export_torch
+from teacher_cache.audio import load_audio
+from teacher_cache.batch import pad_waveforms
+
+onnx = pytest.importorskip("onnx", reason="needs the onnx extra (the dev extra has it)")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the onnx extra (the dev extra has it)")
+
+ORIGIN = {"run": "tiny run", "cache_fingerprint": "f00"}
+BATCHES = ([16_000], [400], [24_000, 400, 9_000], [5_000, 7_001])
+
+
+def make(tiny: StudentConfig, behaviour: str = "paper") -> Student:
+    torch.manual_seed(0)
+    return Student(tiny.model_copy(update={"reuse_behaviour": behaviour})).eval()
+
+
+def noise(lengths: list[int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [(0.1 * rng.normal(size=samples)).astype(np.float32) for samples in lengths]
+
+
+def difference(student: Student, run: object, waves: list[np.ndarray]) -> float:
+    """Largest relative difference of a layer of an utterance."""
+    padded, lengths = pad_waveforms(waves)
+    with torch.no_grad():
+        ours, frames = student.encode(padded, lengths)
+    states, counts = run(padded, lengths)  # type: ignore[operator]
+    assert states.shape[:3] == (len(waves), student.config.encoder_layers + 1, ours.shape[2])
+    assert counts.tolist() == frames.tolist()
+    worst = 0.0
+    for row, count in enumerate(frames.tolist()):
+        for layer in range(ours.shape[1]):
+            a, b = ours[row, layer, :count], torch.as_tensor(states[row, layer + 1, :count])
+            worst = max(worst, float((a - b).norm() / a.norm()))
+    return worst
+
+
+class OnnxRun:
+    """Runs an ONNX file on tensors."""
+
+    def __init__(self, file: Path) -> None:
+        self.session = onnxruntime.InferenceSession(str(file))
+
+    def __call__(self, waves: torch.Tensor, lengths: torch.Tensor) -> list[np.ndarray]:
+        found: list[np.ndarray] = self.session.run(None, {"waveforms": waves.numpy(), "lengths": lengths.numpy()})
+        return found
+
+
+@pytest.mark.parametrize("behaviour", ["paper", "released"])
+def test_onnx_of_any_batch_and_length(tmp_path: Path, tiny: StudentConfig, behaviour: str) -> None:
+    student = make(tiny, behaviour)
+    export_onnx(student, tmp_path / "student.onnx", ORIGIN)
+    model = onnx.load(tmp_path / "student.onnx")
+    onnx.checker.check_model(model)
+    assert model.opset_import[0].version == OPSET
+    assert json.loads({prop.key: prop.value for prop in model.metadata_props}["origin"]) == ORIGIN
+    run = OnnxRun(tmp_path / "student.onnx")
+    for lengths in BATCHES:
+        assert difference(student, run, noise(lengths)) < 1e-5
+
+
+def test_int8_is_close_and_smaller(tmp_path: Path, tiny: StudentConfig) -> None:
+    wide = tiny.model_copy(update={"encoder_embed_dim": 64, "encoder_ffn_embed_dim": 128})
+    student = make(wide)
+    export_onnx(student, tmp_path / "plain.onnx", ORIGIN)
+    export_onnx(student, tmp_path / "int8.onnx", ORIGIN, int8=True)
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.8 * (tmp_path / "plain.onnx").stat().st_size
+    assert 1e-5 < difference(student, OnnxRun(tmp_path / "int8.onnx"), noise([16_000, 9_000])) < 0.1
+
+
+def test_torch_export(tmp_path: Path, tiny: StudentConfig) -> None:
+    student = make(tiny)
+    export_torch(student, tmp_path / "student.pt2", ORIGIN)
+    extra = {"origin.json": ""}
+    program = torch.export.load(tmp_path / "student.pt2", extra_files=extra).module()
+    assert json.loads(extra["origin.json"]) == ORIGIN
+    for lengths in BATCHES:
+        if max(lengths) >= 720:
+            with torch.no_grad():
+                assert difference(student, program, noise(lengths)) < 1e-5
+
+
+def test_real_speech(tmp_path: Path, tiny: StudentConfig, shared: Path) -> None:
+    student = make(tiny)
+    export_onnx(student, tmp_path / "student.onnx", ORIGIN)
+    paths = sorted((shared / "speech/LibriSpeech/heldout-clean-5").rglob("*.flac"))[:4]
+    waves = [np.asarray(load_audio(path)) for path in paths]
+    assert difference(student, OnnxRun(tmp_path / "student.onnx"), waves) < 1e-5
+
+
+def test_a_file_is_not_overwritten(tmp_path: Path, tiny: StudentConfig) -> None:
+    (tmp_path / "there").write_text("")
+    for export in (export_onnx, export_torch):
+        with pytest.raises(ValueError, match="exists"):
+            export(Student(tiny), tmp_path / "there", {})

@@ -1,0 +1,149 @@
+"""The portable form gives the student's features, in every variant, and refuses what it doesn't know."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from student import Student, StudentConfig
+from student.exporters.portable import portable_config, portable_student
+from student.exporters.portable_model import PortableStudent, pad
+from teacher_cache.audio import load_audio
+
+NO_REUSE = {"attention_reuse": "none"}
+VARIANTS: dict[str, dict[str, object]] = {
+    "paper": {},
+    "released": {"reuse_behaviour": "released"},
+    "twice in a row": {"attention_reuse": (False, True, True, False)},
+    "twice in a row, released": {"attention_reuse": (False, True, True, False), "reuse_behaviour": "released"},
+    "no reuse": NO_REUSE,
+    "layer norm": {"conv_norm": "layer_norm", "conv_bias": True},
+    "projection": {"encoder_embed_dim": 24, "conv_pos": 9, "conv_pos_groups": 3, "encoder_attention_heads": 3},
+}
+
+
+def student_of(variant: str) -> Student:
+    torch.manual_seed(0)
+    base = {
+        "conv_layers": ((8, 10, 5), (12, 1, 1), *((12, 3, 2),) * 4, *((16, 2, 2),) * 2),
+        "encoder_layers": 4,
+        "encoder_embed_dim": 16,
+        "encoder_ffn_embed_dim": 24,
+        "encoder_attention_heads": 4,
+        "conv_pos": 16,
+        "conv_pos_groups": 4,
+        "target_dim": 32,
+    }
+    student = Student(StudentConfig.model_validate(base | VARIANTS[variant])).eval()
+    for (
+        name,
+        parameter,
+    ) in student.named_parameters():  # As initialised, attention is nearly uniform and norms do nothing.
+        if "query" in name or "key" in name:
+            parameter.data *= 15
+        if "norm" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return student
+
+
+def noise(seconds: list[float]) -> list[torch.Tensor]:
+    return [torch.randn(int(16_000 * s), generator=torch.Generator().manual_seed(7)) * 0.1 for s in seconds]
+
+
+@torch.no_grad()
+def assert_same(student: Student, waves: list[torch.Tensor], *, hold_maps: bool, atol: float = 1e-5) -> None:
+    model = portable_student(student)
+    model.hold_maps = hold_maps
+    padded, lengths = pad(waves)
+    real = torch.tensor([len(wave) for wave in waves])
+    ours, frames = student.encode(padded, real)
+    theirs = torch.stack(model(padded, lengths)[1:], 1)
+    assert theirs.shape == ours.shape
+    assert torch.equal(model.num_frames(real), frames)
+    for row, count in enumerate(frames.tolist()):
+        torch.testing.assert_close(theirs[row, :, :count], ours[row, :, :count], rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("hold_maps", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_gives_the_students_features(variant: str, hold_maps: bool) -> None:
+    student = student_of(variant)
+    assert_same(student, noise([1.0]), hold_maps=hold_maps)
+    assert_same(student, noise([0.025, 1.3, 0.6]), hold_maps=hold_maps)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_fused_attention(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = student_of(variant)
+    model = portable_student(student)
+    waves, lengths = pad(noise([1.0, 0.4]))
+    with torch.no_grad():
+        fused = model(waves, lengths)
+        monkeypatch.delattr(torch.nn.functional, "scaled_dot_product_attention")
+        plain = model(waves, lengths)
+    for a, b in zip(fused, plain, strict=True):
+        torch.testing.assert_close(a[0], b[0], rtol=0, atol=1e-5)
+
+
+def test_the_two_behaviours_differ() -> None:
+    paper, released = (student_of(variant) for variant in ("paper", "released"))
+    released.load_state_dict(paper.state_dict())
+    wave = noise([1.0])[0][None]
+    with torch.no_grad():
+        a, b = (portable_student(student)(wave)[-1] for student in (paper, released))
+    assert (a - b).abs().max() > 1e-2
+
+
+def test_real_speech(shared: Path) -> None:
+    paths = sorted((shared / "speech/LibriSpeech/heldout-clean-5").rglob("*.flac"))[:3]
+    waves = [torch.from_numpy(np.asarray(load_audio(path))) for path in paths]
+    torch.manual_seed(0)
+    assert_same(Student(StudentConfig()).eval(), waves, hold_maps=False)
+
+
+def test_a_published_checkpoint_keeps_its_second_softmax(shared: Path) -> None:
+    from student import load_student
+
+    golden = shared / "golden"
+    student = load_student(golden / "armhubert_mini.ckpt", golden / "armhubert_mini.yaml")
+    assert portable_config(student.config)["reuse_behaviour"] == "released"
+    assert_same(student, noise([1.0, 0.5]), hold_maps=False)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = portable_student(student_of("paper"))
+    wave = noise([1.0])[0][None]
+    model.train()
+    assert not torch.equal(model(wave)[-1], model(wave)[-1])
+    model.eval()
+    assert torch.equal(model(wave)[-1], model(wave)[-1])
+
+
+def test_unknown_options_and_weights_are_refused() -> None:
+    class Wider(StudentConfig):
+        time_reduction: int = 1
+
+    base = student_of("paper").config.model_dump()
+    assert "time_reduction" not in portable_config(Wider.model_validate(base))
+    with pytest.raises(ValueError, match="time_reduction=2"):
+        portable_config(Wider.model_validate(base | {"time_reduction": 2}))
+    student = student_of("paper")
+    student.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="other weights"):
+        portable_student(student)
+
+
+def test_other_arithmetic_is_refused() -> None:
+    class Louder(Student):
+        def layer_outputs(self, waveforms, lengths, frame_mask=None):  # type: ignore[no-untyped-def]
+            layers, heads, frames = super().layer_outputs(waveforms, lengths, frame_mask)
+            return [2 * layer for layer in layers], heads, frames
+
+    with pytest.raises(ValueError, match="features differ"):
+        portable_student(Louder(student_of("paper").config))
+
+
+def test_it_knows_its_frames() -> None:
+    model = PortableStudent(portable_config(StudentConfig()))
+    assert (model.stride, model.receptive_field) == (320, 400)

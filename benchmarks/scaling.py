@@ -8,8 +8,6 @@ from them. Also the unit costs of `configs/clusters` that no other benchmark has
 
 import json
 import math
-import os
-import signal
 import statistics
 import sys
 import tempfile
@@ -70,8 +68,9 @@ def build(
     def on_progress(progress: Any) -> None:
         finished.append(time.perf_counter() - began)
         if kill_at is not None and not killed and progress.seconds_done >= kill_at * progress.seconds:
-            actor = next(p for p in psutil.process_iter(["cmdline"]) if _is_actor(p))
-            os.kill(actor.pid, signal.SIGKILL)
+            # Only among this program's own: other Rays may run on this machine.
+            own = psutil.Process().children(recursive=True)
+            next(process for process in own if _is_actor(process)).kill()
             killed.append(time.perf_counter() - began)
 
     build_cache(
@@ -95,8 +94,7 @@ def build(
 
 
 def _is_actor(process: psutil.Process) -> bool:
-    command = " ".join(process.info["cmdline"] or [])
-    return "ShardWriterActor" in command and f"{os.getpid()}" != str(process.pid)
+    return process.is_running() and "ShardWriterActor" in " ".join(process.cmdline())
 
 
 def fit_worker(runs: list[dict[str, Any]]) -> dict[str, float]:

@@ -19,7 +19,11 @@ from pipeline.stages import STAGES, Run, run_stages, summary_table
 
 COMMANDS = {
     "convert": "pipeline.convert",
+    "export": "pipeline.export_model",
     "import-config": "pipeline.import_config",
+    "plan-cluster": "pipeline.plan_cluster",
+    "probe": "pipeline.probe",
+    "profile": "pipeline.profile_model",
 }
 """Commands besides the job, and the modules whose ``command`` they are; imported when asked for."""
 

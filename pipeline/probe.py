@@ -1,4 +1,4 @@
-"""``python -m pipeline.probe MANIFEST --teacher T --student S``: how much frozen features tell a linear layer, side by side.
+"""``run.py probe MANIFEST --teacher T --student S``: how much frozen features tell a linear layer, side by side.
 
 As in SUPERB, a probe sees a learnt weighted sum of all layers (softmax of one weight a layer) and is linear: of the mean over time for
 a class of the utterance, of every frame for characters or phones by CTC, decoded greedily. Two things differ, so figures compare among

@@ -1,5 +1,9 @@
-"""The job: ``python pipeline/run.py --config configs/demo.yaml``, or the same under ``ray job submit --working-dir . --``."""
+"""The job: ``python pipeline/run.py --config configs/demo.yaml``, or the same under ``ray job submit --working-dir . --``.
 
+Its other commands are the first argument: ``python pipeline/run.py export --help``.
+"""
+
+import importlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +16,16 @@ from rich.console import Console
 
 from pipeline.config import load_config
 from pipeline.stages import STAGES, Run, run_stages, summary_table
+
+COMMANDS = {
+    "convert": "pipeline.convert",
+    "export": "pipeline.export_model",
+    "import-config": "pipeline.import_config",
+    "plan-cluster": "pipeline.plan_cluster",
+    "probe": "pipeline.probe",
+    "profile": "pipeline.profile_model",
+}
+"""Commands besides the job, and the modules whose ``command`` they are; imported when asked for."""
 
 
 def main(
@@ -35,7 +49,16 @@ def main(
         console.print(summary_table(summary))
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command line: the job, or one of `COMMANDS`."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        name = sys.argv.pop(1)
+        app.command()(importlib.import_module(COMMANDS[name]).command)
+        app(prog_name=f"run.py {name}")
+    app.command(epilog=f"Other commands: run.py {', '.join(COMMANDS)}.")(main)
     app()
+
+
+if __name__ == "__main__":
+    run()

@@ -1,4 +1,9 @@
-"""Read the audio bytes of one request, raw or multipart, never holding more than the limit."""
+"""Read the audio of one request, raw, multipart or base64 in JSON, never holding more than the limit."""
+
+import base64
+import binascii
+import json
+from typing import Any
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -7,23 +12,33 @@ from starlette.types import Message
 
 from serve.errors import ServiceError
 
+MAX_FILES = 64
+_OTHER_TYPES = ("", "application/octet-stream", "application/ogg", "application/x-www-form-urlencoded")
 
-async def read_audio_bytes(request: Request, max_bytes: int) -> bytes:
-    """The bytes of the audio file in a request.
 
-    A ``multipart/form-data`` body must hold one file, in the field ``file``; a body of any other content type is the
-    file itself. The limit counts the whole body as it arrives, so it also holds for chunked bodies and false lengths.
+async def read_body(request: Request, max_bytes: int) -> tuple[list[bytes], dict[str, Any], bool]:
+    """The audio files of a request, in order.
+
+    ``multipart/form-data`` holds one or more files in fields named ``file``; ``application/json`` holds base64 in ``input``,
+    a string or a list of strings, beside parameters; the body of an audio or video type, of application/octet-stream or of
+    what curl's --data-binary says is the file itself. The limit counts the whole body as it arrives, so it also holds for
+    chunked bodies and false lengths.
 
     Args:
         request: whose body nobody has read yet.
-        max_bytes: largest body accepted, form framing included.
+        max_bytes: largest body accepted, framing included.
+
+    Returns:
+        The files, the JSON body's other members, and whether the client sent a list (JSON) or several files.
 
     Raises:
-        ServiceError: ``too_large``, ``empty`` or ``bad_multipart``.
+        ServiceError: ``length_required``, ``too_large``, ``unsupported_media_type``, ``empty`` or ``bad_body``.
     """
     too_large = ServiceError("too_large", f"The request body is larger than the limit of {max_bytes} bytes.")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
+    declared = request.headers.get("content-length")
+    if declared is None and "transfer-encoding" not in request.headers:
+        raise ServiceError("length_required", "Send a Content-Length, or the body chunked.")
+    if declared and declared.isdecimal() and int(declared) > max_bytes:
         raise too_large
     received = 0
 
@@ -37,21 +52,53 @@ async def read_audio_bytes(request: Request, max_bytes: int) -> bytes:
 
     limited = Request(request.scope, receive)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    audio = await (_read_multipart(limited) if media_type == "multipart/form-data" else limited.body())
-    if not audio:
+    members: dict[str, Any] = {}
+    many = False
+    if media_type == "multipart/form-data":
+        files = await _read_multipart(limited)
+        many = len(files) > 1
+    elif media_type == "application/json":
+        files, members, many = _read_json(await limited.body())
+    elif media_type in _OTHER_TYPES or media_type.startswith(("audio/", "video/")):
+        files = [await limited.body()]
+    else:
+        raise ServiceError(
+            "unsupported_media_type",
+            "Send audio/*, application/octet-stream, multipart/form-data or application/json.",
+        )
+    if not all(files):
         raise ServiceError("empty", "The request holds no audio: send the bytes of an audio file.")
-    return audio
+    return files, members, many
 
 
-async def _read_multipart(request: Request) -> bytes:
+async def _read_multipart(request: Request) -> list[bytes]:
+    message = (
+        f"A multipart/form-data body must be well formed and hold 1 to {MAX_FILES} files, all in fields named 'file'."
+    )
     try:
-        async with request.form(max_files=1, max_fields=0) as form:
-            file = form.get("file")
-            if isinstance(file, UploadFile):
-                return await file.read()
+        async with request.form(max_files=MAX_FILES, max_fields=0) as form:
+            parts = form.multi_items()
+            if parts and all(name == "file" and isinstance(part, UploadFile) for name, part in parts):
+                return [await part.read() for _, part in parts if isinstance(part, UploadFile)]
     except HTTPException as error:
-        raise ServiceError("bad_multipart", _ONE_FILE) from error
-    raise ServiceError("bad_multipart", _ONE_FILE)
+        raise ServiceError("bad_body", message) from error
+    raise ServiceError("bad_body", message)
 
 
-_ONE_FILE = "A multipart/form-data body must be well formed and hold exactly one file, in the field 'file'."
+def _read_json(body: bytes) -> tuple[list[bytes], dict[str, Any], bool]:
+    if not body:
+        raise ServiceError("empty", "The request holds no audio: put the base64 of an audio file into 'input'.")
+    message = (
+        f"A JSON body must be an object whose 'input' is the base64 of an audio file, or a list of 1 to {MAX_FILES}."
+    )
+    try:
+        members = json.loads(body)
+        given = members.pop("input")
+        many = isinstance(given, list)
+        texts = given if many else [given]
+        if not 1 <= len(texts) <= MAX_FILES:
+            raise ServiceError("bad_body", message)
+        return [base64.b64decode(text.encode("ascii"), validate=True) for text in texts], members, many
+    # RecursionError: json's answer to a body of brackets.
+    except (ValueError, AttributeError, TypeError, KeyError, binascii.Error, RecursionError) as error:
+        raise ServiceError("bad_body", message) from error

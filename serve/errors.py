@@ -1,66 +1,81 @@
-"""What the service answers when it can't give features: one JSON shape, one status for each reason."""
+"""What the service answers when it can't give features: one JSON shape, one status for each type of error."""
 
 from typing import Literal, get_args
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-Reason = Literal[
+ErrorType = Literal[
     "empty",
-    "bad_multipart",
+    "undecodable",
+    "bad_body",
     "bad_request",
+    "unauthorized",
     "not_found",
+    "model_not_found",
     "method_not_allowed",
+    "length_required",
     "too_large",
     "too_long",
-    "undecodable",
+    "unsupported_media_type",
     "too_short",
     "bad_layer",
     "bad_parameter",
+    "overloaded",
     "internal",
+    "not_ready",
+    "deadline",
 ]
 
-STATUS: dict[Reason, int] = {
+STATUS: dict[ErrorType, int] = {
     "empty": 400,
-    "bad_multipart": 400,
+    "undecodable": 400,
+    "bad_body": 400,
     "bad_request": 400,
+    "unauthorized": 401,
     "not_found": 404,
+    "model_not_found": 404,
     "method_not_allowed": 405,
+    "length_required": 411,
     "too_large": 413,
     "too_long": 413,
-    "undecodable": 422,
+    "unsupported_media_type": 415,
     "too_short": 422,
     "bad_layer": 422,
     "bad_parameter": 422,
+    "overloaded": 429,
     "internal": 500,
+    "not_ready": 503,
+    "deadline": 504,
 }
-"""HTTP status of each reason."""
+"""HTTP status of each type of error."""
 
-assert set(STATUS) == set(get_args(Reason))
-
-
-class ErrorDetail(BaseModel):
-    """Why a request was refused."""
-
-    reason: Reason = Field(description="A word for programs; each reason always comes with the same status.")
-    message: str = Field(description="One sentence for people.")
+assert set(STATUS) == set(get_args(ErrorType))
 
 
 class ErrorResponse(BaseModel):
     """The body of every answer that is not a success."""
 
-    error: ErrorDetail
+    error: str = Field(description="One sentence for people.")
+    error_type: ErrorType = Field(description="A word for programs; each always comes with the same status.")
 
 
 class ServiceError(Exception):
-    """A request the service refuses; becomes an ``ErrorResponse`` with the status of its reason."""
+    """A request the service refuses; becomes an ``ErrorResponse`` with the status of its type.
 
-    def __init__(self, reason: Reason, message: str) -> None:
+    Args:
+        error_type: a word of ``STATUS``.
+        message: one sentence, fit for the client.
+        headers: sent with the answer, such as Retry-After.
+    """
+
+    def __init__(self, error_type: ErrorType, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
-        self.reason: Reason = reason
+        self.error_type: ErrorType = error_type
         self.message = message
+        self.headers = headers or {}
 
-    def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
+    def response(self) -> JSONResponse:
         """The answer to send."""
-        body = ErrorResponse(error=ErrorDetail(reason=self.reason, message=self.message))
-        return JSONResponse(body.model_dump(), STATUS[self.reason], headers)
+        body = ErrorResponse(error=self.message, error_type=self.error_type)
+        return JSONResponse(body.model_dump(), STATUS[self.error_type], self.headers)

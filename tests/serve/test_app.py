@@ -15,6 +15,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from serve import create_app
+from serve.engine import BatchLimits
 from student import Student
 from teacher_cache.audio import load_audio
 
@@ -63,10 +64,9 @@ def assert_refused(response: httpx.Response, status: int, reason: str) -> str:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     body: dict[str, Any] = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"reason", "message"}
-    assert body["error"]["reason"] == reason
-    message: str = body["error"]["message"]
+    assert set(body) == {"error", "error_type"}
+    assert body["error_type"] == reason
+    message: str = body["error"]
     assert message.endswith(".")
     assert "Traceback" not in message
     return message
@@ -104,7 +104,8 @@ def test_json_and_npy_are_equal_for_every_layer(client: TestClient, layer: str |
     query = {} if layer is None else {"layer": layer}
     array = read_npy(client.post("/v1/features", content=audio, params=query | {"format": "npy"}))
     answer = client.post("/v1/features", content=audio, params=query | {"format": "json"}).json()
-    assert list(answer) == ["model", "layer", "num_frames", "dim", "frame_seconds", "shape", "features"]
+    about = ["model", "revision", "layer", "space", "dtype", "frame_seconds", "frame_rate", "timestamps"]
+    assert list(answer) == [*about, "num_frames", "dim", "shape", "features"]
     features = np.array(answer["features"], np.float32)
     np.testing.assert_array_equal(features, array)
     frames = (7 * 16_000 - 400) // 320 + 1
@@ -149,7 +150,7 @@ def test_the_format_parameter_beats_the_accept_header(client: TestClient) -> Non
 def test_multipart_and_raw_bodies_of_any_content_type_are_equal(client: TestClient) -> None:
     audio = encode(sound(0.5))
     form = read_npy(client.post("/v1/features?format=npy", files={"file": ("../../etc/passwd", audio)}))
-    for content_type in ("audio/wav", "application/x-www-form-urlencoded", "text/html", ""):
+    for content_type in ("audio/wav", "application/x-www-form-urlencoded", "video/ogg", ""):
         raw = client.post("/v1/features?format=npy", content=audio, headers={"content-type": content_type})
         np.testing.assert_array_equal(read_npy(raw), form)
 
@@ -173,14 +174,18 @@ def test_concurrent_requests_get_the_same_as_alone(client: TestClient) -> None:
     files = [encode(sound(0.2 + 0.31 * seed, seed=seed)) for seed in range(8)]
     files[3] = b"not audio"  # one user's mistake must not touch the others
 
-    def ask(file: bytes) -> bytes:
-        return client.post("/v1/features?layer=all&format=npy", content=file).content
+    def ask(file: bytes) -> httpx.Response:
+        return client.post("/v1/features?layer=all&format=npy", content=file)
 
     alone = [ask(file) for file in files]
-    assert len(set(alone)) == len(files)
+    assert len({response.content for response in alone}) == len(files)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(3):
-            assert list(pool.map(ask, files)) == alone
+            for number, (response, before) in enumerate(zip(pool.map(ask, files), alone, strict=True)):
+                if number == 3:
+                    assert_refused(response, 400, "undecodable")
+                else:
+                    assert_close(read_npy(response), read_npy(before), 1e-5)
 
 
 def test_an_empty_body_is_refused(client: TestClient) -> None:
@@ -195,14 +200,14 @@ def test_an_empty_body_is_refused(client: TestClient) -> None:
     ids=["x", "riff", "html", "cut header", "pickle", "zeros"],
 )
 def test_undecodable_bytes_are_refused(client: TestClient, audio: bytes) -> None:
-    assert_refused(client.post("/v1/features", content=audio), 422, "undecodable")
+    assert_refused(client.post("/v1/features", content=audio), 400, "undecodable")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_samples_that_are_not_finite_are_refused(client: TestClient, value: float) -> None:
     samples = sound(0.5)
     samples[100] = value
-    assert_refused(client.post("/v1/features", content=encode(samples, subtype="FLOAT")), 422, "undecodable")
+    assert_refused(client.post("/v1/features", content=encode(samples, subtype="FLOAT")), 400, "undecodable")
 
 
 def test_enormous_samples_give_finite_features(client: TestClient) -> None:
@@ -221,10 +226,17 @@ def test_too_long_audio_is_refused(client: TestClient) -> None:
     assert client.post("/v1/features?format=npy", content=encode(sound(MAX_SECONDS))).status_code == 200
 
 
+def test_files_longer_than_the_queue_together_are_refused(student: Student) -> None:
+    files = [("file", encode(sound(1.5))) for _ in range(2)]
+    with TestClient(create_app(student, max_seconds=2, batch=BatchLimits(queue_seconds=2.5))) as client:
+        assert "2.5" in assert_refused(client.post("/v1/features", files=files), 413, "too_long")
+        assert client.post("/v1/features", files=files[:1]).status_code == 200
+
+
 def test_a_body_over_the_limit_is_refused(client: TestClient) -> None:
     message = assert_refused(client.post("/v1/features", content=b"x" * (MAX_BYTES + 1)), 413, "too_large")
     assert str(MAX_BYTES) in message
-    assert_refused(client.post("/v1/features", content=b"x" * MAX_BYTES), 422, "undecodable")
+    assert_refused(client.post("/v1/features", content=b"x" * MAX_BYTES), 400, "undecodable")
     assert_refused(client.post("/v1/features", files={"file": b"x" * MAX_BYTES}), 413, "too_large")
 
 
@@ -251,12 +263,15 @@ def test_an_endless_body_is_refused_as_soon_as_it_is_over_the_limit(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    headers = [(b"content-type", content_type)] + ([(b"content-length", declared)] if declared else [])
+    headers = [
+        (b"content-type", content_type),
+        (b"content-length", declared) if declared else (b"transfer-encoding", b"chunked"),
+    ]
     path = {"path": "/v1/features", "raw_path": b"/v1/features", "root_path": "", "query_string": b""}
     scope = {"type": "http", "method": "POST", "http_version": "1.1", "scheme": "http", "headers": headers, **path}
     asyncio.run(client.app(scope, receive, send))
     assert sent[0]["status"] == 413
-    assert json.loads(sent[1]["body"])["error"]["reason"] == "too_large"
+    assert json.loads(sent[1]["body"])["error_type"] == "too_large"
     assert received <= MAX_BYTES + chunk
 
 
@@ -275,13 +290,13 @@ def test_other_mistakes_in_the_query_are_refused(client: TestClient, query: str)
 def test_broken_forms_are_refused(client: TestClient) -> None:
     audio = encode(sound(0.1))
     url = "/v1/features"
-    assert_refused(client.post(url, files={"audio": audio}), 400, "bad_multipart")
-    assert_refused(client.post(url, files=[("file", audio), ("file", audio)]), 400, "bad_multipart")
-    assert_refused(client.post(url, files={"file": audio}, data={"layer": "1"}), 400, "bad_multipart")
+    assert_refused(client.post(url, files={"audio": audio}), 400, "bad_body")
+    assert_refused(client.post(url, files=[("file", audio)] * 65), 400, "bad_body")
+    assert_refused(client.post(url, files={"file": audio}, data={"layer": "1"}), 400, "bad_body")
     form = {"content-type": "multipart/form-data"}
-    assert_refused(client.post(url, content=audio, headers=form), 400, "bad_multipart")
+    assert_refused(client.post(url, content=audio, headers=form), 400, "bad_body")
     form = {"content-type": "multipart/form-data; boundary=cut"}
-    assert_refused(client.post(url, content=audio, headers=form), 400, "bad_multipart")
+    assert_refused(client.post(url, content=audio, headers=form), 400, "bad_body")
 
 
 def test_other_paths_and_methods_get_the_same_shape_of_error(client: TestClient) -> None:
@@ -293,7 +308,7 @@ def test_other_paths_and_methods_get_the_same_shape_of_error(client: TestClient)
 
 def test_a_failure_of_the_service_shows_no_trace(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     with TestClient(create_app(student), raise_server_exceptions=False) as client:
-        monkeypatch.setattr(student, "encode", lambda *_: 1 / 0)
+        monkeypatch.setattr(student, "layer_outputs", lambda *_: 1 / 0)
         response = client.post("/v1/features", content=encode(sound(0.1)))
     assert "division" not in assert_refused(response, 500, "internal")
 
@@ -313,12 +328,27 @@ def test_healthz_says_what_is_served(client: TestClient, student: Student) -> No
 
 def test_openapi_describes_the_interface(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
-    assert set(schema["paths"]) == {"/v1/features", "/healthz"}
+    assert set(schema["paths"]) == {
+        "/v1/features",
+        "/v1/embeddings",
+        "/v1/models",
+        "/healthz",
+        "/readyz",
+        "/info",
+        "/metrics",
+    }
     post = schema["paths"]["/v1/features"]["post"]
     assert {"audio/wav", "multipart/form-data"} < set(post["requestBody"]["content"])
-    assert {parameter["name"] for parameter in post["parameters"]} == {"layer", "format"}
-    assert set(post["responses"]) == {"200", "400", "413", "422"}
-    assert set(post["responses"]["200"]["content"]) == {"application/json", NPY}
+    assert {parameter["name"] for parameter in post["parameters"]} == {
+        "layer",
+        "format",
+        "dtype",
+        "space",
+        "model",
+        "timeout",
+    }
+    assert set(post["responses"]) == {"200", "400", "401", "404", "411", "413", "415", "422", "429", "503", "504"}
+    assert {"application/json", NPY, "application/x-npz"} < set(post["responses"]["200"]["content"])
     for status in ("400", "413", "422"):
         reference = post["responses"][status]["content"]["application/json"]["schema"]["$ref"]
         assert reference == "#/components/schemas/ErrorResponse"

@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from pipeline.config import load_config
-from pipeline.profile import HUBERT_BASE, Profile, command, profile_student, profile_teacher
+from pipeline.profile_model import HUBERT_BASE, Profile, command, profile_student, profile_teacher
 from student import Student, StudentConfig
 from teacher_cache.frames import conv_output_length, num_frames
 from teacher_cache.teachers import load_teacher

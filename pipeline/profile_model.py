@@ -1,4 +1,4 @@
-"""``python -m pipeline.profile MODEL``: parameters and multiply-accumulate operations of a student and its teacher, by part.
+"""``python -m pipeline.profile_model MODEL``: parameters and multiply-accumulate operations of a student and its teacher, by part.
 
 The counting rule. One multiply-accumulate (MAC) for each multiplication in a matrix product or convolution of one forward pass over
 one utterance: convolutions, linear layers, and in attention queries x keys and map x values. Nothing is counted for normalisation,

@@ -1,0 +1,14 @@
+"""Healthy (exit code 0) if what this container runs answers: the address in HEALTH_URL, or Ray's node where it is ``ray``."""
+
+import os
+import sys
+import urllib.error
+import urllib.request
+
+url = os.environ.get("HEALTH_URL", "http://127.0.0.1:8000/readyz")
+try:
+    with urllib.request.urlopen(url, timeout=8) as answer:
+        sys.exit(0 if answer.status == 200 else 1)
+except (urllib.error.URLError, OSError) as error:
+    print(f"{url}: {error}")
+    sys.exit(1)

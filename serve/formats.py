@@ -1,0 +1,116 @@
+"""The forms in which features are sent: JSON, base64, npy, npz, safetensors, Arrow."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from fastapi import Response
+from fastapi.responses import StreamingResponse
+
+from serve.errors import ServiceError
+from serve.parameters import MEDIA_TYPES, Format
+from teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
+
+Values = npt.NDArray[np.floating[Any]]
+TIMESTAMPS = "frame i covers seconds [0.02 i, 0.02 i + 0.025)"
+_JSON_FRAMES = 256  # frames a piece of JSON: a long answer is never a list of Python floats as a whole
+_MEDIA_TYPE = {form: media_type for media_type, form in MEDIA_TYPES.items() if media_type != "application/octet-stream"}
+
+
+def render(arrays: list[Values], many: bool, form: Format, about: dict[str, Any]) -> Response:
+    """The answer to ``/v1/features``.
+
+    Args:
+        arrays: one a file, (T, d) or (L, T, d), float32 or float16.
+        many: whether JSON gives a list even for one file.
+        form: which form.
+        about: model, revision, layer, space: goes into JSON, safetensors' metadata and Arrow's schema, and headers.
+
+    Raises:
+        ServiceError: ``bad_parameter`` where several files are wanted as one npy.
+    """
+    about = about | {
+        "dtype": str(arrays[0].dtype),
+        "frame_seconds": FRAME_SAMPLES / SAMPLE_RATE,
+        "frame_rate": SAMPLE_RATE / FRAME_SAMPLES,
+        "timestamps": TIMESTAMPS,
+    }
+    headers = {
+        f"x-{key.replace('_', '-')}": str(value).encode("ascii", "replace").decode() for key, value in about.items()
+    }
+    headers["x-shape"] = ";".join(",".join(map(str, array.shape)) for array in arrays)
+    if form in ("json", "base64"):
+        pieces = _json_answer(arrays, many, form, about)
+        return StreamingResponse(pieces, media_type="application/json", headers=headers)
+    names = [str(index) for index in range(len(arrays))]
+    text = {key: str(value) for key, value in about.items()}
+    buffer = io.BytesIO()
+    if form == "npy":
+        if len(arrays) > 1:
+            raise ServiceError("bad_parameter", "An npy file holds one array: ask for npz, safetensors or arrow.")
+        np.save(buffer, arrays[0], allow_pickle=False)
+    elif form == "npz":
+        np.savez(buffer, allow_pickle=False, **dict(zip(names, arrays, strict=True)))
+    elif form == "safetensors":
+        buffer.write(safetensors.numpy.save(dict(zip(names, arrays, strict=True)), metadata=text))
+    else:
+        buffer.write(_arrow(arrays, text))
+    return Response(buffer.getvalue(), media_type=_MEDIA_TYPE[form], headers=headers)
+
+
+def encode_base64(array: Values) -> str:
+    """Little-endian values in C order."""
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode("ascii")
+
+
+def _arrow(arrays: list[Values], about: dict[str, str]) -> bytes:
+    """One row a file: ``shape``, and ``features`` as the flat values in C order."""
+    import pyarrow as pa  # Heavy, and only this form needs it.
+
+    kind = pa.float16() if arrays[0].dtype == np.float16 else pa.float32()
+    schema = pa.schema([("shape", pa.list_(pa.int64())), ("features", pa.large_list(kind))], metadata=about)
+    offsets = np.cumsum([0] + [array.size for array in arrays])
+    flat = pa.array(np.concatenate([array.ravel() for array in arrays]), kind)
+    columns = [
+        pa.array([list(array.shape) for array in arrays], pa.list_(pa.int64())),
+        pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), flat),
+    ]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(pa.table(columns, schema=schema))
+    return bytes(sink.getvalue())
+
+
+def _json_answer(arrays: list[Values], many: bool, form: Format, about: dict[str, Any]) -> Iterator[str]:
+    yield json.dumps(about)[:-1]
+    yield ', "data": [' if many else ", "
+    for index, array in enumerate(arrays):
+        own = {"num_frames": array.shape[-2], "dim": array.shape[-1], "shape": list(array.shape)}
+        if many:
+            yield (", " if index else "") + json.dumps({"index": index} | own)[:-1] + ', "features": '
+        else:
+            yield json.dumps(own)[1:-1] + ', "features": '
+        if form == "base64":
+            yield json.dumps(encode_base64(array))
+        else:
+            yield from _nested_pieces(array)
+        yield "}" if many else ""
+    yield "]}" if many else "}"
+
+
+def _nested_pieces(features: Values) -> Iterator[str]:
+    yield "["
+    if features.ndim == 3:
+        for index, layer in enumerate(features):
+            yield "," if index else ""
+            yield from _nested_pieces(layer)
+    else:
+        for start in range(0, len(features), _JSON_FRAMES):
+            piece = json.dumps(features[start : start + _JSON_FRAMES].tolist())[1:-1]
+            yield f", {piece}" if start else piece
+    yield "]"

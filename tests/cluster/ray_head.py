@@ -1,0 +1,144 @@
+"""A real Ray head with authentication, on free ports, which ends with its test and touches no other Ray of this machine."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head.
+
+    Attributes:
+        address: of its dashboard, which takes jobs.
+        metrics: of its exporter.
+        environment: with which commands reach it, token included.
+        folder: of its files.
+    """
+
+    address: str
+    metrics: str
+    environment: dict[str, str]
+    folder: Path
+
+    def command(
+        self, *arguments: str, cwd: Path | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs one of this environment's programs against the head."""
+        program = [str(BIN / arguments[0]), *arguments[1:]]
+        return subprocess.run(program, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=timeout)
+
+    def get(self, path: str, token: bool = True) -> str:
+        """An answer of the dashboard; HTTPError where it refuses."""
+        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"} if token else {}
+        with urllib.request.urlopen(urllib.request.Request(self.address + path, headers=headers), timeout=30) as answer:
+            return answer.read().decode()
+
+    def metric_names(self) -> set[str]:
+        """Names that the exporter has now."""
+        with urllib.request.urlopen(self.metrics, timeout=30) as answer:
+            return set(re.findall(r"^(ray_[a-z0-9_]+)", answer.read().decode(), re.MULTILINE))
+
+    def status(self, job: str) -> str:
+        """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+        return str(json.loads(self.get(f"/api/jobs/{job}"))["status"])
+
+    def logs(self, job: str) -> str:
+        """What the job has printed."""
+        return str(json.loads(self.get(f"/api/jobs/{job}/logs"))["logs"])
+
+    def wait(
+        self, job: str, *, until: tuple[str, ...] = ("SUCCEEDED", "FAILED", "STOPPED"), seconds: float = 300
+    ) -> str:
+        """The job's status once it is one of these."""
+        give_up = time.monotonic() + seconds
+        while (status := self.status(job)) not in until:
+            assert time.monotonic() < give_up, f"{job} is still {status}:\n{self.logs(job)}"
+            time.sleep(0.5)
+        return status
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports nobody listens on now, below those that the system hands out."""
+    sockets, ports = [], []
+    for port in range(21_000 + os.getpid() % 5_000, 32_000):
+        probe = socket.socket()
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            probe.close()
+            continue
+        sockets.append(probe)
+        ports.append(port)
+        if len(ports) == number:
+            break
+    for probe in sockets:
+        probe.close()
+    return ports
+
+
+@contextmanager
+def ray_head(token: str, cpus: int = 4) -> Iterator[Head]:
+    """Runs ``ray start --head --block`` as compose.yaml does, with a token, until the block ends."""
+    gcs, dashboard, metrics, agent, client = free_ports(5)
+    # Short: the path of a socket has at most 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="rh"))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "COLUMNS": "200",
+    }
+    command = [
+        *(str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"),
+        *("--node-ip-address=127.0.0.1", "--include-dashboard=true", f"--metrics-export-port={metrics}"),
+        *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
+        *(f"--num-cpus={cpus}", "--object-store-memory=200000000", f"--temp-dir={folder}"),
+    ]
+    with (folder / "start.log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    address = f"http://127.0.0.1:{dashboard}"
+    head = Head(
+        address, f"http://127.0.0.1:{metrics}/metrics", environment | {"RAY_API_SERVER_ADDRESS": address}, folder
+    )
+    try:
+        give_up = time.monotonic() + 90
+        while True:
+            try:
+                head.get("/api/version")
+                break
+            except OSError as error:
+                if process.poll() is not None or time.monotonic() > give_up:
+                    raise RuntimeError((folder / "start.log").read_text()) from error
+                time.sleep(0.5)
+        yield head
+    finally:
+        # Not `ray stop`, which ends every Ray of the machine. `ray start --block` ends what it started; what is left is known by
+        # its folder.
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        for left in psutil.process_iter(["cmdline"]):
+            if any(str(folder) in part for part in left.info["cmdline"] or []):
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
+        process.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)

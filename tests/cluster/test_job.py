@@ -1,0 +1,196 @@
+"""``ray job submit --working-dir .`` against a real head with authentication: the README's command, on tiny speech."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from teacher_cache.layout import Cache
+from teacher_cache.verify import verify_cache
+
+from .ray_head import Head, ray_head
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOKEN = "a-token-of-this-test-0123456789abcdef"
+METRICS = Path(__file__).resolve().parents[1] / "docker" / "ray_metrics.txt"
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with ray_head(TOKEN) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as git has it, with big data beside the code that must not travel."""
+    folder = tmp_path_factory.mktemp("checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((REPOSITORY / name).read_bytes())
+    for name in ("runs/other", "caches/demo", "corpora/demo"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "big.bin").write_bytes(os.urandom(3 * 2**20))
+    return folder
+
+
+def submit(head: Head, checkout: Path, speech: Path, output: Path, job: str, *more: str) -> None:
+    """The README's command; paths that every node reaches are absolute."""
+    done = head.command(
+        *("ray", "job", "submit", "--no-wait", "--submission-id", job, "--working-dir", ".", "--"),
+        *("python", "pipeline/run.py", "--config", "configs/demo.yaml"),
+        *(f"corpus.path={speech}", f"cache.path={output / 'cache'}", f"runs={output / 'runs'}"),
+        *("teacher.checkpoint=random:2x32", "cache.shard_minutes=0.05", "train.batch_seconds=8"),
+        *("train.validate_every=5", "train.log_every=1", *more),
+        cwd=checkout,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_the_token_nobody_gets_in(head: Head, checkout: Path) -> None:
+    for path in ("/api/jobs/", "/nodes?view=summary"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            head.get(path, token=False)
+        assert refused.value.code in (401, 403)
+    wrong = Head(head.address, head.metrics, head.environment | {"RAY_AUTH_TOKEN": "wrong" * 8}, head.folder)
+    done = wrong.command("ray", "job", "list")
+    assert done.returncode != 0
+
+
+def test_health_checks_of_the_images_work_with_authentication_on(head: Head) -> None:
+    for url, code in ((f"{head.address}/api/gcs_healthz", 0), (f"{head.address}/api/jobs/", 1)):
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / "docker" / "healthcheck.py")], env=os.environ | {"HEALTH_URL": url}
+        )
+        assert done.returncode == code, url
+
+
+def test_job_is_cancelled_and_goes_on(head: Head, checkout: Path, speech_folder: Path, tmp_path: Path) -> None:
+    steps = "train.max_steps=40"
+    submit(head, checkout, speech_folder, tmp_path, "first", steps)
+    run = tmp_path / "runs" / "demo"
+    # Cancelled in the midst of training, after a checkpoint.
+    give_up = time.monotonic() + 240
+    names: set[str] = set()
+    while not (run / "checkpoints" / "last").exists():
+        status = head.status("first")
+        assert status in ("PENDING", "RUNNING") and time.monotonic() < give_up, f"{status}:\n{head.logs('first')}"
+        names |= head.metric_names()
+        time.sleep(0.3)
+    stopped = head.command("ray", "job", "stop", "first")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert head.wait("first") == "STOPPED"
+    names |= head.metric_names()
+    before = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines() if row.endswith("}")]
+    reached = max(row["step"] for row in before)
+    assert 0 < reached < 40, "the job was not cancelled in time"
+    cache = Cache.open(tmp_path / "cache")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.parquet")}
+    assert written and not cache.missing()
+    assert not (run / "train.json").exists()
+
+    submit(head, checkout, speech_folder, tmp_path, "second", steps)
+    assert head.wait("second") == "SUCCEEDED", head.logs("second")
+    names |= head.metric_names()
+    log = head.logs("second")
+    # Readable where people look: each stage's line, what was reused, the summary.
+    for text in ("12 utterances", "all shards are there, reused", "40 steps in", "export", "report at"):
+        assert text in log, log
+    assert "Traceback" not in log
+    assert {path: path.stat().st_mtime_ns for path in written} == written, "shards were made again"
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    steps_trained = [row["step"] for row in rows if row["kind"] == "train"]
+    assert steps_trained == list(range(1, 41)), "steps are missing or made again"
+    # Outputs survive the job; its working directory was a copy that held the code only.
+    assert (run / "export" / "model.safetensors").is_file() and (run / "report.html").is_file()
+    assert verify_cache(tmp_path / "cache") == []
+    packages = list(head.folder.rglob("runtime_resources/working_dir_files/*"))
+    folders = [path for path in packages if path.is_dir()]
+    assert folders
+    for folder in folders:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        assert size < 5 * 2**20, f"{size / 2**20:.1f} MiB travelled"
+        assert not list(folder.rglob("big.bin")), "data travelled"
+    listed = head.command("ray", "job", "list").stdout
+    assert "first" in listed and "second" in listed
+    # The dashboard knows the jobs, their commands and ends.
+    jobs = {job["submission_id"]: job for job in json.loads(head.get("/api/jobs/")) if job["submission_id"]}
+    assert jobs["first"]["status"] == "STOPPED" and jobs["second"]["status"] == "SUCCEEDED"
+    assert "pipeline/run.py" in jobs["second"]["entrypoint"]
+    if os.environ.get("WRITE_RAY_METRICS"):
+        METRICS.write_text("\n".join(sorted(names)) + "\n")
+    # The dashboard in docker/ reads these; a name that Ray no longer exports would leave a panel empty.
+    recorded = set(METRICS.read_text().split())
+    assert {"ray_node_cpu_utilization", "ray_actors", "ray_tasks"} <= names & recorded
+
+
+def test_relative_paths_are_refused(head: Head, checkout: Path, tmp_path: Path, speech_folder: Path) -> None:
+    submit(head, checkout, speech_folder, tmp_path, "relative", "runs=runs")
+    assert head.wait("relative") == "FAILED"
+    assert re.search(r"runs: runs is relative, but a Ray job runs in a copy", " ".join(head.logs("relative").split()))
+
+
+def test_service_runs_under_serve(head: Head, checkout: Path, tmp_path: Path) -> None:
+    """The RayService's import path, deployed; the answers are those of the plain application."""
+    from fastapi.testclient import TestClient
+
+    from serve import create_app
+    from student import Student, StudentConfig, save_student
+
+    config = StudentConfig(
+        conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
+        encoder_layers=2,
+        encoder_embed_dim=16,
+        encoder_ffn_embed_dim=16,
+        encoder_attention_heads=2,
+        conv_pos=8,
+        conv_pos_groups=2,
+        target_dim=16,
+    )
+    export = tmp_path / "runs" / "tiny" / "export"
+    save_student(Student(config).eval(), export)
+    port = head.address.rsplit(":", 1)[1]
+    script = tmp_path / "ask.py"
+    script.write_text(
+        "import sys, httpx, ray, pathlib\n"
+        "from ray import serve\n"
+        "from serve.deployment import build\n"
+        "model, audio, port = sys.argv[1:]\n"
+        "serve.start(http_options={'host': '127.0.0.1', 'port': int(port)})\n"
+        "serve.run(build({'model': model}), route_prefix='/')\n"
+        "answer = httpx.post(f'http://127.0.0.1:{port}/v1/features', content=pathlib.Path(audio).read_bytes(), timeout=60)\n"
+        "assert answer.status_code == 200, answer.text\n"
+        "print('ANSWER', answer.text)\n"
+        "serve.shutdown()\n"
+    )
+    import numpy as np
+    import soundfile
+
+    audio = tmp_path / "tone.flac"
+    soundfile.write(audio, 0.1 * np.sin(np.arange(16_000) / 20), 16_000)
+    done = head.command(
+        *("ray", "job", "submit", "--submission-id", "service", "--working-dir", ".", "--"),
+        *("python", str(script), str(export), str(audio), str(int(port) + 500)),
+        cwd=checkout,
+    )
+    assert head.status("service") == "SUCCEEDED", done.stdout + done.stderr + head.logs("service")
+    served = json.loads(re.search(r"^ANSWER (.*)$", head.logs("service"), re.MULTILINE)[1])  # type: ignore[index]
+    plain = TestClient(create_app(export)).post("/v1/features", content=audio.read_bytes()).json()
+    assert served == plain

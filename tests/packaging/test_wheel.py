@@ -1,0 +1,111 @@
+"""The wheel, installed where the repository is not: its commands, its recipes, its citation."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from check_jsonschema.cli import main as check_jsonschema
+from click.testing import CliRunner
+
+from pipeline.command import with_recipes
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built as a release is, from a copy of what git knows: a stale build/ of the repository must not get in."""
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (REPOSITORY / name).is_file() and not name.startswith(("tests/", "benchmarks/", "docs/")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(output), str(source)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return next(output.glob("*.whl"))  # Made from the sdist, which so is seen to hold all that is needed.
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of a new environment with the wheel; its dependencies are this environment's."""
+    home = tmp_path_factory.mktemp("clean")
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", str(wheel)], check=True, timeout=300
+    )
+    site = next((home / "lib").glob("python*/site-packages"))
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
+    return home / "bin"
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"COLUMNS": "200"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_wheel_holds_packages_and_recipes_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"pipeline", "teacher_cache", "student", "serve"}
+    sources = [
+        str(path.relative_to(REPOSITORY))
+        for top in sorted(tops)
+        for path in (REPOSITORY / top).rglob("*.py")
+        if "__pycache__" not in path.parts
+    ]
+    assert set(sources) <= set(names)
+    for recipe in (REPOSITORY / "configs").rglob("*.yaml"):
+        assert f"pipeline/recipes/{recipe.relative_to(REPOSITORY / 'configs')}" in names
+    assert "pipeline/demo_sentences.txt" in names
+
+
+def test_commands_work_from_anywhere(installed: Path, tmp_path: Path, speech_folder: Path) -> None:
+    for name in ("ray-distill", "ray-distill-cache", "ray-distill-serve"):
+        shown = run([str(installed / name), "--help"], tmp_path)
+        assert shown.returncode == 0, shown.stdout + shown.stderr
+        assert "Usage: " + name in shown.stdout
+    where = run([str(installed / "python"), "-c", "import pipeline; print(pipeline.__file__)"], tmp_path).stdout
+    assert Path(where).is_relative_to(installed.parent), "the repository was imported, not the wheel"
+    command = [str(installed / "ray-distill"), "--config", "demo", f"corpus.path={speech_folder}"]
+    done = run([*command, "teacher.checkpoint=random:2x32", "--stages", "index,plan"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "12 utterances" in done.stdout and "2 mask draws" in done.stdout
+    info = run([str(installed / "ray-distill-cache"), "info", str(tmp_path / "none")], tmp_path)
+    assert info.returncode != 0 and "there is no teacher cache at" in " ".join((info.stdout + info.stderr).split())
+    served = run([str(installed / "ray-distill-serve"), "--model", str(tmp_path / "none")], tmp_path)
+    assert served.returncode == 2 and "There is no model folder" in served.stderr
+
+
+def test_recipes_are_known_by_name() -> None:
+    demo = str(REPOSITORY / "configs" / "demo.yaml")
+    for name in ("demo", "demo.yaml", "configs/demo.yaml"):
+        assert Path(with_recipes(["--config", name])[1]).read_text() == Path(demo).read_text()
+    assert with_recipes(["--config=demo", "name=demo"]) == [f"--config={demo}", "name=demo"]
+    assert with_recipes(["--config", "nothing-of-this-name"]) == ["--config", "nothing-of-this-name"]
+
+
+def test_citation_is_valid_and_of_this_version() -> None:
+    path = REPOSITORY / "CITATION.cff"
+    checked = CliRunner().invoke(check_jsonschema, ["--builtin-schema", "vendor.citation-file-format", str(path)])
+    assert checked.exit_code == 0, checked.output
+    citation = yaml.safe_load(path.read_text())
+    assert f'version = "{citation["version"]}"' in (REPOSITORY / "pyproject.toml").read_text()
+    assert f"\n## {citation['version']}\n" in (REPOSITORY / "CHANGELOG.md").read_text()
+    titles = json.dumps([reference["title"] for reference in citation["references"]])
+    assert "Recycle-and-Distill" in titles and "STaR" in titles

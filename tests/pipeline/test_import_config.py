@@ -1,0 +1,167 @@
+"""Published yamls become our configurations."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer import Typer
+from typer.testing import CliRunner
+
+from pipeline.config import ConfigError, load_config
+from pipeline.import_config import DROPPED, command, import_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def published(**changes: Any) -> dict[str, dict[str, Any]]:
+    """The keys and values of the published ARMHuBERT-S recipe for 960 h; changes are section__key."""
+    tree: dict[str, dict[str, Any]] = {
+        "teacher": {
+            "teacher_model": "./hubert_base_ls960.pt",
+            "mask_length": 10,
+            "mask_prob": 0.8,
+            "mask_selection": "uniform",
+            "mask_other": 0.0,
+            "no_mask_overlap": True,
+            "mask_min_space": 1,
+        },
+        "train": {
+            "base_dir": "./",
+            "output_dir": "ArmHuBERT-S-960h",
+            "checkpoint": None,
+            "num_epochs": 100,
+            "gpus": 2,
+            "batch_size": 18,
+            "accumulate_grad_batches": 4,
+            "use_fp16": True,
+            "use_apex": False,
+            "monitor_losses": True,
+            "rec_loss_weight": 1.0,
+            "rec_loss_type": "mse",
+            "distil_random_layer": 11,
+            "random_layer_weight": 0.1,
+            "delete_projections": False,
+            "specaug": False,
+            "mask_prob_schedule": "",
+        },
+        "distiller": {
+            "extractor_mode": "default",
+            "conv_feature_layers": "[(128, 10, 5)] + [(256, 1, 1)] + [(256, 3, 2)] * 4 + [(432, 1, 1)] + [(432, 2, 2)] * 2",
+            "feature_grad_mult": 1.0,
+            "conv_bias": False,
+            "conv_pos": 128,
+            "conv_pos_groups": 16,
+            "pos_conv_depth": 1,
+            "max_positions": 100000,
+            "layer_type": "transformer",
+            "encoder_layers": 12,
+            "encoder_embed_dim": 432,
+            "encoder_ffn_embed_dim": 816,
+            "encoder_attention_heads": 12,
+            "activation_fn": "gelu",
+            "layer_norm_first": False,
+            "layer_grad_scale": True,
+            "reuse_pattern": str([True, False] * 6),
+            "dropout": 0.1,
+            "attention_dropout": 0.1,
+            "activation_dropout": 0.1,
+            "encoder_layerdrop": 0.0,
+            "dropout_input": 0.05,
+            "final_dim": 256,
+            "pred_head_final_dim": 768,
+            "pred_head_inter_dim": 0,
+            "layerwise_proj": True,
+            "pred_layer_id": "[11]",
+            "init_conv_layers": False,
+            "init_encoder_layers": 0,
+            "enable_tr_layer": False,
+            "tr_reduce_factor": 2,
+            "checkpoint_activations": False,
+            "freeze_student_mask": False,
+            "update_teacher_mask": False,
+        },
+        "optimizer": {
+            "name": "AdamW_with_schedule",
+            "lr": 5.0e-3,
+            "warmup_proportion": 0.05,
+            "betas": [0.9, 0.98],
+            "eps": 1.0e-6,
+            "weight_decay": 1.0e-6,
+        },
+        "data": {
+            "bucketing_path": "./data",
+            "libri_root": "LibriSpeech",
+            "train_set": ["train-clean-100", "train-clean-360", "train-other-500"],
+            "test_set": ["test-clean"],
+        },
+        "specaug": {"adaptive": False},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree[section][name] = value
+    return tree
+
+
+def write(tmp_path: Path, **changes: Any) -> Path:
+    path = tmp_path / "published.yaml"
+    path.write_text(yaml.safe_dump(published(**changes)))
+    return path
+
+
+def test_the_published_recipe_is_the_one_in_configs(tmp_path: Path) -> None:
+    config, dropped = import_config(write(tmp_path))
+    shipped = load_config(CONFIGS / "armhubert-s-960.yaml")
+    assert config.train == shipped.train
+    assert config.masks == shipped.masks
+    assert config.corpus == shipped.corpus
+    students = [c.resolve_student(12, 768).model_dump() for c in (config, shipped)]
+    for student in students:  # `alternate` and its twelve entries are one thing.
+        student.pop("attention_reuse")
+    assert students[0] == students[1]
+    assert config.resolve_student(12, 768).reuses == shipped.resolve_student(12, 768).reuses
+    assert {sentence.partition(":")[0] for sentence in dropped} == DROPPED.keys() & {
+        f"{section}.{key}" for section, values in published().items() for key in values
+    }
+
+
+def test_a_mask_schedule_becomes_policies_of_draws(tmp_path: Path) -> None:
+    config, _ = import_config(write(tmp_path, train__mask_prob_schedule="[0.2, 0.8]"))
+    assert [policy.mask_prob for policy in config.masks.policies] == [0.2, 0.4, 0.6, 0.8]
+    assert config.train.draw_order == "in_order"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train__specaug": True}, "train.specaug is True"),
+        ({"train__distil_random_layer": 3}, "train.distil_random_layer is 3"),
+        ({"distiller__encoder_layerdrop": 0.1}, "distiller.encoder_layerdrop is 0.1"),
+        ({"distiller__layer_type": "conformer"}, "distiller.layer_type is 'conformer'"),
+        ({"train__wrong": 1}, "train.wrong is no key"),
+        ({"optimizer__lr": "fast"}, "learning_rate"),
+    ],
+)
+def test_what_would_be_another_training_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
+        import_config(write(tmp_path, **changes))
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    tree = published()
+    del tree["data"]["libri_root"]
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"lacks data\.libri_root"):
+        import_config(tmp_path / "x.yaml")
+
+
+def test_the_command_writes_a_configuration_that_loads(tmp_path: Path) -> None:
+    app = Typer()
+    app.command()(command)
+    output = tmp_path / "ours.yaml"
+    result = CliRunner().invoke(app, [str(write(tmp_path)), "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    assert "dropped optimizer.weight_decay" in result.output
+    assert load_config(output).name == "ArmHuBERT-S-960h"
+    again = CliRunner().invoke(app, [str(write(tmp_path)), "--output", str(output)])
+    assert again.exit_code == 2 and "is there already" in again.output

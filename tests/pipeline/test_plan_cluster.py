@@ -1,0 +1,154 @@
+"""The plan on paper, against arithmetic; the descriptions in configs/clusters, against the results they refer to."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipeline.plan_cluster import (
+    RESULTS,
+    Cluster,
+    ClusterError,
+    app,
+    first_to_saturate,
+    load_cluster,
+    origins,
+    plan_cluster,
+)
+
+CLUSTERS = sorted((Path(__file__).resolve().parents[2] / "configs" / "clusters").glob("*.yaml"))
+
+
+def round_numbers(**changes: Any) -> Cluster:
+    tree: dict[str, Any] = {
+        "name": "round",
+        "node_bytes_per_second": 1e9,
+        "speech": {
+            "source_bytes": 16e3,
+            "audio_bytes": 16e3,
+            "target_bytes": 34e3,
+            "draws": 4,
+            "masked_fraction": 0.75,
+            "utterance_seconds": 10,
+            "shard_minutes": 10,
+        },
+        "build": {
+            "accelerators": 10,
+            "nodes": 5,
+            "cores": 100,
+            "teacher_audio_per_second": 5000,
+            "share_of_teacher": 0.9,
+            "decode_audio_per_second": 1000,
+            "price_per_hour": 2,
+        },
+        "train": {
+            "trainers": 8,
+            "nodes": 4,
+            "epochs": 10,
+            "student_audio_per_second": 2000,
+            "share_of_resident": 1,
+            "requests_per_utterance": 2,
+            "price_per_hour": 3,
+        },
+        "store": {
+            "bytes_per_second": 1e10,
+            "puts_per_second": 1000,
+            "gets_per_second": 5000,
+            "price_per_terabyte_month": 20,
+            "price_per_million_puts": 5,
+            "price_per_million_gets": 0.5,
+        },
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree[section][name] = value
+    return Cluster.model_validate(tree)
+
+
+def test_arithmetic() -> None:
+    plan = plan_cluster(round_numbers(), 1000)
+    seconds = 3.6e6
+    assert plan.cache_bytes == pytest.approx(seconds * (16e3 + 34e3 * 2))  # 4 draws of a quarter are one more pass
+    assert plan.build_hours["teachers"] == pytest.approx(seconds * 5 / 45_000 / 3600)
+    assert plan.build_hours["decoding"] == pytest.approx(seconds / 100_000 / 3600)
+    assert plan.build_puts == 2 * 5 * 6000
+    assert plan.build_gets == pytest.approx(360_000)
+    assert plan.epoch_bytes == pytest.approx(seconds * (16e3 + 34e3 * 1.25))
+    assert plan.gets_per_second == pytest.approx(720_000 / (seconds / 16_000))
+    assert plan.online_hours == pytest.approx(10 * seconds * (1 / 2000 + 2 / 5000) / 8 / 3600)
+    assert plan.build_accelerator_hours == pytest.approx(plan.build_wall * 10)
+    assert plan.month_money == pytest.approx(plan.cache_bytes / 1e12 * 20)
+    assert plan.build_money == pytest.approx(plan.build_accelerator_hours * 2 + (60_000 * 5 + 360_000 * 0.5) / 1e6)
+    assert plan.train_money == pytest.approx(plan.train_accelerator_hours * 3 + 7.2e6 * 0.5 / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "part"),
+    [
+        ({}, "build", "teachers"),
+        ({"build__cores": 1}, "build", "decoding"),
+        ({"store__bytes_per_second": 1e6}, "build", "bandwidth of the store"),
+        ({"store__puts_per_second": 0.5}, "build", "writes of the store"),
+        ({"speech__shard_minutes": 0.01}, "build", "writes of the store"),
+        ({}, "train", "students"),
+        ({"store__gets_per_second": 100}, "train", "reads of the store"),
+        ({"store__bytes_per_second": 1e8}, "train", "bandwidth of the store"),
+    ],
+)
+def test_what_is_short_saturates_first(change: dict[str, float], stage: str, part: str) -> None:
+    plan = plan_cluster(round_numbers(**change), 960)
+    assert first_to_saturate(plan.build_hours if stage == "build" else plan.epoch_hours) == part
+
+
+def test_no_draws_is_one_pass() -> None:
+    plan = plan_cluster(round_numbers(speech__draws=0), 1000)
+    assert plan.cache_bytes == pytest.approx(3.6e6 * 50e3)
+    assert plan.epoch_bytes == plan.cache_bytes
+    assert plan.online_hours == pytest.approx(10 * 3.6e6 * (1 / 2000 + 1 / 5000) / 8 / 3600)
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_shipped_clusters_plan_and_say_what_is_assumed(path: Path) -> None:
+    cluster = load_cluster(path)
+    measured, assumed = origins(cluster)
+    assert measured and assumed
+    shown = CliRunner().invoke(app, ["--cluster", str(path)], env={"COLUMNS": "160"})
+    assert shown.exit_code == 0, shown.output
+    for text in ("960 h", "60,000 h", "1,000,000 h", "saturates first", "Lower bounds"):
+        assert text in shown.output
+    small, large = (plan_cluster(cluster, hours) for hours in (960, 960_000))
+    assert large.cache_bytes == pytest.approx(1000 * small.cache_bytes)
+    assert math.isclose(large.build_wall, 1000 * small.build_wall, rel_tol=1e-3)
+
+
+def test_measured_numbers_are_the_files(tmp_path: Path) -> None:
+    cluster = load_cluster(next(path for path in CLUSTERS if path.stem == "this-machine"))
+    rows = json.loads((RESULTS / "cache_build.json").read_text())["rows"]
+    bare = next(row for row in rows if row["way"] == "bare teacher")["audio_per_second"]
+    assert cluster.build.number("teacher_audio_per_second", RESULTS) == pytest.approx(3 * bare)
+    with pytest.raises(ClusterError, match=r"there is no result .*; give --results"):
+        plan_cluster(cluster, 1, tmp_path)
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    tree = round_numbers().model_dump()
+    for change, message in (
+        ({"stores": 1}, "stores: extra inputs are not permitted"),
+        ({"node_bytes_per_second": -1}, "node_bytes_per_second: input should be greater than 0"),
+        ({"name": None}, "name: input should be a valid string"),
+    ):
+        path.write_text(yaml.safe_dump(tree | change))
+        with pytest.raises(ClusterError, match=message):
+            load_cluster(path)
+    shown = CliRunner().invoke(app, ["--cluster", str(tmp_path / "none.yaml")])
+    assert shown.exit_code == 2 and "there is no cluster at" in shown.output
+    with pytest.raises(ClusterError, match="hours must be above 0"):
+        plan_cluster(round_numbers(), 0)
+    changed = tree | {"build": tree["build"] | {"share_of_teacher": {"file": "cache_build.json", "key": "none"}}}
+    with pytest.raises(ClusterError, match="has no 'none'"):
+        plan_cluster(Cluster.model_validate(changed), 1)

@@ -1,0 +1,147 @@
+"""Batching: right for everyone, bounded, in like lengths, and nothing run for those who left."""
+
+import asyncio
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from serve.batching import LEAST_FILLED, choose_batch
+from serve.engine import BatchLimits, BatchRecord, EngineClosedError, FeatureEngine
+from serve.errors import ServiceError
+from student import Student
+
+
+def waveforms(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.normal(0, 0.1, int(rng.integers(400, 32_000))).astype(np.float32) for _ in range(count)]
+
+
+class Gate:
+    """Holds a student's inference until it is opened, and counts batches."""
+
+    def __init__(self, student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.entered = threading.Event(), threading.Event()
+        self.batches: list[int] = []
+        real = student.layer_outputs
+
+        def held(waveforms: torch.Tensor, lengths: torch.Tensor) -> Any:
+            self.entered.set()
+            assert self.open.wait(20)
+            self.batches.append(len(lengths))
+            return real(waveforms, lengths)
+
+        monkeypatch.setattr(student, "layer_outputs", held)
+
+
+def test_the_oldest_and_those_like_it_run_together() -> None:
+    assert choose_batch([100], 50) == [0]
+    assert choose_batch([100, 10, 101, 99, 500], 1000) == [0, 2, 3]
+    assert choose_batch([100, 100, 100], 200) == [0, 1]
+
+
+def test_batches_stay_within_the_budget_and_waste_is_bounded() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        lengths = rng.integers(1, 1000, rng.integers(1, 40)).tolist()
+        chosen = choose_batch(lengths, 3000)
+        rows = [lengths[index] for index in chosen]
+        assert chosen[0] == 0 and len(set(chosen)) == len(chosen)
+        assert len(rows) == 1 or len(rows) * max(rows) <= 3000
+        assert min(rows) >= LEAST_FILLED * max(rows)
+
+
+@pytest.mark.parametrize("space", ["student", "teacher"])
+def test_everyone_gets_what_they_would_get_alone(student: Student, space: Any) -> None:
+    records: list[BatchRecord] = []
+    engine = FeatureEngine(student, limits=BatchLimits(wait_seconds=0.05), on_batch=records.append)
+    inputs = waveforms(30)
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*(engine.features(waveform, None, space) for waveform in inputs))
+
+    answers = asyncio.run(together())
+    engine.close()
+    assert len(records) < len(inputs)
+    assert sum(record.size for record in records) == len(inputs)
+    for waveform, answer in zip(inputs, answers, strict=True):
+        with torch.inference_mode():
+            out = student(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
+        alone = (out.hidden_states if space == "student" else out.projections)[0].numpy()
+        np.testing.assert_allclose(answer.array, alone, atol=1e-5 * np.abs(alone).max(), rtol=0)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FeatureEngine(student, limits=BatchLimits(queue_seconds=2))
+    gate = Gate(student, monkeypatch)
+    second = np.zeros(16_000, np.float32)
+
+    async def main() -> None:
+        running = asyncio.create_task(engine.features(second))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        waiting = [asyncio.create_task(engine.features(second)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(ServiceError) as refused:
+            await engine.features(second)
+        assert refused.value.error_type == "overloaded" and int(refused.value.headers["retry-after"]) >= 1
+        with pytest.raises(ServiceError):
+            engine.check_room()
+        gate.open.set()
+        await asyncio.gather(running, *waiting)
+        assert engine.queued_seconds == 0
+
+    asyncio.run(main())
+    engine.close()
+
+
+def test_those_who_left_are_not_run_and_free_their_room(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FeatureEngine(student)
+    gate = Gate(student, monkeypatch)
+    second = np.zeros(16_000, np.float32)
+
+    async def main() -> None:
+        running = asyncio.create_task(engine.features(second))
+        await asyncio.to_thread(gate.entered.wait, 20)
+        left = asyncio.create_task(engine.features(second))
+        stays = asyncio.create_task(engine.features(second))
+        await asyncio.sleep(0)
+        assert engine.queued_seconds == 2
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        assert engine.queued_seconds == 1
+        gate.open.set()
+        await asyncio.gather(running, stays)
+
+    asyncio.run(main())
+    engine.close()
+    assert gate.batches == [1, 1]
+
+
+def test_closing_finishes_what_is_queued(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FeatureEngine(student)
+    gate = Gate(student, monkeypatch)
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(engine.features(waveform)) for waveform in waveforms(5)]
+        await asyncio.to_thread(gate.entered.wait, 20)
+        closing = asyncio.create_task(asyncio.to_thread(engine.close))
+        gate.open.set()
+        assert len(await asyncio.gather(*tasks)) == 5
+        await closing
+        with pytest.raises(EngineClosedError):
+            await engine.features(waveforms(1)[0])
+
+    asyncio.run(main())
+    assert not engine.alive
+
+
+def test_a_failed_batch_does_not_stop_the_engine(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FeatureEngine(student)
+    with monkeypatch.context() as patch:
+        patch.setattr(student, "layer_outputs", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(engine.features(waveforms(1)[0]))
+    assert asyncio.run(engine.features(waveforms(1)[0])).array.ndim == 3
+    engine.close()

@@ -1,0 +1,250 @@
+"""Every form of body and of answer, embeddings, several models, keys, limits and what operators see."""
+
+import base64
+import io
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+import safetensors.numpy
+import soundfile
+import torch
+from fastapi.testclient import TestClient
+
+from serve import create_app
+from serve.engine import BatchLimits
+from student import Student
+
+
+def audio(seconds: float = 0.5, seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(seed).normal(0, 0.1, int(16_000 * seconds))
+    soundfile.write(buffer, noise, 16_000, format="WAV")
+    return buffer.getvalue()
+
+
+FILES = [audio(0.5, 1), audio(0.8, 2)]
+FORM = [("file", ("a.wav", file)) for file in FILES]
+
+
+@pytest.fixture(scope="module")
+def client(student: Student) -> Iterator[TestClient]:
+    torch.manual_seed(1)
+    other = Student(student.config).eval()
+    with TestClient(create_app(student, name="tiny", more={"other": other})) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(client: TestClient) -> list[np.ndarray]:
+    answers = [client.post("/v1/features?format=npy", content=file) for file in FILES]
+    return [np.load(io.BytesIO(answer.content)) for answer in answers]
+
+
+def assert_refused(response: httpx.Response, status: int, error_type: str) -> None:
+    assert (response.status_code, response.json()["error_type"]) == (status, error_type)
+
+
+def same(left: Any, right: np.ndarray, relative: float = 1e-5) -> None:
+    assert np.shape(left) == right.shape
+    assert np.abs(np.asarray(left, np.float64) - right).max() <= relative * np.abs(right).max()
+
+
+def test_many_files_in_each_binary_form(client: TestClient, expected: list[np.ndarray]) -> None:
+    def ask(accept: str) -> bytes:
+        response = client.post("/v1/features", files=FORM, headers={"accept": accept})
+        assert (response.status_code, response.headers["content-type"]) == (200, accept)
+        assert response.headers["x-shape"] == "24,16;39,16"
+        assert (response.headers["x-model"], response.headers["x-frame-rate"]) == ("tiny", "50.0")
+        assert len(response.headers["x-revision"]) == 12 and "0.02 i" in response.headers["x-timestamps"]
+        return response.content
+
+    npz = np.load(io.BytesIO(ask("application/x-npz")))
+    tensors = safetensors.numpy.load(ask("application/vnd.safetensors"))
+    table = pa.ipc.open_file(ask("application/vnd.apache.arrow.file")).read_all()
+    assert table.schema.metadata[b"model"] == b"tiny"
+    for index, array in enumerate(expected):
+        same(npz[str(index)], array)
+        same(tensors[str(index)], array)
+        row = table.slice(index, 1).to_pylist()[0]
+        same(np.reshape(row["features"], row["shape"]), array)
+    assert_refused(client.post("/v1/features?format=npy", files=FORM), 422, "bad_parameter")
+
+
+def test_many_files_and_base64_in_json(client: TestClient, expected: list[np.ndarray]) -> None:
+    texts = [base64.b64encode(file).decode() for file in FILES]
+    plain = client.post("/v1/features", json={"input": texts}).json()
+    packed = client.post("/v1/features?dtype=float16", json={"input": texts, "format": "base64"}).json()
+    assert packed["dtype"] == "float16"
+    for index, array in enumerate(expected):
+        same(plain["data"][index]["features"], array)
+        item = packed["data"][index]
+        values = np.frombuffer(base64.b64decode(item["features"]), "<f2").reshape(item["shape"])
+        same(values, array, 1e-3)
+    one = client.post("/v1/features", json={"input": texts[0], "layer": 2}).json()
+    assert one["layer"] == 2 and one["shape"] == [24, 16]
+
+
+@pytest.mark.parametrize("form", ["npy", "npz", "safetensors", "arrow"])
+def test_float16_in_binary_forms(client: TestClient, form: str) -> None:
+    response = client.post(
+        "/v1/features", params={"format": form, "dtype": "float16", "layer": "all"}, content=FILES[0]
+    )
+    assert (response.status_code, response.headers["x-dtype"], response.headers["x-shape"]) == (
+        200,
+        "float16",
+        "3,24,16",
+    )
+
+
+def test_projections_are_the_heads(client: TestClient, student: Student) -> None:
+    hidden = client.post("/v1/features?layer=2", content=FILES[0]).json()["features"]
+    projected = client.post("/v1/features?layer=2&space=teacher", content=FILES[0]).json()
+    with torch.inference_mode():
+        same(projected["features"], student.heads[1](torch.tensor(hidden)).numpy())
+    assert projected["space"] == "teacher" and projected["dim"] == 32
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "mean_std"])
+def test_embeddings_pool_features(client: TestClient, expected: list[np.ndarray], pooling: str) -> None:
+    body = client.post(f"/v1/embeddings?pooling={pooling}", files=FORM).json()
+    packed = client.post(f"/v1/embeddings?pooling={pooling}&encoding_format=base64", files=FORM).json()
+    assert body["object"] == "list" and body["usage"]["total_tokens"] == 63
+    for index, array in enumerate(expected):
+        want = {"mean": array.mean(0), "max": array.max(0), "mean_std": np.r_[array.mean(0), array.std(0)]}[pooling]
+        same(body["data"][index]["embedding"], want)
+        same(np.frombuffer(base64.b64decode(packed["data"][index]["embedding"]), "<f4"), want)
+    assert_refused(client.post("/v1/embeddings?layer=all", content=FILES[0]), 422, "bad_layer")
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg_codecs(client: TestClient, subtype: str) -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.sin(np.arange(48_000) / 30), 48_000, format="OGG", subtype=subtype)
+    assert client.post("/v1/features", content=buffer.getvalue()).json()["num_frames"] in (49, 50)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"input": 3}',
+        b'{"input": []}',
+        b'{"input": "\xc3\xa9"}',
+        b'{"input": "a"}',
+        b"[" * 10**5,
+        b"null",
+    ],
+)
+def test_broken_json_is_refused(client: TestClient, body: bytes) -> None:
+    response = client.post("/v1/features", content=body, headers={"content-type": "application/json"})
+    assert_refused(response, 400, "bad_body")
+
+
+def test_other_refusals(client: TestClient) -> None:
+    assert_refused(
+        client.post("/v1/features", content=b"x", headers={"content-type": "text/html"}), 415, "unsupported_media_type"
+    )
+    assert_refused(client.post("/v1/features?timeout=1e-9", content=FILES[0]), 504, "deadline")
+    assert_refused(client.post("/v1/features?timeout=nan", content=FILES[0]), 422, "bad_parameter")
+    assert_refused(client.post("/v1/features?model=none", content=FILES[0]), 404, "model_not_found")
+    assert_refused(client.post("/v1/features?space=moon", content=FILES[0]), 422, "bad_parameter")
+
+
+def test_models_are_listed_and_chosen(client: TestClient) -> None:
+    listed = client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == ["tiny", "other"]
+    assert listed[0]["revision"] != listed[1]["revision"]
+    first, second = (client.post(f"/v1/features?model={m['id']}", content=FILES[0]).json() for m in listed)
+    assert first["features"] != second["features"] and second["revision"] == listed[1]["revision"]
+    exact = client.post(f"/v1/features?model=other@{listed[1]['revision']}", content=FILES[0])
+    assert exact.status_code == 200
+    assert_refused(client.post("/v1/features?model=other@0", content=FILES[0]), 404, "model_not_found")
+
+
+def test_a_swap_loses_no_request(student: Student) -> None:
+    torch.manual_seed(2)
+    other = Student(student.config).eval()
+    app = create_app(student, name="tiny")
+    with TestClient(app) as client:
+        before = app.state.models.get("tiny").revision
+        stop = threading.Event()
+
+        def swap() -> None:
+            while not stop.is_set():
+                app.state.models.put("tiny", other)
+                app.state.models.put("tiny", student)
+
+        swapping = threading.Thread(target=swap)
+        swapping.start()
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: client.post("/v1/features", content=FILES[0]), range(60)))
+        stop.set()
+        swapping.join()
+    assert {answer.status_code for answer in answers} == {200}
+    by_revision: dict[str, Any] = {}
+    for answer in answers:
+        body = answer.json()
+        same(body["features"], np.array(by_revision.setdefault(body["revision"], body["features"])))
+    assert before in by_revision and len(by_revision) == 2
+
+
+def test_keys(student: Student) -> None:
+    with TestClient(create_app(student, api_keys=["secret-1", "secret-2"])) as client:
+        for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret-1"}):
+            assert_refused(client.post("/v1/features", content=FILES[0], headers=header), 401, "unauthorized")
+            assert_refused(client.get("/v1/models", headers=header), 401, "unauthorized")
+        good = {"authorization": "Bearer secret-2"}
+        assert client.post("/v1/features", content=FILES[0], headers=good).status_code == 200
+        assert client.get("/readyz").json() == {"status": "ready"}
+
+
+def test_overload_is_429_and_a_stopped_service_503(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    real = student.layer_outputs
+    app = create_app(student, max_requests=2, batch=BatchLimits(queue_seconds=60))
+    with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(student, "layer_outputs", lambda *a: gate.wait(20) and real(*a))
+        held = [pool.submit(client.post, "/v1/features", content=FILES[0]) for _ in range(2)]
+        while "serve_open_requests 3.0" not in client.get("/metrics").text:  # the request for metrics is one itself
+            time.sleep(0.02)
+        refused = client.post("/v1/features", content=FILES[0])
+        assert_refused(refused, 429, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+        gate.set()
+        assert [request.result().status_code for request in held] == [200, 200]
+        app.state.models.close()
+        assert_refused(client.get("/readyz"), 503, "not_ready")
+        assert_refused(client.post("/v1/features", content=FILES[0]), 503, "not_ready")
+
+
+def test_headers_logs_and_metrics(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "serve.requests"):
+        answer = client.post("/v1/features", content=FILES[0], headers={"x-request-id": "abc-1"})
+        client.post("/v1/features", content=b"x", headers={"x-request-id": "bad id\t"})
+    assert answer.headers["x-request-id"] == "abc-1"
+    assert float(answer.headers["x-queue-time"]) >= 0 and float(answer.headers["x-inference-time"]) > 0
+    first, second = (json.loads(record.message) for record in caplog.records if record.name == "serve.requests")
+    assert (first["request_id"], first["status"], first["route"]) == ("abc-1", 200, "/v1/features")
+    assert len(second["request_id"]) == 32 and second["status"] == 400
+    text = client.get("/metrics").text
+    for name in (
+        'serve_requests_total{route="/v1/features",status="200"}',
+        'serve_errors_total{error_type="undecodable"}',
+        "serve_queue_seconds_count",
+        "serve_inference_seconds_count",
+        "serve_batch_audio_seconds_bucket",
+        "serve_padding_seconds_total",
+    ):
+        assert name in text
+    assert client.get("/info").json()["limits"]["max_seconds"] == 60

@@ -178,7 +178,7 @@ def runner(steps: int, splits: list[str]) -> dict[str, Any]:
 
 
 def asr(work: Path, steps: int, utterances: int) -> dict[str, Any]:
-    """S3PRL's ``asr`` on part of the training speakers and the two held-out ones; its kind of network, one narrow layer of it."""
+    """S3PRL's ``asr`` on part of the training speakers and the two held-out ones; one narrow layer of its published network."""
     table(work / "lengths" / f"{TRAIN}.csv", files(TRAIN, utterances))
     table(work / "lengths" / f"{HELD_OUT}.csv", files(HELD_OUT, max(2, utterances // 8)))
     letters = "|ETAONIHSRDLUMWCFGYPBVK'XJQZ"

@@ -62,36 +62,37 @@ def train(cluster: Cluster, job: dict[str, Any], lost: Any) -> dict[str, Any]:
     """Trains on two nodes; in the midst ``lost`` is killed and a node of another size joins."""
     folder = Path(job["run"])
     told: dict[str, Any] = {"of": "train", "lost": lost.node_id}
-    done = threading.Event()
+    problems: list[Exception] = []
 
-    def disturb() -> None:
-        while not done.wait(0.1):
-            metrics = folder / "metrics.jsonl"
-            rows = metrics.read_text().count("\n") if metrics.is_file() else 0
-            if rows >= 12 and (folder / "checkpoints" / "last").exists():
-                told["rows_when_lost"] = rows
-                told["workers_before"] = actors_by_node("RayTrainWorker")
-                cluster.remove_node(lost, allow_graceful=False)
-                told["joined"] = cluster.add_node(num_cpus=2).node_id
-                return
+    def run() -> None:
+        try:
+            train_on_ray(
+                StudentConfig.model_validate(job["student"]),
+                TrainSettings.model_validate(job["settings"]),
+                folder,
+                layers=tuple(job["spec"]["layers"]),
+                cache=job["cache"],
+                teacher=job["teacher"],
+                masks=CacheSpec.model_validate(job["spec"]).masks,
+                utterances=[],
+            )
+        except Exception as error:
+            problems.append(error)
 
     folder.mkdir(parents=True)
-    watcher = threading.Thread(target=disturb)
-    watcher.start()
-    try:
-        train_on_ray(
-            StudentConfig.model_validate(job["student"]),
-            TrainSettings.model_validate(job["settings"]),
-            folder,
-            layers=tuple(job["spec"]["layers"]),
-            cache=job["cache"],
-            teacher=job["teacher"],
-            masks=CacheSpec.model_validate(job["spec"]).masks,
-            utterances=[],
-        )
-    finally:
-        done.set()
-        watcher.join()
+    # Nodes can be started from the main thread only, so the training is in another.
+    trainer = threading.Thread(target=run)
+    trainer.start()
+    while trainer.is_alive():
+        trainer.join(0.1)
+        metrics = folder / "metrics.jsonl"
+        rows = metrics.read_text().count("\n") if metrics.is_file() else 0
+        if "joined" not in told and rows >= 12 and (folder / "checkpoints" / "last").exists():
+            told["workers_before"] = actors_by_node("RayTrainWorker")
+            cluster.remove_node(lost, allow_graceful=False)
+            told["joined"] = cluster.add_node(num_cpus=2).node_id
+    if problems:
+        raise problems[0]
     return told | {"workers_after": actors_by_node("RayTrainWorker")}
 
 

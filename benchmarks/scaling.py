@@ -294,10 +294,15 @@ def plot(
         found = [row for row in record["builds"] if (row["actors"], row["killed_at"] is not None) == kind]
         if found:
             left.plot(
-                [row["simulated_seconds"] for row in found], [row["seconds"] for row in found], "o", color=f"C{number}", label=name
+                [row["simulated_seconds"] for row in found],
+                [row["seconds"] for row in found],
+                "o",
+                color=f"C{number}",
+                label=name,
             )
             errors = [100 * (row["simulated_seconds"] / row["seconds"] - 1) for row in found]
-            print(f"| build, {name} | {_median(found, 'seconds'):.1f} | {_median(found, 'simulated_seconds'):.1f} | {statistics.median(errors):+.0f} % |")
+            real, simulated = _median(found, "seconds"), _median(found, "simulated_seconds")
+            print(f"| build, {name} | {real:.1f} | {simulated:.1f} | {statistics.median(errors):+.0f} % |")
     for row in record["reads"]:
         error = 100 * (row["simulated_seconds"] / row["seconds"] - 1)
         print(
@@ -305,7 +310,9 @@ def plot(
             f"{row['simulated_seconds']:.1f} | {error:+.0f} % |"
         )
     rows = record["reads"]
-    left.plot([r["simulated_seconds"] for r in rows], [r["seconds"] for r in rows], "s", color="C4", label="trainers' reads")
+    left.plot(
+        [r["simulated_seconds"] for r in rows], [r["seconds"] for r in rows], "s", color="C4", label="trainers' reads"
+    )
     ends = [0, 1.1 * max(row["seconds"] for row in [*record["builds"], *rows])]
     left.plot(ends, ends, color="grey", linewidth=0.8)
     left.set(xlabel="simulated seconds", ylabel="real seconds", title="fit")
@@ -330,7 +337,9 @@ def plot(
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
     counts = [8, 16, 32, 64, 128, 256]
     for number, hours in enumerate(HOURS):
-        more = [described.model_copy(update={"build": described.build.model_copy(update=_more(count))}) for count in counts]
+        more = [
+            described.model_copy(update={"build": described.build.model_copy(update=_more(count))}) for count in counts
+        ]
         plans = [plan_cluster(one, hours) for one in more]
         left.plot(counts, [plan.build_wall for plan in plans], "o-", color=f"C{number}", label=f"{hours:,.0f} h")
     left.set(xscale="log", yscale="log", xlabel="teachers (8 to a node)", ylabel="hours to build, at least")

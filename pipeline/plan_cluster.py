@@ -61,7 +61,9 @@ Unit = Annotated[float, pydantic.Field(gt=0)] | Measured
 """A positive number in the YAML (an assumption, or a price), or where a benchmark measured it."""
 
 
-class _Section(pydantic.BaseModel, frozen=True, extra="forbid"):
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
     def number(self, name: str, results: Path) -> float:
         value = getattr(self, name)
         return value.read(results) if isinstance(value, Measured) else float(value)
@@ -288,7 +290,9 @@ def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> Clu
         "network of the trainers": epoch_bytes / (node_bytes * train.nodes),
         "bandwidth of the store": epoch_bytes / store_bytes,
         "reads of the store": epoch_gets / store.number("gets_per_second", results),
-        "latency of the readers": epoch_gets * store.number("get_seconds", results) / (train.trainers * train.reader_threads),
+        "latency of the readers": epoch_gets
+        * store.number("get_seconds", results)
+        / (train.trainers * train.reader_threads),
     }
     epoch_wall = max(epoch_seconds.values())
     online = seconds * (1 / rate + min(passes, 2) / teacher) / train.trainers

@@ -32,4 +32,4 @@ def build(arguments: dict[str, Any]) -> Application:
     """
     if "model" not in arguments:
         raise ValueError("no model is named; give args: {model: /data/runs/NAME/export}")
-    return FeatureService.bind(**arguments)  # type: ignore[no-any-return, attr-defined]
+    return FeatureService.bind(**arguments)  # type: ignore[attr-defined]

@@ -26,17 +26,21 @@ class Head:
 
     Attributes:
         address: of its dashboard, which takes jobs.
+        gcs: where workers join.
         metrics: of its exporter.
         environment: with which commands reach it, token included.
         folder: of its files.
     """
 
     address: str
+    gcs: str
     metrics: str
     environment: dict[str, str]
     folder: Path
 
-    def command(self, *arguments: str, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def command(
+        self, *arguments: str, cwd: Path | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
         """Runs one of this environment's programs against the head."""
         program = [str(BIN / arguments[0]), *arguments[1:]]
         return subprocess.run(program, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=timeout)
@@ -60,7 +64,9 @@ class Head:
         """What the job has printed."""
         return str(json.loads(self.get(f"/api/jobs/{job}/logs"))["logs"])
 
-    def wait(self, job: str, *, until: tuple[str, ...] = ("SUCCEEDED", "FAILED", "STOPPED"), seconds: float = 300) -> str:
+    def wait(
+        self, job: str, *, until: tuple[str, ...] = ("SUCCEEDED", "FAILED", "STOPPED"), seconds: float = 300
+    ) -> str:
         """The job's status once it is one of these."""
         give_up = time.monotonic() + seconds
         while (status := self.status(job)) not in until:
@@ -108,22 +114,31 @@ def ray_head(token: str, cpus: int = 4) -> Iterator[Head]:
         *(f"--num-cpus={cpus}", "--object-store-memory=200000000", f"--temp-dir={folder}"),
     ]
     with (folder / "start.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     address = f"http://127.0.0.1:{dashboard}"
-    head = Head(address, f"http://127.0.0.1:{metrics}/metrics", environment | {"RAY_API_SERVER_ADDRESS": address}, folder)
+    head = Head(
+        address,
+        f"127.0.0.1:{gcs}",
+        f"http://127.0.0.1:{metrics}/metrics",
+        environment | {"RAY_API_SERVER_ADDRESS": address},
+        folder,
+    )
     try:
         give_up = time.monotonic() + 90
         while True:
             try:
                 head.get("/api/version")
                 break
-            except OSError as error:
-                shown = (folder / "start.log").read_text()
-                assert process.poll() is None and time.monotonic() < give_up, f"{error}\n{shown}"
+            except OSError:
+                if process.poll() is not None or time.monotonic() > give_up:
+                    raise RuntimeError(f"Ray did not start: {(folder / 'start.log').read_text()}") from None
                 time.sleep(0.5)
         yield head
     finally:
-        # Not `ray stop`, which ends every Ray of the machine. `ray start --block` ends what it started; what is left is known by its folder.
+        # Not `ray stop`, which ends every Ray of the machine. `ray start --block` ends what it started; what is left is known by
+        # its folder.
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(30)

@@ -162,7 +162,9 @@ def test_the_network_is_closed_but_for_named_callers() -> None:
     for rule in policy["ingress"]:
         for source in rule["from"]:
             assert source.get("podSelector"), "a rule lets a whole namespace in"
-    budgets = {d["metadata"]["name"]: d["spec"]["maxUnavailable"] for d in DOCUMENTS if d["kind"] == "PodDisruptionBudget"}
+    budgets = {
+        d["metadata"]["name"]: d["spec"]["maxUnavailable"] for d in DOCUMENTS if d["kind"] == "PodDisruptionBudget"
+    }
     assert budgets == {"ray-distill-head": 0, "ray-distill-workers": 1}
 
 

@@ -116,7 +116,13 @@ def test_configuration_reference_has_every_key(site: Path) -> None:
 
 def test_command_reference_has_commands_and_options(pages: dict[Path, Page], site: Path) -> None:
     text = pages[site / "reference" / "commands" / "index.html"].text
-    for name in ("ray-distill", "ray-distill-cache verify", "ray-distill-cache repair", "ray-distill-cluster", "make demo"):
+    for name in (
+        "ray-distill",
+        "ray-distill-cache verify",
+        "ray-distill-cache repair",
+        "ray-distill-cluster",
+        "make demo",
+    ):
         assert name in text
     for option in ("--config", "--stages", "--deep", "--cluster", "--max-bytes"):
         assert option in text

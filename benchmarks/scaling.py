@@ -277,7 +277,7 @@ def plot(
     / "clusters"
     / "h100-object-store.yaml",
     output: Annotated[Path, typer.Option(help="Folder.")] = REPOSITORY / "docs",
-    shards: Annotated[int, typer.Option(help="Of a simulated build.")] = 6000,
+    shards: Annotated[int, typer.Option(help="Of a simulated build.")] = 360_000,
 ) -> None:
     """Real against simulated runs; then what failures and stragglers cost a large build and a large training."""
     import matplotlib
@@ -301,10 +301,8 @@ def plot(
                 label=name,
             )
             errors = [100 * (row["simulated_seconds"] / row["seconds"] - 1) for row in found]
-            print(
-                f"| build, {name} | {_median(found, 'seconds'):.1f} | {_median(found, 'simulated_seconds'):.1f} "
-                f"| {statistics.median(errors):+.0f} % |"
-            )
+            real, simulated = _median(found, "seconds"), _median(found, "simulated_seconds")
+            print(f"| build, {name} | {real:.1f} | {simulated:.1f} | {statistics.median(errors):+.0f} % |")
     for row in record["reads"]:
         error = 100 * (row["simulated_seconds"] / row["seconds"] - 1)
         print(
@@ -321,18 +319,18 @@ def plot(
     left.legend()
     described = load_cluster(cluster)
     rate = described.build.number("teacher_audio_per_second", RESULTS) / (1 + described.speech.draws)
-    for number, spread in enumerate((0.0, 0.3, 0.6)):
-        rates = [0.0, 0.05, 0.2, 1.0, 5.0, 20.0]
+    ideal = simulate_build([600.0] * shards, BuildWorkers(16, rate)).seconds
+    failures = (0.0, 0.1, 1.0, 10.0, 60.0)
+    for number, start in enumerate((30, 120, 600)):
         walls = []
-        ideal = simulate_build([600.0] * shards, BuildWorkers(16, rate)).seconds
-        for failures in rates:
-            workers = BuildWorkers(16, rate, spread, failures, start_seconds=120)
+        for often in failures:
+            workers = BuildWorkers(16, rate, record["worker"]["straggling"], often, start_seconds=start)
             walls.append(simulate_build([600.0] * shards, workers, seed=1).seconds / ideal)
-        right.plot(rates, walls, "o-", color=f"C{number}", label=f"spread {spread:g}")
-        print(f"spread {spread:g}: " + ", ".join(f"{f:g}/h {w:.3f}" for f, w in zip(rates, walls, strict=True)))
-    right.set(xscale="symlog", xlabel="failures of each worker per hour", ylabel="wall time over the ideal's")
-    right.set(title=f"build of {shards * 10 / 60:,.0f} h by 16 workers, 2 min to start")
-    right.set_xscale("symlog", linthresh=0.05)
+        right.plot(failures, walls, "o-", color=f"C{number}", label=f"{start} s to start a worker")
+        print(f"{start} s: " + ", ".join(f"{f:g}/h {w:.3f}" for f, w in zip(failures, walls, strict=True)))
+    right.set(xlabel="failures of each worker per hour", ylabel="wall time over the ideal's", yscale="log")
+    right.set(title=f"build of {shards * 10 / 60:,.0f} h by 16 workers")
+    right.set_xscale("symlog", linthresh=0.1)
     right.legend()
     figure.tight_layout()
     figure.savefig(output / "scaling-build.svg", metadata={"Date": None})
@@ -350,7 +348,8 @@ def plot(
     student = described.train.number("student_audio_per_second", RESULTS)
     plan = plan_cluster(described, 960)
     batch = 240.0
-    for number, latency in enumerate((0.02, 0.1, 0.3)):
+    requests = batch / described.speech.number("utterance_seconds", RESULTS) * 2
+    for number, (seconds, threads) in enumerate(((0.002, 4), (0.03, 4), (0.03, 32), (0.03, 128))):
         walls = []
         for ranks in counts:
             trainers = Trainers(
@@ -358,16 +357,17 @@ def plot(
                 batch / student,
                 batch * plan.epoch_bytes / (960 * 3600),
                 described.store.number("bytes_per_second", RESULTS),
-                latency_seconds=latency,
-                latency_spread=1.0,
+                latency_seconds=seconds * max(1.0, requests / threads),
+                latency_spread=0.3,
                 straggling=0.05,
                 prefetch=PREFETCH,
             )
             walls.append(simulate_training(1000, trainers).seconds / (1000 * batch / student))
-        right.plot(counts, walls, "o-", color=f"C{number}", label=f"{latency * 1000:.0f} ms a read")
-        print(f"{latency * 1000:.0f} ms: " + ", ".join(f"{n} {w:.2f}" for n, w in zip(counts, walls, strict=True)))
+        name = f"{seconds * 1000:.0f} ms a request, {threads} threads"
+        right.plot(counts, walls, "o-", color=f"C{number}", label=name)
+        print(f"{name}: " + ", ".join(f"{n} {w:.2f}" for n, w in zip(counts, walls, strict=True)))
     right.set(xscale="log", xlabel="trainers", ylabel="step time over the computation's")
-    right.set(title="reads from one store, batches of 240 s, 4 ahead")
+    right.set(yscale="log", title="reads from one store, batches of 240 s, 4 ahead")
     right.legend()
     figure.tight_layout()
     figure.savefig(output / "scaling-train.svg", metadata={"Date": None})

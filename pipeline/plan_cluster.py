@@ -123,6 +123,7 @@ class Train(_Section):
         student_audio_per_second: seconds of audio one accelerator trains on per second.
         share_of_resident: of that rate, what training from a cache reaches where nothing else is in the way.
         requests_per_utterance: GET requests that reading one utterance takes.
+        reader_threads: of one trainer's `teacher_cache.reader.CacheReader`, each of which waits for one request at a time.
         price_per_hour: of one accelerator with its share of a node.
     """
 
@@ -132,6 +133,7 @@ class Train(_Section):
     student_audio_per_second: Unit
     share_of_resident: Unit
     requests_per_utterance: Unit
+    reader_threads: int = pydantic.Field(ge=1)
     price_per_hour: Unit
 
 
@@ -141,12 +143,14 @@ class ObjectStore(_Section):
     Attributes:
         bytes_per_second: of all readers and writers together.
         puts_per_second, gets_per_second: requests it takes before it slows callers down.
+        get_seconds: that a small request takes.
         price_per_terabyte_month, price_per_million_puts, price_per_million_gets: in the currency of the other prices.
     """
 
     bytes_per_second: Unit
     puts_per_second: Unit
     gets_per_second: Unit
+    get_seconds: Unit
     price_per_terabyte_month: float = pydantic.Field(ge=0)
     price_per_million_puts: float = pydantic.Field(ge=0)
     price_per_million_gets: float = pydantic.Field(ge=0)
@@ -286,6 +290,9 @@ def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> Clu
         "network of the trainers": epoch_bytes / (node_bytes * train.nodes),
         "bandwidth of the store": epoch_bytes / store_bytes,
         "reads of the store": epoch_gets / store.number("gets_per_second", results),
+        "latency of the readers": epoch_gets
+        * store.number("get_seconds", results)
+        / (train.trainers * train.reader_threads),
     }
     epoch_wall = max(epoch_seconds.values())
     online = seconds * (1 / rate + min(passes, 2) / teacher) / train.trainers

@@ -6,8 +6,9 @@ Assumptions, all of them:
 - A worker fails at random with a constant rate, also while it works on a shard; the shard is lost and goes back to the head of
   the queue (shards are committed whole), and the worker is back after a fixed time.
 - Trainers step together (DDP): a step begins when the last rank has its batch and ends with the slowest rank's computation.
-- Each rank reads ahead at most so many batches, one after the other, as `student.feed` does. A read is a log-normal latency and
-  then its bytes, which pass through one store of fixed bandwidth in the order in which they were asked for.
+- Each rank reads ahead at most so many batches, one after the other, as `student.feed` does. Reading a batch is a log-normal
+  latency (of all requests that are made one after the other) and then its bytes, which pass through one store of fixed bandwidth
+  in the order in which they arrive there.
 - When any trainer fails, all start again from the last checkpoint after a fixed time.
 """
 
@@ -126,7 +127,7 @@ class Trainers:
         step_seconds: a rank's computation for a batch.
         batch_bytes: a rank reads for it.
         store_bytes_per_second: of all ranks together.
-        latency_seconds: mean, of a read. Default 0.
+        latency_seconds: mean, of a batch: of a request, times the requests for a batch over the threads that make them. Default 0.
         latency_spread: standard deviation of its logarithm. Default 0.
         straggling: standard deviation of the logarithm of a step's time. Default 0.
         unpack_seconds: of a rank's reading thread for a batch, besides the transfer. Default 0.
@@ -190,15 +191,11 @@ def simulate_training(steps: int, trainers: Trainers, *, seed: int = 0) -> Train
         taken: list[deque[float]] = [deque([now] * (t.prefetch + 1), maxlen=t.prefetch + 1) for _ in range(t.ranks)]
         while step < steps:
             # The reader of batch k begins once it put batch k - 1 down, for which batch k - 1 - prefetch must have been taken.
-            asked = sorted((max(read_end[rank], taken[rank][0]), rank) for rank in range(t.ranks))
-            for begins, rank in asked:
-                spread = t.latency_spread
-                latency = (
-                    t.latency_seconds * math.exp(rng.normal(-spread * spread / 2, spread))
-                    if spread
-                    else t.latency_seconds
-                )
-                store = max(store, begins + latency) + t.batch_bytes / t.store_bytes_per_second
+            spread = t.latency_spread
+            latencies = t.latency_seconds * np.exp(rng.normal(-spread * spread / 2, spread, t.ranks))
+            arrivals = [max(read_end[rank], taken[rank][0]) + float(latencies[rank]) for rank in range(t.ranks)]
+            for arrives, rank in sorted(zip(arrivals, range(t.ranks), strict=True)):
+                store = max(store, arrives) + t.batch_bytes / t.store_bytes_per_second
                 read_end[rank] = store + t.unpack_seconds
             begins = max(now, *read_end)
             spread = t.straggling

@@ -26,12 +26,14 @@ class Head:
 
     Attributes:
         address: of its dashboard, which takes jobs.
+        gcs: where workers join.
         metrics: of its exporter.
         environment: with which commands reach it, token included.
         folder: of its files.
     """
 
     address: str
+    gcs: str
     metrics: str
     environment: dict[str, str]
     folder: Path
@@ -117,7 +119,11 @@ def ray_head(token: str, cpus: int = 4) -> Iterator[Head]:
         )
     address = f"http://127.0.0.1:{dashboard}"
     head = Head(
-        address, f"http://127.0.0.1:{metrics}/metrics", environment | {"RAY_API_SERVER_ADDRESS": address}, folder
+        address,
+        f"127.0.0.1:{gcs}",
+        f"http://127.0.0.1:{metrics}/metrics",
+        environment | {"RAY_API_SERVER_ADDRESS": address},
+        folder,
     )
     try:
         give_up = time.monotonic() + 90
@@ -125,9 +131,9 @@ def ray_head(token: str, cpus: int = 4) -> Iterator[Head]:
             try:
                 head.get("/api/version")
                 break
-            except OSError as error:
+            except OSError:
                 if process.poll() is not None or time.monotonic() > give_up:
-                    raise RuntimeError((folder / "start.log").read_text()) from error
+                    raise RuntimeError(f"Ray did not start: {(folder / 'start.log').read_text()}") from None
                 time.sleep(0.5)
         yield head
     finally:

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from teacher_cache.layout import Cache
 from teacher_cache.verify import verify_cache
 
-from .ray_head import Head, ray_head
+from .ray_head import BIN, Head, free_ports, ray_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -69,7 +70,7 @@ def test_without_the_token_nobody_gets_in(head: Head, checkout: Path) -> None:
         with pytest.raises(urllib.error.HTTPError) as refused:
             head.get(path, token=False)
         assert refused.value.code in (401, 403)
-    wrong = Head(head.address, head.metrics, head.environment | {"RAY_AUTH_TOKEN": "wrong" * 8}, head.folder)
+    wrong = replace(head, environment=head.environment | {"RAY_AUTH_TOKEN": "wrong" * 8})
     done = wrong.command("ray", "job", "list")
     assert done.returncode != 0
 
@@ -80,6 +81,31 @@ def test_health_checks_of_the_images_work_with_authentication_on(head: Head) -> 
             [sys.executable, str(REPOSITORY / "docker" / "healthcheck.py")], env=os.environ | {"HEALTH_URL": url}
         )
         assert done.returncode == code, url
+
+
+def test_a_worker_joins_with_the_token_only(head: Head) -> None:
+    """compose.yaml's command of a worker, and its health check."""
+    agent = free_ports(1)[0]
+    command = [
+        *(str(BIN / "ray"), "start", "--block", f"--address={head.gcs}", "--num-cpus=1"),
+        f"--dashboard-agent-listen-port={agent}",
+    ]
+    wrong = head.environment | {"RAY_AUTH_TOKEN": "wrong" * 8}
+    refused = subprocess.run(command, env=wrong, capture_output=True, text=True, timeout=120)
+    assert refused.returncode != 0
+    worker = subprocess.Popen(command, env=head.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{agent}/api/local_raylet_healthz"
+        check = [sys.executable, str(REPOSITORY / "docker" / "healthcheck.py")]
+        give_up = time.monotonic() + 90
+        while subprocess.run(check, env=os.environ | {"HEALTH_URL": url}, capture_output=True).returncode != 0:
+            assert worker.poll() is None and time.monotonic() < give_up
+            time.sleep(0.5)
+        nodes = json.loads(head.get("/nodes?view=summary"))["data"]["summary"]
+        assert [node["raylet"]["state"] for node in nodes] == ["ALIVE", "ALIVE"]
+    finally:
+        worker.terminate()
+        worker.wait(60)
 
 
 def test_job_is_cancelled_and_goes_on(head: Head, checkout: Path, speech_folder: Path, tmp_path: Path) -> None:

@@ -52,12 +52,14 @@ def round_numbers(**changes: Any) -> Cluster:
             "student_audio_per_second": 2000,
             "share_of_resident": 1,
             "requests_per_utterance": 2,
+            "reader_threads": 4,
             "price_per_hour": 3,
         },
         "store": {
             "bytes_per_second": 1e10,
             "puts_per_second": 1000,
             "gets_per_second": 5000,
+            "get_seconds": 0.001,
             "price_per_terabyte_month": 20,
             "price_per_million_puts": 5,
             "price_per_million_gets": 0.5,
@@ -97,6 +99,7 @@ def test_arithmetic() -> None:
         ({}, "train", "students"),
         ({"store__gets_per_second": 100}, "train", "reads of the store"),
         ({"store__bytes_per_second": 1e8}, "train", "bandwidth of the store"),
+        ({"store__get_seconds": 0.1}, "train", "latency of the readers"),
     ],
 )
 def test_what_is_short_saturates_first(change: dict[str, float], stage: str, part: str) -> None:

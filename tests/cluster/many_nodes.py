@@ -1,0 +1,121 @@
+"""A program for test_nodes.py: builds and trains on a cluster of several Ray nodes, of which one is lost and one joins in the midst.
+
+Prints one line of JSON: what was done where. Each node has a raylet, an object store and workers of its own, on this machine.
+"""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from student.config import StudentConfig
+from student.ray_training import train_on_ray
+from student.settings import TrainSettings
+from teacher_cache.build import Workers, build_cache
+from teacher_cache.layout import Cache
+from teacher_cache.shards import SourceUtterance, plan_shards
+from teacher_cache.spec import CacheSpec
+
+
+def actors_by_node(kind: str) -> dict[str, int]:
+    """How many actors whose class name has ``kind`` ever ran on each node."""
+    found: dict[str, int] = {}
+    for actor in ray._private.state.actors().values():
+        node = actor["Address"]["NodeID"]
+        if kind in actor["ActorClassName"] and node:
+            found[node] = found.get(node, 0) + 1
+    return found
+
+
+def build(cluster: Cluster, job: dict[str, Any], lost: Any) -> dict[str, Any]:
+    """Builds the cache; after the first shards ``lost`` is killed and a node of another size joins."""
+    spec = CacheSpec.model_validate(job["spec"])
+    members = [SourceUtterance(**u) for u in job["utterances"]]
+    told: dict[str, Any] = {"of": "build", "lost": lost.node_id}
+
+    def on_progress(progress: Any) -> None:
+        if "shards_when_lost" not in told and progress.shards_done >= 3:
+            told["actors_before"] = actors_by_node("ShardWriter")
+            cluster.remove_node(lost, allow_graceful=False)
+            told["joined"] = cluster.add_node(num_cpus=4).node_id
+            told["shards_when_lost"] = len(Cache.open(job["cache"]).shards) - len(Cache.open(job["cache"]).missing())
+
+    report = build_cache(
+        job["cache"],
+        spec,
+        plan_shards(members, spec.shard_seconds),
+        job["teacher"],
+        teacher_name="test",
+        workers=Workers(2, 0, 2),  # Two cores each: no node has room for both.
+        on_progress=on_progress,
+    )
+    told["actors_after"] = actors_by_node("ShardWriter")
+    return told | {"shards": len(Cache.open(job["cache"]).shards), "written": report.written}
+
+
+def train(cluster: Cluster, job: dict[str, Any], lost: Any) -> dict[str, Any]:
+    """Trains on two nodes; in the midst ``lost`` is killed and a node of another size joins."""
+    folder = Path(job["run"])
+    told: dict[str, Any] = {"of": "train", "lost": lost.node_id}
+    problems: list[Exception] = []
+
+    def run() -> None:
+        try:
+            train_on_ray(
+                StudentConfig.model_validate(job["student"]),
+                TrainSettings.model_validate(job["settings"]),
+                folder,
+                layers=tuple(job["spec"]["layers"]),
+                cache=job["cache"],
+                teacher=job["teacher"],
+                masks=CacheSpec.model_validate(job["spec"]).masks,
+                utterances=[],
+            )
+        except Exception as error:
+            problems.append(error)
+
+    folder.mkdir(parents=True)
+    # Nodes can be started from the main thread only, so the training is in another.
+    trainer = threading.Thread(target=run)
+    trainer.start()
+    while trainer.is_alive():
+        trainer.join(0.1)
+        metrics = folder / "metrics.jsonl"
+        rows = metrics.read_text().count("\n") if metrics.is_file() else 0
+        if "joined" not in told and rows >= 12 and (folder / "checkpoints" / "last").exists():
+            told["workers_before"] = actors_by_node("RayTrainWorker")
+            cluster.remove_node(lost, allow_graceful=False)
+            told["joined"] = cluster.add_node(num_cpus=2).node_id
+    if problems:
+        raise problems[0]
+    return told | {"workers_after": actors_by_node("RayTrainWorker")}
+
+
+def main() -> None:
+    """Both, one after the other."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        big, small = cluster.add_node(num_cpus=3), cluster.add_node(num_cpus=2)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        built = build(cluster, job, small)
+        for node in [node for node in cluster.worker_nodes if node is not big]:
+            cluster.remove_node(node)
+        cluster.remove_node(big)
+        # One core each: the two trainers have to be on two nodes.
+        cluster.add_node(num_cpus=1)
+        other = cluster.add_node(num_cpus=1, resources={"other": 1})
+        time.sleep(1)
+        print(json.dumps([built, train(cluster, job, other)]))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()

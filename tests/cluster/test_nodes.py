@@ -1,0 +1,89 @@
+"""Several Ray nodes of differing size; one is lost in the midst of the build, one in the midst of training, others join."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from student.config import StudentConfig
+from student.settings import TrainSettings
+from teacher_cache.layout import Cache
+from teacher_cache.shards import SourceUtterance
+from teacher_cache.spec import CacheSpec
+from teacher_cache.verify import verify_cache
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TEACHER = "random:6x192"  # Slow enough that a node is lost while shards are still to be made.
+
+
+def test_nodes_come_and_go(
+    tmp_path: Path, source_utterances: list[SourceUtterance], cache_spec: Callable[..., CacheSpec]
+) -> None:
+    # Each utterance under many ids: a corpus of some minutes.
+    utterances = [
+        SourceUtterance(f"{u.id}-{n}", u.path, u.num_samples, u.split, u.sha256)
+        for n in range(16)
+        for u in source_utterances
+    ]
+    spec = cache_spec(TEACHER, shard_seconds=4.0)
+    student = StudentConfig(
+        conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
+        encoder_layers=spec.num_layers,
+        encoder_embed_dim=16,
+        encoder_ffn_embed_dim=16,
+        encoder_attention_heads=2,
+        conv_pos=8,
+        conv_pos_groups=2,
+        target_dim=spec.dim,
+    )
+    settings = TrainSettings(
+        max_steps=60, batch_size=2, workers=2, log_every=1, validate_every=30, checkpoint_every=5, max_failures=3
+    )
+    job = {
+        "cache": str(tmp_path / "cache"),
+        "run": str(tmp_path / "run"),
+        "teacher": TEACHER,
+        "spec": spec.model_dump(mode="json"),
+        "utterances": [vars(u) for u in utterances],
+        "student": student.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+        "PYTHONPATH": str(REPOSITORY),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("many_nodes.py")), str(tmp_path / "job.json")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    built, trained = json.loads(done.stdout.splitlines()[-1])
+
+    # The build was on two nodes, lost one when shards were missing, and went on with the one that joined.
+    assert len(built["actors_before"]) == 2 and built["lost"] in built["actors_before"]
+    assert 0 < built["shards_when_lost"] < built["shards"]
+    assert built["joined"] in built["actors_after"]
+    cache = Cache.open(tmp_path / "cache")
+    assert not cache.missing() and verify_cache(tmp_path / "cache") == []
+    ids = [utterance.id for shard in cache.shards for utterance in shard.utterances]
+    assert sorted(ids) == sorted(u.id for u in utterances), "an utterance is missing, or there twice"
+    assert built["written"] == built["shards"]
+
+    # The training was on two nodes, lost one, and ended with the one that joined: no step is missing or there twice.
+    assert len(trained["workers_before"]) == 2 and trained["lost"] in trained["workers_before"]
+    assert trained["joined"] in trained["workers_after"]
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 61))
+    assert json.loads((tmp_path / "run" / "train.json").read_text())["steps"] == 60

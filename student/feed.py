@@ -28,6 +28,7 @@ class TrainingPlan:
     Attributes:
         epochs: passes that are begun.
         total_steps: optimiser steps.
+        passes: passes, the last one by the share of its steps that are taken.
     """
 
     def __init__(self, num_samples: np.ndarray, settings: TrainSettings, world_size: int) -> None:
@@ -45,6 +46,7 @@ class TrainingPlan:
         self._starts = starts
         self.epochs = len(starts) - 1
         self.total_steps = starts[-1] if limit is None else min(starts[-1], limit)
+        self.passes = self.epochs - (starts[-1] - self.total_steps) / (starts[-1] - starts[-2])
 
     def _plan(self, epoch: int) -> list[list[list[list[int]]]]:
         return plan_epoch(

@@ -16,14 +16,14 @@ from teacher_cache.batch import TargetReader
 from teacher_cache.online import OnlineReader
 from teacher_cache.reader import CacheReader
 from teacher_cache.shards import SourceUtterance
-from teacher_cache.spec import MaskDraws
+from teacher_cache.spec import MaskDraws, Targets
 
 
 def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, TargetReader]:
     layers = job["layers"]
     if job["settings"]["targets"] == "cached":
         return (
-            CacheReader(job["cache"], "train", layers, job["masks"]["draws"]),
+            CacheReader(job["cache"], "train", layers, job["masks"]["draws"], targets=job["cache_targets"]),
             CacheReader(job["cache"], "validation", layers),
         )
     from teacher_cache.teachers import load_teacher
@@ -77,7 +77,9 @@ def train_on_ray(
     teacher: str,
     masks: MaskDraws,
     utterances: list[SourceUtterance],
+    cache_targets: Targets | None = None,
     cpu_threads: int = 1,
+    reserved_cpus: int = 1,
 ) -> None:
     """Trains on ``settings.workers`` Ray Train workers; Ray must be initialised. Goes on from the run's last checkpoint.
 
@@ -86,7 +88,9 @@ def train_on_ray(
         layers: 1-based teacher layers to learn from.
         cache: location of the cache, for cached targets.
         teacher, masks, utterances: for online targets.
+        cache_targets: which of its targets to read, as `teacher_cache.spec.CacheSpec.targets`; default what it was made for.
         cpu_threads: PyTorch threads of a worker without a GPU.
+        reserved_cpus: cores that Ray sets aside for each worker.
 
     Raises:
         ValueError, FloatingPointError, OSError: as `student.training.train` does, from whichever worker it came.
@@ -101,6 +105,7 @@ def train_on_ray(
         "folder": str(folder),
         "layers": layers,
         "cache": cache,
+        "cache_targets": cache_targets,
         "teacher": teacher,
         "masks": masks.model_dump(mode="json"),
         "utterances": [vars(u) for u in utterances] if settings.targets == "online" else [],
@@ -109,7 +114,11 @@ def train_on_ray(
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config=job,
-        scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=settings.use_gpu),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=settings.use_gpu,
+            resources_per_worker={"CPU": reserved_cpus} | ({"GPU": 1} if settings.use_gpu else {}),
+        ),
         # Our own checkpoints carry the progress; a name of its own keeps Ray from resuming some other run's state.
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex[:12],

@@ -19,7 +19,7 @@ from teacher_cache.codecs import ColumnCodec
 from teacher_cache.embedded import from_flac, from_pcm
 from teacher_cache.layout import Cache, ShardFile, column_name
 from teacher_cache.online import masks_of
-from teacher_cache.spec import CacheError
+from teacher_cache.spec import CacheError, Targets
 
 _OPEN_FILES = 64
 """Files each reading thread keeps open."""
@@ -40,6 +40,8 @@ class CacheReader:
         layers: 1-based layers to read; default all that are cached.
         draws: how many of the cached mask draws to use; default all.
         threads: that read and unpack the utterances of a batch; default 4, or as many as there are cores.
+        targets: ``clean_only`` reads no masked pass where there is one: under a mask draw the targets are then clean at
+            unmasked frames too. Default what the cache was made for.
 
     Attributes:
         bytes_read: from the shards, so far.
@@ -55,9 +57,13 @@ class CacheReader:
         layers: Sequence[int] | None = None,
         draws: int | None = None,
         threads: int | None = None,
+        targets: Targets | None = None,
     ) -> None:
         self.cache = Cache.open(location)
         spec = self.cache.spec
+        self._targets = targets or spec.targets
+        if self._targets != spec.targets and (spec.targets, targets) != ("clean_and_masked", "clean_only"):
+            raise CacheError(f"the cache at {location} has targets {spec.targets}, {targets} are wanted")
         self.layers = tuple(layers) if layers is not None else spec.layers
         missing = sorted(set(self.layers) - set(spec.layers))
         if missing:
@@ -86,7 +92,7 @@ class CacheReader:
             for file in self.cache.files(shard):
                 part = file.part
                 audio = part.kind == "clean" and part.layer_set == 0
-                wanted = part.draw is None or part.draw < self.draws
+                wanted = part.draw is None or (part.draw < self.draws and self._targets != "clean_only")
                 if audio or (wanted and part.layer_set in self._sets):
                     self._files[shard.number, part.kind, part.draw, part.layer_set] = file
         self._check_files()
@@ -113,7 +119,7 @@ class CacheReader:
         if draw is not None and not 0 <= draw < (self.draws or 0):
             have = f"draws 0 to {self.draws - 1}" if self.draws else "none"
             raise CacheError(f"mask draw {draw} is not in the cache at {self.cache.store.location}; it has {have}")
-        if draw is None and spec.masks.draws and spec.targets == "composite_only" and self._split == "train":
+        if draw is None and spec.masks.draws and self._targets == "composite_only" and self._split == "train":
             raise CacheError(
                 f"the cache at {self.cache.store.location} has no clean targets of the training split: it is composite_only"
             )
@@ -140,7 +146,7 @@ class CacheReader:
     def _read_row(self, index: int, draw: int | None) -> tuple[np.ndarray, list[np.ndarray], np.ndarray | None]:
         """One utterance: (S,) waveform, each column's codes (T, bytes_per_frame), (T,) mask."""
         spec = self.cache.spec
-        composite = spec.targets == "composite_only" and draw is not None
+        composite = self._targets == "composite_only" and draw is not None
         first = self._columns(index, "clean", None, 0, ["audio"], [] if composite or 0 not in self._sets else None)
         unpack = from_flac if spec.audio == "flac" else from_pcm
         waveform = unpack(first[0].as_buffer())
@@ -157,7 +163,7 @@ class CacheReader:
                 continue
             clean = first[1:] if number == 0 else self._columns(index, "clean", None, number, [], None)
             arrays = self._codes(index, "clean", None, number, clean, count)
-            if draw is not None and spec.targets == "clean_only":
+            if draw is not None and self._targets == "clean_only":
                 mask = masks_of(spec.masks, draw, [self.ids[index]], [count])[0].numpy()
             elif draw is not None:
                 mask_value, *values = self._columns(index, "masked", draw, number, ["mask"], None)

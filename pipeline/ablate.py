@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.ablation import Ablation, load_ablation
+from pipeline.ablation import Ablation, ProbeSection, load_ablation
 from pipeline.ablation_report import read_results, results_table, write_ablation_report
 from pipeline.config import ConfigError
 from pipeline.probe import Source, Task, probe_settings, read_probe, read_task, run_probes, write_outcomes
@@ -65,13 +65,13 @@ class Job:
     """What a trial does: train, unless it is done, and probe.
 
     Attributes:
-        training: see `Run.training`.
+        training: see `Run.training`; None where it is done.
         folder: of the run.
         probing: None probes nothing.
         cpus: PyTorch threads of the probe.
     """
 
-    training: Callable[[], None]
+    training: Callable[[], None] | None
     folder: Path
     probing: Probing | None
     cpus: int
@@ -81,10 +81,10 @@ class Job:
         probed = self.probing is None or (
             read_probe(self.folder / "probes" / self.probing.title, self.probing.settings) is not None
         )
-        return (self.folder / "train.json").is_file() and probed
+        return self.training is None and probed
 
     def __call__(self) -> None:
-        if not (self.folder / "train.json").is_file():
+        if self.training is not None:
             self.training()
         if self.probing is not None:
             torch.set_num_threads(self.cpus)
@@ -133,7 +133,7 @@ class Ablating:
         for planned in ablation.runs:
             run = Run(planned.config, silent, self.shared.teacher)
             try:
-                planned.config.resolve_student(len(run.layers_of(run.teacher)), run.teacher.dim)
+                run.training(1)
             except ValueError as error:
                 raise ConfigError(f"variant {planned.variant}: {error}") from error
             check_trackers(planned.config.train.trackers)
@@ -179,10 +179,12 @@ class Ablating:
         return failures
 
     def _jobs(self, cpus: Mapping[str, int]) -> dict[str, Job]:
-        return {
-            name: Job(run.training(cpus.get(name, 1), cpus.get(name, 1)), run.folder, self.probing, cpus.get(name, 1))
-            for name, run in self.runs.items()
-        }
+        jobs = {}
+        for name, run in self.runs.items():
+            count = cpus.get(name, 1)
+            training = None if (run.folder / "train.json").is_file() else run.training(count, count)
+            jobs[name] = Job(training, run.folder, self.probing, count)
+        return jobs
 
     def _places(self) -> tuple[dict[str, int], int]:
         """Cores of each worker of each run, and how many runs go side by side. ConfigError where one fits nowhere."""
@@ -303,6 +305,10 @@ def runs_table(ablation: Ablation) -> Table:
 def command(
     config: Annotated[Path, typer.Option(help="YAML of the ablation; configs/ablations/ has some.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, for all runs.")] = None,
+    probe: Annotated[
+        Path | None, typer.Option(help="Manifest that students are probed on, instead of the file's; see probe --help.")
+    ] = None,
+    units: Annotated[str, typer.Option(help="Of the transcripts of --probe: characters, or words.")] = "characters",
     only_list: Annotated[bool, typer.Option("--list", help="Only check the file and show the runs.")] = False,
     only_report: Annotated[bool, typer.Option("--report", help="Only report on what is there.")] = False,
 ) -> None:
@@ -310,7 +316,12 @@ def command(
     console = Console()
     failures: dict[str, str] = {}
     try:
-        ablation = load_ablation(config, overrides or [])
+        if units not in ("characters", "words"):
+            raise ConfigError(f"--units must be characters or words, not {units!r}")
+        section = None
+        if probe is not None:
+            section = ProbeSection(manifest=probe, units="characters" if units == "characters" else "words")
+        ablation = load_ablation(config, overrides or [], section)
         if only_list:
             console.print(runs_table(ablation))
             return

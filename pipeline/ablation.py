@@ -150,8 +150,8 @@ class Ablation:
         return self.needs.runs
 
 
-def load_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
-    """Reads an ablation; ``section.key=value`` overrides go to all runs.
+def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection | None = None) -> Ablation:
+    """Reads an ablation; ``section.key=value`` overrides go to all runs, ``probe`` is taken instead of the file's.
 
     Raises:
         ConfigError: unreadable file, a key that can't be varied, a combination that no run could have, or needs that one
@@ -162,6 +162,11 @@ def load_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
         settings = AblationSettings.model_validate(tree)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, AblationSettings, '')}") from error
+    if settings.probe is not None:
+        manifest = path.parent / settings.probe.manifest
+        settings = settings.model_copy(update={"probe": settings.probe.model_copy(update={"manifest": manifest})})
+    if probe is not None:
+        settings = settings.model_copy(update={"probe": probe})
     variants = _variants(settings)
     base = copy.deepcopy(settings.base) if isinstance(settings.base, dict) else read_tree(path.parent / settings.base)
     for key, value in settings.set.items():
@@ -172,9 +177,6 @@ def load_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
         set_key(base, key, value)
     base["name"] = settings.name
     folder = check_config(base).folder  # Before the variants: what is wrong here is not theirs.
-    if settings.probe is not None:
-        manifest = path.parent / settings.probe.manifest
-        settings = settings.model_copy(update={"probe": settings.probe.model_copy(update={"manifest": manifest})})
     runs = []
     for seed, variant in itertools.product(settings.seeds, variants):
         tree = copy.deepcopy(base)
@@ -186,6 +188,10 @@ def load_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
         except ConfigError as error:
             raise ConfigError(f"variant {variant.name}: {error}") from error
     _refuse_twins(runs)
+    if len({run.config.train.objective for run in runs}) > 1 and settings.probe is None:
+        raise ConfigError(
+            "train.objective: neither losses nor similarities of different objectives can be compared; give `probe` too"
+        )
     return Ablation(settings, variants, runs, _needs(runs))
 
 
@@ -246,6 +252,8 @@ def _needs(runs: list[PlannedRun]) -> Config:
         update={
             "name": "cache",
             "teacher": most.teacher.model_copy(update={"layers": union}),
-            "cache": most.cache.model_copy(update={"targets": sorted(targets)[0]}),
+            "cache": most.cache.model_copy(
+                update={"targets": "clean_and_masked" if len(targets) > 1 else targets.pop()}
+            ),
         }
     )

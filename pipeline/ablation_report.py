@@ -25,7 +25,10 @@ from teacher_cache.builds import TeacherWork, teacher_work
 from teacher_cache.frames import SAMPLE_RATE
 from teacher_cache.layout import Cache
 
-_LOSS = ("teacher.layers", "train.loss", "train.hint_weight", "train.final_weight")
+_LOSS = (
+    *("teacher.layers", "train.objective", "train.loss", "train.cosine_weight", "train.relation_weights"),
+    *("train.hint_weight", "train.final_weight"),
+)
 """Keys that change what a validation loss means."""
 _T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 """Student's t at 97.5 % for 1 to 10 degrees of freedom."""
@@ -194,8 +197,10 @@ class Findings:
         """The first is what is drawn first; a loss is among them only where it means the same for all."""
         loss = Measure("validation loss", lambda r: r.loss, True)
         found = [loss] if self.same_loss else []
-        if self.layers:
-            found.append(self._cosine(self.layers))
+        # Star's cosines are of relations, not of features.
+        if self.layers and len({config.train.objective for config in self.configs.values()}) == 1:
+            # With other weights on the hints, only the last layer is wanted of all.
+            found += [self._cosine(layers) for layers in ([] if self.same_loss else [self.layers[-1:]]) + [self.layers]]
         probed = {p.title: p.outcomes[0].metric for result in self.results for p in result.probes}
         for title, metric in probed.items():
 
@@ -528,8 +533,7 @@ def _page(findings: Findings, saved: str, baselines: Sequence[Probed]) -> str:
         warnings.append("The teacher has seeded random weights: this shows the machinery, its features mean nothing.")
     if not findings.same_loss:
         warnings.append(
-            "The variants have different losses or layers, so their validation losses can't be compared; they are by the "
-            "cosine similarity to the teacher in the layers that all of them learn from."
+            "The variants have different losses or layers, so their validation losses can't be compared: look at the others."
         )
     said = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings.sentences())
     runs = "".join(

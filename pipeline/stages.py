@@ -20,6 +20,7 @@ from rich.table import Table
 
 from pipeline.config import Config, ConfigError, dump_config
 from pipeline.corpus import CorpusIndex, index_corpus
+from pipeline.initialise import initial_tensors, write_initial
 from pipeline.plan import cost_lines, cost_table, plan_cost
 from pipeline.probe import probe_section, read_probes
 from pipeline.report import feature_maps, read_metrics, write_report
@@ -288,9 +289,14 @@ class Run:
         layers = self.layers_of(self.teacher)
         settings = self.config.train
         cached = settings.targets == "cached"
+        config = self.config.resolve_student(len(layers), self.teacher.dim)
+        initial = None
+        if settings.starts_from_teacher:
+            initial = self.folder / "initial.safetensors"
+            write_initial(initial, initial_tensors(self.teacher, config, settings))
         return partial(
             train_on_ray,
-            self.config.resolve_student(len(layers), self.teacher.dim),
+            config,
             settings,
             self.folder,
             layers=layers,
@@ -299,6 +305,7 @@ class Run:
             masks=self.config.masks,
             utterances=[] if cached else self.utterances,
             cache_targets=self.config.cache.targets,
+            initial=initial,
             cpu_threads=cpu_threads,
             reserved_cpus=reserved_cpus,
         )

@@ -59,6 +59,7 @@ def _worker(job: dict[str, Any]) -> Exception | None:
             validation_reader,
             Path(job["folder"]),
             rank=rank,
+            initial=None if job["initial"] is None else Path(job["initial"]),
             wrap=lambda distiller: ray.train.torch.prepare_model(distiller, move_to_device=False),
             on_validation=lambda row: ray.train.report(row),
         )
@@ -78,6 +79,7 @@ def train_on_ray(
     masks: MaskDraws,
     utterances: list[SourceUtterance],
     cache_targets: Targets | None = None,
+    initial: Path | None = None,
     cpu_threads: int = 1,
     reserved_cpus: int = 1,
 ) -> None:
@@ -89,6 +91,7 @@ def train_on_ray(
         cache: location of the cache, for cached targets.
         teacher, masks, utterances: for online targets.
         cache_targets: which of its targets to read, as `teacher_cache.spec.CacheSpec.targets`; default what it was made for.
+        initial: as `student.training.train` takes it.
         cpu_threads: PyTorch threads of a worker without a GPU.
         reserved_cpus: cores that Ray sets aside for each worker.
 
@@ -109,6 +112,7 @@ def train_on_ray(
         "teacher": teacher,
         "masks": masks.model_dump(mode="json"),
         "utterances": [vars(u) for u in utterances] if settings.targets == "online" else [],
+        "initial": None if initial is None else str(initial),
         "threads": cpu_threads,
     }
     trainer = ray.train.torch.TorchTrainer(

@@ -7,8 +7,10 @@ was: finished runs are not repeated, others go on from their last checkpoint, an
 
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -242,7 +244,7 @@ class Ablating:
                 say(f"[red]train   {name} failed: {failures[name]}[/red]")
 
         total = len(self.runs)
-        with self.shared.quiet():
+        with self.shared.quiet(), redirect_stdout(sys.stderr):
             ray.tune.Tuner(
                 ray.tune.with_resources(trial, {"memory": _TRIAL_MEMORY}),
                 param_space={"run": ray.tune.grid_search(list(jobs))},
@@ -313,7 +315,7 @@ def command(
     only_report: Annotated[bool, typer.Option("--report", help="Only report on what is there.")] = False,
 ) -> None:
     """Train a grid of students from one cache, and compare them over seeds. The same command goes on where it was."""
-    console = Console()
+    console = Console(file=sys.stdout)  # The very stream, which stays where it is when Tune's tables are led away.
     failures: dict[str, str] = {}
     try:
         if units not in ("characters", "words"):

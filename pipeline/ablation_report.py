@@ -2,6 +2,7 @@
 
 import csv
 import html
+import io
 import json
 import math
 import statistics
@@ -387,26 +388,34 @@ def results_table(ablation: Ablation, results: Sequence[Result]) -> Table:
 
 
 def write_ablation_report(ablation: Ablation, results: Sequence[Result], shared: Run) -> Path:
-    """Writes ``report.html``, ``table.csv`` (a row for each variant) and ``runs.csv`` (for each run); returns the page."""
+    """Writes ``report.html``, ``table.csv`` (a row for each variant), ``runs.csv`` (for each run) and ``summary.json``.
+
+    Returns:
+        The page.
+    """
     findings = Findings(ablation, results)
     folder = ablation.folder.absolute()
     _write_csv(folder / "runs.csv", _run_rows(findings))
     _write_csv(folder / "table.csv", _variant_rows(findings))
     saved = saved_sentence(findings, shared) if Cache.exists(shared.cache) else ""
-    page = folder / "report.html"
-    temporary = page.with_name(f".{page.name}.tmp")
-    temporary.write_text(_page(findings, saved, read_probes(folder)))
-    temporary.replace(page)
-    return page
+    summary = {"name": ablation.settings.name, "said": findings.sentences(), "saved": saved}
+    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    _write(folder / "report.html", _page(findings, saved, read_probes(folder)))
+    return folder / "report.html"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(path, text.getvalue())
 
 
 def _varied(findings: Findings) -> list[str]:

@@ -211,11 +211,10 @@ class Ablating:
         """Runs the jobs through Tune; returns why some failed."""
         import ray.tune
 
-        # Tune's result files, signal handler and tables would only get in the way of the runs' own.
+        # Tune's result files and signal handler would only get in the way of the runs' own.
         os.environ |= {
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
             "TUNE_DISABLE_SIGINT_HANDLER": "1",
-            "RAY_AIR_NEW_OUTPUT": "0",
         }
         failures: dict[str, str] = {}
         done, say = len(self.runs) - len(jobs), self.shared.say

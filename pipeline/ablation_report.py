@@ -164,8 +164,10 @@ def compare(values: Sequence[float], first: Sequence[float]) -> Comparison | Non
 
 
 def t_95(freedom: int) -> float:
-    """Student's t at 97.5 %: exact to 0.5 % up to 10 degrees of freedom, to 0.1 % beyond (Cornish and Fisher's expansion)."""
-    return _T_95[freedom - 1] if freedom <= len(_T_95) else 1.95996 + 2.37227 / freedom + 2.8225 / freedom**2
+    """Student's t at 97.5 %: from a table up to 10 degrees of freedom, beyond by Cornish and Fisher's expansion (to 0.01 %)."""
+    if freedom <= len(_T_95):
+        return _T_95[freedom - 1]
+    return 1.95996 + 2.37227 / freedom + 2.8225 / freedom**2 + 2.5558 / freedom**3
 
 
 class Findings:

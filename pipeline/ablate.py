@@ -31,7 +31,7 @@ from student.metrics import check_trackers
 from student.settings import TrainSettings
 
 _TRIAL_MEMORY = 512 << 20
-"""Of the process that starts a run's workers and probes its student; the workers' cores and GPUs are theirs."""
+"""Of the process that starts a run's several workers and probes its student; the workers' cores and GPUs are theirs."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,15 @@ class Job:
         folder: of the run.
         probing: None probes nothing.
         cpus: PyTorch threads of the probe.
+        resources: that Tune sets aside for the trial. A run of one worker is the trial itself; one of several starts Ray Train
+            workers, which have resources of their own.
     """
 
     training: Callable[[], None] | None
     folder: Path
     probing: Probing | None
     cpus: int
+    resources: dict[str, float]
 
     def is_done(self) -> bool:
         """Whether there is nothing left to do."""
@@ -184,8 +187,12 @@ class Ablating:
         jobs = {}
         for name, run in self.runs.items():
             count = cpus.get(name, 1)
-            training = None if (run.folder / "train.json").is_file() else run.training(count, count)
-            jobs[name] = Job(training, run.folder, self.probing, count)
+            finished = (run.folder / "train.json").is_file()
+            training = None if finished else run.training(count, count, in_process=True)
+            resources: dict[str, float] = {"memory": _TRIAL_MEMORY}
+            if run.config.train.workers == 1:
+                resources |= {"CPU": count, "GPU": float(run.config.train.use_gpu)}
+            jobs[name] = Job(training, run.folder, self.probing, count, resources)
         return jobs
 
     def _places(self) -> tuple[dict[str, int], int]:
@@ -223,7 +230,12 @@ class Ablating:
         say(f"train   {len(jobs)} runs, {side}" + (f"; {done} are finished, reused" if done else ""))
 
         def trial(config: dict[str, Any]) -> None:
-            jobs[config["run"]]()
+            problem = ""
+            try:
+                jobs[config["run"]]()
+            except (ValueError, FloatingPointError, OSError) as error:
+                problem = str(error)  # Trying again would only end the same.
+            ray.tune.report({"problem": problem})
 
         class Told(ray.tune.Callback):  # type: ignore[misc]
             """Says of each run how it ended."""
@@ -233,19 +245,26 @@ class Ablating:
 
             def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
                 nonlocal done
+                name = trial.config["run"]
+                if problem := (trial.last_result or {}).get("problem"):
+                    failed(name, problem)
+                    return
                 done += 1
-                [result] = read_results([jobs[trial.config["run"]].folder])
+                [result] = read_results([jobs[name].folder])
                 say(f"train   {result.said}  ({done} of {total})")
 
             def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-                name = trial.config["run"]
-                failures[name] = _reason(trial.get_pickled_error() or trial.get_error())
-                say(f"[red]train   {name} failed: {failures[name]}[/red]")
+                failed(trial.config["run"], _reason(trial.get_pickled_error() or trial.get_error()))
+
+        def failed(name: str, why: str) -> None:
+            failures[name] = why
+            self.console.print(f"train   {name} failed: {why}", style="red", markup=False, soft_wrap=True)
 
         total = len(self.runs)
+        retries = max(run.config.train.max_failures for run in self.runs.values())
         with self.shared.quiet(), redirect_stdout(sys.stderr):
             ray.tune.Tuner(
-                ray.tune.with_resources(trial, {"memory": _TRIAL_MEMORY}),
+                ray.tune.with_resources(trial, lambda config: jobs[config["run"]].resources),
                 param_space={"run": ray.tune.grid_search(list(jobs))},
                 tune_config=ray.tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True),
                 # Our own checkpoints carry the progress; a name of its own keeps Tune from resuming some other state.
@@ -254,6 +273,8 @@ class Ablating:
                     storage_path=str(self.ablation.folder.absolute() / "ray"),
                     verbose=0,
                     callbacks=[Told()],
+                    # Of a trial whose process died; its run goes on from its last checkpoint.
+                    failure_config=ray.tune.FailureConfig(max_failures=retries),
                 ),
             ).fit()
         return failures

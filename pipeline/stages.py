@@ -284,7 +284,7 @@ class Run:
     def _seconds(self) -> float:
         return sum(u.num_samples for u in self.utterances) / SAMPLE_RATE
 
-    def training(self, cpu_threads: int, reserved_cpus: int = 1) -> Callable[[], None]:
+    def training(self, cpu_threads: int, reserved_cpus: int = 1, *, in_process: bool = False) -> Callable[[], None]:
         """The training itself, to be called where Ray is initialised; see `train_on_ray`. It may travel to another node."""
         layers = self.layers_of(self.teacher)
         settings = self.config.train
@@ -308,6 +308,7 @@ class Run:
             initial=initial,
             cpu_threads=cpu_threads,
             reserved_cpus=reserved_cpus,
+            in_process=in_process,
         )
 
     def train(self) -> None:

@@ -50,22 +50,30 @@ def _worker(job: dict[str, Any]) -> Exception | None:
     else:
         torch.cuda.set_device(device)
     rank = Rank(context.get_world_rank(), context.get_world_size(), device)
-    train_reader, validation_reader = _readers(job, device)
     try:
-        train(
-            StudentConfig.model_validate(job["student"]),
-            TrainSettings.model_validate(job["settings"]),
-            train_reader,
-            validation_reader,
-            Path(job["folder"]),
-            rank=rank,
-            initial=None if job["initial"] is None else Path(job["initial"]),
+        _train(
+            job,
+            rank,
             wrap=lambda distiller: ray.train.torch.prepare_model(distiller, move_to_device=False),
             on_validation=lambda row: ray.train.report(row),
         )
     except (FloatingPointError, CheckpointError) as error:
         return error  # Every rank raises these at the same step.
     return None
+
+
+def _train(job: dict[str, Any], rank: Rank, **options: Any) -> None:
+    train_reader, validation_reader = _readers(job, rank.device)
+    train(
+        StudentConfig.model_validate(job["student"]),
+        TrainSettings.model_validate(job["settings"]),
+        train_reader,
+        validation_reader,
+        Path(job["folder"]),
+        rank=rank,
+        initial=None if job["initial"] is None else Path(job["initial"]),
+        **options,
+    )
 
 
 def train_on_ray(
@@ -82,6 +90,7 @@ def train_on_ray(
     initial: Path | None = None,
     cpu_threads: int = 1,
     reserved_cpus: int = 1,
+    in_process: bool = False,
 ) -> None:
     """Trains on ``settings.workers`` Ray Train workers; Ray must be initialised. Goes on from the run's last checkpoint.
 
@@ -94,6 +103,7 @@ def train_on_ray(
         initial: as `student.training.train` takes it.
         cpu_threads: PyTorch threads of a worker without a GPU.
         reserved_cpus: cores that Ray sets aside for each worker.
+        in_process: a single worker is this process, which has its cores and GPU already, and restarts are the caller's.
 
     Raises:
         ValueError, FloatingPointError, OSError: as `student.training.train` does, from whichever worker it came.
@@ -115,6 +125,11 @@ def train_on_ray(
         "initial": None if initial is None else str(initial),
         "threads": cpu_threads,
     }
+    if in_process and settings.workers == 1:
+        device = torch.device("cuda", 0) if settings.use_gpu else torch.device("cpu")
+        torch.set_num_threads(cpu_threads)
+        _train(job, Rank(device=device))
+        return
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config=job,

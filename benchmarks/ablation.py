@@ -16,15 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import typer
 import yaml
-from probe import phones
+from probe import write_manifest
 from result_file import REPOSITORY, RESULTS, write_result
-from small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances
+from small_speech import HELD_OUT, TRAIN, shared_data, utterances
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="For corpus, cache and runs.")],
     seconds: Annotated[float, typer.Option(help="Training audio.")] = 900,
-    steps: Annotated[int, typer.Option(help="Of each run.")] = 240,
+    steps: Annotated[int, typer.Option(help="Of each run.")] = 120,
     seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1,2",
     quick: Annotated[bool, typer.Option("--quick", help="A moment: only tries the script.")] = False,
     output: Annotated[Path, typer.Option(help="JSON file; the tables lie beside it.")] = RESULTS / "ablation.json",
@@ -70,24 +70,11 @@ def number(text: str) -> Any:
 def configuration(folder: Path, seconds: float, steps: int, seeds: str) -> dict[str, Any]:
     """The ablation, and beside it the manifests of corpus and probe."""
     members = utterances(TRAIN, seconds), utterances(HELD_OUT, seconds)
-    texts = phones()
-    with (
-        (folder / "corpus.csv").open("w", newline="") as corpus,
-        (folder / "phones.csv").open("w", newline="") as probe,
-    ):
-        audio, labels = csv.writer(corpus), csv.writer(probe)
+    with (folder / "corpus.csv").open("w", newline="") as corpus:
+        audio = csv.writer(corpus)
         audio.writerow(["id", "path", "split"])
-        labels.writerow(["path", "transcript", "split"])
-        for group, split, part in zip(members, ("train", "validation"), ("train", "test"), strict=True):
-            for utterance in group:
-                audio.writerow([utterance.id, utterance.path, split])
-                if texts.get(utterance.id):
-                    labels.writerow([utterance.path, texts[utterance.id], part])
-    student = small_student(6, 192, width=64).model_dump(mode="json")
-    kept = (
-        *("conv_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads"),
-        *("conv_pos", "conv_pos_groups"),
-    )
+        audio.writerows([u.id, u.path, u.split] for group in members for u in group)
+    write_manifest(folder / "speakers.csv", "speakers", min(seconds, 400.0))
     return {
         "name": "reuse-pattern-small",
         "question": "Which layers can reuse the attention map of the layer below?",
@@ -98,13 +85,20 @@ def configuration(folder: Path, seconds: float, steps: int, seeds: str) -> dict[
             "teacher": {"checkpoint": str(shared_data() / "teacher" / "hubert_small.pt")},
             "masks": {"policy": {"mask_prob": 0.5, "mask_length": 10}, "draws": 2},
             "cache": {"path": str(folder / "cache"), "shard_minutes": 2, "batch_seconds": 60},
-            "student": {key: student[key] for key in kept},
+            "student": {
+                "conv_layers": [[16, 10, 5], *[[24, 3, 2]] * 4, *[[32, 2, 2]] * 2],
+                "encoder_embed_dim": 32,
+                "encoder_ffn_embed_dim": 64,
+                "encoder_attention_heads": 4,
+                "conv_pos": 32,
+                "conv_pos_groups": 4,
+            },
             "train": {
                 "epochs": 1000,
                 "max_steps": steps,
-                "batch_seconds": 15,
+                "batch_seconds": 12,
                 "learning_rate": 5e-3,
-                "validate_every": max(1, steps // 6),
+                "validate_every": max(1, steps // 2),
             },
         },
         "variants": {
@@ -115,7 +109,7 @@ def configuration(folder: Path, seconds: float, steps: int, seeds: str) -> dict[
         "seeds": [int(seed) for seed in seeds.split(",")],
         "cpus_per_worker": 1,
         "concurrent": 1,
-        "probe": {"manifest": "phones.csv", "units": "words", "epochs": 10},
+        "probe": {"manifest": "speakers.csv", "epochs": 20},
     }
 
 

@@ -90,17 +90,19 @@ class SlowStore(Store):
 
 
 def main(
-    latencies: Annotated[str, typer.Option(help="Milliseconds a request, with commas.")] = "30,100",
+    latencies: Annotated[str, typer.Option(help="Milliseconds a request, with commas.")] = "30",
     megabytes: Annotated[float, typer.Option(help="Per second and request.")] = 50,
     seconds: Annotated[float, typer.Option(help="Training audio.")] = 600,
-    threads: Annotated[str, typer.Option(help="Reading threads, with commas; 0 is the default.")] = "4,8,16,32,64,0",
+    ways: Annotated[
+        str, typer.Option(help="Reading threads x batches at once, with commas.")
+    ] = "4x1,4x4,16x4,32x4,64x4",
     rounds: Annotated[int, typer.Option(help="Of which the medians are taken.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="A moment: only tries the script.")] = False,
     output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "remote_reader.json",
 ) -> None:
-    """Hours of audio a minute through the training's own feed, two epochs, by threads and latency."""
+    """What arrives through the training's own feed."""
     if quick:
-        seconds, threads, rounds, latencies = 60, "4,0", 1, "5"
+        seconds, ways, rounds, latencies = 60, "4x1,32x4", 1, "5"
     torch.set_num_threads(1)
     checkpoint = str(shared_data() / "teacher" / "hubert_small.pt")
     teacher = load_teacher(checkpoint)
@@ -120,21 +122,30 @@ def main(
         plan = plan_shards(utterances(TRAIN, seconds), spec.shard_seconds)
         build_cache(folder, spec, plan, checkpoint, teacher_name="hubert_small", workers=None)
         for latency in latencies.split(","):
-            for number in threads.split(","):
-                found = [read(Path(folder), float(latency) / 1e3, 1e6 * megabytes, int(number)) for _ in range(rounds)]
-                median = {key: statistics.median(row[key] for row in found) for key in found[0]}
-                rows.append({"latency_ms": float(latency), "threads": int(number) or "default"} | median)
+            found: dict[str, list[dict[str, float]]] = {way: [] for way in ways.split(",")}
+            for _ in range(rounds):
+                for way, measured in found.items():
+                    measured.append(read(Path(folder), float(latency) / 1e3, 1e6 * megabytes, way))
+            for way, measured in found.items():
+                median = {key: statistics.median(row[key] for row in measured) for key in measured[0]}
+                number, batches = map(int, way.split("x"))
+                rows.append({"latency_ms": float(latency), "threads": number, "batches_at_once": batches} | median)
                 print(rows[-1], flush=True)
     write_result(output, train_seconds=seconds, megabytes_per_second_and_request=megabytes, rows=rows)
 
 
-def read(folder: Path, latency: float, rate: float, threads: int) -> dict[str, float]:
-    """Two epochs of batches of six utterances, as published."""
+def read(folder: Path, latency: float, rate: float, way: str) -> dict[str, float]:
+    """Batches of six utterances, as published; of three epochs the first opens files and is not counted."""
     store = SlowStore(folder, latency, rate)
-    reader = CacheReader(store, "train", threads=threads or None)
-    plan = TrainingPlan(reader.num_samples, TrainSettings(batch_size=6, epochs=2), 1)
-    before, began, count, samples = store.handler.requests, time.perf_counter(), 0, 0
+    threads, batches = map(int, way.split("x"))
+    reader = CacheReader(store, "train", threads=threads)
+    reader.batches_at_once = batches
+    plan = TrainingPlan(reader.num_samples, TrainSettings(batch_size=6, epochs=3), 1)
+    before, began, count, samples = 0, 0.0, 0, 0
     for micro in micro_batches(plan, reader, Rank(), 0, 1):
+        if micro.epoch == 0:
+            before, began = store.handler.requests, time.perf_counter()
+            continue
         count += len(micro.num_samples)
         samples += int(micro.num_samples.sum())
     elapsed = time.perf_counter() - began

@@ -126,12 +126,12 @@ class Clip {
   /** The service's answer, for the space and the model that are chosen. */
   async ask(file) {
     this.request?.abort();
-    this.request = new AbortController();
+    const request = (this.request = new AbortController());
     this.element.classList.add("busy");
     this.part("status").textContent = "Asking the service…";
     let told = "";
     try {
-      const answer = await getFeatures(file, { ...wanted(), layer: "all", format: "npy", dtype: "float16" }, this.request.signal);
+      const answer = await getFeatures(file, { ...wanted(), layer: "all", format: "npy", dtype: "float16" }, request.signal);
       const header = (name) => answer.headers.get(`x-${name}`), milliseconds = (name) => (1000 * Number(header(name))).toFixed(0);
       const features = analysed(new Features(await answer.arrayBuffer()));
       features.origin = `${header("model")}@${header("revision")} ${header("space")}`;
@@ -142,9 +142,11 @@ class Clip {
       told = this.told ?? "";
       throw error;
     } finally {
-      this.told = told;
-      this.part("status").textContent = told;
-      this.element.classList.remove("busy");
+      if (request === this.request) { // Else a later one goes on.
+        this.told = told;
+        this.part("status").textContent = told;
+        this.element.classList.remove("busy");
+      }
     }
   }
 
@@ -384,6 +386,7 @@ $("layer").addEventListener("input", () => chooseLayer(Number($("layer").value))
 $("space").addEventListener("change", askAgain);
 $("model").addEventListener("change", askAgain);
 $("centred").addEventListener("change", compare);
+$("copy").hidden = !navigator.clipboard; // Which pages over plain http lack.
 $("copy").addEventListener("click", attempt(async () => {
   await navigator.clipboard.writeText($("command").textContent);
   $("copy").textContent = "Copied";

@@ -122,7 +122,7 @@ def test_job_is_cancelled_and_goes_on(head: Head, checkout: Path, speech_folder:
     submit(head, checkout, speech_folder, tmp_path, "first", steps)
     run = tmp_path / "runs" / "demo"
     # Cancelled in the midst of training, after a checkpoint.
-    give_up = time.monotonic() + 240
+    give_up = time.monotonic() + 400
     names: set[str] = set()
     while not (run / "checkpoints" / "last").exists():
         status = head.status("first")

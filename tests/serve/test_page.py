@@ -165,6 +165,10 @@ def test_two_clips_from_drop_to_download(
         for picture in ("waveform", "spectrogram", "layers", "features"):
             assert varied(page, f"#clip-a canvas.{picture}") > 0.1, picture
         assert not page.is_visible("#comparison")
+        page.click("#clip-a .play")
+        page.wait_for_selector("#clip-a .play[aria-label=Pause]")
+        page.wait_for_selector("#clip-a .play[aria-label=Play]")  # At its end, after 1.2 s.
+        assert float(page.input_value("#clip-a .time")) == pytest.approx(1.2, abs=0.05)
 
         # By keyboard, then by a click on the picture of layers.
         before = page.locator("#clip-a canvas.features").evaluate("canvas => canvas.toDataURL()")

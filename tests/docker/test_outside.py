@@ -166,7 +166,7 @@ def test_head_job_and_service_as_compose_runs_them(image: Image) -> None:
             env=image.environment | {"RAY_ADDRESS": f"127.0.0.1:{ports['6379']}", "COLUMNS": "200"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     with image.running("serve", ports) as url:

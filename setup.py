@@ -9,5 +9,10 @@ setup(
         "pipeline.recipes.clusters",
     ],
     package_dir={"pipeline.recipes": "configs"},
-    package_data={"pipeline": ["*.txt"], "pipeline.recipes": ["*.yaml"], "pipeline.recipes.clusters": ["*.yaml"]},
+    package_data={
+        "pipeline": ["*.txt"],
+        "pipeline.recipes": ["*.yaml"],
+        "pipeline.recipes.clusters": ["*.yaml"],
+        "serve.page": ["*.html", "*.css", "*.js", "*.svg"],
+    },
 )

@@ -132,25 +132,27 @@ class ShardWriter:
             audio: decoded; read here where it is not given.
 
         Returns:
-            ``shard``, ``utterances``, ``seconds`` of audio, ``busy`` (seconds the teacher worked) and ``failures``: sentences;
-            with any of them the shard is left unfinished. ``full`` is whether the disk was.
+            ``shard``, ``utterances``, ``seconds`` of audio, ``busy`` (seconds the teacher worked), ``bytes`` written and
+            ``failures``: sentences; with any of them the shard is left unfinished. ``full`` is whether the disk was.
         """
         record = {"shard": shard.number, "utterances": len(shard.utterances), "seconds": shard.seconds, "busy": 0.0}
         missing = [file for file in self._cache.files(shard) if self._cache.store.size(file.commit) is None]
         failures: list[str] = []
         full = False
+        written = 0
         if missing:
             audio = audio or decode_shard(self._cache, shard)
             failures = audio.failures
             try:
                 if not failures:
                     record["busy"] = self._write_files(shard, missing, audio)
+                    written = sum(self._cache.store.size(file.name) or 0 for file in missing)
             except ValueError as error:
                 failures = [f"shard {shard.number}: {error}"]
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 failures = [f"shard {shard.number} could not be written to {self._cache.store.location}: {error}"]
-        return record | {"failures": failures, "full": full}
+        return record | {"bytes": written, "failures": failures, "full": full}
 
     def _write_files(self, shard: Shard, files: list[ShardFile], audio: ShardAudio) -> float:
         samples = np.array([len(waveform) for waveform in audio.waveforms])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from teacher_cache.building import building, full_disk
+from teacher_cache.builds import TeacherWork, write_build
 from teacher_cache.codecs import is_learned
 from teacher_cache.embedded import to_pcm
 from teacher_cache.fit import fit_to_teacher
@@ -202,6 +203,7 @@ def _write_missing(
     written = utterances = 0
     seconds = busy = 0.0
     failures: list[str] = []
+    work = TeacherWork()
     # Closed whatever happens, so that no actor writes on after the claim is given up.
     with closing(_records(cache, todo, teacher_spec, workers)) as records:
         for record in records:
@@ -211,6 +213,7 @@ def _write_missing(
             if record["full"]:
                 raise full_disk(cache.store, record["failures"][-1])
             busy += record["busy"]
+            work.add(TeacherWork.of(record))
             if record["failures"]:
                 failures += record["failures"]
                 continue
@@ -231,8 +234,11 @@ def _write_missing(
                     elapsed,
                 )
             )
-    refuse_failures(failures)
     elapsed = time.monotonic() - started
+    if work.seconds:
+        device = "cpu" if workers is None else workers.device
+        write_build(cache.store, work, device=device, actors=actors, elapsed=elapsed)
+    refuse_failures(failures)
     return BuildReport(written, len(there), elapsed, seconds, busy)
 
 

@@ -62,6 +62,7 @@ class ResidentReader:
 
     def __init__(self, split: Split, codecs: Sequence[ColumnCodec]) -> None:
         self.num_samples = np.array([u.num_samples for u in split.members])
+        self.num_frames = np.array([len(x) for x in split.clean])
         self.layers = tuple(layer for codec in codecs for layer in codec.layers)
         self.dim = codecs[0].dim
         self.draws: int | None = len(split.composites)

@@ -28,6 +28,7 @@ class CorpusSection(_Section):
         path: LibriSpeech's layout, any folder of audio, or a CSV/Parquet manifest.
         train_splits, validation_splits: split names; None takes what the names suggest (see `pipeline.corpus`).
         validation_fraction: share of the utterances held out where the corpus has no splits.
+        min_seconds: shorter audio is skipped, and listed; at least the default, 400 samples (one frame).
         max_seconds: longer audio is skipped, and listed.
     """
 
@@ -35,6 +36,7 @@ class CorpusSection(_Section):
     train_splits: list[str] | None = None
     validation_splits: list[str] | None = None
     validation_fraction: float = pydantic.Field(default=0.05, gt=0, lt=1)
+    min_seconds: float = pydantic.Field(default=0.025, ge=0.025)
     max_seconds: float = pydantic.Field(default=40.0, gt=0)
 
 
@@ -42,7 +44,8 @@ class TeacherSection(_Section):
     """The teacher.
 
     Attributes:
-        checkpoint: for `teacher_cache.load_teacher`: a .pt file, a Hugging Face folder, ``torchaudio:NAME``, ``random:LxD``.
+        checkpoint: for `teacher_cache.load_teacher`: a .pt file, a Hugging Face folder, ``torchaudio:NAME``, ``random:LxD``;
+            ``mean-mask:`` before it gives a teacher without a mask embedding a stand-in, so that it has masked targets.
         layers: 1-based layers to learn from; None takes all.
     """
 

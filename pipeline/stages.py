@@ -34,7 +34,7 @@ from teacher_cache.reader import CacheReader
 from teacher_cache.shards import SourceUtterance, plan_shards
 from teacher_cache.spec import CacheError, CacheSpec
 from teacher_cache.store import Store
-from teacher_cache.teachers import Teacher, load_teacher
+from teacher_cache.teachers import MEAN_MASK, Teacher, load_teacher
 from teacher_cache.verify import verify_cache
 
 STAGES = ("index", "plan", "cache", "train", "export", "report")
@@ -71,9 +71,10 @@ class Run:
 
     def _claim_folder(self) -> None:
         path = self.folder / "config.yaml"
-        # A run that failed before its first result has nothing to lose: a corrected configuration may replace its own.
+        # A run that failed before its first result has nothing to lose: a corrected configuration may replace its own. The
+        # corpus index is made again where that changes it.
         results = self.folder.is_dir() and any(
-            entry.name not in ("config.yaml", "ray.log") for entry in self.folder.iterdir()
+            entry.name not in ("config.yaml", "ray.log", "corpus") for entry in self.folder.iterdir()
         )
         if results:
             if not path.is_file():
@@ -109,7 +110,8 @@ class Run:
         if self.config.masks.draws and not teacher.has_mask_embedding:
             raise ConfigError(
                 f"masks.draws: {teacher.name} has no mask embedding, so it has no masked targets; set masks.draws=0 for clean "
-                "targets, or use a checkpoint that kept its mask embedding"
+                f"targets, teacher.checkpoint={MEAN_MASK}{self.config.teacher.checkpoint} for a stand-in, or use a checkpoint "
+                "that kept its mask embedding"
             )
         return teacher
 
@@ -185,6 +187,7 @@ class Run:
                 train_splits=corpus.train_splits,
                 validation_splits=corpus.validation_splits,
                 validation_fraction=corpus.validation_fraction,
+                min_seconds=corpus.min_seconds,
                 max_seconds=corpus.max_seconds,
                 output=self.folder / "corpus",
                 progress=update,
@@ -199,7 +202,8 @@ class Run:
         self.say(f"index   {len(index.utterances)} utterances, {index.hours:.2f} h of audio{skipped}{again}")
 
     def plan(self) -> None:
-        """Says what the cache will cost; refuses where the disk is too small."""
+        """Says what the cache will cost; refuses where the disk is too small, or audio too long for the teacher."""
+        self._check_lengths()
         if self.config.train.targets == "online":
             self.say("plan    targets are online: no cache is needed")
             return
@@ -219,6 +223,20 @@ class Run:
                 f"cache.path: {self.cache.location} has {cost.free_bytes / 1e9:.1f} GB free, the cache needs about "
                 f"{needed / 1e9:.1f} GB more; choose another disk, a smaller codec, fewer layers or draws"
             )
+
+    def _check_lengths(self) -> None:
+        """ConfigError where the teacher can't take an utterance of the corpus."""
+        teacher, samples = self.teacher, [utterance.num_samples for utterance in self.utterances]
+        for key, limit, wrong in (
+            ("min_seconds", teacher.min_samples, [n for n in samples if n < teacher.min_samples]),
+            ("max_seconds", teacher.max_samples, [n for n in samples if n > (teacher.max_samples or n)]),
+        ):
+            if limit is not None and wrong:
+                what = "shorter than the least" if key == "min_seconds" else "longer than the most"
+                raise ConfigError(
+                    f"corpus.{key}: {len(wrong)} utterances are {what} that {teacher.name} takes, {limit / SAMPLE_RATE:g} s; "
+                    f"set corpus.{key}={limit / SAMPLE_RATE:g} to skip them"
+                )
 
     def cache_targets(self) -> None:
         """Runs the teacher over the corpus, once; adds layers and draws that an earlier run did not need."""
@@ -243,7 +261,7 @@ class Run:
                 report = build_cache(
                     self.cache.location,
                     self.spec,
-                    plan_shards(self.utterances, self.spec.shard_seconds),
+                    plan_shards(self.utterances, self.spec.shard_seconds, self.teacher.num_frames),
                     _absolute_spec(self.config.teacher.checkpoint),
                     teacher_name=self.teacher.name,
                     workers=Workers(settings.actors, settings.gpus_per_actor, settings.cpus_per_actor),
@@ -496,7 +514,9 @@ def _identity(text: str) -> dict[str, Any]:
 
 def _absolute_spec(checkpoint: str) -> str:
     # Workers have other working directories.
-    return str(Path(checkpoint).absolute()) if Path(checkpoint).exists() else checkpoint
+    prefix = MEAN_MASK if checkpoint.startswith(MEAN_MASK) else ""
+    path = Path(checkpoint.removeprefix(prefix))
+    return f"{prefix}{path.absolute()}" if path.exists() else checkpoint
 
 
 def _init_ray() -> None:

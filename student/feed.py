@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from student.rank import Rank
 from student.settings import TrainSettings
 from teacher_cache.batch import Batch, TargetReader
 from teacher_cache.batches import plan_epoch
-from teacher_cache.frames import num_frames
 
 PREFETCH = 4
 """Batches read ahead by a background thread."""
@@ -103,7 +101,7 @@ def micro_batches(
     One background thread plans epochs and reads, at most PREFETCH batches ahead, so neither the end of an epoch nor the disk is
     waited for while it keeps up; for a GPU it puts batches into page-locked memory. What it raises is raised here.
     """
-    frames = num_frames(torch.tensor(reader.num_samples)).numpy()
+    frames = reader.num_frames
     ahead: queue.Queue[Micro | BaseException | None] = queue.Queue(PREFETCH)
     stopped = threading.Event()
 

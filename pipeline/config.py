@@ -45,7 +45,8 @@ class TeacherSection(_Section):
 
     Attributes:
         checkpoint: for `teacher_cache.load_teacher`: a .pt file, a Hugging Face folder, ``torchaudio:NAME``, ``random:LxD``;
-            ``mean-mask:`` before it gives a teacher without a mask embedding a stand-in, so that it has masked targets.
+            ``mean-mask:`` before it gives a teacher without a mask embedding a stand-in, so that it has masked targets;
+            ``layer-norm:`` normalises each frame of each layer, as teachers with layer norms before their blocks need.
         layers: 1-based layers to learn from; None takes all.
     """
 

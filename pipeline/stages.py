@@ -34,7 +34,7 @@ from teacher_cache.reader import CacheReader
 from teacher_cache.shards import SourceUtterance, plan_shards
 from teacher_cache.spec import CacheError, CacheSpec
 from teacher_cache.store import Store
-from teacher_cache.teachers import MEAN_MASK, Teacher, load_teacher
+from teacher_cache.teachers import Teacher, load_teacher, split_options
 from teacher_cache.verify import verify_cache
 
 STAGES = ("index", "plan", "cache", "train", "export", "report")
@@ -110,7 +110,7 @@ class Run:
         if self.config.masks.draws and not teacher.has_mask_embedding:
             raise ConfigError(
                 f"masks.draws: {teacher.name} has no mask embedding, so it has no masked targets; set masks.draws=0 for clean "
-                f"targets, teacher.checkpoint={MEAN_MASK}{self.config.teacher.checkpoint} for a stand-in, or use a checkpoint "
+                f"targets, teacher.checkpoint=mean-mask:{self.config.teacher.checkpoint} for a stand-in, or use a checkpoint "
                 "that kept its mask embedding"
             )
         return teacher
@@ -514,9 +514,8 @@ def _identity(text: str) -> dict[str, Any]:
 
 def _absolute_spec(checkpoint: str) -> str:
     # Workers have other working directories.
-    prefix = MEAN_MASK if checkpoint.startswith(MEAN_MASK) else ""
-    path = Path(checkpoint.removeprefix(prefix))
-    return f"{prefix}{path.absolute()}" if path.exists() else checkpoint
+    options, spec = split_options(checkpoint)
+    return options + str(Path(spec).absolute()) if Path(spec).exists() else checkpoint
 
 
 def _init_ray() -> None:

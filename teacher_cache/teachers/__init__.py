@@ -15,10 +15,9 @@ from teacher_cache.teachers.wavlm import is_wavlm, load_wavlm
 from teacher_cache.teachers.whisper import load_whisper
 from teacher_cache.untrusted import load_untrusted
 
-__all__ = ["FOLDERS", "MEAN_MASK", "Teacher", "TeacherError", "load_teacher"]
+__all__ = ["FOLDERS", "Teacher", "TeacherError", "load_teacher", "split_options"]
 
-MEAN_MASK = "mean-mask:"
-"""Before a specification: masked frames become the utterance's mean, for teachers without a mask embedding."""
+_OPTIONS = ("mean-mask:", "layer-norm:")
 
 FOLDERS: dict[str, Callable[[Folder, str | torch.device], Teacher]] = {
     **dict.fromkeys(KINDS, load_huggingface),
@@ -35,8 +34,9 @@ def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
     Args:
         spec: path of a fairseq checkpoint (pre-trained HuBERT or wav2vec 2.0) or of WavLM's own; path of a Hugging
             Face folder (config.json, model.safetensors) of a kind in FOLDERS; ``torchaudio:NAME`` of a torchaudio bundle,
-            such as ``torchaudio:HUBERT_BASE``; or ``random:LAYERSxDIM``, a HuBERT with seeded random weights. With
-            ``mean-mask:`` before it, a teacher without a mask embedding puts the mean over the utterance's frames there.
+            such as ``torchaudio:HUBERT_BASE``; or ``random:LAYERSxDIM``, a HuBERT with seeded random weights. Options
+            stand before it: ``mean-mask:`` puts the mean over an utterance's frames at masked ones, for a teacher without a
+            mask embedding; ``layer-norm:`` normalises each frame of each layer's output (see `Teacher`).
         device: where it computes; default the CPU.
 
     Raises:
@@ -48,12 +48,26 @@ def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
         >>> load_teacher("random:4x96").dim
         96
     """
-    if spec.startswith(MEAN_MASK):
-        teacher = load_teacher(spec.removeprefix(MEAN_MASK), device)
+    options, spec = split_options(spec)
+    teacher = _load(spec, device)
+    teacher.name = options + teacher.name
+    teacher.layer_norm = "layer-norm:" in options
+    if "mean-mask:" in options:
         if teacher.has_mask_embedding:
-            raise TeacherError(f"{teacher.name} has a mask embedding, so it needs no stand-in; leave {MEAN_MASK} out")
-        teacher.mask_stand_in, teacher.name = "mean", f"{MEAN_MASK}{teacher.name}"
-        return teacher
+            raise TeacherError(f"{teacher.name} has a mask embedding, so it needs no stand-in; leave mean-mask: out")
+        teacher.mean_mask = True
+    return teacher
+
+
+def split_options(spec: str) -> tuple[str, str]:
+    """The options that a specification begins with, such as ``layer-norm:mean-mask:``, and what they are of."""
+    options = ""
+    while found := next((option for option in _OPTIONS if spec.startswith(option)), None):
+        options, spec = options + found, spec.removeprefix(found)
+    return options, spec
+
+
+def _load(spec: str, device: str | torch.device) -> Teacher:
     kind, separator, rest = spec.partition(":")
     if separator and kind == "torchaudio":
         return load_bundle(rest, device)

@@ -8,9 +8,10 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teacher_cache.frames import RECEPTIVE_FIELD, Length, num_frames, padding_mask
@@ -43,7 +44,10 @@ class Teacher(ABC):
         device: where it computes.
         min_samples: of an utterance; default 400, one frame of HuBERT.
         max_samples: of an utterance; default None, any length.
-        mask_stand_in: ``mean`` where masked frames become the utterance's mean, as there is no learned mask embedding.
+        mean_mask: whether masked frames become the utterance's mean, where there is no learned mask embedding. Default False.
+        layer_norm: whether each frame of each layer's output is brought to zero mean and unit variance over its channels.
+            Default False. With layer norms before the blocks (Whisper, most Large models) that is what the next block reads,
+            and it tames frames of a thousand times the others' power, which a squared error would hear alone.
 
     Example:
         >>> teacher = load_teacher("random:4x96")
@@ -53,7 +57,8 @@ class Teacher(ABC):
 
     min_samples: int = RECEPTIVE_FIELD
     max_samples: int | None = None
-    mask_stand_in: Literal["mean"] | None = None
+    mean_mask: bool = False
+    layer_norm: bool = False
 
     def __init__(
         self,
@@ -108,12 +113,13 @@ class Teacher(ABC):
     @property
     def has_mask_embedding(self) -> bool:
         """Whether ``frame_mask`` may be given: there is a learned mask embedding, or a stand-in for it."""
-        return self._mask_embedding is not None or self.mask_stand_in is not None
+        return self._mask_embedding is not None or self.mean_mask
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the weights and of everything else that changes the output; not of name or device."""
-        identity = [*self._identity, *([] if self.mask_stand_in is None else [f"masked: {self.mask_stand_in}"])]
+        options = [name for name in ("mean_mask", "layer_norm") if getattr(self, name)]
+        identity = [*self._identity, *options]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         weights = dict(self.model.state_dict())
         if self._mask_embedding is not None:
@@ -144,8 +150,8 @@ class Teacher(ABC):
 
         Returns:
             (B, L, T, D) float32 on the teacher's device, without gradients: layer k is the output of Transformer layer
-            k, as fairseq's layer hook and torchaudio's ``extract_features`` give it. Values at padded frames are finite
-            and meaningless.
+            k, as fairseq's layer hook and torchaudio's ``extract_features`` give it, or that normalised (``layer_norm``).
+            Values at padded frames are finite and meaningless.
 
         Raises:
             TeacherError: shapes that don't fit, audio shorter than a frame or longer than ``max_samples``, an unknown layer,
@@ -168,6 +174,8 @@ class Teacher(ABC):
             x_BS = x_BS.masked_fill(padding_mask(lengths, longest), 0.0)
             mask = None if frame_mask is None else frame_mask[:, :real_frames].to(self.device)
             for number, x_BTD in enumerate(self.layer_outputs(x_BS, lengths, mask), start=1):
+                if self.layer_norm:
+                    x_BTD = F.layer_norm(x_BTD.float(), x_BTD.shape[-1:])
                 for slot, layer in enumerate(wanted):
                     if layer == number:
                         out[:, slot, :real_frames] = x_BTD

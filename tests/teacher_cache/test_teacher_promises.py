@@ -16,7 +16,7 @@ TRANSFORMERS = ("hubert", "wavlm", "unispeech-sat", "data2vec-audio", "whisper")
 KINDS: dict[str, Callable[[Path], str]] = {
     "random": lambda _: "random:3x48",
     **{kind: lambda folder, kind=kind: save_tiny(kind, folder) for kind in TRANSFORMERS},  # type: ignore[misc]
-    "whisper, mean-mask": lambda folder: f"mean-mask:{save_tiny('whisper', folder)}",
+    "whisper, options": lambda folder: f"layer-norm:mean-mask:{save_tiny('whisper', folder)}",
 }
 
 
@@ -121,9 +121,21 @@ def test_refusals(teacher: Teacher) -> None:
         assert torch.isfinite(longest).all()
 
 
-def test_a_stand_in_is_for_those_without_a_mask_embedding(specs: dict[str, str]) -> None:
-    plain, stand_in = load_teacher(specs["whisper"]), load_teacher(specs["whisper, mean-mask"])
-    assert plain.fingerprint != stand_in.fingerprint
+def test_options_stand_before_a_specification(specs: dict[str, str]) -> None:
+    plain = load_teacher(specs["whisper"])
+    normalised, stand_in, both = (
+        load_teacher(options + specs["whisper"]) for options in ("layer-norm:", "mean-mask:", "mean-mask:layer-norm:")
+    )
+    assert len({teacher.fingerprint for teacher in (plain, normalised, stand_in, both)}) == 4
+    assert both.fingerprint == load_teacher(specs["whisper, options"]).fingerprint
     assert stand_in.name.startswith("mean-mask:") and stand_in.has_mask_embedding and not plain.has_mask_embedding
+    waveforms = torch.stack(sound(plain, 5_000))
+    raw = plain.hidden_states(waveforms)
+    expected = torch.nn.functional.layer_norm(raw, (plain.dim,))
+    torch.testing.assert_close(normalised.hidden_states(waveforms), expected)
+    assert float((raw - expected).abs().max()) > 0.1
+    x_BTD = torch.tensor([[[1.0], [3.0], [8.0]], [[1.0], [5.0], [900.0]]])
+    masked = stand_in.masked(x_BTD, torch.tensor([[True, False, False]] * 2), torch.tensor([3, 2]))
+    assert masked.squeeze(2).tolist() == [[4.0, 3.0, 8.0], [3.0, 5.0, 900.0]], "the mean counts real frames"
     with pytest.raises(TeacherError, match="has a mask embedding, so it needs no stand-in"):
         load_teacher("mean-mask:random:2x32")

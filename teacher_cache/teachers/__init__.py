@@ -10,6 +10,7 @@ from teacher_cache.teachers.fairseq import load_fairseq
 from teacher_cache.teachers.folder import Folder
 from teacher_cache.teachers.huggingface import KINDS, load_huggingface
 from teacher_cache.teachers.random import load_random
+from teacher_cache.teachers.spectrogram_transformer import load_spectrogram_transformer
 from teacher_cache.teachers.teacher import Teacher, TeacherError
 from teacher_cache.teachers.wavlm import is_wavlm, load_wavlm
 from teacher_cache.teachers.whisper import load_whisper
@@ -22,6 +23,7 @@ _OPTIONS = ("mean-mask:", "layer-norm:")
 FOLDERS: dict[str, Callable[[Folder, str | torch.device], Teacher]] = {
     **dict.fromkeys(KINDS, load_huggingface),
     "whisper": load_whisper,
+    "audio-spectrogram-transformer": load_spectrogram_transformer,
 }
 """By ``model_type``, what reads a Hugging Face folder."""
 

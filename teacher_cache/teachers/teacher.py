@@ -100,7 +100,7 @@ class Teacher(ABC):
         Args:
             waveforms: (B, S) float32 on the teacher's device, zeros at padding, S the longest of lengths.
             lengths: (B,) int64 on the teacher's device.
-            frame_mask: (B, T) bool on the teacher's device, or None; see `masked`.
+            frame_mask: (B, T) bool on the teacher's device, False at padding, or None; see `masked`.
 
         Yields:
             (B, T, D) with T = ``num_frames(S)``; values at padding are finite.
@@ -172,7 +172,11 @@ class Teacher(ABC):
             lengths = lengths.to(self.device)
             x_BS = waveforms[:, :longest].to(self.device).float()
             x_BS = x_BS.masked_fill(padding_mask(lengths, longest), 0.0)
-            mask = None if frame_mask is None else frame_mask[:, :real_frames].to(self.device)
+            mask: Tensor | None = None
+            if frame_mask is not None:
+                # What a mask says of padding counts for nothing.
+                padding = padding_mask(self.num_frames(lengths), real_frames)
+                mask = frame_mask[:, :real_frames].to(self.device) & ~padding
             for number, x_BTD in enumerate(self.layer_outputs(x_BS, lengths, mask), start=1):
                 if self.layer_norm:
                     x_BTD = F.layer_norm(x_BTD.float(), x_BTD.shape[-1:])

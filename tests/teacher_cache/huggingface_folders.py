@@ -29,7 +29,18 @@ WHISPER = {
     "eos_token_id": 0,
     "decoder_start_token_id": 0,
 }
-SETTINGS: dict[str, dict[str, Any]] = {"whisper": WHISPER}
+AST = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "num_mel_bins": 32,
+    "patch_size": 8,
+    "time_stride": 5,
+    "frequency_stride": 6,
+    "max_length": 240,
+}
+SETTINGS: dict[str, dict[str, Any]] = {"whisper": WHISPER, "audio-spectrogram-transformer": AST}
 
 
 def tiny_model(kind: str) -> Any:

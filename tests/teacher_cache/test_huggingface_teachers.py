@@ -77,6 +77,25 @@ def test_whisper_spectrogram_is_that_of_audio_followed_by_silence() -> None:
         assert len(expected[len(mel) :].unique()) == 1, "nothing but silence follows"
 
 
+@pytest.mark.parametrize("seconds", [1.3, 2.4, 0.2])
+def test_ast_by_column(seconds: float, tmp_path: Path) -> None:
+    from transformers import ASTFeatureExtractor
+
+    extractor = ASTFeatureExtractor(num_mel_bins=32, max_length=240, mean=-3.0, std=2.5)
+    extractor.save_pretrained(tmp_path)
+    teacher = load_teacher(save_tiny("audio-spectrogram-transformer", tmp_path))
+    model = tiny_model("audio-spectrogram-transformer")
+    waveform = noise(int(seconds * 16_000))
+    values = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt")["input_values"]
+    by_row = layer_outputs(model.layers, lambda: model(values))[:, 2:]
+    rows, columns = (32 - 8) // 6 + 1, (240 - 8) // 5 + 1
+    by_column = by_row.unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2)
+    actual = teacher.hidden_states(waveform)[0]
+    real_columns = ((waveform.shape[1] - 400) // 160 + 1 - 8) // 5 + 1
+    assert actual.shape[1] == real_columns * rows
+    assert float((actual - by_column[:, : real_columns * rows]).abs().max()) < TOLERANCE
+
+
 def test_kaldi_fbank_is_torchaudios() -> None:
     from torchaudio.compliance.kaldi import fbank
 

@@ -12,10 +12,11 @@ from teacher_cache.teachers import Teacher, TeacherError, load_teacher
 from .batch_invariance import assert_batch_invariant
 from .huggingface_folders import save_tiny
 
-TRANSFORMERS = ("hubert", "wavlm", "unispeech-sat", "data2vec-audio", "whisper")
+TRANSFORMERS = ("hubert", "wavlm", "unispeech-sat", "data2vec-audio", "whisper", "audio-spectrogram-transformer")
 KINDS: dict[str, Callable[[Path], str]] = {
     "random": lambda _: "random:3x48",
     **{kind: lambda folder, kind=kind: save_tiny(kind, folder) for kind in TRANSFORMERS},  # type: ignore[misc]
+    "AST, mean-mask": lambda folder: f"mean-mask:{save_tiny('audio-spectrogram-transformer', folder)}",
     "whisper, options": lambda folder: f"layer-norm:mean-mask:{save_tiny('whisper', folder)}",
 }
 

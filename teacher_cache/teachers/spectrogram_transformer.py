@@ -79,7 +79,8 @@ class SpectrogramTeacher(Teacher):
             name: for people to read.
             device: where to compute.
         """
-        self.geometry, self._mel_frames = geometry, mel_frames
+        self.patches = self._geometry = geometry
+        self._mel_frames = mel_frames
         self.min_samples = geometry.min_samples
         self.max_samples = MEL_WINDOW + mel_frames * MEL_HOP - 1
         dim = model.cls_token.shape[2]
@@ -97,18 +98,18 @@ class SpectrogramTeacher(Teacher):
 
     def num_frames(self, num_samples: Length) -> Length:
         """Patches of an utterance."""
-        return self.geometry.num_patches(num_samples)
+        return self._geometry.num_patches(num_samples)
 
     def layer_outputs(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None) -> Iterator[Tensor]:
         """See `Teacher.layer_outputs`."""
         network, patches = self._network, self.num_frames(waveforms.shape[1])
-        x_BTD = by_column(network.projection(self.geometry.spectrogram(waveforms, lengths, self._mel_frames)))
+        x_BTD = by_column(network.projection(self._geometry.spectrogram(waveforms, lengths, self._mel_frames)))
         x_BTD = torch.cat(
             [self.masked(x_BTD[:, :patches], frame_mask, self.num_frames(lengths)), x_BTD[:, patches:]], 1
         )
         tokens = torch.cat([network.cls_token, network.distillation_token], 1)
         positions_by_row = (
-            network.position_embeddings[:, 2:].transpose(1, 2).reshape(1, self.dim, self.geometry.rows, -1)
+            network.position_embeddings[:, 2:].transpose(1, 2).reshape(1, self.dim, self._geometry.rows, -1)
         )
         positions = torch.cat([network.position_embeddings[:, :2], by_column(positions_by_row)], 1)
         x_BTD = torch.cat([tokens.expand(len(x_BTD), -1, -1).to(x_BTD.dtype), x_BTD], 1) + positions

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teacher_cache.frames import RECEPTIVE_FIELD, Length, num_frames, padding_mask
+from teacher_cache.patches import PatchGeometry
 
 
 class TeacherError(ValueError):
@@ -44,6 +45,8 @@ class Teacher(ABC):
         device: where it computes.
         min_samples: of an utterance; default 400, one frame of HuBERT.
         max_samples: of an utterance; default None, any length.
+        patches: how the spectrogram is cut, where there are patches in place of frames, for students that must do the same;
+            default None.
         mean_mask: whether masked frames become the utterance's mean, where there is no learned mask embedding. Default False.
         layer_norm: whether each frame of each layer's output is brought to zero mean and unit variance over its channels.
             Default False. With layer norms before the blocks (Whisper, most Large models) that is what the next block reads,
@@ -57,6 +60,7 @@ class Teacher(ABC):
 
     min_samples: int = RECEPTIVE_FIELD
     max_samples: int | None = None
+    patches: PatchGeometry | None = None
     mean_mask: bool = False
     layer_norm: bool = False
 
@@ -115,19 +119,25 @@ class Teacher(ABC):
         """Whether ``frame_mask`` may be given: there is a learned mask embedding, or a stand-in for it."""
         return self._mask_embedding is not None or self.mean_mask
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Its tensors by the network's names, and ``mask_embedding`` where it has one."""
+        weights = dict(self.model.state_dict())
+        if self._mask_embedding is not None:
+            weights["mask_embedding"] = self._mask_embedding
+        return weights
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the weights and of everything else that changes the output; not of name or device."""
         options = [name for name in ("mean_mask", "layer_norm") if getattr(self, name)]
         identity = [*self._identity, *options]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-        weights = dict(self.model.state_dict())
-        if self._mask_embedding is not None:
-            weights["mask_embedding"] = self._mask_embedding
+        weights = self.weights
         for key in sorted(weights):
             value = weights[key].detach().cpu().contiguous()
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.numpy())
+            digest.update(value.numpy().data)
         return digest.hexdigest()
 
     def hidden_states(

@@ -10,6 +10,7 @@ import yaml
 from student.config import StudentConfig
 from student.settings import TrainSettings
 from teacher_cache.codecs import DEFAULT_CODEC, check_codec
+from teacher_cache.patches import PatchGeometry
 from teacher_cache.spec import MaskDraws, Targets
 
 
@@ -141,11 +142,11 @@ class Config(_Section):
             raise ValueError("train.mask_embedding teacher needs masks.draws; without masks no embedding is used")
         return self
 
-    def resolve_student(self, num_layers: int, dim: int) -> StudentConfig:
-        """The student for a teacher with this many layers to learn from and this width."""
+    def resolve_student(self, num_layers: int, dim: int, patches: PatchGeometry | None = None) -> StudentConfig:
+        """The student for a teacher with this many layers to learn from, this width and these patches, if it has any."""
         values = dict(self.student)
         predictions = "split_heads" if values.get("heads") == "split" else "encoder_layers"
-        for key, value in ((predictions, num_layers), ("target_dim", dim)):
+        for key, value in ((predictions, num_layers), ("target_dim", dim), ("patches", patches)):
             if values.get(key, "teacher") == "teacher":
                 values[key] = value
         try:

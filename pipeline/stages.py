@@ -307,7 +307,7 @@ class Run:
         if settings.targets == "cached":
             self._check_cache()
         layers = self.layers_of(self.teacher)
-        config = self.config.resolve_student(len(layers), self.teacher.dim)
+        config = self.config.resolve_student(len(layers), self.teacher.dim, self.teacher.patches)
         initial = None
         if settings.starts_from_teacher:
             initial = self.folder / "initial.safetensors"
@@ -371,7 +371,9 @@ class Run:
         if exported:
             student = load_student(export)
         else:
-            student = Student(self.config.resolve_student(len(self.layers_of(self.teacher)), self.teacher.dim))
+            student = Student(
+                self.config.resolve_student(len(self.layers_of(self.teacher)), self.teacher.dim, self.teacher.patches)
+            )
         result = self.folder / "train.json"
         trained = json.loads(result.read_text()) if exported or result.is_file() else None
         online = self.config.train.targets == "online"

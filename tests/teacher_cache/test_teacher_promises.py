@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from teacher_cache.frames import padding_mask
 from teacher_cache.teachers import Teacher, TeacherError, load_teacher
 
 from .batch_invariance import assert_batch_invariant
@@ -140,3 +142,39 @@ def test_options_stand_before_a_specification(specs: dict[str, str]) -> None:
     assert masked.squeeze(2).tolist() == [[4.0, 3.0, 8.0], [3.0, 5.0, 900.0]], "the mean counts real frames"
     with pytest.raises(TeacherError, match="has a mask embedding, so it needs no stand-in"):
         load_teacher("mean-mask:random:2x32")
+
+
+class Network(torch.nn.Module):
+    """What the documentation's example wraps: a frame's 400 samples through linear layers, and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.heads, self.mask_embedding = 16, 2, torch.ones(16)
+        self.linear = torch.nn.Linear(400, 16)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(3))
+
+    def front_end(self, waveforms: Tensor) -> Tensor:
+        out: Tensor = self.linear(waveforms.unfold(1, 400, 320))
+        return out
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, attended: Tensor) -> Tensor:
+        mixed = torch.nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], attended)
+        out: Tensor = x + self.linear(mixed[:, 0])
+        return out
+
+
+def test_the_documented_example_keeps_the_promises() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "teachers.md").read_text()
+    names: dict[str, Any] = {"Teacher": Teacher, "MyNetwork": Network, "torch": torch, "padding_mask": padding_mask}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    example: Teacher = names["MyTeacher"](Network(), name="example")
+    for masked in (False, True):
+        assert_batch_invariant(example, sound(example, 0, 3_000, 9_000), masked)
+    test_frames_layers_and_padding(example)
+    test_refusals(example)

@@ -1,6 +1,7 @@
 """The stages of a run, each skipping what is done: index, plan, cache, train, export, report."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -228,15 +229,15 @@ class Run:
     def _check_lengths(self) -> None:
         """ConfigError where the teacher can't take an utterance of the corpus."""
         teacher, samples = self.teacher, [utterance.num_samples for utterance in self.utterances]
-        for key, limit, wrong in (
-            ("min_seconds", teacher.min_samples, [n for n in samples if n < teacher.min_samples]),
-            ("max_seconds", teacher.max_samples, [n for n in samples if n > (teacher.max_samples or n)]),
+        least, most = teacher.min_samples, teacher.max_samples or max(samples)
+        for key, limit, what, wrong in (
+            ("min_seconds", math.ceil(least / SAMPLE_RATE * 1000) / 1000, "shorter", sum(n < least for n in samples)),
+            ("max_seconds", math.floor(most / SAMPLE_RATE * 100) / 100, "longer", sum(n > most for n in samples)),
         ):
-            if limit is not None and wrong:
-                what = "shorter than the least" if key == "min_seconds" else "longer than the most"
+            if wrong:
                 raise ConfigError(
-                    f"corpus.{key}: {len(wrong)} utterances are {what} that {teacher.name} takes, {limit / SAMPLE_RATE:g} s; "
-                    f"set corpus.{key}={limit / SAMPLE_RATE:g} to skip them"
+                    f"corpus.{key}: {teacher.name} takes audio of {least / SAMPLE_RATE:g} to {most / SAMPLE_RATE:g} s, and {wrong} "
+                    f"utterances are {what}; set corpus.{key}={limit:g} to skip them"
                 )
 
     def cache_targets(self) -> None:

@@ -1,9 +1,9 @@
 """Whisper-small's encoder as a teacher, on real speech: what leaving out its 30 s of silence changes, and what a student learns.
 
-``python benchmarks/whisper.py --whisper FOLDER`` (as get_whisper_small.py of the shared data writes it) compares features of real
-frames only with transformers' of audio padded to 30 s; caches normalised targets of some minutes of speech (clean: Whisper has no
-mask embedding); distils a small student from the cache; and probes phones of two unseen speakers in teacher, student, a student
-with random weights and log-mel bands.
+``python benchmarks/whisper.py padding --whisper FOLDER`` (as get_whisper_small.py of the shared data writes it) compares features of
+real frames only with transformers' of audio padded to 30 s. ``distil`` caches normalised targets of some minutes of speech (clean:
+Whisper has no mask embedding), distils a small student from the cache, and probes phones of two unseen speakers in teacher, student, a
+student with random weights and log-mel bands.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
@@ -37,6 +38,8 @@ from teacher_cache.reader import CacheReader
 from teacher_cache.shards import plan_shards
 from teacher_cache.spec import CacheSpec, MaskDraws
 from teacher_cache.teachers import Teacher, load_teacher
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Padded:
@@ -102,32 +105,60 @@ def power(teacher: Teacher, seconds: float) -> dict[str, Any]:
     return {"share_of_loudest_3_percent": share.tolist()}
 
 
-def main(
+def cached(location: Path, name: str) -> Source:
+    """The teacher's features of utterances that a cache holds, which need not run it again."""
+    places = {}
+    for split in ("train", "validation"):
+        reader = CacheReader(location, split)
+        for index in range(len(reader.ids)):
+            places[reader.read([index], None).waveforms[0].numpy().tobytes()] = reader, index
+
+    def features(waveform: np.ndarray) -> Tensor:
+        reader, index = places[waveform.tobytes()]
+        return reader.read([index], None).targets[0]
+
+    return Source(name, len(reader.layers), reader.dim, features)
+
+
+@app.command("padding")
+def padding(
+    whisper: Annotated[str, typer.Option(help="Folder of Whisper-small.")] = "",
+    seconds: Annotated[float, typer.Option(help="Of unseen speech.")] = 60,
+    threads: Annotated[int, typer.Option()] = 1,
+    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "whisper_padding.json",
+) -> None:
+    """What leaving out the silence changes, and how loud the loudest frames are."""
+    torch.set_num_threads(threads)
+    folder = whisper_folder(whisper)
+    teacher = load_teacher(str(folder))
+    write_result(output, padding=compare(teacher, folder, seconds), power=power(teacher, seconds))
+
+
+@app.command("distil")
+def distil(
     whisper: Annotated[str, typer.Option(help="Folder of Whisper-small.")] = "",
     seconds: Annotated[float, typer.Option(help="Of training speech to cache; a third of it to validate.")] = 480,
-    steps: Annotated[int, typer.Option(help="Of training.")] = 800,
+    learnt: Annotated[str, typer.Option(help="Layers the student learns from, of those cached (all).")] = "3,6,9,12",
+    steps: Annotated[int, typer.Option(help="Of training.")] = 700,
+    batch_seconds: Annotated[float, typer.Option(help="Padded audio of a batch.")] = 16,
     width: Annotated[int, typer.Option(help="Of the student.")] = 128,
     epochs: Annotated[int, typer.Option(help="Of each probe.")] = 20,
     threads: Annotated[int, typer.Option()] = 1,
+    cache: Annotated[Path | None, typer.Option(help="Folder to keep the cache in; default none.")] = None,
     output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "whisper.json",
 ) -> None:
-    """Compares, caches, distils, probes."""
+    """Caches, distils a small student, and probes phones in teacher, student and log-mel bands."""
     torch.set_num_threads(threads)
-    folder = whisper_folder(whisper)
-    raw = load_teacher(str(folder))
-    found: dict[str, Any] = {"padding": compare(raw, folder, seconds / 8), "power": power(raw, seconds / 8)}
-    print(json.dumps(found), flush=True)
-    spec = f"layer-norm:{folder}"
+    spec = f"layer-norm:{whisper_folder(whisper)}"
     teacher = load_teacher(spec)
-    layers = tuple(range(1, teacher.num_layers + 1))
     members = [*utterances(TRAIN, seconds), *utterances(HELD_OUT, seconds / 3)]
     with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) / "cache"
+        location = cache or Path(scratch) / "cache"
         needed = CacheSpec(
             teacher=teacher.fingerprint,
             num_layers=teacher.num_layers,
             dim=teacher.dim,
-            layers=layers,
+            layers=tuple(range(1, teacher.num_layers + 1)),
             masks=MaskDraws(draws=0),
             codec=DEFAULT_CODEC,
             corpus="small speech",
@@ -135,57 +166,60 @@ def main(
             batch_seconds=60,
         )
         plan = plan_shards(members, needed.shard_seconds, teacher.num_frames)
-        report = build_cache(cache, needed, plan, spec, teacher_name="whisper-small", workers=None)
-        hours = Cache.open(cache).record["seconds"]
-        found["cache"] = {
-            "seconds_of_audio": hours,
-            "wall_seconds": report.elapsed,
-            "kilobytes_per_second_of_audio": cache_bytes(Cache.open(cache)) / hours / 1e3,
-        }
-        print(json.dumps(found["cache"]), flush=True)
-        config = small_student(teacher.num_layers, teacher.dim, width)
+        build_cache(location, needed, plan, spec, teacher_name="whisper-small", workers=None)
+        opened = Cache.open(location)
+        layers = tuple(int(layer) for layer in learnt.split(","))
+        config = small_student(len(layers), teacher.dim, width)
         settings = TrainSettings(
             epochs=100_000,
             max_steps=steps,
-            batch_seconds=20,
+            batch_seconds=batch_seconds,
             learning_rate=2e-3,
-            validate_every=max(1, steps // 6),
+            validate_every=max(1, steps // 5),
             log_every=10,
         )
         run = Path(scratch) / "run"
-        result = train(config, settings, CacheReader(cache, "train"), CacheReader(cache, "validation"), run)
+        result = train(
+            config, settings, CacheReader(location, "train", layers), CacheReader(location, "validation", layers), run
+        )
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        validation = [row for row in rows if row["kind"] == "validation"]
+        print([(row["step"], row["loss"]) for row in validation], f"{result.seconds:.0f} s", flush=True)
         torch.manual_seed(0)
         untrained = Student(config).eval()
         student = load_student(run / "checkpoints" / "best")
-        found["student"] = {
-            "parameters": sum(p.numel() for p in student.parameters()),
-            "teacher_parameters": teacher.num_parameters,
-            "config": config.model_dump(mode="json"),
-            "settings": settings.model_dump(mode="json"),
-            "seconds": result.seconds,
-            "validation": [row for row in rows if row["kind"] == "validation"],
-        }
-        print([(row["step"], row["loss"]) for row in found["student"]["validation"]], flush=True)
         manifest = Path(scratch) / "phones.csv"
-        write_manifest(manifest, "phones", seconds)
+        write_manifest(manifest, "phones", seconds / 3)
+        train_rows = Path(scratch) / "train.csv"
+        write_manifest(train_rows, "phones", seconds)
+        # As much to learn from as was cached, and as much to test on.
+        lines = [line for line in train_rows.read_text().splitlines() if not line.endswith(",test")]
+        lines += [line for line in manifest.read_text().splitlines() if line.endswith(",test")]
+        manifest.write_text("\n".join(lines) + "\n")
         task = read_task(manifest, "words")
         sources = [
-            Source.of_teacher(teacher, "teacher whisper-small, layer-norm"),
+            cached(location, "teacher, as cached"),
             Source.of_student(student, "student"),
             Source.of_student(untrained, "student with random weights"),
             Source.log_mel(),
         ]
         outcomes = run_probes(task, sources, epochs=epochs)
-    found["probes"] = {
-        "train_utterances": sum(not example.test for example in task.examples),
-        "test_utterances": sum(example.test for example in task.examples),
-        "phones": [asdict(outcome) for outcome in outcomes],
-    }
-    write_result(output, epochs=epochs, **found)
+        write_result(
+            output,
+            seconds_of_audio=opened.record["seconds"],
+            kilobytes_per_second_of_audio=cache_bytes(opened) / opened.record["seconds"] / 1e3,
+            teacher_parameters=teacher.num_parameters,
+            student_parameters=sum(p.numel() for p in student.parameters()),
+            learnt=layers,
+            student=config.model_dump(mode="json"),
+            settings=settings.model_dump(mode="json"),
+            validation=validation,
+            probe_epochs=epochs,
+            train_utterances=sum(not example.test for example in task.examples),
+            test_utterances=sum(example.test for example in task.examples),
+            phones=[asdict(outcome) for outcome in outcomes],
+        )
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
     app()

@@ -99,7 +99,7 @@ class Run:
     def teacher(self) -> Teacher:
         """The teacher, on the CPU."""
         teacher = load_teacher(self.config.teacher.checkpoint, "cpu")
-        if self.config.teacher.checkpoint.startswith("random:"):
+        if split_options(self.config.teacher.checkpoint)[1].startswith("random:"):
             self.say(
                 "[yellow]The teacher has seeded RANDOM weights: this run shows the machinery, its features mean nothing. "
                 "Give a real teacher for real features.[/yellow]"
@@ -385,7 +385,7 @@ class Run:
             "utterances": len(self.utterances),
             "skipped_files": len(self.corpus.skipped),
             "teacher": self.teacher.name,
-            "teacher_is_random": self.config.teacher.checkpoint.startswith("random:"),
+            "teacher_is_random": split_options(self.config.teacher.checkpoint)[1].startswith("random:"),
             "teacher_parameters": self.teacher.num_parameters,
             "student_parameters": sum(p.numel() for p in student.parameters()),
             "targets": self.config.train.targets,

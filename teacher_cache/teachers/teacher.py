@@ -210,7 +210,9 @@ class Teacher(ABC):
         if self._mask_embedding is not None:
             return torch.where(frame_mask[:, :, None], self._mask_embedding, x_BTD)
         padding = padding_mask(frame_counts, x_BTD.shape[1])[:, :, None]
-        mean_B1D = x_BTD.masked_fill(padding, 0.0).sum(1, keepdim=True) / frame_counts[:, None, None]
+        mean_B1D = (
+            x_BTD.masked_fill(padding, 0.0).sum(1, keepdim=True, dtype=torch.float32) / frame_counts[:, None, None]
+        )
         return torch.where(frame_mask[:, :, None], mean_B1D, x_BTD)
 
     def _checked_lengths(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor:

@@ -169,6 +169,8 @@ def train(
             "student.split_heads) and student.target_dim to match, or choose teacher.layers"
         )
     settings.check_student(config)
+    for reader in (train_reader, validation_reader):
+        _check_frames(config, reader)
     loop = _Loop(config, settings, train_reader, validation_reader, folder, rank, initial, wrap, on_row, on_validation)
     with loop.metrics:
         result = loop.run()
@@ -177,6 +179,17 @@ def train(
         temporary.write_text(json.dumps(asdict(result), indent=2) + "\n")
         temporary.replace(folder / "train.json")
     return result
+
+
+def _check_frames(config: StudentConfig, reader: TargetReader) -> None:
+    """ValueError where the student would make other frames of an utterance than the teacher did."""
+    ours = config.num_frames(torch.as_tensor(reader.num_samples)).numpy()
+    if (wrong := np.flatnonzero(ours != reader.num_frames)).size:
+        first = wrong[0]
+        raise ValueError(
+            f"the student makes {ours[first]} frames of an utterance of {reader.num_samples[first]} samples, the targets have "
+            f"{reader.num_frames[first]}; set student.patches to the teacher's, or give the student other student.conv_layers"
+        )
 
 
 @dataclass(frozen=True)

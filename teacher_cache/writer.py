@@ -159,6 +159,10 @@ class ShardWriter:
 
     def _write_files(self, shard: Shard, files: list[ShardFile], audio: ShardAudio, work: TeacherWork) -> float:
         samples = np.array([len(waveform) for waveform in audio.waveforms])
+        if shard.num_frames != [self._teacher.num_frames(n) for n in samples.tolist()]:
+            raise CacheError(
+                f"its plan has other frames than {self._teacher.name} makes; plan_shards takes the teacher's num_frames"
+            )
         busy = 0.0
         with ExitStack() as stack:
             outputs = [stack.enter_context(_output(self._cache, file, self._codecs, shard, audio)) for file in files]

@@ -13,5 +13,6 @@ setup(
     package_data={
         "pipeline": ["*.txt"],
         **{f"pipeline.recipes{below}": ["*.yaml"] for below in ("", ".ablations", ".clusters")},
+        "serve.page": ["*.html", "*.css", "*.js", "*.svg"],
     },
 )

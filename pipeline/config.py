@@ -10,6 +10,7 @@ import yaml
 from student.config import StudentConfig
 from student.settings import TrainSettings
 from teacher_cache.codecs import DEFAULT_CODEC, check_codec
+from teacher_cache.patches import PatchGeometry
 from teacher_cache.spec import MaskDraws, Targets
 
 
@@ -28,6 +29,7 @@ class CorpusSection(_Section):
         path: LibriSpeech's layout, any folder of audio, or a CSV/Parquet manifest.
         train_splits, validation_splits: split names; None takes what the names suggest (see `pipeline.corpus`).
         validation_fraction: share of the utterances held out where the corpus has no splits.
+        min_seconds: shorter audio is skipped, and listed; at least the default, 400 samples (one frame).
         max_seconds: longer audio is skipped, and listed.
     """
 
@@ -35,6 +37,7 @@ class CorpusSection(_Section):
     train_splits: list[str] | None = None
     validation_splits: list[str] | None = None
     validation_fraction: float = pydantic.Field(default=0.05, gt=0, lt=1)
+    min_seconds: float = pydantic.Field(default=0.025, ge=0.025)
     max_seconds: float = pydantic.Field(default=40.0, gt=0)
 
 
@@ -42,7 +45,9 @@ class TeacherSection(_Section):
     """The teacher.
 
     Attributes:
-        checkpoint: for `teacher_cache.load_teacher`: a .pt file, a Hugging Face folder, ``torchaudio:NAME``, ``random:LxD``.
+        checkpoint: for `teacher_cache.load_teacher`: a .pt file, a Hugging Face folder, ``torchaudio:NAME``, ``random:LxD``;
+            ``mean-mask:`` before it gives a teacher without a mask embedding a stand-in, so that it has masked targets;
+            ``layer-norm:`` normalises each frame of each layer, as teachers with layer norms before their blocks need.
         layers: 1-based layers to learn from; None takes all.
     """
 
@@ -137,11 +142,11 @@ class Config(_Section):
             raise ValueError("train.mask_embedding teacher needs masks.draws; without masks no embedding is used")
         return self
 
-    def resolve_student(self, num_layers: int, dim: int) -> StudentConfig:
-        """The student for a teacher with this many layers to learn from and this width."""
+    def resolve_student(self, num_layers: int, dim: int, patches: PatchGeometry | None = None) -> StudentConfig:
+        """The student for a teacher with this many layers to learn from, this width and these patches, if it has any."""
         values = dict(self.student)
         predictions = "split_heads" if values.get("heads") == "split" else "encoder_layers"
-        for key, value in ((predictions, num_layers), ("target_dim", dim)):
+        for key, value in ((predictions, num_layers), ("target_dim", dim), ("patches", patches)):
             if values.get(key, "teacher") == "teacher":
                 values[key] = value
         try:

@@ -18,7 +18,7 @@ import torch
 from pipeline.charts import COLORS, Line, heatmap, line_chart
 from student import Student
 from teacher_cache.batch import TargetReader
-from teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
+from teacher_cache.frames import SAMPLE_RATE
 
 _CHANNELS = 96
 """Shown of each layer: those that vary most."""
@@ -414,7 +414,8 @@ def _speed_charts(metrics: Rows) -> list[str]:
 def _maps(maps: FeatureMaps | str) -> str:
     if isinstance(maps, str):
         return f'<p class="none">{html.escape(maps)}</p>'
-    frames = round(_SHOWN_SECONDS * SAMPLE_RATE / FRAME_SAMPLES)
+    per_second = len(maps.layers[0].teacher) / maps.seconds  # 50 frames, or AST's 120 patches.
+    frames = round(_SHOWN_SECONDS * per_second)
     cut = f", of which the first {_SHOWN_SECONDS:g} s are shown" if len(maps.layers[0].teacher) > frames else ""
     scale = heatmap(np.linspace(-_REACH, _REACH, 255)[:, None], _REACH).replace(
         'alt=""', f'alt="colours from blue at -{_REACH:g} over white at 0 to red at {_REACH:g}"'
@@ -432,7 +433,7 @@ def _maps(maps: FeatureMaps | str) -> str:
         )
         for name, values in (("teacher", teacher), ("student", student), ("student - teacher", student - teacher)):
             image = heatmap(values, _REACH).replace('alt=""', f'alt="layer {layer.layer}, {name}: channels over time"')
-            parts.append(f"<div>{name}{image}{_time_axis(len(values) * FRAME_SAMPLES / SAMPLE_RATE)}</div>")
+            parts.append(f"<div>{name}{image}{_time_axis(len(values) / per_second)}</div>")
         parts.append("</div>")
     return "".join(parts) + "</figure>"
 

@@ -1,6 +1,7 @@
 """The stages of a run, each skipping what is done: index, plan, cache, train, export, report."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -36,7 +37,7 @@ from teacher_cache.reader import CacheReader
 from teacher_cache.shards import SourceUtterance, plan_shards
 from teacher_cache.spec import CacheError, CacheSpec
 from teacher_cache.store import Store
-from teacher_cache.teachers import Teacher, load_teacher
+from teacher_cache.teachers import Teacher, load_teacher, split_options
 from teacher_cache.verify import verify_cache
 
 STAGES = ("index", "plan", "cache", "train", "export", "report")
@@ -79,9 +80,10 @@ class Run:
 
     def _refuse_others(self) -> None:
         path = self.folder / "config.yaml"
-        # A run that failed before its first result has nothing to lose: a corrected configuration may replace its own.
+        # A run that failed before its first result has nothing to lose: a corrected configuration may replace its own. The
+        # corpus index is made again where that changes it.
         results = self.folder.is_dir() and any(
-            entry.name not in ("config.yaml", "ray.log") for entry in self.folder.iterdir()
+            entry.name not in ("config.yaml", "ray.log", "corpus") for entry in self.folder.iterdir()
         )
         if results:
             if not path.is_file():
@@ -102,7 +104,7 @@ class Run:
     def teacher(self) -> Teacher:
         """The teacher, on the CPU."""
         teacher = self._given_teacher or load_teacher(self.config.teacher.checkpoint, "cpu")
-        if self._given_teacher is None and self.config.teacher.checkpoint.startswith("random:"):
+        if self._given_teacher is None and split_options(self.config.teacher.checkpoint)[1].startswith("random:"):
             self.say(
                 "[yellow]The teacher has seeded RANDOM weights: this run shows the machinery, its features mean nothing. "
                 "Give a real teacher for real features.[/yellow]"
@@ -115,7 +117,8 @@ class Run:
         if self.config.masks.draws and not teacher.has_mask_embedding:
             raise ConfigError(
                 f"masks.draws: {teacher.name} has no mask embedding, so it has no masked targets; set masks.draws=0 for clean "
-                "targets, or use a checkpoint that kept its mask embedding"
+                f"targets, teacher.checkpoint=mean-mask:{self.config.teacher.checkpoint} for a stand-in, or use a checkpoint "
+                "that kept its mask embedding"
             )
         return teacher
 
@@ -191,6 +194,7 @@ class Run:
                 train_splits=corpus.train_splits,
                 validation_splits=corpus.validation_splits,
                 validation_fraction=corpus.validation_fraction,
+                min_seconds=corpus.min_seconds,
                 max_seconds=corpus.max_seconds,
                 output=self.folder / "corpus",
                 progress=update,
@@ -205,7 +209,8 @@ class Run:
         self.say(f"index   {len(index.utterances)} utterances, {index.hours:.2f} h of audio{skipped}{again}")
 
     def plan(self) -> None:
-        """Says what the cache will cost; refuses where the disk is too small."""
+        """Says what the cache will cost; refuses where the disk is too small, or audio too long for the teacher."""
+        self._check_lengths()
         if self.config.train.targets == "online":
             self.say("plan    targets are online: no cache is needed")
             return
@@ -225,6 +230,20 @@ class Run:
                 f"cache.path: {self.cache.location} has {cost.free_bytes / 1e9:.1f} GB free, the cache needs about "
                 f"{needed / 1e9:.1f} GB more; choose another disk, a smaller codec, fewer layers or draws"
             )
+
+    def _check_lengths(self) -> None:
+        """ConfigError where the teacher can't take an utterance of the corpus."""
+        teacher, samples = self.teacher, [utterance.num_samples for utterance in self.utterances]
+        least, most = teacher.min_samples, teacher.max_samples or max(samples)
+        for key, limit, what, wrong in (
+            ("min_seconds", math.ceil(least / SAMPLE_RATE * 1000) / 1000, "shorter", sum(n < least for n in samples)),
+            ("max_seconds", math.floor(most / SAMPLE_RATE * 100) / 100, "longer", sum(n > most for n in samples)),
+        ):
+            if wrong:
+                raise ConfigError(
+                    f"corpus.{key}: {teacher.name} takes audio of {least / SAMPLE_RATE:g} to {most / SAMPLE_RATE:g} s, and {wrong} "
+                    f"utterances are {what}; set corpus.{key}={limit:g} to skip them"
+                )
 
     def cache_targets(self) -> None:
         """Runs the teacher over the corpus, once; adds layers and draws that an earlier run did not need."""
@@ -249,7 +268,7 @@ class Run:
                 report = build_cache(
                     self.cache.location,
                     self.spec,
-                    plan_shards(self.utterances, self.spec.shard_seconds),
+                    plan_shards(self.utterances, self.spec.shard_seconds, self.teacher.num_frames),
                     _absolute_spec(self.config.teacher.checkpoint),
                     teacher_name=self.teacher.name,
                     workers=Workers(settings.actors, settings.gpus_per_actor, settings.cpus_per_actor),
@@ -289,7 +308,7 @@ class Run:
         layers = self.layers_of(self.teacher)
         settings = self.config.train
         cached = settings.targets == "cached"
-        config = self.config.resolve_student(len(layers), self.teacher.dim)
+        config = self.config.resolve_student(len(layers), self.teacher.dim, self.teacher.patches)
         initial = None
         if settings.starts_from_teacher:
             initial = self.folder / "initial.safetensors"
@@ -369,7 +388,9 @@ class Run:
         if exported:
             student = load_student(export)
         else:
-            student = Student(self.config.resolve_student(len(self.layers_of(self.teacher)), self.teacher.dim))
+            student = Student(
+                self.config.resolve_student(len(self.layers_of(self.teacher)), self.teacher.dim, self.teacher.patches)
+            )
         result = self.folder / "train.json"
         trained = json.loads(result.read_text()) if exported or result.is_file() else None
         online = self.config.train.targets == "online"
@@ -380,7 +401,7 @@ class Run:
             "utterances": len(self.utterances),
             "skipped_files": len(self.corpus.skipped),
             "teacher": self.teacher.name,
-            "teacher_is_random": self.config.teacher.checkpoint.startswith("random:"),
+            "teacher_is_random": split_options(self.config.teacher.checkpoint)[1].startswith("random:"),
             "teacher_parameters": self.teacher.num_parameters,
             "student_parameters": sum(p.numel() for p in student.parameters()),
             "targets": self.config.train.targets,
@@ -524,7 +545,8 @@ def _identity(text: str) -> dict[str, Any]:
 
 def _absolute_spec(checkpoint: str) -> str:
     # Workers have other working directories.
-    return str(Path(checkpoint).absolute()) if Path(checkpoint).exists() else checkpoint
+    options, spec = split_options(checkpoint)
+    return options + str(Path(spec).absolute()) if Path(spec).exists() else checkpoint
 
 
 def init_ray() -> None:

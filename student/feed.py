@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 
 from student.rank import Rank
 from student.settings import TrainSettings
 from teacher_cache.batch import Batch, TargetReader
 from teacher_cache.batches import plan_epoch
-from teacher_cache.frames import num_frames
 
 PREFETCH = 4
 """Batches read ahead by a background thread."""
@@ -116,7 +114,7 @@ def micro_batches(
     waited for while it keeps up; for a GPU it puts batches into page-locked memory. What it raises is raised here. Of a reader
     that says so (``batches_at_once``: one that waits for a network), several batches are read at a time.
     """
-    frames = num_frames(torch.tensor(reader.num_samples)).numpy()
+    frames = reader.num_frames
     ahead: queue.Queue[Micro | BaseException | None] = queue.Queue(PREFETCH)
     stopped = threading.Event()
 

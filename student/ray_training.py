@@ -38,6 +38,47 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
     return by_split["train"], by_split["validation"]
 
 
+class _RowMetrics:
+    """The last row of a training, for the exporter of the node of rank 0. Ray puts ``ray_`` before each name.
+
+    Args:
+        run: name of the run, a tag of each value.
+    """
+
+    def __init__(self, run: str) -> None:
+        from ray.util.metrics import Gauge
+
+        # Kind and field of a row; the metric, what it is, and the factor between the two.
+        fields = {
+            ("train", "step"): ("step", "Optimiser steps done", 1),
+            ("train", "steps"): ("steps", "Optimiser steps of the whole training", 1),
+            ("train", "loss"): ("loss", "Loss per frame, mean since the last row", 1),
+            ("train", "learning_rate"): ("learning_rate", "Of the last step", 1),
+            ("train", "gradient_norm"): ("gradient_norm", "Before clipping", 1),
+            ("train", "skipped_steps"): ("skipped_steps", "Steps left out because something was not finite", 1),
+            ("train", "audio_hours_per_minute"): ("audio_seconds_per_second", "Audio trained on, all ranks", 60),
+            ("train", "data_wait"): (
+                "data_wait_share",
+                "Share of the time spent waiting for data, mean of the ranks",
+                1,
+            ),
+            ("train", "padding_waste"): ("padding_share", "Share of the samples that is padding", 1),
+            ("train", "bytes_per_second"): ("read_bytes_per_second", "Read from the cache, all ranks", 1),
+            ("validation", "loss"): ("validation_loss", "Loss per frame of the validation split", 1),
+        }
+        self._fields = {
+            key: (Gauge(f"distill_train_{name}", about, tag_keys=("run",)), factor)
+            for key, (name, about, factor) in fields.items()
+        }
+        self._tags = {"run": run}
+
+    def set(self, row: dict[str, Any]) -> None:
+        """A row of ``metrics.jsonl``."""
+        for (kind, field), (gauge, factor) in self._fields.items():
+            if row["kind"] == kind and field in row:
+                gauge.set(row[field] * factor, self._tags)
+
+
 def _worker(job: dict[str, Any]) -> Exception | None:
     """Trains; returns what went wrong where starting again would only end the same."""
     import ray.train
@@ -55,6 +96,7 @@ def _worker(job: dict[str, Any]) -> Exception | None:
             job,
             rank,
             wrap=lambda distiller: ray.train.torch.prepare_model(distiller, move_to_device=False),
+            on_row=_RowMetrics(Path(job["folder"]).name).set if rank.index == 0 else lambda row: None,
             on_validation=lambda row: ray.train.report(row),
         )
     except (FloatingPointError, CheckpointError) as error:

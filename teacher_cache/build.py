@@ -261,10 +261,37 @@ def writer_here(cache: Cache, teacher: str | Teacher, device: str = "cpu") -> It
         torch.set_num_threads(threads)
 
 
+class _ShardMetrics:
+    """What an actor wrote, for the exporter of its node. Ray puts ``ray_`` before each name, and ``_total`` after a counter's."""
+
+    def __init__(self) -> None:
+        from ray.util.metrics import Counter, Histogram
+
+        self._counters = {
+            "utterances": Counter("distill_cache_utterances", "Utterances in the shards written"),
+            "seconds": Counter("distill_cache_audio_seconds", "Audio in the shards written, in seconds"),
+            "bytes": Counter("distill_cache_bytes", "Bytes of the shards written"),
+            "busy": Counter("distill_cache_teacher_seconds", "Seconds in which teachers and codecs worked"),
+        }
+        self._failures = Counter("distill_cache_failures", "Utterances or shards that could not be cached")
+        about = "Seconds from a shard's decoded audio to its last commit"
+        self._shard = Histogram("distill_cache_shard_seconds", about, boundaries=[1, 3, 10, 30, 100, 300, 1000])
+
+    def count(self, record: Mapping[str, Any], seconds: float) -> None:
+        """A shard's record, and how long it took. One that was there already, as a retried task finds it, counts for nothing."""
+        if failed := len(record["failures"]):
+            self._failures.inc(failed)
+        elif record["bytes"]:
+            self._shard.observe(seconds)
+            for field, counter in self._counters.items():
+                counter.inc(record[field])
+
+
 class _ShardWriterActor:
     """`ShardWriter` in a Ray Data actor. What it raises for the user comes back in a record: Ray would try again and again."""
 
     def __init__(self, location: str, teacher_spec: str, device: str) -> None:
+        self._metrics = _ShardMetrics()
         self._refused = ""
         try:
             self._writer = ShardWriter(location, teacher_spec, device)
@@ -272,7 +299,12 @@ class _ShardWriterActor:
             self._refused = str(error)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([{"refused": self._refused}]) if self._refused else self._writer(batch)
+        if self._refused:
+            return pa.Table.from_pylist([{"refused": self._refused}])
+        started = time.perf_counter()
+        records = self._writer(batch)  # One shard.
+        self._metrics.count(records.to_pylist()[0], time.perf_counter() - started)
+        return records
 
 
 def _records(

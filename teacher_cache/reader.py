@@ -90,7 +90,7 @@ class CacheReader:
             raise CacheError(f"the cache at {location} has no split {split!r}; it has {splits}")
         self.ids = [utterance.id for shard in shards for utterance in shard.utterances]
         self.num_samples = np.array([u.num_samples for shard in shards for u in shard.utterances])
-        self._num_frames = [frames for shard in shards for frames in shard.num_frames]
+        self.num_frames = np.array([frames for shard in shards for frames in shard.num_frames])
         self._places = [(shard.number, row) for shard in shards for row in range(len(shard.utterances))]
         self._sets = {
             number: tuple(c for c in self.cache.codecs(number) if set(c.layers) & set(self.layers))
@@ -138,7 +138,7 @@ class CacheReader:
             )
         rows = list(self._pool.map(self._read_row, indices, [draw] * len(indices)))
         waveforms, lengths = pad_waveforms([waveform for waveform, *_ in rows])
-        frames = torch.tensor([self._num_frames[i] for i in indices])
+        frames = torch.from_numpy(self.num_frames[list(indices)])
         width = int(frames.max())
         codecs = [codec for group in self._sets.values() for codec in group]
         columns: list[tuple[ColumnCodec, Tensor]] = []
@@ -167,7 +167,7 @@ class CacheReader:
             raise self._damaged(self._file(index, "clean", None, 0), "the audio has another length")
         codes: list[np.ndarray] = []
         mask: np.ndarray | None = None
-        count = self._num_frames[index]
+        count = int(self.num_frames[index])
         for number, _codecs in self._sets.items():
             if composite:
                 mask_value, *values = self._columns(index, "composite", draw, number, ["mask"], None)

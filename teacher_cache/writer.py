@@ -133,30 +133,36 @@ class ShardWriter:
             audio: decoded; read here where it is not given.
 
         Returns:
-            ``shard``, ``utterances``, ``seconds`` of audio, ``busy`` (seconds of the teacher and the codec), the columns of
-            `TeacherWork` and ``failures``: sentences; with any of them the shard is left unfinished. ``full`` is whether the
-            disk was.
+            ``shard``, ``utterances``, ``seconds`` of audio, ``busy`` (seconds of the teacher and the codec), ``bytes`` written, the
+            columns of `TeacherWork` and ``failures``: sentences; with any of them the shard is left unfinished. ``full`` is
+            whether the disk was.
         """
         record = {"shard": shard.number, "utterances": len(shard.utterances), "seconds": shard.seconds, "busy": 0.0}
         work = TeacherWork()
         missing = [file for file in self._cache.files(shard) if self._cache.store.size(file.commit) is None]
         failures: list[str] = []
         full = False
+        written = 0
         if missing:
             audio = audio or decode_shard(self._cache, shard)
             failures = audio.failures
             try:
                 if not failures:
                     record["busy"] = self._write_files(shard, missing, audio, work)
+                    written = sum(self._cache.store.size(file.name) or 0 for file in missing)
             except ValueError as error:
                 failures = [f"shard {shard.number}: {error}"]
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 failures = [f"shard {shard.number} could not be written to {self._cache.store.location}: {error}"]
-        return record | work.flat() | {"failures": failures, "full": full}
+        return record | work.flat() | {"bytes": written, "failures": failures, "full": full}
 
     def _write_files(self, shard: Shard, files: list[ShardFile], audio: ShardAudio, work: TeacherWork) -> float:
         samples = np.array([len(waveform) for waveform in audio.waveforms])
+        if shard.num_frames != [self._teacher.num_frames(n) for n in samples.tolist()]:
+            raise CacheError(
+                f"its plan has other frames than {self._teacher.name} makes; plan_shards takes the teacher's num_frames"
+            )
         busy = 0.0
         with ExitStack() as stack:
             outputs = [stack.enter_context(_output(self._cache, file, self._codecs, shard, audio)) for file in files]

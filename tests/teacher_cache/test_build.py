@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -63,6 +65,22 @@ def build(cache_spec: Make, source_utterances: list[SourceUtterance]) -> Build:
         )
 
     return run
+
+
+def exported(name: str) -> float:
+    """What the exporter of this machine's only Ray node has under a name, once it has it."""
+    import ray
+
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    give_up = time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            values = re.findall(rf"^{name}{{.*}} (\S+)$", answer.read().decode(), re.MULTILINE)
+        if values:
+            return sum(map(float, values))
+        assert time.monotonic() < give_up, f"{name} is not exported"
+        time.sleep(0.5)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -129,6 +147,7 @@ def test_a_file_that_vanished_is_named_and_all_others_are_cached(
         assert len(cache.missing()) == 1
         assert seen[-1].shards_done == len(cache.shards) - 1
         assert seen[-1].utterances_done < seen[-1].utterances
+        assert exported("ray_distill_cache_failures_total") == 1
     victim.write_bytes(sound)
     report = build(tmp_path / "cache", None, codec=codec)
     if codec == "fp32":

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import pydantic
 import yaml
@@ -152,7 +152,7 @@ class Config(_Section):
         try:
             return StudentConfig.model_validate(values)
         except pydantic.ValidationError as error:
-            raise ConfigError(_explain(error, StudentConfig, "student.")) from error
+            raise ConfigError(explain(error, StudentConfig, "student.")) from error
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -161,6 +161,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: unreadable file, malformed override, unknown key, wrong type, impossible combination.
     """
+    tree = read_tree(path)
+    for key, value in map(parse_override, overrides):
+        set_key(tree, key, value)
+    return check_config(tree)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """A YAML file's sections, unchecked. ConfigError where it can't be read, or holds anything else."""
     if not path.is_file():
         raise ConfigError(f"there is no configuration file at {path}; configs/ has the published recipes and the demo")
     try:
@@ -169,27 +177,40 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections (corpus, teacher, ...), not {type(tree).__name__}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{override!r} is not an override; write section.key=value, as in train.epochs=3")
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{key!r} can't be set: {section!r} is a value, not a section")
-        try:
-            node[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value of {key!r} is not valid YAML: {text!r}") from error
+    return tree
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``section.key=value`` as key and value. ConfigError where it is malformed."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text!r} is not an override; write section.key=value, as in train.epochs=3")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key!r} is not valid YAML: {value!r}") from error
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key in place. ConfigError where a section on its way is a value."""
+    *sections, name = key.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key!r} can't be set: {section!r} is a value, not a section")
+    node[name] = value
+
+
+def check_config(tree: dict[str, Any]) -> Config:
+    """The typed configuration of a tree. ConfigError where it can't be one."""
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise ConfigError(_explain(error, Config, "")) from error
+        raise ConfigError(explain(error, Config, "")) from error
 
 
-def _explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str) -> str:
+def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str) -> str:
     """One sentence for each error: the key, what is wrong, and for an unknown key the allowed ones."""
     sentences = []
     for item in error.errors():
@@ -198,7 +219,8 @@ def _explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], p
         if item["type"] == "extra_forbidden":
             owner: Any = model
             for part in location[:-1]:
-                owner = owner.model_fields[part].annotation
+                kind = owner.model_fields[part].annotation
+                owner = next(k for k in (kind, *get_args(kind)) if hasattr(k, "model_fields"))
             sentences.append(f"{key}: unknown key; allowed here: {', '.join(sorted(owner.model_fields))}")
         elif item["type"] == "missing":
             sentences.append(f"{key}: missing; it must be given")

@@ -30,7 +30,7 @@ _SHOWN_SECONDS = 10.0
 _POINTS = 400
 """Of a line: more than the chart has pixels; a published recipe writes 24,000 rows."""
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --faint: #5c6670; --line: #d9dee3; --page: #fff; --card: #f6f8fa; }
 @media screen and (prefers-color-scheme: dark) {
   :root { --text: #e6e9ec; --faint: #9aa4ae; --line: #3a424b; --page: #14181d; --card: #1c2127; }
@@ -153,6 +153,7 @@ def write_report(
     metrics: Sequence[Mapping[str, Any]],
     maps: FeatureMaps | str,
     config: str,
+    probes: str = "",
 ) -> None:
     """Writes the page.
 
@@ -163,6 +164,7 @@ def write_report(
         metrics: rows of ``metrics.jsonl``.
         maps: features of a sample utterance, or a sentence that says why there are none.
         config: the resolved configuration, as YAML.
+        probes: sections of `pipeline.probe.probe_section`, if any.
     """
     escape = html.escape
     warnings = "".join(f'<p class="warning">{escape(text)}</p>' for text in _warnings(summary, metrics))
@@ -179,7 +181,7 @@ def write_report(
     files = " · ".join(f'<a href="{name}">{name}</a>' for name in _FILES if (path.parent / name).exists())
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(summary["name"])}: distillation report</title><style>{_STYLE}</style></head><body><main>
+<title>{escape(summary["name"])}: distillation report</title><style>{STYLE}</style></head><body><main>
 <h1>{escape(summary["name"])}</h1>
 <p class="faint">Distillation of {escape(summary["teacher"])} · {time.strftime("%Y-%m-%d %H:%M %Z")} · {escape(versions)}</p>
 {warnings}<div class="tiles">{tiles}</div>
@@ -188,6 +190,7 @@ def write_report(
 <h2>Teacher and student, layer by layer</h2>
 <div class="charts">{"".join(_layer_charts(metrics, _LAYER_CHARTS[1:]))}{_layer_table(metrics)}</div>
 <h2>Speed</h2><div class="charts">{"".join(_speed_charts(metrics))}</div>
+{f"<h2>Probes</h2>{probes}" if probes else ""}
 <h2>Features of an utterance</h2>{_maps(maps)}
 <h2>Configuration</h2><details><summary>All settings of this run</summary><pre>{escape(config)}</pre></details>
 <p class="faint">Files: {files}</p>

@@ -6,9 +6,9 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipeline.config import Config, ConfigError, dump_config
 from pipeline.corpus import CorpusIndex, index_corpus
 from pipeline.initialise import initial_tensors, write_initial
 from pipeline.plan import cost_lines, cost_table, plan_cost
+from pipeline.probe import probe_section, read_probes
 from pipeline.report import feature_maps, read_metrics, write_report
 from student import Student, load_student
 from student.ray_training import train_on_ray
@@ -48,12 +49,14 @@ class Run:
     Args:
         config: checked configuration.
         console: where progress goes.
+        teacher: its teacher, where the caller has loaded it already.
+        claim: refuse a folder with results of another configuration; False only for work that other runs share.
 
     Raises:
         ConfigError: the run's folder holds a run of another configuration, or paths are relative inside a Ray job.
     """
 
-    def __init__(self, config: Config, console: Console) -> None:
+    def __init__(self, config: Config, console: Console, teacher: Teacher | None = None, *, claim: bool = True) -> None:
         # A job's working directory is a copy that is thrown away.
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
             for key, path, absolute in (
@@ -67,11 +70,15 @@ class Run:
                     )
         self.config = config
         self.console = console
+        self._given_teacher = teacher
         self.folder = config.folder.absolute()
         self.cache = Store(config.cache.location)
-        self._claim_folder()
+        if claim:
+            self._refuse_others()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(dump_config(config))
 
-    def _claim_folder(self) -> None:
+    def _refuse_others(self) -> None:
         path = self.folder / "config.yaml"
         # A run that failed before its first result has nothing to lose: a corrected configuration may replace its own. The
         # corpus index is made again where that changes it.
@@ -88,8 +95,6 @@ class Run:
                     f"{self.folder} holds a run with another configuration (sections that differ: {', '.join(changed)}); "
                     "choose another name=..., or remove that folder"
                 )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump_config(self.config))
 
     def say(self, text: str) -> None:
         """One line for people."""
@@ -98,8 +103,8 @@ class Run:
     @cached_property
     def teacher(self) -> Teacher:
         """The teacher, on the CPU."""
-        teacher = load_teacher(self.config.teacher.checkpoint, "cpu")
-        if split_options(self.config.teacher.checkpoint)[1].startswith("random:"):
+        teacher = self._given_teacher or load_teacher(self.config.teacher.checkpoint, "cpu")
+        if self._given_teacher is None and split_options(self.config.teacher.checkpoint)[1].startswith("random:"):
             self.say(
                 "[yellow]The teacher has seeded RANDOM weights: this run shows the machinery, its features mean nothing. "
                 "Give a real teacher for real features.[/yellow]"
@@ -151,7 +156,7 @@ class Run:
         )
 
     @contextmanager
-    def _progress(self, name: str, unit: str) -> Iterator[Any]:
+    def progress(self, name: str, unit: str) -> Iterator[Any]:
         """A progress bar; yields update(done, total, note="")."""
         columns = (
             TextColumn(f"{name:7s}"),
@@ -167,7 +172,7 @@ class Run:
             yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
 
     @contextmanager
-    def _quiet(self) -> Iterator[None]:
+    def quiet(self) -> Iterator[None]:
         """Ray's notices on standard error, from C++ too, go to the run's ray.log: they would drown the run's own."""
         sys.stderr.flush()
         kept = os.dup(2)
@@ -183,7 +188,7 @@ class Run:
     def index(self) -> None:
         """Finds and checks the audio."""
         corpus = self.config.corpus
-        with self._progress("index", "files") as update:
+        with self.progress("index", "files") as update:
             index = index_corpus(
                 corpus.path,
                 train_splits=corpus.train_splits,
@@ -250,8 +255,8 @@ class Run:
         if complete and not Cache.open(self.cache).missing():
             detail = "all shards are there, reused"
         else:
-            with self._quiet(), self._progress("cache", "utterances") as update:
-                _init_ray()
+            with self.quiet(), self.progress("cache", "utterances") as update:
+                init_ray()
 
                 def show(progress: BuildProgress) -> None:
                     note = (
@@ -279,7 +284,7 @@ class Run:
             f"at {self.cache.location}"
         )
 
-    def _check_cache(self) -> None:
+    def check_cache(self) -> None:
         """Refuses a cache that is not this run's, or not sound."""
         cache = Cache.open(self.cache)
         if not cache.covers(self.spec):
@@ -298,6 +303,33 @@ class Run:
     def _seconds(self) -> float:
         return sum(u.num_samples for u in self.utterances) / SAMPLE_RATE
 
+    def training(self, cpu_threads: int, reserved_cpus: int = 1, *, in_process: bool = False) -> Callable[[], None]:
+        """The training itself, to be called where Ray is initialised; see `train_on_ray`. It may travel to another node."""
+        layers = self.layers_of(self.teacher)
+        settings = self.config.train
+        cached = settings.targets == "cached"
+        config = self.config.resolve_student(len(layers), self.teacher.dim, self.teacher.patches)
+        initial = None
+        if settings.starts_from_teacher:
+            initial = self.folder / "initial.safetensors"
+            write_initial(initial, initial_tensors(self.teacher, config, settings))
+        return partial(
+            train_on_ray,
+            config,
+            settings,
+            self.folder,
+            layers=layers,
+            cache=self.cache.location if cached else None,
+            teacher=_absolute_spec(self.config.teacher.checkpoint),
+            masks=self.config.masks,
+            utterances=[] if cached else self.utterances,
+            cache_targets=self.config.cache.targets,
+            initial=initial,
+            cpu_threads=cpu_threads,
+            reserved_cpus=reserved_cpus,
+            in_process=in_process,
+        )
+
     def train(self) -> None:
         """Trains the student from the cache (or with the teacher in the loop)."""
         result = self.folder / "train.json"
@@ -306,31 +338,15 @@ class Run:
             return
         settings = self.config.train
         if settings.targets == "cached":
-            self._check_cache()
-        layers = self.layers_of(self.teacher)
-        config = self.config.resolve_student(len(layers), self.teacher.dim, self.teacher.patches)
-        initial = None
-        if settings.starts_from_teacher:
-            initial = self.folder / "initial.safetensors"
-            write_initial(initial, initial_tensors(self.teacher, config, settings))
-        with self._quiet(), self._progress("train", "steps") as update:
-            _init_ray()
+            self.check_cache()
+        training = self.training(max(1, (os.cpu_count() or 1) // settings.workers))
+        with self.quiet(), self.progress("train", "steps") as update:
+            init_ray()
             done = threading.Event()
             watcher = threading.Thread(target=_follow, args=(self.folder / "metrics.jsonl", update, done), daemon=True)
             watcher.start()
             try:
-                train_on_ray(
-                    config,
-                    settings,
-                    self.folder,
-                    layers=layers,
-                    cache=self.cache.location if settings.targets == "cached" else None,
-                    teacher=_absolute_spec(self.config.teacher.checkpoint),
-                    masks=self.config.masks,
-                    utterances=self.utterances,
-                    initial=initial,
-                    cpu_threads=max(1, (os.cpu_count() or 1) // settings.workers),
-                )
+                training()
             finally:
                 done.set()
                 watcher.join()
@@ -407,6 +423,7 @@ class Run:
             metrics=metrics,
             maps=maps,
             config=dump_config(self.config),
+            probes="".join(probe_section(p.outcomes, p.title, level=3) for p in read_probes(self.folder)),
         )
         if not exported:
             raise ConfigError(f"{nothing} ({page} shows what is recorded so far)")
@@ -527,7 +544,8 @@ def _absolute_spec(checkpoint: str) -> str:
     return options + str(Path(spec).absolute()) if Path(spec).exists() else checkpoint
 
 
-def _init_ray() -> None:
+def init_ray() -> None:
+    """Joins the cluster of a submitted job, or starts a Ray of this process's own; nothing where that is done."""
     import ray
 
     if ray.is_initialized():

@@ -20,6 +20,7 @@ from serve.formats import render
 from serve.models import Models, load_model
 from serve.observation import Metrics, Observed
 from serve.openapi import BINARY_ANSWERS, describe
+from serve.page import add_page
 from serve.parameters import EmbeddingsQuery, FeaturesQuery, format_accepted
 from serve.schemas import EmbeddingsResponse, FeaturesResponse, Health, ModelList, ModelRecord
 from student import Student
@@ -81,6 +82,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.models = models
+    add_page(app)
     _add_status_routes(app, asker, metrics)
     _add_error_handlers(app, metrics)
     app.add_middleware(Observed, metrics=metrics)

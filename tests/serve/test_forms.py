@@ -20,6 +20,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from serve import create_app
+from serve.admission import Limits
 from serve.engine import BatchLimits
 from student import Student
 
@@ -212,7 +213,7 @@ def test_keys(student: Student) -> None:
 def test_overload_is_429_and_a_stopped_service_503(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     real = student.layer_outputs
-    app = create_app(student, max_requests=2, batch=BatchLimits(queue_seconds=60))
+    app = create_app(student, limits=Limits(max_requests=2), batch=BatchLimits(queue_seconds=60))
     with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
         monkeypatch.setattr(student, "layer_outputs", lambda *a: gate.wait(20) and real(*a))
         held = [pool.submit(client.post, "/v1/features", content=FILES[0]) for _ in range(2)]

@@ -35,10 +35,10 @@ def test_it_serves_until_sigterm_and_exits_cleanly(export: Path) -> None:
             assert process.stderr is not None
             address = next(filter(None, (re.search(r"running on (http://\S+)", line) for line in process.stderr)))[1]
             with httpx.Client(base_url=address, trust_env=False) as client:
-                health = client.get("/healthz").json()
-                assert (health["status"], health["model"], health["max_seconds"]) == ("ok", "tiny", 5.0)
+                info = client.get("/info").json()
+                assert (info["models"][0]["id"], info["limits"]["max_seconds"]) == ("tiny", 5.0)
                 features = client.post("/v1/features", content=audio.getvalue()).json()
-                assert features["shape"] == [49, health["dim"]]
+                assert features["shape"] == [49, info["models"][0]["dim"]]
                 chunked = client.post("/v1/features", content=iter([audio.getvalue()[:999], audio.getvalue()[999:]]))
                 assert chunked.json() == features
             process.send_signal(signal.SIGTERM)

@@ -2,10 +2,10 @@
 
 import hmac
 import math
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 from starlette.requests import Request
 
@@ -156,7 +156,7 @@ class Admission:
         rate = self.limits.key_rate
         if rate is None:
             return
-        now = time.monotonic()
+        now = monotonic()
         free_from = max(self._free_from.get(key, now), now)
         wait = free_from - now - max(1 - 1 / rate, 0)
         if wait > 0:

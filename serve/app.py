@@ -86,7 +86,7 @@ def create_app(
         "wav2vec 2.0. The same audio always gets the same features, whatever else is being served.",
         lifespan=lifespan,
     )
-    app.state.models = models
+    app.state.models, app.state.admission = models, admission
     app.state.leaving = False  # Set by whoever stops the service, so that balancers send no more.
     _add_status_routes(app, models, admission, metrics)
     _add_error_handlers(app, metrics)

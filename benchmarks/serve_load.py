@@ -2,7 +2,8 @@
 
 ``load`` sends requests at random moments (Poisson arrivals) that wait for nobody, from a process of its own on another core than the
 service's, to the service and to a plain FastAPI endpoint that runs one request at a time, point by point in turns; before each
-point the same backend runs the same audio in batches, offline, on the service's core. ``soak`` sends many short requests and watches memory.
+point the same backend runs the same audio in batches, offline, on the service's core. ``soak``
+sends many short requests and watches memory.
 
 Audio is real speech where `small_speech` finds any, else noise with lengths like LibriSpeech's.
 """

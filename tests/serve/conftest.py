@@ -67,9 +67,12 @@ def ray_client(student: Student, other: Student, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("ray")
     for name, model in (("tiny", student), ("other", other)):
         save_student(model, folder / "runs" / name / "export", None)
-    with ray_serve(
-        folder, str(folder / "runs" / "tiny" / "export"), more={"other": str(folder / "runs/other/export")}
-    ) as address, httpx.Client(base_url=address, trust_env=False, timeout=60) as client:
+    with (
+        ray_serve(
+            folder, str(folder / "runs" / "tiny" / "export"), more={"other": str(folder / "runs/other/export")}
+        ) as address,
+        httpx.Client(base_url=address, trust_env=False, timeout=60) as client,
+    ):
         yield client
 
 

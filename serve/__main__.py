@@ -43,7 +43,9 @@ def serve(
     ] = Limits.open_bytes,
     deadline_seconds: Annotated[float, typer.Option(help="Longest time for an answer.")] = Limits.deadline_seconds,
     max_requests: Annotated[int, typer.Option(help="Requests open at once; more get 429.")] = Limits.max_requests,
-    batch_seconds: Annotated[float, typer.Option(help="Audio of a batch, in seconds.")] = BatchLimits.batch_seconds,
+    batch_seconds: Annotated[
+        float | None, typer.Option(help="Audio of a batch, in seconds. Default: 8 on a CPU, else 30.")
+    ] = None,
     queue_seconds: Annotated[float, typer.Option(help="Audio that may wait, in seconds.")] = BatchLimits.queue_seconds,
     more: Annotated[list[str] | None, typer.Option(help="A further model, NAME=FOLDER; may be repeated.")] = None,
     library: Annotated[Path | None, typer.Option(help="Folder of models that are loaded when asked for.")] = None,

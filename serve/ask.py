@@ -1,6 +1,7 @@
 """One request from body to features: decoding, inference, deadline, and a client that leaves."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from serve.parameters import Query, choose_layer, parse_parameters
 from serve.windows import features_in_windows
 from teacher_cache.frames import SAMPLE_RATE, num_frames
 
-_DECODERS = 4  # audio files decoded at once, which bounds the memory of decoding
+_DECODERS = min(4, len(os.sched_getaffinity(0)))
+"""Audio files decoded at once: bounds the memory of decoding, and no more than cores, which inference needs too."""
 Result = TypeVar("Result")
 
 

@@ -101,7 +101,7 @@ class TorchBackend:
         self.num_parameters = sum(parameter.numel() for parameter in student.parameters())
         self.num_layers = student.config.encoder_layers
         self.dim = student.config.encoder_embed_dim
-        self.teacher_dim: int | None = student.config.target_dim
+        self.teacher_dim = _teacher_dim(student)
         self._compiled = _compiled(student, place) if options.compile else None
         self._student = student.to(place).eval()
         self._autocast = torch.autocast(place.type, torch.bfloat16, enabled=options.precision == "bf16")
@@ -110,10 +110,10 @@ class TorchBackend:
     def run(self, batch: Sequence[Wanted]) -> list[Array]:
         """See `Backend`."""
         waveforms, lengths = (
-            torch.from_numpy(x).to(self.device) for x in _pad(batch, 0 if not self._compiled else _LEAST_SAMPLES)
+            torch.from_numpy(x).to(self.device) for x in _pad(batch, 0 if self._compiled is None else _LEAST_SAMPLES)
         )
         with self._autocast:
-            if self._compiled:
+            if self._compiled is not None:
                 layers = self._compiled(waveforms, lengths)[1:]
             else:
                 layers, _, _ = self._student.layer_outputs(waveforms, lengths)
@@ -176,7 +176,7 @@ class OnnxBackend:
                 self._session = load(file)
             self.revision = revision_of(model)
             self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-            self.teacher_dim = model.config.target_dim
+            self.teacher_dim = _teacher_dim(model)
             for head in model.heads:
                 parts = (head.weight, head.bias) if isinstance(head, torch.nn.Linear) else None
                 self._heads.append(parts and (parts[0].detach().numpy().T, parts[1].detach().numpy()))
@@ -206,6 +206,12 @@ class OnnxBackend:
                 chosen = [x if head is None else x @ head[0] + head[1] for x, head in zip(chosen, heads, strict=True)]
             arrays.append(np.stack(chosen) if wanted.layer is None else chosen[0].copy())
         return arrays
+
+
+def _teacher_dim(student: Student) -> int | None:
+    """Width of projections where each layer has a head that sees the layer's output, else None."""
+    plain = student.config.heads == "layerwise" and student.config.time_reduction is None
+    return student.config.target_dim if plain else None
 
 
 def _feed(batch: Sequence[Wanted]) -> dict[str, Any]:

@@ -27,12 +27,13 @@ class BatchLimits:
     """Bounds of batches and of the queue.
 
     Attributes:
-        batch_seconds: audio of a batch, padding included. Default 30.
+        batch_seconds: audio of a batch, padding included. Default None: 8 on a CPU, where long clips gain nothing from company
+            and wait for each other, else 30.
         wait_seconds: how long the oldest request may wait for others to fill its batch, when inference is idle. Default 2 ms.
         queue_seconds: audio that may wait; more is refused. One utterance is always taken by an empty queue. Default 300.
     """
 
-    batch_seconds: float = 30.0
+    batch_seconds: float | None = None
     wait_seconds: float = 0.002
     queue_seconds: float = 300.0
 
@@ -84,6 +85,7 @@ class FeatureEngine:
     ) -> None:
         self.backend = backend
         self.limits = limits or BatchLimits()
+        self.batch_seconds = self.limits.batch_seconds or (8.0 if backend.device == "cpu" else 30.0)
         backend.run(_SILENCE)
         self._on_batch = on_batch
         self._waiting: list[_Job] = []
@@ -182,7 +184,7 @@ class FeatureEngine:
 
     def _next_batch(self) -> list[_Job]:
         """Waits for work; empty once closed and done."""
-        budget = int(self.limits.batch_seconds * SAMPLE_RATE)
+        budget = int(self.batch_seconds * SAMPLE_RATE)
         with self._changed:
             while True:
                 while not self._waiting and not self._closed:

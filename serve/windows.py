@@ -78,7 +78,7 @@ async def features_in_windows(
     """
     windows = long_audio.windows(len(waveform))
     # As many at once as fill a batch, and one to come.
-    room = asyncio.Semaphore(1 + int(engine.limits.batch_seconds // long_audio.window_seconds))
+    room = asyncio.Semaphore(1 + int(engine.batch_seconds // long_audio.window_seconds))
     array: Array | None = None
     queue_seconds, inference_seconds = 0.0, 0.0
 

@@ -109,8 +109,8 @@ class Config(_Section):
         name: of the run; its folder is ``runs/name``.
         runs: folder of all runs.
         corpus, teacher, masks, cache, train: see their classes.
-        student: fields of `student.StudentConfig`. ``encoder_layers`` and ``target_dim`` left out, or ``teacher``, take
-            the number of layers learnt from and the teacher's width.
+        student: fields of `student.StudentConfig`. ``encoder_layers`` (with split heads, ``split_heads``) and ``target_dim`` left
+            out, or ``teacher``, take the number of layers learnt from and the teacher's width.
     """
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -130,14 +130,18 @@ class Config(_Section):
     @pydantic.model_validator(mode="after")
     def _possible(self) -> Self:
         pattern = self.student.get("attention_reuse")
-        placeholder = len(pattern) if isinstance(pattern, (list, tuple)) else 12
-        self.resolve_student(placeholder, StudentConfig.model_fields["target_dim"].default)
+        placeholder = len(pattern) if isinstance(pattern, (list, tuple)) else len(self.teacher.layers or range(12))
+        student = self.resolve_student(placeholder, StudentConfig.model_fields["target_dim"].default)
+        self.train.check_student(student)
+        if self.train.mask_embedding == "teacher" and not self.masks.draws:
+            raise ValueError("train.mask_embedding teacher needs masks.draws; without masks no embedding is used")
         return self
 
     def resolve_student(self, num_layers: int, dim: int) -> StudentConfig:
         """The student for a teacher with this many layers to learn from and this width."""
         values = dict(self.student)
-        for key, value in (("encoder_layers", num_layers), ("target_dim", dim)):
+        predictions = "split_heads" if values.get("heads") == "split" else "encoder_layers"
+        for key, value in ((predictions, num_layers), ("target_dim", dim)):
             if values.get(key, "teacher") == "teacher":
                 values[key] = value
         try:

@@ -65,12 +65,19 @@ def profile_student(student: Student, seconds: float = 10.0) -> Profile:
     layers: list[Any] = list(student.layers)
     parts: dict[str, list[nn.Module]] = {
         "convolutions": list(student.conv_blocks),
-        "position": [student.position],
+        "position": [student.position] if student.position is not None else [],
         "attention": [layer.attention for layer in layers if hasattr(layer, "attention")],
         "feed-forward": [
-            module for layer in layers for name in ("up", "down") if (module := getattr(layer, name, None))
+            module
+            for layer in layers
+            for name in ("up", "down", "first", "second")
+            if (module := getattr(layer, name, None)) is not None
         ],
-        "heads": list(student.heads),
+        "heads": [
+            *student.upsamplers.values(),
+            *([student.split] if student.split is not None else []),
+            *student.heads,
+        ],
     }
     waveform = torch.randn(1, int(seconds * SAMPLE_RATE)) * 0.1
     lengths = torch.tensor([waveform.shape[1]])

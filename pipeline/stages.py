@@ -20,6 +20,7 @@ from rich.table import Table
 
 from pipeline.config import Config, ConfigError, dump_config
 from pipeline.corpus import CorpusIndex, index_corpus
+from pipeline.initialise import initial_tensors, write_initial
 from pipeline.plan import cost_lines, cost_table, plan_cost
 from pipeline.report import feature_maps, read_metrics, write_report
 from student import Student, load_student
@@ -289,6 +290,10 @@ class Run:
             self._check_cache()
         layers = self.layers_of(self.teacher)
         config = self.config.resolve_student(len(layers), self.teacher.dim)
+        initial = None
+        if settings.starts_from_teacher:
+            initial = self.folder / "initial.safetensors"
+            write_initial(initial, initial_tensors(self.teacher, config, settings))
         with self._quiet(), self._progress("train", "steps") as update:
             _init_ray()
             done = threading.Event()
@@ -304,6 +309,7 @@ class Run:
                     teacher=_absolute_spec(self.config.teacher.checkpoint),
                     masks=self.config.masks,
                     utterances=self.utterances,
+                    initial=initial,
                     cpu_threads=max(1, (os.cpu_count() or 1) // settings.workers),
                 )
             finally:

@@ -13,16 +13,21 @@ from torch.autograd.function import once_differentiable
 
 from student.config import StudentConfig
 from student.dropout import kept
+from student.position import by_distance, relative_table, rotate
 
 _BLOCK = 500_000
 """Entries of attention maps computed at a time on a CPU under dropout, so that they stay in its caches."""
 
 
 class AttentionMap(NamedTuple):
-    """What decides a softmaxed attention map, without the (T, T) map itself: queries and keys, each (B, H, T, h)."""
+    """What decides a softmaxed attention map, without the (T, T) map itself: queries and keys, each (B, H, T, h).
+
+    Relative positions add a bias to the scores, (B, H, T, T), which has to be held.
+    """
 
     queries: Tensor
     keys: Tensor
+    bias: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -39,9 +44,16 @@ class Attention(nn.Module):
         self.reuses = reuses
         self.second_softmax = config.reuse_behaviour == "released"
         self.dropout = config.attention_dropout
+        self.positions = config.position
         if not reuses:
             self.query = nn.Linear(width, width)
             self.key = nn.Linear(width, width)
+            if self.positions == "relative":
+                self.distance = nn.Linear(width, width, bias=False)
+                biases = (
+                    nn.init.xavier_uniform_(torch.empty(self.heads, width // self.heads))[:, None] for _ in range(2)
+                )
+                self.content_bias, self.distance_bias = map(nn.Parameter, biases)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
@@ -53,11 +65,11 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, AttentionMap]:
         """``attended``: (B, 1, 1, T) bool, False at padding, or None. Returns (B, T, d) and the map for later layers."""
         if not self.reuses:
-            shared = AttentionMap(self._split(self.query(x_BTd)), self._split(self.key(x_BTd)))
+            shared = self._map(x_BTd)
         assert shared is not None
         values = self._split(self.value(x_BTd))
         if self.reuses and self.second_softmax:
-            scores = shared.queries @ shared.keys.transpose(-1, -2) / math.sqrt(shared.keys.shape[-1])
+            scores = _scores(shared)
             for _ in range(2):
                 if attended is not None:
                     scores = scores.masked_fill(~attended, float("-inf"))
@@ -65,8 +77,31 @@ class Attention(nn.Module):
             mixed = scores @ values
         else:
             rate = self.dropout if self.training and not self.reuses else 0.0
-            mixed = attend(shared.queries, shared.keys, values, attended, rate)
+            if shared.bias is None:
+                mixed = attend(shared.queries, shared.keys, values, attended, rate)
+            else:
+                scores = _scores(shared)
+                if attended is not None:
+                    scores = scores.masked_fill(~attended, float("-inf"))
+                mixed = F.dropout(scores.softmax(-1), rate) @ values
         return self.out(mixed.transpose(1, 2).flatten(2)), shared
+
+    def _map(self, x_BTd: Tensor) -> AttentionMap:
+        queries, keys = self._split(self.query(x_BTd)), self._split(self.key(x_BTd))
+        if self.positions == "rotary":
+            return AttentionMap(rotate(queries), rotate(keys))
+        if self.positions == "relative":
+            frames, width = x_BTd.shape[1:]
+            distances = self._split(self.distance(relative_table(frames, width, x_BTd))[None])
+            scores = (queries + self.distance_bias) @ distances.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+            return AttentionMap(queries + self.content_bias, keys, by_distance(scores))
+        return AttentionMap(queries, keys)
+
+
+def _scores(shared: AttentionMap) -> Tensor:
+    """(B, H, T, T), before softmax."""
+    scores = shared.queries @ shared.keys.transpose(-1, -2) / math.sqrt(shared.keys.shape[-1])
+    return scores if shared.bias is None else scores + shared.bias
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, attended: Tensor | None, dropout: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Students on disk: a folder of model.safetensors and config.json; the published ``.ckpt`` can be read too."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +62,31 @@ def load_student(checkpoint: Path | str, config: Path | str | None = None) -> St
         student = Student(StudentConfig.model_validate(json.loads(described.read_text())["student"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{described} does not describe a student ({' '.join(str(error).split())})") from error
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights} is not a safetensors file ({error})") from error
-    fill(student, tensors, weights)
+    fill(student, load_tensors(weights), weights)
     return student.eval()
 
 
-def fill(student: Student, tensors: dict[str, Any], origin: Path) -> None:
-    """Puts named tensors into a student; ValueError names the first that is missing, unexpected or of another shape."""
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; ValueError where it is none."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a safetensors file ({error})") from error
+    return tensors
+
+
+def fill(student: Student, tensors: Mapping[str, Any], origin: Path, *, whole: bool = True) -> None:
+    """Puts named tensors into a student; ValueError names the first that is missing, unexpected or of another shape.
+
+    With ``whole`` False tensors may be missing.
+    """
     expected = student.state_dict()
-    for name in sorted(expected.keys() ^ tensors.keys()):
+    for name in sorted(expected.keys() ^ tensors.keys() if whole else tensors.keys() - expected.keys()):
         what = "lacks" if name in expected else "has an unexpected"
         raise ValueError(f"{origin} does not fit its configuration: it {what} tensor {name!r}")
-    for name, tensor in expected.items():
-        found = tensors[name]
+    for name, found in tensors.items():
+        tensor = expected[name]
         if not isinstance(found, Tensor) or found.shape != tensor.shape:
             shape = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise ValueError(f"{origin} does not fit its configuration: {name!r} is {shape}, not {tuple(tensor.shape)}")
-    student.load_state_dict(tensors)
+    student.load_state_dict(tensors, strict=whole)

@@ -82,7 +82,8 @@ class Micro:
     Attributes:
         step, epoch: 0-based.
         last_of_step: whether the optimiser steps after it.
-        step_frames: real frames of the whole step: all ranks, all accumulated batches.
+        step_frames: frames that the loss is divided by: the real ones of the whole step (all ranks, all accumulated batches),
+            or with the padded ones.
         num_samples: (B,) lengths of its utterances, on the host.
         batch: as read.
     """
@@ -96,7 +97,13 @@ class Micro:
 
 
 def micro_batches(
-    plan: TrainingPlan, reader: TargetReader, rank: Rank, first_step: int, accumulate: int
+    plan: TrainingPlan,
+    reader: TargetReader,
+    rank: Rank,
+    first_step: int,
+    accumulate: int,
+    *,
+    count_padding: bool = False,
 ) -> Iterator[Micro]:
     """A rank's batches from optimiser step ``first_step`` on. What comes before is skipped without being read.
 
@@ -117,7 +124,8 @@ def micro_batches(
         try:
             for step in range(first_step, plan.total_steps):
                 epoch, micros = plan.step(step)
-                step_frames = sum(int(frames[indices].sum()) for micro in micros for indices in micro)
+                counted = [frames[indices] for micro in micros for indices in micro]
+                step_frames = sum(int(n.max()) * len(n) if count_padding else int(n.sum()) for n in counted)
                 draw = plan.draw(epoch, reader.draws)
                 for number, micro in enumerate(micros):
                     indices = micro[rank.index]

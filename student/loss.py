@@ -1,5 +1,6 @@
 """The published distillation loss, counting real frames only, and a student with its loss as one module."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from student.model import Student
+from student.spec_augment import SpecAugment, augmentation
 from teacher_cache.frames import padding_mask
 
 Kind = Literal["mse", "l1"]
@@ -52,11 +54,14 @@ def distillation_loss(
     kind: Kind = "mse",
     hint_weight: float = 0.1,
     final_weight: float = 1.0,
+    cosine_weight: float = 0.0,
+    hints: Sequence[bool] | None = None,
+    count_padding: bool = False,
     normalizer: float | Tensor | None = None,
 ) -> DistillationLoss:
     """``hint_weight * sum_{l<L} m_l + final_weight * m_L``, m_l averaged over D, summed over frames, divided by frames.
 
-    The published code counts padded frames too; here only real ones count. Without padding the two agree. With
+    The published code counts padded frames too; here only real ones count, unless asked. Without padding the two agree. With
     ``frame_mask=None`` and clean targets this is the published (unmasked) validation loss. `Distiller` gives the same for
     less memory.
 
@@ -68,8 +73,13 @@ def distillation_loss(
         kind: squared or absolute error.
         hint_weight: published 0.1.
         final_weight: published 1.0.
-        normalizer: frames to divide by; default this batch's real frames. Under DDP or accumulation give those of the
-            whole step, and sum.
+        cosine_weight: m_l also has this times ``-log sigmoid(cos(projection, target))``: DistilHuBERT's second term, there 1.
+        hints: for each layer below the last, whether it takes part in the hint; None: all do. ``per_layer`` and the shares by
+            mask keep all.
+        count_padding: count padded frames as the published code does, in the sum and in what it is divided by. What both tensors
+            hold there must then mean something.
+        normalizer: frames to divide by; default this batch's real frames (all, with count_padding). Under DDP or accumulation
+            give those of the whole step, and sum.
 
     Raises:
         ValueError: shapes that don't fit, or an unknown kind.
@@ -83,17 +93,23 @@ def distillation_loss(
         raise ValueError(f"num_frames must be {(batch,)}, not {tuple(num_frames.shape)}")
     if frame_mask is not None and frame_mask.shape != (batch, frames):
         raise ValueError(f"frame_mask must be {(batch, frames)}, not {tuple(frame_mask.shape)}")
-    _check_kind(kind)
+    check_kind(kind)
+    if count_padding:
+        num_frames = torch.full_like(num_frames, frames)
     padded = padding_mask(num_frames, frames)
     divisor = num_frames.sum() if normalizer is None else normalizer
     # (B, L, T): each frame's error, averaged over D. The fused loss keeps its inputs for backward, not their difference.
     per_frame = _ERRORS[kind](projections.float(), targets.float(), reduction="none").mean(-1)
+    if cosine_weight:
+        cosines = F.cosine_similarity(projections.float(), targets.float(), -1)
+        per_frame = per_frame - cosine_weight * F.logsigmoid(cosines)
     per_frame = per_frame.masked_fill(padded[:, None], 0)
     per_layer = per_frame.sum((0, 2)) / divisor
-    return _weighted(per_layer, per_frame.detach(), frame_mask, divisor, hint_weight, final_weight)
+    return _weighted(per_layer, per_frame.detach(), frame_mask, divisor, hint_weight, final_weight, hints)
 
 
-def _check_kind(kind: str) -> None:
+def check_kind(kind: str) -> None:
+    """Raises ValueError where it is no known kind of error."""
     if kind not in get_args(Kind):
         raise ValueError(f"the loss kind {kind!r} is not known; known kinds: {', '.join(get_args(Kind))}")
 
@@ -105,8 +121,16 @@ def _weighted(
     divisor: float | Tensor,
     hint_weight: float,
     final_weight: float,
+    hints: Sequence[bool] | None,
 ) -> DistillationLoss:
-    hint, final = hint_weight * per_layer[:-1].sum(), final_weight * per_layer[-1]
+    chosen = per_layer[:-1]
+    if hints is not None:  # Layers left out stay in the graph: distributed training waits for each head's gradient.
+        if len(hints) != len(chosen):
+            raise ValueError(
+                f"hints has {len(hints)} entries for {len(chosen)} layers below the last; give one for each"
+            )
+        chosen = chosen * torch.tensor(hints, dtype=chosen.dtype).to(chosen.device, non_blocking=True)
+    hint, final = hint_weight * chosen.sum(), final_weight * per_layer[-1]
     loss = DistillationLoss(hint + final, hint, final, per_layer)
     if frame_mask is not None:
         masked = (per_frame * frame_mask[:, None]).sum((0, 2)) / divisor
@@ -124,7 +148,8 @@ class Distiller(nn.Module):
 
     Args:
         student: whose parameters (under ``student.``) are all this module's.
-        kind, hint_weight, final_weight: as `distillation_loss` takes them.
+        kind, hint_weight, final_weight, cosine_weight: as `distillation_loss` takes them.
+        spec_augment: what is done to the student's features in training mode; None does nothing.
 
     Raises:
         ValueError: an unknown kind.
@@ -136,12 +161,25 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self, student: Student, *, kind: Kind = "mse", hint_weight: float = 0.1, final_weight: float = 1.0
+        self,
+        student: Student,
+        *,
+        kind: Kind = "mse",
+        hint_weight: float = 0.1,
+        final_weight: float = 1.0,
+        cosine_weight: float = 0.0,
+        spec_augment: SpecAugment | None = None,
     ) -> None:
         super().__init__()
-        _check_kind(kind)
+        check_kind(kind)
         self.student = student
-        self.kind, self.hint_weight, self.final_weight = kind, hint_weight, final_weight
+        self.kind, self.hint_weight, self.final_weight, self.cosine_weight = (
+            kind,
+            hint_weight,
+            final_weight,
+            cosine_weight,
+        )
+        self.spec_augment = spec_augment
 
     def forward(
         self,
@@ -151,26 +189,28 @@ class Distiller(nn.Module):
         targets: Tensor,
         normalizer: float | Tensor | None = None,
         *,
+        hints: Sequence[bool] | None = None,
         cosines: bool = False,
     ) -> DistillationLoss:
         """The loss of a batch.
 
         Args:
             waveforms, lengths, frame_mask: as `Student.forward` takes them.
-            targets, normalizer: as `distillation_loss` takes them.
+            targets, normalizer, hints: as `distillation_loss` takes them.
             cosines: whether cosine similarities are wanted too.
 
         Raises:
             ValueError: shapes that don't fit.
         """
-        _, seen, num_frames = self.student.layer_outputs(waveforms, lengths, frame_mask)
+        augment = augmentation(self.spec_augment, self.training)
+        _, seen, num_frames = self.student.layer_outputs(waveforms, lengths, frame_mask, augment)
         expected = (len(waveforms), len(seen), seen[0].shape[1], self.student.config.target_dim)
         if targets.shape != expected:
-            raise ValueError(f"targets must be (B, L, T, D) = {expected}, not {tuple(targets.shape)}")
+            raise ValueError(f"targets must be (B, P, T, D) = {expected}, not {tuple(targets.shape)}")
         padded = padding_mask(num_frames, expected[2])
         sums, errors, similarities = zip(
             *(
-                _head_loss(x, head, targets[:, layer], padded, self.kind, cosines)
+                _head_loss(x, head, targets[:, layer], padded, self.kind, cosines, self.cosine_weight)
                 for layer, (x, head) in enumerate(zip(seen, self.student.heads, strict=True))
             ),
             strict=True,
@@ -183,14 +223,15 @@ class Distiller(nn.Module):
             divisor,
             self.hint_weight,
             self.final_weight,
+            hints,
         )
         if cosines:
             masked = torch.zeros_like(padded) if frame_mask is None else frame_mask & ~padded
-            loss.cosines = _cosine_sums(torch.stack(similarities), masked, ~padded & ~masked)
+            loss.cosines = cosine_sums(torch.stack(similarities), masked, ~padded & ~masked)
         return loss
 
 
-def _cosine_sums(similarities: Tensor, masked: Tensor, unmasked: Tensor) -> Tensor:
+def cosine_sums(similarities: Tensor, masked: Tensor, unmasked: Tensor) -> Tensor:
     """(L, B, T) and two (B, T) bool, to the (2, L + 1) of `DistillationLoss.cosines`."""
     frames = torch.stack([masked, unmasked]).double()
     sums = torch.einsum("lbt,kbt->kl", similarities.double(), frames)
@@ -198,7 +239,13 @@ def _cosine_sums(similarities: Tensor, masked: Tensor, unmasked: Tensor) -> Tens
 
 
 def _head_loss(
-    x: Tensor, head: nn.Module, targets: Tensor, padded: Tensor, kind: Kind, cosines: bool
+    x: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    padded: Tensor,
+    kind: Kind,
+    cosines: bool,
+    cosine_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer's loss.
 
@@ -209,6 +256,7 @@ def _head_loss(
         padded: (B, T) bool.
         kind: of error.
         cosines: whether they are wanted.
+        cosine_weight: of the cosine's term in the error.
 
     Returns:
         () the errors' sum over real frames; then without gradient (B, T) each real frame's error, averaged over D, and
@@ -216,7 +264,7 @@ def _head_loss(
     """
     weight, bias = (head.weight, head.bias) if isinstance(head, nn.Linear) else (None, None)
     result: tuple[Tensor, Tensor, Tensor] = _HeadLoss.apply(
-        x, weight, bias, targets, padded, kind, cosines, torch.is_grad_enabled()
+        x, weight, bias, targets, padded, kind, cosines, cosine_weight, torch.is_grad_enabled()
     )  # type: ignore[no-untyped-call]
     return result
 
@@ -234,19 +282,29 @@ class _HeadLoss(torch.autograd.Function):
         padded: Tensor,
         kind: Kind,
         cosines: bool,
+        cosine_weight: float,
         differentiable: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         projections = x if weight is None else F.linear(x, weight, bias)
         targets = targets.float()
-        similarities = F.cosine_similarity(projections.float(), targets, -1) if cosines else x.new_empty(0)
-        error = projections.float() - targets
-        per_frame = (error.square() if kind == "mse" else error.abs()).mean(-1).masked_fill(padded, 0)
+        wide = projections.float()
+        similarities = x.new_empty(0)
+        if cosines or cosine_weight:
+            similarities = F.cosine_similarity(wide, targets, -1)
+        error = wide - targets
+        per_frame = (error.square() if kind == "mse" else error.abs()).mean(-1)
+        if cosine_weight:
+            per_frame -= cosine_weight * F.logsigmoid(similarities)
+        per_frame = per_frame.masked_fill(padded, 0)
         if differentiable:
             # The gradient of the sum is factor * error (or its sign). Matrix products see it scaled by the root of the number
             # of frames, so that half precision neither overflows in the sum over frames nor underflows before it.
             scale = padded.numel() ** -0.5
             ctx.factor = (2 if kind == "mse" else 1) / error.shape[-1] / scale
-            error = (error if kind == "mse" else error.sign_()).masked_fill_(padded[..., None], 0).mul_(scale)
+            error = error if kind == "mse" else error.sign_()
+            if cosine_weight:
+                error += _cosine_slope(wide, targets, similarities) * (cosine_weight / ctx.factor / scale)
+            error = error.masked_fill_(padded[..., None], 0).mul_(scale)
             if weight is None:
                 gradients = [error.to(x.dtype)]
             else:
@@ -266,4 +324,12 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         factor = gradient * ctx.factor
         gradients = [saved * factor for saved in ctx.saved_tensors]
-        return (*gradients, *(None,) * (8 - len(gradients)))
+        return (*gradients, *(None,) * (9 - len(gradients)))
+
+
+def _cosine_slope(projections: Tensor, targets: Tensor, cosines: Tensor) -> Tensor:
+    """Gradient of ``-log sigmoid(cos(p, t))`` with respect to p, of shape (B, T, D); cosines are (B, T)."""
+    norms = projections.norm(dim=-1, keepdim=True).clamp_min(1e-8), targets.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    cosines = cosines[..., None]
+    slope: Tensor = targets / (norms[0] * norms[1]) - projections * (cosines / norms[0].square())
+    return slope * (torch.sigmoid(cosines) - 1)

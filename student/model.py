@@ -1,9 +1,9 @@
 """The ARMHuBERT student: convolutional front end, Transformer with attention-map reuse, one head per layer.
 
-Shape suffixes: B batch, S samples, C channels, T frames, L layers, d student width, D teacher width.
+Shape suffixes: B batch, S samples, C channels, T frames, L layers, P predictions, d student width, D teacher width.
 """
 
-import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from student.attention import Attention, AttentionMap
 from student.config import StudentConfig
+from student.conformer import ConformerLayer
 from student.convolution import gelu_convolution
 from student.dropout import Dropout
+from student.position import DeepPositionConv, PositionConv
+from student.time_reduction import TimeReduction, Upsampler, repeated
 from teacher_cache.frames import conv_output_length, group_norm_over_real, padding_mask
 
 
@@ -22,8 +25,10 @@ class StudentOutput(NamedTuple):
     """What a student gives for a batch; values at padded frames are finite and mean nothing.
 
     Attributes:
-        hidden_states: (B, L, T, d) float, output of each Transformer layer.
-        projections: (B, L, T, D) float, each layer's head: its guess of the teacher's layer.
+        hidden_states: (B, L, T, d) float, output of each encoder layer. After a time reduction each reduced frame stands at all
+            the frames it was made from.
+        projections: (B, P, T, D) float, what each head gives: its guess of a layer of the teacher. P is L with a head for each
+            layer, 0 without heads.
         num_frames: (B,) int64, real frames.
     """
 
@@ -81,29 +86,13 @@ class ConvBlock(nn.Module):
         return x, lengths
 
 
-class PositionConv(nn.Module):
-    """Convolutional position embedding with weight normalisation over the kernel, as in wav2vec 2.0."""
-
-    def __init__(self, width: int, kernel: int, groups: int) -> None:
-        super().__init__()
-        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
-        nn.init.normal_(conv.weight, mean=0, std=math.sqrt(4 / (kernel * width)))
-        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
-        self.surplus = 1 - kernel % 2
-
-    def forward(self, x_BTd: Tensor) -> Tensor:
-        """(B, T, d) → (B, T, d); padded frames must be zeros."""
-        x = self.conv(x_BTd.transpose(1, 2))
-        return F.gelu(x[..., : x.shape[-1] - self.surplus]).transpose(1, 2)
-
-
 class EncoderLayer(nn.Module):
-    """Post-norm Transformer layer."""
+    """Transformer layer, normalised after each part, or before it (``layer_norm_first``)."""
 
     def __init__(self, config: StudentConfig, reuses: bool) -> None:
         super().__init__()
         width = config.encoder_embed_dim
+        self.norm_first = config.layer_norm_first
         self.attention = Attention(config, reuses)
         self.attention_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, config.encoder_ffn_embed_dim)
@@ -116,10 +105,13 @@ class EncoderLayer(nn.Module):
         self, x_BTd: Tensor, attended: Tensor | None, shared: AttentionMap | None
     ) -> tuple[Tensor, AttentionMap]:
         """As `Attention.forward`."""
-        mixed, shared = self.attention(x_BTd, attended, shared)
-        x = self.attention_norm(x_BTd + self.dropout(mixed))
-        inner = self.activation_dropout(F.gelu(self.up(x)))
-        return self.final_norm(x + self.dropout(self.down(inner))), shared
+        mixed, shared = self.attention(self.attention_norm(x_BTd) if self.norm_first else x_BTd, attended, shared)
+        x = x_BTd + self.dropout(mixed)
+        if not self.norm_first:
+            x = self.attention_norm(x)
+        inner = self.activation_dropout(F.gelu(self.up(self.final_norm(x) if self.norm_first else x)))
+        x = x + self.dropout(self.down(inner))
+        return x if self.norm_first else self.final_norm(x), shared
 
 
 class Student(nn.Module):
@@ -157,17 +149,58 @@ class Student(nn.Module):
         self.projection = nn.Linear(inputs, width) if inputs != width else nn.Identity()
         self.input_dropout = Dropout(config.dropout_input)
         self.mask_embedding = nn.Parameter(torch.empty(width).uniform_())
-        self.position = PositionConv(width, config.conv_pos, config.conv_pos_groups)
+        self.position: nn.Module | None = None
+        if config.position == "convolution" and config.conv_pos_depth > 1:
+            self.position = DeepPositionConv(width, config.conv_pos, config.conv_pos_groups, config.conv_pos_depth)
+        elif config.position == "convolution":
+            self.position = PositionConv(width, config.conv_pos, config.conv_pos_groups)
         self.encoder_norm = nn.LayerNorm(width)
         self.encoder_dropout = Dropout(config.dropout)
-        self.layers = nn.ModuleList([EncoderLayer(config, reuses) for reuses in config.reuses])
+        layer_type = ConformerLayer if config.layer_type == "conformer" else EncoderLayer
+        self.layers = nn.ModuleList([layer_type(config, reuses) for reuses in config.reuses])
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, 0.0, 0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self._add_heads()
+        if config.feature_grad_mult == 0:
+            self.conv_blocks.requires_grad_(False)
+
+    def _add_heads(self) -> None:
+        config = self.config
+        width = inner = config.encoder_embed_dim
+        self.split: nn.Module | None = None
+        if config.heads == "split":
+            inner = config.split_dim or width
+            self.split = nn.Linear(width, inner * config.split_heads)
+        count = 0 if config.heads == "none" else config.num_predictions
         self.heads = nn.ModuleList(
-            nn.Linear(width, config.target_dim) if width != config.target_dim else nn.Identity() for _ in config.reuses
+            nn.Linear(inner, config.target_dim)
+            if self.split is not None or inner != config.target_dim
+            else nn.Identity()
+            for _ in range(count)
         )
+        self.reduction: TimeReduction | None = None
+        self.upsamplers = nn.ModuleDict()
+        if config.time_reduction is not None:
+            self.reduction = TimeReduction(width, config.time_reduction, config.time_reduction_factor)
+            # By the layer whose output they bring back to 20 ms frames: those that a head sees.
+            layers = {
+                "layerwise": range(config.time_reduction_index, config.encoder_layers),
+                "split": [config.encoder_layers - 1],
+                "none": [],
+            }[config.heads]
+            for layer in layers:
+                self.upsamplers[str(layer)] = Upsampler(width, config.time_reduction_factor)
+
+    def without_heads(self) -> "Student":
+        """The same student for inference alone: its hidden states, no projections (published ``delete_projections``)."""
+        config = self.config.model_copy(update={"heads": "none"})
+        student = Student(config)
+        kept = student.state_dict().keys()
+        student.load_state_dict({name: tensor for name, tensor in self.state_dict().items() if name in kept})
+        return student.train(self.training)
 
     def num_frames(self, lengths: Tensor) -> Tensor:
         """Real frames of waveforms of these lengths; same shape, at least 0."""
@@ -185,8 +218,13 @@ class Student(nn.Module):
             ValueError: shapes that don't fit, or a waveform too short for one frame.
         """
         layers, seen, num_frames = self.layer_outputs(waveforms, lengths, frame_mask)
-        projections = torch.stack([head(x) for head, x in zip(self.heads, seen, strict=True)], dim=1)
-        return StudentOutput(torch.stack(layers, dim=1), projections, num_frames)
+        return StudentOutput(torch.stack(layers, dim=1), self.project(seen, layers[0]), num_frames)
+
+    def project(self, seen: Sequence[Tensor], like: Tensor) -> Tensor:
+        """(B, P, T, D) of what each head sees, (B, T, .); P is 0 without heads, of like's batch, frames and type."""
+        if not self.heads:
+            return like.new_empty(len(like), 0, like.shape[1], self.config.target_dim)
+        return torch.stack([head(x) for head, x in zip(self.heads, seen, strict=True)], dim=1)
 
     def encode(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (B, L, T, d) and num_frames (B,), without the heads: what the service needs."""
@@ -194,11 +232,20 @@ class Student(nn.Module):
         return torch.stack(layers, dim=1), num_frames
 
     def layer_outputs(
-        self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None = None
+        self,
+        waveforms: Tensor,
+        lengths: Tensor,
+        frame_mask: Tensor | None = None,
+        augment: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """As `forward`, one by one: each layer's output (B, T, d), the same as its head sees it, and real frames (B,).
+        """As `forward`, one by one: each layer's output (B, T, d), what each head sees (B, T, .), and real frames (B,).
 
-        What a head sees differs in its gradient only (``layer_grad_scale``).
+        With a head for each layer, what it sees differs from the layer's output in its gradient only (``layer_grad_scale``), or, after
+        a time reduction, in how it is brought back to T frames. Without heads it is the layer's output.
+
+        Args:
+            waveforms, lengths, frame_mask: as `forward` takes them.
+            augment: changes the projected features (B, T, d), given with the real frames (B,), before masking.
         """
         if waveforms.ndim != 2 or lengths.shape != waveforms.shape[:1]:
             raise ValueError(
@@ -218,33 +265,67 @@ class Student(nn.Module):
         x, real = waveforms[..., None], lengths
         for block in self.conv_blocks:
             x, real = block(x, real)
-        x = self.input_dropout(self.projection(self.feature_norm(F.gelu(x))))
+        x = F.gelu(x)
+        if self.config.feature_grad_mult not in (0, 1):
+            x = scale_gradient(x, self.config.feature_grad_mult)
+        x = self.input_dropout(self.projection(self.feature_norm(x)))
+        if augment is not None:
+            x = augment(x, num_frames)
         if frame_mask is not None:
             if frame_mask.shape != x.shape[:2] or frame_mask.dtype != torch.bool:
                 raise ValueError(
                     f"frame_mask must be bool of shape {tuple(x.shape[:2])}, not {frame_mask.dtype} of {tuple(frame_mask.shape)}"
                 )
             x = torch.where(frame_mask[..., None], self.mask_embedding.to(x.dtype), x)
-        attended = None
+        padded = None
         if min(samples) < waveforms.shape[1]:
-            padded = padding_mask(num_frames, x.shape[1])
-            x = x.masked_fill(padded[..., None], 0)
-            attended = ~padded[:, None, None]
-        x = self.encoder_dropout(self.encoder_norm(x + self.position(x)))
-        count = self.config.encoder_layers
+            padded = padding_mask(num_frames, x.shape[1])[..., None]
+            x = x.masked_fill(padded, 0)
+        if self.position is not None:
+            x = x + self.position(x, padded)
+        x = self.encoder_dropout(x if self.config.layer_norm_first else self.encoder_norm(x))
+        layers, seen = self._encoder(x, padded, num_frames)
+        return layers, seen, num_frames
+
+    def _encoder(self, x: Tensor, padded: Tensor | None, num_frames: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The layers' outputs, and what heads see; ``padded`` is (B, T, 1) bool or None."""
+        config, count, frames = self.config, self.config.encoder_layers, x.shape[1]
+        attended = _attended(padded)
         layers, heads = [], []
         shared: AttentionMap | None = None
         for number, layer in enumerate(self.layers):
+            if self.reduction is not None and number == config.time_reduction_index:
+                x = self.reduction(x, padded)
+                if padded is not None:
+                    attended = _attended(padding_mask(self.reduction.num_frames(num_frames), x.shape[1])[..., None])
+            given = x
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, shared = checkpoint(layer, x, attended, shared, use_reentrant=False)
             else:
                 x, shared = layer(x, attended, shared)
+            if config.layer_drop and self.training:
+                # Every parameter stays in the graph, as distributed training demands; the map is there for later layers.
+                x = torch.where(torch.rand((), device=x.device) < config.layer_drop, given, x)
+            if config.layer_norm_first and number == count - 1:
+                x = self.encoder_norm(x)
             seen = x
-            if self.config.layer_grad_scale:
+            if config.layer_grad_scale:
                 # The published rule: layer i of N passes on g of its gradient, the head's part takes a further 1 - g.
                 scale = (count - number) / (count - number + 1)
                 x = scale_gradient(x, scale)
                 seen = scale_gradient(x, 1 - scale)
-            layers.append(x)
+            reduced = self.reduction is not None and number >= config.time_reduction_index
+            layers.append(repeated(x, config.time_reduction_factor, frames) if reduced else x)
+            if str(number) in self.upsamplers:
+                seen = self.upsamplers[str(number)](seen, frames)
+            elif reduced:
+                seen = repeated(seen, config.time_reduction_factor, frames)
             heads.append(seen)
-        return layers, heads, num_frames
+        if self.split is not None:
+            heads = list(F.gelu(self.split(heads[-1])).chunk(config.split_heads, -1))
+        return layers, heads
+
+
+def _attended(padded: Tensor | None) -> Tensor | None:
+    """(B, T, 1) bool, True at padding, to (B, 1, 1, T) bool, False there."""
+    return None if padded is None else ~padded[:, None, None, :, 0]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from torch import Tensor
 
 from student.checkpoints import fill
 from student.config import StudentConfig
@@ -22,6 +23,7 @@ _KEYS = (
     (r"encoder\.pos_conv\.0\.bias", r"position.conv.bias"),
     (r"encoder\.pos_conv\.0\.weight_g", r"position.conv.parametrizations.weight.original0"),
     (r"encoder\.pos_conv\.0\.weight_v", r"position.conv.parametrizations.weight.original1"),
+    (r"encoder\.pos_conv\.(\d+)\.0\.(weight|bias)", r"position.convs.\1.\2"),
     (r"encoder\.layer_norm\.(weight|bias)", r"encoder_norm.\1"),
     (r"encoder\.layers\.(\d+)\.self_attn\.k_proj\.(weight|bias)", r"layers.\1.attention.key.\2"),
     (r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", r"layers.\1.attention.query.\2"),
@@ -32,17 +34,14 @@ _KEYS = (
     (r"encoder\.layers\.(\d+)\.fc2\.(weight|bias)", r"layers.\1.down.\2"),
     (r"encoder\.layers\.(\d+)\.final_layer_norm\.(weight|bias)", r"layers.\1.final_norm.\2"),
     (r"proj_head\.(\d+)\.lin_proj\.(weight|bias)", r"heads.\1.\2"),
+    (r"proj_head\.(\d+)\.upsampler\.(weight|bias)", r"upsamplers.\1.expand.\2"),
+)
+_SPLIT_KEYS = (
+    (r"proj_head\.0\.(weight|bias)", r"split.\1"),
+    (r"proj_head\.2\.layer\.(weight|bias)", r"heads.0.\1"),
 )
 
-_ONLY = {
-    "layer_type": "transformer",
-    "layer_norm_first": False,
-    "enable_tr_layer": False,
-    "layerwise_proj": True,
-    "pos_conv_depth": 1,
-    "activation_fn": "gelu",
-    "crop_seq_to_multiple": 1,
-}
+_ONLY = {"activation_fn": "gelu", "crop_seq_to_multiple": 1}
 """Options of the published yaml whose other values this student does not have."""
 
 _MOST_LAYERS = 1000
@@ -54,7 +53,19 @@ def load_published(checkpoint: Path, config: Path) -> Student:
     Raises:
         ValueError: a yaml or checkpoint that can't be read, or that uses an option this student does not have.
     """
-    student = Student(published_config(config))
+    described = published_config(config)
+    for refused, why in (
+        (
+            described.layer_type == "conformer",
+            "the published code can neither build Conformer layers with reuse nor run them without",
+        ),
+        (described.layer_norm_first, "the published layer_norm_first leaves the last layer's output as it is"),
+        (described.time_reduction == "fc2", "the published forward pass does not run fc2"),
+        (described.time_reduction_index > 0, "behind a tr_layer_index above 0 the published heads give two lengths"),
+    ):
+        if refused:
+            raise ValueError(f"{config}: such a checkpoint can't be loaded, since {why}")
+    student = Student(described)
     loaded = load_untrusted(checkpoint)
     if not isinstance(loaded.get("state_dict"), dict):
         raise ValueError(f"{checkpoint} is not a Lightning checkpoint: it has no state_dict")
@@ -62,12 +73,35 @@ def load_published(checkpoint: Path, config: Path) -> Student:
     tensors = {name[len(prefix) :]: t for name, t in loaded["state_dict"].items() if name.startswith(prefix)}
     if not tensors:
         raise ValueError(f"{checkpoint} holds no student: none of its tensors' names starts with {prefix!r}")
-    fill(student, {_rename(name, checkpoint): tensor for name, tensor in tensors.items()}, checkpoint)
+    fill(student, _converted(tensors, described, checkpoint), checkpoint)
     return student.eval()
 
 
-def _rename(name: str, origin: Path) -> str:
-    for pattern, ours in _KEYS:
+def _converted(tensors: dict[str, Any], config: StudentConfig, origin: Path) -> dict[str, Any]:
+    """The tensors by our names."""
+    last = config.encoder_layers - 1
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(r"upsampler\.(weight|bias)", name):
+            if config.heads == "split":  # Heads for each layer have their own; this one is not used.
+                found[f"upsamplers.{last}.expand.{match[1]}"] = tensor
+        elif name == "proj_head.2.weight" and isinstance(tensor, Tensor) and tensor.ndim == 3:
+            found |= {f"heads.{number}.weight": part.t() for number, part in enumerate(tensor)}
+        elif name == "proj_head.2.bias" and isinstance(tensor, Tensor) and tensor.ndim == 4:
+            found |= {f"heads.{number}.bias": part for number, part in enumerate(tensor[0, 0])}
+        else:
+            found[_rename(name, config, origin)] = tensor
+    return found
+
+
+def _rename(name: str, config: StudentConfig, origin: Path) -> str:
+    if config.time_reduction is not None and (match := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)):
+        # The published reduction stands among the layers, and is counted as one.
+        number = int(match[1])
+        if number == config.time_reduction_index:
+            return f"reduction.reduce.{match[2]}"
+        name = f"encoder.layers.{number - (number > config.time_reduction_index)}.{match[2]}"
+    for pattern, ours in (*_KEYS, *(_SPLIT_KEYS if config.heads == "split" else ())):
         if match := re.fullmatch(pattern, name):
             return match.expand(ours)
     raise ValueError(f"{origin} has a tensor that no student has: {name!r}")
@@ -92,6 +126,13 @@ def published_config(path: Path) -> StudentConfig:
         pattern = options.get("reuse_pattern")  # MaskHuBERT's yaml has none: every layer computes its map.
         computes = [True] * layers if pattern in (None, "None") else _literal(pattern)
         norms: dict[str, Literal["group_norm", "layer_norm"]] = {"default": "group_norm", "layer_norm": "layer_norm"}
+        positions: dict[str, Literal["convolution", "relative", "rotary"]] = {
+            "abs": "convolution",
+            "rel_pos": "relative",
+            "rope": "rotary",
+        }
+        if options.get("layer_type", "transformer") == "transformer":
+            positions = dict.fromkeys(positions, "convolution")  # The key is of Conformer layers only.
         return StudentConfig(
             conv_layers=tuple(tuple(layer) for layer in _literal(options["conv_feature_layers"])),
             conv_norm=norms[options.get("extractor_mode", "default")],
@@ -104,6 +145,15 @@ def published_config(path: Path) -> StudentConfig:
             attention_reuse=tuple(not own for own in computes),
             reuse_behaviour="released",
             layer_grad_scale=options.get("layer_grad_scale", False),
+            layer_type=options.get("layer_type", "transformer"),
+            layer_norm_first=options.get("layer_norm_first", False),
+            layer_drop=options.get("encoder_layerdrop", 0.0),
+            depthwise_kernel=options.get("depthwise_conv_kernel_size", 31),
+            position=positions[options.get("pos_enc_type", "abs")],
+            conv_pos_depth=options.get("pos_conv_depth", 1),
+            feature_grad_mult=options.get("feature_grad_mult", 1.0),
+            **_reduction(options),
+            **_heads(options),
             conv_pos=options.get("conv_pos", 128),
             conv_pos_groups=options.get("conv_pos_groups", 16),
             target_dim=options.get("pred_head_final_dim", 768),
@@ -114,6 +164,26 @@ def published_config(path: Path) -> StudentConfig:
         )
     except (KeyError, TypeError, ValueError, SyntaxError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a student ({' '.join(str(error).split())})") from error
+
+
+def _reduction(options: dict[str, Any]) -> dict[str, Any]:
+    if not options.get("enable_tr_layer", True):
+        return {}
+    return {
+        "time_reduction": options.get("tr_layer_type", "conv1d"),
+        "time_reduction_factor": options.get("tr_reduce_factor", 2),
+        "time_reduction_index": options.get("tr_layer_index", 0),
+    }
+
+
+def _heads(options: dict[str, Any]) -> dict[str, Any]:
+    if options.get("layerwise_proj", False):
+        return {}
+    return {
+        "heads": "split",
+        "split_heads": len(_literal(options.get("pred_layer_id", "[3, 7, 11]"))),
+        "split_dim": options.get("pred_head_inter_dim") or None,
+    }
 
 
 def _literal(text: Any) -> list[Any]:

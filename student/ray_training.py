@@ -59,6 +59,7 @@ def _worker(job: dict[str, Any]) -> Exception | None:
             validation_reader,
             Path(job["folder"]),
             rank=rank,
+            initial=None if job["initial"] is None else Path(job["initial"]),
             wrap=lambda distiller: ray.train.torch.prepare_model(distiller, move_to_device=False),
             on_validation=lambda row: ray.train.report(row),
         )
@@ -77,6 +78,7 @@ def train_on_ray(
     teacher: str,
     masks: MaskDraws,
     utterances: list[SourceUtterance],
+    initial: Path | None = None,
     cpu_threads: int = 1,
 ) -> None:
     """Trains on ``settings.workers`` Ray Train workers; Ray must be initialised. Goes on from the run's last checkpoint.
@@ -86,6 +88,7 @@ def train_on_ray(
         layers: 1-based teacher layers to learn from.
         cache: location of the cache, for cached targets.
         teacher, masks, utterances: for online targets.
+        initial: as `student.training.train` takes it.
         cpu_threads: PyTorch threads of a worker without a GPU.
 
     Raises:
@@ -104,6 +107,7 @@ def train_on_ray(
         "teacher": teacher,
         "masks": masks.model_dump(mode="json"),
         "utterances": [vars(u) for u in utterances] if settings.targets == "online" else [],
+        "initial": None if initial is None else str(initial),
         "threads": cpu_threads,
     }
     trainer = ray.train.torch.TorchTrainer(

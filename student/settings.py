@@ -4,6 +4,9 @@ from typing import Literal, Self
 
 import pydantic
 
+from student.config import StudentConfig
+from student.spec_augment import SpecAugment
+
 
 class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
     """Training settings; defaults are ARMHuBERT-S-100h's.
@@ -22,9 +25,21 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
         warmup_fraction: of all steps, linear from 0; then linear to 0 at the end.
         betas, eps, weight_decay: AdamW. The published yaml says weight decay 1e-6, but its optimiser's parameter groups
             override it: 0.01 on everything but biases.
+        objective: ``prediction``: heads predict the teacher's layers (ARMHuBERT, DistilHuBERT); ``star``: temporal relations
+            between frames are learnt (`student.temporal_relation`), by a student without heads.
         hint_weight: on the sum over layers below the last.
         final_weight: on the last layer.
         loss: ``mse`` or ``l1``.
+        cosine_weight: on DistilHuBERT's second term, ``-log sigmoid(cos)``; 0 (published ARMHuBERT) leaves it out.
+        relation_weights: of ``star``: on layer-wise and on intra-layer relations.
+        hint_layers: of the layers below the last, so many drawn anew for each epoch (published ``distil_random_layer``) take
+            part; None: all.
+        count_padding: divide the loss by padded frames too, as the published code does. A cache has no targets for them, so
+            they add no error.
+        spec_augment: a policy (`student.spec_augment.SpecAugment`), ``{}`` for the published one; None leaves features alone.
+        mask_embedding: ``learned``; ``frozen`` as it was drawn; or ``teacher``: the teacher's, frozen, which needs a student as wide.
+        init_front_end: start from the teacher's convolutions and projection; the student's must have their shapes.
+        init_encoder_layers: start from so many of the teacher's first layers, and its position convolution.
         max_grad_norm: clip gradients to this norm; None (published) does not clip.
         max_skipped_steps: a step whose loss or gradient is not finite is left out; the run stops after this many in a row.
             Ten leave a rare bad batch behind, and do not let a diverged run go on for hours. Under fp16 the steps by which
@@ -58,9 +73,18 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.01
+    objective: Literal["prediction", "star"] = "prediction"
     hint_weight: float = 0.1
     final_weight: float = 1.0
     loss: Literal["mse", "l1"] = "mse"
+    cosine_weight: float = pydantic.Field(default=0.0, ge=0)
+    relation_weights: tuple[float, float] = (1.0, 1.0)
+    hint_layers: int | None = pydantic.Field(default=None, ge=1)
+    count_padding: bool = False
+    spec_augment: SpecAugment | None = None
+    mask_embedding: Literal["learned", "frozen", "teacher"] = "learned"
+    init_front_end: bool = False
+    init_encoder_layers: int = pydantic.Field(default=0, ge=0)
     max_grad_norm: float | None = pydantic.Field(default=None, gt=0)
     max_skipped_steps: int = pydantic.Field(default=10, ge=1)
     checkpoint_activations: bool = False
@@ -84,4 +108,26 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
             raise ValueError(
                 "train.draw_order in_order needs train.targets cached: online targets never run out of draws"
             )
+        if self.objective == "star" and (self.hint_layers is not None or self.cosine_weight):
+            raise ValueError(
+                "train.hint_layers and train.cosine_weight belong to the objective prediction, not to star"
+            )
         return self
+
+    @property
+    def starts_from_teacher(self) -> bool:
+        """Whether some of the student's first weights are the teacher's."""
+        return self.init_front_end or self.init_encoder_layers > 0 or self.mask_embedding == "teacher"
+
+    def check_student(self, config: StudentConfig) -> None:
+        """Raises ValueError where such a student can't be trained so."""
+        if (self.objective == "star") != (config.heads == "none"):
+            raise ValueError(
+                f"train.objective {self.objective} does not go with student.heads {config.heads}: star compares hidden states, and "
+                "needs heads none; prediction needs heads"
+            )
+        if self.hint_layers is not None and self.hint_layers >= config.num_predictions:
+            raise ValueError(
+                f"train.hint_layers is {self.hint_layers}, but there are {config.num_predictions - 1} layers below the last to draw "
+                "from; give fewer, or leave it out to learn from all"
+            )

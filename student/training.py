@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from student.checkpoints import fill, load_tensors
 from student.config import StudentConfig
 from student.feed import Micro, TrainingPlan, micro_batches
 from student.loss import DistillationLoss, Distiller
@@ -23,6 +24,7 @@ from student.model import Student
 from student.optimizer import make_optimizer, schedule_factor
 from student.rank import Rank
 from student.settings import TrainSettings
+from student.temporal_relation import RelationDistiller
 from student.train_state import Checkpoints, Stateful
 from teacher_cache.batch import Batch, TargetReader
 from teacher_cache.batches import cut_by_seconds
@@ -48,20 +50,50 @@ class TrainResult:
 
 
 def forward(
-    model: nn.Module, batch: Batch, settings: TrainSettings, normalizer: float | None = None, *, cosines: bool = False
+    model: nn.Module,
+    batch: Batch,
+    settings: TrainSettings,
+    normalizer: float | None = None,
+    *,
+    hints: list[bool] | None = None,
+    cosines: bool = False,
 ) -> DistillationLoss:
-    """What a `Distiller` (perhaps in DDP) says of a batch on its device, in the settings' precision."""
+    """What `distiller_of` gives (perhaps in DDP) says of a batch on its device, in the settings' precision."""
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
     with nullcontext() if dtype is None else torch.autocast(batch.waveforms.device.type, dtype):
         loss: DistillationLoss = model(
-            batch.waveforms, batch.lengths, batch.frame_mask, batch.targets, normalizer, cosines=cosines
+            batch.waveforms, batch.lengths, batch.frame_mask, batch.targets, normalizer, hints=hints, cosines=cosines
         )
     return loss
 
 
-def distiller_of(student: Student, settings: TrainSettings) -> Distiller:
+def distiller_of(student: Student, settings: TrainSettings) -> Distiller | RelationDistiller:
     """The student with the settings' loss."""
-    return Distiller(student, kind=settings.loss, hint_weight=settings.hint_weight, final_weight=settings.final_weight)
+    if settings.objective == "star":
+        layer_weight, intra_weight = settings.relation_weights
+        return RelationDistiller(
+            student,
+            kind=settings.loss,
+            layer_weight=layer_weight,
+            intra_weight=intra_weight,
+            spec_augment=settings.spec_augment,
+        )
+    return Distiller(
+        student,
+        kind=settings.loss,
+        hint_weight=settings.hint_weight,
+        final_weight=settings.final_weight,
+        cosine_weight=settings.cosine_weight,
+        spec_augment=settings.spec_augment,
+    )
+
+
+def hints_of(epoch: int, layers: int, settings: TrainSettings) -> list[bool] | None:
+    """Which of the ``layers`` below the last take part in an epoch: a pure function of the seed; None: all."""
+    if settings.hint_layers is None:
+        return None
+    chosen = np.random.default_rng((settings.seed, epoch)).permutation(layers)[: settings.hint_layers]
+    return [layer in chosen for layer in range(layers)]
 
 
 @torch.no_grad()
@@ -102,7 +134,8 @@ def train(
     folder: Path,
     *,
     rank: Rank = Rank(),
-    wrap: Callable[[Distiller], nn.Module] = lambda distiller: distiller,
+    initial: Path | None = None,
+    wrap: Callable[[nn.Module], nn.Module] = lambda distiller: distiller,
     on_validation: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> TrainResult:
     """Trains a student, or goes on from ``folder/checkpoints/last``.
@@ -118,6 +151,7 @@ def train(
         folder: run folder; gets ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` (see `Checkpoints`) and ``train.json``
             (the result, written when training is finished).
         rank: this process.
+        initial: a safetensors file of tensors that the student starts from, by name, such as the teacher's; others are drawn.
         wrap: puts the student, with its loss, in DDP.
         on_validation: called on every rank, equally often, after each validation.
 
@@ -126,13 +160,14 @@ def train(
         FloatingPointError: ``settings.max_skipped_steps`` steps in a row, or a validation, gave no finite loss.
         OSError: a checkpoint or the metrics can't be written.
     """
-    if config.encoder_layers != len(train_reader.layers) or config.target_dim != train_reader.dim:
+    if config.num_predictions != len(train_reader.layers) or config.target_dim != train_reader.dim:
         raise ValueError(
-            f"the student has {config.encoder_layers} layers with heads of width {config.target_dim}, the targets "
-            f"{len(train_reader.layers)} layers of width {train_reader.dim}; set student.encoder_layers and "
-            "student.target_dim to match, or choose teacher.layers"
+            f"the student predicts {config.num_predictions} layers of width {config.target_dim}, the targets have "
+            f"{len(train_reader.layers)} layers of width {train_reader.dim}; set student.encoder_layers (of split heads, "
+            "student.split_heads) and student.target_dim to match, or choose teacher.layers"
         )
-    loop = _Loop(config, settings, train_reader, validation_reader, folder, rank, wrap, on_validation)
+    settings.check_student(config)
+    loop = _Loop(config, settings, train_reader, validation_reader, folder, rank, initial, wrap, on_validation)
     with loop.metrics:
         result = loop.run()
     if rank.index == 0:
@@ -161,16 +196,19 @@ class _Loop:
         validation_reader: TargetReader,
         folder: Path,
         rank: Rank,
-        wrap: Callable[[Distiller], nn.Module],
+        initial: Path | None,
+        wrap: Callable[[nn.Module], nn.Module],
         on_validation: Callable[[dict[str, Any]], None],
     ) -> None:
         self.settings, self.rank, self.on_validation = settings, rank, on_validation
         self.train_reader, self.validation_reader = train_reader, validation_reader
         torch.manual_seed(settings.seed)
         self.student = Student(config).to(rank.device)
+        if initial is not None:
+            fill(self.student, load_tensors(initial), initial, whole=False)
         self.student.checkpoint_activations = settings.checkpoint_activations
         # Without masks nothing reaches the mask embedding, and DDP would wait for its gradient.
-        self.student.mask_embedding.requires_grad_(train_reader.draws != 0)
+        self.student.mask_embedding.requires_grad_(train_reader.draws != 0 and settings.mask_embedding == "learned")
         # Ranks start from equal weights but drop different units.
         torch.manual_seed(settings.seed * 1_000_003 + 1 + rank.index)
         self.optimizer = make_optimizer(self.student, settings)
@@ -204,7 +242,15 @@ class _Loop:
             self.validate()
         self.student.train()
         mark = time.monotonic()
-        for micro in micro_batches(self.plan, self.train_reader, self.rank, state.step, settings.accumulate):
+        batches = micro_batches(
+            self.plan,
+            self.train_reader,
+            self.rank,
+            state.step,
+            settings.accumulate,
+            count_padding=settings.count_padding,
+        )
+        for micro in batches:
             self.window.waited += time.monotonic() - mark
             self.backward(micro)
             if micro.last_of_step:
@@ -245,7 +291,8 @@ class _Loop:
         exchange = micro.last_of_step or self.rank.world_size == 1
         with nullcontext() if exchange else self.model.no_sync():  # type: ignore[operator]
             logged = self.is_logged(micro.step + 1)
-            loss = forward(self.model, batch, self.settings, micro.step_frames, cosines=logged)
+            hints = hints_of(micro.epoch, len(self.train_reader.layers) - 1, self.settings)
+            loss = forward(self.model, batch, self.settings, micro.step_frames, hints=hints, cosines=logged)
             # DDP averages gradients over ranks; the sum is wanted. A loss that is not finite need not have such gradients
             # (L1 has not): times NaN they tell every rank, at no cost.
             factor = self.rank.world_size + 0 * loss.total.detach()

@@ -8,6 +8,7 @@ from torch import Tensor
 from student.config import StudentConfig
 from student.exporters.portable_model import PortableStudent
 from student.model import Student
+from student.position import PositionConv
 
 _COPIED = (
     "conv_layers",
@@ -15,16 +16,36 @@ _COPIED = (
     "encoder_embed_dim",
     "encoder_ffn_embed_dim",
     "encoder_attention_heads",
+    "layer_norm_first",
     "conv_pos",
     "conv_pos_groups",
+    "conv_pos_depth",
+    "time_reduction",
+    "time_reduction_factor",
+    "time_reduction_index",
     "dropout",
     "attention_dropout",
     "activation_dropout",
     "dropout_input",
 )
-_CHOICES = {"conv_norm": ("group_norm", "layer_norm"), "reuse_behaviour": ("paper", "released")}
-# Of the heads and the loss, which are not exported, or told by `StudentConfig.reuses`.
-_ELSEWHERE = ("encoder_layers", "attention_reuse", "layer_grad_scale", "target_dim")
+_CHOICES = {
+    "conv_norm": ("group_norm", "layer_norm"),
+    "reuse_behaviour": ("paper", "released"),
+    "position": ("convolution", "rotary"),
+}
+# Of the heads and of training, which are not exported, or told by `StudentConfig.reuses`.
+_ELSEWHERE = (
+    "encoder_layers",
+    "attention_reuse",
+    "layer_grad_scale",
+    "layer_drop",
+    "depthwise_kernel",
+    "feature_grad_mult",
+    "heads",
+    "split_heads",
+    "split_dim",
+    "target_dim",
+)
 _TOLERANCE = 1e-4
 
 
@@ -54,9 +75,10 @@ def portable_student(student: Student) -> PortableStudent:
     weights = {
         name: tensor
         for name, tensor in student.state_dict().items()
-        if not name.startswith(("heads.", "mask_embedding", "position.conv.parametrizations."))
+        if not name.startswith(("heads.", "split.", "upsamplers.", "mask_embedding", "position.conv.parametrizations."))
     }
-    weights["position.conv.weight"] = student.position.conv.weight
+    if isinstance(student.position, PositionConv):
+        weights["position.conv.weight"] = student.position.conv.weight
     try:
         model.load_state_dict({name: tensor.detach().clone().contiguous() for name, tensor in weights.items()})
     except RuntimeError as error:

@@ -21,7 +21,8 @@ class PortableStudent(nn.Module):
     Attributes:
         config: architecture, JSON values: conv_layers [[channels, kernel, stride], ...], conv_norm, conv_bias,
             encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads, reuses [bool for each layer],
-            reuse_behaviour, conv_pos, conv_pos_groups, dropout, attention_dropout, activation_dropout, dropout_input.
+            reuse_behaviour, layer_norm_first, position, conv_pos, conv_pos_groups, conv_pos_depth, time_reduction,
+            time_reduction_factor, time_reduction_index, dropout, attention_dropout, activation_dropout, dropout_input.
         hold_maps: keep a computed (T, T) attention map for the layers that reuse it, rather than its queries and keys.
             Same numbers; less work, more memory on long audio. Default False.
     """
@@ -40,10 +41,19 @@ class PortableStudent(nn.Module):
         self.feature_norm = nn.LayerNorm(channels)
         self.projection = nn.Linear(channels, width) if channels != width else nn.Identity()
         self.input_dropout = nn.Dropout(config["dropout_input"])
-        self.position = PositionConv(width, config["conv_pos"], config["conv_pos_groups"])
+        self.position: nn.Module | None = None
+        if config["position"] == "convolution" and config["conv_pos_depth"] > 1:
+            self.position = DeepPositionConv(
+                width, config["conv_pos"], config["conv_pos_groups"], config["conv_pos_depth"]
+            )
+        elif config["position"] == "convolution":
+            self.position = PositionConv(width, config["conv_pos"], config["conv_pos_groups"])
         self.encoder_norm = nn.LayerNorm(width)
         self.encoder_dropout = nn.Dropout(config["dropout"])
         self.layers = nn.ModuleList([EncoderLayer(config, reuses) for reuses in config["reuses"]])
+        self.reduction: TimeReduction | None = None
+        if config["time_reduction"] is not None:
+            self.reduction = TimeReduction(width, config["time_reduction"], config["time_reduction_factor"])
 
     @property
     def stride(self) -> int:
@@ -72,24 +82,45 @@ class PortableStudent(nn.Module):
             lengths: (B,) int64, real samples, from ``receptive_field`` to S; None where nothing is padded.
 
         Returns:
-            The encoder's input (B, T, d), then each layer's output; values at padded frames are finite and mean nothing.
+            The encoder's input (B, T, d), then each layer's output; values at padded frames are finite and mean nothing. After a
+            time reduction each reduced frame stands at all the frames it was made from.
         """
         x, real = waveforms[:, None], lengths
         for block in self.conv_blocks:
             x, real = block(x, real)
         x = self.input_dropout(self.projection(self.feature_norm(x.transpose(1, 2))))
-        attended = None
-        if real is not None:
-            frames = torch.arange(x.shape[1], device=x.device) < real[:, None]
-            x = torch.where(frames[..., None], x, torch.zeros_like(x))
-            attended = frames[:, None, None]
-        x = self.encoder_dropout(self.encoder_norm(x + self.position(x)))
+        frames, length = _real_frames(real, x), x.shape[1]
+        x = _zero_padding(x, frames)
+        if self.position is not None:
+            x = x + self.position(x, frames)
+        norm_first = self.config["layer_norm_first"]
+        x = self.encoder_dropout(x if norm_first else self.encoder_norm(x))
         states = [x]
         shared: tuple[Tensor, ...] = ()
-        for layer in self.layers:
-            x, shared = layer(x, attended, shared, self.hold_maps)
-            states.append(x)
+        for number, layer in enumerate(self.layers):
+            if self.reduction is not None and number == self.config["time_reduction_index"]:
+                x = self.reduction(_zero_padding(x, frames))
+                factor = self.reduction.factor
+                reduced = None if real is None else torch.div(real + factor - 1, factor, rounding_mode="floor")
+                frames = _real_frames(reduced, x)
+            x, shared = layer(x, None if frames is None else frames[:, None, None], shared, self.hold_maps)
+            if norm_first and number == len(self.layers) - 1:
+                x = self.encoder_norm(x)
+            state = x
+            if self.reduction is not None and number >= self.config["time_reduction_index"]:
+                places = torch.arange(length, device=x.device)
+                state = x.index_select(1, torch.div(places, self.reduction.factor, rounding_mode="floor"))
+            states.append(state)
         return states
+
+
+def _real_frames(real: Tensor | None, x_BTd: Tensor) -> Tensor | None:
+    """(B, T) bool, False at padding; None where nothing is padded."""
+    return None if real is None else torch.arange(x_BTd.shape[1], device=x_BTd.device) < real[:, None]
+
+
+def _zero_padding(x_BTd: Tensor, frames: Tensor | None) -> Tensor:
+    return x_BTd if frames is None else torch.where(frames[..., None], x_BTd, torch.zeros_like(x_BTd))
 
 
 class ConvBlock(nn.Module):
@@ -135,10 +166,73 @@ class PositionConv(nn.Module):
         self.conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
         self.surplus = 1 - kernel % 2
 
-    def forward(self, x_BTd: Tensor) -> Tensor:
+    def forward(self, x_BTd: Tensor, frames: Tensor | None) -> Tensor:
         """(B, T, d) → (B, T, d); padded frames must be zeros."""
         x = self.conv(x_BTd.transpose(1, 2))
         return F.gelu(x[..., : x.shape[-1] - self.surplus]).transpose(1, 2)
+
+
+class DeepPositionConv(nn.Module):
+    """Several smaller position convolutions, each with a normalisation over the width and GELU."""
+
+    def __init__(self, width: int, kernel: int, groups: int, depth: int) -> None:
+        super().__init__()
+        kernel = max(3, kernel // depth)
+        self.convs = nn.ModuleList(
+            [nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups) for _ in range(depth)]
+        )
+        self.surplus = 1 - kernel % 2
+
+    def forward(self, x_BTd: Tensor, frames: Tensor | None) -> Tensor:
+        """(B, T, d) → (B, T, d); padded frames must be zeros. ``frames``: (B, T) bool, False at padding; None: none is."""
+        x = x_BTd
+        for conv in self.convs:
+            y = conv(x.transpose(1, 2))
+            y = y[..., : y.shape[-1] - self.surplus].transpose(1, 2)
+            x = _zero_padding(F.gelu(F.layer_norm(y, y.shape[-1:])), frames)
+        return x
+
+
+class TimeReduction(nn.Module):
+    """Each ``factor`` neighbouring frames become one; the last group is filled up with zeros."""
+
+    def __init__(self, width: int, kind: str, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        wide = width * factor
+        self.reduce: nn.Module
+        if kind == "conv1d":
+            self.reduce = nn.Conv1d(width, width, factor, factor)
+        elif kind == "fc1":
+            self.reduce = nn.Linear(wide, width)
+        else:
+            self.reduce = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, width))
+
+    def forward(self, x_BTd: Tensor) -> Tensor:
+        """(B, T, d), zeros at padding → (B, ceil(T / factor), d)."""
+        # A remainder of a traced length is more than exporters can do: pad by what may be missing, and let the convolution, as
+        # which a linear layer over concatenated frames can be written, drop the rest.
+        x = F.pad(x_BTd, (0, 0, 0, self.factor - 1)).transpose(1, 2)
+        first: Any = self.reduce[0] if isinstance(self.reduce, nn.Sequential) else self.reduce
+        weight: Tensor = first.weight
+        if weight.ndim == 2:
+            weight = weight.view(len(weight), self.factor, -1).transpose(1, 2)
+        y: Tensor = F.conv1d(x, weight, first.bias, self.factor).transpose(1, 2)
+        if isinstance(self.reduce, nn.Sequential):
+            y = self.reduce[2](self.reduce[1](y))
+        return y
+
+
+def _rotate(x_BHTh: Tensor) -> Tensor:
+    """Rotary positions: pairs (k, k + h/2) turned by the frame's number times a frequency."""
+    width = x_BHTh.shape[-1]
+    steps = torch.arange(0, width, 2, device=x_BHTh.device, dtype=torch.float32)
+    angles = torch.arange(x_BHTh.shape[-2], device=x_BHTh.device, dtype=torch.float32)[:, None] * torch.exp(
+        steps * (-math.log(10_000.0) / width)
+    )
+    cos, sin = angles.cos().to(x_BHTh.dtype), angles.sin().to(x_BHTh.dtype)
+    first, second = x_BHTh[..., : width // 2], x_BHTh[..., width // 2 :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 class Attention(nn.Module):
@@ -151,6 +245,7 @@ class Attention(nn.Module):
         self.reuses = reuses
         self.second_softmax = config["reuse_behaviour"] == "released"
         self.dropout: float = config["attention_dropout"]
+        self.rotary = config["position"] == "rotary"
         if not reuses:
             self.query = nn.Linear(width, width)
             self.key = nn.Linear(width, width)
@@ -168,6 +263,8 @@ class Attention(nn.Module):
         values = self._split(self.value(x_BTd))
         if not self.reuses:
             shared = self._split(self.query(x_BTd)), self._split(self.key(x_BTd))
+            if self.rotary:
+                shared = _rotate(shared[0]), _rotate(shared[1])
         fused = hasattr(F, "scaled_dot_product_attention")  # From PyTorch 2.0 on.
         if fused and not hold_maps and not (self.reuses and self.second_softmax):
             mixed = F.scaled_dot_product_attention(shared[0], shared[1], values, attended, rate)
@@ -190,10 +287,11 @@ def _softmax(scores: Tensor, attended: Tensor | None) -> Tensor:
 
 
 class EncoderLayer(nn.Module):
-    """Post-norm Transformer layer."""
+    """Transformer layer, normalised after each part, or before it."""
 
     def __init__(self, config: dict[str, Any], reuses: bool) -> None:
         super().__init__()
+        self.norm_first: bool = config["layer_norm_first"]
         width: int = config["encoder_embed_dim"]
         self.attention = Attention(config, reuses)
         self.attention_norm = nn.LayerNorm(width)
@@ -207,10 +305,14 @@ class EncoderLayer(nn.Module):
         self, x_BTd: Tensor, attended: Tensor | None, shared: tuple[Tensor, ...], hold_maps: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As `Attention.forward`."""
-        mixed, shared = self.attention(x_BTd, attended, shared, hold_maps)
-        x = self.attention_norm(x_BTd + self.dropout(mixed))
-        inner = self.activation_dropout(F.gelu(self.up(x)))
-        return self.final_norm(x + self.dropout(self.down(inner))), shared
+        given = self.attention_norm(x_BTd) if self.norm_first else x_BTd
+        mixed, shared = self.attention(given, attended, shared, hold_maps)
+        x = x_BTd + self.dropout(mixed)
+        if not self.norm_first:
+            x = self.attention_norm(x)
+        inner = self.activation_dropout(F.gelu(self.up(self.final_norm(x) if self.norm_first else x)))
+        x = x + self.dropout(self.down(inner))
+        return x if self.norm_first else self.final_norm(x), shared
 
 
 def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor | None]:

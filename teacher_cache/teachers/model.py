@@ -102,18 +102,24 @@ class Teacher:
         mask_size = 0 if mask_embedding is None else mask_embedding.numel()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters()) + mask_size
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Its tensors by torchaudio's names, and ``mask_embedding`` where it has one."""
+        weights = dict(self._model.state_dict())
+        if self._mask_embedding is not None:
+            weights["mask_embedding"] = self._mask_embedding
+        return weights
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the weights and of everything else that changes the output; not of name or device."""
         digest = hashlib.sha256()
         digest.update(json.dumps([_ARITHMETIC, self._normalize_eps, self._architecture()], sort_keys=True).encode())
-        weights = dict(self._model.state_dict())
-        if self._mask_embedding is not None:
-            weights["mask_embedding"] = self._mask_embedding
+        weights = self.weights
         for key in sorted(weights):
             value = weights[key].detach().cpu().contiguous()
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.numpy())
+            digest.update(value.numpy().data)
         return digest.hexdigest()
 
     def _architecture(self) -> dict[str, Any]:

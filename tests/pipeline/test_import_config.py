@@ -134,10 +134,14 @@ def test_a_mask_schedule_becomes_policies_of_draws(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train__specaug": True}, "train.specaug is True"),
-        ({"train__distil_random_layer": 3}, "train.distil_random_layer is 3"),
-        ({"distiller__encoder_layerdrop": 0.1}, "distiller.encoder_layerdrop is 0.1"),
-        ({"distiller__layer_type": "conformer"}, "distiller.layer_type is 'conformer'"),
+        ({"train__delete_projections": True}, "train.delete_projections is True.*convert --without-heads"),
+        ({"train__distil_random_layer": 0}, "train.distil_random_layer is 0, but there are 1 to 11"),
+        ({"train__distil_random_layer": 12}, "train.distil_random_layer is 12"),
+        ({"distiller__update_teacher_mask": True}, "update_teacher_mask is True.*train.mask_embedding teacher"),
+        ({"distiller__activation_fn": "relu"}, "distiller.activation_fn is 'relu'"),
+        ({"distiller__enable_tr_layer": True, "distiller__tr_layer_type": "fc3"}, "time_reduction"),
+        ({"train__specaug": True, "specaug__adaptive": True}, "specaug.adaptive is True"),
+        ({"train__specaug": True, "specaug__freq_mask_width_range": [2, 20]}, "ranges must start at 0"),
         ({"train__wrong": 1}, "train.wrong is no key"),
         ({"optimizer__lr": "fast"}, "learning_rate"),
     ],
@@ -145,6 +149,70 @@ def test_a_mask_schedule_becomes_policies_of_draws(tmp_path: Path) -> None:
 def test_what_would_be_another_training_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
         import_config(write(tmp_path, **changes))
+
+
+def test_every_option_arrives(tmp_path: Path) -> None:
+    config, _ = import_config(
+        write(
+            tmp_path,
+            train__specaug=True,
+            train__distil_random_layer=3,
+            train__rec_loss_type="l1",
+            specaug__apply_time_warp=False,
+            specaug__freq_mask_width_range=[0, 27],
+            specaug__num_time_mask=4,
+            distiller__encoder_layerdrop=0.05,
+            distiller__feature_grad_mult=0.1,
+            distiller__pos_conv_depth=5,
+            distiller__enable_tr_layer=True,
+            distiller__tr_layer_type="fc1",
+            distiller__tr_reduce_factor=3,
+            distiller__tr_layer_index=2,
+            distiller__init_conv_layers=True,
+            distiller__init_encoder_layers=2,
+            distiller__freeze_student_mask=True,
+            distiller__extractor_mode="layer_norm",
+        )
+    )
+    student = config.resolve_student(12, 768)
+    assert (student.time_reduction, student.time_reduction_factor, student.time_reduction_index) == ("fc1", 3, 2)
+    assert (student.layer_drop, student.feature_grad_mult, student.conv_pos_depth) == (0.05, 0.1, 5)
+    assert student.conv_norm == "layer_norm"
+    train = config.train
+    assert (train.hint_layers, train.loss, train.mask_embedding) == (3, "l1", "frozen")
+    assert (train.init_front_end, train.init_encoder_layers) == (True, 2)
+    assert train.spec_augment is not None
+    assert train.spec_augment.model_dump() == {
+        "time_warp_window": 0,
+        "frequency_masks": 2,
+        "frequency_mask_width": 27,
+        "time_masks": 4,
+        "time_mask_width": 100,
+        "time_mask_share": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("published_name", "ours"), [("abs", "convolution"), ("rel_pos", "relative"), ("rope", "rotary")]
+)
+def test_conformers_and_split_heads(tmp_path: Path, published_name: str, ours: str) -> None:
+    config, _ = import_config(
+        write(
+            tmp_path,
+            train__distil_random_layer=2,
+            distiller__layer_type="conformer",
+            distiller__pos_enc_type=published_name,
+            distiller__depthwise_conv_kernel_size=15,
+            distiller__layerwise_proj=False,
+            distiller__pred_layer_id="[3, 7, 11]",
+            distiller__pred_head_inter_dim=256,
+        )
+    )
+    assert config.teacher.layers == [4, 8, 12]
+    student = config.resolve_student(3, 768)
+    assert (student.layer_type, student.position, student.depthwise_kernel) == ("conformer", ours, 15)
+    assert (student.heads, student.split_heads, student.split_dim, student.encoder_layers) == ("split", 3, 256, 12)
+    assert config.train.hint_layers is None  # Both layers below the last.
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

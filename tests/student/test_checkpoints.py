@@ -34,6 +34,8 @@ PUBLISHED = {
     "pred_head_final_dim": 16,
     "reuse_pattern": "[True, False, True]",
     "layer_grad_scale": True,
+    "layerwise_proj": True,
+    "enable_tr_layer": False,
     "activation_dropout": 0.1,
     "dropout_input": 0.05,
 }
@@ -154,7 +156,10 @@ def test_a_malicious_checkpoint_is_refused_and_does_nothing(tmp_path: Path, lega
     [
         ({"weights": 1}, "is not a Lightning checkpoint: it has no state_dict"),
         ({"state_dict": {"teacher_model.mask_emb": torch.zeros(8)}}, "holds no student"),
-        ({"state_dict": {"student_model.upsampler.weight": torch.zeros(8)}}, "no student has: 'upsampler.weight'"),
+        (
+            {"state_dict": {"student_model.encoder.gate.weight": torch.zeros(8)}},
+            "no student has: 'encoder.gate.weight'",
+        ),
         ({"state_dict": {"student_model.mask_emb": torch.zeros(8)}}, "lacks tensor"),
     ],
 )
@@ -187,8 +192,9 @@ def test_published_yaml(tmp_path: Path) -> None:
         ({"reuse_pattern": "[True, False]"}, "has 2 entries, encoder_layers is 3"),
         ({"encoder_layers": "many"}, "does not describe a student"),
         ({"extractor_mode": "spectrogram"}, "does not describe a student"),
-        ({"layer_type": "conformer"}, "distiller.layer_type is 'conformer'; only 'transformer' is supported"),
-        ({"enable_tr_layer": True}, "distiller.enable_tr_layer is True; only False"),
+        ({"layer_type": "lstm"}, "does not describe a student"),
+        ({"enable_tr_layer": True, "tr_layer_index": 3}, "time_reduction_index 3 leaves no layer after it"),
+        ({"activation_fn": "relu"}, "distiller.activation_fn is 'relu'; only 'gelu'"),
         ({"crop_seq_to_multiple": 2}, "distiller.crop_seq_to_multiple is 2; only 1"),
     ],
 )

@@ -38,7 +38,7 @@ def test_frozen_student(maker: ModuleType, name: str) -> None:
     }
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def test_the_two_reuse_behaviours_differ(maker: ModuleType) -> None:

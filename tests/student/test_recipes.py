@@ -22,3 +22,25 @@ PARAMETERS = {
 def test_exact_parameter_count(name: str) -> None:
     student = Student(load_config(CONFIGS / f"{name}.yaml").resolve_student(12, 768))
     assert sum(parameter.numel() for parameter in student.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("starhubert", 22.3),
+        ("starhubert-l", 26.6),
+        ("starhubert-s", 14.1),
+        ("starhubert-xs", 9.4),
+        ("distilhubert-960", 23.5),
+    ],
+)
+def test_size_as_the_papers_round_it(name: str, millions: float) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    student = Student(config.resolve_student(len(config.teacher.layers or range(12)), 768)).without_heads()
+    assert round(sum(parameter.numel() for parameter in student.parameters()) / 1e6, 1) == millions
+
+
+def test_every_recipe_can_be_built() -> None:
+    for path in CONFIGS.glob("*.yaml"):
+        config = load_config(path)
+        config.train.check_student(config.resolve_student(len(config.teacher.layers or range(12)), 768))

@@ -1,0 +1,95 @@
+"""How a student's encoder knows the order of frames: a convolution before it, or relative or rotary positions in attention.
+
+Shape suffixes: B batch, T frames, d width, H heads, h width of a head.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PositionConv(nn.Module):
+    """Convolutional position embedding with weight normalisation over the kernel, as in wav2vec 2.0."""
+
+    def __init__(self, width: int, kernel: int, groups: int) -> None:
+        super().__init__()
+        conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
+        nn.init.normal_(conv.weight, mean=0, std=math.sqrt(4 / (kernel * width)))
+        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+        self.surplus = 1 - kernel % 2
+
+    def forward(self, x_BTd: Tensor, padded_BT1: Tensor | None = None) -> Tensor:
+        """(B, T, d) → (B, T, d); padded frames must be zeros."""
+        x = self.conv(x_BTd.transpose(1, 2))
+        return F.gelu(x[..., : x.shape[-1] - self.surplus]).transpose(1, 2)
+
+
+class DeepPositionConv(nn.Module):
+    """Several smaller convolutions one after another, as in data2vec and the published ``pos_conv_depth``.
+
+    Each has kernel ``max(3, kernel // depth)`` and is followed by a normalisation over the width, without weights, and GELU.
+    """
+
+    def __init__(self, width: int, kernel: int, groups: int, depth: int) -> None:
+        super().__init__()
+        kernel = max(3, kernel // depth)
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups) for _ in range(depth)
+        )
+        self.surplus = 1 - kernel % 2
+
+    def forward(self, x_BTd: Tensor, padded_BT1: Tensor | None = None) -> Tensor:
+        """(B, T, d) → (B, T, d).
+
+        Args:
+            x_BTd: padded frames must be zeros.
+            padded_BT1: (B, T, 1) bool, True at padding, which must not leak from one convolution into the next; None: none is.
+        """
+        x = x_BTd
+        for conv in self.convs:
+            y = conv(x.transpose(1, 2))
+            y = y[..., : y.shape[-1] - self.surplus].transpose(1, 2)
+            x = F.gelu(F.layer_norm(y, y.shape[-1:]))
+            if padded_BT1 is not None:
+                x = x.masked_fill(padded_BT1, 0)
+        return x
+
+
+def relative_table(frames: int, width: int, like: Tensor) -> Tensor:
+    """(2T - 1, d) sinusoids of the distances T - 1 down to -(T - 1), of like's device and dtype (Transformer-XL, appendix B)."""
+    distances = torch.arange(frames - 1, -frames, -1, device=like.device, dtype=torch.float32)
+    angles = distances[:, None] * _frequencies(width, like)
+    table = torch.empty(len(distances), width, device=like.device)
+    table[:, 0::2], table[:, 1::2] = angles.sin(), angles.cos()[:, : width // 2]
+    return table.to(like.dtype)
+
+
+def by_distance(scores: Tensor) -> Tensor:
+    """(B, H, T, 2T - 1) scores of each query and distance, as `relative_table` has them → (B, H, T, T) of query i and key j.
+
+    Entry (i, j) is the one of distance i - j: Transformer-XL's shift, which needs no index.
+    """
+    batch, heads, frames, distances = scores.shape
+    shifted = F.pad(scores, (1, 0)).view(batch, heads, distances + 1, frames)[:, :, 1:]
+    return shifted.reshape(batch, heads, frames, distances)[..., :frames]
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary position embedding (RoFormer): pairs (k, k + h/2) of each head turned by the frame's number times a frequency.
+
+    Args:
+        x: (B, H, T, h) queries or keys, h even.
+    """
+    width = x.shape[-1]
+    angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * _frequencies(width, x)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x[..., : width // 2], x[..., width // 2 :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _frequencies(width: int, like: Tensor) -> Tensor:
+    """(ceil(width / 2),) float32: 10000^(-2k / width)."""
+    return torch.exp(torch.arange(0, width, 2, device=like.device, dtype=torch.float32) * (-math.log(10_000.0) / width))

@@ -1,0 +1,92 @@
+"""SpecAugment (Park et al. 2019) on the student's features: time warp, masks over frequency (feature dimensions) and time.
+
+The published configuration has it, with these defaults, but its forward pass never applies it. Here it is applied in training, to
+the front end's features projected to the encoder's width, before masked frames take the mask embedding.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class SpecAugment(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """What is done to each utterance, drawn anew each time it is seen; 0 masks or a window of 0 leaves a part out.
+
+    Attributes:
+        time_warp_window: most frames by which a random point is moved; the rest is stretched around it. Default 5.
+        frequency_masks: bands of feature dimensions that become 0. Default 2.
+        frequency_mask_width: widest band, in dimensions, exclusive. Default 20.
+        time_masks: stretches of frames that become 0. Default 2.
+        time_mask_width: longest stretch, in frames, exclusive. Default 100.
+        time_mask_share: longest stretch as a share of the utterance's frames, so that short ones are not wiped out
+            (the adaptive policy of Park et al. 2020). Default 1: no such bound, as published.
+    """
+
+    time_warp_window: int = pydantic.Field(default=5, ge=0)
+    frequency_masks: int = pydantic.Field(default=2, ge=0)
+    frequency_mask_width: int = pydantic.Field(default=20, ge=1)
+    time_masks: int = pydantic.Field(default=2, ge=0)
+    time_mask_width: int = pydantic.Field(default=100, ge=1)
+    time_mask_share: float = pydantic.Field(default=1.0, gt=0, le=1)
+
+
+def spec_augment(x: Tensor, num_frames: Tensor, policy: SpecAugment) -> Tensor:
+    """Augmented features; gradients flow through. Random numbers come from PyTorch's default generator of the CPU.
+
+    Args:
+        x: (B, T, d) float.
+        num_frames: (B,) integer, real frames of each row, at least 1; what lies beyond stays as it is.
+        policy: what to do.
+
+    Returns:
+        (B, T, d).
+    """
+    rows = []
+    for row, frames in zip(x, num_frames.tolist(), strict=True):
+        real = _warped(row[:frames], policy.time_warp_window)
+        keep = torch.ones(frames, 1, dtype=torch.bool), torch.ones(1, x.shape[2], dtype=torch.bool)
+        longest = min(policy.time_mask_width, int(policy.time_mask_share * frames) + 1)
+        for axis, count, width in (
+            (0, policy.time_masks, longest),
+            (1, policy.frequency_masks, policy.frequency_mask_width),
+        ):
+            line = keep[axis].view(-1)
+            for _ in range(count):
+                size = min(_integer(0, width), len(line))
+                first = _integer(0, len(line) - size + 1)
+                line[first : first + size] = False
+        real = real.masked_fill(~(keep[0] & keep[1]).to(x.device), 0)
+        rows.append(torch.cat([real, row[frames:]]))
+    return torch.stack(rows)
+
+
+def augmentation(policy: SpecAugment | None, training: bool) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What `Student.layer_outputs` takes as ``augment``: nothing without a policy, and outside training."""
+    return partial(spec_augment, policy=policy) if policy is not None and training else None
+
+
+def _warped(x: Tensor, window: int) -> Tensor:
+    """(T, d): what stood before a random frame is stretched to end up to ``window`` frames earlier or later."""
+    frames = len(x)
+    if window == 0 or frames <= 2 * window:
+        return x
+    centre = _integer(window, frames - window)
+    moved = _integer(centre - window, centre + window) + 1
+    parts = (x[:centre], moved), (x[centre:], frames - moved)
+    return torch.cat([_stretched(part, size) for part, size in parts])
+
+
+def _stretched(x: Tensor, frames: int) -> Tensor:
+    """(T, d) → (frames, d), linear in time: SpecAugment's bicubic image warp is meant for spectrograms."""
+    if frames == 0:
+        return x[:0]
+    return F.interpolate(x.t()[None], frames, mode="linear", align_corners=False)[0].t()
+
+
+def _integer(low: int, high: int) -> int:
+    """From low to high, exclusive; low where there is nothing between."""
+    return int(torch.randint(low, max(high, low + 1), ()))

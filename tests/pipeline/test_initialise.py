@@ -1,0 +1,94 @@
+"""First weights from the teacher: which tensors, and what does not fit."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import ConfigError
+from pipeline.initialise import initial_tensors, write_initial
+from student import Student, StudentConfig
+from student.checkpoints import load_tensors
+from student.settings import TrainSettings
+from teacher_cache.teachers import Teacher, load_teacher
+
+HUBERT_CONV = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return load_teacher("random:3x48")
+
+
+def like(teacher: Teacher, **changes: Any) -> StudentConfig:
+    """A student of the teacher's shapes."""
+    weights = teacher.weights
+    convolutions = tuple(
+        (
+            weights[f"feature_extractor.conv_layers.{n}.conv.weight"].shape[0],
+            kernel,
+            stride,
+        )
+        for n, (_, kernel, stride) in enumerate(HUBERT_CONV)
+    )
+    position = weights["encoder.transformer.pos_conv_embed.conv.parametrizations.weight.original1"]
+    config: dict[str, Any] = {
+        "conv_layers": convolutions,
+        "encoder_layers": 3,
+        "encoder_embed_dim": 48,
+        "encoder_ffn_embed_dim": weights["encoder.transformer.layers.0.feed_forward.intermediate_dense.bias"].numel(),
+        "encoder_attention_heads": teacher._layers[0].attention.num_heads,
+        "attention_reuse": "none",
+        "conv_pos": position.shape[2],
+        "conv_pos_groups": 48 // position.shape[1],
+        "target_dim": 48,
+        "layer_grad_scale": False,
+    }
+    return StudentConfig.model_validate(config | changes)
+
+
+def settings(**changes: Any) -> TrainSettings:
+    return TrainSettings(batch_size=1, **changes)
+
+
+def test_with_everything_from_the_teacher_the_student_is_the_teacher(teacher: Teacher, tmp_path: Any) -> None:
+    config = like(teacher)
+    wanted = settings(init_front_end=True, init_encoder_layers=3, mask_embedding="teacher")
+    write_initial(tmp_path / "initial.safetensors", initial_tensors(teacher, config, wanted))
+    student = Student(config).eval()
+    student.load_state_dict(load_tensors(tmp_path / "initial.safetensors"), strict=True)
+    waveforms, lengths = torch.randn(2, 8000), torch.tensor([8000, 5000])
+    mask = torch.rand(2, 24) < 0.3
+    for frame_mask in (None, mask):
+        with torch.no_grad():
+            ours = student(waveforms, lengths, frame_mask).hidden_states
+        theirs = teacher.hidden_states(waveforms, lengths, frame_mask)
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours[1, :, :14], theirs[1, :, :14], rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_was_asked_for(teacher: Teacher) -> None:
+    config = like(teacher, attention_reuse=(False, True, False))
+    names = initial_tensors(teacher, config, settings(init_front_end=True)).keys()
+    assert {name.split(".")[0] for name in names} == {"conv_blocks", "feature_norm", "projection"}
+    names = initial_tensors(teacher, config, settings(init_encoder_layers=1)).keys()
+    assert {name.split(".")[0] for name in names} == {"position", "encoder_norm", "layers"}
+    assert {name.split(".")[1] for name in names if name.startswith("layers")} == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("student", "train", "message"),
+    [
+        ({"conv_bias": True, "conv_norm": "layer_norm"}, {"init_encoder_layers": 4}, "4 is more than the student's 3"),
+        ({"conv_layers": (*HUBERT_CONV[:6], (9, 2, 2))}, {"init_front_end": True}, r"make student\.conv_layers"),
+        ({"encoder_ffn_embed_dim": 7}, {"init_encoder_layers": 1}, r"layers\.0\.up\.weight is .* has as \(7, 48\)"),
+        ({"attention_reuse": "alternate"}, {"init_encoder_layers": 2}, "compute their own attention maps"),
+        ({"layer_type": "conformer"}, {"init_encoder_layers": 1}, "must be Transformer layers"),
+        ({"encoder_embed_dim": 96}, {"mask_embedding": "teacher"}, r"the teacher's mask_embedding is \(48,\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    teacher: Teacher, student: dict[str, Any], train: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        initial_tensors(teacher, like(teacher, **student), settings(**train))

@@ -6,8 +6,13 @@ setup(
     packages=[
         *find_packages(include=["pipeline*", "teacher_cache*", "student*", "serve*"]),
         "pipeline.recipes",
+        "pipeline.recipes.ablations",
         "pipeline.recipes.clusters",
     ],
     package_dir={"pipeline.recipes": "configs"},
-    package_data={"pipeline": ["*.txt"], "pipeline.recipes": ["*.yaml"], "pipeline.recipes.clusters": ["*.yaml"]},
+    package_data={
+        "pipeline": ["*.txt"],
+        **{f"pipeline.recipes{below}": ["*.yaml"] for below in ("", ".ablations", ".clusters")},
+        "serve.page": ["*.html", "*.css", "*.js", "*.svg"],
+    },
 )

@@ -25,9 +25,8 @@ import pyarrow as pa
 import torch
 import typer
 from result_file import REPOSITORY, RESULTS, write_result
-from small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances
+from small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances, whisper_folder
 from torch import Tensor
-from whisper_encoder import WhisperEncoder
 
 from student.settings import TrainSettings
 from student.training import train
@@ -62,6 +61,7 @@ class ResidentReader:
 
     def __init__(self, split: Split, codecs: Sequence[ColumnCodec]) -> None:
         self.num_samples = np.array([u.num_samples for u in split.members])
+        self.num_frames = np.array([len(x) for x in split.clean])
         self.layers = tuple(layer for codec in codecs for layer in codec.layers)
         self.dim = codecs[0].dim
         self.draws: int | None = len(split.composites)
@@ -94,8 +94,8 @@ def load_split(teacher: str, name: str, seconds: float) -> Split:
     members = utterances(name, seconds)
     waveforms = [load_source(u) for u in members]
     if teacher == "whisper":
-        encoder = WhisperEncoder(whisper_folder())
-        clean = [encoder.hidden_states(waveform).transpose(0, 1).clone() for waveform in waveforms]
+        model = load_teacher(str(whisper_folder(WHISPER[0])))
+        clean = [model.hidden_states(*pad_waveforms([waveform]))[0].transpose(0, 1).clone() for waveform in waveforms]
         return Split(members, waveforms, clean, [], [])
     model = load_teacher(str(shared_data() / "teacher" / f"{teacher}.pt"))
     clean, masks, composites = [], [], []
@@ -123,19 +123,7 @@ def standardise(splits: Sequence[Split]) -> None:
             x.sub_(mean).div_(spread.mean(1).sqrt()[:, None])
 
 
-def whisper_folder() -> Path:
-    """Where the shared data's script wrote Whisper-small; SystemExit where it did not."""
-    folder = shared_data().parent / "whisper-small"
-    if WHISPER:
-        folder = Path(WHISPER[0])
-    if not (folder / "model.safetensors").is_file():
-        raise SystemExit(
-            f"there is no Whisper-small at {folder}; write it with get_whisper_small.py and give --whisper"
-        )
-    return folder
-
-
-WHISPER: list[str] = []
+WHISPER: list[str] = [""]
 
 
 def stored_bytes(codecs: Sequence[ColumnCodec], split: Split) -> float:
@@ -190,7 +178,7 @@ def measure(
 ) -> None:
     """Size, error, speed and effect on students of each codec."""
     torch.set_num_threads(threads)
-    WHISPER[:] = [whisper] if whisper else []
+    WHISPER[:] = [whisper]
     began = time.perf_counter()
     training, validation = load_split(teacher, TRAIN, seconds), load_split(teacher, HELD_OUT, seconds / 4)
     _, layers, dim = training.clean[0].shape
@@ -275,14 +263,14 @@ def check(
     output: Annotated[Path, typer.Option()] = RESULTS / "codec_genuine_hubert.json",
 ) -> None:
     """One genuine HuBERT Base layer (9) of one utterance against whisper's and hubert_small's layers of the same audio."""
-    WHISPER[:] = [whisper] if whisper else []
+    WHISPER[:] = [whisper]
     folder = shared_data() / "hubert-features"
     genuine = torch.from_numpy(np.load(folder / "sample.base.L9.npy"))[:, None]
     (audio,) = folder.glob("*.flac")
     from teacher_cache.audio import load_audio
 
     waveform = load_audio(audio)
-    others = WhisperEncoder(whisper_folder()).hidden_states(waveform).transpose(0, 1)
+    others = load_teacher(str(whisper_folder(whisper))).hidden_states(*pad_waveforms([waveform]))[0].transpose(0, 1)
     found = {"HuBERT Base, layer 9": genuine} | {f"whisper, layer {n}": others[:, n - 1 : n] for n in (6, 9, 12)}
     rows = []
     for name, frames in found.items():
@@ -316,7 +304,7 @@ def loud(
     output: Annotated[Path, typer.Option()] = RESULTS / "codec_loud_channels.json",
 ) -> None:
     """Whisper's layers with loud channels (deviation above ten times the median): the others' error apart."""
-    WHISPER[:] = [whisper] if whisper else []
+    WHISPER[:] = [whisper]
     training, validation = load_split("whisper", TRAIN, seconds), load_split("whisper", HELD_OUT, seconds / 4)
     held_out = torch.cat(validation.clean)
     _, layers, dim = held_out.shape

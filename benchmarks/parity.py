@@ -37,8 +37,9 @@ class Remembered:
     """A reader that reads each batch once: validation with the teacher, without its cost every time."""
 
     def __init__(self, reader: TargetReader) -> None:
-        self.num_samples, self.layers, self.dim, self.draws = (
+        self.num_samples, self.num_frames, self.layers, self.dim, self.draws = (
             reader.num_samples,
+            reader.num_frames,
             reader.layers,
             reader.dim,
             reader.draws,

@@ -47,8 +47,9 @@ class Resident:
     """All that a cache holds, decoded, on the device."""
 
     def __init__(self, reader: CacheReader, device: str) -> None:
-        self.num_samples, self.layers, self.dim, self.draws = (
+        self.num_samples, self.num_frames, self.layers, self.dim, self.draws = (
             reader.num_samples,
+            reader.num_frames,
             reader.layers,
             reader.dim,
             reader.draws,

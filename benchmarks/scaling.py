@@ -119,7 +119,7 @@ class Throttled:
 
     def __init__(self, reader: CacheReader, store: "Store") -> None:
         self._reader, self._store = reader, store
-        self.num_samples, self.draws = reader.num_samples, reader.draws
+        self.num_samples, self.num_frames, self.draws = reader.num_samples, reader.num_frames, reader.draws
         self.read_seconds = 0.0
         self.batches = 0
 

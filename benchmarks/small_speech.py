@@ -27,6 +27,16 @@ def shared_data() -> Path:
     return folder
 
 
+def whisper_folder(given: str = "") -> Path:
+    """Where the shared data's script wrote Whisper-small; SystemExit where it did not."""
+    folder = Path(given) if given else shared_data().parent / "whisper-small"
+    if not (folder / "model.safetensors").is_file():
+        raise SystemExit(
+            f"there is no Whisper-small at {folder}; write it with get_whisper_small.py and give --whisper"
+        )
+    return folder
+
+
 def utterances(name: str, seconds: float = float("inf")) -> list[SourceUtterance]:
     """Utterances of TRAIN or HELD_OUT, at most ``seconds`` of them but at least one, evenly over speakers."""
     files = sorted((shared_data() / "speech" / "LibriSpeech" / name).rglob("*.flac"))

@@ -116,6 +116,58 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
+def dot_chart(title: str, groups: Sequence[tuple[str, Sequence[float]]], x_label: str, colors: Sequence[str]) -> str:
+    """A figure with a row for each group: its values as dots, their mean as a bar; the first group's mean as a dashed line.
+
+    Args:
+        title: of the figure.
+        groups: labels and finite values; a group without values has a row without dots.
+        x_label: what the values are.
+        colors: one for each group.
+
+    Returns:
+        HTML; a sentence instead of a chart where there is nothing to draw.
+    """
+    values = [value for _, group in groups for value in group]
+    caption = f"<figcaption>{html.escape(title)}</figcaption>"
+    if not values:
+        return f'<figure>{caption}<p class="none">Nothing was recorded.</p></figure>'
+    row, left = 26, min(220, 16 + max(round(6.2 * len(label)) for label, _ in groups))
+    height = _TOP + row * len(groups) + _BOTTOM
+    bottom = height - _BOTTOM
+    ticks = _ticks(min(values), max(values), 5)
+    low, high = ticks[0], ticks[-1]
+
+    def px(x: float) -> float:
+        return left + (x - low) / (high - low) * (WIDTH - left - _RIGHT)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">']
+    for tick in ticks:
+        parts.append(f'<line class="grid" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="{_TOP}" y2="{bottom}"/>')
+        parts.append(f'<text x="{px(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{_number(tick)}</text>')
+    parts.append(f'<text x="{(WIDTH + left) / 2}" y="{height - 5}" text-anchor="middle">{html.escape(x_label)}</text>')
+    if first := groups[0][1]:
+        x = px(sum(first) / len(first))
+        parts.append(
+            f'<polyline points="{x:.1f},{_TOP} {x:.1f},{bottom}" stroke="{colors[0]}" stroke-dasharray="3 4"/>'
+        )
+    for n, ((label, group), color) in enumerate(zip(groups, colors, strict=True)):
+        y = _TOP + row * (n + 0.5)
+        shown = label if len(label) <= 34 else f"{label[:33]}…"
+        name = f"<title>{html.escape(label)}: {', '.join(map(_number, group))}</title>"
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{html.escape(shown)}</text>')
+        parts += [
+            f'<circle cx="{px(v):.1f}" cy="{y:.1f}" r="4" fill="{color}" fill-opacity=".55">{name}</circle>'
+            for v in group
+        ]
+        if group:
+            x = px(sum(group) / len(group))
+            parts.append(
+                f'<polyline points="{x:.1f},{y - 9:.1f} {x:.1f},{y + 9:.1f}" stroke="{color}">{name}</polyline>'
+            )
+    return f"<figure>{caption}{''.join(parts)}</svg></figure>"
+
+
 def heatmap(values: np.ndarray, reach: float) -> str:
     """(T, C) to an ``<img>``: time from left to right, channels upwards, blue at -reach, white at 0, red at +reach."""
     share = np.clip(values.T[::-1] / reach, -1, 1)

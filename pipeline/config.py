@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import pydantic
 import yaml
@@ -10,6 +10,7 @@ import yaml
 from student.config import StudentConfig
 from student.settings import TrainSettings
 from teacher_cache.codecs import DEFAULT_CODEC, check_codec
+from teacher_cache.patches import PatchGeometry
 from teacher_cache.spec import MaskDraws, Targets
 
 
@@ -28,6 +29,7 @@ class CorpusSection(_Section):
         path: LibriSpeech's layout, any folder of audio, or a CSV/Parquet manifest.
         train_splits, validation_splits: split names; None takes what the names suggest (see `pipeline.corpus`).
         validation_fraction: share of the utterances held out where the corpus has no splits.
+        min_seconds: shorter audio is skipped, and listed; at least the default, 400 samples (one frame).
         max_seconds: longer audio is skipped, and listed.
     """
 
@@ -35,6 +37,7 @@ class CorpusSection(_Section):
     train_splits: list[str] | None = None
     validation_splits: list[str] | None = None
     validation_fraction: float = pydantic.Field(default=0.05, gt=0, lt=1)
+    min_seconds: float = pydantic.Field(default=0.025, ge=0.025)
     max_seconds: float = pydantic.Field(default=40.0, gt=0)
 
 
@@ -42,7 +45,9 @@ class TeacherSection(_Section):
     """The teacher.
 
     Attributes:
-        checkpoint: for `teacher_cache.load_teacher`: a .pt file, a Hugging Face folder, ``torchaudio:NAME``, ``random:LxD``.
+        checkpoint: for `teacher_cache.load_teacher`: a .pt file, a Hugging Face folder, ``torchaudio:NAME``, ``random:LxD``;
+            ``mean-mask:`` before it gives a teacher without a mask embedding a stand-in, so that it has masked targets;
+            ``layer-norm:`` normalises each frame of each layer, as teachers with layer norms before their blocks need.
         layers: 1-based layers to learn from; None takes all.
     """
 
@@ -137,17 +142,17 @@ class Config(_Section):
             raise ValueError("train.mask_embedding teacher needs masks.draws; without masks no embedding is used")
         return self
 
-    def resolve_student(self, num_layers: int, dim: int) -> StudentConfig:
-        """The student for a teacher with this many layers to learn from and this width."""
+    def resolve_student(self, num_layers: int, dim: int, patches: PatchGeometry | None = None) -> StudentConfig:
+        """The student for a teacher with this many layers to learn from, this width and these patches, if it has any."""
         values = dict(self.student)
         predictions = "split_heads" if values.get("heads") == "split" else "encoder_layers"
-        for key, value in ((predictions, num_layers), ("target_dim", dim)):
+        for key, value in ((predictions, num_layers), ("target_dim", dim), ("patches", patches)):
             if values.get(key, "teacher") == "teacher":
                 values[key] = value
         try:
             return StudentConfig.model_validate(values)
         except pydantic.ValidationError as error:
-            raise ConfigError(_explain(error, StudentConfig, "student.")) from error
+            raise ConfigError(explain(error, StudentConfig, "student.")) from error
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -156,6 +161,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: unreadable file, malformed override, unknown key, wrong type, impossible combination.
     """
+    tree = read_tree(path)
+    for key, value in map(parse_override, overrides):
+        set_key(tree, key, value)
+    return check_config(tree)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """A YAML file's sections, unchecked. ConfigError where it can't be read, or holds anything else."""
     if not path.is_file():
         raise ConfigError(f"there is no configuration file at {path}; configs/ has the published recipes and the demo")
     try:
@@ -164,27 +177,40 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections (corpus, teacher, ...), not {type(tree).__name__}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{override!r} is not an override; write section.key=value, as in train.epochs=3")
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{key!r} can't be set: {section!r} is a value, not a section")
-        try:
-            node[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value of {key!r} is not valid YAML: {text!r}") from error
+    return tree
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``section.key=value`` as key and value. ConfigError where it is malformed."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text!r} is not an override; write section.key=value, as in train.epochs=3")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key!r} is not valid YAML: {value!r}") from error
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key in place. ConfigError where a section on its way is a value."""
+    *sections, name = key.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key!r} can't be set: {section!r} is a value, not a section")
+    node[name] = value
+
+
+def check_config(tree: dict[str, Any]) -> Config:
+    """The typed configuration of a tree. ConfigError where it can't be one."""
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise ConfigError(_explain(error, Config, "")) from error
+        raise ConfigError(explain(error, Config, "")) from error
 
 
-def _explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str) -> str:
+def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str) -> str:
     """One sentence for each error: the key, what is wrong, and for an unknown key the allowed ones."""
     sentences = []
     for item in error.errors():
@@ -193,7 +219,8 @@ def _explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], p
         if item["type"] == "extra_forbidden":
             owner: Any = model
             for part in location[:-1]:
-                owner = owner.model_fields[part].annotation
+                kind = owner.model_fields[part].annotation
+                owner = next(k for k in (kind, *get_args(kind)) if hasattr(k, "model_fields"))
             sentences.append(f"{key}: unknown key; allowed here: {', '.join(sorted(owner.model_fields))}")
         elif item["type"] == "missing":
             sentences.append(f"{key}: missing; it must be given")

@@ -15,6 +15,7 @@ from student import StudentConfig
 from student.model import Student
 from student.settings import TrainSettings
 from teacher_cache.teachers import Teacher
+from teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
 _FRONT_END = (
     (r"feature_extractor\.conv_layers\.(\d+)\.conv\.(weight|bias)", r"conv_blocks.\1.conv.\2"),
@@ -42,8 +43,14 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
     """The student's tensors that ``settings`` has start from the teacher's, by the student's names.
 
     Raises:
-        ConfigError: the student lacks such a tensor, or has it in another shape; the message names the key to change.
+        ConfigError: the student lacks such a tensor, or has it in another shape; the message names the key to change. Or the
+            teacher has none that a student has.
     """
+    if not isinstance(teacher, Wav2Vec2Teacher):
+        raise ConfigError(
+            f"train.init_front_end, init_encoder_layers, mask_embedding: {teacher.name} is not built like wav2vec 2.0, so a student "
+            "has no part in common with it; leave them out"
+        )
     weights = teacher.weights
     expected = Student(config).state_dict()
     found: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from teacher_cache.batch import pad_waveforms
 from teacher_cache.codecs import check_codec, fit_codec, open_codec
 from teacher_cache.embedded import to_flac
-from teacher_cache.frames import SAMPLE_RATE, num_frames
+from teacher_cache.frames import SAMPLE_RATE
 from teacher_cache.layout import Cache
 from teacher_cache.online import load_source, masks_of
 from teacher_cache.shards import SourceUtterance
@@ -96,7 +96,7 @@ class CostPlan:
 
 def plan_cost(utterances: Sequence[SourceUtterance], spec: CacheSpec, teacher: Teacher, location: str) -> CostPlan:
     """Works out what caching these utterances costs; runs the teacher and the codecs on some 40 s of their audio."""
-    frames = [num_frames(u.num_samples) for u in utterances]
+    frames = [teacher.num_frames(u.num_samples) for u in utterances]
     masked = 0.0
     if spec.masks.draws:
         step = max(1, len(utterances) // _MASKS_SAMPLED)

@@ -26,7 +26,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torchaudio.transforms import MelSpectrogram
 
 from pipeline.charts import COLORS, Line, line_chart
 from pipeline.export_model import open_student
@@ -169,6 +168,8 @@ class Source:
     @classmethod
     def log_mel(cls, bands: int = 80) -> Self:
         """Logarithms of mel bands, in frames like the teacher's: what a probe does without a model."""
+        from torchaudio.transforms import MelSpectrogram  # Takes seconds to import; reports need none.
+
         window = {"n_fft": RECEPTIVE_FIELD, "hop_length": FRAME_SAMPLES, "center": False}
         transform = MelSpectrogram(SAMPLE_RATE, n_mels=bands, **window)
         return cls(f"log-mel, {bands} bands", 1, bands, lambda w: (transform(torch.from_numpy(w)) + 1e-6).log().T[None])
@@ -391,14 +392,14 @@ def _signed(difference: tuple[float, float, float] | None) -> str:
     return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
 
 
-def probe_section(outcomes: Sequence[Outcome], title: str) -> str:
-    """A table and a plot of the layers' weights, as a piece of HTML for a report."""
+def probe_section(outcomes: Sequence[Outcome], title: str, level: int = 2) -> str:
+    """A table and a plot of the layers' weights, as a piece of HTML for a report, under a heading of this level."""
     rows = "".join(
         f"<tr><td>{html.escape(o.source)}</td><td>{o.value:.1%} ({o.low:.1%} to {o.high:.1%})</td>"
         f"<td>{_signed(o.difference)}</td></tr>"
         for o in outcomes
     )
-    head = f"<tr><th>features</th><th>{outcomes[0].metric}</th><th>minus {html.escape(outcomes[0].source)}</th></tr>"
+    head = f"<tr><th>features</th><th>{html.escape(outcomes[0].metric)}</th><th>minus {html.escape(outcomes[0].source)}</th></tr>"
     # Layers as shares of the depth, so that models of different depth can be compared.
     lines = [
         Line(
@@ -412,7 +413,7 @@ def probe_section(outcomes: Sequence[Outcome], title: str) -> str:
     chart = line_chart(
         "Learnt weights of the layers", lines, "weight x layers", x_label="layer: 0 is the first, 1 the last"
     )
-    return f"<h2>{html.escape(title)}</h2><table>{head}{rows}</table>{chart}"
+    return f"<h{level}>{html.escape(title)}</h{level}><table>{head}{rows}</table>{chart}"
 
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
@@ -426,8 +427,15 @@ text {{ font-size: 11px; }} .legend span {{ margin-right: 1rem; }}
 """
 
 
-def write_outcomes(folder: Path, outcomes: Sequence[Outcome], task: Task, title: str, origin: dict[str, Any]) -> None:
-    """Writes ``probe.json`` and ``probe.html`` into a folder."""
+def write_outcomes(
+    folder: Path,
+    outcomes: Sequence[Outcome],
+    task: Task,
+    title: str,
+    origin: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """Writes ``probe.json`` and ``probe.html`` into a folder; ``settings`` are what `read_probe` may ask for."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = sum(not example.test for example in task.examples)
     tested = len(task.examples) - trained
@@ -439,14 +447,65 @@ def write_outcomes(folder: Path, outcomes: Sequence[Outcome], task: Task, title:
         "test_utterances": tested,
         "vocabulary": len(task.vocabulary),
         "origin": origin,
+        "settings": settings,
         "outcomes": [asdict(outcome) for outcome in outcomes],
     }
-    (folder / "probe.json").write_text(json.dumps(record, indent=2) + "\n")
+    temporary = folder / ".probe.json.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(folder / "probe.json")
     sizes = f"{trained} utterances to train on, {tested} to test on, {len(task.vocabulary)} classes or symbols"
     page = _PAGE.format(
         title=html.escape(title), body=probe_section(outcomes, title), note=f"{sizes}; 95 % bootstrap intervals."
     )
     (folder / "probe.html").write_text(page)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A probe's record.
+
+    Attributes:
+        title: of the task.
+        outcomes: one for each source.
+        settings: manifest's SHA-256, units, epochs, seed.
+    """
+
+    title: str
+    outcomes: list[Outcome]
+    settings: dict[str, Any]
+
+
+def probe_settings(manifest: Path, units: Units, epochs: int, seed: int) -> dict[str, Any]:
+    """What decides a probe's figures, but for its sources."""
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    return {"manifest": digest, "units": units, "epochs": epochs, "seed": seed}
+
+
+def read_probe(folder: Path, settings: dict[str, Any] | None = None) -> Probed | None:
+    """What `write_outcomes` wrote; None where there is nothing, or it was made with other settings than asked for.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / "probe.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        outcomes = []
+        for item in record["outcomes"]:
+            difference = item.pop("difference")
+            outcomes.append(Outcome(**item, difference=None if difference is None else tuple(difference)))
+        found = Probed(record["title"], outcomes, record.get("settings", {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no probe's record ({error}); remove it, or run the probe again") from error
+    return found if settings is None or found.settings == settings else None
+
+
+def read_probes(run: Path) -> list[Probed]:
+    """All probes of a run's folder, by title."""
+    folders = sorted(path.parent for path in run.glob("probes/*/probe.json"))
+    return [probed for folder in folders if (probed := read_probe(folder)) is not None]
 
 
 def command(
@@ -459,6 +518,10 @@ def command(
     teacher: Annotated[
         str | None, typer.Option(help="As in configurations: a checkpoint, torchaudio:NAME, ...")
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="A run's folder: probes its student and keeps the result there, for the run's report."),
+    ] = None,
     log_mel: Annotated[bool, typer.Option(help="Also probe log-mel bands.")] = True,
     units: Annotated[
         str, typer.Option(help="Of transcripts: characters, or words (what blanks separate, as phones).")
@@ -466,18 +529,22 @@ def command(
     epochs: Annotated[int, typer.Option(help="Passes over the training utterances.", min=1)] = 20,
     seed: Annotated[int, typer.Option(help="Of the probes.")] = 0,
     device: Annotated[str, typer.Option(help="Of teacher and students: cpu, cuda.")] = "cpu",
-    output: Annotated[Path, typer.Option(help="Folder for probe.json and probe.html.")] = Path("probe"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for probe.json and probe.html; default probe, or RUN/probes/MANIFEST."),
+    ] = None,
 ) -> None:
     """Fit linear probes on frozen features of teacher, students and log-mel bands, and compare what they tell."""
     console = Console()
     try:
         if units not in ("characters", "words"):
             raise ValueError(f"--units must be characters or words, not {units!r}")
-        task = read_task(manifest, "characters" if units == "characters" else "words")
+        chosen: Units = "characters" if units == "characters" else "words"
+        task = read_task(manifest, chosen)
         sources, origins = [], {}
         if teacher is not None:
             sources.append(Source.of_teacher(load_teacher(teacher, device)))
-        for path in student or []:
+        for path in [*(student or []), *([run] if run else [])]:
             loaded, origin = open_student(path)
             name = f"student {origin.get('run') or path.name}"
             origins[name] = origin
@@ -485,7 +552,7 @@ def command(
         if log_mel:
             sources.append(Source.log_mel())
         if not sources:
-            raise ValueError("there is nothing to probe; give --teacher or --student")
+            raise ValueError("there is nothing to probe; give --teacher, --student or --run")
         outcomes = run_probes(
             task,
             sources,
@@ -497,8 +564,9 @@ def command(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     console.print(outcome_table(outcomes))
-    write_outcomes(output, outcomes, task, manifest.stem, origins)
-    console.print(f"probe   {output / 'probe.html'}", highlight=False, soft_wrap=True)
+    folder = output or (run / "probes" / manifest.stem if run else Path("probe"))
+    write_outcomes(folder, outcomes, task, manifest.stem, origins, probe_settings(manifest, chosen, epochs, seed))
+    console.print(f"probe   {folder / 'probe.html'}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from student.attention import Attention
 from student.model import Student
 from teacher_cache.frames import SAMPLE_RATE
 from teacher_cache.teachers import Teacher, load_teacher
+from teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
 HUBERT_BASE = "random:12x768"
 """HuBERT Base's shape; weights don't matter here."""
@@ -98,8 +99,12 @@ def profile_student(student: Student, seconds: float = 10.0) -> Profile:
 
 
 def profile_teacher(teacher: Teacher, seconds: float = 10.0) -> Profile:
-    """The same parts, without heads."""
-    model = teacher._model  # What is counted is the network, and `Teacher` shows none.
+    """The same parts, without heads. ValueError for a teacher that is not built like wav2vec 2.0."""
+    if not isinstance(teacher, Wav2Vec2Teacher):
+        raise ValueError(
+            f"{teacher.name} has other parts than a student; give a teacher that is built like wav2vec 2.0"
+        )
+    model: Any = teacher.model
     transformer: Any = model.encoder.transformer
     parts: dict[str, list[nn.Module]] = {
         "convolutions": [layer.conv for layer in model.feature_extractor.conv_layers],
@@ -202,7 +207,7 @@ def command(
             known = Path(config.teacher.checkpoint).exists() or ":" in config.teacher.checkpoint
             loaded = load_teacher(teacher or (config.teacher.checkpoint if known else HUBERT_BASE))
             layers = len(config.teacher.layers or range(loaded.num_layers))
-            student = Student(config.resolve_student(layers, loaded.dim))
+            student = Student(config.resolve_student(layers, loaded.dim, loaded.patches))
         else:
             student, _ = open_student(model)
             loaded = load_teacher(teacher or HUBERT_BASE)

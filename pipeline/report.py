@@ -18,7 +18,7 @@ import torch
 from pipeline.charts import COLORS, Line, heatmap, line_chart
 from student import Student
 from teacher_cache.batch import TargetReader
-from teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
+from teacher_cache.frames import SAMPLE_RATE
 
 _CHANNELS = 96
 """Shown of each layer: those that vary most."""
@@ -30,7 +30,7 @@ _SHOWN_SECONDS = 10.0
 _POINTS = 400
 """Of a line: more than the chart has pixels; a published recipe writes 24,000 rows."""
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --faint: #5c6670; --line: #d9dee3; --page: #fff; --card: #f6f8fa; }
 @media screen and (prefers-color-scheme: dark) {
   :root { --text: #e6e9ec; --faint: #9aa4ae; --line: #3a424b; --page: #14181d; --card: #1c2127; }
@@ -153,6 +153,7 @@ def write_report(
     metrics: Sequence[Mapping[str, Any]],
     maps: FeatureMaps | str,
     config: str,
+    probes: str = "",
 ) -> None:
     """Writes the page.
 
@@ -163,6 +164,7 @@ def write_report(
         metrics: rows of ``metrics.jsonl``.
         maps: features of a sample utterance, or a sentence that says why there are none.
         config: the resolved configuration, as YAML.
+        probes: sections of `pipeline.probe.probe_section`, if any.
     """
     escape = html.escape
     warnings = "".join(f'<p class="warning">{escape(text)}</p>' for text in _warnings(summary, metrics))
@@ -179,7 +181,7 @@ def write_report(
     files = " · ".join(f'<a href="{name}">{name}</a>' for name in _FILES if (path.parent / name).exists())
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(summary["name"])}: distillation report</title><style>{_STYLE}</style></head><body><main>
+<title>{escape(summary["name"])}: distillation report</title><style>{STYLE}</style></head><body><main>
 <h1>{escape(summary["name"])}</h1>
 <p class="faint">Distillation of {escape(summary["teacher"])} · {time.strftime("%Y-%m-%d %H:%M %Z")} · {escape(versions)}</p>
 {warnings}<div class="tiles">{tiles}</div>
@@ -188,6 +190,7 @@ def write_report(
 <h2>Teacher and student, layer by layer</h2>
 <div class="charts">{"".join(_layer_charts(metrics, _LAYER_CHARTS[1:]))}{_layer_table(metrics)}</div>
 <h2>Speed</h2><div class="charts">{"".join(_speed_charts(metrics))}</div>
+{f"<h2>Probes</h2>{probes}" if probes else ""}
 <h2>Features of an utterance</h2>{_maps(maps)}
 <h2>Configuration</h2><details><summary>All settings of this run</summary><pre>{escape(config)}</pre></details>
 <p class="faint">Files: {files}</p>
@@ -411,7 +414,8 @@ def _speed_charts(metrics: Rows) -> list[str]:
 def _maps(maps: FeatureMaps | str) -> str:
     if isinstance(maps, str):
         return f'<p class="none">{html.escape(maps)}</p>'
-    frames = round(_SHOWN_SECONDS * SAMPLE_RATE / FRAME_SAMPLES)
+    per_second = len(maps.layers[0].teacher) / maps.seconds  # 50 frames, or AST's 120 patches.
+    frames = round(_SHOWN_SECONDS * per_second)
     cut = f", of which the first {_SHOWN_SECONDS:g} s are shown" if len(maps.layers[0].teacher) > frames else ""
     scale = heatmap(np.linspace(-_REACH, _REACH, 255)[:, None], _REACH).replace(
         'alt=""', f'alt="colours from blue at -{_REACH:g} over white at 0 to red at {_REACH:g}"'
@@ -429,7 +433,7 @@ def _maps(maps: FeatureMaps | str) -> str:
         )
         for name, values in (("teacher", teacher), ("student", student), ("student - teacher", student - teacher)):
             image = heatmap(values, _REACH).replace('alt=""', f'alt="layer {layer.layer}, {name}: channels over time"')
-            parts.append(f"<div>{name}{image}{_time_axis(len(values) * FRAME_SAMPLES / SAMPLE_RATE)}</div>")
+            parts.append(f"<div>{name}{image}{_time_axis(len(values) / per_second)}</div>")
         parts.append("</div>")
     return "".join(parts) + "</figure>"
 

@@ -18,6 +18,7 @@ from pipeline.config import load_config
 from pipeline.stages import STAGES, Run, run_stages, summary_table
 
 COMMANDS = {
+    "ablate": "pipeline.ablate",
     "convert": "pipeline.convert",
     "export": "pipeline.export_model",
     "import-config": "pipeline.import_config",

@@ -1,13 +1,14 @@
 """The stages of a run, each skipping what is done: index, plan, cache, train, export, report."""
 
 import json
+import math
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.config import Config, ConfigError, dump_config
 from pipeline.corpus import CorpusIndex, index_corpus
 from pipeline.initialise import initial_tensors, write_initial
 from pipeline.plan import cost_lines, cost_table, plan_cost
+from pipeline.probe import probe_section, read_probes
 from pipeline.report import feature_maps, read_metrics, write_report
 from student import Student, load_student
 from student.ray_training import train_on_ray
@@ -35,7 +37,7 @@ from teacher_cache.reader import CacheReader
 from teacher_cache.shards import SourceUtterance, plan_shards
 from teacher_cache.spec import CacheError, CacheSpec
 from teacher_cache.store import Store
-from teacher_cache.teachers import Teacher, load_teacher
+from teacher_cache.teachers import Teacher, load_teacher, split_options
 from teacher_cache.verify import verify_cache
 
 STAGES = ("index", "plan", "cache", "train", "export", "report")
@@ -47,12 +49,14 @@ class Run:
     Args:
         config: checked configuration.
         console: where progress goes.
+        teacher: its teacher, where the caller has loaded it already.
+        claim: refuse a folder with results of another configuration; False only for work that other runs share.
 
     Raises:
         ConfigError: the run's folder holds a run of another configuration, or paths are relative inside a Ray job.
     """
 
-    def __init__(self, config: Config, console: Console) -> None:
+    def __init__(self, config: Config, console: Console, teacher: Teacher | None = None, *, claim: bool = True) -> None:
         # A job's working directory is a copy that is thrown away.
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
             for key, path, absolute in (
@@ -66,15 +70,20 @@ class Run:
                     )
         self.config = config
         self.console = console
+        self._given_teacher = teacher
         self.folder = config.folder.absolute()
         self.cache = Store(config.cache.location)
-        self._claim_folder()
+        if claim:
+            self._refuse_others()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(dump_config(config))
 
-    def _claim_folder(self) -> None:
+    def _refuse_others(self) -> None:
         path = self.folder / "config.yaml"
-        # A run that failed before its first result has nothing to lose: a corrected configuration may replace its own.
+        # A run that failed before its first result has nothing to lose: a corrected configuration may replace its own. The
+        # corpus index is made again where that changes it.
         results = self.folder.is_dir() and any(
-            entry.name not in ("config.yaml", "ray.log") for entry in self.folder.iterdir()
+            entry.name not in ("config.yaml", "ray.log", "corpus") for entry in self.folder.iterdir()
         )
         if results:
             if not path.is_file():
@@ -86,8 +95,6 @@ class Run:
                     f"{self.folder} holds a run with another configuration (sections that differ: {', '.join(changed)}); "
                     "choose another name=..., or remove that folder"
                 )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump_config(self.config))
 
     def say(self, text: str) -> None:
         """One line for people."""
@@ -96,8 +103,8 @@ class Run:
     @cached_property
     def teacher(self) -> Teacher:
         """The teacher, on the CPU."""
-        teacher = load_teacher(self.config.teacher.checkpoint, "cpu")
-        if self.config.teacher.checkpoint.startswith("random:"):
+        teacher = self._given_teacher or load_teacher(self.config.teacher.checkpoint, "cpu")
+        if self._given_teacher is None and split_options(self.config.teacher.checkpoint)[1].startswith("random:"):
             self.say(
                 "[yellow]The teacher has seeded RANDOM weights: this run shows the machinery, its features mean nothing. "
                 "Give a real teacher for real features.[/yellow]"
@@ -110,7 +117,8 @@ class Run:
         if self.config.masks.draws and not teacher.has_mask_embedding:
             raise ConfigError(
                 f"masks.draws: {teacher.name} has no mask embedding, so it has no masked targets; set masks.draws=0 for clean "
-                "targets, or use a checkpoint that kept its mask embedding"
+                f"targets, teacher.checkpoint=mean-mask:{self.config.teacher.checkpoint} for a stand-in, or use a checkpoint "
+                "that kept its mask embedding"
             )
         return teacher
 
@@ -148,7 +156,7 @@ class Run:
         )
 
     @contextmanager
-    def _progress(self, name: str, unit: str) -> Iterator[Any]:
+    def progress(self, name: str, unit: str) -> Iterator[Any]:
         """A progress bar; yields update(done, total, note="")."""
         columns = (
             TextColumn(f"{name:7s}"),
@@ -164,7 +172,7 @@ class Run:
             yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
 
     @contextmanager
-    def _quiet(self) -> Iterator[None]:
+    def quiet(self) -> Iterator[None]:
         """Ray's notices on standard error, from C++ too, go to the run's ray.log: they would drown the run's own."""
         sys.stderr.flush()
         kept = os.dup(2)
@@ -180,12 +188,13 @@ class Run:
     def index(self) -> None:
         """Finds and checks the audio."""
         corpus = self.config.corpus
-        with self._progress("index", "files") as update:
+        with self.progress("index", "files") as update:
             index = index_corpus(
                 corpus.path,
                 train_splits=corpus.train_splits,
                 validation_splits=corpus.validation_splits,
                 validation_fraction=corpus.validation_fraction,
+                min_seconds=corpus.min_seconds,
                 max_seconds=corpus.max_seconds,
                 output=self.folder / "corpus",
                 progress=update,
@@ -200,7 +209,8 @@ class Run:
         self.say(f"index   {len(index.utterances)} utterances, {index.hours:.2f} h of audio{skipped}{again}")
 
     def plan(self) -> None:
-        """Says what the cache will cost; refuses where the disk is too small."""
+        """Says what the cache will cost; refuses where the disk is too small, or audio too long for the teacher."""
+        self._check_lengths()
         if self.config.train.targets == "online":
             self.say("plan    targets are online: no cache is needed")
             return
@@ -221,6 +231,20 @@ class Run:
                 f"{needed / 1e9:.1f} GB more; choose another disk, a smaller codec, fewer layers or draws"
             )
 
+    def _check_lengths(self) -> None:
+        """ConfigError where the teacher can't take an utterance of the corpus."""
+        teacher, samples = self.teacher, [utterance.num_samples for utterance in self.utterances]
+        least, most = teacher.min_samples, teacher.max_samples or max(samples)
+        for key, limit, what, wrong in (
+            ("min_seconds", math.ceil(least / SAMPLE_RATE * 1000) / 1000, "shorter", sum(n < least for n in samples)),
+            ("max_seconds", math.floor(most / SAMPLE_RATE * 100) / 100, "longer", sum(n > most for n in samples)),
+        ):
+            if wrong:
+                raise ConfigError(
+                    f"corpus.{key}: {teacher.name} takes audio of {least / SAMPLE_RATE:g} to {most / SAMPLE_RATE:g} s, and {wrong} "
+                    f"utterances are {what}; set corpus.{key}={limit:g} to skip them"
+                )
+
     def cache_targets(self) -> None:
         """Runs the teacher over the corpus, once; adds layers and draws that an earlier run did not need."""
         if self.config.train.targets == "online":
@@ -231,8 +255,8 @@ class Run:
         if complete and not Cache.open(self.cache).missing():
             detail = "all shards are there, reused"
         else:
-            with self._quiet(), self._progress("cache", "utterances") as update:
-                _init_ray()
+            with self.quiet(), self.progress("cache", "utterances") as update:
+                init_ray()
 
                 def show(progress: BuildProgress) -> None:
                     note = (
@@ -244,7 +268,7 @@ class Run:
                 report = build_cache(
                     self.cache.location,
                     self.spec,
-                    plan_shards(self.utterances, self.spec.shard_seconds),
+                    plan_shards(self.utterances, self.spec.shard_seconds, self.teacher.num_frames),
                     _absolute_spec(self.config.teacher.checkpoint),
                     teacher_name=self.teacher.name,
                     workers=Workers(settings.actors, settings.gpus_per_actor, settings.cpus_per_actor),
@@ -260,7 +284,7 @@ class Run:
             f"at {self.cache.location}"
         )
 
-    def _check_cache(self) -> None:
+    def check_cache(self) -> None:
         """Refuses a cache that is not this run's, or not sound."""
         cache = Cache.open(self.cache)
         if not cache.covers(self.spec):
@@ -279,6 +303,33 @@ class Run:
     def _seconds(self) -> float:
         return sum(u.num_samples for u in self.utterances) / SAMPLE_RATE
 
+    def training(self, cpu_threads: int, reserved_cpus: int = 1, *, in_process: bool = False) -> Callable[[], None]:
+        """The training itself, to be called where Ray is initialised; see `train_on_ray`. It may travel to another node."""
+        layers = self.layers_of(self.teacher)
+        settings = self.config.train
+        cached = settings.targets == "cached"
+        config = self.config.resolve_student(len(layers), self.teacher.dim, self.teacher.patches)
+        initial = None
+        if settings.starts_from_teacher:
+            initial = self.folder / "initial.safetensors"
+            write_initial(initial, initial_tensors(self.teacher, config, settings))
+        return partial(
+            train_on_ray,
+            config,
+            settings,
+            self.folder,
+            layers=layers,
+            cache=self.cache.location if cached else None,
+            teacher=_absolute_spec(self.config.teacher.checkpoint),
+            masks=self.config.masks,
+            utterances=[] if cached else self.utterances,
+            cache_targets=self.config.cache.targets,
+            initial=initial,
+            cpu_threads=cpu_threads,
+            reserved_cpus=reserved_cpus,
+            in_process=in_process,
+        )
+
     def train(self) -> None:
         """Trains the student from the cache (or with the teacher in the loop)."""
         result = self.folder / "train.json"
@@ -287,31 +338,15 @@ class Run:
             return
         settings = self.config.train
         if settings.targets == "cached":
-            self._check_cache()
-        layers = self.layers_of(self.teacher)
-        config = self.config.resolve_student(len(layers), self.teacher.dim)
-        initial = None
-        if settings.starts_from_teacher:
-            initial = self.folder / "initial.safetensors"
-            write_initial(initial, initial_tensors(self.teacher, config, settings))
-        with self._quiet(), self._progress("train", "steps") as update:
-            _init_ray()
+            self.check_cache()
+        training = self.training(max(1, (os.cpu_count() or 1) // settings.workers))
+        with self.quiet(), self.progress("train", "steps") as update:
+            init_ray()
             done = threading.Event()
             watcher = threading.Thread(target=_follow, args=(self.folder / "metrics.jsonl", update, done), daemon=True)
             watcher.start()
             try:
-                train_on_ray(
-                    config,
-                    settings,
-                    self.folder,
-                    layers=layers,
-                    cache=self.cache.location if settings.targets == "cached" else None,
-                    teacher=_absolute_spec(self.config.teacher.checkpoint),
-                    masks=self.config.masks,
-                    utterances=self.utterances,
-                    initial=initial,
-                    cpu_threads=max(1, (os.cpu_count() or 1) // settings.workers),
-                )
+                training()
             finally:
                 done.set()
                 watcher.join()
@@ -353,7 +388,9 @@ class Run:
         if exported:
             student = load_student(export)
         else:
-            student = Student(self.config.resolve_student(len(self.layers_of(self.teacher)), self.teacher.dim))
+            student = Student(
+                self.config.resolve_student(len(self.layers_of(self.teacher)), self.teacher.dim, self.teacher.patches)
+            )
         result = self.folder / "train.json"
         trained = json.loads(result.read_text()) if exported or result.is_file() else None
         online = self.config.train.targets == "online"
@@ -364,7 +401,7 @@ class Run:
             "utterances": len(self.utterances),
             "skipped_files": len(self.corpus.skipped),
             "teacher": self.teacher.name,
-            "teacher_is_random": self.config.teacher.checkpoint.startswith("random:"),
+            "teacher_is_random": split_options(self.config.teacher.checkpoint)[1].startswith("random:"),
             "teacher_parameters": self.teacher.num_parameters,
             "student_parameters": sum(p.numel() for p in student.parameters()),
             "targets": self.config.train.targets,
@@ -386,6 +423,7 @@ class Run:
             metrics=metrics,
             maps=maps,
             config=dump_config(self.config),
+            probes="".join(probe_section(p.outcomes, p.title, level=3) for p in read_probes(self.folder)),
         )
         if not exported:
             raise ConfigError(f"{nothing} ({page} shows what is recorded so far)")
@@ -502,10 +540,12 @@ def _identity(text: str) -> dict[str, Any]:
 
 def _absolute_spec(checkpoint: str) -> str:
     # Workers have other working directories.
-    return str(Path(checkpoint).absolute()) if Path(checkpoint).exists() else checkpoint
+    options, spec = split_options(checkpoint)
+    return options + str(Path(spec).absolute()) if Path(spec).exists() else checkpoint
 
 
-def _init_ray() -> None:
+def init_ray() -> None:
+    """Joins the cluster of a submitted job, or starts a Ray of this process's own; nothing where that is done."""
     import ray
 
     if ray.is_initialized():

@@ -23,6 +23,7 @@ from serve.formats import render
 from serve.models import Models, ServedModel, Source, model_name
 from serve.observation import Metrics, Observed
 from serve.openapi import BINARY_ANSWERS, describe
+from serve.page import add_page
 from serve.parameters import EmbeddingsQuery, FeaturesQuery, format_accepted
 from serve.schemas import EmbeddingsResponse, FeaturesResponse, ModelList, ModelRecord
 from serve.sending import PatientSending
@@ -88,6 +89,7 @@ def create_app(
     )
     app.state.models, app.state.admission = models, admission
     app.state.leaving = False  # Set by whoever stops the service, so that balancers send no more.
+    add_page(app)
     _add_status_routes(app, models, admission, metrics)
     _add_error_handlers(app, metrics)
     if cors_origins:

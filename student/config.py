@@ -4,6 +4,9 @@ from typing import Literal, Self
 
 import pydantic
 
+from teacher_cache.frames import Length, conv_output_length
+from teacher_cache.patches import PatchGeometry
+
 ConvLayers = tuple[tuple[int, int, int], ...]
 
 ARMHUBERT_S_CONV_LAYERS: ConvLayers = (
@@ -20,6 +23,8 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         conv_layers: (channels, kernel, stride) of each convolution. Default ARMHuBERT-S's.
+        patches: how a log-mel spectrogram is cut into patches, which then take the place of frames, for a teacher that has them
+            (AST); the convolutions over the waveform are left out. None: frames. Default None; runs take the teacher's.
         conv_norm: ``group_norm`` (after the first convolution, as HuBERT Base) or ``layer_norm`` (after each, as Large).
         conv_bias: whether convolutions have a bias. Default False.
         encoder_layers: Transformer layers L. Default 12.
@@ -55,6 +60,7 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
     """
 
     conv_layers: ConvLayers = ARMHUBERT_S_CONV_LAYERS
+    patches: PatchGeometry | None = None
     conv_norm: Literal["group_norm", "layer_norm"] = "group_norm"
     conv_bias: bool = False
     encoder_layers: int = pydantic.Field(default=12, ge=1)
@@ -103,10 +109,18 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
     @property
     def receptive_field(self) -> int:
         """Samples that one frame sees, which is the shortest waveform with a frame: 400 for the published front ends."""
+        if self.patches is not None:
+            return self.patches.min_samples
         samples = 1
         for _, kernel, stride in reversed(self.conv_layers):
             samples = (samples - 1) * stride + kernel
         return samples
+
+    def num_frames(self, num_samples: Length) -> Length:
+        """Frames, or patches, of audio of so many samples: an int, or an integer tensor of any shape; at least 0."""
+        if self.patches is not None:
+            return self.patches.num_patches(num_samples)
+        return conv_output_length(num_samples, [(kernel, stride) for _, kernel, stride in self.conv_layers])
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> Self:

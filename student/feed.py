@@ -3,17 +3,18 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import torch
 
 from student.rank import Rank
 from student.settings import TrainSettings
 from teacher_cache.batch import Batch, TargetReader
 from teacher_cache.batches import plan_epoch
-from teacher_cache.frames import num_frames
 
 PREFETCH = 4
 """Batches read ahead by a background thread."""
@@ -28,6 +29,7 @@ class TrainingPlan:
     Attributes:
         epochs: passes that are begun.
         total_steps: optimiser steps.
+        passes: passes, the last one by the share of its steps that are taken.
     """
 
     def __init__(self, num_samples: np.ndarray, settings: TrainSettings, world_size: int) -> None:
@@ -45,6 +47,7 @@ class TrainingPlan:
         self._starts = starts
         self.epochs = len(starts) - 1
         self.total_steps = starts[-1] if limit is None else min(starts[-1], limit)
+        self.passes = self.epochs - (starts[-1] - self.total_steps) / (starts[-1] - starts[-2])
 
     def _plan(self, epoch: int) -> list[list[list[list[int]]]]:
         return plan_epoch(
@@ -108,9 +111,10 @@ def micro_batches(
     """A rank's batches from optimiser step ``first_step`` on. What comes before is skipped without being read.
 
     One background thread plans epochs and reads, at most PREFETCH batches ahead, so neither the end of an epoch nor the disk is
-    waited for while it keeps up; for a GPU it puts batches into page-locked memory. What it raises is raised here.
+    waited for while it keeps up; for a GPU it puts batches into page-locked memory. What it raises is raised here. Of a reader
+    that says so (``batches_at_once``: one that waits for a network), several batches are read at a time.
     """
-    frames = num_frames(torch.tensor(reader.num_samples)).numpy()
+    frames = reader.num_frames
     ahead: queue.Queue[Micro | BaseException | None] = queue.Queue(PREFETCH)
     stopped = threading.Event()
 
@@ -120,24 +124,39 @@ def micro_batches(
                 ahead.put(item, timeout=0.1)
                 return
 
+    def planned() -> Iterator[tuple[Callable[[Batch], Micro], list[int], int | None]]:
+        """Each batch's place in the training, its utterances and its mask draw."""
+        for step in range(first_step, plan.total_steps):
+            epoch, micros = plan.step(step)
+            counted = [frames[indices] for micro in micros for indices in micro]
+            step_frames = sum(int(n.max()) * len(n) if count_padding else int(n.sum()) for n in counted)
+            draw = plan.draw(epoch, reader.draws)
+            for number, micro in enumerate(micros):
+                indices = micro[rank.index]
+                last = number == accumulate - 1
+                yield partial(Micro, step, epoch, last, step_frames, reader.num_samples[indices]), indices, draw
+
     def read() -> None:
         try:
-            for step in range(first_step, plan.total_steps):
-                epoch, micros = plan.step(step)
-                counted = [frames[indices] for micro in micros for indices in micro]
-                step_frames = sum(int(n.max()) * len(n) if count_padding else int(n.sum()) for n in counted)
-                draw = plan.draw(epoch, reader.draws)
-                for number, micro in enumerate(micros):
-                    indices = micro[rank.index]
-                    batch = reader.read(indices, draw)
-                    if rank.device.type == "cuda":
-                        batch = batch.pinned()
-                    put(Micro(step, epoch, number == accumulate - 1, step_frames, reader.num_samples[indices], batch))
+            at_once = getattr(reader, "batches_at_once", 1)
+            with ThreadPoolExecutor(at_once, "feed-read") as pool:
+                under_way: deque[tuple[Callable[[Batch], Micro], Future[Batch]]] = deque()
+                for place, indices, draw in planned():
+                    under_way.append((place, pool.submit(reader.read, indices, draw)))
+                    if len(under_way) == at_once:
+                        put(finished(*under_way.popleft()))
                     if stopped.is_set():
+                        pool.shutdown(cancel_futures=True)
                         return
+                while under_way:
+                    put(finished(*under_way.popleft()))
             put(None)
         except BaseException as error:  # Whatever it is, the training must hear of it.
             put(error)
+
+    def finished(place: Callable[[Batch], Micro], reading: "Future[Batch]") -> Micro:
+        batch = reading.result()
+        return place(batch.pinned() if rank.device.type == "cuda" else batch)
 
     thread = threading.Thread(target=read, name="feed", daemon=True)
     thread.start()

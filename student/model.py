@@ -16,6 +16,7 @@ from student.config import StudentConfig
 from student.conformer import ConformerLayer
 from student.convolution import gelu_convolution
 from student.dropout import Dropout
+from student.patches import PatchEmbedding
 from student.position import DeepPositionConv, PositionConv
 from student.time_reduction import TimeReduction, Upsampler, repeated
 from teacher_cache.frames import conv_output_length, group_norm_over_real, padding_mask
@@ -140,7 +141,10 @@ class Student(nn.Module):
         width = config.encoder_embed_dim
         blocks = []
         inputs = 1
-        for number, (channels, kernel, stride) in enumerate(config.conv_layers):
+        self.patches: PatchEmbedding | None = None
+        if config.patches is not None:
+            self.patches, inputs = PatchEmbedding(config.patches, width), width
+        for number, (channels, kernel, stride) in enumerate(() if self.patches is not None else config.conv_layers):
             norm = config.conv_norm if config.conv_norm == "layer_norm" or number == 0 else None
             blocks.append(ConvBlock(inputs, channels, kernel, stride, config.conv_bias, norm, number == 0))
             inputs = channels
@@ -165,7 +169,7 @@ class Student(nn.Module):
                     nn.init.zeros_(module.bias)
         self._add_heads()
         if config.feature_grad_mult == 0:
-            self.conv_blocks.requires_grad_(False)
+            (self.conv_blocks if self.patches is None else self.patches).requires_grad_(False)
 
     def _add_heads(self) -> None:
         config = self.config
@@ -204,7 +208,7 @@ class Student(nn.Module):
 
     def num_frames(self, lengths: Tensor) -> Tensor:
         """Real frames of waveforms of these lengths; same shape, at least 0."""
-        return conv_output_length(lengths, [(kernel, stride) for _, kernel, stride in self.config.conv_layers])
+        return self.config.num_frames(lengths)
 
     def forward(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None = None) -> StudentOutput:
         """Hidden states and the heads' projections of a padded batch.
@@ -262,9 +266,12 @@ class Student(nn.Module):
                 f"{waveforms.shape[1]}, not {samples}"
             )
         num_frames = self.num_frames(lengths)
-        x, real = waveforms[..., None], lengths
-        for block in self.conv_blocks:
-            x, real = block(x, real)
+        if self.patches is not None:
+            x = self.patches(waveforms, lengths)
+        else:
+            x, real = waveforms[..., None], lengths
+            for block in self.conv_blocks:
+                x, real = block(x, real)
         x = F.gelu(x)
         if self.config.feature_grad_mult not in (0, 1):
             x = scale_gradient(x, self.config.feature_grad_mult)
@@ -277,6 +284,8 @@ class Student(nn.Module):
                     f"frame_mask must be bool of shape {tuple(x.shape[:2])}, not {frame_mask.dtype} of {tuple(frame_mask.shape)}"
                 )
             x = torch.where(frame_mask[..., None], self.mask_embedding.to(x.dtype), x)
+        if self.patches is not None:
+            x = self.patches.with_rows(x)
         padded = None
         if min(samples) < waveforms.shape[1]:
             padded = padding_mask(num_frames, x.shape[1])[..., None]

@@ -16,14 +16,14 @@ from teacher_cache.batch import TargetReader
 from teacher_cache.online import OnlineReader
 from teacher_cache.reader import CacheReader
 from teacher_cache.shards import SourceUtterance
-from teacher_cache.spec import MaskDraws
+from teacher_cache.spec import MaskDraws, Targets
 
 
 def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, TargetReader]:
     layers = job["layers"]
     if job["settings"]["targets"] == "cached":
         return (
-            CacheReader(job["cache"], "train", layers, job["masks"]["draws"]),
+            CacheReader(job["cache"], "train", layers, job["masks"]["draws"], targets=job["cache_targets"]),
             CacheReader(job["cache"], "validation", layers),
         )
     from teacher_cache.teachers import load_teacher
@@ -38,6 +38,47 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
     return by_split["train"], by_split["validation"]
 
 
+class _RowMetrics:
+    """The last row of a training, for the exporter of the node of rank 0. Ray puts ``ray_`` before each name.
+
+    Args:
+        run: name of the run, a tag of each value.
+    """
+
+    def __init__(self, run: str) -> None:
+        from ray.util.metrics import Gauge
+
+        # Kind and field of a row; the metric, what it is, and the factor between the two.
+        fields = {
+            ("train", "step"): ("step", "Optimiser steps done", 1),
+            ("train", "steps"): ("steps", "Optimiser steps of the whole training", 1),
+            ("train", "loss"): ("loss", "Loss per frame, mean since the last row", 1),
+            ("train", "learning_rate"): ("learning_rate", "Of the last step", 1),
+            ("train", "gradient_norm"): ("gradient_norm", "Before clipping", 1),
+            ("train", "skipped_steps"): ("skipped_steps", "Steps left out because something was not finite", 1),
+            ("train", "audio_hours_per_minute"): ("audio_seconds_per_second", "Audio trained on, all ranks", 60),
+            ("train", "data_wait"): (
+                "data_wait_share",
+                "Share of the time spent waiting for data, mean of the ranks",
+                1,
+            ),
+            ("train", "padding_waste"): ("padding_share", "Share of the samples that is padding", 1),
+            ("train", "bytes_per_second"): ("read_bytes_per_second", "Read from the cache, all ranks", 1),
+            ("validation", "loss"): ("validation_loss", "Loss per frame of the validation split", 1),
+        }
+        self._fields = {
+            key: (Gauge(f"distill_train_{name}", about, tag_keys=("run",)), factor)
+            for key, (name, about, factor) in fields.items()
+        }
+        self._tags = {"run": run}
+
+    def set(self, row: dict[str, Any]) -> None:
+        """A row of ``metrics.jsonl``."""
+        for (kind, field), (gauge, factor) in self._fields.items():
+            if row["kind"] == kind and field in row:
+                gauge.set(row[field] * factor, self._tags)
+
+
 def _worker(job: dict[str, Any]) -> Exception | None:
     """Trains; returns what went wrong where starting again would only end the same."""
     import ray.train
@@ -50,22 +91,31 @@ def _worker(job: dict[str, Any]) -> Exception | None:
     else:
         torch.cuda.set_device(device)
     rank = Rank(context.get_world_rank(), context.get_world_size(), device)
-    train_reader, validation_reader = _readers(job, device)
     try:
-        train(
-            StudentConfig.model_validate(job["student"]),
-            TrainSettings.model_validate(job["settings"]),
-            train_reader,
-            validation_reader,
-            Path(job["folder"]),
-            rank=rank,
-            initial=None if job["initial"] is None else Path(job["initial"]),
+        _train(
+            job,
+            rank,
             wrap=lambda distiller: ray.train.torch.prepare_model(distiller, move_to_device=False),
+            on_row=_RowMetrics(Path(job["folder"]).name).set if rank.index == 0 else lambda row: None,
             on_validation=lambda row: ray.train.report(row),
         )
     except (FloatingPointError, CheckpointError) as error:
         return error  # Every rank raises these at the same step.
     return None
+
+
+def _train(job: dict[str, Any], rank: Rank, **options: Any) -> None:
+    train_reader, validation_reader = _readers(job, rank.device)
+    train(
+        StudentConfig.model_validate(job["student"]),
+        TrainSettings.model_validate(job["settings"]),
+        train_reader,
+        validation_reader,
+        Path(job["folder"]),
+        rank=rank,
+        initial=None if job["initial"] is None else Path(job["initial"]),
+        **options,
+    )
 
 
 def train_on_ray(
@@ -78,8 +128,11 @@ def train_on_ray(
     teacher: str,
     masks: MaskDraws,
     utterances: list[SourceUtterance],
+    cache_targets: Targets | None = None,
     initial: Path | None = None,
     cpu_threads: int = 1,
+    reserved_cpus: int = 1,
+    in_process: bool = False,
 ) -> None:
     """Trains on ``settings.workers`` Ray Train workers; Ray must be initialised. Goes on from the run's last checkpoint.
 
@@ -88,8 +141,11 @@ def train_on_ray(
         layers: 1-based teacher layers to learn from.
         cache: location of the cache, for cached targets.
         teacher, masks, utterances: for online targets.
+        cache_targets: which of its targets to read, as `teacher_cache.spec.CacheSpec.targets`; default what it was made for.
         initial: as `student.training.train` takes it.
         cpu_threads: PyTorch threads of a worker without a GPU.
+        reserved_cpus: cores that Ray sets aside for each worker.
+        in_process: a single worker is this process, which has its cores and GPU already, and restarts are the caller's.
 
     Raises:
         ValueError, FloatingPointError, OSError: as `student.training.train` does, from whichever worker it came.
@@ -104,16 +160,26 @@ def train_on_ray(
         "folder": str(folder),
         "layers": layers,
         "cache": cache,
+        "cache_targets": cache_targets,
         "teacher": teacher,
         "masks": masks.model_dump(mode="json"),
         "utterances": [vars(u) for u in utterances] if settings.targets == "online" else [],
         "initial": None if initial is None else str(initial),
         "threads": cpu_threads,
     }
+    if in_process and settings.workers == 1:
+        device = torch.device("cuda", 0) if settings.use_gpu else torch.device("cpu")
+        torch.set_num_threads(cpu_threads)
+        _train(job, Rank(device=device))
+        return
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config=job,
-        scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=settings.use_gpu),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=settings.use_gpu,
+            resources_per_worker={"CPU": reserved_cpus} | ({"GPU": 1} if settings.use_gpu else {}),
+        ),
         # Our own checkpoints carry the progress; a name of its own keeps Ray from resuming some other run's state.
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex[:12],

@@ -136,6 +136,7 @@ def train(
     rank: Rank = Rank(),
     initial: Path | None = None,
     wrap: Callable[[nn.Module], nn.Module] = lambda distiller: distiller,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     on_validation: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> TrainResult:
     """Trains a student, or goes on from ``folder/checkpoints/last``.
@@ -153,6 +154,7 @@ def train(
         rank: this process.
         initial: a safetensors file of tensors that the student starts from, by name, such as the teacher's; others are drawn.
         wrap: puts the student, with its loss, in DDP.
+        on_row: called on every rank with each row of ``metrics.jsonl`` (see `Metrics`).
         on_validation: called on every rank, equally often, after each validation.
 
     Raises:
@@ -167,7 +169,9 @@ def train(
             "student.split_heads) and student.target_dim to match, or choose teacher.layers"
         )
     settings.check_student(config)
-    loop = _Loop(config, settings, train_reader, validation_reader, folder, rank, initial, wrap, on_validation)
+    for reader in (train_reader, validation_reader):
+        _check_frames(config, reader)
+    loop = _Loop(config, settings, train_reader, validation_reader, folder, rank, initial, wrap, on_row, on_validation)
     with loop.metrics:
         result = loop.run()
     if rank.index == 0:
@@ -175,6 +179,17 @@ def train(
         temporary.write_text(json.dumps(asdict(result), indent=2) + "\n")
         temporary.replace(folder / "train.json")
     return result
+
+
+def _check_frames(config: StudentConfig, reader: TargetReader) -> None:
+    """ValueError where the student would make other frames of an utterance than the teacher did."""
+    ours = config.num_frames(torch.as_tensor(reader.num_samples)).numpy()
+    if (wrong := np.flatnonzero(ours != reader.num_frames)).size:
+        first = wrong[0]
+        raise ValueError(
+            f"the student makes {ours[first]} frames of an utterance of {reader.num_samples[first]} samples, the targets have "
+            f"{reader.num_frames[first]}; set student.patches to the teacher's, or give the student other student.conv_layers"
+        )
 
 
 @dataclass(frozen=True)
@@ -198,9 +213,10 @@ class _Loop:
         rank: Rank,
         initial: Path | None,
         wrap: Callable[[nn.Module], nn.Module],
+        on_row: Callable[[dict[str, Any]], None],
         on_validation: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.settings, self.rank, self.on_validation = settings, rank, on_validation
+        self.settings, self.rank, self.on_row, self.on_validation = settings, rank, on_row, on_validation
         self.train_reader, self.validation_reader = train_reader, validation_reader
         torch.manual_seed(settings.seed)
         self.student = Student(config).to(rank.device)
@@ -356,7 +372,7 @@ class _Loop:
             "longest": longest,
             "longest_seconds": seconds[longest],
         }
-        self.metrics.write(row)
+        self.write(row)
         if state.skipped_in_a_row >= limit:
             some = ", ".join(list(seconds)[:8]) + (", ..." if len(seconds) > 8 else "")
             raise FloatingPointError(
@@ -397,7 +413,12 @@ class _Loop:
             row["gradient_norm"] = state.gradient_norm
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()
-        self.metrics.write(row | fields | {"skipped_steps": state.skipped_steps})
+        self.write(row | fields | {"skipped_steps": state.skipped_steps})
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Adds a row to the run's record, and hands it on."""
+        self.metrics.write(row)
+        self.on_row(row)
 
     def validate(self) -> None:
         """Validates, keeps the student where it is among the best, and makes a checkpoint."""
@@ -416,7 +437,7 @@ class _Loop:
         if state.first_validation_loss is None:
             state.first_validation_loss = loss
         state.last_validation_loss = loss
-        self.metrics.write(row)
+        self.write(row)
         self.checkpoints.save_best(student, state, loss, settings.keep_best)
         self.window.leave_out(time.monotonic() - began)
         self.checkpoint()

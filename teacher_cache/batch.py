@@ -101,12 +101,14 @@ class TargetReader(Protocol):
 
     Attributes:
         num_samples: (N,) int64 lengths of the split's utterances, in index order.
+        num_frames: (N,) int64 frames of each, as the teacher counts them.
         layers: 1-based teacher layers that ``targets`` holds.
         dim: the teacher's width D.
         draws: mask draws there are; None where every draw can be had.
     """
 
     num_samples: np.ndarray
+    num_frames: np.ndarray
     layers: tuple[int, ...]
     dim: int
     draws: int | None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from teacher_cache.building import building, full_disk
+from teacher_cache.builds import TeacherWork, write_build
 from teacher_cache.codecs import is_learned
 from teacher_cache.embedded import to_pcm
 from teacher_cache.fit import fit_to_teacher
@@ -202,6 +203,7 @@ def _write_missing(
     written = utterances = 0
     seconds = busy = 0.0
     failures: list[str] = []
+    work = TeacherWork()
     # Closed whatever happens, so that no actor writes on after the claim is given up.
     with closing(_records(cache, todo, teacher_spec, workers)) as records:
         for record in records:
@@ -211,6 +213,7 @@ def _write_missing(
             if record["full"]:
                 raise full_disk(cache.store, record["failures"][-1])
             busy += record["busy"]
+            work.add(TeacherWork.of(record))
             if record["failures"]:
                 failures += record["failures"]
                 continue
@@ -231,8 +234,11 @@ def _write_missing(
                     elapsed,
                 )
             )
-    refuse_failures(failures)
     elapsed = time.monotonic() - started
+    if work.seconds:
+        device = "cpu" if workers is None else workers.device
+        write_build(cache.store, work, device=device, actors=actors, elapsed=elapsed)
+    refuse_failures(failures)
     return BuildReport(written, len(there), elapsed, seconds, busy)
 
 
@@ -255,10 +261,37 @@ def writer_here(cache: Cache, teacher: str | Teacher, device: str = "cpu") -> It
         torch.set_num_threads(threads)
 
 
+class _ShardMetrics:
+    """What an actor wrote, for the exporter of its node. Ray puts ``ray_`` before each name, and ``_total`` after a counter's."""
+
+    def __init__(self) -> None:
+        from ray.util.metrics import Counter, Histogram
+
+        self._counters = {
+            "utterances": Counter("distill_cache_utterances", "Utterances in the shards written"),
+            "seconds": Counter("distill_cache_audio_seconds", "Audio in the shards written, in seconds"),
+            "bytes": Counter("distill_cache_bytes", "Bytes of the shards written"),
+            "busy": Counter("distill_cache_teacher_seconds", "Seconds in which teachers and codecs worked"),
+        }
+        self._failures = Counter("distill_cache_failures", "Utterances or shards that could not be cached")
+        about = "Seconds from a shard's decoded audio to its last commit"
+        self._shard = Histogram("distill_cache_shard_seconds", about, boundaries=[1, 3, 10, 30, 100, 300, 1000])
+
+    def count(self, record: Mapping[str, Any], seconds: float) -> None:
+        """A shard's record, and how long it took. One that was there already, as a retried task finds it, counts for nothing."""
+        if failed := len(record["failures"]):
+            self._failures.inc(failed)
+        elif record["bytes"]:
+            self._shard.observe(seconds)
+            for field, counter in self._counters.items():
+                counter.inc(record[field])
+
+
 class _ShardWriterActor:
     """`ShardWriter` in a Ray Data actor. What it raises for the user comes back in a record: Ray would try again and again."""
 
     def __init__(self, location: str, teacher_spec: str, device: str) -> None:
+        self._metrics = _ShardMetrics()
         self._refused = ""
         try:
             self._writer = ShardWriter(location, teacher_spec, device)
@@ -266,7 +299,12 @@ class _ShardWriterActor:
             self._refused = str(error)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([{"refused": self._refused}]) if self._refused else self._writer(batch)
+        if self._refused:
+            return pa.Table.from_pylist([{"refused": self._refused}])
+        started = time.perf_counter()
+        records = self._writer(batch)  # One shard.
+        self._metrics.count(records.to_pylist()[0], time.perf_counter() - started)
+        return records
 
 
 def _records(

@@ -7,6 +7,7 @@
       clean/part-00000.parquet             id, num_samples, num_frames, audio, layer columns
       masked/draw=0/part-00000.parquet     id, mask, layer columns at unmasked frames
       commits/clean/part-00000.json        written last, one for each shard file: rows, bytes, SHA-256; sealed
+      builds/...                           one for each build: what its teachers did; measured, so no part of the identity
       copies/...                           cache.json, plan.parquet and codec states once more, for repair
 
 A file is put in its place whole, and counts only when its commit record is there. So a killed build leaves nothing half done
@@ -28,6 +29,7 @@ import safetensors.torch
 from torch import Tensor
 
 from teacher_cache.building import CLAIM
+from teacher_cache.builds import BUILDS
 from teacher_cache.codecs import ColumnCodec, is_learned, open_codec
 from teacher_cache.frames import SAMPLE_RATE
 from teacher_cache.records import sealed, unsealed
@@ -235,7 +237,7 @@ class Cache:
 
 def refuse_strangers(store: Store) -> None:
     """CacheError where there is no cache, but there are files that no beginning of one explains."""
-    known = (CACHE_JSON, PLAN, "codec", COPIES, CLAIM)
+    known = (CACHE_JSON, PLAN, "codec", COPIES, BUILDS, CLAIM)
     strangers = [name for name in store.names() if name.partition("/")[0] not in known]
     if strangers and not Cache.exists(store):
         raise CacheError(

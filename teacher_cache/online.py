@@ -11,7 +11,6 @@ from torch import Tensor
 from teacher_cache.audio import load_audio
 from teacher_cache.batch import Batch, pad_waveforms
 from teacher_cache.embedded import quantize
-from teacher_cache.frames import num_frames
 from teacher_cache.masks import draw_mask
 from teacher_cache.shards import SourceUtterance
 from teacher_cache.spec import MaskDraws
@@ -39,6 +38,7 @@ class OnlineReader:
     ) -> None:
         self.utterances = utterances
         self.num_samples = np.array([utterance.num_samples for utterance in utterances])
+        self.num_frames = np.array([teacher.num_frames(utterance.num_samples) for utterance in utterances])
         self.layers = tuple(layers or range(1, teacher.num_layers + 1))
         self.dim = teacher.dim
         self._teacher = teacher
@@ -50,7 +50,7 @@ class OnlineReader:
         waveforms, lengths = pad_waveforms([load_source(utterance) for utterance in members])
         device = self._teacher.device
         waveforms, lengths = waveforms.to(device), lengths.to(device)
-        frames = num_frames(lengths)
+        frames = self._teacher.num_frames(lengths)
         targets = self._teacher.hidden_states(waveforms, lengths, layers=self.layers)
         frame_mask = None
         if draw is not None:

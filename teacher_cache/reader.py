@@ -3,8 +3,9 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,17 @@ from teacher_cache.codecs import ColumnCodec
 from teacher_cache.embedded import from_flac, from_pcm
 from teacher_cache.layout import Cache, ShardFile, column_name
 from teacher_cache.online import masks_of
-from teacher_cache.spec import CacheError
+from teacher_cache.spec import CacheError, Targets
+from teacher_cache.store import Store
 
-_OPEN_FILES = 64
-"""Files each reading thread keeps open."""
+_OPEN_FILES = 256
+"""Files kept open on a disk."""
+_OPEN_REMOTE_FILES = 1024
+"""And in an object store, where opening one takes two requests. The footer of each is tens of kilobytes."""
+_REMOTE_THREADS = 32
+"""Reading an object store is waiting: so many requests are in flight."""
+_REMOTE_BATCHES = 4
+"""Batches read at a time from one: a batch of six utterances alone would not keep the threads busy."""
 _COMMIT_THREADS = 16
 
 
@@ -39,10 +47,14 @@ class CacheReader:
         split: ``train`` or ``validation``.
         layers: 1-based layers to read; default all that are cached.
         draws: how many of the cached mask draws to use; default all.
-        threads: that read and unpack the utterances of a batch; default 4, or as many as there are cores.
+        threads: that read and unpack utterances. Default for a local cache 4, or as many as there are cores; for an object
+            store, where they wait for requests, 32.
+        targets: ``clean_only`` reads no masked pass where there is one: under a mask draw the targets are then clean at
+            unmasked frames too. Default what the cache was made for.
 
     Attributes:
         bytes_read: from the shards, so far.
+        batches_at_once: reads that whoever reads ahead should have under way.
 
     Raises:
         CacheError: no cache, an unfinished one, a file whose size is not the committed one, an unknown split, layer or draw.
@@ -50,14 +62,18 @@ class CacheReader:
 
     def __init__(
         self,
-        location: str | Path,
+        location: str | Path | Store,
         split: str,
         layers: Sequence[int] | None = None,
         draws: int | None = None,
         threads: int | None = None,
+        targets: Targets | None = None,
     ) -> None:
         self.cache = Cache.open(location)
         spec = self.cache.spec
+        self._targets = targets or spec.targets
+        if self._targets != spec.targets and (spec.targets, targets) != ("clean_and_masked", "clean_only"):
+            raise CacheError(f"the cache at {location} has targets {spec.targets}, {targets} are wanted")
         self.layers = tuple(layers) if layers is not None else spec.layers
         missing = sorted(set(self.layers) - set(spec.layers))
         if missing:
@@ -74,7 +90,7 @@ class CacheReader:
             raise CacheError(f"the cache at {location} has no split {split!r}; it has {splits}")
         self.ids = [utterance.id for shard in shards for utterance in shard.utterances]
         self.num_samples = np.array([u.num_samples for shard in shards for u in shard.utterances])
-        self._num_frames = [frames for shard in shards for frames in shard.num_frames]
+        self.num_frames = np.array([frames for shard in shards for frames in shard.num_frames])
         self._places = [(shard.number, row) for shard in shards for row in range(len(shard.utterances))]
         self._sets = {
             number: tuple(c for c in self.cache.codecs(number) if set(c.layers) & set(self.layers))
@@ -86,12 +102,15 @@ class CacheReader:
             for file in self.cache.files(shard):
                 part = file.part
                 audio = part.kind == "clean" and part.layer_set == 0
-                wanted = part.draw is None or part.draw < self.draws
+                wanted = part.draw is None or (part.draw < self.draws and self._targets != "clean_only")
                 if audio or (wanted and part.layer_set in self._sets):
                     self._files[shard.number, part.kind, part.draw, part.layer_set] = file
         self._check_files()
-        self._pool = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), "cache-reader")
-        self._open = threading.local()
+        remote = self.cache.store.local is None
+        self.batches_at_once = _REMOTE_BATCHES if remote else 1
+        default = _REMOTE_THREADS if remote else min(4, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(threads or default, "cache-reader")
+        self._open = _OpenFiles(self.cache.store, _OPEN_REMOTE_FILES if remote else _OPEN_FILES)
 
     def _check_files(self) -> None:
         store = self.cache.store
@@ -113,13 +132,13 @@ class CacheReader:
         if draw is not None and not 0 <= draw < (self.draws or 0):
             have = f"draws 0 to {self.draws - 1}" if self.draws else "none"
             raise CacheError(f"mask draw {draw} is not in the cache at {self.cache.store.location}; it has {have}")
-        if draw is None and spec.masks.draws and spec.targets == "composite_only" and self._split == "train":
+        if draw is None and spec.masks.draws and self._targets == "composite_only" and self._split == "train":
             raise CacheError(
                 f"the cache at {self.cache.store.location} has no clean targets of the training split: it is composite_only"
             )
         rows = list(self._pool.map(self._read_row, indices, [draw] * len(indices)))
         waveforms, lengths = pad_waveforms([waveform for waveform, *_ in rows])
-        frames = torch.tensor([self._num_frames[i] for i in indices])
+        frames = torch.from_numpy(self.num_frames[list(indices)])
         width = int(frames.max())
         codecs = [codec for group in self._sets.values() for codec in group]
         columns: list[tuple[ColumnCodec, Tensor]] = []
@@ -140,7 +159,7 @@ class CacheReader:
     def _read_row(self, index: int, draw: int | None) -> tuple[np.ndarray, list[np.ndarray], np.ndarray | None]:
         """One utterance: (S,) waveform, each column's codes (T, bytes_per_frame), (T,) mask."""
         spec = self.cache.spec
-        composite = spec.targets == "composite_only" and draw is not None
+        composite = self._targets == "composite_only" and draw is not None
         first = self._columns(index, "clean", None, 0, ["audio"], [] if composite or 0 not in self._sets else None)
         unpack = from_flac if spec.audio == "flac" else from_pcm
         waveform = unpack(first[0].as_buffer())
@@ -148,7 +167,7 @@ class CacheReader:
             raise self._damaged(self._file(index, "clean", None, 0), "the audio has another length")
         codes: list[np.ndarray] = []
         mask: np.ndarray | None = None
-        count = self._num_frames[index]
+        count = int(self.num_frames[index])
         for number, _codecs in self._sets.items():
             if composite:
                 mask_value, *values = self._columns(index, "composite", draw, number, ["mask"], None)
@@ -157,7 +176,7 @@ class CacheReader:
                 continue
             clean = first[1:] if number == 0 else self._columns(index, "clean", None, number, [], None)
             arrays = self._codes(index, "clean", None, number, clean, count)
-            if draw is not None and spec.targets == "clean_only":
+            if draw is not None and self._targets == "clean_only":
                 mask = masks_of(spec.masks, draw, [self.ids[index]], [count])[0].numpy()
             elif draw is not None:
                 mask_value, *values = self._columns(index, "masked", draw, number, ["mask"], None)
@@ -196,8 +215,8 @@ class CacheReader:
             features = [column_name(codec.layers) for codec in self._sets[number]]
         columns = ["id", *extra, *features]
         try:
-            parquet = self._parquet(file)
-            table = parquet.read_row_group(self._places[index][1], columns=columns, use_threads=False)
+            with self._open.use(file.name) as parquet:
+                table = parquet.read_row_group(self._places[index][1], columns=columns, use_threads=False)
             values = [table.column(name).chunk(0)[0] for name in columns]
             found = values[0].as_py()
             self.bytes_read += table.nbytes
@@ -207,19 +226,53 @@ class CacheReader:
             raise self._damaged(file, f"it holds {found!r} where the plan has {self.ids[index]!r}")
         return values[1:]
 
-    def _parquet(self, file: ShardFile) -> pq.ParquetFile:
-        opened: OrderedDict[str, pq.ParquetFile] = self._open.__dict__.setdefault("files", OrderedDict())
-        if file.name not in opened:
-            opened[file.name] = pq.ParquetFile(self.cache.store.open(file.name), page_checksum_verification=True)
-            if len(opened) > _OPEN_FILES:
-                opened.popitem(last=False)[1].close()
-        opened.move_to_end(file.name)
-        return opened[file.name]
-
     def _damaged(self, file: ShardFile, why: str) -> CacheError:
         return CacheError(
             f"{self.cache.store.at(file.name)} is damaged ({why}); `python -m teacher_cache repair` rebuilds it"
         )
+
+
+class _OpenFiles:
+    """Shard files that stay open, each used by one thread at a time; those not used for longest are closed.
+
+    Args:
+        store: of the cache.
+        limit: files kept open beyond those in use.
+    """
+
+    def __init__(self, store: Store, limit: int) -> None:
+        self._store = store
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._idle: OrderedDict[str, list[pq.ParquetFile]] = OrderedDict()
+        self._count = 0
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[pq.ParquetFile]:
+        """An open file for this thread alone. One whose use fails is not kept."""
+        with self._lock:
+            idle = self._idle.get(name, [])
+            file = idle.pop() if idle else None
+            if file is not None:
+                self._count -= 1
+                if not idle:
+                    del self._idle[name]
+        if file is None:
+            # Over a network all columns of a row group come in one request.
+            remote = self._store.local is None
+            file = pq.ParquetFile(self._store.open(name), page_checksum_verification=True, pre_buffer=remote)
+        yield file
+        with self._lock:
+            self._idle.setdefault(name, []).append(file)
+            self._idle.move_to_end(name)
+            self._count += 1
+            while self._count > self._limit:
+                oldest, files = self._idle.popitem(last=False)
+                files.pop(0).close()
+                self._count -= 1
+                if files:
+                    self._idle[oldest] = files
+                    self._idle.move_to_end(oldest, last=False)
 
 
 def _to_bool(value: pa.ListScalar) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The plan of shards: which utterance lies where."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,12 +43,19 @@ PLAN_SCHEMA = pa.schema(
 )
 
 
-def plan_shards(utterances: Sequence[SourceUtterance], shard_seconds: float) -> pa.Table:
+def plan_shards(
+    utterances: Sequence[SourceUtterance], shard_seconds: float, num_frames: Callable[[int], int] = num_frames
+) -> pa.Table:
     """Assigns every utterance a shard and a row in it; a pure function of its arguments.
 
     Utterances of a split are put in a fixed pseudo-random order (by hash of the id, so that every shard has a mix of
     speakers) and cut into shards of about ``shard_seconds``; a shard holds one split only. Within a shard rows go from
     the longest to the shortest, so that teacher batches need little padding.
+
+    Args:
+        utterances: of all splits.
+        shard_seconds: audio per shard.
+        num_frames: frames of an utterance of so many samples, as the teacher counts them; default HuBERT's.
 
     Returns:
         Table of PLAN_SCHEMA, sorted by shard and row.

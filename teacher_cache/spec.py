@@ -85,11 +85,14 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid"):
     def differences(self, needed: "CacheSpec") -> list[str]:
         """What keeps this cache, even if it grows, from serving a need; one readable phrase each, ``name: has -> needed``.
 
-        Fewer layers and draws are served as they are; more layers and draws can be added.
+        Fewer layers and draws are served as they are, and clean targets where there are masked ones too; more layers and
+        draws can be added.
         """
         mine, theirs = (
             spec.model_dump(mode="json", exclude={"layers": True, "masks": True}) for spec in (self, needed)
         )
+        if (self.targets, needed.targets) == ("clean_and_masked", "clean_only"):
+            theirs["targets"] = self.targets
         for draw in range(min(self.masks.draws, needed.masks.draws)):
             for spec, flat in ((self, mine), (needed, theirs)):
                 flat["masks.seed"] = spec.masks.seed

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from teacher_cache.batch import pad_waveforms
 from teacher_cache.batches import cut_by_seconds
+from teacher_cache.builds import Passes, TeacherWork
 from teacher_cache.codecs import ColumnCodec
 from teacher_cache.embedded import from_flac, from_pcm, to_flac, to_pcm
-from teacher_cache.frames import padding_mask
+from teacher_cache.frames import SAMPLE_RATE, padding_mask
 from teacher_cache.layout import Cache, ShardFile, column_name, file_record, write_commit
 from teacher_cache.online import load_source, masks_of
 from teacher_cache.shards import Shard, SourceUtterance
@@ -132,28 +133,36 @@ class ShardWriter:
             audio: decoded; read here where it is not given.
 
         Returns:
-            ``shard``, ``utterances``, ``seconds`` of audio, ``busy`` (seconds the teacher worked) and ``failures``: sentences;
-            with any of them the shard is left unfinished. ``full`` is whether the disk was.
+            ``shard``, ``utterances``, ``seconds`` of audio, ``busy`` (seconds of the teacher and the codec), ``bytes`` written, the
+            columns of `TeacherWork` and ``failures``: sentences; with any of them the shard is left unfinished. ``full`` is
+            whether the disk was.
         """
         record = {"shard": shard.number, "utterances": len(shard.utterances), "seconds": shard.seconds, "busy": 0.0}
+        work = TeacherWork()
         missing = [file for file in self._cache.files(shard) if self._cache.store.size(file.commit) is None]
         failures: list[str] = []
         full = False
+        written = 0
         if missing:
             audio = audio or decode_shard(self._cache, shard)
             failures = audio.failures
             try:
                 if not failures:
-                    record["busy"] = self._write_files(shard, missing, audio)
+                    record["busy"] = self._write_files(shard, missing, audio, work)
+                    written = sum(self._cache.store.size(file.name) or 0 for file in missing)
             except ValueError as error:
                 failures = [f"shard {shard.number}: {error}"]
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 failures = [f"shard {shard.number} could not be written to {self._cache.store.location}: {error}"]
-        return record | {"failures": failures, "full": full}
+        return record | work.flat() | {"bytes": written, "failures": failures, "full": full}
 
-    def _write_files(self, shard: Shard, files: list[ShardFile], audio: ShardAudio) -> float:
+    def _write_files(self, shard: Shard, files: list[ShardFile], audio: ShardAudio, work: TeacherWork) -> float:
         samples = np.array([len(waveform) for waveform in audio.waveforms])
+        if shard.num_frames != [self._teacher.num_frames(n) for n in samples.tolist()]:
+            raise CacheError(
+                f"its plan has other frames than {self._teacher.name} makes; plan_shards takes the teacher's num_frames"
+            )
         busy = 0.0
         with ExitStack() as stack:
             outputs = [stack.enter_context(_output(self._cache, file, self._codecs, shard, audio)) for file in files]
@@ -167,6 +176,7 @@ class ShardWriter:
                         [shard.utterances[i].id for i in batch],
                         [audio.waveforms[i] for i in batch],
                         [shard.num_frames[i] for i in batch],
+                        work,
                     )
                     busy += time.perf_counter() - started
                 waiting += [
@@ -179,14 +189,19 @@ class ShardWriter:
         return busy
 
     def _encode(
-        self, outputs: list["_Output"], ids: list[str], waveforms: list[np.ndarray], frames: list[int]
+        self,
+        outputs: list["_Output"],
+        ids: list[str],
+        waveforms: list[np.ndarray],
+        frames: list[int],
+        work: TeacherWork,
     ) -> list[tuple[list[np.ndarray], np.ndarray | None]]:
         """For every output: each column's codes, frames of the batch one after the other, and the masks (B, T)."""
         device, masks = self._teacher.device, self._cache.spec.masks
         padded, lengths = (tensor.to(device) for tensor in pad_waveforms(waveforms))
         real = ~padding_mask(torch.tensor(frames, device=device), max(frames))
         kinds = {output.part.kind for output in outputs if output.codecs}
-        clean = self._hidden(padded, lengths, None) if kinds & {"clean", "composite"} else None
+        clean = self._hidden(padded, lengths, None, work.clean) if kinds & {"clean", "composite"} else None
         encoded = []
         draw: int | None = None
         mask: Tensor | None = None
@@ -195,7 +210,7 @@ class ShardWriter:
             if output.part.draw is not None and output.part.draw != draw:
                 draw = output.part.draw
                 mask = masks_of(masks, draw, ids, frames).to(device)
-                masked = self._hidden(padded, lengths, mask)
+                masked = self._hidden(padded, lengths, mask, work.masked)
             targets, kept = clean, real
             if output.part.kind != "clean":
                 assert mask is not None and masked is not None
@@ -213,8 +228,13 @@ class ShardWriter:
             encoded.append((codes, None if output.part.kind == "clean" or mask is None else mask.cpu().numpy()))
         return encoded
 
-    def _hidden(self, padded: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor:
-        return hidden_states(self._teacher, self._cache.spec.precision, padded, lengths, mask)
+    def _hidden(self, padded: Tensor, lengths: Tensor, mask: Tensor | None, passes: Passes) -> Tensor:
+        started = time.perf_counter()
+        states = hidden_states(self._teacher, self._cache.spec.precision, padded, lengths, mask)
+        if states.is_cuda:
+            torch.cuda.synchronize(states.device)
+        passes.add(time.perf_counter() - started, float(lengths.sum()) / SAMPLE_RATE)
+        return states
 
 
 def hidden_states(teacher: Teacher, precision: str, padded: Tensor, lengths: Tensor, mask: Tensor | None) -> Tensor:

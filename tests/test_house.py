@@ -44,6 +44,7 @@ def test_data_flows_one_way(package: str) -> None:
                     "teacher_cache/build.py",
                     "student/ray_training.py",
                     "pipeline/stages.py",
+                    "pipeline/ablate.py",
                     "serve/deployment.py",
                 }, f"{path} imports ray"
 

@@ -76,7 +76,16 @@ STUDENT = (
     "student.checkpoints",
     "student.training",
 )
-JOB = ("pipeline.config", "pipeline.corpus", "pipeline.plan", "pipeline.plan_cluster", "pipeline.simulate", "serve.app")
+JOB = (
+    "pipeline.config",
+    "pipeline.ablation",
+    "pipeline.ablation_report",
+    "pipeline.corpus",
+    "pipeline.plan",
+    "pipeline.plan_cluster",
+    "pipeline.simulate",
+    "serve.app",
+)
 
 
 def modules(title: str, names: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The hyper-parameters that HuBERT, WavLM and wav2vec 2.0 differ in, and the torchaudio model they describe."""
+"""The hyper-parameters that models built like wav2vec 2.0 differ in, and the torchaudio model they describe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torchaudio.models import Wav2Vec2Model, wav2vec2_model, wavlm_model
 
-from teacher_cache.teachers.model import TeacherError
+from teacher_cache.teachers.positions import StackedPositions
+from teacher_cache.teachers.teacher import TeacherError
 
 HUBERT_CONVOLUTIONS = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
 
@@ -31,6 +32,7 @@ class Architecture:
         projected: whether a linear layer leads from the convolutions' width to D; fairseq has none if they are equal.
         relative_positions: (buckets, maximal distance in frames) of WavLM's gated relative position bias; None for
             HuBERT and wav2vec 2.0.
+        pos_depth: position convolutions of data2vec, one after the other; None for wav2vec 2.0's single, weight-normed one.
     """
 
     conv_layers: list[tuple[int, int, int]]
@@ -45,6 +47,7 @@ class Architecture:
     pos_groups: int
     projected: bool = True
     relative_positions: tuple[int, int] | None = None
+    pos_depth: int | None = None
 
 
 def build_model(architecture: Architecture, source: str) -> Wav2Vec2Model:
@@ -83,6 +86,10 @@ def build_model(architecture: Architecture, source: str) -> Wav2Vec2Model:
     try:
         with torch.random.fork_rng(devices=[]):
             model = build(**arguments)
+            if architecture.pos_depth is not None:
+                model.encoder.transformer.pos_conv_embed = StackedPositions(
+                    architecture.dim, architecture.pos_depth, architecture.pos_kernel, architecture.pos_groups
+                )
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise TeacherError(f"{source} has a configuration that makes no model: {error}") from error
     if not architecture.projected:

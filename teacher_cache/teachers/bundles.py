@@ -4,7 +4,8 @@ import torch
 import torchaudio.pipelines
 from torchaudio.models import Wav2Vec2Model
 
-from teacher_cache.teachers.model import NORMALIZE_EPS, Teacher, TeacherError
+from teacher_cache.teachers.teacher import TeacherError
+from teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2Teacher
 
 
 def bundle_names() -> list[str]:
@@ -17,7 +18,7 @@ def bundle_names() -> list[str]:
     )
 
 
-def load_bundle(name: str, device: str | torch.device) -> Teacher:
+def load_bundle(name: str, device: str | torch.device) -> Wav2Vec2Teacher:
     """A teacher from a torchaudio bundle; its weights are downloaded once and kept in torch.hub's folder.
 
     Args:
@@ -37,7 +38,7 @@ def load_bundle(name: str, device: str | torch.device) -> Teacher:
         raise TeacherError(f"the weights of torchaudio's {name} can't be had: {error}") from error
     # Large models come wrapped in a module that normalises the whole batch as one; ours does it for each utterance.
     normalize = not isinstance(model, Wav2Vec2Model)
-    return Teacher(
+    return Wav2Vec2Teacher(
         model.model if normalize else model,
         None,
         name=f"torchaudio:{name}",

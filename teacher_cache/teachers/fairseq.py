@@ -10,7 +10,9 @@ from torch import Tensor
 
 from teacher_cache.frames import SAMPLE_RATE
 from teacher_cache.teachers.architecture import HUBERT_CONVOLUTIONS, Architecture, build_model
-from teacher_cache.teachers.model import NORMALIZE_EPS, Teacher, TeacherError, checked_mask_embedding, load_weights
+from teacher_cache.teachers.teacher import TeacherError
+from teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2Teacher
+from teacher_cache.teachers.weights import checked_mask_embedding, load_weights
 from teacher_cache.untrusted import plain
 
 _PRETRAINED = ("hubert", "wav2vec2")
@@ -65,7 +67,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
 _PATTERNS = tuple((re.compile(pattern), replacement) for pattern, replacement in _NAMES)
 
 
-def load_fairseq(checkpoint: Mapping[str, Any], name: str, device: str | torch.device) -> Teacher:
+def load_fairseq(checkpoint: Mapping[str, Any], name: str, device: str | torch.device) -> Wav2Vec2Teacher:
     """A pre-trained HuBERT or wav2vec 2.0 from the dictionary of a fairseq checkpoint.
 
     Args:
@@ -90,7 +92,7 @@ def load_fairseq(checkpoint: Mapping[str, Any], name: str, device: str | torch.d
     weights, mask_embedding = torchaudio_weights(checkpoint.get("model"), name)
     model = build_model(architecture, name)
     load_weights(model, weights, name)
-    return Teacher(
+    return Wav2Vec2Teacher(
         model,
         checked_mask_embedding(mask_embedding, architecture.dim, name),
         name=name,

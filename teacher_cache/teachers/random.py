@@ -7,12 +7,13 @@ from torch import nn
 from torchaudio.models import Wav2Vec2Model
 
 from teacher_cache.teachers.architecture import Architecture, build_model
-from teacher_cache.teachers.model import Teacher, TeacherError
+from teacher_cache.teachers.teacher import TeacherError
+from teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
 _SEED = 0
 
 
-def load_random(size: str, device: str | torch.device) -> Teacher:
+def load_random(size: str, device: str | torch.device) -> Wav2Vec2Teacher:
     """A HuBERT with random weights, the same for the same size on every machine; ``12x768`` is the shape of Base.
 
     Args:
@@ -43,7 +44,7 @@ def load_random(size: str, device: str | torch.device) -> Teacher:
     generator = torch.Generator().manual_seed(_SEED)
     _initialise(model, generator)
     mask_embedding = torch.rand(dim, generator=generator)
-    return Teacher(model, mask_embedding, name=f"random:{size}", device=device)
+    return Wav2Vec2Teacher(model, mask_embedding, name=f"random:{size}", device=device)
 
 
 @torch.no_grad()

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from teacher_cache.teachers.architecture import build_model
 from teacher_cache.teachers.fairseq import fairseq_architecture, torchaudio_weights
-from teacher_cache.teachers.model import NORMALIZE_EPS, Teacher, TeacherError, checked_mask_embedding, load_weights
+from teacher_cache.teachers.teacher import TeacherError
+from teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2Teacher
+from teacher_cache.teachers.weights import checked_mask_embedding, load_weights
 from teacher_cache.untrusted import plain
 
 
@@ -19,7 +21,7 @@ def is_wavlm(checkpoint: Mapping[str, Any]) -> bool:
     return isinstance(cfg, dict) and "relative_position_embedding" in cfg and "model" not in cfg
 
 
-def load_wavlm(checkpoint: Mapping[str, Any], name: str, device: str | torch.device) -> Teacher:
+def load_wavlm(checkpoint: Mapping[str, Any], name: str, device: str | torch.device) -> Wav2Vec2Teacher:
     """A WavLM from the dictionary of its own checkpoint.
 
     Args:
@@ -40,7 +42,7 @@ def load_wavlm(checkpoint: Mapping[str, Any], name: str, device: str | torch.dev
     weights, mask_embedding = torchaudio_weights(checkpoint.get("model"), name)
     model = build_model(architecture, name)
     load_weights(model, join_attention_projections(weights), name)
-    return Teacher(
+    return Wav2Vec2Teacher(
         model,
         checked_mask_embedding(mask_embedding, architecture.dim, name),
         name=name,

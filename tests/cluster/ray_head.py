@@ -51,10 +51,14 @@ class Head:
         with urllib.request.urlopen(urllib.request.Request(self.address + path, headers=headers), timeout=30) as answer:
             return answer.read().decode()
 
-    def metric_names(self) -> set[str]:
-        """Names that the exporter has now."""
+    def metric_values(self) -> dict[str, float]:
+        """What the exporter has now: each name's value, summed over its labels."""
         with urllib.request.urlopen(self.metrics, timeout=30) as answer:
-            return set(re.findall(r"^(ray_[a-z0-9_]+)", answer.read().decode(), re.MULTILINE))
+            samples = re.findall(r"^(ray_[a-z0-9_]+)(?:{.*})? (\S+)$", answer.read().decode(), re.MULTILINE)
+        values: dict[str, float] = {}
+        for name, value in samples:
+            values[name] = values.get(name, 0.0) + float(value)
+        return values
 
     def status(self, job: str) -> str:
         """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""

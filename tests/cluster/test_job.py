@@ -108,22 +108,31 @@ def test_a_worker_joins_with_the_token_only(head: Head) -> None:
         worker.wait(60)
 
 
+def own_metrics_at_the_end(head: Head, step: int) -> dict[str, float]:
+    """The exporter's values once the trainer's last ones have come, which stay for some seconds after it has ended."""
+    give_up = time.monotonic() + 30
+    while (values := head.metric_values()).get("ray_distill_train_step") != step:
+        assert time.monotonic() < give_up, {name: value for name, value in values.items() if "distill" in name}
+        time.sleep(0.5)
+    return values
+
+
 def test_job_is_cancelled_and_goes_on(head: Head, checkout: Path, speech_folder: Path, tmp_path: Path) -> None:
     steps = "train.max_steps=40"
     submit(head, checkout, speech_folder, tmp_path, "first", steps)
     run = tmp_path / "runs" / "demo"
     # Cancelled in the midst of training, after a checkpoint.
-    give_up = time.monotonic() + 240
+    give_up = time.monotonic() + 400
     names: set[str] = set()
     while not (run / "checkpoints" / "last").exists():
         status = head.status("first")
         assert status in ("PENDING", "RUNNING") and time.monotonic() < give_up, f"{status}:\n{head.logs('first')}"
-        names |= head.metric_names()
+        names |= set(head.metric_values())
         time.sleep(0.3)
     stopped = head.command("ray", "job", "stop", "first")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert head.wait("first") == "STOPPED"
-    names |= head.metric_names()
+    names |= set(head.metric_values())
     before = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines() if row.endswith("}")]
     reached = max(row["step"] for row in before)
     assert 0 < reached < 40, "the job was not cancelled in time"
@@ -134,7 +143,8 @@ def test_job_is_cancelled_and_goes_on(head: Head, checkout: Path, speech_folder:
 
     submit(head, checkout, speech_folder, tmp_path, "second", steps)
     assert head.wait("second") == "SUCCEEDED", head.logs("second")
-    names |= head.metric_names()
+    exported = own_metrics_at_the_end(head, step=40)
+    names |= set(exported)
     log = head.logs("second")
     # Readable where people look: each stage's line, what was reused, the summary.
     for text in ("12 utterances", "all shards are there, reused", "40 steps in", "export", "report at"):
@@ -165,6 +175,24 @@ def test_job_is_cancelled_and_goes_on(head: Head, checkout: Path, speech_folder:
     # The dashboard in docker/ reads these; a name that Ray no longer exports would leave a panel empty.
     recorded = set(METRICS.read_text().split())
     assert {"ray_node_cpu_utilization", "ray_actors", "ray_tasks"} <= names & recorded
+    assert {name for name in names if "distill" in name} == {name for name in recorded if "distill" in name}
+    # Our own say what was done, by actors that are long gone, once: the second job found the cache there.
+    shards = Cache.open(tmp_path / "cache").shards
+    assert exported["ray_distill_cache_utterances_total"] == 12
+    assert exported["ray_distill_cache_audio_seconds_total"] == pytest.approx(sum(s.seconds for s in shards))
+    assert exported["ray_distill_cache_bytes_total"] == sum(path.stat().st_size for path in written)
+    assert exported["ray_distill_cache_shard_seconds_count"] == len(shards)
+    assert exported["ray_distill_cache_teacher_seconds_total"] > 0
+    last = {row["kind"]: row for row in rows}
+    assert exported["ray_distill_train_steps"] == 40
+    for kind, field, name, factor in (
+        ("train", "loss", "loss", 1),
+        ("train", "learning_rate", "learning_rate", 1),
+        ("train", "data_wait", "data_wait_share", 1),
+        ("train", "audio_hours_per_minute", "audio_seconds_per_second", 60),
+        ("validation", "loss", "validation_loss", 1),
+    ):
+        assert exported[f"ray_distill_train_{name}"] == pytest.approx(last[kind][field] * factor), name
 
 
 def test_relative_paths_are_refused(head: Head, checkout: Path, tmp_path: Path, speech_folder: Path) -> None:

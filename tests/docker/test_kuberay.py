@@ -20,21 +20,28 @@ DOCUMENTS: list[dict[str, Any]] = [
 ]
 OF_RAY = {document["kind"]: document for document in DOCUMENTS if document["apiVersion"] == "ray.io/v1"}
 
-# KubeRay 1.5's fields, of those that are useful here: no registry offers its schemas, so its API reference was read.
+# KubeRay 1.5's fields, of those that are useful here, and their values: no registry offers its schemas, so this was compared with
+# the Go types that they are made from (ray-operator/apis/ray/v1/*_types.go).
 POD = "pod template"
-AUTOSCALER = {"version": str, "idleTimeoutSeconds": int, "upscalingMode": str, "resources": dict}
-HEAD = {"rayStartParams": dict, "template": POD, "serviceType": str}
+STRINGS = "map of strings"
+AUTOSCALER = {
+    "version": {"v1", "v2"},
+    "idleTimeoutSeconds": int,
+    "upscalingMode": {"Conservative", "Default", "Aggressive"},
+    "resources": dict,
+}
+HEAD = {"rayStartParams": STRINGS, "template": POD, "serviceType": {"ClusterIP", "NodePort", "LoadBalancer"}}
 GROUP = {
     "groupName": str,
     "replicas": int,
     "minReplicas": int,
     "maxReplicas": int,
-    "rayStartParams": dict,
+    "rayStartParams": STRINGS,
     "template": POD,
 }
 CLUSTER = {
     "rayVersion": str,
-    "authOptions": {"mode": str, "secretName": str},
+    "authOptions": {"mode": {"token", "disabled"}, "secretName": str},
     "enableInTreeAutoscaling": bool,
     "autoscalerOptions": AUTOSCALER,
     "headGroupSpec": HEAD,
@@ -43,7 +50,7 @@ CLUSTER = {
 SPECS: dict[str, Any] = {
     "RayCluster": CLUSTER,
     "RayJob": {
-        "submissionMode": str,
+        "submissionMode": {"K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"},
         "backoffLimit": int,
         "submitterConfig": {"backoffLimit": int},
         "shutdownAfterJobFinishes": bool,
@@ -61,6 +68,10 @@ def check(value: Any, schema: Any, where: str) -> None:
     if schema == POD:
         template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": value}
         kubernetes_validate.validate(template, KUBERNETES, strict=True)
+    elif schema == STRINGS:
+        assert all(type(inner) is str for inner in value.values()), f"{where}: {value}"
+    elif isinstance(schema, set):
+        assert value in schema, f"{where} is {value!r}"
     elif isinstance(schema, dict):
         assert set(value) <= set(schema), f"{where}: unknown {set(value) - set(schema)}"
         for key, inner in value.items():
@@ -93,6 +104,10 @@ def test_manifests_are_valid(document: dict[str, Any]) -> None:
 def test_the_checks_find_mistakes() -> None:
     with pytest.raises(AssertionError, match="unknown {'headGroup'}"):
         check({"headGroup": {}}, CLUSTER, "x")
+    with pytest.raises(AssertionError, match="num-cpus"):
+        check({"headGroupSpec": {"rayStartParams": {"num-cpus": 0}}}, CLUSTER, "x")
+    with pytest.raises(AssertionError, match="x.authOptions.mode is 'tokens'"):
+        check({"authOptions": {"mode": "tokens"}}, CLUSTER, "x")
     with pytest.raises(kubernetes_validate.ValidationError):
         check({"spec": {"containers": [{"name": "x", "imagee": "y"}]}}, POD, "x")
 

@@ -73,6 +73,8 @@ def test_wheel_holds_packages_and_recipes_and_nothing_else(wheel: Path) -> None:
     for recipe in (REPOSITORY / "configs").rglob("*.yaml"):
         assert f"pipeline/recipes/{recipe.relative_to(REPOSITORY / 'configs')}" in names
     assert "pipeline/demo_sentences.txt" in names
+    page = [path for path in (REPOSITORY / "serve" / "page").iterdir() if path.is_file()]
+    assert {f"serve/page/{path.name}" for path in page} <= set(names)
 
 
 def test_commands_work_from_anywhere(installed: Path, tmp_path: Path, speech_folder: Path) -> None:

@@ -17,6 +17,9 @@ from pipeline.probe import (
     edit_distance,
     outcome_table,
     probe_section,
+    probe_settings,
+    read_probe,
+    read_probes,
     read_task,
     run_probes,
 )
@@ -197,3 +200,18 @@ def test_tables_name_everything(tones: Path) -> None:
     section = probe_section(outcomes, "a < b")
     assert "a &lt; b" in section and "log-mel, 80 bands" in section and "polyline" in section
     assert len(outcome_table(outcomes).rows) == 2
+
+
+def test_a_probe_of_a_run_is_kept_in_its_folder_for_reports(tmp_path: Path, tones: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    save_student(Student(StudentConfig(encoder_layers=2, target_dim=16)), run / "export", {})
+    (run / "config.yaml").write_text("name: one\nteacher: {checkpoint: none}\ntrain: {}\n")
+    done = CliRunner().invoke(app, [str(tones / "first.csv"), "--run", str(run), "--no-log-mel", "--epochs", "1"])
+    assert done.exit_code == 0, done.output
+    [probed] = read_probes(run)
+    assert probed.title == "first" and [o.source for o in probed.outcomes] == ["student one"]
+    assert read_probe(run / "probes" / "first", probe_settings(tones / "first.csv", "characters", 1, 0)) == probed
+    assert read_probe(run / "probes" / "first", probe_settings(tones / "first.csv", "characters", 2, 0)) is None
+    (run / "probes" / "first" / "probe.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"probe.json is no probe's record"):
+        read_probes(run)

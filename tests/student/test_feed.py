@@ -13,6 +13,7 @@ from student.feed import PREFETCH, TrainingPlan, micro_batches
 from student.rank import Rank
 from student.settings import TrainSettings
 from teacher_cache.batch import Batch
+from teacher_cache.frames import num_frames
 
 Settings = Callable[..., TrainSettings]
 
@@ -25,6 +26,7 @@ class Reader:
 
     def __init__(self, at_read: Callable[[int], None] = lambda number: None) -> None:
         self.num_samples = np.arange(16_000, 26_000, 1000)
+        self.num_frames = np.array([num_frames(n) for n in self.num_samples.tolist()])
         self.reads: list[tuple[list[int], int | None]] = []
         self._at_read = at_read
 

@@ -53,6 +53,15 @@ def test_rows_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
         assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
+def test_rows_are_handed_on_as_they_are_written(
+    tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers
+) -> None:
+    seen: list[dict[str, Any]] = []
+    train(tiny, settings(max_steps=6, validate_every=3, log_every=2), *readers, tmp_path, on_row=seen.append)
+    assert seen == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {row["kind"] for row in seen} == {"train", "validation"}
+
+
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """The calls that a stand-in for wandb gets."""

@@ -36,8 +36,9 @@ class Faulty:
     """A reader whose n-th training batch (from 0) goes through ``fault``."""
 
     def __init__(self, reader: TargetReader, fault: Callable[[int, Batch], Batch]) -> None:
-        self.num_samples, self.layers, self.dim, self.draws = (
+        self.num_samples, self.num_frames, self.layers, self.dim, self.draws = (
             reader.num_samples,
+            reader.num_frames,
             reader.layers,
             reader.dim,
             reader.draws,

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from teacher_cache.build import BuildReport, Progress, Workers, build_cache
 from teacher_cache.building import building
+from teacher_cache.builds import BUILDS
 from teacher_cache.layout import Cache
 from teacher_cache.reader import CacheReader
 from teacher_cache.repair import repair_cache
@@ -64,11 +67,27 @@ def build(cache_spec: Make, source_utterances: list[SourceUtterance]) -> Build:
     return run
 
 
+def exported(name: str) -> float:
+    """What the exporter of this machine's only Ray node has under a name, once it has it."""
+    import ray
+
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    give_up = time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            values = re.findall(rf"^{name}{{.*}} (\S+)$", answer.read().decode(), re.MULTILINE)
+        if values:
+            return sum(map(float, values))
+        assert time.monotonic() < give_up, f"{name} is not exported"
+        time.sleep(0.5)
+
+
 def contents(root: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.suffix != ".lock"
+        if path.is_file() and path.suffix != ".lock" and not path.match(f"{BUILDS}/*.json")  # Measured.
     }
 
 
@@ -128,6 +147,7 @@ def test_a_file_that_vanished_is_named_and_all_others_are_cached(
         assert len(cache.missing()) == 1
         assert seen[-1].shards_done == len(cache.shards) - 1
         assert seen[-1].utterances_done < seen[-1].utterances
+        assert exported("ray_distill_cache_failures_total") == 1
     victim.write_bytes(sound)
     report = build(tmp_path / "cache", None, codec=codec)
     if codec == "fp32":
@@ -259,7 +279,11 @@ def build():
     return build_cache(root, spec, plan, job["teacher"], teacher_name=job["teacher"], workers=None).written
 
 def hashes():
-    found = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock")
+    found = (
+        path
+        for path in root.rglob("*")
+        if path.is_file() and path.suffix != ".lock" and path.parent.name != "builds"
+    )
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 def fill(room):

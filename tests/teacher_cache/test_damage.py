@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from teacher_cache.builds import BUILDS
 from teacher_cache.reader import CacheReader
 from teacher_cache.repair import SET_ASIDE, repair_cache
 from teacher_cache.spec import CacheError, CacheSpec
@@ -20,7 +21,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and not path.name.endswith(".lock") and SET_ASIDE not in path.parts
+        if path.is_file() and not path.name.endswith(".lock") and not {SET_ASIDE, BUILDS} & set(path.parts)
     }
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from teacher_cache.build import build_cache
+from teacher_cache.builds import BUILDS
 from teacher_cache.layout import Cache
 from teacher_cache.masks import MaskPolicy
 from teacher_cache.reader import CacheReader
@@ -32,7 +33,7 @@ def files(root: Path) -> dict[str, tuple[bytes, int]]:
     return {
         str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in root.rglob("*")
-        if path.is_file() and path.name not in ("cache.json", ".building.lock")
+        if path.is_file() and path.name not in ("cache.json", ".building.lock") and path.parent.name != BUILDS
     }
 
 

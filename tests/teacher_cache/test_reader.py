@@ -132,6 +132,12 @@ def test_clean_only_masks_the_student_but_not_the_targets(tmp_path: Path, make_c
     assert ours.draws == 2
     assert torch.equal(ours.read([3], 1).frame_mask, theirs.read([3], 1).frame_mask)
     assert torch.equal(ours.read([3], 1).targets, theirs.read([3], None).targets)
+    served = CacheReader(cache, "train", targets="clean_only")
+    assert torch.equal(served.read([3], 1).frame_mask, ours.read([3], 1).frame_mask)
+    assert torch.equal(served.read([3], 1).targets, ours.read([3], 1).targets)
+    assert Cache.open(cache).covers(Cache.open(tmp_path / "clean").spec)
+    with pytest.raises(CacheError, match="has targets clean_only, clean_and_masked are wanted"):
+        CacheReader(tmp_path / "clean", "train", targets="clean_and_masked")
 
 
 def test_draws_may_have_policies_of_their_own(tmp_path: Path, make_cache: Make) -> None:

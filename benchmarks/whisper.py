@@ -1,0 +1,225 @@
+"""Whisper-small's encoder as a teacher, on real speech: what leaving out its 30 s of silence changes, and what a student learns.
+
+``python benchmarks/whisper.py padding --whisper FOLDER`` (as get_whisper_small.py of the shared data writes it) compares features of
+real frames only with transformers' of audio padded to 30 s. ``distil`` caches normalised targets of some minutes of speech (clean:
+Whisper has no mask embedding), distils a small student from the cache, and probes phones of two unseen speakers in teacher, student, a
+student with random weights and log-mel bands.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from probe import write_manifest
+from result_file import RESULTS, write_result
+from small_speech import HELD_OUT, TRAIN, small_student, utterances, whisper_folder
+from torch import Tensor
+
+from pipeline.probe import Source, read_task, run_probes
+from student import Student, load_student
+from student.settings import TrainSettings
+from student.training import train
+from teacher_cache.audio import load_audio
+from teacher_cache.build import build_cache
+from teacher_cache.codecs import DEFAULT_CODEC
+from teacher_cache.frames import num_frames
+from teacher_cache.layout import Cache, cache_bytes
+from teacher_cache.reader import CacheReader
+from teacher_cache.shards import plan_shards
+from teacher_cache.spec import CacheSpec, MaskDraws
+from teacher_cache.teachers import Teacher, load_teacher
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Padded:
+    """transformers' encoder with its own feature extractor: every utterance padded to 30 s."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+        from transformers import WhisperConfig, WhisperFeatureExtractor
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        prefix = "model.encoder."
+        weights = load_file(folder / "model.safetensors")
+        self._encoder = WhisperEncoder(WhisperConfig.from_pretrained(folder)).eval()
+        self._encoder.load_state_dict({k.removeprefix(prefix): v.float() for k, v in weights.items() if prefix in k})
+        self._extract = WhisperFeatureExtractor.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def hidden_states(self, waveform: Tensor) -> Tensor:
+        """(S,) → (L, T, D) of the real frames, before the final layer norm."""
+        outputs: list[Tensor] = []
+        hooks = [layer.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in self._encoder.layers]
+        self._encoder(self._extract(waveform.numpy(), sampling_rate=16_000, return_tensors="pt").input_features)
+        for hook in hooks:
+            hook.remove()
+        layers = [output[0] if isinstance(output, tuple) else output for output in outputs]
+        return torch.cat(layers)[:, : num_frames(len(waveform))]
+
+
+def compare(teacher: Teacher, folder: Path, seconds: float) -> dict[str, Any]:
+    """Real frames alone against 30 s: error and cosine of normalised features, by layer, and time."""
+    padded = Padded(folder)
+    found: dict[str, list[Tensor]] = {"short": [], "long": []}
+    spent = dict.fromkeys(found, 0.0)
+    members = utterances(HELD_OUT, seconds)
+    ways = (("short", lambda w: teacher.hidden_states(w[None])[0]), ("long", padded.hidden_states))
+    for _, run in ways:
+        run(torch.zeros(16_000))  # The first call of each is slower.
+    for member in members:
+        waveform = torch.from_numpy(load_audio(Path(member.path)))
+        for name, run in ways:
+            began = time.perf_counter()
+            x = run(waveform)
+            spent[name] += time.perf_counter() - began
+            found[name].append(F.layer_norm(x, x.shape[-1:]))
+    short, long = torch.cat(found["short"], 1), torch.cat(found["long"], 1)
+    spread = long - long.mean(1, keepdim=True)
+    return {
+        "utterances": len(members),
+        "seconds_of_audio": sum(member.num_samples for member in members) / 16_000,
+        "relative_rms_error": ((short - long).square().mean((1, 2)) / spread.square().mean((1, 2))).sqrt().tolist(),
+        "median_cosine": F.cosine_similarity(short, long, dim=-1).median(1).values.tolist(),
+        "worst_percent_cosine": F.cosine_similarity(short, long, dim=-1).quantile(0.01, dim=1).tolist(),
+        "times_faster": spent["long"] / spent["short"],
+    }
+
+
+def power(teacher: Teacher, seconds: float) -> dict[str, Any]:
+    """Share of a layer's squared values that its loudest 3 % of frames hold, without normalisation."""
+    members = utterances(HELD_OUT, seconds)
+    frames = [teacher.hidden_states(torch.from_numpy(load_audio(Path(m.path)))[None])[0] for m in members]
+    loudness = torch.cat(frames, 1).square().mean(2).sort(1, descending=True).values
+    share = loudness[:, : loudness.shape[1] * 3 // 100].sum(1) / loudness.sum(1)
+    return {"share_of_loudest_3_percent": share.tolist()}
+
+
+def cached(location: Path, name: str) -> Source:
+    """The teacher's features of utterances that a cache holds, which need not run it again."""
+    places = {}
+    for split in ("train", "validation"):
+        reader = CacheReader(location, split)
+        for index in range(len(reader.ids)):
+            places[reader.read([index], None).waveforms[0].numpy().tobytes()] = reader, index
+
+    def features(waveform: np.ndarray) -> Tensor:
+        reader, index = places[waveform.tobytes()]
+        return reader.read([index], None).targets[0]
+
+    return Source(name, len(reader.layers), reader.dim, features)
+
+
+@app.command("padding")
+def padding(
+    whisper: Annotated[str, typer.Option(help="Folder of Whisper-small.")] = "",
+    seconds: Annotated[float, typer.Option(help="Of unseen speech.")] = 60,
+    threads: Annotated[int, typer.Option()] = 1,
+    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "whisper_padding.json",
+) -> None:
+    """What leaving out the silence changes, and how loud the loudest frames are."""
+    torch.set_num_threads(threads)
+    folder = whisper_folder(whisper)
+    teacher = load_teacher(str(folder))
+    write_result(output, padding=compare(teacher, folder, seconds), power=power(teacher, seconds))
+
+
+@app.command("distil")
+def distil(
+    whisper: Annotated[str, typer.Option(help="Folder of Whisper-small.")] = "",
+    seconds: Annotated[float, typer.Option(help="Of training speech to cache; a third of it to validate.")] = 480,
+    learnt: Annotated[str, typer.Option(help="Layers the student learns from, of those cached (all).")] = "3,6,9,12",
+    steps: Annotated[int, typer.Option(help="Of training.")] = 700,
+    batch_seconds: Annotated[float, typer.Option(help="Padded audio of a batch.")] = 16,
+    width: Annotated[int, typer.Option(help="Of the student.")] = 128,
+    epochs: Annotated[int, typer.Option(help="Of each probe.")] = 20,
+    threads: Annotated[int, typer.Option()] = 1,
+    cache: Annotated[Path | None, typer.Option(help="Folder to keep the cache in; default none.")] = None,
+    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "whisper.json",
+) -> None:
+    """Caches, distils a small student, and probes phones in teacher, student and log-mel bands."""
+    torch.set_num_threads(threads)
+    spec = f"layer-norm:{whisper_folder(whisper)}"
+    teacher = load_teacher(spec)
+    members = [*utterances(TRAIN, seconds), *utterances(HELD_OUT, seconds / 3)]
+    with tempfile.TemporaryDirectory() as scratch:
+        location = cache or Path(scratch) / "cache"
+        needed = CacheSpec(
+            teacher=teacher.fingerprint,
+            num_layers=teacher.num_layers,
+            dim=teacher.dim,
+            layers=tuple(range(1, teacher.num_layers + 1)),
+            masks=MaskDraws(draws=0),
+            codec=DEFAULT_CODEC,
+            corpus="small speech",
+            shard_seconds=300,
+            batch_seconds=60,
+        )
+        plan = plan_shards(members, needed.shard_seconds, teacher.num_frames)
+        build_cache(location, needed, plan, spec, teacher_name="whisper-small", workers=None)
+        opened = Cache.open(location)
+        layers = tuple(int(layer) for layer in learnt.split(","))
+        config = small_student(len(layers), teacher.dim, width)
+        settings = TrainSettings(
+            epochs=100_000,
+            max_steps=steps,
+            batch_seconds=batch_seconds,
+            learning_rate=2e-3,
+            validate_every=max(1, steps // 5),
+            log_every=10,
+        )
+        run = Path(scratch) / "run"
+        result = train(
+            config, settings, CacheReader(location, "train", layers), CacheReader(location, "validation", layers), run
+        )
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        validation = [row for row in rows if row["kind"] == "validation"]
+        print([(row["step"], row["loss"]) for row in validation], f"{result.seconds:.0f} s", flush=True)
+        torch.manual_seed(0)
+        untrained = Student(config).eval()
+        student = load_student(run / "checkpoints" / "best")
+        manifest = Path(scratch) / "phones.csv"
+        write_manifest(manifest, "phones", seconds / 3)
+        train_rows = Path(scratch) / "train.csv"
+        write_manifest(train_rows, "phones", seconds)
+        # As much to learn from as was cached, and as much to test on.
+        lines = [line for line in train_rows.read_text().splitlines() if not line.endswith(",test")]
+        lines += [line for line in manifest.read_text().splitlines() if line.endswith(",test")]
+        manifest.write_text("\n".join(lines) + "\n")
+        task = read_task(manifest, "words")
+        sources = [
+            cached(location, "teacher, as cached"),
+            Source.of_student(student, "student"),
+            Source.of_student(untrained, "student with random weights"),
+            Source.log_mel(),
+        ]
+        outcomes = run_probes(task, sources, epochs=epochs)
+        write_result(
+            output,
+            seconds_of_audio=opened.record["seconds"],
+            kilobytes_per_second_of_audio=cache_bytes(opened) / opened.record["seconds"] / 1e3,
+            teacher_parameters=teacher.num_parameters,
+            student_parameters=sum(p.numel() for p in student.parameters()),
+            learnt=layers,
+            student=config.model_dump(mode="json"),
+            settings=settings.model_dump(mode="json"),
+            validation=validation,
+            probe_epochs=epochs,
+            train_utterances=sum(not example.test for example in task.examples),
+            test_utterances=sum(example.test for example in task.examples),
+            phones=[asdict(outcome) for outcome in outcomes],
+        )
+
+
+if __name__ == "__main__":
+    app()

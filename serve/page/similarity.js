@@ -1,0 +1,87 @@
+// Cosines of frames and of clips.
+
+/** Rows of [frames, dim] at every `stride`-th frame, less `mean` if given, scaled to length 1. */
+function unitRows(values, dim, stride, mean) {
+  const rows = Math.ceil(values.length / dim / stride), unit = new Float32Array(rows * dim);
+  for (let row = 0; row < rows; row++) {
+    let square = 0;
+    for (let d = 0; d < dim; d++) {
+      const value = values[row * stride * dim + d] - (mean ? mean[d] : 0);
+      unit[row * dim + d] = value;
+      square += value * value;
+    }
+    const scale = square ? 1 / Math.sqrt(square) : 0;
+    for (let d = 0; d < dim; d++) unit[row * dim + d] *= scale;
+  }
+  return unit;
+}
+
+/** Mean over frames of [frames, dim]. */
+export function meanVector(values, dim) {
+  const mean = new Float64Array(dim), frames = values.length / dim;
+  for (let i = 0; i < values.length; i++) mean[i % dim] += values[i] / frames;
+  return mean;
+}
+
+export function cosine(a, b) {
+  let dot = 0, aa = 0, bb = 0;
+  for (let d = 0; d < a.length; d++) {
+    dot += a[d] * b[d];
+    aa += a[d] * a[d];
+    bb += b[d] * b[d];
+  }
+  return aa && bb ? dot / Math.sqrt(aa * bb) : 0;
+}
+
+/** 1 - cosine of each frame with the one before; 0 for the first. */
+export function changes(values, dim) {
+  const unit = unitRows(values, dim, 1), frames = values.length / dim, found = new Float32Array(frames);
+  for (let t = 1; t < frames; t++) {
+    let dot = 0;
+    for (let d = 0; d < dim; d++) dot += unit[t * dim + d] * unit[(t - 1) * dim + d];
+    found[t] = 1 - dot;
+  }
+  return found;
+}
+
+/**
+ * Cosine of each frame of B (rows) with each of A (columns), at most `most` of each.
+ * @param {boolean} centred whether the mean of all frames of both is subtracted first
+ */
+export function frameSimilarity(a, b, dim, centred, most = 600) {
+  const framesA = a.length / dim, framesB = b.length / dim;
+  const stride = Math.max(1, Math.ceil(Math.max(framesA, framesB) / most));
+  let mean = null;
+  if (centred) {
+    const meanA = meanVector(a, dim), meanB = meanVector(b, dim);
+    mean = meanA.map((value, d) => (value * framesA + meanB[d] * framesB) / (framesA + framesB));
+  }
+  const unitA = unitRows(a, dim, stride, mean), unitB = unitRows(b, dim, stride, mean);
+  const columns = unitA.length / dim, rows = unitB.length / dim, values = new Float32Array(rows * columns);
+  for (let row = 0; row < rows; row++) {
+    for (let column = 0; column < columns; column++) {
+      let dot = 0;
+      for (let d = 0, i = row * dim, j = column * dim; d < dim; d++, i++, j++) dot += unitB[i] * unitA[j];
+      values[row * columns + column] = dot;
+    }
+  }
+  return { values, rows, columns, stride };
+}
+
+/** Mean over A's frames of the best match among B's. */
+export function meanBestMatch({ values, rows, columns }) {
+  let sum = 0;
+  for (let column = 0; column < columns; column++) {
+    let best = -1;
+    for (let row = 0; row < rows; row++) best = Math.max(best, values[row * columns + column]);
+    sum += best;
+  }
+  return sum / columns;
+}
+
+/** Values below which `low` and `high` of all finite ones are. */
+export function quantiles(values, low, high) {
+  const sorted = Float32Array.from(values).filter(Number.isFinite).sort();
+  const at = (share) => sorted[Math.round(share * (sorted.length - 1))] ?? 0;
+  return [at(low), at(high)];
+}

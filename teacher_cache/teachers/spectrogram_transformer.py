@@ -1,0 +1,165 @@
+"""The Audio Spectrogram Transformer (AST) as a teacher: patches of a log-mel spectrogram in place of frames.
+
+Shapes: B utterances, S samples, M mel bands, N mel frames, R rows, C columns, T = C x R patches, D width.
+"""
+
+import re
+from collections.abc import Iterator
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from teacher_cache.frames import Length
+from teacher_cache.patches import PatchGeometry, by_column
+from teacher_cache.spectrograms import MEL_HOP, MEL_WINDOW
+from teacher_cache.teachers.folder import Folder
+from teacher_cache.teachers.prenorm import PreNormLayer
+from teacher_cache.teachers.teacher import Teacher, TeacherError
+from teacher_cache.teachers.weights import load_weights
+
+# Part of every fingerprint: raise it when the arithmetic below changes its results.
+_ARITHMETIC = "ast-1"
+
+# Settings under which it is another architecture, with the values that are not.
+_ONLY = {"hidden_act": ("gelu",)}
+
+# transformers' names to ours, which are those of its Whisper.
+_NAMES = (
+    (r"encoder\.layer\.", "layers."),
+    (r"attention\.attention\.(q|k|v)(?:uery|ey|alue)\.", r"self_attn.\1_proj."),
+    (r"attention\.output\.dense\.", "self_attn.out_proj."),
+    (r"intermediate\.dense\.", "fc1."),
+    (r"(?<!attention\.)output\.dense\.", "fc2."),
+    (r"layernorm_before\.", "self_attn_layer_norm."),
+    (r"layernorm_after\.", "final_layer_norm."),
+    (r"^embeddings\.(patch_embeddings\.)?", ""),
+    (r"^layernorm\.", "layer_norm."),
+)
+
+
+class SpectrogramTransformer(nn.Module):
+    """Patch embedding, two tokens of its own, learned positions, Transformer (a DeiT)."""
+
+    def __init__(self, geometry: PatchGeometry, columns: int, dim: int, layers: list[PreNormLayer], eps: float) -> None:
+        super().__init__()
+        strides = geometry.frequency_stride, geometry.time_stride
+        self.projection = nn.Conv2d(1, dim, geometry.patch_size, strides)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.distillation_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, columns * geometry.rows + 2, dim))
+        self.layers = nn.ModuleList(layers)
+        # After the last layer, for the classifier; no layer's output depends on it.
+        self.layer_norm = nn.LayerNorm(dim, eps)
+
+
+class SpectrogramTeacher(Teacher):
+    """Outputs of AST's layers at the patches of real audio, column by column (see `PatchGeometry`).
+
+    As published, every utterance is padded to the model's length (10.24 s) and attention sees all of it, the two tokens of the
+    classifier included; so what an utterance gives cannot depend on its batch. Outputs at padding and at the two tokens are left
+    out. Longer audio is refused. There is no mask embedding; with ``mean-mask:``, masked patches become the mean patch.
+    """
+
+    def __init__(
+        self,
+        model: SpectrogramTransformer,
+        geometry: PatchGeometry,
+        mel_frames: int,
+        *,
+        name: str,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Wraps a network; `load_teacher` is the usual way to get one.
+
+        Args:
+            model: with its weights.
+            geometry: of its patches.
+            mel_frames: N, what it was trained on.
+            name: for people to read.
+            device: where to compute.
+        """
+        self.patches = self._geometry = geometry
+        self._mel_frames = mel_frames
+        self.min_samples = geometry.min_samples
+        self.max_samples = MEL_WINDOW + mel_frames * MEL_HOP - 1
+        dim = model.cls_token.shape[2]
+        settings = geometry.model_dump(mode="json")
+        heads, eps = model.layers[0].heads, model.layer_norm.eps
+        super().__init__(
+            model,
+            name=name,
+            num_layers=len(model.layers),
+            dim=dim,
+            identity=[_ARITHMETIC, settings, mel_frames, heads, eps],
+            device=device,
+        )
+        self._network = model
+
+    def num_frames(self, num_samples: Length) -> Length:
+        """Patches of an utterance."""
+        return self._geometry.num_patches(num_samples)
+
+    def layer_outputs(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None) -> Iterator[Tensor]:
+        """See `Teacher.layer_outputs`."""
+        network, patches = self._network, self.num_frames(waveforms.shape[1])
+        x_BTD = by_column(network.projection(self._geometry.spectrogram(waveforms, lengths, self._mel_frames)))
+        x_BTD = torch.cat(
+            [self.masked(x_BTD[:, :patches], frame_mask, self.num_frames(lengths)), x_BTD[:, patches:]], 1
+        )
+        tokens = torch.cat([network.cls_token, network.distillation_token], 1)
+        positions_by_row = (
+            network.position_embeddings[:, 2:].transpose(1, 2).reshape(1, self.dim, self._geometry.rows, -1)
+        )
+        positions = torch.cat([network.position_embeddings[:, :2], by_column(positions_by_row)], 1)
+        x_BTD = torch.cat([tokens.expand(len(x_BTD), -1, -1).to(x_BTD.dtype), x_BTD], 1) + positions
+        for layer in network.layers:
+            x_BTD = layer(x_BTD, None)
+            yield x_BTD[:, 2 : 2 + patches]
+
+
+def load_spectrogram_transformer(folder: Folder, device: str | torch.device) -> SpectrogramTeacher:
+    """An AST, pre-trained or fine-tuned; a classifier's weights are ignored.
+
+    Raises:
+        TeacherError: settings of another architecture, or weights that don't fit.
+    """
+    folder.require(_ONLY)
+    config = folder.config
+    geometry_keys = ("num_mel_bins", "patch_size", "time_stride", "frequency_stride")
+    extractor = folder.preprocessor or {}
+    normalisation = {key: extractor[key] for key in ("mean", "std") if key in extractor}
+    if not extractor.get("do_normalize", True):
+        normalisation = {"mean": 0.0, "std": 0.5}
+    try:
+        geometry = PatchGeometry(**{key: config[key] for key in geometry_keys if key in config}, **normalisation)
+        dim, heads = int(config.get("hidden_size", 768)), int(config.get("num_attention_heads", 12))
+        ffn_dim, count = int(config.get("intermediate_size", 3072)), int(config.get("num_hidden_layers", 12))
+        mel_frames, eps = int(config.get("max_length", 1024)), float(config.get("layer_norm_eps", 1e-12))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise TeacherError(f"{folder.name} has patches that can't be: {first['loc']} {first['msg']}") from error
+    except (TypeError, ValueError) as error:
+        raise TeacherError(f"{folder.name} has a config.json with a value of the wrong kind: {error}") from error
+    columns = geometry.columns_of(mel_frames, geometry.time_stride)
+    if min(dim, heads, ffn_dim, count, columns) < 1 or dim % heads:
+        raise TeacherError(
+            f"{folder.name} has sizes that make no model: {count} layers of width {dim} with {heads} heads, {columns} columns"
+        )
+    biases = "qkv" if config.get("qkv_bias", True) else ""
+    with torch.random.fork_rng(devices=[]):
+        layers = [PreNormLayer(dim, heads, ffn_dim, biases, eps) for _ in range(count)]
+        model = SpectrogramTransformer(geometry, columns, dim, layers, eps)
+    weights = {
+        _our_name(key.removeprefix("audio_spectrogram_transformer.")): value
+        for key, value in folder.weights().items()
+        if not key.startswith("classifier.")
+    }
+    load_weights(model, weights, folder.name)
+    return SpectrogramTeacher(model, geometry, mel_frames, name=folder.name, device=device)
+
+
+def _our_name(key: str) -> str:
+    for pattern, replacement in _NAMES:
+        key = re.sub(pattern, replacement, key)
+    return key

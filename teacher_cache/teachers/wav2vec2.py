@@ -1,0 +1,148 @@
+"""Teachers built like wav2vec 2.0: convolutions over the waveform, position convolution, Transformer.
+
+HuBERT, WavLM, UniSpeech(-SAT) and data2vec-audio are. Shapes: B utterances, S samples, T frames (20 ms), C channels, D width.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchaudio.models import Wav2Vec2Model
+from torchaudio.models.wav2vec2.components import ConvLayerBlock
+from torchaudio.models.wav2vec2.wavlm_attention import WavLMSelfAttention
+
+from teacher_cache.frames import (
+    FRAME_SAMPLES,
+    RECEPTIVE_FIELD,
+    conv_output_length,
+    group_norm_over_real,
+    padding_mask,
+)
+from teacher_cache.teachers.positions import StackedPositions
+from teacher_cache.teachers.teacher import Teacher, TeacherError
+
+# Part of every fingerprint: raise it when the arithmetic below changes its results.
+_ARITHMETIC = "teacher-1"
+
+NORMALIZE_EPS = 1e-5
+"""Added to the variance when waveforms are normalised: fairseq's and torchaudio's (``layer_norm`` of the waveform)."""
+
+
+class Wav2Vec2Teacher(Teacher):
+    """A model of torchaudio's ``Wav2Vec2Model``, run so that the batch doesn't matter.
+
+    Three differences from torchaudio's own forward pass: GroupNorm statistics count real positions only, waveforms are
+    normalised one utterance at a time over real samples, and masked frames can be replaced by the learned mask embedding
+    (after the projection to the encoder's width, as in fairseq).
+    """
+
+    def __init__(
+        self,
+        model: Wav2Vec2Model,
+        mask_embedding: Tensor | None,
+        *,
+        name: str,
+        normalize_eps: float | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Wraps a torchaudio model; `load_teacher` is the usual way to get one.
+
+        Args:
+            model: the encoder, with its weights.
+            mask_embedding: (D,) float, or None if there is none.
+            name: for people to read.
+            normalize_eps: None for models fed raw waveforms (Base); else waveforms are normalised to zero mean and
+                unit variance first (most Large models), with this added to the variance.
+            device: where to compute.
+
+        Raises:
+            TeacherError: its frames are not 400 samples wide and 320 apart.
+        """
+        self._normalize_eps = normalize_eps
+        self._convolutions: list[ConvLayerBlock] = list(model.feature_extractor.conv_layers)
+        transformer = model.encoder.transformer
+        self._encoder: Any = model.encoder
+        self._layers: list[nn.Module] = list(transformer.layers)
+        kernels_and_strides = [(layer.kernel_size, layer.stride) for layer in self._convolutions]
+        strides = 1
+        for _, stride in kernels_and_strides:
+            strides *= stride
+        first_two = [conv_output_length(n, kernels_and_strides) for n in (RECEPTIVE_FIELD - 1, RECEPTIVE_FIELD)]
+        if strides != FRAME_SAMPLES or first_two != [0, 1]:
+            raise TeacherError(
+                f"{name} has convolutions (kernel, stride) {kernels_and_strides}, but frames must be "
+                f"{RECEPTIVE_FIELD} samples wide and {FRAME_SAMPLES} apart, as in HuBERT"
+            )
+        attention: Any = self._layers[0].attention
+        positions: Any = transformer.pos_conv_embed
+        depth = len(positions.convolutions) if isinstance(positions, StackedPositions) else None
+        position: Any = positions.conv if depth is None else positions.convolutions[0]
+        # What the weights' names and shapes don't tell.
+        architecture = {
+            "convolutions": kernels_and_strides,
+            "norms": [type(layer.layer_norm).__name__ for layer in self._convolutions],
+            "projection": type(model.encoder.feature_projection.projection).__name__,
+            "position": [position.kernel_size[0], position.groups],
+            "layer_norm_first": self._layers[0].layer_norm_first,
+            "heads": attention.num_heads,
+            "max_distance": getattr(attention, "max_distance", None),
+        }
+        super().__init__(
+            model,
+            name=name,
+            num_layers=len(self._layers),
+            dim=positions.embed_dim,
+            identity=[_ARITHMETIC, normalize_eps, architecture],
+            mask_embedding=mask_embedding,
+            device=device,
+        )
+
+    def layer_outputs(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None) -> Iterator[Tensor]:
+        """See `Teacher.layer_outputs`."""
+        features, frame_counts = self._features(waveforms, lengths)
+        transformer = self._encoder.transformer
+        x_BTD = self.masked(self._encoder.feature_projection(features), frame_mask, frame_counts)
+        batch, frames, _ = x_BTD.shape
+        padding: Tensor | None = padding_mask(frame_counts, frames)
+        if bool((frame_counts == frames).all()):
+            padding = None
+        attention_mask: Tensor | None = None
+        key_padding: Tensor | None = None
+        if padding is not None:
+            # Before the position convolution, which would else carry padding into real frames.
+            x_BTD = x_BTD.masked_fill(padding[:, :, None], 0.0)
+            if isinstance(self._layers[0].attention, WavLMSelfAttention):
+                # Added to the position bias, so of its type.
+                key_padding = torch.zeros_like(padding, dtype=x_BTD.dtype).masked_fill(padding, -torch.inf)
+            else:
+                attention_mask = ~padding[:, None, None, :].expand(batch, 1, frames, frames)
+        positions = transformer.pos_conv_embed
+        stacked = isinstance(positions, StackedPositions)
+        x_BTD = x_BTD + (positions(x_BTD, padding) if stacked else positions(x_BTD))
+        if transformer.layer_norm_first:
+            x_BTD = transformer.layer_norm(x_BTD)
+        position_bias: Tensor | None = None
+        for layer in self._layers:
+            x_BTD, position_bias = layer(
+                x_BTD, attention_mask=attention_mask, position_bias=position_bias, key_padding_mask=key_padding
+            )
+            yield x_BTD
+
+    def _features(self, x_BS: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised waveforms through the convolutions: (B, T, C), and each row's real frames (B,)."""
+        x = x_BS[:, None, :]
+        if self._normalize_eps is not None:
+            # One channel, so GroupNorm over it is layer_norm over the utterance.
+            x = group_norm_over_real(x, lengths, None, None, self._normalize_eps)
+        for layer in self._convolutions:
+            x = layer.conv(x)
+            lengths = conv_output_length(lengths, [(layer.kernel_size, layer.stride)])
+            norm = layer.layer_norm
+            if isinstance(norm, nn.GroupNorm):
+                x = group_norm_over_real(x, lengths, norm.weight, norm.bias, norm.eps)
+            elif norm is not None:
+                x = norm(x)
+            x = F.gelu(x)
+        return x.transpose(1, 2), lengths

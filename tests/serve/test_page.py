@@ -1,0 +1,281 @@
+"""The page at ``/`` in headless Chromium, as a user meets it; and what its files are sent with."""
+
+import base64
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+import uvicorn
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from serve import create_app
+from student import Student
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FOLDER = Path(__file__).resolve().parents[2] / "serve" / "page"
+# How much of a canvas is not of its commonest colour: 0 for one that nothing was drawn into.
+VARIED = """canvas => {
+    const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data, counts = new Map();
+    const pixels = new Uint32Array(data.buffer);
+    for (const pixel of pixels) counts.set(pixel, (counts.get(pixel) ?? 0) + 1);
+    return 1 - Math.max(...counts.values()) / pixels.length;
+}"""
+DROP = """(element, {name, content}) => {
+    const data = new DataTransfer(), bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
+    data.items.add(new File([bytes], name));
+    const options = {dataTransfer: data, bubbles: true, cancelable: true};
+    for (const kind of ["dragover", "drop"]) element.dispatchEvent(new DragEvent(kind, options));
+}"""
+
+
+@pytest.fixture
+def app(student: Student) -> FastAPI:
+    return create_app(student, name="tiny", max_seconds=5)
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium, which is not installed (apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
+    with playwright.sync_playwright() as running:
+        arguments = ["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+        playwright.expect.set_options(timeout=20_000)
+        chromium = running.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Any]:
+    """Opens the page; the test fails where the browser's console had an error, such as a breach of the page's policy."""
+    complaints: list[str] = []
+    contexts = []
+
+    def opened(address: str, **options: Any) -> Any:
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        # Refusals are in the console as well; everything else there is ours.
+        page.on("console", lambda line: None if "Failed to load" in line.text else complaints.append(line.text))
+        page.goto(address)
+        shows(page, "#clip-a .limits", "wav, flac, ogg")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two sweeps that grow louder, of 1.2 s at 16 kHz and 0.8 s at 44.1 kHz in stereo."""
+    folder = tmp_path_factory.mktemp("clips")
+    for name, rate, length in (("rising.wav", 16_000, 1.2), ("falling.flac", 44_100, 0.8)):
+        t = np.arange(int(rate * length)) / rate
+        wave = np.sin(2 * np.pi * (300 + 900 * (t if name == "rising.wav" else length - t)) * t) * (t / length) / 2
+        soundfile.write(folder / name, wave if rate == 16_000 else np.stack([wave, wave], 1), rate)
+    return folder / "rising.wav", folder / "falling.flac"
+
+
+def shows(page: Any, selector: str, text: str) -> None:
+    """Waits until it is visible and has this text. (Not by `wait_for_function`, which the page's policy refuses.)"""
+    from playwright.sync_api import expect
+
+    expect(page.locator(selector)).to_contain_text(text)
+    expect(page.locator(selector)).to_be_visible()
+
+
+def load(page: Any, letter: str, path: Path) -> None:
+    page.set_input_files(f"#clip-{letter} input[type=file]", path)
+    shows(page, f"#clip-{letter} .clip-title", path.name)
+
+
+def varied(page: Any, selector: str) -> float:
+    return float(page.locator(selector).evaluate(VARIED))
+
+
+def test_files_are_sent_with_a_strict_policy(app: FastAPI) -> None:
+    with TestClient(app) as client:
+        page = client.get("/")
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
+        named = re.findall(r'(?:src|href)="(page/[^"]+)"', page.text)
+        named += [
+            f"page/{name}" for path in FOLDER.glob("*.js") for name in re.findall(r'from "\./(.+?)"', path.read_text())
+        ]
+        assert {path.name for path in FOLDER.iterdir() if path.suffix in (".js", ".css", ".svg")} == {
+            name.removeprefix("page/") for name in named
+        }
+        for name in ("", *named):
+            answer = client.get(f"/{name}")
+            assert answer.status_code == 200 and answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["content-security-policy"] == policy
+            assert client.get(f"/{name}", headers={"if-none-match": answer.headers["etag"]}).status_code == 304
+        for name in ("__init__.py", "..%2fapp.py", "nothing.js"):
+            assert client.get(f"/page/{name}").json()["error_type"] == "not_found"
+
+
+def test_nothing_is_inline_and_nothing_is_from_elsewhere() -> None:
+    html = (FOLDER / "index.html").read_text()
+    assert not re.search(r"<script(?![^>]*\ssrc=)|<style|\sstyle=|\son[a-z]+=", html)
+    for path in FOLDER.iterdir():
+        if path.suffix in (".html", ".css", ".js"):
+            assert not re.search(r"https?:|innerHTML|eval\(|url\(", path.read_text()), path
+
+
+def test_two_clips_from_drop_to_download(
+    app: FastAPI, open_page: Any, clips: tuple[Path, Path], student: Student, tmp_path: Path
+) -> None:
+    with served(app) as address:
+        page = open_page(address)
+        content = base64.b64encode(clips[0].read_bytes()).decode()
+        page.locator("#clip-a").evaluate(DROP, {"name": clips[0].name, "content": content})
+        shows(page, "#layer-value", "3 / 3")
+        shows(page, "#clip-a .features-title", "Layer 3")
+        assert "59 frames × 16 values, 3 layers" in page.inner_text("#clip-a .status")
+        for picture in ("waveform", "spectrogram", "layers", "features"):
+            assert varied(page, f"#clip-a canvas.{picture}") > 0.1, picture
+        assert not page.is_visible("#comparison")
+        page.click("#clip-a .play")
+        page.wait_for_selector("#clip-a .play[aria-label=Pause]")
+        page.wait_for_selector("#clip-a .play[aria-label=Play]")  # At its end, after 1.2 s.
+        assert float(page.input_value("#clip-a .time")) == pytest.approx(1.2, abs=0.05)
+
+        # By keyboard, then by a click on the picture of layers.
+        before = page.locator("#clip-a canvas.features").evaluate("canvas => canvas.toDataURL()")
+        page.focus("#layer")
+        page.keyboard.press("ArrowLeft")
+        shows(page, "#clip-a .features-title", "Layer 2")
+        assert page.locator("#clip-a canvas.features").evaluate("canvas => canvas.toDataURL()") != before
+        height = page.locator("#clip-a canvas.layers").bounding_box()["height"]
+        page.click("#clip-a canvas.layers", position={"x": 300, "y": height / 6})
+        shows(page, "#clip-a .features-title", "Layer 1")
+
+        load(page, "b", clips[1])
+        shows(page, "#by-layer li:nth-child(3)", "Layer 3")
+        a, b = (
+            np.array(httpx.post(f"{address}/v1/features?layer=1", content=path.read_bytes()).json()["features"])
+            for path in clips
+        )
+        mean_a, mean_b = a.mean(0), b.mean(0)
+        expected = mean_a @ mean_b / np.linalg.norm(mean_a) / np.linalg.norm(mean_b)
+        assert float(page.inner_text("#pooled").replace("−", "-")) == pytest.approx(expected, abs=2e-3)
+        assert varied(page, "#matrix") > 0.1
+        page.focus("#matrix")
+        for _ in range(3):
+            page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowDown")
+        cosine = a[3] @ b[1] / np.linalg.norm(a[3]) / np.linalg.norm(b[1])
+        read = page.inner_text("#matrix-readout")
+        assert read.startswith("A 0.06 s · B 0.02 s: ")
+        assert float(read.split(": ")[1].replace("−", "-")) == pytest.approx(cosine, abs=2e-3)
+
+        with page.expect_download() as download:
+            page.click("#clip-a .save")
+        assert download.value.suggested_filename == "rising.layer-1.npy"
+        download.value.save_as(tmp_path / "features.npy")
+        saved = np.load(tmp_path / "features.npy")
+        assert saved.dtype == np.float32
+        np.testing.assert_allclose(saved, a, atol=1e-5 * np.abs(a).max())
+
+        page.select_option("#space", "teacher")
+        for letter in "ab":
+            shows(page, f"#clip-{letter} .last-dim", "31")
+        assert "space=teacher" in page.inner_text("#command")
+
+
+def test_errors_are_the_services_own_words(
+    app: FastAPI, open_page: Any, clips: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "letter.txt").write_text("Dear Sir or Madam")
+    soundfile.write(tmp_path / "long.wav", np.sin(np.arange(16_000 * 6) / 20), 16_000)
+    with served(app) as address:
+        page = open_page(address)
+        load(page, "a", clips[0])
+        for name, words, kind in (
+            ("letter.txt", "can't be decoded as audio", "undecodable"),
+            ("long.wav", "longer than the 5 seconds", "too_long"),
+        ):
+            page.set_input_files("#clip-b input[type=file]", tmp_path / name)
+            shows(page, "#alert-kind", kind)
+            shows(page, "#alert[role=alert]", words)
+        assert not page.is_visible("#comparison") and page.is_visible("#clip-a canvas.features")
+        page.click("#alert-close")
+        assert not page.is_visible("#alert")
+        load(page, "b", clips[1])
+        shows(page, "#comparison", "How alike")
+    page.set_input_files("#clip-b input[type=file]", clips[0])
+    shows(page, "#alert-kind", "unreachable")
+
+
+def test_a_key_is_asked_for_only_where_the_service_wants_one(
+    app: FastAPI, student: Student, open_page: Any, clips: tuple[Path, Path]
+) -> None:
+    with served(app) as address:
+        assert not open_page(address).is_visible("#key-form")
+    with served(create_app(student, name="tiny", api_keys=["secret"])) as address:
+        page = open_page(address)
+        page.wait_for_selector("#key:focus")
+        page.keyboard.type("wrong")
+        page.keyboard.press("Enter")
+        shows(page, "#alert", "Send a valid API key")
+        page.fill("#key", "secret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#key-form", state="hidden")
+        load(page, "a", clips[0])
+        assert "$KEY" in page.inner_text("#command") and "secret" not in page.content()
+
+
+def test_the_microphone_becomes_a_clip(app: FastAPI, open_page: Any) -> None:
+    """Chromium's own stand-in for a microphone, which beeps."""
+    with served(app) as address:
+        page = open_page(address, permissions=["microphone"])
+        page.click("#clip-a .record")
+        shows(page, "#clip-a .record", "Stop (1.")
+        assert page.is_visible("#clip-a meter")
+        page.click("#clip-a .record")
+        shows(page, "#clip-a .clip-title", "recording-")
+        assert varied(page, "#clip-a canvas.waveform") > 0.005
+        assert page.inner_text("#clip-a .record") == "Record"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(app: FastAPI, open_page: Any, clips: tuple[Path, Path], scheme: str) -> None:
+    with served(app) as address:
+        page = open_page(address, viewport={"width": 360, "height": 740}, color_scheme=scheme)
+        load(page, "a", clips[0])
+        load(page, "b", clips[1])
+        shows(page, "#comparison", "How alike")
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        lightness = sum(json.loads("[" + colour[4:-1] + "]"))
+        assert lightness > 600 if scheme == "light" else lightness < 150

@@ -1,0 +1,67 @@
+"""Tiny models of transformers with random weights, saved as it saves them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "conv_dim": [16] * 7,
+    "num_conv_pos_embedding_groups": 4,
+}
+WHISPER = {
+    "d_model": 32,
+    "encoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "max_source_positions": 100,
+    "vocab_size": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "decoder_start_token_id": 0,
+}
+AST = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "num_mel_bins": 32,
+    "patch_size": 8,
+    "time_stride": 5,
+    "frequency_stride": 6,
+    "max_length": 240,
+}
+SETTINGS: dict[str, dict[str, Any]] = {"whisper": WHISPER, "audio-spectrogram-transformer": AST}
+
+
+def tiny_model(kind: str) -> Any:
+    """The model for pre-training, where there is one, in float32, in evaluation mode."""
+    config = transformers.AutoConfig.for_model(kind, **SETTINGS.get(kind, ENCODER))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind in ("unispeech-sat", "wav2vec2"):
+            model = transformers.AutoModelForPreTraining.from_config(config)
+        else:
+            model = transformers.AutoModel.from_config(config)
+        # transformers' small standard deviations would leave layers almost equal, and errors unseen.
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or parameter.dim() < 2 or "masked_spec_embed" in name:
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+            else:
+                parameter.data.normal_(0.0, parameter[0].numel() ** -0.5)
+    return model.eval()
+
+
+def save_tiny(kind: str, folder: Path) -> str:
+    """Saves `tiny_model`, and returns the folder."""
+    tiny_model(kind).save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,122 @@
+"""Hugging Face folders give what transformers' own models give, for one utterance without padding."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from teacher_cache.frames import num_frames
+from teacher_cache.spectrograms import kaldi_fbank, whisper_log_mel
+from teacher_cache.teachers import TeacherError, load_teacher
+from teacher_cache.teachers.whisper import WhisperTeacher
+
+from .huggingface_folders import save_tiny, tiny_model
+
+TOLERANCE = 1e-4
+
+
+def layer_outputs(layers: Any, run: Any) -> Tensor:
+    """(L, T, D): what each layer gave while the model ran."""
+    outputs: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda *args: outputs.append(args[2][0] if isinstance(args[2], tuple) else args[2]))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([output.view(output.shape[-2:]) for output in outputs])
+
+
+def noise(samples: int) -> Tensor:
+    return 0.1 * torch.randn(1, samples, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("kind", ["hubert", "wavlm", "wav2vec2", "unispeech", "unispeech-sat", "data2vec-audio"])
+def test_models_built_like_wav2vec2(kind: str, tmp_path: Path) -> None:
+    teacher = load_teacher(save_tiny(kind, tmp_path))
+    model = tiny_model(kind)
+    assert teacher.has_mask_embedding
+    waveform = noise(8_000)
+    normalised = torch.nn.functional.layer_norm(waveform, waveform.shape, eps=1e-7)
+    fed = normalised if kind == "data2vec-audio" else waveform
+    mask = torch.zeros(1, num_frames(8_000), dtype=torch.bool)
+    mask[:, 5:11] = True
+    base = getattr(model, model.base_model_prefix, model)
+    for frame_mask in (None, mask):
+        # The length is given so that masks are in frames; transformers masks only in training otherwise.
+        expected = layer_outputs(base.encoder.layers, lambda m=frame_mask: base(fed, mask_time_indices=m))
+        actual = teacher.hidden_states(waveform, frame_mask=frame_mask)[0]
+        assert float((actual - expected).abs().max()) < TOLERANCE
+
+
+def test_whisper_on_the_same_spectrogram(tmp_path: Path) -> None:
+    teacher = load_teacher(save_tiny("whisper", tmp_path))
+    assert isinstance(teacher, WhisperTeacher)
+    encoder = tiny_model("whisper").encoder
+    mel = torch.randn(1, 200, 80, generator=torch.Generator().manual_seed(3))
+    expected = layer_outputs(encoder.layers, lambda: encoder(mel.transpose(1, 2)))
+    with torch.no_grad():
+        actual = torch.stack([x[0] for x in teacher.layers_of_mel(mel, torch.tensor([100]))])
+    assert actual.shape == (3, 100, 32)
+    assert float((actual - expected).abs().max()) < TOLERANCE
+
+
+def test_whisper_spectrogram_is_that_of_audio_followed_by_silence() -> None:
+    from transformers import WhisperFeatureExtractor
+
+    waveform = noise(9_100)
+    for bands in (80, 128):
+        extractor = WhisperFeatureExtractor(feature_size=bands)
+        expected = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt")["input_features"][0].T
+        mel = whisper_log_mel(waveform, bands)[0]
+        assert float((mel - expected[: len(mel)]).abs().max()) < TOLERANCE
+        assert len(expected[len(mel) :].unique()) == 1, "nothing but silence follows"
+
+
+@pytest.mark.parametrize("seconds", [1.3, 2.4, 0.2])
+def test_ast_by_column(seconds: float, tmp_path: Path) -> None:
+    from transformers import ASTFeatureExtractor
+
+    extractor = ASTFeatureExtractor(num_mel_bins=32, max_length=240, mean=-3.0, std=2.5)
+    extractor.save_pretrained(tmp_path)
+    teacher = load_teacher(save_tiny("audio-spectrogram-transformer", tmp_path))
+    model = tiny_model("audio-spectrogram-transformer")
+    waveform = noise(int(seconds * 16_000))
+    values = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt")["input_values"]
+    by_row = layer_outputs(model.layers, lambda: model(values))[:, 2:]
+    rows, columns = (32 - 8) // 6 + 1, (240 - 8) // 5 + 1
+    by_column = by_row.unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2)
+    actual = teacher.hidden_states(waveform)[0]
+    real_columns = ((waveform.shape[1] - 400) // 160 + 1 - 8) // 5 + 1
+    assert actual.shape[1] == real_columns * rows
+    assert float((actual - by_column[:, : real_columns * rows]).abs().max()) < TOLERANCE
+
+
+def test_kaldi_fbank_is_torchaudios() -> None:
+    from torchaudio.compliance.kaldi import fbank
+
+    waveforms = torch.cat([noise(5_000), noise(5_000).flip(1)])
+    ours = kaldi_fbank(waveforms)
+    for row, waveform in zip(ours, waveforms, strict=True):
+        expected = fbank(waveform[None], sample_frequency=16_000, window_type="hanning", num_mel_bins=128)
+        torch.testing.assert_close(row, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_whisper_folders_that_are_refused(tmp_path: Path) -> None:
+    folder = Path(save_tiny("whisper", tmp_path))
+    config = folder / "config.json"
+    text = config.read_text()
+    for old, new, message in (
+        ('"activation_function": "gelu"', '"activation_function": "relu"', "activation_function = 'relu'"),
+        ('"encoder_attention_heads": 4', '"encoder_attention_heads": 5', "sizes that make no model"),
+        ('"d_model": 32', '"d_model": "x"', "without a usable value"),
+        ('"encoder_layers": 3', '"encoder_layers": 2', "has weights that its configuration doesn't know"),
+    ):
+        assert old in text
+        config.write_text(text.replace(old, new))
+        with pytest.raises(TeacherError, match=message):
+            load_teacher(str(folder))

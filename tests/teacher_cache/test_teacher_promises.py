@@ -1,0 +1,180 @@
+"""What every kind of teacher must promise, whatever it computes. A new kind is one more line in KINDS."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from teacher_cache.frames import padding_mask
+from teacher_cache.teachers import Teacher, TeacherError, load_teacher
+
+from .batch_invariance import assert_batch_invariant
+from .huggingface_folders import save_tiny
+
+TRANSFORMERS = ("hubert", "wavlm", "unispeech-sat", "data2vec-audio", "whisper", "audio-spectrogram-transformer")
+KINDS: dict[str, Callable[[Path], str]] = {
+    "random": lambda _: "random:3x48",
+    **{kind: lambda folder, kind=kind: save_tiny(kind, folder) for kind in TRANSFORMERS},  # type: ignore[misc]
+    "AST, mean-mask": lambda folder: f"mean-mask:{save_tiny('audio-spectrogram-transformer', folder)}",
+    "whisper, options": lambda folder: f"layer-norm:mean-mask:{save_tiny('whisper', folder)}",
+}
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What `load_teacher` takes, by kind."""
+    return {kind: make(tmp_path_factory.mktemp("teacher")) for kind, make in KINDS.items()}
+
+
+@pytest.fixture(params=KINDS)
+def spec(request: pytest.FixtureRequest, specs: dict[str, str]) -> str:
+    return specs[request.param]
+
+
+@pytest.fixture
+def teacher(spec: str) -> Teacher:
+    return load_teacher(spec)
+
+
+def sound(teacher: Teacher, *extra: int) -> list[Tensor]:
+    """Waveforms of so many samples more than the teacher's least."""
+    generator = torch.Generator().manual_seed(1)
+    return [0.1 * torch.randn(teacher.min_samples + n, generator=generator) for n in extra]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_batch_invariance(teacher: Teacher, masked: bool) -> None:
+    if masked and not teacher.has_mask_embedding:
+        with pytest.raises(TeacherError, match=f"{teacher.name} has no mask embedding.*mean-mask:"):
+            assert_batch_invariant(teacher, sound(teacher, 0, 4_000), masked)
+        return
+    assert_batch_invariant(teacher, sound(teacher, 0, 1_200, 8_600, 8_700, 20_000), masked)
+
+
+def test_frames_layers_and_padding(teacher: Teacher) -> None:
+    longer, shorter = sound(teacher, 9_000, 0)
+    batch = torch.full((2, len(longer) + 3_000), torch.nan)
+    batch[0, : len(longer)], batch[1, : len(shorter)] = longer, shorter
+    every = teacher.hidden_states(batch, torch.tensor([len(longer), len(shorter)]))
+    shape = (2, teacher.num_layers, teacher.num_frames(batch.shape[1]), teacher.dim)
+    assert every.shape == shape and every.dtype == torch.float32 and not every.requires_grad
+    assert torch.isfinite(every).all()
+    assert teacher.num_frames(len(shorter)) >= 1 > teacher.num_frames(len(shorter) - 1)
+    lengths = torch.tensor([len(longer), len(shorter)])
+    assert teacher.num_frames(lengths).tolist() == [teacher.num_frames(n) for n in lengths.tolist()]
+    some = teacher.hidden_states(batch, torch.tensor([len(longer), len(shorter)]), layers=[2, 1])
+    assert torch.equal(some, every[:, [1, 0]])
+    assert float((every[:, 0] - every[:, 1]).abs().max()) > 0.01
+    torch.nn.functional.mse_loss(torch.zeros(shape, requires_grad=True), every).backward()
+
+
+def test_masks_replace_the_input_where_they_are_set(teacher: Teacher) -> None:
+    if not teacher.has_mask_embedding:
+        pytest.skip(f"{teacher.name} has no mask embedding")
+    (waveform,) = sound(teacher, 12_000)
+    mask = torch.zeros(1, teacher.num_frames(len(waveform)), dtype=torch.bool)
+    clean = teacher.hidden_states(waveform[None])
+    assert torch.equal(teacher.hidden_states(waveform[None], frame_mask=mask), clean)
+    mask[:, 3:5] = True
+    changed = (teacher.hidden_states(waveform[None], frame_mask=mask) - clean).norm(dim=-1)[0, 0]
+    assert float(changed[3:5].min()) > 2 * float(changed[mask[0].logical_not()].median())
+    with pytest.raises(TeacherError, match="frame_mask must be a bool tensor of shape"):
+        teacher.hidden_states(waveform[None], frame_mask=mask[:, 1:])
+
+
+def test_nothing_random_and_nothing_left_behind(spec: str) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    first, second = load_teacher(spec), load_teacher(spec)
+    waveforms = torch.stack(sound(first, 5_000))
+    assert torch.equal(first.hidden_states(waveforms), second.hidden_states(waveforms))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_fingerprint_is_of_weights_and_not_of_names(spec: str, teacher: Teacher) -> None:
+    other = load_teacher(spec, torch.device("cpu"))
+    other.name = "another"
+    assert other.fingerprint == teacher.fingerprint
+    prints = {teacher.fingerprint}
+    tensors = teacher.model.state_dict()
+    for value in tensors.values():
+        value.view(-1)[0] += 0.5
+        del teacher.fingerprint
+        prints.add(teacher.fingerprint)
+    assert len(prints) == len(tensors) + 1
+    assert teacher.num_parameters >= sum(parameter.numel() for parameter in teacher.model.parameters())
+
+
+def test_refusals(teacher: Teacher) -> None:
+    (waveform,) = sound(teacher, 0)
+    with pytest.raises(TeacherError, match=f"at least {teacher.min_samples}"):
+        teacher.hidden_states(waveform[None, 1:])
+    with pytest.raises(TeacherError, match=f"must be one or more of 1 to {teacher.num_layers}"):
+        teacher.hidden_states(waveform[None], layers=[0])
+    if teacher.max_samples is not None:
+        with pytest.raises(TeacherError, match=f"takes at most {teacher.max_samples}"):
+            teacher.hidden_states(torch.zeros(1, teacher.max_samples + 1))
+        longest = teacher.hidden_states(
+            torch.zeros(1, teacher.max_samples + 9_000), torch.tensor([teacher.max_samples])
+        )
+        assert torch.isfinite(longest).all()
+
+
+def test_options_stand_before_a_specification(specs: dict[str, str]) -> None:
+    plain = load_teacher(specs["whisper"])
+    normalised, stand_in, both = (
+        load_teacher(options + specs["whisper"]) for options in ("layer-norm:", "mean-mask:", "mean-mask:layer-norm:")
+    )
+    assert len({teacher.fingerprint for teacher in (plain, normalised, stand_in, both)}) == 4
+    assert both.fingerprint == load_teacher(specs["whisper, options"]).fingerprint
+    assert stand_in.name.startswith("mean-mask:") and stand_in.has_mask_embedding and not plain.has_mask_embedding
+    waveforms = torch.stack(sound(plain, 5_000))
+    raw = plain.hidden_states(waveforms)
+    expected = torch.nn.functional.layer_norm(raw, (plain.dim,))
+    torch.testing.assert_close(normalised.hidden_states(waveforms), expected)
+    assert float((raw - expected).abs().max()) > 0.1
+    x_BTD = torch.tensor([[[1.0], [3.0], [8.0]], [[1.0], [5.0], [900.0]]])
+    masked = stand_in.masked(x_BTD, torch.tensor([[True, False, False]] * 2), torch.tensor([3, 2]))
+    assert masked.squeeze(2).tolist() == [[4.0, 3.0, 8.0], [3.0, 5.0, 900.0]], "the mean counts real frames"
+    with pytest.raises(TeacherError, match="has a mask embedding, so it needs no stand-in"):
+        load_teacher("mean-mask:random:2x32")
+
+
+class Network(torch.nn.Module):
+    """What the documentation's example wraps: a frame's 400 samples through linear layers, and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.heads, self.mask_embedding = 16, 2, torch.ones(16)
+        self.linear = torch.nn.Linear(400, 16)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(3))
+
+    def front_end(self, waveforms: Tensor) -> Tensor:
+        out: Tensor = self.linear(waveforms.unfold(1, 400, 320))
+        return out
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, attended: Tensor) -> Tensor:
+        mixed = torch.nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], attended)
+        out: Tensor = x + self.linear(mixed[:, 0])
+        return out
+
+
+def test_the_documented_example_keeps_the_promises() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "teachers.md").read_text()
+    names: dict[str, Any] = {"Teacher": Teacher, "MyNetwork": Network, "torch": torch, "padding_mask": padding_mask}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    example: Teacher = names["MyTeacher"](Network(), name="example")
+    for masked in (False, True):
+        assert_batch_invariant(example, sound(example, 0, 3_000, 9_000), masked)
+    test_frames_layers_and_padding(example)
+    test_refusals(example)

@@ -14,6 +14,8 @@ from serve.backends import Backend, BackendOptions, OnnxBackend, TorchBackend, W
 from serve.models import open_backend
 from student import Student, save_student
 
+from .conftest import TINY
+
 pytest.importorskip("onnxruntime", reason="needs the extra named onnx")
 
 
@@ -147,3 +149,10 @@ def test_reload_takes_new_weights_and_keeps_what_works(student: Student, tmp_pat
     models.reload()
     assert models.get("tiny") is after
     models.close()
+
+
+@pytest.mark.parametrize("options", [{"heads": "none"}, {"heads": "split"}])
+def test_a_student_without_a_head_for_each_layer_has_no_teacher_space(options: dict[str, Any]) -> None:
+    backend = TorchBackend(Student(TINY.model_copy(update=options)).eval())
+    assert backend.teacher_dim is None
+    assert backend.run(wanted())[0].shape == (3, 1, 16)

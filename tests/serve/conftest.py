@@ -107,7 +107,6 @@ def ray_serve(folder: Path, model: str, **arguments: Any) -> Iterator[str]:
             "RAY_TMPDIR": scratch,
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_raylet_start_wait_time_s": "180",  # On a busy machine.
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(REPOSITORY),
         }

@@ -224,35 +224,26 @@ class Findings:
         return None if variant == first else compare(self.values(variant, measure), self.values(first, measure))
 
     def sentences(self) -> list[str]:
-        """What the figures say, and no more."""
-        first = self.ablation.variants[0].name
-        found = []
+        """What the figures say of each variant, and no more."""
+        return [said for variant in self.ablation.variants[1:] if (said := self._sentence(variant.name))]
+
+    def _sentence(self, variant: str) -> str:
+        parts: dict[str, list[str]] = {}
         for measure in self.measures:
-            for variant in self.ablation.variants[1:]:
-                compared = self.comparison(variant.name, measure)
-                if compared is None:
-                    continue
-                change = f"{measure.name} {_signed(measure, compared.difference)} against {first}"
-                if compared.spreads is None:
-                    found.append(f"{variant.name}: {change}; with one seed each, nothing tells it from chance.")
-                elif compared.shown:
-                    better = (compared.difference < 0) == measure.low_is_good
-                    found.append(
-                        f"{variant.name} is {'better' if better else 'worse'}: {change}, {abs(compared.spreads):.1f} spreads."
-                    )
-                else:
-                    found.append(
-                        f"{variant.name}: no difference shown: {change}, {abs(compared.spreads):.1f} spreads, is within "
-                        "what seeds alone do."
-                    )
-        return found
+            compared = self.comparison(variant, measure)
+            if compared is not None:
+                spreads = "" if compared.spreads is None else f", {abs(compared.spreads):.1f} spreads"
+                change = f"{measure.name} ({_signed(measure, compared.difference)}{spreads})"
+                parts.setdefault(_verdict(measure, compared), []).append(change)
+        said = "; ".join(f"{verdict} in {', '.join(changes)}" for verdict, changes in parts.items())
+        return f"{variant} against {self.ablation.variants[0].name}: {said}." if said else ""
 
     def groups(self) -> list[list[int]]:
         """The common layers in up to three groups, from the lowest."""
         return [part.tolist() for part in np.array_split(self.layers, 3) if len(part)]
 
-    def columns(self) -> list[tuple[str, Callable[[str], str]]]:
-        """Names of the table's columns, and their text for a variant."""
+    def columns(self) -> list[tuple[str, Callable[[str], str], Callable[[str], str]]]:
+        """Of the table: a name, its text for a variant, and what the comparison says, or nothing."""
         measured = list(self.measures)
         if not self.same_loss:
             measured.append(Measure("its own validation loss", lambda r: r.loss, True))
@@ -260,12 +251,11 @@ class Findings:
             measured += [self._cosine(group) for group in self.groups()]
         measured.append(Measure("best step", lambda r: r.best_step, True, digits=0))
         measured.append(Measure("seconds a step", lambda r: r.seconds_per_step, True, digits=3))
-        columns: list[tuple[str, Callable[[str], str]]] = [("seeds", self._seeds)]
+        columns: list[tuple[str, Callable[[str], str], Callable[[str], str]]] = [("seeds", self._seeds, _nothing)]
         for measure in measured:
-            columns.append((measure.name, partial(self._mean, measure)))
-            if measure in self.measures:
-                columns.append(("difference", partial(self._difference, measure)))
-        return [*columns, ("parameters", self._parameters)]
+            compared = partial(self._difference, measure) if measure in self.measures else _nothing
+            columns.append((measure.name, partial(self._mean, measure), compared))
+        return [*columns, ("parameters", self._parameters, _nothing)]
 
     @staticmethod
     def _cosine(layers: list[int]) -> Measure:
@@ -284,6 +274,10 @@ class Findings:
     def _seeds(self, variant: str) -> str:
         done = sum(result.training is not None for result in self.of[variant])
         return str(done) if done == len(self.of[variant]) else f"{done} of {len(self.of[variant])}"
+
+
+def _nothing(variant: str) -> str:
+    return ""
 
 
 def _values(config: Config, keys: Sequence[str]) -> list[Any]:
@@ -315,15 +309,19 @@ def _signed(measure: Measure, value: float) -> str:
     return f"{'+' if value >= 0 else '-'}{measure.show(abs(value))}"
 
 
+def _verdict(measure: Measure, compared: Comparison) -> str:
+    if compared.spreads is None:
+        return "not told from chance with one seed each"
+    if not compared.shown:
+        return "no difference shown"
+    return "better" if (compared.difference < 0) == measure.low_is_good else "worse"
+
+
 def _difference(measure: Measure, compared: Comparison | None) -> str:
     if compared is None:
         return ""
     spreads = "" if compared.spreads is None else f" ({compared.spreads:+.1f} spreads)"
-    better = (compared.difference < 0) == measure.low_is_good
-    verdict = (
-        "" if compared.spreads is None else (", better" if better else ", worse") if compared.shown else ", not shown"
-    )
-    return f"{_signed(measure, compared.difference)}{spreads}{verdict}"
+    return f"{_signed(measure, compared.difference)}{spreads}, {_verdict(measure, compared)}"
 
 
 def saved_hours(work: TeacherWork, train_seconds: float, passes: Mapping[bool, float]) -> tuple[float, float] | None:
@@ -379,13 +377,14 @@ def results_table(ablation: Ablation, results: Sequence[Result]) -> Table:
     """For the terminal: what the first measures say."""
     findings = Findings(ablation, results)
     table = Table(title=f"{ablation.settings.name}: mean ± standard deviation over seeds")
-    names = ["seeds", *(name for measure in findings.measures for name in (measure.name, "difference"))]
+    names = ["seeds", *(measure.name for measure in findings.measures)]
     columns = [column for column in findings.columns() if column[0] in names]
     table.add_column("variant")
-    for name, _ in columns:
+    for name, *_ in columns:
         table.add_column(name)
     for variant in ablation.variants:
-        table.add_row(variant.name, *(text(variant.name) for _, text in columns))
+        cells = (f"{text(variant.name)}\n{compared(variant.name)}".strip() for _, text, compared in columns)
+        table.add_row(variant.name, *cells, end_section=True)
     return table
 
 
@@ -457,7 +456,7 @@ def _variant_rows(findings: Findings) -> list[dict[str, Any]]:
             known = compared is not None and compared.spreads is not None
             row[f"{measure.name}: difference in spreads"] = compared.spreads if compared and known else ""
             row[f"{measure.name}: difference shown"] = compared.shown if compared and known else ""
-        shown = {name: text(variant.name) for name, text in findings.columns() if name != "difference"}
+        shown = {name: text(variant.name) for name, text, _ in findings.columns()}
         row |= {name: shown[name] for name in ("best step", "seconds a step", "parameters")}
         rows.append(row)
     return rows
@@ -470,7 +469,7 @@ def _colors(count: int) -> list[str]:
 def _charts(findings: Findings) -> str:
     variants = findings.ablation.variants
     colors = _colors(len(variants))
-    charts = [
+    dots = [
         dot_chart(
             f"{measure.name}: each dot a seed, each bar a mean",
             [(v.name, findings.values(v.name, measure)) for v in variants],
@@ -479,6 +478,7 @@ def _charts(findings: Findings) -> str:
         )
         for measure in findings.measures
     ]
+    charts = []
     if findings.same_loss:
         charts.append(_curves("Validation loss, mean over seeds", findings, lambda row: row["loss"], "weighted loss"))
     if findings.layers:
@@ -492,7 +492,7 @@ def _charts(findings: Findings) -> str:
                 label,
             )
         )
-    return f'<div class="charts">{"".join(charts)}</div>'
+    return f'<div class="charts dots">{"".join(dots)}</div><div class="charts">{"".join(charts)}</div>'
 
 
 def _curves(title: str, findings: Findings, value: Callable[[Mapping[str, Any]], float], label: str) -> str:
@@ -509,10 +509,13 @@ def _curves(title: str, findings: Findings, value: Callable[[Mapping[str, Any]],
 def _html_table(findings: Findings) -> str:
     escape = html.escape
     columns = findings.columns()
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("variant", *(name for name, _ in columns)))
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("variant", *(name for name, *_ in columns)))
     body = ""
     for variant in findings.ablation.variants:
-        cells = "".join(f"<td>{escape(text(variant.name))}</td>" for _, text in columns)
+        cells = "".join(
+            f'<td>{escape(text(variant.name))}<br><span class="faint">{escape(compared(variant.name))}</span></td>'
+            for _, text, compared in columns
+        )
         body += f'<tr><th scope="row">{escape(variant.name)}<br><span class="faint">{_changes(variant)}</span></th>{cells}</tr>'
     return (
         f'<div class="wide"><table class="variants"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -524,10 +527,11 @@ def _changes(variant: Variant) -> str:
 
 
 _MORE_STYLE = """
-.wide { overflow-x: auto; } .variants { font-size: 13px; font-variant-numeric: tabular-nums; }
+body { max-width: 1280px; } .wide { overflow-x: auto; } .variants { font-size: 13px; font-variant-numeric: tabular-nums; }
 .variants thead th { color: var(--faint); border: 0; } .variants tbody th { font-weight: 600; min-width: 150px; }
 .variants tbody th span { font-weight: normal; font-size: 12px; } .variants td { white-space: nowrap; }
-.said li { margin: 2px 0; } .bad { color: #b3261e; }
+.variants td span { font-size: 12px; white-space: normal; display: block; min-width: 90px; } .said li { margin: 4px 0; }
+.dots { align-items: start; margin-bottom: 18px; }
 """
 
 

@@ -24,7 +24,7 @@ from pipeline.corpus import CorpusIndex, index_corpus
 from pipeline.initialise import initial_tensors, write_initial
 from pipeline.plan import cost_lines, cost_table, plan_cost
 from pipeline.probe import probe_section, read_probes
-from pipeline.report import feature_maps, read_metrics, write_report
+from pipeline.report import FeatureMaps, feature_maps, read_metrics, write_report
 from student import Student, load_student
 from student.ray_training import train_on_ray
 from teacher_cache.batch import TargetReader
@@ -415,7 +415,12 @@ class Run:
         }
         if exported:
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        maps = feature_maps(student, self._validation_reader()) if exported else "No student is exported yet."
+        if not exported:
+            maps: FeatureMaps | str = "No student is exported yet."
+        elif student.config.heads == "none":
+            maps = "A student without heads predicts no features that could be shown beside the teacher's."
+        else:
+            maps = feature_maps(student, self._validation_reader())
         write_report(
             page,
             summary=summary,

@@ -2,71 +2,77 @@
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
-import torch
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from serve.ask import Asker, Limits
+from serve.admission import Admission, Held, Limits
+from serve.ask import Asker
+from serve.backends import BackendOptions
 from serve.embeddings import embeddings_answer
 from serve.engine import BatchLimits
 from serve.errors import STATUS, ErrorResponse, ErrorType, ServiceError
 from serve.formats import render
-from serve.models import Models, load_model
+from serve.models import Models, ServedModel, Source, model_name
 from serve.observation import Metrics, Observed
 from serve.openapi import BINARY_ANSWERS, describe
 from serve.page import add_page
 from serve.parameters import EmbeddingsQuery, FeaturesQuery, format_accepted
-from serve.schemas import EmbeddingsResponse, FeaturesResponse, Health, ModelList, ModelRecord
-from student import Student
+from serve.schemas import EmbeddingsResponse, FeaturesResponse, ModelList, ModelRecord
+from serve.sending import PatientSending
 
 
 def create_app(
-    model: str | Path | Student,
+    model: Source,
     *,
     name: str | None = None,
-    more: Mapping[str, str | Path | Student] | None = None,
-    device: str | torch.device = "cpu",
-    max_seconds: float = Limits.max_seconds,
-    max_bytes: int = Limits.max_bytes,
-    deadline_seconds: float = Limits.deadline_seconds,
-    max_requests: int = Limits.max_requests,
+    more: Mapping[str, Source] | None = None,
+    library: str | Path | None = None,
+    library_loaded: int = 4,
+    backend: BackendOptions | None = None,
+    limits: Limits | None = None,
     batch: BatchLimits | None = None,
     api_keys: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """Build the service around one student or several. ``app.state.models.put(name, student)`` replaces one of them.
 
     Example:
-        >>> app = create_app("runs/demo/export", max_seconds=30)
+        >>> app = create_app("runs/demo/export", limits=Limits(max_seconds=30))
         >>> uvicorn.run(app)
 
     Args:
-        model: a student, or the folder of one as ``student.save_student`` writes it.
+        model: a student, the folder of one as ``student.save_student`` writes it, or a file of ``export --format onnx``.
         name: what answers call the model. Default: the folder's name (of ``NAME/export``: NAME), or ``student``.
-        more: further students or folders, by name.
-        device: where inference runs.
-        max_seconds, max_bytes, deadline_seconds, max_requests: as `Limits`.
+        more: further ones, by name.
+        library, library_loaded: models loaded when asked for, as `Models`.
+        backend: how models are run; the defaults of `BackendOptions`.
+        limits: what requests may take; the defaults of `Limits`.
         batch: bounds of batches and the queue; the defaults of `BatchLimits`.
-        api_keys: clients of /v1 must send one as a bearer token; none: everyone may ask.
+        api_keys: clients of /v1 and /info must send one as a bearer token; none: everyone may ask.
+        cors_origins: origins whose pages may ask from a browser, ``*`` for all; none: only the service's own.
 
     Raises:
         ValueError: a limit that is not positive, a device that isn't there, or a folder without a readable student.
     """
-    batch = batch or BatchLimits()
+    limits, batch = limits or Limits(), batch or BatchLimits()
     # What the queue can't hold would be told to come again, for ever.
-    limits = Limits(max_seconds, max_bytes, deadline_seconds, max_requests, max(max_seconds, batch.queue_seconds))
+    most = max(limits.longest_seconds, batch.queue_seconds)
+    limits = replace(limits, request_seconds=min(most, max(limits.request_seconds, limits.longest_seconds)))
+    admission = Admission(limits, api_keys)
     metrics = Metrics()
-    models = Models(device, batch, metrics.record_batch)
-    own_name, student = ("student", model) if isinstance(model, Student) else load_model(model)
-    models.put(name or own_name, student)
-    for other, value in (more or {}).items():
-        models.put(other, value if isinstance(value, Student) else load_model(value)[1])
-    asker = Asker(models, limits, metrics, api_keys)
+    models = Models(backend or BackendOptions(), batch, metrics.record_batch, library, library_loaded)
+    models.put(name or model_name(model), model)
+    for other, source in (more or {}).items():
+        models.put(other, source)
+    asker = Asker(models, limits, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -81,11 +87,21 @@ def create_app(
         "wav2vec 2.0. The same audio always gets the same features, whatever else is being served.",
         lifespan=lifespan,
     )
-    app.state.models = models
+    app.state.models, app.state.admission = models, admission
+    app.state.leaving = False  # Set by whoever stops the service, so that balancers send no more.
     add_page(app)
-    _add_status_routes(app, asker, metrics)
+    _add_status_routes(app, models, admission, metrics)
     _add_error_handlers(app, metrics)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["*"],
+        )
     app.add_middleware(Observed, metrics=metrics)
+    app.add_middleware(PatientSending, seconds=limits.deadline_seconds)  # Outermost.
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse, "description": ", ".join(kind for kind in STATUS if STATUS[kind] == status)}
         for status in sorted({*STATUS.values()} - {405, 500})
@@ -102,9 +118,9 @@ def create_app(
         },
         openapi_extra=describe(FeaturesQuery),
     )
-    async def features(request: Request) -> Response:
+    async def features(request: Request, held: Annotated[Held, Depends(admission.admit)]) -> Response:
         """The student's hidden states (or its guess of the teacher's) for each audio file of the request."""
-        query, answered = await asker.answer(request, FeaturesQuery)
+        query, answered = await asker.answer(request, held, FeaturesQuery)
         about = {
             "model": answered.model.name,
             "revision": answered.model.revision,
@@ -125,59 +141,53 @@ def create_app(
         responses={200: {"model": EmbeddingsResponse, "description": "The embeddings."}, **refusals},
         openapi_extra=describe(EmbeddingsQuery),
     )
-    async def embeddings(request: Request) -> Response:
+    async def embeddings(request: Request, held: Annotated[Held, Depends(admission.admit)]) -> Response:
         """Features pooled over frames."""
-        query, answered = await asker.answer(request, EmbeddingsQuery)
+        query, answered = await asker.answer(request, held, EmbeddingsQuery)
         return await anyio.to_thread.run_sync(embeddings_answer, query, answered)
 
     return app
 
 
-def _add_status_routes(app: FastAPI, asker: Asker, metrics: Metrics) -> None:
-    models, limits = asker.models, asker.limits
-
-    @app.get("/healthz", summary="Is the service alive, and what does it serve?", tags=["service"])
-    async def healthz() -> Health:
-        first = models.get(None)
-        return Health(
-            model=first.name,
-            layers=first.engine.num_layers,
-            dim=first.engine.dim,
-            parameters=first.engine.num_parameters,
-            device=str(first.engine.device),
-            max_seconds=limits.max_seconds,
-            max_bytes=limits.max_bytes,
-        )
+def _add_status_routes(app: FastAPI, models: Models, admission: Admission, metrics: Metrics) -> None:
+    @app.get("/healthz", summary="Is the service alive?", tags=["service"])
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
 
     @app.get("/readyz", summary="Is every model loaded, warmed up and taking work?", tags=["service"])
     async def readyz() -> dict[str, str]:
-        if not all(model.engine.alive for model in models):
-            raise ServiceError("not_ready", "A model takes no work: the service is stopping.")
+        if app.state.leaving or not all(model.engine.alive for model in models):
+            raise ServiceError("not_ready", "The service is stopping.")
         return {"status": "ready"}
 
     @app.get("/info", summary="Models and limits", tags=["service"])
-    async def info() -> dict[str, Any]:
-        return {"models": [_record(model) for model in models], "limits": vars(limits)}
+    async def info(request: Request) -> dict[str, Any]:
+        admission.check_key(request)
+        return {"models": [_record(model) for model in models], "limits": asdict(admission.limits)}
 
     @app.get("/v1/models", summary="The models to choose from; the first is the default", tags=["features"])
     async def list_models(request: Request) -> ModelList:
-        asker.check_key(request)
-        return ModelList(data=[_record(model) for model in models])
+        admission.check_key(request)
+        served = [_record(model) for model in models]
+        others = (await anyio.to_thread.run_sync(models.in_library)).keys() - {record.id for record in served}
+        return ModelList(data=served, library=sorted(others))
 
     @app.get("/metrics", summary="Prometheus metrics", tags=["service"], response_class=Response)
     async def show_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _record(model: Any) -> ModelRecord:
-    engine = model.engine
+def _record(model: ServedModel) -> ModelRecord:
+    backend = model.engine.backend
     return ModelRecord(
         id=model.name,
         revision=model.revision,
-        layers=engine.num_layers,
-        dim=engine.dim,
-        teacher_dim=engine.teacher_dim,
-        device=str(engine.device),
+        layers=backend.num_layers,
+        dim=backend.dim,
+        teacher_dim=backend.teacher_dim,
+        parameters=backend.num_parameters,
+        runtime=backend.runtime,
+        device=backend.device,
     )
 
 

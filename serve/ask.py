@@ -1,8 +1,8 @@
-"""One request from body to features: admission, decoding, inference, deadline, and a client that leaves."""
+"""One request from body to features: decoding, inference, deadline, and a client that leaves."""
 
 import asyncio
-import hmac
-from collections.abc import Awaitable, Sequence
+import os
+from collections.abc import Awaitable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,44 +10,21 @@ from typing import Any, TypeVar
 import anyio
 from starlette.requests import ClientDisconnect, Request
 
+from serve.admission import Held, Limits
+from serve.backends import Array, Space
 from serve.body import read_body
 from serve.decoding import decode
-from serve.engine import Array, EngineClosedError, Features, Space
+from serve.engine import EngineClosedError, Features
 from serve.errors import ServiceError
 from serve.models import Models, ServedModel
 from serve.observation import Metrics
 from serve.parameters import Query, choose_layer, parse_parameters
-from teacher_cache.frames import SAMPLE_RATE
+from serve.windows import features_in_windows
+from teacher_cache.frames import SAMPLE_RATE, num_frames
 
-_DECODERS = 4  # audio files decoded at once, which bounds the memory of decoding
+_DECODERS = min(4, len(os.sched_getaffinity(0)))
+"""Audio files decoded at once: bounds the memory of decoding, and no more than cores, which inference needs too."""
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request, and all together, may take.
-
-    Attributes:
-        max_seconds: longest audio accepted, in seconds. Default 60.
-        max_bytes: largest request body accepted, in bytes. Default 32 MiB.
-        deadline_seconds: longest time for an answer; a request may ask for less. Default 30.
-        max_requests: requests answered at once; more are refused. Default 256.
-        request_seconds: audio in all files of a request together, in seconds. Default 300.
-    """
-
-    max_seconds: float = 60.0
-    max_bytes: int = 32 * 2**20
-    deadline_seconds: float = 30.0
-    max_requests: int = 256
-    request_seconds: float = 300.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_seconds", "deadline_seconds", "request_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}.")
-        for name in ("max_bytes", "max_requests"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -60,10 +37,11 @@ class Answered:
     many: bool
 
     def headers(self) -> dict[str, str]:
-        """Seconds in queue and inference, the longest of the request's files."""
+        """Seconds in queue and inference, the longest of the request's files; in how many windows each was run."""
         return {
             "x-queue-time": f"{max(item.queue_seconds for item in self.features):.6f}",
             "x-inference-time": f"{max(item.inference_seconds for item in self.features):.6f}",
+            "x-windows": ";".join(str(item.windows) for item in self.features),
         }
 
 
@@ -72,92 +50,103 @@ class Asker:
 
     Args:
         models: what is served.
-        limits: of a request, and of all.
+        limits: of a request.
         metrics: told of each utterance.
-        api_keys: clients must send one as a bearer token; none: everyone may ask.
     """
 
-    def __init__(self, models: Models, limits: Limits, metrics: Metrics, api_keys: Sequence[str] = ()) -> None:
+    def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
         self.models, self.limits = models, limits
         self._metrics = metrics
-        self._keys = [key.encode() for key in api_keys]
-        self._open = 0
         self._decoders = anyio.CapacityLimiter(_DECODERS)
 
-    async def answer(self, request: Request, kind: type[Query]) -> tuple[Query, Answered]:
+    async def answer(self, request: Request, held: Held, kind: type[Query]) -> tuple[Query, Answered]:
         """Features for every file of a request, and its parameters.
 
+        Args:
+            request: admitted.
+            held: what it holds: grows with its body, audio and answer.
+            kind: of its parameters.
+
         Raises:
-            ServiceError: any of its types but ``not_ready`` and ``internal``.
+            ServiceError: any of its types but ``internal``.
             ClientDisconnect: the client left; what it waited for is cancelled.
         """
-        self.check_key(request)
-        if self._open >= self.limits.max_requests:
-            message = f"The service is overloaded: {self._open} requests are open; ask again later."
-            raise ServiceError("overloaded", message, {"retry-after": "1"})
-        self._open += 1
         limit = self.limits.deadline_seconds
         try:
             # Parameters in the query are checked before anything is read.
-            engine = self.models.get(request.query_params.get("model")).engine
-            early = parse_parameters(kind, dict(request.query_params), {}, engine.num_layers)
+            engine = (await self.models.find(request.query_params.get("model"))).engine
+            num_layers = engine.backend.num_layers
+            early = parse_parameters(kind, dict(request.query_params), {}, num_layers)
             engine.check_room()
             limit = min(limit, early.timeout or limit)
             async with asyncio.timeout(limit) as deadline:
-                files, members, many = await read_body(request, self.limits.max_bytes)
-                query = parse_parameters(kind, dict(request.query_params), members, engine.num_layers)
+                files, members, many = await read_body(request, self.limits.max_bytes, held)
+                query = parse_parameters(kind, dict(request.query_params), members, num_layers)
                 if query.timeout and query.timeout < limit:
                     deadline.reschedule(deadline.when() - limit + query.timeout)  # type: ignore[operator]
                     limit = query.timeout
-                return query, await _unless_client_leaves(request, self._features(query, files, many))
+                return query, await _unless_client_leaves(request, self._features(query, files, many, held))
         except TimeoutError as error:
             raise ServiceError("deadline", f"There was no answer within {limit:g} seconds.") from error
-        finally:
-            self._open -= 1
 
-    def check_key(self, request: Request) -> None:
-        """ServiceError ``unauthorized`` without one of the keys, if there are any."""
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        token = given.strip().encode() if scheme.lower() == "bearer" else b""
-        # Every key is compared, in constant time, so that timing tells nothing about any.
-        if self._keys and not sum([hmac.compare_digest(token, key) for key in self._keys]):
-            headers = {"www-authenticate": "Bearer"}
-            raise ServiceError("unauthorized", "Send a valid API key as 'Authorization: Bearer KEY'.", headers)
-
-    async def _features(self, query: Any, files: list[bytes], many: bool) -> Answered:
+    async def _features(self, query: Any, files: list[bytes], many: bool, held: Held) -> Answered:
         # Bound before decoding: a wrong layer must not cost any.
-        choose_layer(query.layer, self.models.get(query.model).engine.num_layers)
+        backend = (await self.models.find(query.model)).engine.backend
+        layer = choose_layer(query.layer, backend.num_layers)
+        dim = backend.dim if query.space == "student" else backend.teacher_dim
+        if dim is None:
+            raise ServiceError(
+                "bad_parameter", "Parameter 'space' is wrong: this model has no heads, so no teacher space."
+            )
+        frame_bytes = 4 * dim * (backend.num_layers if layer is None else 1)
         waveforms: list[Array] = []
         room = self.limits.request_seconds
+        body_bytes = held.count
         for file in files:
-            seconds = self.limits.max_seconds
-            waveforms.append(await anyio.to_thread.run_sync(decode, file, seconds, limiter=self._decoders))
-            room -= len(waveforms[-1]) / SAMPLE_RATE
+            seconds = self.limits.longest_seconds
+            waveform = await anyio.to_thread.run_sync(decode, file, seconds, limiter=self._decoders)
+            room -= len(waveform) / SAMPLE_RATE
             if room < 0:
                 limit = f"{self.limits.request_seconds:g}"
                 message = f"The files hold more than the {limit} seconds of audio that a request may have; send fewer at once."
                 raise ServiceError("too_long", message)
+            held.take(waveform.nbytes + num_frames(len(waveform)) * frame_bytes)
+            waveforms.append(waveform)
+        files.clear()
+        held.give_back(body_bytes)
         while True:
-            model = self.models.get(query.model)
-            layer = choose_layer(query.layer, model.engine.num_layers)
+            model = await self.models.find(query.model)
+            layer = choose_layer(query.layer, model.engine.backend.num_layers)
             try:
-                features = await _together(model, waveforms, layer, query.space)
+                features = await self._together(model, waveforms, layer, query.space)
             except EngineClosedError:
-                if self.models.get(query.model) is model:
+                if await self.models.find(query.model) is model:
                     raise ServiceError("not_ready", "The service is stopping.") from None
                 continue  # Replaced between look-up and queue.
             for item in features:
                 self._metrics.record_features(item)
             return Answered(model, layer, features, many)
 
+    async def _together(
+        self, model: ServedModel, waveforms: list[Array], layer: int | None, space: Space
+    ) -> list[Features]:
+        def run(waveform: Array) -> Coroutine[Any, Any, Features]:
+            if self.limits.long_audio and len(waveform) > self.limits.max_seconds * SAMPLE_RATE:
+                return features_in_windows(model.engine, waveform, self.limits.long_audio, layer, space)
+            return model.engine.features(waveform, layer, space)
 
-async def _together(model: ServedModel, waveforms: list[Array], layer: int | None, space: Space) -> list[Features]:
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(model.engine.features(waveform, layer, space)) for waveform in waveforms]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(run(waveform)) for waveform in waveforms]
+        except ExceptionGroup as errors:
+            raise _first(errors) from None
+        return [task.result() for task in tasks]
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def _unless_client_leaves(request: Request, work: Awaitable[Result]) -> Result:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-LEAST_FILLED = 0.6
+LEAST_FILLED = 0.8
 """A row shorter than this part of its batch's longest waits for a better batch: it would be mostly padding."""
 
 

@@ -5,18 +5,20 @@ import binascii
 import json
 from typing import Any
 
+import anyio
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
 
+from serve.admission import Held
 from serve.errors import ServiceError
 
 MAX_FILES = 64
 _OTHER_TYPES = ("", "application/octet-stream", "application/ogg", "application/x-www-form-urlencoded")
 
 
-async def read_body(request: Request, max_bytes: int) -> tuple[list[bytes], dict[str, Any], bool]:
+async def read_body(request: Request, max_bytes: int, held: Held) -> tuple[list[bytes], dict[str, Any], bool]:
     """The audio files of a request, in order.
 
     ``multipart/form-data`` holds one or more files in fields named ``file``; ``application/json`` holds base64 in ``input``,
@@ -27,12 +29,13 @@ async def read_body(request: Request, max_bytes: int) -> tuple[list[bytes], dict
     Args:
         request: whose body nobody has read yet.
         max_bytes: largest body accepted, framing included.
+        held: what the request holds; grows as the body arrives.
 
     Returns:
         The files, the JSON body's other members, and whether the client sent a list (JSON) or several files.
 
     Raises:
-        ServiceError: ``length_required``, ``too_large``, ``unsupported_media_type``, ``empty`` or ``bad_body``.
+        ServiceError: ``length_required``, ``too_large``, ``overloaded``, ``unsupported_media_type``, ``empty`` or ``bad_body``.
     """
     too_large = ServiceError("too_large", f"The request body is larger than the limit of {max_bytes} bytes.")
     declared = request.headers.get("content-length")
@@ -45,9 +48,11 @@ async def read_body(request: Request, max_bytes: int) -> tuple[list[bytes], dict
     async def receive() -> Message:
         nonlocal received
         message = await request.receive()
-        received += len(message.get("body", b""))
+        count = len(message.get("body", b""))
+        received += count
         if received > max_bytes:
             raise too_large
+        held.take(count)
         return message
 
     limited = Request(request.scope, receive)
@@ -58,7 +63,7 @@ async def read_body(request: Request, max_bytes: int) -> tuple[list[bytes], dict
         files = await _read_multipart(limited)
         many = len(files) > 1
     elif media_type == "application/json":
-        files, members, many = _read_json(await limited.body())
+        files, members, many = await anyio.to_thread.run_sync(_read_json, await limited.body())
     elif media_type in _OTHER_TYPES or media_type.startswith(("audio/", "video/")):
         files = [await limited.body()]
     else:

@@ -13,13 +13,17 @@ Space = Literal["student", "teacher"]
 
 
 class RefusedError(Exception):
-    """The service refused; ``status`` and ``error_type`` are in docs/serving.md."""
+    """The service refused; ``status`` and ``error_type`` are in docs/serving.md.
+
+    ``retry_after``: seconds after which to ask again, or None where that would not help.
+    """
 
     def __init__(self, response: httpx.Response) -> None:
         kind = response.headers.get("content-type", "")
         body = response.json() if kind.startswith("application/json") else {}
         super().__init__(body.get("error", response.text[:200]))
         self.status, self.error_type = response.status_code, body.get("error_type", "unknown")
+        self.retry_after = float(response.headers["retry-after"]) if "retry-after" in response.headers else None
 
 
 def _request(path: str, files: Sequence[bytes], **parameters: Any) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Untrusted bytes become a waveform, or a refusal that says why."""
 
+import ctypes
 import io
+import platform
 
-from serve.engine import Array
+from serve.backends import Array
 from serve.errors import ErrorType, ServiceError
 from teacher_cache.audio import AudioError, load_audio
 
@@ -27,3 +29,15 @@ def decode(audio: bytes, max_seconds: float) -> Array:
             "undecodable": "The body can't be decoded as audio, or is damaged: send a whole wav, flac, ogg or mp3 file.",
         }
         raise ServiceError(error.reason, messages[error.reason]) from error
+
+
+def silence_decoders() -> None:
+    """Drops what decoders in C print to standard error: clients could fill the log with damaged mp3.
+
+    libsndfile gives its libmpg123 no word to be quiet. So C's ``stderr`` becomes /dev/null; Python's, crash reports and
+    whatever writes to the file descriptor are as before. Only with glibc, where it may be assigned to.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.fopen.restype = ctypes.c_void_p
+        ctypes.c_void_p.in_dll(libc, "stderr").value = libc.fopen(b"/dev/null", b"w")

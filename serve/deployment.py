@@ -1,35 +1,88 @@
 """The same application as a Ray Serve deployment, for clusters: ``serve run serve.deployment:build model=/data/runs/demo/export``."""
 
+from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.serve import Application
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.admission import Limits
 from serve.app import create_app
+from serve.backends import BackendOptions
+from serve.decoding import silence_decoders
+from serve.engine import BatchLimits
+from serve.errors import ServiceError
 
-
-@serve.deployment(name="FeatureService", max_ongoing_requests=64, max_queued_requests=256)
-@serve.ingress()
-class FeatureService:
-    """One replica: `serve.app.create_app` with these arguments, built where it runs."""
-
-    def __init__(self, **arguments: Any) -> None:
-        self._arguments = arguments
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(**self._arguments)
+_GROUPS: dict[str, Any] = {"limits": Limits, "batch": BatchLimits, "backend": BackendOptions}
 
 
 def build(arguments: dict[str, Any]) -> Application:
-    """The application for ``serve run`` and for a RayService's ``import_path``.
+    """The application for ``serve run``, ``serve build`` and a RayService's ``import_path``.
 
     Args:
-        arguments: keywords of `serve.app.create_app`; ``model`` must be there.
+        arguments: keywords of `serve.app.create_app`, of which ``limits``, ``batch`` and ``backend`` are tables; ``model`` must
+            be there.
 
     Raises:
-        ValueError: no model is named.
+        ValueError: no model is named, or a table doesn't fit.
     """
     if "model" not in arguments:
         raise ValueError("no model is named; give args: {model: /data/runs/NAME/export}")
-    return FeatureService.bind(**arguments)  # type: ignore[attr-defined]
+    given = dict(arguments)
+    for name in _GROUPS.keys() & given.keys():
+        try:
+            given[name] = TypeAdapter(_GROUPS[name]).validate_python(given[name])
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, (name, *first["loc"])))
+            raise ValueError(f"{place} is wrong: {first['msg'].lower()}") from error
+    return _deployment(given.get("library_loaded", 4)).bind(**given)
+
+
+def _deployment(library_loaded: int) -> Any:
+    # More may be ongoing than the application admits, so that it is the application that refuses, in its own words.
+    @serve.deployment(name="FeatureService", max_ongoing_requests=320, graceful_shutdown_timeout_s=40)
+    @serve.ingress()
+    class FeatureService:
+        """One replica: `serve.app.create_app`, built where it runs."""
+
+        def __init__(self, **arguments: Any) -> None:
+            self._arguments = arguments
+
+        def __serve_build_asgi_app__(self) -> FastAPI:
+            silence_decoders()
+            app = create_app(**self._arguments)
+            self._models = app.state.models
+            app.add_middleware(_Multiplexed, load=self._load)
+            return app
+
+        def check_health(self) -> None:
+            """Ray Serve replaces a replica whose inference has stopped."""
+            if not all(model.engine.alive for model in self._models):
+                raise RuntimeError("a model takes no work")
+
+        @serve.multiplexed(max_num_models_per_replica=library_loaded)  # type: ignore[untyped-decorator]
+        async def _load(self, name: str) -> str:
+            """Ray Serve counts what is loaded where, with the same rule of which goes first as `serve.models.Models`."""
+            model: str = (await self._models.find(name)).name
+            return model
+
+    return FeatureService
+
+
+class _Multiplexed:
+    """ASGI middleware: a request whose header ``serve_multiplexed_model_id`` names a model of the library is noted by Ray Serve,
+    which then sends its like to replicas that have it loaded. The ``model`` parameter chooses what is run, as without Ray.
+    """
+
+    def __init__(self, app: ASGIApp, load: Any) -> None:
+        self._app, self._load = app, load
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (name := serve.get_multiplexed_model_id()):
+            with suppress(ServiceError):  # The route says what is wrong.
+                await self._load(name)
+        await self._app(scope, receive, send)

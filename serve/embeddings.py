@@ -5,7 +5,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from serve.ask import Answered
-from serve.engine import Array
+from serve.backends import Array
 from serve.formats import encode_base64
 from serve.parameters import EmbeddingsQuery, Pooling
 from teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE

@@ -1,25 +1,21 @@
-"""Run a student for the service: requests that wait together are batched, in one thread, off the event loop."""
+"""Run a model for the service: requests that wait together are batched, in one thread, off the event loop."""
 
 import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
+from serve.backends import Array, Backend, Space, Wanted
 from serve.batching import choose_batch
 from serve.errors import ServiceError
-from student import Student
 from teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 
-Array = npt.NDArray[np.float32]
-Space = Literal["student", "teacher"]
+_SILENCE = [Wanted(np.zeros(count, np.float32), None, "student") for count in (RECEPTIVE_FIELD, 2 * SAMPLE_RATE)]
 
 
 class EngineClosedError(Exception):
@@ -31,12 +27,13 @@ class BatchLimits:
     """Bounds of batches and of the queue.
 
     Attributes:
-        batch_seconds: audio of a batch, padding included. Default 30.
+        batch_seconds: audio of a batch, padding included. Default None: 8 on a CPU, where long clips gain nothing from company
+            and wait for each other, else 30.
         wait_seconds: how long the oldest request may wait for others to fill its batch, when inference is idle. Default 2 ms.
         queue_seconds: audio that may wait; more is refused. One utterance is always taken by an empty queue. Default 300.
     """
 
-    batch_seconds: float = 30.0
+    batch_seconds: float | None = None
     wait_seconds: float = 0.002
     queue_seconds: float = 300.0
 
@@ -53,63 +50,43 @@ class BatchRecord:
 
 @dataclass(frozen=True)
 class Features:
-    """One utterance's features, (T, d) or (L, T, d) float32, and the seconds it queued and its batch ran."""
+    """One utterance's features, (T, d) or (L, T, d) float32, the seconds it queued and its batch ran, in how many windows."""
 
     array: Array
     queue_seconds: float
     inference_seconds: float
+    windows: int = 1
 
 
 @dataclass(eq=False)
-class _Job:
-    waveform: Array
-    layer: int | None
-    space: Space
+class _Job(Wanted):
     future: "Future[Features]" = field(default_factory=Future)
     queued: float = field(default_factory=time.monotonic)
 
 
 class FeatureEngine:
-    """A student in evaluation mode and the one thread that runs it.
+    """A model and the one thread that runs it.
 
     Example:
-        >>> engine = FeatureEngine(load_student("runs/demo/export"))
+        >>> engine = FeatureEngine(TorchBackend(load_student("runs/demo/export")))
         >>> features = await engine.features(waveform)  # .array is (L, T, d)
 
     Args:
-        student: the model; moved to the device and put into evaluation mode.
-        device: where it runs, such as ``cpu`` or ``cuda:0``.
+        backend: the model; warmed up here.
         limits: of batches and queue.
         on_batch: called in the inference thread after each batch.
-
-    Raises:
-        ValueError: there is no such device.
     """
 
     def __init__(
         self,
-        student: Student,
-        device: str | torch.device = "cpu",
+        backend: Backend,
         limits: BatchLimits | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
     ) -> None:
-        try:
-            self.device = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:
-            # PyTorch's own messages run over many lines; builds without CUDA raise AssertionError.
-            raise ValueError(f"Can't use device '{device}': PyTorch finds no such device on this machine.") from error
-        self._student = student.to(self.device).eval()
-        self.num_parameters = sum(parameter.numel() for parameter in self._student.parameters())
-        # One frame of silence: warms the model up and shows its shape.
-        silence = np.zeros(RECEPTIVE_FIELD, np.float32)
-        (hidden,), (projected,) = (
-            self._run([_Job(silence, None, "student")]),
-            self._run([_Job(silence, None, "teacher")]),
-        )
-        self.num_layers: int = hidden.shape[0]
-        self.dim: int = hidden.shape[2]
-        self.teacher_dim: int = projected.shape[2]
-        self._limits = limits or BatchLimits()
+        self.backend = backend
+        self.limits = limits or BatchLimits()
+        self.batch_seconds = self.limits.batch_seconds or (8.0 if backend.device == "cpu" else 30.0)
+        backend.run(_SILENCE)
         self._on_batch = on_batch
         self._waiting: list[_Job] = []
         self._queued_samples = 0
@@ -135,7 +112,7 @@ class FeatureEngine:
         Raises:
             ServiceError: ``overloaded``, with Retry-After, where the queue is full already.
         """
-        if self.queued_seconds >= self._limits.queue_seconds:
+        if self.queued_seconds >= self.limits.queue_seconds:
             raise self._overloaded()
 
     async def features(self, waveform: Array, layer: int | None = None, space: Space = "student") -> Features:
@@ -155,12 +132,12 @@ class FeatureEngine:
             ServiceError: ``overloaded``.
             EngineClosedError: after ``close``.
         """
-        assert layer is None or 1 <= layer <= self.num_layers
+        assert layer is None or 1 <= layer <= self.backend.num_layers
         job = _Job(waveform, layer, space)
         with self._changed:
             if self._closed:
                 raise EngineClosedError
-            room = self._limits.queue_seconds * SAMPLE_RATE - self._queued_samples
+            room = self.limits.queue_seconds * SAMPLE_RATE - self._queued_samples
             if self._waiting and len(waveform) > room:
                 raise self._overloaded()
             self._waiting.append(job)
@@ -191,7 +168,7 @@ class FeatureEngine:
         while batch := self._next_batch():
             started = time.monotonic()
             try:
-                arrays = self._run(batch)
+                arrays = self.backend.run(batch)
             except Exception as error:
                 for job in batch:
                     job.future.set_exception(error)
@@ -207,14 +184,14 @@ class FeatureEngine:
 
     def _next_batch(self) -> list[_Job]:
         """Waits for work; empty once closed and done."""
-        budget = int(self._limits.batch_seconds * SAMPLE_RATE)
+        budget = int(self.batch_seconds * SAMPLE_RATE)
         with self._changed:
             while True:
                 while not self._waiting and not self._closed:
                     self._changed.wait()
                 if not self._waiting:
                     return []
-                patience = self._waiting[0].queued + self._limits.wait_seconds - time.monotonic()
+                patience = self._waiting[0].queued + self.limits.wait_seconds - time.monotonic()
                 if patience > 0 and self._queued_samples < budget and not self._closed:
                     self._changed.wait(patience)
                     continue
@@ -225,21 +202,3 @@ class FeatureEngine:
                 self._queued_samples -= sum(len(job.waveform) for job in batch)
                 if running := [job for job in batch if job.future.set_running_or_notify_cancel()]:
                     return running
-
-    @torch.inference_mode()
-    def _run(self, jobs: Sequence[_Job]) -> list[Array]:
-        lengths = torch.tensor([len(job.waveform) for job in jobs])
-        waveforms = torch.zeros(len(jobs), int(lengths.max()))
-        for row, job in zip(waveforms, jobs, strict=True):
-            row[: len(job.waveform)] = torch.from_numpy(job.waveform)
-        layers, _, num_frames = self._student.layer_outputs(waveforms.to(self.device), lengths.to(self.device))
-        arrays = []
-        for row_number, (job, frames) in enumerate(zip(jobs, num_frames.tolist(), strict=True)):
-            numbers = range(len(layers)) if job.layer is None else [job.layer - 1]
-            rows = [layers[number][row_number, :frames] for number in numbers]
-            if job.space == "teacher":
-                rows = [self._student.heads[number](row) for number, row in zip(numbers, rows, strict=True)]
-            chosen = torch.stack(rows) if job.layer is None else rows[0]
-            # A copy, so that an answer being sent doesn't keep the batch alive.
-            arrays.append(chosen.float().cpu().numpy().copy())
-        return arrays

@@ -2,23 +2,23 @@
 
 import base64
 import io
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import safetensors.numpy
 from fastapi import Response
-from fastapi.responses import StreamingResponse
 
 from serve.errors import ServiceError
 from serve.parameters import MEDIA_TYPES, Format
+from serve.sending import PIECE_BYTES, answer_in_pieces
 from teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
 
 Values = npt.NDArray[np.floating[Any]]
 TIMESTAMPS = "frame i covers seconds [0.02 i, 0.02 i + 0.025)"
-_JSON_FRAMES = 256  # frames a piece of JSON: a long answer is never a list of Python floats as a whole
+_JSON_FRAMES = 256  # frames a piece of JSON: a long answer is never text as a whole
 _MEDIA_TYPE = {form: media_type for media_type, form in MEDIA_TYPES.items() if media_type != "application/octet-stream"}
 
 
@@ -45,8 +45,7 @@ def render(arrays: list[Values], many: bool, form: Format, about: dict[str, Any]
     }
     headers["x-shape"] = ";".join(",".join(map(str, array.shape)) for array in arrays)
     if form in ("json", "base64"):
-        pieces = _json_answer(arrays, many, form, about)
-        return StreamingResponse(pieces, media_type="application/json", headers=headers)
+        return answer_in_pieces(_json_answer(arrays, many, form, about), "application/json", headers)
     names = [str(index) for index in range(len(arrays))]
     text = {key: str(value) for key, value in about.items()}
     buffer = io.BytesIO()
@@ -60,7 +59,9 @@ def render(arrays: list[Values], many: bool, form: Format, about: dict[str, Any]
         buffer.write(safetensors.numpy.save(dict(zip(names, arrays, strict=True)), metadata=text))
     else:
         buffer.write(_arrow(arrays, text))
-    return Response(buffer.getvalue(), media_type=_MEDIA_TYPE[form], headers=headers)
+    whole = buffer.getbuffer()
+    pieces = (bytes(whole[start : start + PIECE_BYTES]) for start in range(0, len(whole), PIECE_BYTES))
+    return answer_in_pieces(pieces, _MEDIA_TYPE[form], headers | {"content-length": str(len(whole))})
 
 
 def encode_base64(array: Values) -> str:
@@ -86,31 +87,33 @@ def _arrow(arrays: list[Values], about: dict[str, str]) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _json_answer(arrays: list[Values], many: bool, form: Format, about: dict[str, Any]) -> Iterator[str]:
-    yield json.dumps(about)[:-1]
-    yield ', "data": [' if many else ", "
+def _json_answer(arrays: list[Values], many: bool, form: Format, about: dict[str, Any]) -> Iterator[bytes]:
+    yield orjson.dumps(about)[:-1]
+    yield b',"data":[' if many else b","
     for index, array in enumerate(arrays):
         own = {"num_frames": array.shape[-2], "dim": array.shape[-1], "shape": list(array.shape)}
         if many:
-            yield (", " if index else "") + json.dumps({"index": index} | own)[:-1] + ', "features": '
+            yield (b"," if index else b"") + orjson.dumps({"index": index} | own)[:-1] + b',"features":'
         else:
-            yield json.dumps(own)[1:-1] + ', "features": '
+            yield orjson.dumps(own)[1:-1] + b',"features":'
         if form == "base64":
-            yield json.dumps(encode_base64(array))
+            yield orjson.dumps(encode_base64(array))
         else:
             yield from _nested_pieces(array)
-        yield "}" if many else ""
-    yield "]}" if many else "}"
+        yield b"}" if many else b""
+    yield b"]}" if many else b"}"
 
 
-def _nested_pieces(features: Values) -> Iterator[str]:
-    yield "["
+def _nested_pieces(features: Values) -> Iterator[bytes]:
+    """The shortest decimals that are read as the same float32 (every float16 is one)."""
+    yield b"["
     if features.ndim == 3:
         for index, layer in enumerate(features):
-            yield "," if index else ""
+            yield b"," if index else b""
             yield from _nested_pieces(layer)
     else:
         for start in range(0, len(features), _JSON_FRAMES):
-            piece = json.dumps(features[start : start + _JSON_FRAMES].tolist())[1:-1]
-            yield f", {piece}" if start else piece
-    yield "]"
+            values = np.ascontiguousarray(features[start : start + _JSON_FRAMES], np.float32)
+            piece = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+            yield b"," + piece if start else piece
+    yield b"]"

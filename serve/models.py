@@ -1,60 +1,110 @@
 """The models being served, by name; each can be replaced while requests run."""
 
-import hashlib
+import asyncio
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from serve.backends import Backend, BackendOptions, OnnxBackend, TorchBackend
 from serve.engine import BatchLimits, BatchRecord, FeatureEngine
 from serve.errors import ServiceError
 from student import Student, load_student
 
+_LOG = logging.getLogger("serve.models")
+Source = Student | Path | str
+
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One revision of a model: 12 hexadecimal digits of its weights' SHA-256."""
+    """One revision of a model, and what runs it."""
 
     name: str
-    revision: str
     engine: FeatureEngine
+
+    @property
+    def revision(self) -> str:
+        """12 hexadecimal digits of its weights' SHA-256."""
+        return self.engine.backend.revision
 
 
 class Models:
     """Served models in order; the first is the default.
 
     Args:
-        device, limits, on_batch: as `FeatureEngine`, for each model.
+        options: how each is run.
+        limits, on_batch: as `FeatureEngine`, for each model.
+        library: a folder of exported students, or of runs with an ``export`` in each; any of them is loaded when first asked
+            for. Default None.
+        library_loaded: how many of them are loaded at once; the one not asked for longest makes room. Default 4.
+
+    Raises:
+        ValueError: the library is not a folder, or less than one may be loaded.
     """
 
     def __init__(
-        self, device: str | torch.device, limits: BatchLimits, on_batch: Callable[[BatchRecord], None]
+        self,
+        options: BackendOptions,
+        limits: BatchLimits,
+        on_batch: Callable[[BatchRecord], None],
+        library: str | Path | None = None,
+        library_loaded: int = 4,
     ) -> None:
-        self._device, self._limits, self._on_batch = device, limits, on_batch
+        self._options, self._limits, self._on_batch = options, limits, on_batch
+        self._library = None if library is None else Path(library)
+        if self._library is not None and not self._library.is_dir():
+            raise ValueError(f"There is no folder of models at '{library}'.")
+        if library_loaded < 1:
+            raise ValueError(f"library_loaded must be at least 1, not {library_loaded}.")
+        self._library_loaded = library_loaded
         self._models: dict[str, ServedModel] = {}
+        self._folders: dict[str, Path] = {}
+        self._recent: list[str] = []  # Of the library, the one asked for last at the end.
+        self._changing = threading.Lock()
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(list(self._models.values()))
 
-    def put(self, name: str, student: Student) -> None:
-        """Serves a student under a name, warmed up before the first request reaches it.
+    def put(self, name: str, source: Source) -> None:
+        """Serves a model under a name, warmed up before the first request reaches it.
 
         One that had the name answers what it has queued, and is then gone; requests that come too late for it are sent to
         the new one, so none is lost. Blocks until then.
+
+        Args:
+            name: what requests call it.
+            source: a student, the folder of one, or a file of ``export --format onnx``.
+
+        Raises:
+            ValueError: there is no such folder, nothing readable in it, or a backend that can't run it.
         """
-        digest = hashlib.sha256()
-        for key, tensor in sorted(student.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        engine = FeatureEngine(student, self._device, self._limits, self._on_batch)
+        with self._changing:
+            self._put(name, source, open_backend(source, self._options))
+
+    def _put(self, name: str, source: Source, backend: Backend) -> None:
+        engine = FeatureEngine(backend, self._limits, self._on_batch)
         old = self._models.get(name)
-        self._models[name] = ServedModel(name, digest.hexdigest()[:12], engine)
+        self._models[name] = ServedModel(name, engine)
+        if not isinstance(source, Student):
+            self._folders[name] = Path(source)
         if old is not None:
             old.engine.close()
 
+    def reload(self) -> None:
+        """Replaces each model whose files hold another revision now; one that can't be read stays as it is, and is logged."""
+        with self._changing:
+            for name, folder in list(self._folders.items()):
+                try:
+                    backend = open_backend(folder, self._options)
+                    if backend.revision != self._models[name].revision:
+                        self._put(name, folder, backend)
+                        _LOG.info("model %s is revision %s now", name, backend.revision)
+                except ValueError as error:
+                    _LOG.error("model %s stays at revision %s: %s", name, self._models[name].revision, error)
+
     def get(self, name: str | None) -> ServedModel:
-        """A model by ``NAME`` or ``NAME@REVISION``; ServiceError ``model_not_found`` where it isn't served."""
+        """A loaded model by ``NAME`` or ``NAME@REVISION``; ServiceError ``model_not_found`` where it isn't served."""
         if name is None:
             return next(iter(self._models.values()))
         plain, _, revision = name.partition("@")
@@ -63,17 +113,82 @@ class Models:
             raise ServiceError("model_not_found", f"There is no model {name[:80]!r}: /v1/models lists them.")
         return found
 
+    async def find(self, name: str | None) -> ServedModel:
+        """As `get`, and loads what the library has."""
+        plain = (name or "").partition("@")[0]
+        if plain in self._recent:
+            self._recent.remove(plain)
+            self._recent.append(plain)
+        elif plain and plain not in self._models and plain in self.in_library():
+            await asyncio.to_thread(self._load, plain)
+        return self.get(name)
+
+    def in_library(self) -> dict[str, Path]:
+        """What may be asked for beside the models that are always loaded, and where it is."""
+        found = {}
+        for folder in sorted(self._library.iterdir()) if self._library else ():
+            model = next((path for path in (folder, folder / "export") if (path / "config.json").is_file()), None)
+            if folder.suffix == ".onnx":
+                found[folder.stem] = folder
+            elif model and (folder.name not in self._models or folder.name in self._recent):
+                found[folder.name] = model
+        return found
+
+    def _load(self, name: str) -> None:
+        with self._changing:
+            if name in self._models:
+                return
+            try:
+                backend = open_backend(self.in_library()[name], self._options)
+            except (KeyError, ValueError) as error:
+                _LOG.error("model %s of the library can't be loaded: %s", name, error)
+                return  # `get` will say that there is none.
+            while len(self._recent) >= self._library_loaded:
+                oldest = self._recent.pop(0)
+                self._folders.pop(oldest, None)
+                self._models.pop(oldest).engine.close()
+            self._put(name, self.in_library()[name], backend)
+            self._recent.append(name)
+
     def close(self) -> None:
         """Finish what is queued everywhere."""
         for model in self._models.values():
             model.engine.close()
 
 
-def load_model(folder: str | Path) -> tuple[str, Student]:
-    """A student and the name of its run (of ``NAME/export``: NAME); ValueError where the folder has none."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise ValueError(f"There is no model folder at '{path}': give the folder that the export stage wrote.")
-    student = load_student(path)
-    path = path.resolve()
-    return (path.parent.name if path.name == "export" and path.parent.name else path.name), student
+def open_backend(source: Source, options: BackendOptions) -> Backend:
+    """Loads a model into what runs it.
+
+    Args:
+        source: a student, the folder of one, or a file of ``export --format onnx``.
+        options: see `BackendOptions`.
+
+    Raises:
+        ValueError: there is no such folder, nothing readable in it, or a backend that can't run it.
+    """
+    if not isinstance(source, Student):
+        path = Path(source)
+        if path.suffix == ".onnx":
+            if options.runtime == "torch":
+                raise ValueError(f"PyTorch can't run '{path}': give the folder that the export stage wrote.")
+            if not path.is_file():
+                raise ValueError(f"There is no ONNX file at '{path}'.")
+            return OnnxBackend(path, options)
+        if not path.is_dir():
+            raise ValueError(f"There is no model folder at '{path}': give the folder that the export stage wrote.")
+        source = load_student(path)
+    return OnnxBackend(source, options) if options.runtime == "onnx" else TorchBackend(source, options)
+
+
+def model_name(source: Source) -> str:
+    """The name of its run (of ``NAME/export``: NAME), of an ONNX file that without .onnx, ``student`` of a student."""
+    if isinstance(source, Student):
+        return "student"
+    path = Path(source).resolve()
+    return (
+        path.parent.name
+        if path.name == "export" and path.parent.name
+        else path.stem
+        if path.suffix == ".onnx"
+        else path.name
+    )

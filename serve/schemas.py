@@ -48,19 +48,6 @@ class EmbeddingsResponse(BaseModel):
     usage: dict[str, int] = Field(description="Frames, counted as tokens.")
 
 
-class Health(BaseModel):
-    """What is being served."""
-
-    status: Literal["ok"] = "ok"
-    model: str = Field(description="Name of the model.")
-    layers: int = Field(description="Transformer layers to choose from.")
-    dim: int = Field(description="Width of a frame's vector.")
-    parameters: int = Field(description="Parameters of the student, heads included.")
-    device: str = Field(description="Where inference runs.")
-    max_seconds: float = Field(description="Longest audio accepted.")
-    max_bytes: int = Field(description="Largest request body accepted.")
-
-
 class ModelRecord(BaseModel):
     """One model."""
 
@@ -70,8 +57,10 @@ class ModelRecord(BaseModel):
     revision: str = Field(description="First 12 hexadecimal digits of the SHA-256 of its weights.")
     layers: int
     dim: int = Field(description="Width of hidden states.")
-    teacher_dim: int = Field(description="Width of projections.")
-    device: str
+    teacher_dim: int | None = Field(description="Width of projections; null: it has none.")
+    parameters: int = Field(description="Parameters of the student, heads included.")
+    runtime: Literal["torch", "onnx"]
+    device: str = Field(description="Where inference runs.")
 
 
 class ModelList(BaseModel):
@@ -79,3 +68,4 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelRecord]
+    library: list[str] = Field(description="Further models, loaded when first asked for.")

@@ -211,8 +211,8 @@ def test_the_report_compares_and_says_what_failed(finished: Ablation) -> None:
     failed = next(row for row in runs if row["run"] == "b-seed1")
     assert (failed["state"], failed["failure"]) == ("failed", "the loss was not finite <b>")
     assert "b-seed1 failed: the loss was not finite &lt;b&gt;" in page
-    assert "b is worse: validation loss +1.0000 against a" in page
-    assert "c: no difference shown: validation loss +0.0100 against a" in page
+    assert "b against a: worse in validation loss (+1.0000, " in page
+    assert "c against a: no difference shown in validation loss (+0.0100, " in page
     assert "cosine, layers 1-2" in page and "1,234" in page
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
 
@@ -224,5 +224,5 @@ def test_losses_of_different_kinds_are_not_compared(tmp_path: Path, finished: Ab
     page, table, _ = report(ablation)
     assert "validation losses can&#x27;t be compared" in page
     assert "validation loss: mean" not in table[0] and "cosine, layer 2: mean" in table[0]
-    assert "with one seed each, nothing tells it from chance" in page
+    assert "b against a: not told from chance with one seed each in cosine, layer 2 (" in page
     assert not any(math.isnan(float(row["cosine, layer 2: mean"])) for row in table)

@@ -1,10 +1,30 @@
-"""A real student, small enough for tests."""
+"""A real student, small enough for tests, served in this process and under Ray Serve."""
 
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
-from student import Student, StudentConfig
+from serve import create_app
+from serve.admission import Limits
+from student import Student, StudentConfig, save_student
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+MAX_BYTES = 2**20
+MAX_SECONDS = 20.0
 TINY = StudentConfig(
     conv_layers=((8, 10, 5), (8, 3, 2), (8, 3, 2), (8, 3, 2), (8, 3, 2), (8, 2, 2), (8, 2, 2)),
     encoder_layers=3,
@@ -22,3 +42,92 @@ def student() -> Student:
     """Three layers, 16 wide, seeded random weights."""
     torch.manual_seed(0)
     return Student(TINY).eval()
+
+
+@pytest.fixture(scope="session")
+def other() -> Student:
+    """Another revision of it."""
+    torch.manual_seed(1)
+    return Student(TINY).eval()
+
+
+@pytest.fixture(scope="session")
+def app_client(student: Student, other: Student) -> Iterator[TestClient]:
+    """The application in this process."""
+    limits = Limits(max_seconds=MAX_SECONDS, max_bytes=MAX_BYTES)
+    app = create_app(student, name="tiny", more={"other": other}, limits=limits)
+    # A failure of the service must come out as its answer, as it would for a user.
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def ray_client(student: Student, other: Student, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """The same application under Ray Serve, by the file of docs/serving.md, with what differs here put in."""
+    folder = tmp_path_factory.mktemp("ray")
+    for name, model in (("tiny", student), ("other", other)):
+        save_student(model, folder / "runs" / name / "export", None)
+    with (
+        ray_serve(
+            folder, str(folder / "runs" / "tiny" / "export"), more={"other": str(folder / "runs/other/export")}
+        ) as address,
+        httpx.Client(base_url=address, trust_env=False, timeout=60) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="session", params=["app", pytest.param("ray", marks=pytest.mark.ray)])
+def client(request: pytest.FixtureRequest) -> Any:
+    """Both, in turn: a test that asks for it says nothing of where it runs."""
+    return request.getfixturevalue(f"{request.param}_client")
+
+
+@contextmanager
+def ray_serve(folder: Path, model: str, **arguments: Any) -> Iterator[str]:
+    """``serve run`` of the file in docs/serving.md; its address, once it answers."""
+    import yaml
+
+    text = (REPOSITORY / "docs" / "serving.md").read_text()
+    (block,) = re.findall(r"^    # features.yaml\n((?:    .*\n|\n)+)", text, re.MULTILINE)
+    tree = yaml.safe_load(re.sub(r"^    ", "", block, flags=re.MULTILINE))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    tree["http_options"] |= {"host": "127.0.0.1", "port": port}
+    (application,) = tree["applications"]
+    limits = {"max_seconds": MAX_SECONDS, "max_bytes": MAX_BYTES}
+    application["args"] |= {"model": model, "limits": limits} | arguments
+    application["deployments"][0] |= {"ray_actor_options": {"num_cpus": 0.1}}
+    application["deployments"][0]["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
+    file = folder / "features.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    # A short name: sockets of Ray lie below it.
+    with tempfile.TemporaryDirectory(prefix="rs") as scratch:
+        environment = os.environ | {
+            "RAY_TMPDIR": scratch,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(REPOSITORY),
+        }
+        command = [str(Path(sys.executable).parent / "serve"), "run", "--address", "local", str(file)]
+        log = folder / "serve.log"
+        with log.open("w") as output:
+            process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+        address = f"http://127.0.0.1:{port}"
+        try:
+            for _ in range(600):
+                if process.poll() is not None:
+                    raise AssertionError(log.read_text())
+                try:
+                    if httpx.get(f"{address}/readyz", trust_env=False, timeout=30).status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.5)
+            else:
+                raise AssertionError(log.read_text())
+            yield address
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(120)

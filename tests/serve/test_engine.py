@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from serve.backends import TorchBackend
 from serve.batching import LEAST_FILLED, choose_batch
 from serve.engine import BatchLimits, BatchRecord, EngineClosedError, FeatureEngine
 from serve.errors import ServiceError
@@ -56,7 +57,7 @@ def test_batches_stay_within_the_budget_and_waste_is_bounded() -> None:
 @pytest.mark.parametrize("space", ["student", "teacher"])
 def test_everyone_gets_what_they_would_get_alone(student: Student, space: Any) -> None:
     records: list[BatchRecord] = []
-    engine = FeatureEngine(student, limits=BatchLimits(wait_seconds=0.05), on_batch=records.append)
+    engine = FeatureEngine(TorchBackend(student), limits=BatchLimits(wait_seconds=0.05), on_batch=records.append)
     inputs = waveforms(30)
 
     async def together() -> list[Any]:
@@ -74,7 +75,7 @@ def test_everyone_gets_what_they_would_get_alone(student: Student, space: Any) -
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = FeatureEngine(student, limits=BatchLimits(queue_seconds=2))
+    engine = FeatureEngine(TorchBackend(student), limits=BatchLimits(queue_seconds=2))
     gate = Gate(student, monkeypatch)
     second = np.zeros(16_000, np.float32)
 
@@ -97,7 +98,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(student: Student, monke
 
 
 def test_those_who_left_are_not_run_and_free_their_room(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = FeatureEngine(student)
+    engine = FeatureEngine(TorchBackend(student))
     gate = Gate(student, monkeypatch)
     second = np.zeros(16_000, np.float32)
 
@@ -120,7 +121,7 @@ def test_those_who_left_are_not_run_and_free_their_room(student: Student, monkey
 
 
 def test_closing_finishes_what_is_queued(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = FeatureEngine(student)
+    engine = FeatureEngine(TorchBackend(student))
     gate = Gate(student, monkeypatch)
 
     async def main() -> None:
@@ -138,7 +139,7 @@ def test_closing_finishes_what_is_queued(student: Student, monkeypatch: pytest.M
 
 
 def test_a_failed_batch_does_not_stop_the_engine(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = FeatureEngine(student)
+    engine = FeatureEngine(TorchBackend(student))
     with monkeypatch.context() as patch:
         patch.setattr(student, "layer_outputs", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

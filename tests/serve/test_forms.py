@@ -6,7 +6,6 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from serve import create_app
+from serve.admission import Limits
 from serve.engine import BatchLimits
 from student import Student
 
@@ -36,15 +36,7 @@ FORM = [("file", ("a.wav", file)) for file in FILES]
 
 
 @pytest.fixture(scope="module")
-def client(student: Student) -> Iterator[TestClient]:
-    torch.manual_seed(1)
-    other = Student(student.config).eval()
-    with TestClient(create_app(student, name="tiny", more={"other": other})) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def expected(client: TestClient) -> list[np.ndarray]:
+def expected(client: httpx.Client) -> list[np.ndarray]:
     answers = [client.post("/v1/features?format=npy", content=file) for file in FILES]
     return [np.load(io.BytesIO(answer.content)) for answer in answers]
 
@@ -58,7 +50,7 @@ def same(left: Any, right: np.ndarray, relative: float = 1e-5) -> None:
     assert np.abs(np.asarray(left, np.float64) - right).max() <= relative * np.abs(right).max()
 
 
-def test_many_files_in_each_binary_form(client: TestClient, expected: list[np.ndarray]) -> None:
+def test_many_files_in_each_binary_form(client: httpx.Client, expected: list[np.ndarray]) -> None:
     def ask(accept: str) -> bytes:
         response = client.post("/v1/features", files=FORM, headers={"accept": accept})
         assert (response.status_code, response.headers["content-type"]) == (200, accept)
@@ -79,7 +71,7 @@ def test_many_files_in_each_binary_form(client: TestClient, expected: list[np.nd
     assert_refused(client.post("/v1/features?format=npy", files=FORM), 422, "bad_parameter")
 
 
-def test_many_files_and_base64_in_json(client: TestClient, expected: list[np.ndarray]) -> None:
+def test_many_files_and_base64_in_json(client: httpx.Client, expected: list[np.ndarray]) -> None:
     texts = [base64.b64encode(file).decode() for file in FILES]
     plain = client.post("/v1/features", json={"input": texts}).json()
     packed = client.post("/v1/features?dtype=float16", json={"input": texts, "format": "base64"}).json()
@@ -94,7 +86,7 @@ def test_many_files_and_base64_in_json(client: TestClient, expected: list[np.nda
 
 
 @pytest.mark.parametrize("form", ["npy", "npz", "safetensors", "arrow"])
-def test_float16_in_binary_forms(client: TestClient, form: str) -> None:
+def test_float16_in_binary_forms(client: httpx.Client, form: str) -> None:
     response = client.post(
         "/v1/features", params={"format": form, "dtype": "float16", "layer": "all"}, content=FILES[0]
     )
@@ -105,7 +97,7 @@ def test_float16_in_binary_forms(client: TestClient, form: str) -> None:
     )
 
 
-def test_projections_are_the_heads(client: TestClient, student: Student) -> None:
+def test_projections_are_the_heads(client: httpx.Client, student: Student) -> None:
     hidden = client.post("/v1/features?layer=2", content=FILES[0]).json()["features"]
     projected = client.post("/v1/features?layer=2&space=teacher", content=FILES[0]).json()
     with torch.inference_mode():
@@ -114,7 +106,7 @@ def test_projections_are_the_heads(client: TestClient, student: Student) -> None
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "mean_std"])
-def test_embeddings_pool_features(client: TestClient, expected: list[np.ndarray], pooling: str) -> None:
+def test_embeddings_pool_features(client: httpx.Client, expected: list[np.ndarray], pooling: str) -> None:
     body = client.post(f"/v1/embeddings?pooling={pooling}", files=FORM).json()
     packed = client.post(f"/v1/embeddings?pooling={pooling}&encoding_format=base64", files=FORM).json()
     assert body["object"] == "list" and body["usage"]["total_tokens"] == 63
@@ -126,7 +118,7 @@ def test_embeddings_pool_features(client: TestClient, expected: list[np.ndarray]
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
-def test_ogg_codecs(client: TestClient, subtype: str) -> None:
+def test_ogg_codecs(client: httpx.Client, subtype: str) -> None:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.sin(np.arange(48_000) / 30), 48_000, format="OGG", subtype=subtype)
     assert client.post("/v1/features", content=buffer.getvalue()).json()["num_frames"] in (49, 50)
@@ -146,12 +138,12 @@ def test_ogg_codecs(client: TestClient, subtype: str) -> None:
         b"null",
     ],
 )
-def test_broken_json_is_refused(client: TestClient, body: bytes) -> None:
+def test_broken_json_is_refused(client: httpx.Client, body: bytes) -> None:
     response = client.post("/v1/features", content=body, headers={"content-type": "application/json"})
     assert_refused(response, 400, "bad_body")
 
 
-def test_other_refusals(client: TestClient) -> None:
+def test_other_refusals(client: httpx.Client) -> None:
     assert_refused(
         client.post("/v1/features", content=b"x", headers={"content-type": "text/html"}), 415, "unsupported_media_type"
     )
@@ -161,7 +153,7 @@ def test_other_refusals(client: TestClient) -> None:
     assert_refused(client.post("/v1/features?space=moon", content=FILES[0]), 422, "bad_parameter")
 
 
-def test_models_are_listed_and_chosen(client: TestClient) -> None:
+def test_models_are_listed_and_chosen(client: httpx.Client) -> None:
     listed = client.get("/v1/models").json()["data"]
     assert [model["id"] for model in listed] == ["tiny", "other"]
     assert listed[0]["revision"] != listed[1]["revision"]
@@ -212,7 +204,7 @@ def test_keys(student: Student) -> None:
 def test_overload_is_429_and_a_stopped_service_503(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     real = student.layer_outputs
-    app = create_app(student, max_requests=2, batch=BatchLimits(queue_seconds=60))
+    app = create_app(student, limits=Limits(max_requests=2), batch=BatchLimits(queue_seconds=60))
     with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
         monkeypatch.setattr(student, "layer_outputs", lambda *a: gate.wait(20) and real(*a))
         held = [pool.submit(client.post, "/v1/features", content=FILES[0]) for _ in range(2)]
@@ -228,16 +220,16 @@ def test_overload_is_429_and_a_stopped_service_503(student: Student, monkeypatch
         assert_refused(client.post("/v1/features", content=FILES[0]), 503, "not_ready")
 
 
-def test_headers_logs_and_metrics(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+def test_headers_logs_and_metrics(app_client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "serve.requests"):
-        answer = client.post("/v1/features", content=FILES[0], headers={"x-request-id": "abc-1"})
-        client.post("/v1/features", content=b"x", headers={"x-request-id": "bad id\t"})
+        answer = app_client.post("/v1/features", content=FILES[0], headers={"x-request-id": "abc-1"})
+        app_client.post("/v1/features", content=b"x", headers={"x-request-id": "bad id\t"})
     assert answer.headers["x-request-id"] == "abc-1"
     assert float(answer.headers["x-queue-time"]) >= 0 and float(answer.headers["x-inference-time"]) > 0
     first, second = (json.loads(record.message) for record in caplog.records if record.name == "serve.requests")
     assert (first["request_id"], first["status"], first["route"]) == ("abc-1", 200, "/v1/features")
     assert len(second["request_id"]) == 32 and second["status"] == 400
-    text = client.get("/metrics").text
+    text = app_client.get("/metrics").text
     for name in (
         'serve_requests_total{route="/v1/features",status="200"}',
         'serve_errors_total{error_type="undecodable"}',
@@ -247,4 +239,4 @@ def test_headers_logs_and_metrics(client: TestClient, caplog: pytest.LogCaptureF
         "serve_padding_seconds_total",
     ):
         assert name in text
-    assert client.get("/info").json()["limits"]["max_seconds"] == 60
+    assert app_client.get("/info").json()["limits"]["max_seconds"] == 20

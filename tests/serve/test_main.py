@@ -5,12 +5,18 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from student import Student, save_student
 
@@ -26,27 +32,125 @@ def export(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_serves_until_sigterm_and_exits_cleanly(export: Path) -> None:
-    audio = io.BytesIO()
-    soundfile.write(audio, np.sin(np.arange(16_000) / 20), 16_000, format="WAV")
-    command = [*COMMAND, "--model", str(export), "--port", "0", "--max-seconds", "5"]
-    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+@contextmanager
+def service(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """The process and its address, once it listens."""
+    command = [*COMMAND, *arguments, "--port", "0"]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stderr is not None
             address = next(filter(None, (re.search(r"running on (http://\S+)", line) for line in process.stderr)))[1]
-            with httpx.Client(base_url=address, trust_env=False) as client:
-                health = client.get("/healthz").json()
-                assert (health["status"], health["model"], health["max_seconds"]) == ("ok", "tiny", 5.0)
-                features = client.post("/v1/features", content=audio.getvalue()).json()
-                assert features["shape"] == [49, health["dim"]]
-                chunked = client.post("/v1/features", content=iter([audio.getvalue()[:999], audio.getvalue()[999:]]))
-                assert chunked.json() == features
-            process.send_signal(signal.SIGTERM)
-            log = process.stderr.read()
-            assert process.wait(timeout=30) == 0
+            yield process, address
         finally:
             process.kill()
-    assert "Traceback" not in log
+
+
+def tone() -> bytes:
+    audio = io.BytesIO()
+    soundfile.write(audio, np.sin(np.arange(16_000) / 20), 16_000, format="WAV")
+    return audio.getvalue()
+
+
+def damaged_mp3(seed: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    audio = io.BytesIO()
+    soundfile.write(audio, rng.normal(0, 0.1, 16_000), 16_000, format="MP3")
+    data = bytearray(audio.getvalue())
+    for place in rng.integers(4, len(data), 20):
+        data[place] = rng.integers(256)
+    return bytes(data)
+
+
+def test_it_serves_until_sigterm_and_exits_cleanly(export: Path) -> None:
+    audio = tone()
+    with service("--model", str(export), "--max-seconds", "5") as (process, address):
+        with httpx.Client(base_url=address, trust_env=False) as client:
+            info = client.get("/info").json()
+            assert (info["models"][0]["id"], info["limits"]["max_seconds"]) == ("tiny", 5.0)
+            features = client.post("/v1/features", content=audio).json()
+            assert features["shape"] == [49, info["models"][0]["dim"]]
+            chunked = client.post("/v1/features", content=iter([audio[:999], audio[999:]]))
+            assert chunked.json() == features
+            for number in range(20):
+                answer = client.post("/v1/features", content=damaged_mp3(number))
+                assert answer.status_code in (200, 400)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        log = process.stderr.read()
+        assert process.wait(timeout=30) == 0
+    # Decoders in C print nothing there either.
+    assert all(line.startswith("INFO:") for line in log.splitlines()), log
+
+
+def test_no_request_is_lost_when_it_leaves_under_load_and_reloads_before(student: Student, tmp_path: Path) -> None:
+    """As behind a balancer: clients go on until /readyz says 503. Models are replaced meanwhile."""
+    model = tmp_path / "tiny"
+    save_student(student, model, None)
+    body = tone()
+    statuses: list[int] = []
+    revisions: set[str] = set()
+    leaving = threading.Event()
+
+    def client_loop(address: str) -> None:
+        with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
+            while not leaving.is_set():
+                answer = client.post("/v1/features?format=npy", content=body)
+                statuses.append(answer.status_code)
+                revisions.add(client.get("/info").json()["models"][0]["revision"])
+
+    def balancer(address: str) -> None:
+        with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
+            while client.get("/readyz").status_code == 200:
+                time.sleep(0.05)
+        leaving.set()
+
+    with service("--model", str(model), "--leave-seconds", "3") as (process, address), ThreadPoolExecutor(7) as pool:
+        running = [pool.submit(client_loop, address) for _ in range(6)] + [pool.submit(balancer, address)]
+        while len(statuses) < 30:
+            time.sleep(0.02)
+        torch.manual_seed(9)
+        save_student(Student(student.config).eval(), model, None)
+        process.send_signal(signal.SIGHUP)
+        while len(revisions) < 2:
+            time.sleep(0.02)
+        count = len(statuses)
+        while len(statuses) < count + 30:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        for client in running:
+            client.result(timeout=60)  # Raises what the client met, such as a reset connection.
+        assert process.wait(timeout=60) == 0
+    assert set(statuses) == {200}
+
+
+def test_open_requests_are_answered_though_no_more_are_taken(export: Path) -> None:
+    """SIGTERM while a body is still arriving: it is answered."""
+    body = tone()
+    with service("--model", str(export)) as (process, address):
+        said = threading.Event()
+
+        def slowly() -> Iterator[bytes]:
+            yield body[:1000]
+            # Its own, and the one for metrics.
+            while "serve_open_requests 2.0" not in httpx.get(f"{address}/metrics", trust_env=False).text:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            assert said.wait(30)
+            yield body[1000:]
+
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(httpx.post, f"{address}/v1/features", content=slowly(), timeout=60, trust_env=False)
+            while True:
+                try:
+                    httpx.get(f"{address}/healthz", trust_env=False)
+                    time.sleep(0.05)
+                except httpx.TransportError:
+                    break
+            said.set()
+            assert answer.result().status_code == 200
+        assert process.wait(timeout=60) == 0
 
 
 def test_a_missing_model_folder_is_one_sentence(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from serve import create_app
+from serve.admission import Limits
 from student import Student
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -41,7 +42,7 @@ DROP = """(element, {name, content}) => {
 
 @pytest.fixture
 def app(student: Student) -> FastAPI:
-    return create_app(student, name="tiny", max_seconds=5)
+    return create_app(student, name="tiny", limits=Limits(max_seconds=5))
 
 
 @contextmanager

@@ -1,0 +1,368 @@
+"""The service under open-loop load: throughput and latency below, at and past saturation; memory over many requests.
+
+``load`` sends requests at random moments (Poisson arrivals) that wait for nobody, from a process of its own on another core than the
+service's, to the service and to a plain FastAPI endpoint that runs one request at a time, point by point in turns; before each
+point the same backend runs the same audio in batches, offline, on the service's core. ``soak``
+sends many short requests and watches memory.
+
+Audio is real speech where `small_speech` finds any, else noise with lengths like LibriSpeech's.
+"""
+
+import asyncio
+import io
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import httpx
+import numpy as np
+import soundfile
+import torch
+import typer
+from result_file import REPOSITORY, RESULTS, write_result
+from small_speech import HELD_OUT, TRAIN, shared_data
+
+from pipeline.config import load_config
+from serve.backends import BackendOptions, Wanted
+from serve.batching import choose_batch
+from serve.decoding import decode
+from serve.engine import BatchLimits
+from serve.models import open_backend
+from student import Student, StudentConfig, save_student
+
+SERVICE_CORE, GENERATOR_CORE = 0, 1
+PATH = "/v1/features?format=npy"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An audio file and its length in seconds."""
+
+    data: bytes
+    seconds: float
+
+
+def clips(longest: float = 60.0) -> tuple[str, list[Clip]]:
+    """What they are, and the clips."""
+    try:
+        folder = shared_data() / "speech" / "LibriSpeech"
+        files = [path for split in (TRAIN, HELD_OUT) for path in sorted((folder / split).rglob("*.flac"))]
+        found = [Clip(path.read_bytes(), soundfile.info(path).duration) for path in files]
+        return "Mini LibriSpeech", [clip for clip in found if clip.seconds <= longest]
+    except SystemExit:
+        rng = np.random.default_rng(0)
+        made = []
+        for seconds in rng.triangular(1.5, 15.5, 17.0, 200):  # LibriSpeech: most near the longest, a tail of short ones
+            buffer = io.BytesIO()
+            soundfile.write(buffer, rng.normal(0, 0.1, int(16_000 * seconds)), 16_000, format="FLAC")
+            made.append(Clip(buffer.getvalue(), float(seconds)))
+        return "noise with lengths like LibriSpeech's", made
+
+
+@contextmanager
+def running(command: list[str]) -> Iterator[tuple[int, str]]:
+    """A server on the service's core, ready; its process id and address. It is stopped afterwards."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        ["taskset", "-c", str(SERVICE_CORE), sys.executable, *command, "--port", str(port)],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                if httpx.get(f"{address}/readyz", trust_env=False).status_code == 200:
+                    break
+            except httpx.TransportError:
+                assert process.poll() is None, f"{command} ended"
+            time.sleep(0.2)
+        yield process.pid, address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def resident_mib(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+
+
+def offline(model: Path, runtime: str, sounds: list[Clip], batch_seconds: float) -> float:
+    """Seconds of audio a second, of the backend in batches of like length, decoding included: what a batch job gets."""
+    code = f"import benchmarks.serve_load as b; b.print_offline({str(model)!r}, {runtime!r}, {batch_seconds})"
+    data = json.dumps([clip.data.hex() for clip in sounds])
+    done = subprocess.run(
+        ["taskset", "-c", str(SERVICE_CORE), sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"},
+        input=data,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout)
+
+
+def print_offline(model: str, runtime: Any, batch_seconds: float) -> None:
+    """Runs in a process of its own."""
+    files = [bytes.fromhex(item) for item in json.load(sys.stdin)]
+    backend = open_backend(Path(model), BackendOptions(runtime=runtime))
+    backend.run([Wanted(np.zeros(16_000, np.float32), None, "student")])
+    began = time.perf_counter()
+    waveforms = sorted((decode(file, 60.0) for file in files), key=len)
+    total = sum(len(waveform) for waveform in waveforms) / 16_000
+    while waveforms:
+        chosen = set(choose_batch([len(waveform) for waveform in waveforms], int(batch_seconds * 16_000)))
+        backend.run([Wanted(waveforms[index], backend.num_layers, "student") for index in sorted(chosen)])
+        waveforms = [waveform for index, waveform in enumerate(waveforms) if index not in chosen]
+    print(total / (time.perf_counter() - began))
+
+
+async def offer(address: str, pid: int, sounds: list[Clip], rate: float, seconds: float, seed: int) -> dict[str, Any]:
+    """One point: requests at ``rate`` a second on average for so many seconds; all that are sent are waited for.
+
+    Latency counts from the moment a request was due, so a late generator can't flatter the service. Throughput is the audio of
+    answers that came within the time, but for its first fifth, in which queues fill.
+    """
+    rng = np.random.default_rng(seed)
+    moments = np.cumsum(rng.exponential(1 / rate, int(rate * seconds * 2) + 10))
+    moments = moments[moments < seconds]
+    chosen = [sounds[index] for index in rng.integers(0, len(sounds), len(moments))]
+    outcomes: list[tuple[str, float, float, float]] = []  # status, due, came, seconds of audio
+    memory: list[float] = []
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits, trust_env=False) as client:
+        began = time.perf_counter()
+
+        async def ask(due: float, clip: Clip) -> None:
+            await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
+            try:
+                status = str((await client.post(PATH, content=clip.data)).status_code)
+            except httpx.HTTPError as error:
+                status = type(error).__name__
+            outcomes.append((status, due, time.perf_counter() - began, clip.seconds))
+
+        async def watch() -> None:
+            while True:
+                memory.append(resident_mib(pid))
+                await asyncio.sleep(1)
+
+        watching = asyncio.create_task(watch())
+        await asyncio.gather(*(ask(due, clip) for due, clip in zip(moments.tolist(), chosen, strict=True)))
+        watching.cancel()
+    quiet = seconds / 5
+    good = [(came - due) for status, due, came, _ in outcomes if status == "200"]
+    answered = sum(audio for status, _, came, audio in outcomes if status == "200" and quiet <= came < seconds)
+    refused = [came - due for status, due, came, _ in outcomes if status == "429"]
+    sent = sum(audio for _, due, _, audio in outcomes if quiet <= due)
+    return {
+        "requests": len(outcomes),
+        "statuses": dict(Counter(status for status, *_ in outcomes)),
+        "offered_audio_seconds_per_second": sent / (seconds - quiet),
+        "throughput_audio_seconds_per_second": answered / (seconds - quiet),
+        "latency_seconds": quantiles(good),
+        "refused_after_seconds": quantiles(refused),
+        "memory_mib": [round(value, 1) for value in memory],
+    }
+
+
+def quantiles(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {f"p{q}": float(np.quantile(values, q / 100)) for q in (50, 95, 99)} | {"max": max(values)}
+
+
+def load(
+    model: Annotated[
+        Path | None, typer.Option(help="An exported student. Default: random weights of the recipe.")
+    ] = None,
+    config: Annotated[Path, typer.Option(help="Recipe.")] = REPOSITORY / "configs/armhubert-s-960.yaml",
+    backend: Annotated[str, typer.Option(help="torch or onnx.")] = "torch",
+    points: Annotated[
+        str, typer.Option(help="Offered load, in parts of the offline throughput.")
+    ] = "0.3,0.6,0.8,1,1.5,3",
+    seconds: Annotated[float, typer.Option(help="Of each point.")] = 60,
+    queue_seconds: Annotated[float, typer.Option(help="Of the service.")] = BatchLimits.queue_seconds,
+    batch_seconds: Annotated[float | None, typer.Option(help="Of the service. Default: its own.")] = None,
+    offline_seconds: Annotated[float, typer.Option(help="Of the offline batches.")] = 30,
+    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "serve_load.json",
+) -> None:
+    """Offered load against throughput and latency, of the service and of a plain endpoint, in turns."""
+    os.sched_setaffinity(0, {GENERATOR_CORE})
+    what, sounds = clips()
+    mean = statistics.mean(clip.seconds for clip in sounds)
+    some = [sounds[index] for index in np.random.default_rng(0).permutation(len(sounds))[:40]]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        if model is None:
+            torch.manual_seed(0)
+            model = Path(folder) / "model"
+            save_student(Student(load_config(config).resolve_student(12, 768)).eval(), model)
+        chosen = ["--model", str(model.resolve())]
+        service = ["-m", "serve", *chosen, "--backend", backend, "--queue-seconds", str(queue_seconds)]
+        service += [
+            "--deadline-seconds",
+            "60",
+            *([] if batch_seconds is None else ["--batch-seconds", str(batch_seconds)]),
+        ]
+        plain = ["benchmarks/serve_load.py", "plain", *chosen]
+        speed = offline(model, backend, some, offline_seconds)
+        with running(service) as ours, running(plain) as theirs:
+            for number, point in enumerate(float(part) for part in points.split(",")):
+                measured = offline(model, backend, some, offline_seconds)
+                for name, (pid, address) in {"service": ours, "plain": theirs}.items():
+                    row = asyncio.run(offer(address, pid, sounds, point * speed / mean, seconds, number))
+                    row = {"server": name, "point": point, "offline_audio_seconds_per_second": measured} | row
+                    rows.append(row)
+                    latency = row["latency_seconds"] or {}
+                    print(
+                        f"{point:4.2f} {name:8} {row['requests']:5} requests {row['statuses']}  "
+                        f"{row['throughput_audio_seconds_per_second']:6.1f} s/s (offline {measured:.1f})  "
+                        + "  ".join(f"{key} {value:.2f} s" for key, value in latency.items())
+                        + f"  429 {row['refused_after_seconds']}",
+                        flush=True,
+                    )
+    # Over the whole run: what else this machine does changes from minute to minute.
+    reference = statistics.median(row["offline_audio_seconds_per_second"] for row in rows)
+    for row in rows:
+        row["of_offline"] = row["throughput_audio_seconds_per_second"] / reference
+    write_result(
+        output,
+        audio=what,
+        mean_seconds=mean,
+        student=config.stem if model.parent == Path(folder) else "given",
+        backend=backend,
+        cores={"service": SERVICE_CORE, "generator": GENERATOR_CORE},
+        point_seconds=seconds,
+        queue_seconds=queue_seconds,
+        batch_seconds=batch_seconds,
+        offline_seconds=offline_seconds,
+        offline_audio_seconds_per_second=reference,
+        saturated_of_offline=max(row["of_offline"] for row in rows if row["server"] == "service"),
+        rows=rows,
+    )
+
+
+def soak(
+    requests: Annotated[int, typer.Option(help="How many.")] = 20_000,
+    clients: Annotated[int, typer.Option(help="At once.")] = 8,
+    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "serve_soak.json",
+) -> None:
+    """Many short requests of all forms to a tiny student: memory must not grow."""
+    os.sched_setaffinity(0, {GENERATOR_CORE})
+    config = StudentConfig(
+        conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
+        encoder_layers=3,
+        encoder_embed_dim=16,
+        encoder_ffn_embed_dim=24,
+        encoder_attention_heads=2,
+        conv_pos=8,
+        conv_pos_groups=2,
+        target_dim=32,
+    )
+    rng = np.random.default_rng(0)
+    sounds = []
+    for index in range(40):
+        buffer = io.BytesIO()
+        form, subtype = [("WAV", None), ("FLAC", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)][index % 5]
+        soundfile.write(
+            buffer, rng.normal(0, 0.1, int(rng.integers(3_000, 24_000))), 16_000, format=form, subtype=subtype
+        )
+        sounds.append(buffer.getvalue())
+    sounds += [b"not audio", sounds[0][:30]]
+    paths = [f"/v1/features?format={form}&layer=all" for form in ("json", "npy", "npz", "safetensors", "arrow")]
+    paths += ["/v1/embeddings", "/v1/features?timeout=0.001"]
+    statuses: Counter[str] = Counter()
+    memory: list[tuple[int, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        save_student(Student(config).eval(), Path(folder) / "tiny")
+        with running(["-m", "serve", "--model", str(Path(folder) / "tiny")]) as (pid, address):
+
+            async def client_loop(numbers: Iterator[int]) -> None:
+                async with httpx.AsyncClient(base_url=address, timeout=60, trust_env=False) as client:
+                    for number in numbers:
+                        body = sounds[number % len(sounds)]
+                        response = await client.post(paths[number % len(paths)], content=body)
+                        statuses[str(response.status_code)] += 1
+                        if number % (requests // 20) == 0:
+                            memory.append((number, resident_mib(pid)))
+                            print(f"{number:6} requests  {memory[-1][1]:7.1f} MiB  {dict(statuses)}", flush=True)
+
+            async def main() -> None:
+                numbers = iter(range(1, requests + 1))
+                await asyncio.gather(*(client_loop(numbers) for _ in range(clients)))
+
+            began = time.perf_counter()
+            asyncio.run(main())
+            elapsed = time.perf_counter() - began
+    write_result(
+        output,
+        requests=requests,
+        clients=clients,
+        seconds=elapsed,
+        statuses=dict(statuses),
+        memory_mib=memory,
+        growth_mib_second_half=memory[-1][1] - memory[len(memory) // 2][1],
+    )
+
+
+def plain(
+    model: Annotated[Path, typer.Option()],
+    port: Annotated[int, typer.Option()],
+) -> None:
+    """The endpoint that one writes in ten minutes: FastAPI, one request at a time."""
+    import threading
+
+    import uvicorn
+    from fastapi import FastAPI, Request, Response
+
+    from student import load_student
+    from teacher_cache.audio import load_audio
+
+    app, student, lock = FastAPI(), load_student(model), threading.Lock()
+
+    def run(body: bytes) -> bytes:
+        with lock, torch.inference_mode():
+            waveform = torch.from_numpy(load_audio(io.BytesIO(body)))[None]
+            hidden, _ = student.encode(waveform, torch.tensor([waveform.shape[1]]))
+            buffer = io.BytesIO()
+            np.save(buffer, hidden[0, -1].numpy())
+            return buffer.getvalue()
+
+    @app.post("/v1/features")
+    async def features(request: Request) -> Response:
+        body = await request.body()
+        return Response(await asyncio.to_thread(run, body), media_type="application/x-npy")
+
+    @app.get("/readyz")
+    async def readyz() -> str:
+        return "ready"
+
+    uvicorn.run(app, port=port, log_level="warning")
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    for command in (load, soak, plain):
+        app.command()(command)
+    app()

@@ -1,0 +1,85 @@
+"""Long audio in overlapping windows against the same audio run whole: how far apart are the features of a trained student?
+
+``python benchmarks/serve_windows.py MODEL`` joins held-out utterances of each speaker into recordings of a few minutes, and compares
+for several windows and overlaps. Error of a frame: the norm of its difference over the root mean square norm of the layer's frames.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import typer
+from result_file import RESULTS, write_result
+from small_speech import HELD_OUT, utterances
+
+from pipeline.export_model import open_student
+from serve.backends import TorchBackend, Wanted
+from serve.windows import LongAudio
+from teacher_cache.audio import load_audio
+from teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
+
+
+def recordings(seconds: float) -> list[np.ndarray]:
+    """One of each held-out speaker, (S,) float32, at most ``seconds`` long."""
+    of_speaker: dict[str, list[np.ndarray]] = {}
+    for utterance in utterances(HELD_OUT):
+        of_speaker.setdefault(utterance.id.split("-")[0], []).append(load_audio(utterance.path))
+    return [np.concatenate(parts)[: int(seconds * SAMPLE_RATE)] for parts in of_speaker.values()]
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="A run's folder or an exported student.")],
+    seconds: Annotated[float, typer.Option(help="Longest recording.")] = 150,
+    windows: Annotated[
+        str, typer.Option(help="Window and overlap in seconds, with commas.")
+    ] = "15:4,30:0,30:1,30:4,30:10,60:4",
+    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "serve_windows.json",
+) -> None:
+    """Compares windows with the whole."""
+    torch.set_num_threads(1)
+    student, origin = open_student(model)
+    backend = TorchBackend(student)
+    found: dict[str, list[np.ndarray]] = {setting: [] for setting in windows.split(",")}
+    lengths = []
+    for waveform in recordings(seconds):
+        lengths.append(len(waveform) / SAMPLE_RATE)
+        (whole,) = backend.run([Wanted(waveform, None, "student")])
+        scale = np.sqrt((whole**2).sum(-1).mean(-1))[:, None]
+        for setting, errors in found.items():
+            window_seconds, overlap_seconds = map(float, setting.split(":"))
+            stitched = np.empty_like(whole)
+            for window in LongAudio(10 * seconds, window_seconds, overlap_seconds).windows(len(waveform)):
+                (part,) = backend.run([Wanted(waveform[window.samples], None, "student")])
+                start = window.samples.start // FRAME_SAMPLES
+                stitched[:, window.frames] = part[:, window.frames.start - start : window.frames.stop - start]
+            errors.append(np.linalg.norm(stitched - whole, axis=-1) / scale)
+    rows: list[dict[str, Any]] = []
+    for setting, errors in found.items():
+        joined = np.concatenate(errors, axis=1)  # (L, T)
+        window_seconds, overlap_seconds = map(float, setting.split(":"))
+        row = {"window_seconds": window_seconds, "overlap_seconds": overlap_seconds}
+        for name, layer in (("first_layer", joined[0]), ("last_layer", joined[-1])):
+            row[name] = {"mean": float(layer.mean()), "p99": float(np.quantile(layer, 0.99)), "max": float(layer.max())}
+        rows.append(row)
+        print(
+            f"{window_seconds:g} s, overlap {overlap_seconds:g} s: "
+            + "; ".join(
+                f"{name} " + ", ".join(f"{key} {100 * value:.1f} %" for key, value in row[name].items())
+                for name in ("first_layer", "last_layer")
+            ),
+            flush=True,
+        )
+    metrics = origin.get("metrics")
+    write_result(
+        output, recordings_seconds=lengths, frames=joined.shape[1], layers=len(joined), metrics=metrics, rows=rows
+    )
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -1,0 +1,176 @@
+"""What one API key, and all requests together, may take; and who may ask from a browser."""
+
+import asyncio
+import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+from fastapi.testclient import TestClient
+
+from serve import create_app
+from serve.admission import Limits
+from student import Student
+
+
+def audio(seconds: float) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.sin(np.arange(int(16_000 * seconds)) / 20), 16_000, format="WAV")
+    return buffer.getvalue()
+
+
+HALF = audio(0.5)
+KEYS = ["one", "two"]
+
+
+def key(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {name}"}
+
+
+def refusal(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error_type"]
+
+
+def hold(student: Student, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Inference waits until the event is set."""
+    gate, real = threading.Event(), student.layer_outputs
+    monkeypatch.setattr(student, "layer_outputs", lambda *a: gate.wait(20) and real(*a))
+    return gate
+
+
+def test_each_key_has_so_many_requests_open(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(student, limits=Limits(key_requests=1), api_keys=KEYS)
+    with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
+        gate = hold(student, monkeypatch)
+
+        def ask(name: str) -> httpx.Response:
+            return client.post("/v1/features", content=HALF, headers=key(name))
+
+        first = pool.submit(ask, "one")
+        while "serve_open_requests 2.0" not in client.get("/metrics").text:
+            time.sleep(0.02)
+        refused = ask("one")
+        assert refusal(refused) == (429, "rate_limited") and refused.headers["retry-after"] == "1"
+        other = pool.submit(ask, "two")
+        gate.set()
+        assert first.result().status_code == other.result().status_code == 200
+        assert ask("one").status_code == 200
+
+
+def test_each_key_may_ask_so_often(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("serve.admission.monotonic", lambda: now)
+    with TestClient(create_app(student, limits=Limits(key_rate=2), api_keys=KEYS)) as client:
+
+        def ask(name: str) -> httpx.Response:
+            return client.post("/v1/features", content=HALF, headers=key(name))
+
+        assert [ask("one").status_code for _ in range(3)] == [200, 200, 429]
+        assert refusal(ask("one")) == (429, "rate_limited") and ask("one").headers["retry-after"] == "1"
+        assert ask("two").status_code == 200
+        now += 0.5
+        assert [ask("one").status_code for _ in range(2)] == [200, 429]
+        now += 60
+        assert [ask("one").status_code for _ in range(3)] == [200, 200, 429]
+
+
+def test_bodies_that_arrive_together_are_bounded(student: Student) -> None:
+    """One client sends half of a body and waits; another's would be too much beside it, and alone is not."""
+    app = create_app(student, limits=Limits(max_bytes=100_000, open_bytes=150_000))
+    big = audio(2)[:60_000].ljust(90_000, b"\0")
+    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+        admission = app.state.admission
+        held = admission.held_bytes = 90_000  # As if another request held so much.
+        refused = client.post("/v1/features", content=big)
+        assert refusal(refused) == (429, "overloaded") and "retry-after" in refused.headers
+        assert admission.held_bytes == held
+        admission.held_bytes = 0
+        assert client.post("/v1/features", content=HALF).status_code == 200
+        assert admission.held_bytes == 0
+        # Three seconds are small on the wire and more than there is once decoded with an answer for all layers.
+        flac = io.BytesIO()
+        soundfile.write(flac, np.zeros(3 * 16_000), 16_000, format="FLAC")
+        assert refusal(client.post("/v1/features", content=flac.getvalue())) == (413, "too_large")
+        assert pool.submit(lambda: admission.held_bytes).result() == 0
+
+
+def test_what_is_held_is_given_back_whatever_happens(student: Student) -> None:
+    app = create_app(student)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        posts: list[dict[str, Any]] = [
+            {"content": HALF},
+            {"content": b"not audio"},
+            {"files": [("file", HALF)] * 3},
+            {"content": HALF, "params": {"layer": "9"}},
+            {"content": HALF, "params": {"timeout": "1e-9"}},
+            {"content": b"{", "headers": {"content-type": "application/json"}},
+        ]
+        for post in posts:
+            client.post("/v1/features", **post)
+        assert app.state.admission.held_bytes == 0
+
+
+def test_models_and_info_need_the_key_and_health_does_not(student: Student) -> None:
+    with TestClient(create_app(student, api_keys=KEYS)) as client:
+        for path in ("/info", "/v1/models"):
+            assert refusal(client.get(path)) == (401, "unauthorized")
+            assert client.get(path, headers=key("two")).status_code == 200
+        assert client.get("/healthz").json() == {"status": "ok"}
+        assert client.get("/readyz").json() == {"status": "ready"}
+        assert "student" not in client.get("/metrics").text
+
+
+def test_other_origins_may_ask_only_where_they_are_named(student: Student) -> None:
+    origin = {"origin": "https://lab.example"}
+    ask = origin | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    with TestClient(create_app(student)) as client:
+        assert "access-control-allow-origin" not in client.post("/v1/features", content=HALF, headers=origin).headers
+    with TestClient(create_app(student, cors_origins=["https://lab.example"])) as client:
+        answer = client.post("/v1/features", content=HALF, headers=origin)
+        assert answer.headers["access-control-allow-origin"] == "https://lab.example"
+        assert client.options("/v1/features", headers=ask).status_code == 200
+        assert client.options("/v1/features", headers=ask | {"origin": "https://else.example"}).status_code == 400
+
+
+def test_a_client_that_takes_nothing_is_given_up(student: Student) -> None:
+    """A long answer whose reader stops: the request ends, and holds nothing."""
+    app = create_app(student, limits=Limits(deadline_seconds=3))
+    body, sent = audio(30), []
+    unread = [body]
+
+    async def receive() -> dict[str, Any]:
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) > 2:
+            await asyncio.sleep(60)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "http_version": "1.1",
+        "scheme": "http",
+        "path": "/v1/features",
+        "raw_path": b"/v1/features",
+        "root_path": "",
+        "query_string": b"layer=all",
+        "headers": [(b"content-length", str(len(body)).encode())],
+    }
+
+    async def main() -> None:
+        try:
+            await asyncio.wait_for(app(scope, receive, send), 20)
+        finally:
+            assert app.state.admission.held_bytes == 0
+
+    asyncio.run(main())
+    assert sent[0]["status"] == 200 and sent[1]["more_body"]

@@ -1,0 +1,158 @@
+"""Every backend gives what PyTorch gives, whatever is in the batch, and says what it can't do."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from fastapi.testclient import TestClient
+
+from serve import create_app
+from serve.backends import Backend, BackendOptions, OnnxBackend, TorchBackend, Wanted
+from serve.models import open_backend
+from student import Student, save_student
+
+from .conftest import TINY
+
+pytest.importorskip("onnxruntime", reason="needs the extra named onnx")
+
+
+@pytest.fixture(scope="module")
+def reference(student: Student) -> Backend:
+    return TorchBackend(student)
+
+
+@pytest.fixture(scope="module")
+def onnx(student: Student) -> Backend:
+    return open_backend(student, BackendOptions(runtime="onnx"))
+
+
+@pytest.fixture(scope="module")
+def onnx_file(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from student.exporters.onnx import export_onnx
+
+    file = tmp_path_factory.mktemp("exports") / "tiny.onnx"
+    export_onnx(student, file, {})
+    return file
+
+
+def wanted(space: Any = "student", layer: int | None = None) -> list[Wanted]:
+    rng = np.random.default_rng(0)
+    lengths = (400, 16_000, 9_123, 719, 40_000)
+    return [Wanted(rng.normal(0, 0.1, length).astype(np.float32), layer, space) for length in lengths]
+
+
+def assert_same(found: list[np.ndarray], expected: list[np.ndarray], relative: float) -> None:
+    for left, right in zip(found, expected, strict=True):
+        assert left.shape == right.shape and left.dtype == np.float32
+        assert np.abs(left - right).max() <= relative * np.abs(right).max()
+
+
+@pytest.mark.parametrize(("space", "layer"), [("student", None), ("student", 2), ("teacher", None), ("teacher", 3)])
+def test_onnx_gives_what_torch_gives(reference: Backend, onnx: Backend, space: Any, layer: int | None) -> None:
+    batch = wanted(space, layer)
+    assert_same(onnx.run(batch), reference.run(batch), 1e-5)
+    assert (onnx.revision, onnx.num_layers, onnx.dim, onnx.teacher_dim, onnx.num_parameters) == (
+        reference.revision,
+        reference.num_layers,
+        reference.dim,
+        reference.teacher_dim,
+        reference.num_parameters,
+    )
+
+
+def test_onnx_answers_do_not_depend_on_the_batch(onnx: Backend) -> None:
+    batch = wanted()
+    assert_same(onnx.run(batch), [onnx.run([item])[0] for item in batch], 1e-5)
+
+
+def test_an_exported_file_is_served_without_its_heads(onnx_file: Path, reference: Backend) -> None:
+    backend = open_backend(onnx_file, BackendOptions())
+    assert_same(backend.run(wanted()), reference.run(wanted()), 1e-5)
+    assert backend.teacher_dim is None and 0 < backend.num_parameters < reference.num_parameters
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.sin(np.arange(16_000) / 20), 16_000, format="WAV")
+    with TestClient(create_app(onnx_file)) as client:
+        model = client.get("/v1/models").json()["data"][0]
+        assert (model["id"], model["runtime"], model["teacher_dim"]) == ("tiny", "onnx", None)
+        assert client.post("/v1/features", content=buffer.getvalue()).json()["shape"] == [49, 16]
+        refused = client.post("/v1/features?space=teacher", content=buffer.getvalue())
+        assert (refused.status_code, refused.json()["error_type"]) == (422, "bad_parameter")
+
+
+def test_bf16_is_near_and_depends_on_the_batch_by_rounding_only(student: Student, reference: Backend) -> None:
+    backend = TorchBackend(student, BackendOptions(precision="bf16"))
+    batch = wanted("teacher")
+    found = backend.run(batch)
+    assert_same(found, reference.run(batch), 0.05)
+    assert_same(found, [backend.run([item])[0] for item in batch], 0.05)
+    assert any(np.abs(a - b).max() > 1e-5 for a, b in zip(found, reference.run(batch), strict=True))
+
+
+def test_what_a_backend_cannot_do_is_refused(student: Student, onnx_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="CPU in fp32 only"):
+        open_backend(student, BackendOptions("onnx", precision="bf16"))
+    with pytest.raises(ValueError, match="can't run"):
+        open_backend(onnx_file, BackendOptions("torch"))
+    with pytest.raises(ValueError, match="no ONNX file"):
+        open_backend(tmp_path / "none.onnx", BackendOptions())
+    (tmp_path / "bad.onnx").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="is not an ONNX model") as refused:
+        OnnxBackend(tmp_path / "bad.onnx")
+    assert "\n" not in str(refused.value)
+
+
+def test_models_of_a_library_are_loaded_when_asked_for(student: Student, tmp_path: Path) -> None:
+    import torch
+
+    for number in range(3):
+        torch.manual_seed(number)
+        save_student(Student(student.config).eval(), tmp_path / f"run-{number}" / "export", None)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.sin(np.arange(16_000) / 20), 16_000, format="WAV")
+    app = create_app(student, name="first", library=tmp_path, library_loaded=2)
+    with TestClient(app) as client:
+
+        def ask(name: str) -> Any:
+            return client.post(f"/v1/features?model={name}", content=buffer.getvalue())
+
+        listed = client.get("/v1/models").json()
+        assert [model["id"] for model in listed["data"]] == ["first"]
+        assert listed["library"] == ["run-0", "run-1", "run-2"]
+        answers = [ask(f"run-{number}").json() for number in (0, 1, 0, 2, 1)]
+        assert answers[0]["features"] != answers[1]["features"]
+        assert answers[0]["revision"] == answers[2]["revision"] != answers[1]["revision"]
+        # The one not asked for longest made room, and comes back the same.
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["first", "run-2", "run-1"]
+        assert answers[4] == answers[1] | {"features": answers[4]["features"]}
+        for name in ("..", "run-3", "../../etc", "run-0@000000000000"):
+            assert ask(name).status_code == 404
+
+
+def test_reload_takes_new_weights_and_keeps_what_works(student: Student, tmp_path: Path) -> None:
+    import torch
+
+    save_student(student, tmp_path, None)
+    app = create_app(tmp_path, name="tiny")
+    models = app.state.models
+    before = models.get("tiny")
+    models.reload()
+    assert models.get("tiny") is before  # Nothing changed.
+    torch.manual_seed(5)
+    save_student(Student(student.config).eval(), tmp_path, None)
+    models.reload()
+    after = models.get("tiny")
+    assert after.revision != before.revision and after.engine.alive and not before.engine.alive
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    models.reload()
+    assert models.get("tiny") is after
+    models.close()
+
+
+@pytest.mark.parametrize("options", [{"heads": "none"}, {"heads": "split"}])
+def test_a_student_without_a_head_for_each_layer_has_no_teacher_space(options: dict[str, Any]) -> None:
+    backend = TorchBackend(Student(TINY.model_copy(update=options)).eval())
+    assert backend.teacher_dim is None
+    assert backend.run(wanted())[0].shape == (3, 1, 16)

@@ -1,0 +1,84 @@
+"""Requests made from the OpenAPI schema, right and wrong: every answer is one that the schema describes, and none a failure.
+
+``python -m tests.serve.test_schema_fuzzing 500`` tries so many for each route.
+"""
+
+import io
+import sys
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from serve import create_app
+from serve.admission import Limits
+from student import Student
+
+from .conftest import TINY
+
+schemathesis = pytest.importorskip("schemathesis", reason="needs the extra named dev")
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from schemathesis.specs.openapi.checks import (  # noqa: E402
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+# 500 is in no schema; 504 is, and no failure.
+CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
+
+
+def wav(samples: int) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.sin(np.arange(samples) / 20), 16_000, format="WAV")
+    return buffer.getvalue()
+
+
+# Half of what is sent as audio is some.
+AUDIO = st.one_of(st.binary(max_size=200), st.sampled_from([wav(samples) for samples in (0, 399, 400, 5_000)]))
+for kind in ("audio/wav", "audio/flac", "audio/ogg", "audio/mpeg", "application/octet-stream"):
+    schemathesis.openapi.media_type(kind, AUDIO)
+
+
+def try_every_route(student: Student, examples: int) -> Counter[tuple[str, int]]:
+    """Statuses by route; AssertionError where an answer breaks a check."""
+    app = create_app(student, name="tiny", limits=Limits(max_seconds=1, max_bytes=50_000))
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    found: Counter[tuple[str, int]] = Counter()
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        strategies = [operation.as_strategy(generation_mode=mode) for mode in schemathesis.GenerationMode]
+
+        @settings(
+            max_examples=examples,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=st.one_of(strategies), served=st.booleans())
+        def attempt(case: Any, served: bool) -> None:
+            if served:  # Else almost every request would be for a model that isn't there, or out of time.
+                case.query = {name: value for name, value in case.query.items() if name not in ("model", "timeout")}
+            response = case.call()
+            found[case.operation.path, response.status_code] += 1
+            case.validate_response(response, checks=CHECKS)
+
+        attempt()
+    return found
+
+
+def test_answers_are_what_the_schema_says(student: Student) -> None:
+    found = try_every_route(student, 30)
+    assert {route for route, _ in found} >= {"/v1/features", "/v1/embeddings", "/v1/models", "/healthz"}
+    assert any(status == 200 for route, status in found if route == "/v1/features")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print(sorted(try_every_route(Student(TINY).eval(), int(sys.argv[1])).items()))

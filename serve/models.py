@@ -177,6 +177,10 @@ def open_backend(source: Source, options: BackendOptions) -> Backend:
         if not path.is_dir():
             raise ValueError(f"There is no model folder at '{path}': give the folder that the export stage wrote.")
         source = load_student(path)
+    if source.config.patches is not None:
+        raise ValueError(
+            "This student sees patches of a spectrogram (AST), and the service gives frames of 20 ms; use it from Python."
+        )
     return OnnxBackend(source, options) if options.runtime == "onnx" else TorchBackend(source, options)
 
 

@@ -98,6 +98,17 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
+def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """The process, once it says that Ray runs, or has ended."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    while process.poll() is None and "Ray runtime started" not in log.read_text():
+        time.sleep(0.5)
+    return process
+
+
 @contextmanager
 def ray_head(token: str, cpus: int = 4) -> Iterator[Head]:
     """Runs ``ray start --head --block`` as compose.yaml does, with a token, until the block ends."""
@@ -117,10 +128,6 @@ def ray_head(token: str, cpus: int = 4) -> Iterator[Head]:
         *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
         *(f"--num-cpus={cpus}", "--object-store-memory=200000000", f"--temp-dir={folder}"),
     ]
-    with (folder / "start.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
     address = f"http://127.0.0.1:{dashboard}"
     head = Head(
         address,
@@ -130,15 +137,13 @@ def ray_head(token: str, cpus: int = 4) -> Iterator[Head]:
         folder,
     )
     try:
-        give_up = time.monotonic() + 90
-        while True:
-            try:
-                head.get("/api/version")
+        # Ray gives its node 30 s to come up, and ends it if it took longer: on a busy machine it may need a second chance.
+        for _ in range(3):
+            process = _start(command, environment, folder / "start.log")
+            if process.poll() is None:
                 break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > give_up:
-                    raise RuntimeError(f"Ray did not start: {(folder / 'start.log').read_text()}") from None
-                time.sleep(0.5)
+        else:
+            raise RuntimeError(f"Ray did not start: {(folder / 'start.log').read_text()}")
         yield head
     finally:
         # Not `ray stop`, which ends every Ray of the machine. `ray start --block` ends what it started; what is left is known by

@@ -102,7 +102,7 @@ def ray_serve(folder: Path, model: str, **arguments: Any) -> Iterator[str]:
     file = folder / "features.yaml"
     file.write_text(yaml.safe_dump(tree))
     # A short name: sockets of Ray lie below it.
-    with tempfile.TemporaryDirectory(prefix="rs") as scratch:
+    with tempfile.TemporaryDirectory(prefix="rs", ignore_cleanup_errors=True) as scratch:
         environment = os.environ | {
             "RAY_TMPDIR": scratch,
             "RAY_AUTH_MODE": "disabled",

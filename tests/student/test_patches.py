@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from serve.backends import BackendOptions
+from serve.models import open_backend
 from student.checkpoints import load_student, save_student
 from student.config import StudentConfig
 from student.exporters.portable import portable_student
@@ -117,6 +119,8 @@ def test_cache_train_validate(
     assert json.loads((tmp_path / "export" / "config.json").read_text())["student"]["patches"]["num_mel_bins"] == 32
     with pytest.raises(ValueError, match="the student has patches=.* exports don't support"):
         portable_student(student)
+    with pytest.raises(ValueError, match="sees patches of a spectrogram"):
+        open_backend(tmp_path / "export", BackendOptions())
     with pytest.raises(
         ValueError, match="the student makes .* frames of an utterance of .* set student.patches to the teacher's"
     ):

@@ -137,6 +137,7 @@ def dot_chart(title: str, groups: Sequence[tuple[str, Sequence[float]]], x_label
     bottom = height - _BOTTOM
     ticks = _ticks(min(values), max(values), 5)
     low, high = ticks[0], ticks[-1]
+    digits = next(d for d in range(20) if all(abs(round(tick, d) - tick) < 1e-6 * (high - low) for tick in ticks))
 
     def px(x: float) -> float:
         return left + (x - low) / (high - low) * (WIDTH - left - _RIGHT)
@@ -144,7 +145,7 @@ def dot_chart(title: str, groups: Sequence[tuple[str, Sequence[float]]], x_label
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">']
     for tick in ticks:
         parts.append(f'<line class="grid" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text x="{px(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{_number(tick)}</text>')
+        parts.append(f'<text x="{px(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:.{digits}f}</text>')
     parts.append(f'<text x="{(WIDTH + left) / 2}" y="{height - 5}" text-anchor="middle">{html.escape(x_label)}</text>')
     if first := groups[0][1]:
         x = px(sum(first) / len(first))

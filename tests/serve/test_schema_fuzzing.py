@@ -74,9 +74,9 @@ def try_every_route(student: Student, examples: int) -> Counter[tuple[str, int]]
 
 
 def test_answers_are_what_the_schema_says(student: Student) -> None:
-    found = try_every_route(student, 30)
+    found = try_every_route(student, 60)
     assert {route for route, _ in found} >= {"/v1/features", "/v1/embeddings", "/v1/models", "/healthz"}
-    assert any(status == 200 for route, status in found if route == "/v1/features")
+    assert any(status == 200 for route, status in found if route in ("/v1/features", "/v1/embeddings"))
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def test_a_loss_that_is_not_finite_shows_in_the_gradients() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((3, 2, 19, 16), r"must be \(B, L, T, D\) = \(3, 3, 19, 16\)"), ((3, 3, 18, 16), r"not \(3, 3, 18, 16\)")],
+    [((3, 2, 19, 16), r"must be \(B, P, T, D\) = \(3, 3, 19, 16\)"), ((3, 3, 18, 16), r"not \(3, 3, 18, 16\)")],
 )
 def test_targets_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -561,13 +561,25 @@ def init_ray() -> None:
     paths = os.environ.get("PYTHONPATH", "")
     if repository not in paths.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [repository, paths]))
-    ray.init(
-        # A submitted job is told its cluster; anything else gets a Ray of its own, whatever else runs on this machine.
-        address=os.environ.get("RAY_ADDRESS", "local"),
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}},
-    )
+    for last in (False, False, True):
+        try:
+            ray.init(
+                # A submitted job is told its cluster; anything else gets a Ray of its own, whatever else runs on this machine.
+                address=os.environ.get("RAY_ADDRESS", "local"),
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}},
+            )
+        except Exception as error:  # Ray raises no kind of its own where its fixed 30 s for starting ran out.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if last:
+                raise OSError(
+                    "Ray did not start within its 30 s, three times; this machine is too busy: try again when less runs on it"
+                ) from error
+        else:
+            return
 
 
 def _follow(path: Path, update: Any, done: threading.Event) -> None:

@@ -81,13 +81,6 @@ class Job:
     cpus: int
     resources: dict[str, float]
 
-    def is_done(self) -> bool:
-        """Whether there is nothing left to do."""
-        probed = self.probing is None or (
-            read_probe(self.folder / "probes" / self.probing.title, self.probing.settings) is not None
-        )
-        return self.training is None and probed
-
     def __call__(self) -> None:
         if self.training is not None:
             self.training()
@@ -138,7 +131,7 @@ class Ablating:
         for planned in ablation.runs:
             run = Run(planned.config, silent, self.shared.teacher)
             try:
-                run.training(1)
+                run.first_student()
             except ValueError as error:
                 raise ConfigError(f"variant {planned.variant}: {error}") from error
             check_trackers(planned.config.train.trackers)
@@ -157,9 +150,8 @@ class Ablating:
 
     def work(self) -> dict[str, str]:
         """Does what is not done; returns why runs failed, by their names."""
-        todo = self._jobs({})
-        if all(job.is_done() for job in todo.values()):
-            self.shared.say(f"train   all {len(todo)} runs are finished, reused")
+        if all(self._is_done(run.folder) for run in self.runs.values()):
+            self.shared.say(f"train   all {len(self.runs)} runs are finished, reused")
             failures: dict[str, str] = {}
         else:
             with self.shared.quiet():
@@ -171,9 +163,7 @@ class Ablating:
             self.shared.check_cache()
             for run in self.runs.values():
                 _copy_index(self.shared.folder / "corpus", run.folder / "corpus")
-            failures = self._train(
-                {name: job for name, job in self._jobs(cpus).items() if not job.is_done()}, concurrent
-            )
+            failures = self._train(self._jobs(cpus), concurrent)
         if self.probing is not None:
             sources = [Source.of_teacher(self.shared.teacher), Source.log_mel()]
             self.probing.run(self.ablation.folder, sources, {})
@@ -183,10 +173,19 @@ class Ablating:
                 run.report()
         return failures
 
+    def _is_done(self, folder: Path) -> bool:
+        """Whether a run has nothing left to do."""
+        probing = self.probing
+        probed = probing is None or read_probe(folder / "probes" / probing.title, probing.settings) is not None
+        return (folder / "train.json").is_file() and probed
+
     def _jobs(self, cpus: Mapping[str, int]) -> dict[str, Job]:
+        """What there is to do, with the cores of each worker."""
         jobs = {}
         for name, run in self.runs.items():
-            count = cpus.get(name, 1)
+            if self._is_done(run.folder):
+                continue
+            count = cpus[name]
             finished = (run.folder / "train.json").is_file()
             training = None if finished else run.training(count, count, in_process=True)
             resources: dict[str, float] = {"memory": _TRIAL_MEMORY}

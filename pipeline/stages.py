@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
 from pipeline.config import Config, ConfigError, dump_config
 from pipeline.corpus import CorpusIndex, index_corpus
@@ -25,7 +26,7 @@ from pipeline.initialise import initial_tensors, write_initial
 from pipeline.plan import cost_lines, cost_table, plan_cost
 from pipeline.probe import probe_section, read_probes
 from pipeline.report import FeatureMaps, feature_maps, read_metrics, write_report
-from student import Student, load_student
+from student import Student, StudentConfig, load_student
 from student.ray_training import train_on_ray
 from teacher_cache.batch import TargetReader
 from teacher_cache.build import Progress as BuildProgress
@@ -83,7 +84,8 @@ class Run:
         # A run that failed before its first result has nothing to lose: a corrected configuration may replace its own. The
         # corpus index is made again where that changes it.
         results = self.folder.is_dir() and any(
-            entry.name not in ("config.yaml", "ray.log", "corpus") for entry in self.folder.iterdir()
+            entry.name not in ("config.yaml", "ray.log", "corpus", "initial.safetensors")
+            for entry in self.folder.iterdir()
         )
         if results:
             if not path.is_file():
@@ -303,16 +305,22 @@ class Run:
     def _seconds(self) -> float:
         return sum(u.num_samples for u in self.utterances) / SAMPLE_RATE
 
+    def first_student(self) -> tuple[StudentConfig, dict[str, Tensor]]:
+        """The student, and those of its first weights that are the teacher's; ConfigError where there is no such student."""
+        config = self.config.resolve_student(len(self.layers_of(self.teacher)), self.teacher.dim, self.teacher.patches)
+        settings = self.config.train
+        return config, initial_tensors(self.teacher, config, settings) if settings.starts_from_teacher else {}
+
     def training(self, cpu_threads: int, reserved_cpus: int = 1, *, in_process: bool = False) -> Callable[[], None]:
         """The training itself, to be called where Ray is initialised; see `train_on_ray`. It may travel to another node."""
         layers = self.layers_of(self.teacher)
         settings = self.config.train
         cached = settings.targets == "cached"
-        config = self.config.resolve_student(len(layers), self.teacher.dim, self.teacher.patches)
+        config, tensors = self.first_student()
         initial = None
-        if settings.starts_from_teacher:
+        if tensors:
             initial = self.folder / "initial.safetensors"
-            write_initial(initial, initial_tensors(self.teacher, config, settings))
+            write_initial(initial, tensors)
         return partial(
             train_on_ray,
             config,

@@ -226,14 +226,14 @@ class Distiller(nn.Module):
             hints,
         )
         if cosines:
-            masked = torch.zeros_like(padded) if frame_mask is None else frame_mask & ~padded
-            loss.cosines = cosine_sums(torch.stack(similarities), masked, ~padded & ~masked)
+            loss.cosines = cosine_sums(torch.stack(similarities), frame_mask, padded)
         return loss
 
 
-def cosine_sums(similarities: Tensor, masked: Tensor, unmasked: Tensor) -> Tensor:
-    """(L, B, T) and two (B, T) bool, to the (2, L + 1) of `DistillationLoss.cosines`."""
-    frames = torch.stack([masked, unmasked]).double()
+def cosine_sums(similarities: Tensor, frame_mask: Tensor | None, padded: Tensor) -> Tensor:
+    """(L, B, T) and, both (B, T) bool, masked frames and padding, to the (2, L + 1) of `DistillationLoss.cosines`."""
+    masked = torch.zeros_like(padded) if frame_mask is None else frame_mask & ~padded
+    frames = torch.stack([masked, ~padded & ~masked]).double()
     sums = torch.einsum("lbt,kbt->kl", similarities.double(), frames)
     return torch.cat([sums, frames.sum((1, 2))[:, None]], 1)
 

@@ -1,7 +1,8 @@
 """STaR (Jang et al., ICASSP 2024): the student learns how frames relate to each other, not what each is.
 
 A temporal Gram matrix is G = X Yᵀ / width of two (T, width) matrices of hidden states. Layer-wise relations have X = Y, one layer's
-output; intra-layer relations X, the layer's input, and Y, its output. Student and teacher have both of one shape whatever their
+output; intra-layer relations X, the layer's input, and Y, its output (where only some of the teacher's layers are learnt from: the
+one below of those). Student and teacher have both of one shape whatever their
 widths, so no head is needed. The authors' loss code is not published; dividing by the width, so that neither the widths nor their
 ratio decide the scale, is ours. Of the paper's intra-layer relations the first layer's is left out: a cache has no
 encoder input.
@@ -113,8 +114,7 @@ class RelationDistiller(nn.Module):
         hint, final = per_layer[:-1].sum(), per_layer[-1]
         loss = DistillationLoss(hint + final, hint, final, per_layer)
         if cosines:
-            masked = torch.zeros_like(padded) if frame_mask is None else frame_mask & ~padded
-            loss.cosines = cosine_sums(torch.stack(similarities), masked, ~padded & ~masked)
+            loss.cosines = cosine_sums(torch.stack(similarities), frame_mask, padded)
         return loss
 
     def _error(self, found: Tensor, wanted: Tensor, num_frames: Tensor) -> Tensor:

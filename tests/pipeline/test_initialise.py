@@ -1,17 +1,21 @@
 """First weights from the teacher: which tensors, and what does not fit."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, load_config
 from pipeline.initialise import initial_tensors, write_initial
+from pipeline.stages import Run
 from student import Student, StudentConfig
 from student.checkpoints import load_tensors
 from student.settings import TrainSettings
 from teacher_cache.teachers import Teacher, load_teacher
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 HUBERT_CONV = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
 
 
@@ -92,3 +96,14 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         initial_tensors(teacher, like(teacher, **student), settings(**train))
+
+
+def test_first_weights_that_nothing_was_trained_from_do_not_hold_a_run(tmp_path: Path) -> None:
+    overrides = ["teacher.checkpoint=random:2x64", f"runs={tmp_path}", f"cache.path={tmp_path / 'cache'}"]
+    for more in ("train.seed=1", "train.seed=2"):
+        config = load_config(CONFIGS / "demo.yaml", [*overrides, "train.mask_embedding=teacher", more])
+        run = Run(config, Console(quiet=True))
+        run.training(1)
+    written = load_tensors(tmp_path / "demo" / "initial.safetensors")
+    assert written.keys() == {"mask_embedding"}
+    assert torch.equal(written["mask_embedding"], run.teacher.weights["mask_embedding"])

@@ -1,14 +1,15 @@
 """The service under open-loop load: throughput and latency below, at and past saturation; memory over many requests.
 
 ``load`` sends requests at random moments (Poisson arrivals) that wait for nobody, from a process of its own on another core than the
-service's, to the service and to a plain FastAPI endpoint that runs one request at a time, point by point in turns; before each
-point the same backend runs the same audio in batches, offline, on the service's core. ``soak``
-sends many short requests and watches memory.
+service's, to the service and to its peers: a plain FastAPI endpoint that runs one request at a time and, where
+``--litserve`` says where it is installed, LitServe; point by point in turns. Before each point the same backend runs the same audio
+in batches, offline, on the service's core. ``soak`` sends many short requests and watches memory.
 
 Audio is real speech where `small_speech` finds any, else noise with lengths like LibriSpeech's.
 """
 
 import asyncio
+import base64
 import io
 import json
 import os
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
 import numpy as np
+import psutil
 import soundfile
 import torch
 import typer
@@ -74,12 +76,12 @@ def clips(longest: float = 60.0) -> tuple[str, list[Clip]]:
 
 
 @contextmanager
-def running(command: list[str]) -> Iterator[tuple[int, str]]:
+def running(command: list[str], python_path: Path | None = None) -> Iterator[tuple[int, str]]:
     """A server on the service's core, ready; its process id and address. It is stopped afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(python_path)} if python_path else {})
     process = subprocess.Popen(
         ["taskset", "-c", str(SERVICE_CORE), sys.executable, *command, "--port", str(port)],
         cwd=REPOSITORY,
@@ -98,13 +100,17 @@ def running(command: list[str]) -> Iterator[tuple[int, str]]:
             time.sleep(0.2)
         yield process.pid, address
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):  # LitServe's outlive it.
+                child.terminate()
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
 
 
 def resident_mib(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+    """Of a process and its children."""
+    process = psutil.Process(pid)
+    return sum(one.memory_info().rss for one in (process, *process.children(recursive=True))) / 2**20
 
 
 def offline(model: Path, runtime: str, sounds: list[Clip], batch_seconds: float) -> float:
@@ -138,7 +144,9 @@ def print_offline(model: str, runtime: Any, batch_seconds: float) -> None:
     print(total / (time.perf_counter() - began))
 
 
-async def offer(address: str, pid: int, sounds: list[Clip], rate: float, seconds: float, seed: int) -> dict[str, Any]:
+async def offer(
+    address: str, pid: int, sounds: list[Clip], rate: float, seconds: float, seed: int, as_json: bool
+) -> dict[str, Any]:
     """One point: requests at ``rate`` a second on average for so many seconds; all that are sent are waited for.
 
     Latency counts from the moment a request was due, so a late generator can't flatter the service. Throughput is the audio of
@@ -157,7 +165,11 @@ async def offer(address: str, pid: int, sounds: list[Clip], rate: float, seconds
         async def ask(due: float, clip: Clip) -> None:
             await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
             try:
-                status = str((await client.post(PATH, content=clip.data)).status_code)
+                if as_json:
+                    body: dict[str, Any] = {"json": {"input": base64.b64encode(clip.data).decode()}}
+                else:
+                    body = {"content": clip.data}
+                status = str((await client.post(PATH, **body)).status_code)
             except httpx.HTTPError as error:
                 status = type(error).__name__
             outcomes.append((status, due, time.perf_counter() - began, clip.seconds))
@@ -205,9 +217,12 @@ def load(
     queue_seconds: Annotated[float, typer.Option(help="Of the service.")] = BatchLimits.queue_seconds,
     batch_seconds: Annotated[float | None, typer.Option(help="Of the service. Default: its own.")] = None,
     offline_seconds: Annotated[float, typer.Option(help="Of the offline batches.")] = 30,
+    litserve: Annotated[
+        Path | None, typer.Option(help="Folder with LitServe: `pip install --target FOLDER litserve`.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "serve_load.json",
 ) -> None:
-    """Offered load against throughput and latency, of the service and of a plain endpoint, in turns."""
+    """Offered load against throughput and latency, of the service and of its peers, in turns."""
     os.sched_setaffinity(0, {GENERATOR_CORE})
     what, sounds = clips()
     mean = statistics.mean(clip.seconds for clip in sounds)
@@ -225,13 +240,16 @@ def load(
             "60",
             *([] if batch_seconds is None else ["--batch-seconds", str(batch_seconds)]),
         ]
-        plain = ["benchmarks/serve_load.py", "plain", *chosen]
         speed = offline(model, backend, some, offline_seconds)
-        with running(service) as ours, running(plain) as theirs:
+        with ExitStack() as stack:
+            servers = {"service": stack.enter_context(running(service))}
+            for peer in ("plain", *(["litserve"] if litserve else [])):
+                servers[peer] = stack.enter_context(running([f"benchmarks/serve_{peer}.py", *chosen], litserve))
             for number, point in enumerate(float(part) for part in points.split(",")):
                 measured = offline(model, backend, some, offline_seconds)
-                for name, (pid, address) in {"service": ours, "plain": theirs}.items():
-                    row = asyncio.run(offer(address, pid, sounds, point * speed / mean, seconds, number))
+                for name, (pid, address) in servers.items():
+                    rate, as_json = point * speed / mean, name == "litserve"
+                    row = asyncio.run(offer(address, pid, sounds, rate, seconds, number, as_json))
                     row = {"server": name, "point": point, "offline_audio_seconds_per_second": measured} | row
                     rows.append(row)
                     latency = row["latency_seconds"] or {}
@@ -326,43 +344,8 @@ def soak(
     )
 
 
-def plain(
-    model: Annotated[Path, typer.Option()],
-    port: Annotated[int, typer.Option()],
-) -> None:
-    """The endpoint that one writes in ten minutes: FastAPI, one request at a time."""
-    import threading
-
-    import uvicorn
-    from fastapi import FastAPI, Request, Response
-
-    from student import load_student
-    from teacher_cache.audio import load_audio
-
-    app, student, lock = FastAPI(), load_student(model), threading.Lock()
-
-    def run(body: bytes) -> bytes:
-        with lock, torch.inference_mode():
-            waveform = torch.from_numpy(load_audio(io.BytesIO(body)))[None]
-            hidden, _ = student.encode(waveform, torch.tensor([waveform.shape[1]]))
-            buffer = io.BytesIO()
-            np.save(buffer, hidden[0, -1].numpy())
-            return buffer.getvalue()
-
-    @app.post("/v1/features")
-    async def features(request: Request) -> Response:
-        body = await request.body()
-        return Response(await asyncio.to_thread(run, body), media_type="application/x-npy")
-
-    @app.get("/readyz")
-    async def readyz() -> str:
-        return "ready"
-
-    uvicorn.run(app, port=port, log_level="warning")
-
-
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    for command in (load, soak, plain):
+    for command in (load, soak):
         app.command()(command)
     app()

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from serve.errors import ServiceError
 from teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 
 _SILENCE = [Wanted(np.zeros(count, np.float32), None, "student") for count in (RECEPTIVE_FIELD, 2 * SAMPLE_RATE)]
+
+_NICENESS = 10
 
 
 class EngineClosedError(Exception):
@@ -165,6 +168,9 @@ class FeatureEngine:
         return ServiceError("overloaded", message, {"retry-after": str(min(seconds, 60))})
 
     def _work(self) -> None:
+        # Linux gives threads priorities of their own: inference leaves the core to the event loop, which answers and refuses others
+        # in the meantime. PyTorch's threads are started by this one, and inherit it.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while batch := self._next_batch():
             started = time.monotonic()
             try:

@@ -26,6 +26,7 @@ from student import Student, StudentConfig, save_student
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_BYTES = 2**20
 MAX_SECONDS = 20.0
+LIBRARY_LOADED = 2
 TINY = StudentConfig(
     conv_layers=((8, 10, 5), (8, 3, 2), (8, 3, 2), (8, 3, 2), (8, 3, 2), (8, 2, 2), (8, 2, 2)),
     encoder_layers=3,
@@ -53,25 +54,39 @@ def other() -> Student:
 
 
 @pytest.fixture(scope="session")
-def app_client(student: Student, other: Student) -> Iterator[TestClient]:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three runs, of which two may be loaded at once."""
+    folder = tmp_path_factory.mktemp("library")
+    for number in range(3):
+        torch.manual_seed(10 + number)
+        save_student(Student(TINY).eval(), folder / f"run-{number}" / "export", None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def app_client(student: Student, other: Student, library: Path) -> Iterator[TestClient]:
     """The application in this process."""
     limits = Limits(max_seconds=MAX_SECONDS, max_bytes=MAX_BYTES)
-    app = create_app(student, name="tiny", more={"other": other}, limits=limits)
+    app = create_app(
+        student, name="tiny", more={"other": other}, library=library, library_loaded=LIBRARY_LOADED, limits=limits
+    )
     # A failure of the service must come out as its answer, as it would for a user.
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.fixture(scope="session")
-def ray_client(student: Student, other: Student, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def ray_client(
+    student: Student, other: Student, library: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
     """The same application under Ray Serve, by the file of docs/serving.md, with what differs here put in."""
     folder = tmp_path_factory.mktemp("ray")
     for name, model in (("tiny", student), ("other", other)):
         save_student(model, folder / "runs" / name / "export", None)
+    arguments: dict[str, Any] = {"library": str(library), "library_loaded": LIBRARY_LOADED}
+    arguments["more"] = {"other": str(folder / "runs/other/export")}
     with (
-        ray_serve(
-            folder, str(folder / "runs" / "tiny" / "export"), more={"other": str(folder / "runs/other/export")}
-        ) as address,
+        ray_serve(folder, str(folder / "runs" / "tiny" / "export"), **arguments) as address,
         httpx.Client(base_url=address, trust_env=False, timeout=60) as client,
     ):
         yield client

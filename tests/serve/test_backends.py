@@ -1,6 +1,7 @@
 """Every backend gives what PyTorch gives, whatever is in the batch, and says what it can't do."""
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,15 @@ def test_bf16_is_near_and_depends_on_the_batch_by_rounding_only(student: Student
     assert any(np.abs(a - b).max() > 1e-5 for a, b in zip(found, reference.run(batch), strict=True))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_gives_what_torch_gives_in_any_batch(student: Student, reference: Backend) -> None:
+    backend = TorchBackend(student, BackendOptions(compile=True))
+    for space, layer in (("student", None), ("teacher", 2)):
+        batch = wanted(space, layer)
+        assert_same(backend.run(batch), reference.run(batch), 1e-5)
+    assert_same([backend.run([item])[0] for item in wanted()], reference.run(wanted()), 1e-5)
+
+
 def test_what_a_backend_cannot_do_is_refused(student: Student, onnx_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="CPU in fp32 only"):
         open_backend(student, BackendOptions("onnx", precision="bf16"))
@@ -102,33 +112,6 @@ def test_what_a_backend_cannot_do_is_refused(student: Student, onnx_file: Path, 
     with pytest.raises(ValueError, match="is not an ONNX model") as refused:
         OnnxBackend(tmp_path / "bad.onnx")
     assert "\n" not in str(refused.value)
-
-
-def test_models_of_a_library_are_loaded_when_asked_for(student: Student, tmp_path: Path) -> None:
-    import torch
-
-    for number in range(3):
-        torch.manual_seed(number)
-        save_student(Student(student.config).eval(), tmp_path / f"run-{number}" / "export", None)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.sin(np.arange(16_000) / 20), 16_000, format="WAV")
-    app = create_app(student, name="first", library=tmp_path, library_loaded=2)
-    with TestClient(app) as client:
-
-        def ask(name: str) -> Any:
-            return client.post(f"/v1/features?model={name}", content=buffer.getvalue())
-
-        listed = client.get("/v1/models").json()
-        assert [model["id"] for model in listed["data"]] == ["first"]
-        assert listed["library"] == ["run-0", "run-1", "run-2"]
-        answers = [ask(f"run-{number}").json() for number in (0, 1, 0, 2, 1)]
-        assert answers[0]["features"] != answers[1]["features"]
-        assert answers[0]["revision"] == answers[2]["revision"] != answers[1]["revision"]
-        # The one not asked for longest made room, and comes back the same.
-        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["first", "run-2", "run-1"]
-        assert answers[4] == answers[1] | {"features": answers[4]["features"]}
-        for name in ("..", "run-3", "../../etc", "run-0@000000000000"):
-            assert ask(name).status_code == 404
 
 
 def test_reload_takes_new_weights_and_keeps_what_works(student: Student, tmp_path: Path) -> None:

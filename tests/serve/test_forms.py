@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,8 +21,12 @@ from fastapi.testclient import TestClient
 
 from serve import create_app
 from serve.admission import Limits
+from serve.backends import TorchBackend, Wanted
+from serve.decoding import decode
 from serve.engine import BatchLimits
-from student import Student
+from student import Student, load_student
+
+from .conftest import MAX_SECONDS
 
 
 def audio(seconds: float = 0.5, seed: int = 0) -> bytes:
@@ -155,13 +160,36 @@ def test_other_refusals(client: httpx.Client) -> None:
 
 def test_models_are_listed_and_chosen(client: httpx.Client) -> None:
     listed = client.get("/v1/models").json()["data"]
-    assert [model["id"] for model in listed] == ["tiny", "other"]
+    assert [model["id"] for model in listed][:2] == ["tiny", "other"]
     assert listed[0]["revision"] != listed[1]["revision"]
-    first, second = (client.post(f"/v1/features?model={m['id']}", content=FILES[0]).json() for m in listed)
+    first, second = (client.post(f"/v1/features?model={m['id']}", content=FILES[0]).json() for m in listed[:2])
     assert first["features"] != second["features"] and second["revision"] == listed[1]["revision"]
     exact = client.post(f"/v1/features?model=other@{listed[1]['revision']}", content=FILES[0])
     assert exact.status_code == 200
     assert_refused(client.post("/v1/features?model=other@0", content=FILES[0]), 404, "model_not_found")
+
+
+@pytest.mark.parametrize("with_header", [False, True], ids=["parameter", "multiplexed"])
+def test_models_of_a_library_are_loaded_when_asked_for(client: httpx.Client, library: Path, with_header: bool) -> None:
+    def ask(name: str) -> httpx.Response:
+        # The header is Ray Serve's, for its choice of a replica; without Ray it means nothing.
+        headers = {"serve_multiplexed_model_id": name} if with_header else {}
+        return client.post("/v1/features?layer=all", params={"model": name}, content=FILES[0], headers=headers)
+
+    assert set(client.get("/v1/models").json()["library"]) <= {"run-0", "run-1", "run-2"}
+    # `other` is always loaded; of the library the one not asked for longest makes room, and comes back the same.
+    answers = [ask(name).json() for name in ("run-0", "run-1", "run-0", "other", "run-2", "run-1")]
+    listed = client.get("/v1/models").json()
+    assert [model["id"] for model in listed["data"]] == ["tiny", "other", "run-2", "run-1"]
+    assert listed["library"] == ["run-0"]
+    for answer, number in zip(answers, (0, 1, 0, None, 2, 1), strict=True):
+        if number is not None:
+            alone = TorchBackend(load_student(library / f"run-{number}" / "export"))
+            (expected,) = alone.run([Wanted(decode(FILES[0], MAX_SECONDS), None, "student")])
+            assert answer["revision"] == alone.revision
+            assert np.abs(np.array(answer["features"]) - expected).max() <= 1e-5 * np.abs(expected).max()
+    for name in ("..", "run-3", "../../etc", "run-0@000000000000"):
+        assert_refused(ask(name), 404, "model_not_found")
 
 
 def test_a_swap_loses_no_request(student: Student) -> None:

@@ -126,14 +126,14 @@ class Models:
         if plain in self._of_library or (
             plain and plain not in self._models and plain in await asyncio.to_thread(self.in_library)
         ):
+            self._asked[plain] = time.monotonic()
             await self.load(plain)
             if plain not in self._models:  # Others made it leave in the meantime.
                 await self.load_from_library(plain)
         return self.get(name)
 
     async def load_from_library(self, name: str) -> None:
-        """Loads a model, or notes that it was asked for; one that can't be loaded is logged, and `get` refuses it."""
-        self._asked[name] = time.monotonic()
+        """Loads a model that isn't there yet; one that can't be loaded is logged, and `get` refuses it."""
         if name not in self._models:
             await asyncio.to_thread(self._load, name)
 

@@ -19,12 +19,12 @@ from serve.backends import BackendOptions
 from serve.embeddings import embeddings_answer
 from serve.engine import BatchLimits
 from serve.errors import STATUS, ErrorResponse, ErrorType, ServiceError
-from serve.formats import render
+from serve.formats import check_form, render
 from serve.models import Models, ServedModel, Source, model_name
 from serve.observation import Metrics, Observed
 from serve.openapi import BINARY_ANSWERS, describe
 from serve.page import add_page
-from serve.parameters import EmbeddingsQuery, FeaturesQuery, format_accepted
+from serve.parameters import EmbeddingsQuery, FeaturesQuery, Format, format_accepted
 from serve.schemas import EmbeddingsResponse, FeaturesResponse, ModelList, ModelRecord
 from serve.sending import PatientSending
 
@@ -63,7 +63,7 @@ def create_app(
         ValueError: a limit that is not positive, a device that isn't there, or a folder without a readable student.
     """
     limits, batch = limits or Limits(), batch or BatchLimits()
-    # What the queue can't hold would be told to come again, for ever.
+    # A request with more than the queue holds would fill it alone.
     most = max(limits.longest_seconds, batch.queue_seconds)
     limits = replace(limits, request_seconds=min(most, max(limits.request_seconds, limits.longest_seconds)))
     admission = Admission(limits, api_keys)
@@ -78,6 +78,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         # Uvicorn has waited for the open requests by now.
+        await anyio.to_thread.run_sync(asker.close)
         await anyio.to_thread.run_sync(models.close)
 
     app = FastAPI(
@@ -92,6 +93,7 @@ def create_app(
     add_page(app)
     _add_status_routes(app, models, admission, metrics)
     _add_error_handlers(app, metrics)
+    app.add_middleware(Observed, metrics=metrics)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -100,7 +102,6 @@ def create_app(
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["*"],
         )
-    app.add_middleware(Observed, metrics=metrics)
     app.add_middleware(PatientSending, seconds=limits.deadline_seconds)  # Outermost.
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse, "description": ", ".join(kind for kind in STATUS if STATUS[kind] == status)}
@@ -120,17 +121,24 @@ def create_app(
     )
     async def features(request: Request, held: Annotated[Held, Depends(admission.admit)]) -> Response:
         """The student's hidden states (or its guess of the teacher's) for each audio file of the request."""
-        query, answered = await asker.answer(request, held, FeaturesQuery)
+
+        def form(query: FeaturesQuery) -> Format:
+            return query.format or format_accepted(request.headers.get("accept", ""))
+
+        query, answered = await asker.answer(
+            request, held, FeaturesQuery, lambda query, num_files: check_form(form(query), num_files)
+        )
         about = {
             "model": answered.model.name,
             "revision": answered.model.revision,
             "layer": answered.layer or "all",
             "space": query.space,
         }
-        form = query.format or format_accepted(request.headers.get("accept", ""))
-        arrays = [item.array.astype(query.dtype, copy=False) for item in answered.features]
-        response = await anyio.to_thread.run_sync(render, arrays, answered.many, form, about)
-        response.headers.update(answered.headers())
+        headers = answered.headers()
+        arrays = [item.array for item in answered.features]
+        answered.features.clear()
+        response = await anyio.to_thread.run_sync(render, arrays, query.dtype, answered.many, form(query), about)
+        response.headers.update(headers)
         return response
 
     @app.post(
@@ -157,7 +165,7 @@ def _add_status_routes(app: FastAPI, models: Models, admission: Admission, metri
     @app.get("/readyz", summary="Is every model loaded, warmed up and taking work?", tags=["service"])
     async def readyz() -> dict[str, str]:
         if app.state.leaving or not all(model.engine.alive for model in models):
-            raise ServiceError("not_ready", "The service is stopping.")
+            raise ServiceError("not_ready", "The service is stopping, or a model takes no work.")
         return {"status": "ready"}
 
     @app.get("/info", summary="Models and limits", tags=["service"])
@@ -212,8 +220,3 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(ClientDisconnect)
     async def client_left(_: Request, __: ClientDisconnect) -> Response:
         return refuse(ServiceError("bad_request", "The client left before the answer."))
-
-    @app.exception_handler(Exception)
-    async def internal(_: Request, __: Exception) -> Response:
-        # Starlette raises the exception again after this answer, so its trace is logged and the client never sees it.
-        return refuse(ServiceError("internal", "The service failed on this request; its log holds the cause."))

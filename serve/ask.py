@@ -2,17 +2,17 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import anyio
 from starlette.requests import ClientDisconnect, Request
 
 from serve.admission import Held, Limits
-from serve.backends import Array, Space
-from serve.body import read_body
+from serve.backends import Array, Backend, Space
+from serve.body import is_json, read_body
 from serve.decoding import decode
 from serve.engine import EngineClosedError, Features
 from serve.errors import ServiceError
@@ -22,7 +22,7 @@ from serve.parameters import Query, choose_layer, parse_parameters
 from serve.windows import features_in_windows
 from teacher_cache.frames import SAMPLE_RATE, num_frames
 
-_DECODERS = min(4, len(os.sched_getaffinity(0)))
+DECODERS = min(4, len(os.sched_getaffinity(0)))
 """Audio files decoded at once: bounds the memory of decoding, and no more than cores, which inference needs too."""
 Result = TypeVar("Result")
 
@@ -57,15 +57,27 @@ class Asker:
     def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
         self.models, self.limits = models, limits
         self._metrics = metrics
-        self._decoders = anyio.CapacityLimiter(_DECODERS)
+        # Threads of their own: one that a request no longer waits for still counts, until it is done.
+        self._decoders = ThreadPoolExecutor(DECODERS, "decoder")
 
-    async def answer(self, request: Request, held: Held, kind: type[Query]) -> tuple[Query, Answered]:
+    def close(self) -> None:
+        """Ends its threads."""
+        self._decoders.shutdown(cancel_futures=True)
+
+    async def answer(
+        self,
+        request: Request,
+        held: Held,
+        kind: type[Query],
+        check: Callable[[Query, int], None] = lambda query, num_files: None,
+    ) -> tuple[Query, Answered]:
         """Features for every file of a request, and its parameters.
 
         Args:
             request: admitted.
             held: what it holds: grows with its body, audio and answer.
             kind: of its parameters.
+            check: refuses parameters for so many files, before any is decoded.
 
         Raises:
             ServiceError: any of its types but ``internal``.
@@ -73,38 +85,41 @@ class Asker:
         """
         limit = self.limits.deadline_seconds
         try:
-            # Parameters in the query are checked before anything is read.
-            engine = (await self.models.find(request.query_params.get("model"))).engine
-            num_layers = engine.backend.num_layers
-            early = parse_parameters(kind, dict(request.query_params), {}, num_layers)
-            engine.check_room()
-            limit = min(limit, early.timeout or limit)
             async with asyncio.timeout(limit) as deadline:
+
+                def shorten(timeout: float | None) -> None:
+                    nonlocal limit
+                    if timeout and timeout < limit:
+                        deadline.reschedule(deadline.when() - limit + timeout)  # type: ignore[operator]
+                        limit = timeout
+
+                # Parameters in the query are checked before anything is read; a JSON body may name another model.
+                early = parse_parameters(kind, dict(request.query_params), {})
+                shorten(early.timeout)
+                engine = (await self.models.find(early.model)).engine
+                if early.model or not is_json(request):
+                    engine.check_room()
                 files, members, many = await read_body(request, self.limits.max_bytes, held)
-                query = parse_parameters(kind, dict(request.query_params), members, num_layers)
-                if query.timeout and query.timeout < limit:
-                    deadline.reschedule(deadline.when() - limit + query.timeout)  # type: ignore[operator]
-                    limit = query.timeout
+                query = parse_parameters(kind, dict(request.query_params), members)
+                shorten(query.timeout)
+                check(query, len(files))
                 return query, await _unless_client_leaves(request, self._features(query, files, many, held))
         except TimeoutError as error:
             raise ServiceError("deadline", f"There was no answer within {limit:g} seconds.") from error
 
     async def _features(self, query: Any, files: list[bytes], many: bool, held: Held) -> Answered:
-        # Bound before decoding: a wrong layer must not cost any.
-        backend = (await self.models.find(query.model)).engine.backend
-        layer = choose_layer(query.layer, backend.num_layers)
-        dim = backend.dim if query.space == "student" else backend.teacher_dim
-        if dim is None:
-            raise ServiceError(
-                "bad_parameter", "Parameter 'space' is wrong: this model has no heads, so no teacher space."
-            )
-        frame_bytes = 4 * dim * (backend.num_layers if layer is None else 1)
+        # Before decoding: a full queue or a wrong layer must not cost any.
+        engine = (await self.models.find(query.model)).engine
+        engine.check_room()
+        layer, dim = _chosen(query, engine.backend)
+        # The features, and the answer that is made of them.
+        frame_bytes = 2 * 4 * dim * (engine.backend.num_layers if layer is None else 1)
         waveforms: list[Array] = []
         room = self.limits.request_seconds
         body_bytes = held.count
         for file in files:
             seconds = self.limits.longest_seconds
-            waveform = await anyio.to_thread.run_sync(decode, file, seconds, limiter=self._decoders)
+            waveform = await asyncio.get_running_loop().run_in_executor(self._decoders, decode, file, seconds)
             room -= len(waveform) / SAMPLE_RATE
             if room < 0:
                 limit = f"{self.limits.request_seconds:g}"
@@ -116,7 +131,7 @@ class Asker:
         held.give_back(body_bytes)
         while True:
             model = await self.models.find(query.model)
-            layer = choose_layer(query.layer, model.engine.backend.num_layers)
+            layer, _ = _chosen(query, model.engine.backend)
             try:
                 features = await self._together(model, waveforms, layer, query.space)
             except EngineClosedError:
@@ -130,17 +145,27 @@ class Asker:
     async def _together(
         self, model: ServedModel, waveforms: list[Array], layer: int | None, space: Space
     ) -> list[Features]:
-        def run(waveform: Array) -> Coroutine[Any, Any, Features]:
+        # The first is refused where the queue is full; together they may be more than it ever holds.
+        def run(waveform: Array, first: bool) -> Coroutine[Any, Any, Features]:
             if self.limits.long_audio and len(waveform) > self.limits.max_seconds * SAMPLE_RATE:
                 return features_in_windows(model.engine, waveform, self.limits.long_audio, layer, space)
-            return model.engine.features(waveform, layer, space)
+            return (model.engine.features if first else model.engine.patient_features)(waveform, layer, space)
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(run(waveform)) for waveform in waveforms]
+                tasks = [group.create_task(run(waveform, not index)) for index, waveform in enumerate(waveforms)]
         except ExceptionGroup as errors:
             raise _first(errors) from None
         return [task.result() for task in tasks]
+
+
+def _chosen(query: Any, backend: Backend) -> tuple[int | None, int]:
+    """The layer (None: all) and width that a request wants of a model."""
+    layer = choose_layer(query.layer, backend.num_layers)
+    dim = backend.dim if query.space == "student" else backend.teacher_dim
+    if dim is None:
+        raise ServiceError("bad_parameter", "Parameter 'space' is wrong: this model has no heads, so no teacher space.")
+    return layer, dim
 
 
 def _first(error: BaseException) -> BaseException:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from student import Student
-from teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD
+from teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD, SAMPLE_RATE
 
 Array = npt.NDArray[np.float32]
 Space = Literal["student", "teacher"]
@@ -31,7 +31,8 @@ class BackendOptions:
         runtime: ``torch`` or ``onnx``. Default None: ``onnx`` for a file that ends in .onnx, else ``torch``.
         device: where PyTorch runs: cpu, cuda, cuda:1. ONNX Runtime has the CPU only. Default cpu.
         precision: of PyTorch's matrix products and convolutions, ``fp32`` or ``bf16``. Answers are float32 in any case.
-        compile: whether `torch.compile` compiles the model, for any batch and length, before it is ready. Default False.
+        compile: whether `torch.compile` compiles the model, for any batch and length, before it is ready; sounds
+            under two seconds may run uncompiled. Default False.
     """
 
     runtime: Runtime | None = None
@@ -105,6 +106,12 @@ class TorchBackend:
         self._compiled = _compiled(student, place) if options.compile else None
         self._student = student.to(place).eval()
         self._autocast = torch.autocast(place.type, torch.bfloat16, enabled=options.precision == "bf16")
+        if self._compiled is not None:
+            # Compilers make programs of their own for one row, and for sounds under two seconds, which gain little.
+            with torch.inference_mode(), self._autocast:
+                for rows in (1, 2):
+                    waveforms = torch.zeros(rows, 4 * SAMPLE_RATE, device=place)
+                    self._compiled(waveforms, torch.full((rows,), 4 * SAMPLE_RATE, device=place))
 
     @torch.inference_mode()
     def run(self, batch: Sequence[Wanted]) -> list[Array]:
@@ -114,7 +121,9 @@ class TorchBackend:
         )
         with self._autocast:
             if self._compiled is not None:
-                layers = self._compiled(waveforms, lengths)[1:]
+                # What none of the programs is for runs uncompiled: no request waits for a compiler.
+                with torch.compiler.set_stance("eager_on_recompile"):
+                    layers = self._compiled(waveforms, lengths)[1:]
             else:
                 layers, _, _ = self._student.layer_outputs(waveforms, lengths)
             arrays = []

@@ -15,7 +15,18 @@ from serve.admission import Held
 from serve.errors import ServiceError
 
 MAX_FILES = 64
+_MOST_MARKS = 1000
 _OTHER_TYPES = ("", "application/octet-stream", "application/ogg", "application/x-www-form-urlencoded")
+
+
+def media_type_of(request: Request) -> str:
+    """Of the Content-Type, in small letters; empty where there is none."""
+    return str(request.headers.get("content-type", "")).partition(";")[0].strip().lower()
+
+
+def is_json(request: Request) -> bool:
+    """Whether the body may hold parameters."""
+    return media_type_of(request) == "application/json"
 
 
 async def read_body(request: Request, max_bytes: int, held: Held) -> tuple[list[bytes], dict[str, Any], bool]:
@@ -56,7 +67,7 @@ async def read_body(request: Request, max_bytes: int, held: Held) -> tuple[list[
         return message
 
     limited = Request(request.scope, receive)
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    media_type = media_type_of(request)
     members: dict[str, Any] = {}
     many = False
     if media_type == "multipart/form-data":
@@ -85,7 +96,7 @@ async def _read_multipart(request: Request) -> list[bytes]:
             parts = form.multi_items()
             if parts and all(name == "file" and isinstance(part, UploadFile) for name, part in parts):
                 return [await part.read() for _, part in parts if isinstance(part, UploadFile)]
-    except HTTPException as error:
+    except (HTTPException, UnicodeError) as error:  # UnicodeError: of a charset that can't be read.
         raise ServiceError("bad_body", message) from error
     raise ServiceError("bad_body", message)
 
@@ -93,6 +104,9 @@ async def _read_multipart(request: Request) -> list[bytes]:
 def _read_json(body: bytes) -> tuple[list[bytes], dict[str, Any], bool]:
     if not body:
         raise ServiceError("empty", "The request holds no audio: put the base64 of an audio file into 'input'.")
+    # Base64 has none of these. Lists in lists, or a million members, would take many times the body's bytes of memory.
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > _MOST_MARKS:
+        raise ServiceError("bad_body", f"A JSON body may hold at most {_MOST_MARKS} commas and brackets.")
     message = (
         f"A JSON body must be an object whose 'input' is the base64 of an audio file, or a list of 1 to {MAX_FILES}."
     )

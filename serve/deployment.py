@@ -1,20 +1,17 @@
 """The same application as a Ray Serve deployment, for clusters: ``serve run serve.deployment:build model=/data/runs/demo/export``."""
 
-from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.serve import Application
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.admission import Limits
 from serve.app import create_app
 from serve.backends import BackendOptions
 from serve.decoding import silence_decoders
 from serve.engine import BatchLimits
-from serve.errors import ServiceError
 
 _GROUPS: dict[str, Any] = {"limits": Limits, "batch": BatchLimits, "backend": BackendOptions}
 
@@ -56,7 +53,7 @@ def _deployment(library_loaded: int) -> Any:
             silence_decoders()
             app = create_app(**self._arguments)
             self._models = app.state.models
-            app.add_middleware(_Multiplexed, load=self._load)
+            self._models.load = self._load
             return app
 
         def check_health(self) -> None:
@@ -66,23 +63,13 @@ def _deployment(library_loaded: int) -> Any:
 
         @serve.multiplexed(max_num_models_per_replica=library_loaded)  # type: ignore[untyped-decorator]
         async def _load(self, name: str) -> str:
-            """Ray Serve counts what is loaded where, with the same rule of which goes first as `serve.models.Models`."""
-            model: str = (await self._models.find(name)).name
+            """Ray Serve notes what is loaded where, with the same rule of which goes first as `serve.models.Models`.
+
+            Requests whose header ``serve_multiplexed_model_id`` names it then come to replicas that have it. The ``model`` parameter
+            chooses what is run, as without Ray.
+            """
+            await self._models.load_from_library(name)
+            model: str = self._models.get(name).name
             return model
 
     return FeatureService
-
-
-class _Multiplexed:
-    """ASGI middleware: a request whose header ``serve_multiplexed_model_id`` names a model of the library is noted by Ray Serve,
-    which then sends its like to replicas that have it loaded. The ``model`` parameter chooses what is run, as without Ray.
-    """
-
-    def __init__(self, app: ASGIApp, load: Any) -> None:
-        self._app, self._load = app, load
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (name := serve.get_multiplexed_model_id()):
-            with suppress(ServiceError):  # The route says what is wrong.
-                await self._load(name)
-        await self._app(scope, receive, send)

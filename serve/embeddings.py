@@ -6,7 +6,7 @@ from fastapi.responses import JSONResponse
 
 from serve.ask import Answered
 from serve.backends import Array
-from serve.formats import encode_base64
+from serve.formats import base64_pieces
 from serve.parameters import EmbeddingsQuery, Pooling
 from teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
 
@@ -24,7 +24,7 @@ def embeddings_answer(query: EmbeddingsQuery, answered: Answered) -> Response:
     data = []
     for index, item in enumerate(answered.features):
         vector = pool(item.array, query.pooling)
-        value = encode_base64(vector) if query.encoding_format == "base64" else vector.tolist()
+        value = b"".join(base64_pieces(vector)).decode() if query.encoding_format == "base64" else vector.tolist()
         data.append({"object": "embedding", "index": index, "embedding": value})
     frames = sum(len(item.array) for item in answered.features)
     body = {

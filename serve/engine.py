@@ -19,6 +19,8 @@ from teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 _SILENCE = [Wanted(np.zeros(count, np.float32), None, "student") for count in (RECEPTIVE_FIELD, 2 * SAMPLE_RATE)]
 
 _NICENESS = 10
+_RETRY_SECONDS = 0.05  # between attempts of what waits for room in the queue
+_FAILED_BATCHES = 3  # one after another: inference is broken, not a request
 
 
 class EngineClosedError(Exception):
@@ -39,6 +41,14 @@ class BatchLimits:
     batch_seconds: float | None = None
     wait_seconds: float = 0.002
     queue_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_seconds", "queue_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number greater than 0, not {value}.")
+        if not 0 <= self.wait_seconds < math.inf:
+            raise ValueError(f"wait_seconds must be a number, 0 or greater, not {self.wait_seconds}.")
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,7 @@ class FeatureEngine:
         self._waiting: list[_Job] = []
         self._queued_samples = 0
         self._closed = False
+        self._failed_batches = 0
         self._speed = 10.0  # audio seconds per second, measured as it goes; only Retry-After needs it
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
@@ -106,8 +117,8 @@ class FeatureEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes and answers work."""
-        return self._thread.is_alive() and not self._closed
+        """Whether it takes and answers work; not once its last three batches failed."""
+        return self._thread.is_alive() and not self._closed and self._failed_batches < _FAILED_BATCHES
 
     def check_room(self) -> None:
         """Refuses early, before a body is read.
@@ -155,6 +166,14 @@ class FeatureEngine:
                     self._queued_samples -= len(job.waveform)
             raise
 
+    async def patient_features(self, waveform: Array, layer: int | None = None, space: Space = "student") -> Features:
+        """As `features`, but waits where the queue is full: for what belongs to a request that was let in already."""
+        while True:
+            try:
+                return await self.features(waveform, layer, space)
+            except ServiceError:
+                await asyncio.sleep(_RETRY_SECONDS)
+
     def close(self) -> None:
         """Finish what is queued and stop the thread."""
         with self._changed:
@@ -172,21 +191,35 @@ class FeatureEngine:
         # in the meantime. PyTorch's threads are started by this one, and inherit it.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while batch := self._next_batch():
-            started = time.monotonic()
             try:
-                arrays = self.backend.run(batch)
+                self._run(batch)
+                self._failed_batches = 0
             except Exception as error:
-                for job in batch:
-                    job.future.set_exception(error)
-                continue
-            elapsed = time.monotonic() - started
-            for job, array in zip(batch, arrays, strict=True):
-                job.future.set_result(Features(array, started - job.queued, elapsed))
-            real = sum(len(job.waveform) for job in batch) / SAMPLE_RATE
-            padded = len(batch) * max(len(job.waveform) for job in batch) / SAMPLE_RATE
-            self._speed += 0.1 * (real / max(elapsed, 1e-6) - self._speed)
-            if self._on_batch:
-                self._on_batch(BatchRecord(len(batch), real, padded, elapsed))
+                self._failed_batches += 1
+                if len(batch) == 1:
+                    batch[0].future.set_exception(error)
+                else:
+                    self._run_singly(batch)
+
+    def _run_singly(self, batch: list[_Job]) -> None:
+        """After a failed batch: one whose fault it was must not cost the others their answers."""
+        for job in batch:
+            try:
+                self._run([job])
+            except Exception as error:
+                job.future.set_exception(error)
+
+    def _run(self, batch: list[_Job]) -> None:
+        started = time.monotonic()
+        arrays = self.backend.run(batch)
+        elapsed = time.monotonic() - started
+        for job, array in zip(batch, arrays, strict=True):
+            job.future.set_result(Features(array, started - job.queued, elapsed))
+        real = sum(len(job.waveform) for job in batch) / SAMPLE_RATE
+        padded = len(batch) * max(len(job.waveform) for job in batch) / SAMPLE_RATE
+        self._speed += 0.1 * (real / max(elapsed, 1e-6) - self._speed)
+        if self._on_batch:
+            self._on_batch(BatchRecord(len(batch), real, padded, elapsed))
 
     def _next_batch(self) -> list[_Job]:
         """Waits for work; empty once closed and done."""

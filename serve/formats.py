@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -18,22 +18,28 @@ from teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
 
 Values = npt.NDArray[np.floating[Any]]
 TIMESTAMPS = "frame i covers seconds [0.02 i, 0.02 i + 0.025)"
+_BASE64_BYTES = 3 * 2**16  # a multiple of three: no padding within
 _JSON_FRAMES = 256  # frames a piece of JSON: a long answer is never text as a whole
 _MEDIA_TYPE = {form: media_type for media_type, form in MEDIA_TYPES.items() if media_type != "application/octet-stream"}
 
 
-def render(arrays: list[Values], many: bool, form: Format, about: dict[str, Any]) -> Response:
-    """The answer to ``/v1/features``.
+def check_form(form: Format, num_files: int) -> None:
+    """ServiceError ``bad_parameter`` where several files are wanted as one npy."""
+    if form == "npy" and num_files > 1:
+        raise ServiceError("bad_parameter", "An npy file holds one array: ask for npz, safetensors or arrow.")
+
+
+def render(arrays: list[Values], dtype: str, many: bool, form: Format, about: dict[str, Any]) -> Response:
+    """The answer to ``/v1/features``; beside the arrays it holds at most their bytes once more.
 
     Args:
-        arrays: one a file, (T, d) or (L, T, d), float32 or float16.
+        arrays: one a file, (T, d) or (L, T, d), float32; emptied.
+        dtype: of the answer's values, float32 or float16.
         many: whether JSON gives a list even for one file.
         form: which form.
         about: model, revision, layer, space: goes into JSON, safetensors' metadata and Arrow's schema, and headers.
-
-    Raises:
-        ServiceError: ``bad_parameter`` where several files are wanted as one npy.
     """
+    arrays = [arrays.pop(0).astype(dtype, copy=False) for _ in range(len(arrays))]
     about = about | {
         "dtype": str(arrays[0].dtype),
         "frame_seconds": FRAME_SAMPLES / SAMPLE_RATE,
@@ -49,27 +55,29 @@ def render(arrays: list[Values], many: bool, form: Format, about: dict[str, Any]
     names = [str(index) for index in range(len(arrays))]
     text = {key: str(value) for key, value in about.items()}
     buffer = io.BytesIO()
+    whole: memoryview
     if form == "npy":
-        if len(arrays) > 1:
-            raise ServiceError("bad_parameter", "An npy file holds one array: ask for npz, safetensors or arrow.")
         np.save(buffer, arrays[0], allow_pickle=False)
     elif form == "npz":
         np.savez(buffer, allow_pickle=False, **dict(zip(names, arrays, strict=True)))
-    elif form == "safetensors":
-        buffer.write(safetensors.numpy.save(dict(zip(names, arrays, strict=True)), metadata=text))
+    elif form == "arrow":
+        _write_arrow(buffer, arrays, text)
+    if form == "safetensors":
+        whole = memoryview(safetensors.numpy.save(dict(zip(names, arrays, strict=True)), metadata=text))
     else:
-        buffer.write(_arrow(arrays, text))
-    whole = buffer.getbuffer()
+        whole = buffer.getbuffer()
     pieces = (bytes(whole[start : start + PIECE_BYTES]) for start in range(0, len(whole), PIECE_BYTES))
     return answer_in_pieces(pieces, _MEDIA_TYPE[form], headers | {"content-length": str(len(whole))})
 
 
-def encode_base64(array: Values) -> str:
+def base64_pieces(array: Values) -> Iterator[bytes]:
     """Little-endian values in C order."""
-    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode("ascii")
+    values = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+    for start in range(0, len(values), _BASE64_BYTES):
+        yield base64.b64encode(values[start : start + _BASE64_BYTES].tobytes())
 
 
-def _arrow(arrays: list[Values], about: dict[str, str]) -> bytes:
+def _write_arrow(file: BinaryIO, arrays: list[Values], about: dict[str, str]) -> None:
     """One row a file: ``shape``, and ``features`` as the flat values in C order."""
     import pyarrow as pa  # Heavy, and only this form needs it.
 
@@ -81,10 +89,8 @@ def _arrow(arrays: list[Values], about: dict[str, str]) -> bytes:
         pa.array([list(array.shape) for array in arrays], pa.list_(pa.int64())),
         pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), flat),
     ]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
+    with pa.ipc.new_file(file, schema) as writer:
         writer.write_table(pa.table(columns, schema=schema))
-    return bytes(sink.getvalue())
 
 
 def _json_answer(arrays: list[Values], many: bool, form: Format, about: dict[str, Any]) -> Iterator[bytes]:
@@ -97,7 +103,9 @@ def _json_answer(arrays: list[Values], many: bool, form: Format, about: dict[str
         else:
             yield orjson.dumps(own)[1:-1] + b',"features":'
         if form == "base64":
-            yield orjson.dumps(encode_base64(array))
+            yield b'"'
+            yield from base64_pieces(array)
+            yield b'"'
         else:
             yield from _nested_pieces(array)
         yield b"}" if many else b""

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from student import Student, load_student
 
 _LOG = logging.getLogger("serve.models")
 Source = Student | Path | str
+_UNUSABLE = (ValueError, OSError, RuntimeError)  # What a folder, or memory that is not enough, may raise.
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Models:
         limits, on_batch: as `FeatureEngine`, for each model.
         library: a folder of exported students, or of runs with an ``export`` in each; any of them is loaded when first asked
             for. Default None.
-        library_loaded: how many of them are loaded at once; the one not asked for longest makes room. Default 4.
+        library_loaded: how many of them stay loaded; the one not asked for longest leaves once another is there. Default 4.
 
     Raises:
         ValueError: the library is not a folder, or less than one may be loaded.
@@ -60,8 +62,11 @@ class Models:
         self._library_loaded = library_loaded
         self._models: dict[str, ServedModel] = {}
         self._folders: dict[str, Path] = {}
-        self._recent: list[str] = []  # Of the library, the one asked for last at the end.
+        self._of_library: set[str] = set()
+        self._asked: dict[str, float] = {}  # When each of the library was asked for last.
         self._changing = threading.Lock()
+        self.load: Callable[[str], Awaitable[object]] = self.load_from_library
+        """What `find` awaits for a model of the library, loaded or not; Ray Serve puts its own count of models around it."""
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(list(self._models.values()))
@@ -86,7 +91,9 @@ class Models:
         engine = FeatureEngine(backend, self._limits, self._on_batch)
         old = self._models.get(name)
         self._models[name] = ServedModel(name, engine)
-        if not isinstance(source, Student):
+        if isinstance(source, Student):
+            self._folders.pop(name, None)
+        else:
             self._folders[name] = Path(source)
         if old is not None:
             old.engine.close()
@@ -100,7 +107,7 @@ class Models:
                     if backend.revision != self._models[name].revision:
                         self._put(name, folder, backend)
                         _LOG.info("model %s is revision %s now", name, backend.revision)
-                except ValueError as error:
+                except _UNUSABLE as error:
                     _LOG.error("model %s stays at revision %s: %s", name, self._models[name].revision, error)
 
     def get(self, name: str | None) -> ServedModel:
@@ -116,12 +123,19 @@ class Models:
     async def find(self, name: str | None) -> ServedModel:
         """As `get`, and loads what the library has."""
         plain = (name or "").partition("@")[0]
-        if plain in self._recent:
-            self._recent.remove(plain)
-            self._recent.append(plain)
-        elif plain and plain not in self._models and plain in self.in_library():
-            await asyncio.to_thread(self._load, plain)
+        if plain in self._of_library or (
+            plain and plain not in self._models and plain in await asyncio.to_thread(self.in_library)
+        ):
+            self._asked[plain] = time.monotonic()
+            await self.load(plain)
+            if plain not in self._models:  # Others made it leave in the meantime.
+                await self.load_from_library(plain)
         return self.get(name)
+
+    async def load_from_library(self, name: str) -> None:
+        """Loads a model that isn't there yet; one that can't be loaded is logged, and `get` refuses it."""
+        if name not in self._models:
+            await asyncio.to_thread(self._load, name)
 
     def in_library(self) -> dict[str, Path]:
         """What may be asked for beside the models that are always loaded, and where it is."""
@@ -130,7 +144,7 @@ class Models:
             model = next((path for path in (folder, folder / "export") if (path / "config.json").is_file()), None)
             if folder.suffix == ".onnx":
                 found[folder.stem] = folder
-            elif model and (folder.name not in self._models or folder.name in self._recent):
+            elif model and (folder.name not in self._models or folder.name in self._of_library):
                 found[folder.name] = model
         return found
 
@@ -139,16 +153,18 @@ class Models:
             if name in self._models:
                 return
             try:
-                backend = open_backend(self.in_library()[name], self._options)
-            except (KeyError, ValueError) as error:
+                folder = self.in_library()[name]
+                self._put(name, folder, open_backend(folder, self._options))
+            except (KeyError, *_UNUSABLE) as error:
                 _LOG.error("model %s of the library can't be loaded: %s", name, error)
                 return  # `get` will say that there is none.
-            while len(self._recent) >= self._library_loaded:
-                oldest = self._recent.pop(0)
+            self._of_library.add(name)
+            while len(self._of_library) > self._library_loaded:
+                oldest = min(self._of_library - {name}, key=lambda other: self._asked.get(other, 0.0))
+                self._of_library.remove(oldest)
                 self._folders.pop(oldest, None)
-                self._models.pop(oldest).engine.close()
-            self._put(name, self.in_library()[name], backend)
-            self._recent.append(name)
+                # It answers what it has queued; the request that waits for the new one doesn't wait for that.
+                threading.Thread(target=self._models.pop(oldest).engine.close, daemon=True).start()
 
     def close(self) -> None:
         """Finish what is queued everywhere."""

@@ -11,6 +11,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.engine import BatchRecord, Features
+from serve.errors import ServiceError
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _LOG = logging.getLogger("serve.requests")
@@ -70,6 +71,14 @@ class Observed:
         self._metrics.open.inc()
         try:
             await self._app(scope, receive, observed)
+        except Exception:
+            if status != 499:  # The answer has begun: the server breaks it off, and logs this.
+                raise
+            # Here and not in a handler of the framework's, whose answers pass no middleware.
+            _LOG.exception(json.dumps({"request_id": request_id, "message": "failed"}))
+            error = ServiceError("internal", "The service failed on this request; its log holds the cause.")
+            self._metrics.errors.labels(error.error_type).inc()
+            await error.response()(scope, receive, observed)
         finally:
             self._metrics.open.dec()
             # Only routes that exist: a label for each path ever tried would fill the memory.

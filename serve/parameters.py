@@ -47,8 +47,8 @@ class EmbeddingsQuery(CommonQuery):
 Query = TypeVar("Query", bound=CommonQuery)
 
 
-def parse_parameters(kind: type[Query], query: dict[str, str], members: dict[str, Any], num_layers: int) -> Query:
-    """The parameters of a request; a JSON body's members win over the query. ``num_layers`` is for messages only.
+def parse_parameters(kind: type[Query], query: dict[str, str], members: dict[str, Any]) -> Query:
+    """The parameters of a request; a JSON body's members win over the query.
 
     Raises:
         ServiceError: ``bad_parameter``, or ``bad_layer`` where the layer is wrong.
@@ -59,7 +59,7 @@ def parse_parameters(kind: type[Query], query: dict[str, str], members: dict[str
         first = error.errors()[0]
         name = str(first["loc"][0])
         if name == "layer":
-            raise _bad_layer(first["input"], num_layers) from error
+            raise _bad_layer(first["input"]) from error
         raise ServiceError("bad_parameter", f"Parameter {name[:40]!r} is wrong: {first['msg'].lower()}.") from error
 
 
@@ -74,10 +74,9 @@ def choose_layer(layer: int | str, num_layers: int) -> int | None:
     raise _bad_layer(layer, num_layers)
 
 
-def _bad_layer(layer: object, num_layers: int) -> ServiceError:
-    message = (
-        f"There is no layer {str(layer)[:40]!r}: use a number from 1 to {num_layers}, 'last', or for features 'all'."
-    )
+def _bad_layer(layer: object, num_layers: int | None = None) -> ServiceError:
+    numbers = "a number, counted from 1" if num_layers is None else f"a number from 1 to {num_layers}"
+    message = f"There is no layer {str(layer)[:40]!r}: use {numbers}, 'last', or for features 'all'."
     return ServiceError("bad_layer", message)
 
 

@@ -1,6 +1,7 @@
 """The process around the application: what SIGTERM and SIGHUP do."""
 
 import logging
+import math
 import signal
 import threading
 from types import FrameType
@@ -8,14 +9,15 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-_DRAIN_SECONDS = 30
+_SENDING_SECONDS = 10
 
 
 class Server(uvicorn.Server):  # type: ignore[misc]
     """Uvicorn that leaves a balancer time to look elsewhere, and takes new models without a restart.
 
     SIGTERM: /readyz says 503 from then on; ``leave_seconds`` later no more connections are accepted, open requests are
-    answered, and it ends. SIGINT, or a second SIGTERM: at once. SIGHUP: `serve.models.Models.reload`.
+    answered, and it ends. SIGINT, or a second SIGTERM: without those seconds; a second SIGINT: at once. SIGHUP:
+    `serve.models.Models.reload`.
 
     Args:
         app: of `serve.create_app`.
@@ -24,9 +26,9 @@ class Server(uvicorn.Server):  # type: ignore[misc]
     """
 
     def __init__(self, app: FastAPI, host: str, port: int, leave_seconds: float = 0.0) -> None:
-        super().__init__(
-            uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=_DRAIN_SECONDS, access_log=False)
-        )
+        # Every open request has its answer by then, and some time to be sent it.
+        drain = math.ceil(app.state.admission.limits.deadline_seconds + _SENDING_SECONDS)
+        super().__init__(uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=drain, access_log=False))
         self._state = app.state
         self._leave_seconds = leave_seconds
 

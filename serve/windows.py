@@ -9,10 +9,7 @@ import numpy as np
 
 from serve.backends import Array, Space
 from serve.engine import FeatureEngine, Features
-from serve.errors import ServiceError
 from teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD, SAMPLE_RATE, num_frames
-
-_RETRY_SECONDS = 0.05  # between attempts of a later window, where the queue is full
 
 
 class Window(NamedTuple):
@@ -85,14 +82,8 @@ async def features_in_windows(
     async def run(number: int, window: Window) -> None:
         nonlocal array, queue_seconds, inference_seconds
         async with room:
-            while True:
-                try:
-                    found = await engine.features(waveform[window.samples], layer, space)
-                    break
-                except ServiceError:
-                    if number == 0:
-                        raise
-                    await asyncio.sleep(_RETRY_SECONDS)
+            run_window = engine.features if number == 0 else engine.patient_features
+            found = await run_window(waveform[window.samples], layer, space)
         if array is None:
             shape = (*found.array.shape[:-2], windows[-1].frames.stop, found.array.shape[-1])
             array = np.empty(shape, np.float32)

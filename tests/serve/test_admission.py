@@ -1,21 +1,28 @@
 """What one API key, and all requests together, may take; and who may ask from a browser."""
 
 import asyncio
+import base64
 import io
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import soundfile
+import torch
 from fastapi.testclient import TestClient
 
 from serve import create_app
 from serve.admission import Limits
-from student import Student
+from serve.ask import DECODERS
+from serve.decoding import decode
+from serve.engine import BatchLimits
+from serve.server import Server
+from student import Student, save_student
 
 
 def audio(seconds: float) -> bytes:
@@ -174,3 +181,113 @@ def test_a_client_that_takes_nothing_is_given_up(student: Student) -> None:
 
     asyncio.run(main())
     assert sent[0]["status"] == 200 and sent[1]["more_body"]
+
+
+def test_decoders_are_few_even_where_nobody_waits_for_them(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, counting = threading.Event(), threading.Lock()
+    running = most = 0
+
+    def slow(file: bytes, seconds: float) -> np.ndarray:
+        nonlocal running, most
+        with counting:
+            running += 1
+            most = max(most, running)
+        gate.wait(20)
+        with counting:
+            running -= 1
+        return decode(file, seconds)
+
+    monkeypatch.setattr("serve.ask.decode", slow)
+    with TestClient(create_app(student)) as client, ThreadPoolExecutor(12) as pool:
+        given_up = [pool.submit(client.post, "/v1/features?timeout=0.2", content=HALF) for _ in range(12)]
+        assert {refusal(request.result()) for request in given_up} == {(504, "deadline")}
+        assert 1 <= most <= DECODERS
+        gate.set()
+        assert client.post("/v1/features", content=HALF).status_code == 200
+
+
+def test_files_of_one_request_wait_for_room(student: Student) -> None:
+    batch = BatchLimits(queue_seconds=1)
+    with TestClient(create_app(student, limits=Limits(max_seconds=20), batch=batch)) as client:
+        files = [("file", (f"{index}.wav", HALF)) for index in range(12)]
+        assert len(client.post("/v1/features", files=files).json()["data"]) == 12
+
+
+def test_a_full_queue_refuses_for_its_own_model_only(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    app = create_app(
+        student, name="busy", more={"idle": Student(student.config).eval()}, batch=BatchLimits(queue_seconds=1)
+    )
+    with TestClient(app) as client, ThreadPoolExecutor(8) as pool:
+        gate = hold(student, monkeypatch)
+        engine = app.state.models.get("busy").engine
+        running = [pool.submit(client.post, "/v1/features", content=HALF) for _ in range(3)]
+        while engine.queued_seconds < 1:  # One or two are run.
+            running.append(pool.submit(client.post, "/v1/features", content=HALF))
+            time.sleep(0.1)
+
+        def ask(model: str) -> httpx.Response:
+            body = {"input": base64.b64encode(HALF).decode(), "model": model}
+            return client.post("/v1/embeddings", json=body)
+
+        assert refusal(ask("busy")) == refusal(client.post("/v1/features", content=HALF)) == (429, "overloaded")
+        assert ask("idle").status_code == 200
+        gate.set()
+        assert {request.result().status_code for request in running} <= {200, 429}
+
+
+def test_loading_a_model_of_the_library_is_within_the_deadline(student: Student, tmp_path: Path) -> None:
+    save_student(student, tmp_path / "run" / "export", None)
+    app = create_app(student, library=tmp_path)
+    load = app.state.models.load
+
+    async def slow(name: str) -> None:
+        await asyncio.sleep(5)
+        await load(name)
+
+    app.state.models.load = slow
+    with TestClient(app) as client:
+        body = {"input": base64.b64encode(HALF).decode(), "model": "run", "timeout": 0.3}
+        began = time.monotonic()
+        assert refusal(client.post("/v1/features?model=run&timeout=0.3", content=HALF)) == (504, "deadline")
+        assert refusal(client.post("/v1/features", json=body)) == (504, "deadline")
+        assert time.monotonic() - began < 4
+
+
+def test_a_model_that_leaves_the_library_keeps_nobody_waiting(student: Student, tmp_path: Path) -> None:
+    for number in range(2):
+        save_student(student, tmp_path / f"run-{number}" / "export", None)
+    app = create_app(student, library=tmp_path, library_loaded=1)
+    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+
+        def ask(number: int) -> httpx.Response:
+            return client.post(f"/v1/features?model=run-{number}", content=HALF)
+
+        assert ask(0).status_code == 200
+        backend, gate = app.state.models.get("run-0").engine.backend, threading.Event()
+        real, entered = backend.run, threading.Event()
+        backend.run = lambda batch: entered.set() or (gate.wait(20) and real(batch))
+        queued = pool.submit(ask, 0)
+        assert entered.wait(20)
+        assert ask(1).status_code == 200  # run-0 has left, and still owes an answer.
+        assert [model.name for model in app.state.models] == ["student", "run-1"]
+        gate.set()
+        assert queued.result().status_code == 200
+
+
+def test_a_swap_while_a_request_is_decoded_is_checked_again(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(student)
+    headless = Student(student.config.model_copy(update={"heads": "none"})).eval()
+
+    def swapping(file: bytes, seconds: float) -> np.ndarray:
+        app.state.models.put("student", headless)
+        return decode(file, seconds)
+
+    monkeypatch.setattr("serve.ask.decode", swapping)
+    with TestClient(app) as client:
+        assert refusal(client.post("/v1/features?space=teacher", content=HALF)) == (422, "bad_parameter")
+
+
+def test_the_drain_lasts_as_long_as_a_request_may(student: Student) -> None:
+    app = create_app(student, limits=Limits(deadline_seconds=120))
+    assert Server(app, "127.0.0.1", 0).config.timeout_graceful_shutdown == 130

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 from fastapi.testclient import TestClient
+from torch._dynamo.utils import counters
 
 from serve import create_app
 from serve.backends import Backend, BackendOptions, OnnxBackend, TorchBackend, Wanted
@@ -93,12 +94,17 @@ def test_bf16_is_near_and_depends_on_the_batch_by_rounding_only(student: Student
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_gives_what_torch_gives_in_any_batch(student: Student, reference: Backend) -> None:
-    backend = TorchBackend(student, BackendOptions(compile=True))
-    for space, layer in (("student", None), ("teacher", 2)):
-        batch = wanted(space, layer)
-        assert_same(backend.run(batch), reference.run(batch), 1e-5)
-    assert_same([backend.run([item])[0] for item in wanted()], reference.run(wanted()), 1e-5)
+def test_compiled_gives_what_torch_gives_in_any_batch_and_compiles_before_it_is_ready(student: Student) -> None:
+    small = Student(TINY.model_copy(update={"encoder_layers": 1})).eval()
+    backend, reference = TorchBackend(small, BackendOptions(compile=True)), TorchBackend(small)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled >= 2
+    rng = np.random.default_rng(0)
+    for lengths in ((400,), (16_000,), (80_000,), (500, 16_000), (40_001, 33_000, 400), (719,) * 20):
+        for space in ("student", "teacher"):
+            batch = [Wanted(rng.normal(0, 0.1, length).astype(np.float32), None, space) for length in lengths]
+            assert_same(backend.run(batch), reference.run(batch), 1e-5)
+    assert counters["stats"]["unique_graphs"] == compiled
 
 
 def test_what_a_backend_cannot_do_is_refused(student: Student, onnx_file: Path, tmp_path: Path) -> None:
@@ -131,6 +137,10 @@ def test_reload_takes_new_weights_and_keeps_what_works(student: Student, tmp_pat
     (tmp_path / "model.safetensors").write_bytes(b"cut short")
     models.reload()
     assert models.get("tiny") is after
+    models.put("tiny", student)  # From memory: the folder has no say any more.
+    save_student(Student(student.config).eval(), tmp_path, None)
+    models.reload()
+    assert models.get("tiny").engine.backend.revision == before.engine.backend.revision
     models.close()
 
 

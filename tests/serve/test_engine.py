@@ -146,3 +146,49 @@ def test_a_failed_batch_does_not_stop_the_engine(student: Student, monkeypatch: 
             asyncio.run(engine.features(waveforms(1)[0]))
     assert asyncio.run(engine.features(waveforms(1)[0])).array.ndim == 3
     engine.close()
+
+
+def test_one_that_fails_costs_the_others_of_its_batch_nothing(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FeatureEngine(TorchBackend(student), limits=BatchLimits(wait_seconds=0.2))
+    real = student.layer_outputs
+    sizes: list[int] = []
+
+    def picky(waveforms: torch.Tensor, lengths: torch.Tensor) -> Any:
+        sizes.append(len(lengths))
+        assert not (waveforms[:, 0] == 0.5).any(), "this one"
+        return real(waveforms, lengths)
+
+    monkeypatch.setattr(student, "layer_outputs", picky)
+    clips = [np.full(8_000, value, np.float32) for value in (0.1, 0.5, 0.2)]
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(*map(engine.features, clips), return_exceptions=True)
+
+    first, second, third = asyncio.run(main())
+    engine.close()
+    assert sizes == [3, 1, 1, 1]
+    assert isinstance(second, AssertionError)
+    assert first.array.shape == third.array.shape == (3, 24, 16)
+
+
+def test_an_engine_that_fails_time_after_time_is_not_alive(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FeatureEngine(TorchBackend(student))
+    with monkeypatch.context() as patch:
+        patch.setattr(student, "layer_outputs", lambda *_: 1 / 0)
+        for alive in (True, True, False):
+            with pytest.raises(ZeroDivisionError):
+                asyncio.run(engine.features(waveforms(1)[0]))
+            assert engine.alive == alive
+    asyncio.run(engine.features(waveforms(1)[0]))
+    assert engine.alive  # It answers again.
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"queue_seconds": 0}, {"batch_seconds": float("inf")}, {"batch_seconds": -1}, {"wait_seconds": -0.1}]
+)
+def test_limits_that_stop_everything_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        BatchLimits(**wrong)

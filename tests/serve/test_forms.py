@@ -24,6 +24,7 @@ from serve.admission import Limits
 from serve.backends import TorchBackend, Wanted
 from serve.decoding import decode
 from serve.engine import BatchLimits
+from serve.formats import base64_pieces
 from student import Student, load_student
 
 from .conftest import MAX_SECONDS
@@ -129,6 +130,42 @@ def test_ogg_codecs(client: httpx.Client, subtype: str) -> None:
     assert client.post("/v1/features", content=buffer.getvalue()).json()["num_frames"] in (49, 50)
 
 
+def test_json_that_would_fill_the_memory_is_refused(client: httpx.Client) -> None:
+    many_members = b'{"input":"AAAA",' + b",".join(b'"a%d":0' % number for number in range(2000)) + b"}"
+    many_lists = b'{"input":"AAAA","x":[' + b"[]," * 100_000 + b"[]]}"
+    for body in (many_members, many_lists):
+        response = client.post("/v1/features", content=body, headers={"content-type": "application/json"})
+        assert_refused(response, 400, "bad_body")
+        assert "commas" in response.json()["error"]
+
+
+def test_a_form_in_no_charset_is_refused(client: httpx.Client) -> None:
+    body = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n' + FILES[0] + b"\r\n--x--\r\n"
+    for charset, status in (("utf-8", 200), ("undefined", 400)):
+        headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+        response = client.post("/v1/features", content=body, headers=headers)
+        assert response.status_code == status, response.text
+    assert_refused(response, 400, "bad_body")
+
+
+def test_several_files_as_one_npy_are_refused_before_any_is_decoded(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bytes] = []
+    monkeypatch.setattr("serve.ask.decode", lambda file, seconds: decoded.append(file))
+    with TestClient(create_app(student)) as client:
+        for asked in ({"params": {"format": "npy"}}, {"headers": {"accept": "application/octet-stream"}}):
+            assert_refused(client.post("/v1/features", files=FORM, **asked), 422, "bad_parameter")
+    assert not decoded
+
+
+def test_long_base64_comes_in_pieces_that_fit_together() -> None:
+    array = np.random.default_rng(0).normal(size=(3, 1000, 77)).astype(np.float16)
+    pieces = list(base64_pieces(array))
+    assert len(pieces) > 2 and max(map(len, pieces)) <= 2**18
+    assert (np.frombuffer(base64.b64decode(b"".join(pieces)), "<f2").reshape(array.shape) == array).all()
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -174,7 +211,7 @@ def test_models_of_a_library_are_loaded_when_asked_for(client: httpx.Client, lib
     def ask(name: str) -> httpx.Response:
         # The header is Ray Serve's, for its choice of a replica; without Ray it means nothing.
         headers = {"serve_multiplexed_model_id": name} if with_header else {}
-        return client.post("/v1/features?layer=all", params={"model": name}, content=FILES[0], headers=headers)
+        return client.post("/v1/features", params={"model": name, "layer": "all"}, content=FILES[0], headers=headers)
 
     assert set(client.get("/v1/models").json()["library"]) <= {"run-0", "run-1", "run-2"}
     # `other` is always loaded; of the library the one not asked for longest makes room, and comes back the same.

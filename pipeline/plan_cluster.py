@@ -17,6 +17,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 HOURS = (960.0, 60_000.0, 1_000_000.0)
 """LibriSpeech, Libri-Light, and beyond."""
 
+_PART_BYTES = 10 << 20  # Arrow's, of an upload.
+
 
 class ClusterError(ValueError):
     """A description of a cluster that can't be used; the message names the key."""
@@ -142,7 +144,7 @@ class ObjectStore(_Section):
 
     Attributes:
         bytes_per_second: of all readers and writers together.
-        puts_per_second, gets_per_second: requests it takes before it slows callers down.
+        puts_per_second, gets_per_second: requests that write, that read, which it takes before it slows callers down.
         get_seconds: that a small request takes.
         price_per_terabyte_month, price_per_million_puts, price_per_million_gets: in the currency of the other prices.
     """
@@ -247,6 +249,11 @@ def load_cluster(path: Path) -> Cluster:
         raise ClusterError(f"{path}: {key}: {first['msg'].lower()}") from error
 
 
+def upload_requests(size: float) -> int:
+    """Requests that write an object of ``size`` bytes as `teacher_cache.store` uploads it: begin, each part, end."""
+    return 2 + max(1, math.ceil(size / _PART_BYTES))
+
+
 def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> ClusterPlan:
     """Works a corpus out.
 
@@ -269,7 +276,10 @@ def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> Clu
     cache_bytes = seconds * (audio + target * (1 + speech.draws * stored_draw))
     utterances = seconds / speech.number("utterance_seconds", results)
     # A shard is one file with the clean pass and one of each draw, and each file has a commit record.
-    puts = 2 * passes * math.ceil(hours * 60 / speech.number("shard_minutes", results))
+    shard = speech.number("shard_minutes", results) * 60
+    draw = upload_requests(shard * target * stored_draw)
+    files = upload_requests(shard * (audio + target)) + speech.draws * draw
+    puts = (files + passes * upload_requests(0)) * math.ceil(seconds / shard)
     node = cluster.node_bytes_per_second
     node_bytes = node.read(results) if isinstance(node, Measured) else node
     store_bytes = store.number("bytes_per_second", results)

@@ -88,21 +88,23 @@ def simulate_build(
     running: list[tuple[float, int, int, float, bool]] = []
     finished: list[float] = []
     failures, lost, useful = 0, 0.0, 0.0
+    now = 0.0  # of the last end of an attempt: whoever has long been free begins no earlier than that.
     while waiting or running:
         if waiting and free and (not running or free[0][0] <= running[0][0]):
-            now, worker = heapq.heappop(free)
+            since, worker = heapq.heappop(free)
+            began = max(since, now)
             shard, audio = waiting.popleft()
             spread = workers.straggling
             takes = audio / workers.audio_per_second * math.exp(rng.normal(-spread * spread / 2, spread))
             rate = workers.failures_per_hour / 3600
-            dies = now + rng.exponential(1 / rate) if rate else math.inf
+            dies = began + rng.exponential(1 / rate) if rate else math.inf
             plan = killed[worker]
-            while plan and plan[0] < now:
+            while plan and plan[0] < began:
                 plan.popleft()
             if plan:
                 dies = min(dies, plan[0])
-            fails = dies < now + takes
-            heapq.heappush(running, (dies if fails else now + takes, worker, shard, now, fails))
+            fails = dies < began + takes
+            heapq.heappush(running, (dies if fails else began + takes, worker, shard, began, fails))
             continue
         now, worker, shard, began, failed = heapq.heappop(running)
         if failed:

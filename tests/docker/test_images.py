@@ -14,6 +14,7 @@ import yaml
 from check_jsonschema.cli import main as check_jsonschema
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
+from ray.dashboard.modules.metrics.metrics_head import GRAFANA_HOST_DISABLED_VALUE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCKER = REPOSITORY / "docker"
@@ -121,6 +122,12 @@ def test_compose_services_are_confined_and_whole() -> None:
     for name in ("head", "worker"):
         assert services[name]["environment"]["RAY_AUTH_MODE"] == "token"
         assert "--metrics-export-port=8080" in services[name]["command"]
+        # Where /dev/shm is smaller than the object store, Ray takes /tmp instead, and is slow.
+        memory = re.fullmatch(r"(\d+)gb", services[name]["shm_size"])
+        store = [word for word in services[name]["command"] if word.startswith("--object-store-memory=")]
+        assert memory and len(store) == 1 and int(store[0].partition("=")[2]) < int(memory[1]) << 30
+    # Else Ray's dashboard has a browser look for Grafana where only the containers find it.
+    assert services["head"]["environment"]["RAY_GRAFANA_HOST"] == GRAFANA_HOST_DISABLED_VALUE
     secret = COMPOSE["secrets"]["ray-token"]["file"]
     assert f"docker/{secret.removeprefix('./')}" in (REPOSITORY / ".gitignore").read_text().split()
 

@@ -1,6 +1,8 @@
 """The manifests, against Kubernetes' own schemas (pod templates included) and the fields that KubeRay's resources have."""
 
 import importlib
+import math
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from pipeline.command import find_recipe
 from pipeline.config import load_config
@@ -24,11 +27,13 @@ OF_RAY = {document["kind"]: document for document in DOCUMENTS if document["apiV
 # the Go types that they are made from (ray-operator/apis/ray/v1/*_types.go).
 POD = "pod template"
 STRINGS = "map of strings"
+SECURITY = "security context of a container"
 AUTOSCALER = {
     "version": {"v1", "v2"},
     "idleTimeoutSeconds": int,
     "upscalingMode": {"Conservative", "Default", "Aggressive"},
     "resources": dict,
+    "securityContext": SECURITY,
 }
 HEAD = {"rayStartParams": STRINGS, "template": POD, "serviceType": {"ClusterIP", "NodePort", "LoadBalancer"}}
 GROUP = {
@@ -53,6 +58,7 @@ SPECS: dict[str, Any] = {
         "submissionMode": {"K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"},
         "backoffLimit": int,
         "submitterConfig": {"backoffLimit": int},
+        "submitterPodTemplate": POD,
         "shutdownAfterJobFinishes": bool,
         "ttlSecondsAfterFinished": int,
         "activeDeadlineSeconds": int,
@@ -68,6 +74,8 @@ def check(value: Any, schema: Any, where: str) -> None:
     if schema == POD:
         template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": value}
         kubernetes_validate.validate(template, KUBERNETES, strict=True)
+    elif schema == SECURITY:
+        check({"spec": {"containers": [{"name": "x", "securityContext": value}]}}, POD, where)
     elif schema == STRINGS:
         assert all(type(inner) is str for inner in value.values()), f"{where}: {value}"
     elif isinstance(schema, set):
@@ -83,9 +91,13 @@ def check(value: Any, schema: Any, where: str) -> None:
         assert type(value) is schema, f"{where} is {value!r}"
 
 
+def cluster_of(kind: str) -> dict[str, Any]:
+    spec: dict[str, Any] = OF_RAY[kind]["spec"]
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+
+
 def pod_specs(kind: str) -> dict[str, dict[str, Any]]:
-    spec = OF_RAY[kind]["spec"]
-    cluster = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+    cluster = cluster_of(kind)
     found = {"head": cluster["headGroupSpec"]["template"]}
     return found | {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
 
@@ -110,6 +122,8 @@ def test_the_checks_find_mistakes() -> None:
         check({"authOptions": {"mode": "tokens"}}, CLUSTER, "x")
     with pytest.raises(kubernetes_validate.ValidationError):
         check({"spec": {"containers": [{"name": "x", "imagee": "y"}]}}, POD, "x")
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check({"securityContext": {"privilegeEscalation": False}}, AUTOSCALER, "x")
 
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
@@ -119,9 +133,7 @@ def test_pods_are_confined_and_know_the_store(kind: str) -> None:
     for name, template in pod_specs(kind).items():
         pod = template["spec"]
         assert template["metadata"]["labels"]["app.kubernetes.io/part-of"] == "ray-distill"
-        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
         (container,) = pod["containers"]
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
         used = {
             ("Secret" if "secretRef" in source else "ConfigMap", next(iter(source.values()))["name"])
@@ -131,14 +143,47 @@ def test_pods_are_confined_and_know_the_store(kind: str) -> None:
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
         assert volumes["data"]["persistentVolumeClaim"]["claimName"] in claims
+        # KubeRay mounts as much shared memory as the container may have, but only where nothing else is mounted.
+        assert "/dev/shm" not in {mount["mountPath"] for mount in container["volumeMounts"]}
         wants_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
-        assert (name == "gpu") == wants_gpu == (container["image"] == "ray-distill:cuda")
+        assert (name == "gpu") == wants_gpu == container["image"].endswith(":cuda")
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
+def test_pods_keep_to_the_restricted_standard(kind: str) -> None:
+    """KubeRay's own containers too: the autoscaler's, the job's submitter, and what waits for the head, which copies the worker's."""
+    templates = list(pod_specs(kind).values())
+    contexts = [cluster_of(kind)["autoscalerOptions"]["securityContext"]]
+    if kind == "RayJob":
+        templates.append(OF_RAY[kind]["spec"]["submitterPodTemplate"])
+        assert templates[-1]["spec"]["restartPolicy"] == "Never", "a Kubernetes job needs one"
+    for template in templates:
+        pod = template["spec"]["securityContext"]
+        assert pod["runAsNonRoot"] and pod["runAsUser"] == 1000 and pod["seccompProfile"] == {"type": "RuntimeDefault"}
+        contexts += [container["securityContext"] for container in template["spec"]["containers"]]
+    confined = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert all(context == confined for context in contexts)
+
+
+def test_whatever_is_a_sites_own_is_marked() -> None:
+    images = re.findall(r"image: (\S+)", "".join(path.read_text() for path in FOLDER.glob("*.yaml")))
+    assert set(images) == {"fill-in/ray-distill:cpu", "fill-in/ray-distill:cuda"}
+    for document in DOCUMENTS:
+        if document["kind"] == "PersistentVolumeClaim":
+            assert document["spec"]["storageClassName"] == "fill-in"
+        values = document.get("stringData", {}) | document.get("data", {})
+        assert set(values.values()) <= {"fill-in"}
+
+
+def test_no_two_clusters_share_a_service() -> None:
+    """KubeRay calls a cluster's services after the resource, whatever its kind."""
+    names = [document["metadata"]["name"] for document in OF_RAY.values()]
+    assert len(set(names)) == len(names) == 3
 
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
 def test_decoding_and_teachers_scale_by_themselves(kind: str) -> None:
-    spec = OF_RAY[kind]["spec"]
-    cluster = spec.get("rayClusterSpec", spec)
+    cluster = cluster_of(kind)
     assert cluster["enableInTreeAutoscaling"] and cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
@@ -165,10 +210,21 @@ def test_the_jobs_entrypoint_is_a_command_of_this_product() -> None:
 
 
 def test_the_service_is_there_under_its_name() -> None:
-    application = yaml.safe_load(OF_RAY["RayService"]["spec"]["serveConfigV2"])["applications"][0]
+    config = yaml.safe_load(OF_RAY["RayService"]["spec"]["serveConfigV2"])
+    ServeDeploySchema.model_validate(config)
+    (application,) = config["applications"]
     module, name = application["import_path"].split(":")
     assert callable(getattr(importlib.import_module(module), name))
-    assert [deployment["name"] for deployment in application["deployments"]] == ["FeatureService"]
+    (deployment,) = application["deployments"]
+    assert deployment["name"] == "FeatureService"
+    # While another model takes over, new replicas start before old ones stop, which at full load takes room.
+    assert deployment["max_surge_percent"] > 0
+    replicas = deployment["autoscaling_config"]["max_replicas"]
+    surge = math.ceil(replicas * deployment["max_surge_percent"] / 100)
+    (group,) = cluster_of("RayService")["workerGroupSpecs"]
+    cores = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    each = deployment["ray_actor_options"]["num_cpus"]
+    assert group["maxReplicas"] * (cores // each) >= replicas + surge
 
 
 def test_the_network_is_closed_but_for_named_callers() -> None:
@@ -177,15 +233,47 @@ def test_the_network_is_closed_but_for_named_callers() -> None:
     for rule in policy["ingress"]:
         for source in rule["from"]:
             assert source.get("podSelector"), "a rule lets a whole namespace in"
-    budgets = {
-        d["metadata"]["name"]: d["spec"]["maxUnavailable"] for d in DOCUMENTS if d["kind"] == "PodDisruptionBudget"
-    }
-    assert budgets == {"ray-distill-head": 0, "ray-distill-workers": 1}
+    operators = [
+        source["podSelector"]["matchLabels"]
+        for rule in policy["ingress"]
+        for source in rule["from"]
+        if "kuberay-operator" in source["podSelector"].get("matchLabels", {}).values()
+    ]
+    # Labels of its pod, by its Helm chart and by its kustomize files.
+    for name in ("kuberay-operator", "kuberay"):
+        labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/component": "kuberay-operator"}
+        assert operators and all(selector.items() <= labels.items() for selector in operators)
+
+
+def test_another_port_of_the_store_is_one_line() -> None:
+    text = (FOLDER / "network.yaml").read_text()
+    opened = text.replace("    # - ports:", "    - ports:")
+    before, policy = (next(yaml.safe_load_all(version)) for version in (text, opened))
+    kubernetes_validate.validate(policy, KUBERNETES, strict=True)
+    assert len(policy["spec"]["egress"]) == len(before["spec"]["egress"]) + 1
+    endpoint = re.search(r"# AWS_ENDPOINT_URL: http://\S+:(\d+)$", (FOLDER / "storage.yaml").read_text(), re.MULTILINE)
+    assert endpoint and {"port": int(endpoint[1])} in policy["spec"]["egress"][-1]["ports"]
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
+def test_a_drain_leaves_each_clusters_head_alone(kind: str) -> None:
+    """A budget of its own for each cluster: one for several heads would let go of all but one.
+
+    Nothing but a whole ``minAvailable`` works: the rest asks a pod's owner for its scale, which KubeRay's have not.
+    """
+    name = OF_RAY[kind]["metadata"]["name"]
+    documents = list(yaml.safe_load_all((FOLDER / f"{kind.lower()}.yaml").read_text()))
+    (budget,) = [document for document in documents if document["kind"] == "PodDisruptionBudget"]
+    assert budget["metadata"]["name"] == f"{name}-head"
+    own = {"app.kubernetes.io/instance": name}
+    # KubeRay labels the type; its names of a RayJob's and of a RayService's clusters are not known before.
+    assert budget["spec"] == {"minAvailable": 1, "selector": {"matchLabels": own | {"ray.io/node-type": "head"}}}
+    for template in pod_specs(kind).values():
+        assert own.items() <= template["metadata"]["labels"].items()
+    assert sum(document["kind"] == "PodDisruptionBudget" for document in DOCUMENTS) == len(OF_RAY)
 
 
 def test_versions_are_those_that_are_pinned() -> None:
-    for kind, document in OF_RAY.items():
-        spec = document["spec"]
-        cluster = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+    for kind in OF_RAY:
         pins = (FOLDER.parents[1] / "requirements.txt").read_text()
-        assert f"\nray=={cluster['rayVersion']}\n" in pins, kind
+        assert f"\nray=={cluster_of(kind)['rayVersion']}\n" in pins, kind

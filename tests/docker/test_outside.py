@@ -56,6 +56,8 @@ class Image:
             self.here(re.sub(r"\$\{(\w+):-(\w+)}", lambda found: chosen.get(found[1], found[2]), word))
             for word in SERVICES[service]["command"]
         ]
+        # Not every machine has as much shared memory as the container.
+        words = [re.sub("^(--object-store-memory)=.*", r"\1=200000000", word) for word in words]
         url = SERVICES[service].get("environment", {}).get("HEALTH_URL", "http://127.0.0.1:8000/readyz")
         for port in filter(str.isdigit, ports):
             words, url = [word.replace(port, ports[port]) for word in words], url.replace(port, ports[port])
@@ -64,7 +66,6 @@ class Image:
             words += [
                 f"--{name}-port={ports[name]}" for name in ("dashboard", "dashboard-agent-listen", "ray-client-server")
             ]
-            words += ["--object-store-memory=200000000"]
         with (self.data / f"{service}.log").open("w") as log:
             process = subprocess.Popen(
                 words, env=self.environment, cwd=self.data, stdout=log, stderr=log, start_new_session=True

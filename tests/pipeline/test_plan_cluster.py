@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from pipeline.plan_cluster import (
     load_cluster,
     origins,
     plan_cluster,
+    upload_requests,
 )
+from teacher_cache.store import Store
 
 CLUSTERS = sorted((Path(__file__).resolve().parents[2] / "configs" / "clusters").glob("*.yaml"))
 
@@ -77,15 +81,70 @@ def test_arithmetic() -> None:
     assert plan.cache_bytes == pytest.approx(seconds * (16e3 + 34e3 * 2))  # 4 draws of a quarter are one more pass
     assert plan.build_hours["teachers"] == pytest.approx(seconds * 5 / 45_000 / 3600)
     assert plan.build_hours["decoding"] == pytest.approx(seconds / 100_000 / 3600)
-    assert plan.build_puts == 2 * 5 * 6000
+    # 30 MB of the clean pass are 3 parts, 5.1 MB of each draw are one, as is each commit record; and each has a begin and an end.
+    assert plan.build_puts == 6000 * (5 + 4 * 3 + 5 * 3) == 192_000
     assert plan.build_gets == pytest.approx(360_000)
     assert plan.epoch_bytes == pytest.approx(seconds * (16e3 + 34e3 * 1.25))
     assert plan.gets_per_second == pytest.approx(720_000 / (seconds / 16_000))
     assert plan.online_hours == pytest.approx(10 * seconds * (1 / 2000 + 2 / 5000) / 8 / 3600)
     assert plan.build_accelerator_hours == pytest.approx(plan.build_wall * 10)
     assert plan.month_money == pytest.approx(plan.cache_bytes / 1e12 * 20)
-    assert plan.build_money == pytest.approx(plan.build_accelerator_hours * 2 + (60_000 * 5 + 360_000 * 0.5) / 1e6)
+    assert plan.build_money == pytest.approx(plan.build_accelerator_hours * 2 + (192_000 * 5 + 360_000 * 0.5) / 1e6)
     assert plan.train_money == pytest.approx(plan.train_accelerator_hours * 3 + 7.2e6 * 0.5 / 1e6)
+
+
+@pytest.mark.parametrize("size", [0, 1, 10 << 20, (10 << 20) + 1, 35_000_000])
+def test_write_requests_are_those_of_an_upload(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted by an S3 of a few lines, which takes everything and keeps nothing."""
+    written: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self, status: int = 200, root: str = "") -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Transfer-Encoding") == "chunked":
+                while length := int(self.rfile.readline(), 16):
+                    self.rfile.read(length + 2)
+                self.rfile.readline()
+            body = f"<{root}><Bucket>b</Bucket><Key>k</Key><UploadId>u</UploadId></{root}>".encode() if root else b""
+            self.send_response(status)
+            self.send_header("ETag", '"e"')
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_HEAD(self) -> None:
+            self.answer(404)
+
+        def do_GET(self) -> None:
+            self.answer(root="ListBucketResult")
+
+        def do_PUT(self) -> None:
+            written.append("part" if "partNumber=" in self.path else "object")
+            self.answer()
+
+        def do_POST(self) -> None:
+            begins = self.path.endswith("?uploads")
+            written.append("begin" if begins else "end")
+            self.answer(root="InitiateMultipartUploadResult" if begins else "CompleteMultipartUploadResult")
+
+        def log_message(self, *_: object) -> None:
+            """Nothing: the tests' output is not its place."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for key, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ACCESS_KEY_ID": "any",
+            "AWS_SECRET_ACCESS_KEY": "any",
+            "AWS_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(key, value)
+        Store("s3://bucket/caches/demo").write("part-00000.parquet", bytes(size))
+        server.shutdown()
+    assert (written[0], written[-1]) == ("begin", "end") and set(written[1:-1]) == {"part"}
+    assert len(written) == upload_requests(size)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,12 @@ def test_a_killed_worker_loses_its_shard_only() -> None:
     assert trace.finished == (4, 4, 7, 9, 10, 12)
 
 
+def test_a_lost_shard_begins_again_no_earlier_than_it_was_lost() -> None:
+    # Worker 1 is done at 3 and finds nothing to do, until worker 0 is killed at 5 on the last shard.
+    trace = simulate_build([60.0] * 3, BuildWorkers(2, 20.0), kills=[(5.0, 0)])
+    assert trace.finished == (3, 3, 8)
+
+
 def test_every_shard_is_finished_once_whatever_fails() -> None:
     shards = [30.0 + n for n in range(200)]
     calm = simulate_build(shards, BuildWorkers(8, 20.0))

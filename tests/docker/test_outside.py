@@ -171,6 +171,6 @@ def test_head_job_and_service_as_compose_runs_them(image: Image) -> None:
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     with image.running("serve", ports) as url:
-        health = httpx.get(url.replace("readyz", "healthz")).json()
-        assert health["model"] == "demo" and health["layers"] == 2
+        (model,) = httpx.get(url.replace("readyz", "v1/models")).json()["data"]
+        assert model["id"] == "demo" and model["layers"] == 2
         assert httpx.get(url.replace("readyz", "")).text.startswith("<!doctype html>")

@@ -32,7 +32,13 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
     masks = MaskDraws.model_validate(job["masks"])
     utterances = [SourceUtterance(**utterance) for utterance in job["utterances"]]
     by_split = {
-        split: OnlineReader([u for u in utterances if u.split == split], teacher, masks, layers)
+        split: OnlineReader(
+            [u for u in utterances if u.split == split],
+            teacher,
+            masks,
+            layers,
+            job["cache_targets"] or "clean_and_masked",
+        )
         for split in ("train", "validation")
     }
     return by_split["train"], by_split["validation"]
@@ -141,7 +147,8 @@ def train_on_ray(
         layers: 1-based teacher layers to learn from.
         cache: location of the cache, for cached targets.
         teacher, masks, utterances: for online targets.
-        cache_targets: which of its targets to read, as `teacher_cache.spec.CacheSpec.targets`; default what it was made for.
+        cache_targets: which targets to read or compute, as `teacher_cache.spec.CacheSpec.targets`; default what the cache was made
+            for, online ``clean_and_masked``.
         initial: as `student.training.train` takes it.
         cpu_threads: PyTorch threads of a worker without a GPU.
         reserved_cpus: cores that Ray sets aside for each worker.

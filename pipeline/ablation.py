@@ -163,8 +163,12 @@ class Ablation:
 
 
 def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection | None = None) -> Ablation:
-    """Reads an ablation; ``section.key=value`` overrides go to all runs, ``name=...`` names the ablation, and ``probe`` is taken instead of
-    the file's.
+    """Reads an ablation.
+
+    Args:
+        path: of the YAML.
+        overrides: ``section.key=value`` for all runs; ``name=...`` names the ablation.
+        probe: taken instead of the file's.
 
     Raises:
         ConfigError: unreadable file, a key that can't be varied, a combination that no run could have, or needs that one

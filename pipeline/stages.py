@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -259,6 +259,8 @@ class Run:
         else:
             with self.quiet(), self.progress("cache", "utterances") as update:
                 init_ray()
+                keys = "cache.cpus_per_actor, cache.gpus_per_actor"
+                self._check_room(keys, 1, settings.cpus_per_actor, settings.gpus_per_actor)
 
                 def show(progress: BuildProgress) -> None:
                     note = (
@@ -300,6 +302,17 @@ class Run:
                 f"the cache is not sound: {'; '.join(problem.text for problem in problems[:3])}{more}; "
                 f"`python -m teacher_cache repair {self.cache.location}` rebuilds what is damaged"
             )
+
+    def _check_room(self, keys: str, workers: int, cpus: int, gpus: float) -> None:
+        """Where so many workers don't fit into Ray: ConfigError, or of a cluster, which may grow, says what is waited for."""
+        nodes = node_resources()
+        if fitting(nodes, cpus, gpus) >= workers:
+            return
+        each = f"{cpus} cores{f' and {gpus:g} GPUs' if gpus else ''}"
+        needed = f"{workers} workers of {each} each are needed" if workers > 1 else f"a worker of {each} is needed"
+        if ray_is_own():
+            raise ConfigError(f"{keys}: {needed}; {described(nodes)}, and gets no more")
+        self.say(f"wait    for room: {needed}; {described(nodes)}")
 
     @property
     def _seconds(self) -> float:
@@ -350,6 +363,7 @@ class Run:
         training = self.training(max(1, (os.cpu_count() or 1) // settings.workers))
         with self.quiet(), self.progress("train", "steps") as update:
             init_ray()
+            self._check_room("train.workers, train.use_gpu", settings.workers, 1, float(settings.use_gpu))
             done = threading.Event()
             watcher = threading.Thread(target=_follow, args=(self.folder / "metrics.jsonl", update, done), daemon=True)
             watcher.start()
@@ -573,7 +587,7 @@ def init_ray() -> None:
         try:
             ray.init(
                 # A submitted job is told its cluster; anything else gets a Ray of its own, whatever else runs on this machine.
-                address=os.environ.get("RAY_ADDRESS", "local"),
+                address="local" if ray_is_own() else os.environ["RAY_ADDRESS"],
                 log_to_driver=False,
                 logging_level="ERROR",
                 runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}},
@@ -588,6 +602,33 @@ def init_ray() -> None:
                 ) from error
         else:
             return
+
+
+def ray_is_own() -> bool:
+    """Whether Ray is, or will be, of this process alone, so that no machine can join it."""
+    return os.environ.get("RAY_ADDRESS", "local") == "local"
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each of Ray's machines has in all: ``CPU``, ``GPU``, ..."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def described(nodes: Sequence[Mapping[str, float]]) -> str:
+    """What Ray has, for people."""
+    cores, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    return f"Ray has {cores:g} cores and {gpus:g} GPUs on {len(nodes)} machines"
+
+
+def fitting(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:
+    """How many workers fit that take so many cores and GPUs of one machine each."""
+    fits = 0
+    for node in nodes:
+        by_cores = int(node.get("CPU", 0)) // cpus
+        fits += min(by_cores, int(node.get("GPU", 0) / gpus)) if gpus else by_cores
+    return fits
 
 
 def _follow(path: Path, update: Any, done: threading.Event) -> None:

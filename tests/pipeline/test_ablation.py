@@ -16,6 +16,7 @@ from pipeline.ablate import cores, room
 from pipeline.ablation import Ablation, ProbeSection, load_ablation
 from pipeline.ablation_report import compare, read_results, saved_hours, t_95, write_ablation_report
 from pipeline.config import ConfigError
+from pipeline.probe import Outcome, probe_folder, probe_settings, read_task, write_outcomes
 from pipeline.stages import Run
 from student.feed import TrainingPlan
 from student.settings import TrainSettings
@@ -254,6 +255,30 @@ def test_the_report_compares_and_says_what_failed(finished: Ablation) -> None:
     assert "c against a: no difference shown in validation loss (+0.0100, " in page
     assert "cosine, layers 1-2" in page and "1,234" in page
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_probes_count_with_the_students_figure_and_the_settings_asked_for(finished: Ablation, tmp_path: Path) -> None:
+    (tmp_path / "pitch.csv").write_text("path,label,split\na,x,train\nb,y,train\nc,x,test\n")
+    task = read_task(tmp_path / "pitch.csv")
+    asked, other = (probe_settings(tmp_path / "pitch.csv", "characters", epochs, 0) for epochs in (20, 1))
+    folders = [run.config.folder for run in finished.runs]
+    for folder in folders:
+        for settings, value in ((asked, 0.5), (other, 0.25)):
+            outcomes = [
+                Outcome(source, "accuracy", v, v, v, None, [1.0], 0.0)
+                for source, v in (("teacher", 0.9), ("student", value))
+            ]
+            write_outcomes(probe_folder(folder, "pitch", settings), outcomes, task, "pitch", {}, settings, own=1)
+    shared = Run(finished.needs, Console(quiet=True), claim=False)
+
+    def means(probing: dict[str, Any] | None) -> dict[str, float]:
+        write_ablation_report(finished, read_results(folders, probing=probing), shared)
+        row = next(csv.DictReader((finished.folder / "table.csv").open()))
+        return {key: float(value) for key, value in row.items() if key.startswith("pitch") and key.endswith("mean")}
+
+    assert means(asked) == {"pitch, accuracy: mean": 0.5}
+    both = means(None)
+    assert sorted(both.values()) == [0.25, 0.5] and all("epochs" in name for name in both), both
 
 
 def test_losses_of_different_kinds_are_not_compared(tmp_path: Path, finished: Ablation) -> None:

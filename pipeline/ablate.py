@@ -24,11 +24,22 @@ from rich.table import Table
 from pipeline.ablation import Ablation, ProbeSection, load_ablation
 from pipeline.ablation_report import read_results, results_table, write_ablation_report
 from pipeline.config import ConfigError
-from pipeline.probe import Source, Task, probe_settings, read_probe, read_task, run_probes, write_outcomes
-from pipeline.stages import Run, init_ray
+from pipeline.files import write_text
+from pipeline.probe import (
+    Source,
+    Task,
+    probe_folder,
+    probe_settings,
+    read_probes,
+    read_task,
+    run_probes,
+    write_outcomes,
+)
+from pipeline.stages import Run, described, fitting, init_ray, node_resources, ray_is_own
 from student import load_student
 from student.metrics import check_trackers
 from student.settings import TrainSettings
+from teacher_cache.teachers import Teacher
 
 _TRIAL_MEMORY = 512 << 20
 """Of the process that starts a run's several workers and probes its student; the workers' cores and GPUs are theirs."""
@@ -48,18 +59,25 @@ class Probing:
     title: str
     settings: dict[str, Any]
 
-    def run(self, folder: Path, sources: Sequence[Source], origin: dict[str, Any]) -> None:
-        """Probes, unless the folder has it already."""
-        place = folder / "probes" / self.title
-        if read_probe(place, self.settings) is None:
-            outcomes = run_probes(
-                self.task,
-                sources,
-                epochs=self.settings["epochs"],
-                seed=self.settings["seed"],
-                say=lambda text: None,
-            )
-            write_outcomes(place, outcomes, self.task, self.title, origin, self.settings)
+    def of_student(self, folder: Path) -> None:
+        """Probes a run's best student."""
+        student = load_student(folder / "checkpoints" / "best")
+        self._run(folder, [Source.of_student(student, "student")], {"run": folder.name}, own=0)
+
+    def of_others(self, folder: Path, teacher: Teacher) -> None:
+        """Probes the teacher and log-mel bands, unless the folder has it already."""
+        if not read_probes(folder, self.settings):
+            self._run(folder, [Source.of_teacher(teacher), Source.log_mel()], {}, own=None)
+
+    def _run(self, folder: Path, sources: Sequence[Source], origin: dict[str, Any], own: int | None) -> None:
+        epochs, seed = self.settings["epochs"], self.settings["seed"]
+        outcomes = run_probes(self.task, sources, epochs=epochs, seed=seed, say=lambda text: None)
+        place = probe_folder(folder, self.title, self.settings)
+        write_outcomes(place, outcomes, self.task, self.title, origin, self.settings, own)
+
+    def is_done(self, folder: Path) -> bool:
+        """Whether a run's folder has its student's figures, whoever probed it."""
+        return any(probed.student is not None for probed in read_probes(folder, self.settings))
 
 
 @dataclass(frozen=True)
@@ -84,10 +102,9 @@ class Job:
     def __call__(self) -> None:
         if self.training is not None:
             self.training()
-        if self.probing is not None:
+        if self.probing is not None and not self.probing.is_done(self.folder):
             torch.set_num_threads(self.cpus)
-            student = load_student(self.folder / "checkpoints" / "best")
-            self.probing.run(self.folder, [Source.of_student(student, "student")], {"run": self.folder.name})
+            self.probing.of_student(self.folder)
 
 
 def cores(nodes: Sequence[Mapping[str, float]], settings: TrainSettings) -> int:
@@ -103,11 +120,7 @@ def cores(nodes: Sequence[Mapping[str, float]], settings: TrainSettings) -> int:
 
 def room(nodes: Sequence[Mapping[str, float]], settings: TrainSettings, cpus: int) -> int:
     """How many such trainings fit side by side, with ``cpus`` cores for each worker."""
-    workers = 0
-    for node in nodes:
-        fits = int(node.get("CPU", 0)) // cpus
-        workers += min(fits, int(node.get("GPU", 0))) if settings.use_gpu else fits
-    return workers // settings.workers
+    return fitting(nodes, cpus, float(settings.use_gpu)) // settings.workers
 
 
 class Ablating:
@@ -138,7 +151,7 @@ class Ablating:
             self.runs[planned.name] = run
         self.probing = self._probing()
         dumped = self.settings.model_dump(mode="json")
-        (ablation.folder / "ablation.yaml").write_text(yaml.safe_dump(dumped, sort_keys=False))
+        write_text(ablation.folder / "ablation.yaml", yaml.safe_dump(dumped, sort_keys=False))
 
     def _probing(self) -> Probing | None:
         probe = self.settings.probe
@@ -157,27 +170,25 @@ class Ablating:
             with self.shared.quiet():
                 init_ray()
             cpus, concurrent = self._places()
-            self.shared.index()
-            self.shared.plan()
-            self.shared.cache_targets()
-            self.shared.check_cache()
-            for run in self.runs.values():
-                _copy_index(self.shared.folder / "corpus", run.folder / "corpus")
+            if not all(_is_trained(run.folder) for run in self.runs.values()):  # A probe needs none of this.
+                self.shared.index()
+                self.shared.plan()
+                self.shared.cache_targets()
+                self.shared.check_cache()
+                for run in self.runs.values():
+                    _copy_index(self.shared.folder / "corpus", run.folder / "corpus")
             failures = self._train(self._jobs(cpus), concurrent)
         if self.probing is not None:
-            sources = [Source.of_teacher(self.shared.teacher), Source.log_mel()]
-            self.probing.run(self.ablation.folder, sources, {})
+            self.probing.of_others(self.ablation.folder, self.shared.teacher)
         for run in self.runs.values():
-            if (run.folder / "train.json").is_file() and not _is_reported(run.folder):
+            if _is_trained(run.folder) and not _is_reported(run.folder):
                 run.export()
                 run.report()
         return failures
 
     def _is_done(self, folder: Path) -> bool:
         """Whether a run has nothing left to do."""
-        probing = self.probing
-        probed = probing is None or read_probe(folder / "probes" / probing.title, probing.settings) is not None
-        return (folder / "train.json").is_file() and probed
+        return _is_trained(folder) and (self.probing is None or self.probing.is_done(folder))
 
     def _jobs(self, cpus: Mapping[str, int]) -> dict[str, Job]:
         """What there is to do, with the cores of each worker."""
@@ -186,32 +197,35 @@ class Ablating:
             if self._is_done(run.folder):
                 continue
             count = cpus[name]
-            finished = (run.folder / "train.json").is_file()
-            training = None if finished else run.training(count, count, in_process=True)
             resources: dict[str, float] = {"memory": _TRIAL_MEMORY}
-            if run.config.train.workers == 1:
-                resources |= {"CPU": count, "GPU": float(run.config.train.use_gpu)}
+            training = None
+            if _is_trained(run.folder):
+                resources["CPU"] = count
+            else:
+                training = run.training(count, count, in_process=True)
+                if run.config.train.workers == 1:
+                    resources |= {"CPU": count, "GPU": float(run.config.train.use_gpu)}
             jobs[name] = Job(training, run.folder, self.probing, count, resources)
         return jobs
 
     def _places(self) -> tuple[dict[str, int], int]:
-        """Cores of each worker of each run, and how many runs go side by side. ConfigError where one fits nowhere."""
-        import ray
-
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        """Cores of each worker of each run, and how many runs go side by side. ConfigError where a training fits nowhere."""
+        nodes = node_resources()
         cpus, places = {}, []
         for name, run in self.runs.items():
             train = run.config.train
+            if _is_trained(run.folder):  # What is left is to probe it, on any machine.
+                cpus[name] = cores(nodes, train)
+                continue
             cpus[name] = self.settings.cpus_per_worker or cores(nodes, train)
             places.append(room(nodes, train, cpus[name]))
-            if not places[-1] and self.settings.concurrent is None:
-                total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+            if not places[-1] and (self.settings.concurrent is None or ray_is_own()):
                 raise ConfigError(
-                    f"{name}: its {train.workers} workers need {cpus[name]} cores each{' and a GPU' if train.use_gpu else ''}; Ray "
-                    f"has {total['CPU']:g} cores and {total['GPU']:g} GPUs on {len(nodes)} nodes; change train.workers, "
-                    "train.use_gpu or cpus_per_worker, or give `concurrent` where more nodes come on demand"
+                    f"{name}: its {train.workers} workers need {cpus[name]} cores each{' and a GPU' if train.use_gpu else ''}; "
+                    f"{described(nodes)}; change train.workers, train.use_gpu or cpus_per_worker, or give `concurrent` where more "
+                    "machines join a cluster on demand"
                 )
-        return cpus, self.settings.concurrent or min(places)
+        return cpus, self.settings.concurrent or min(places, default=len(self.runs))
 
     def _train(self, jobs: dict[str, Job], concurrent: int) -> dict[str, str]:
         """Runs the jobs through Tune; returns why some failed."""
@@ -280,8 +294,10 @@ class Ablating:
 
     def report(self, failures: Mapping[str, str]) -> None:
         """Writes the report, and shows its table."""
-        results = read_results([run.folder for run in self.runs.values()], failures)
-        page = write_ablation_report(self.ablation, results, self.shared)
+        settings = None if self.probing is None else self.probing.settings
+        results = read_results([run.folder for run in self.runs.values()], failures, settings)
+        others = read_probes(self.ablation.folder, settings)
+        page = write_ablation_report(self.ablation, results, self.shared, others)
         self.console.print(results_table(self.ablation, results))
         self.shared.say(f"report  {page}")
 
@@ -305,11 +321,17 @@ def _copy_index(source: Path, target: Path) -> None:
     temporary.rename(target)
 
 
+def _is_trained(folder: Path) -> bool:
+    """Whether a run's training is finished."""
+    return (folder / "train.json").is_file()
+
+
 def _is_reported(folder: Path) -> bool:
-    """Whether a run's summary is younger than what it sums up."""
-    summary = folder / "summary.json"
+    """Whether a run's summary and page are younger than what they tell of."""
+    outputs = [folder / "summary.json", folder / "report.html"]
     inputs = [folder / "train.json", *folder.glob("probes/*/probe.json")]
-    return summary.is_file() and all(path.stat().st_mtime <= summary.stat().st_mtime for path in inputs)
+    youngest = max(path.stat().st_mtime for path in inputs)
+    return all(path.is_file() and path.stat().st_mtime >= youngest for path in outputs)
 
 
 def runs_table(ablation: Ablation) -> Table:
@@ -329,7 +351,9 @@ def command(
     probe: Annotated[
         Path | None, typer.Option(help="Manifest that students are probed on, instead of the file's; see probe --help.")
     ] = None,
-    units: Annotated[str, typer.Option(help="Of the transcripts of --probe: characters, or words.")] = "characters",
+    units: Annotated[
+        str | None, typer.Option(help="Of the transcripts of --probe: characters (default), or words.")
+    ] = None,
     only_list: Annotated[bool, typer.Option("--list", help="Only check the file and show the runs.")] = False,
     only_report: Annotated[bool, typer.Option("--report", help="Only report on what is there.")] = False,
 ) -> None:
@@ -337,11 +361,13 @@ def command(
     console = Console(file=sys.stdout)  # The very stream, which stays where it is when Tune's tables are led away.
     failures: dict[str, str] = {}
     try:
-        if units not in ("characters", "words"):
+        if units not in (None, "characters", "words"):
             raise ConfigError(f"--units must be characters or words, not {units!r}")
+        if units is not None and probe is None:
+            raise ConfigError("--units is of --probe, which is not given; the file's own probe has its own `units`")
         section = None
         if probe is not None:
-            section = ProbeSection(manifest=probe, units="characters" if units == "characters" else "words")
+            section = ProbeSection(manifest=probe, units="words" if units == "words" else "characters")
         ablation = load_ablation(config, overrides or [], section)
         if only_list:
             console.print(runs_table(ablation))

@@ -7,7 +7,7 @@ variants:                             # named changes; the first is what the oth
   alternate: {}
   none: {student.attention_reuse: none, train.learning_rate: 5.0e-4}
 grid:                                 # and every combination of these with them
-  student.encoder_embed_dim: [216, 432]
+  student.encoder_embed_dim: [240, 432]
 seeds: [0, 1, 2]                      # of each
 """
 
@@ -24,6 +24,7 @@ import pydantic
 from pipeline.config import Config, ConfigError, check_config, explain, parse_override, read_tree, set_key
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_SECTIONS = ("corpus", "teacher", "masks", "cache", "student", "train")
 _ONE_FOR_ALL = ("name", "runs", "corpus", "teacher.checkpoint", "cache")
 """Sections and keys that all runs share, but for `cache.targets`: one corpus, one teacher, one cache."""
 
@@ -86,10 +87,11 @@ class AblationSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
         for seed in self.seeds:
             if self.seeds.count(seed) > 1:
                 raise ValueError(f"seeds: {seed} is given twice")
+        for key in self.set:
+            _refuse_for_all(key)
         varied = sorted({key for changes in (self.grid, *self.variants.values()) for key in changes})
         for key in varied:
-            if key == "train.seed":
-                raise ValueError("train.seed: give the seeds of all variants as `seeds`")
+            _refuse_for_all(key)
             if key == "train.targets":
                 raise ValueError("train.targets: all runs of an ablation train from one cache")
             if key != "cache.targets" and any(key == one or key.startswith(f"{one}.") for one in _ONE_FOR_ALL):
@@ -98,6 +100,16 @@ class AblationSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
             if clash is not None:
                 raise ValueError(f"{key}: is in the grid and in a variant; give it in one of them")
         return self
+
+
+def _refuse_for_all(key: str) -> None:
+    """ValueError of a key that neither all runs nor some can be given."""
+    if key == "train.seed":
+        raise ValueError("train.seed: give the seeds of all variants as `seeds`")
+    if key == "name":
+        raise ValueError("name: runs are named after their variants; the ablation has its own `name`")
+    if key in _SECTIONS:  # It would take the place of the whole section, and nobody would see what else it changes.
+        raise ValueError(f"{key}: is a section; name its keys, with dots, as in {key}.KEY")
 
 
 @dataclass(frozen=True)
@@ -151,13 +163,28 @@ class Ablation:
 
 
 def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection | None = None) -> Ablation:
-    """Reads an ablation; ``section.key=value`` overrides go to all runs, ``probe`` is taken instead of the file's.
+    """Reads an ablation.
+
+    Args:
+        path: of the YAML.
+        overrides: ``section.key=value`` for all runs; ``name=...`` names the ablation.
+        probe: taken instead of the file's.
 
     Raises:
         ConfigError: unreadable file, a key that can't be varied, a combination that no run could have, or needs that one
             cache can't meet; it names the variant and the key.
     """
     tree = read_tree(path)
+    for_all = []
+    for key, value in map(parse_override, overrides):
+        if key == "name":
+            tree["name"] = value
+            continue
+        try:
+            _refuse_for_all(key)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        for_all.append((key, value))
     try:
         settings = AblationSettings.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -171,7 +198,7 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
     base = copy.deepcopy(settings.base) if isinstance(settings.base, dict) else read_tree(path.parent / settings.base)
     for key, value in settings.set.items():
         set_key(base, key, value)
-    for key, value in map(parse_override, overrides):
+    for key, value in for_all:
         if any(key in variant.changes for variant in variants):
             raise ConfigError(f"{key}: is what the ablation varies; change it in {path}")
         set_key(base, key, value)

@@ -18,7 +18,8 @@ from rich.table import Table
 from pipeline.ablation import Ablation, Variant
 from pipeline.charts import COLORS, Line, dot_chart, line_chart
 from pipeline.config import Config
-from pipeline.probe import Probed, read_probes
+from pipeline.files import write_text
+from pipeline.probe import Probed, read_probes, titles_of
 from pipeline.report import STYLE, layer_color, read_metrics
 from pipeline.stages import Run
 from student.feed import TrainingPlan
@@ -45,7 +46,7 @@ class Result:
         failure: why it failed, if it did when last tried.
         validations: rows of ``metrics.jsonl``.
         parameters: of the student; None where it is not reported on yet.
-        probes: that were made of it.
+        probes: that were made of it, with the settings asked for.
     """
 
     name: str
@@ -91,8 +92,16 @@ class Result:
         return f"{self.name}: {steps} steps in {self.training['seconds']:.0f} s, validation loss {loss:.4f}"
 
 
-def read_results(folders: Sequence[Path], failures: Mapping[str, str] | None = None) -> list[Result]:
-    """What the runs' folders tell."""
+def read_results(
+    folders: Sequence[Path], failures: Mapping[str, str] | None = None, probing: dict[str, Any] | None = None
+) -> list[Result]:
+    """What the runs' folders tell.
+
+    Args:
+        folders: of the runs.
+        failures: why runs failed, by their names.
+        probing: settings (of `pipeline.probe.probe_settings`) that probes count with; default any.
+    """
     results = []
     for folder in folders:
         trained, summary = folder / "train.json", folder / "summary.json"
@@ -103,7 +112,7 @@ def read_results(folders: Sequence[Path], failures: Mapping[str, str] | None = N
                 (failures or {}).get(folder.name, ""),
                 [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "validation"],
                 json.loads(summary.read_text())["student_parameters"] if summary.is_file() else None,
-                read_probes(folder),
+                read_probes(folder, probing),
             )
         )
     return results
@@ -204,12 +213,14 @@ class Findings:
         if self.layers and len({config.train.objective for config in self.configs.values()}) == 1:
             # With other weights on the hints, only the last layer is wanted of all.
             found += [self._cosine(layers) for layers in ([] if self.same_loss else [self.layers[-1:]]) + [self.layers]]
-        probed = {p.title: p.outcomes[0].metric for result in self.results for p in result.probes}
-        for title, metric in probed.items():
+        # Of each kind of probe one that has a figure for the student, to name it after.
+        kinds = {p.key: p for result in self.results for p in result.probes if p.student is not None}
+        for probed, title in zip(kinds.values(), titles_of(list(kinds.values())), strict=True):
 
-            def value(result: Result, title: str = title) -> float | None:
-                return next((p.outcomes[0].value for p in result.probes if p.title == title), None)
+            def value(result: Result, key: str = probed.key) -> float | None:
+                return next((p.student.value for p in result.probes if p.key == key and p.student), None)
 
+            metric = probed.outcomes[0].metric
             found.append(Measure(f"{title}, {metric}", value, metric != "accuracy", percent=True, digits=3))
         return found
 
@@ -388,8 +399,16 @@ def results_table(ablation: Ablation, results: Sequence[Result]) -> Table:
     return table
 
 
-def write_ablation_report(ablation: Ablation, results: Sequence[Result], shared: Run) -> Path:
+def write_ablation_report(
+    ablation: Ablation, results: Sequence[Result], shared: Run, others: Sequence[Probed] = ()
+) -> Path:
     """Writes ``report.html``, ``table.csv`` (a row for each variant), ``runs.csv`` (for each run) and ``summary.json``.
+
+    Args:
+        ablation: what was to be run.
+        results: of its runs, in their order.
+        shared: the run that indexed the corpus and built the cache.
+        others: probes of the teacher and of log-mel bands, to be shown beside the students'.
 
     Returns:
         The page.
@@ -400,15 +419,9 @@ def write_ablation_report(ablation: Ablation, results: Sequence[Result], shared:
     _write_csv(folder / "table.csv", _variant_rows(findings))
     saved = saved_sentence(findings, shared) if Cache.exists(shared.cache) else ""
     summary = {"name": ablation.settings.name, "said": findings.sentences(), "saved": saved}
-    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    _write(folder / "report.html", _page(findings, saved, read_probes(folder)))
+    write_text(folder / "report.html", _page(findings, saved, others))
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return folder / "report.html"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -416,7 +429,7 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def _varied(findings: Findings) -> list[str]:
@@ -535,7 +548,7 @@ body { max-width: 1280px; } .wide { overflow-x: auto; } .variants { font-size: 1
 """
 
 
-def _page(findings: Findings, saved: str, baselines: Sequence[Probed]) -> str:
+def _page(findings: Findings, saved: str, others: Sequence[Probed]) -> str:
     escape = html.escape
     ablation = findings.ablation
     settings = ablation.settings
@@ -557,10 +570,10 @@ def _page(findings: Findings, saved: str, baselines: Sequence[Probed]) -> str:
         for r in findings.results
     )
     probes = "".join(
-        f"<p>{escape(p.title)}, {escape(p.outcomes[0].metric)} of others: "
+        f"<p>{escape(title)}, {escape(p.outcomes[0].metric)} of others: "
         + "; ".join(f"{escape(o.source)} {o.value:.1%} ({o.low:.1%} to {o.high:.1%})" for o in p.outcomes)
         + ".</p>"
-        for p in baselines
+        for p, title in zip(others, titles_of(others), strict=True)
     )
     count = len(findings.measures) * (len(ablation.variants) - 1)
     return f"""<!doctype html>

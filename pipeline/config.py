@@ -218,7 +218,9 @@ def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], pr
         key = prefix + ".".join(location)
         if item["type"] == "extra_forbidden":
             owner: Any = model
-            for part in location[:-1]:
+            for part in item["loc"][:-1]:
+                if isinstance(part, int):  # Of a list; its items are of the kind that was found.
+                    continue
                 kind = owner.model_fields[part].annotation
                 owner = next(k for k in (kind, *get_args(kind)) if hasattr(k, "model_fields"))
             sentences.append(f"{key}: unknown key; allowed here: {', '.join(sorted(owner.model_fields))}")

@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from pipeline.config import Config, ConfigError, dump_config
-from student.published import published_config
+from student.published import literal_list, published_config
 
 DRAWS = 4
 """Mask draws of a converted configuration; the published recipe draws anew each time. What draws cost: docs/draws.md."""
@@ -28,7 +28,6 @@ DROPPED = {
     "optimizer.weight_decay": "the published optimiser's groups override it by 0.01 on all but biases, which is kept",
     "data.bucketing_path": "the corpus is indexed afresh",
     "specaug.time_warp_mode": "features are stretched linearly in time; bicubic is for images",
-    "specaug.replace_with_zero": "masked features are zeros",
     "specaug.adaptive_number_ratio": "of adaptive masks only",
     "specaug.adaptive_size_ratio": "of adaptive masks only",
     "specaug.max_n_time_masks": "of adaptive masks only",
@@ -65,7 +64,7 @@ _READ = {
     "optimizer": "lr warmup_proportion betas eps",
     "data": "libri_root train_set",
     "specaug": "apply_time_warp time_warp_window apply_freq_mask freq_mask_width_range num_freq_mask apply_time_mask "
-    "time_mask_width_range num_time_mask",
+    "time_mask_width_range num_time_mask replace_with_zero",
 }
 """Published keys that `import_config` reads; docs/published-names.md has their names here."""
 
@@ -123,7 +122,7 @@ def _convert(given: dict[str, Any], student: dict[str, Any]) -> Config:
         raise ValueError(
             f"train.distil_random_layer is {hints}, but there are 1 to {below} layers below the last to learn from"
         )
-    predicted = [layer + 1 for layer in yaml.safe_load(given["distiller.pred_layer_id"])] if split else None
+    predicted = [layer + 1 for layer in literal_list(given["distiller.pred_layer_id"])] if split else None
     policy = {
         "selection": given["teacher.mask_selection"],
         "mask_prob": given["teacher.mask_prob"],
@@ -176,8 +175,8 @@ def _convert(given: dict[str, Any], student: dict[str, Any]) -> Config:
     )
 
 
-def _spec_augment(given: dict[str, Any]) -> dict[str, int] | None:
-    """The published policy, which its own forward pass never applies."""
+def _spec_augment(given: dict[str, Any]) -> dict[str, Any] | None:
+    """The published policy, which its own forward pass never applies; what the yaml leaves out has the published code's default."""
     if not given.get("train.specaug"):
         return None
     widths = [given.get("specaug.freq_mask_width_range", [0, 20]), given.get("specaug.time_mask_width_range", [0, 100])]
@@ -192,6 +191,7 @@ def _spec_augment(given: dict[str, Any]) -> dict[str, int] | None:
         "frequency_mask_width": frequency,
         "time_masks": given.get("specaug.num_time_mask", 2) if given.get("specaug.apply_time_mask", True) else 0,
         "time_mask_width": time,
+        "fill": "zero" if given.get("specaug.replace_with_zero", True) else "mean",
     }
 
 

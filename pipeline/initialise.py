@@ -43,8 +43,9 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
     """The student's tensors that ``settings`` has start from the teacher's, by the student's names.
 
     Raises:
-        ConfigError: the student lacks such a tensor, or has it in another shape; the message names the key to change. Or the
-            teacher has none that a student has.
+        ConfigError: the student's part would compute something else than the teacher's: another shape, a tensor that only one of
+            them has, other heads, norms or strides; the message names the key to change. Or the teacher has none that a student
+            has.
     """
     if not isinstance(teacher, Wav2Vec2Teacher):
         raise ConfigError(
@@ -55,10 +56,16 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
     expected = Student(config).state_dict()
     found: dict[str, Tensor] = {}
     if settings.init_front_end:
+        key = "train.init_front_end"
         found |= _renamed(weights, _FRONT_END)
-        _check(
-            found, expected, "train.init_front_end", "student.conv_layers, conv_norm, conv_bias and encoder_embed_dim"
-        )
+        keys = "student.conv_layers, conv_norm, conv_bias and encoder_embed_dim"
+        _check(found, expected, ("conv_blocks.", "feature_norm.", "projection."), key, keys)
+        strides = [stride for _, _, stride in config.conv_layers]
+        if strides != teacher.strides:
+            raise ConfigError(
+                f"{key}: the teacher's convolutions have strides {teacher.strides}, the student's {strides}; make student.conv_layers "
+                "the teacher's"
+            )
     if settings.init_encoder_layers:
         key, number = "train.init_encoder_layers", settings.init_encoder_layers
         if number > min(config.encoder_layers, teacher.num_layers):
@@ -70,7 +77,16 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
                 f"{key}: the teacher's layers compute their own attention maps, so the student's first {number} must be Transformer "
                 "layers that do too; see student.layer_type and student.attention_reuse"
             )
-        layers = _renamed(weights, _POSITION) if config.position == "convolution" else {}
+        for name, ours, theirs in (
+            ("position", config.position, "convolution"),
+            ("encoder_attention_heads", config.encoder_attention_heads, teacher.heads),
+            ("layer_norm_first", config.layer_norm_first, teacher.layer_norm_first),
+        ):
+            if ours != theirs:
+                raise ConfigError(
+                    f"{key}: student.{name} is {ours}, the teacher's layers need {theirs}, or the same weights compute something else"
+                )
+        layers = _renamed(weights, _POSITION)
         for layer in range(number):
             prefix = f"encoder.transformer.layers.{layer}."
             own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
@@ -80,11 +96,13 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
                     f"{key}: {teacher.name} has gated relative positions in its layers, which a student has not"
                 )
             layers |= {f"layers.{layer}.{name}": value for name, value in renamed.items()}
-        _check(layers, expected, key, "student.encoder_embed_dim, encoder_ffn_embed_dim, conv_pos and conv_pos_groups")
+        parts = ("position.", "encoder_norm.", *(f"layers.{layer}." for layer in range(number)))
+        keys = "student.encoder_embed_dim, encoder_ffn_embed_dim, conv_pos, conv_pos_groups and conv_pos_depth"
+        _check(layers, expected, parts, key, keys)
         found |= layers
     if settings.mask_embedding == "teacher":
         embedding = {"mask_embedding": weights["mask_embedding"]}
-        _check(embedding, expected, "train.mask_embedding", "student.encoder_embed_dim")
+        _check(embedding, expected, ("mask_embedding",), "train.mask_embedding", "student.encoder_embed_dim")
         found |= embedding
     return found
 
@@ -105,10 +123,14 @@ def _renamed(weights: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> 
     }
 
 
-def _check(found: dict[str, Tensor], expected: dict[str, Tensor], key: str, keys: str) -> None:
+def _check(found: dict[str, Tensor], expected: dict[str, Tensor], parts: tuple[str, ...], key: str, keys: str) -> None:
+    """ConfigError where the student's tensors whose names begin with one of ``parts`` are not those found, shape by shape."""
     for name, value in found.items():
         if name not in expected or expected[name].shape != value.shape:
             ours = "does not have" if name not in expected else f"has as {tuple(expected[name].shape)}"
             raise ConfigError(
                 f"{key}: the teacher's {name} is {tuple(value.shape)}, which the student {ours}; make {keys} the teacher's"
             )
+    lacking = [name for name in expected if name.startswith(parts) and name not in found]
+    if lacking:
+        raise ConfigError(f"{key}: the student's {lacking[0]} is not the teacher's to give; make {keys} the teacher's")

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pipeline.charts import COLORS, Line, line_chart
 from pipeline.export_model import open_student
+from pipeline.files import write_text
 from student.model import Student
 from teacher_cache.audio import load_audio
 from teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD, SAMPLE_RATE
@@ -434,8 +435,17 @@ def write_outcomes(
     title: str,
     origin: dict[str, Any],
     settings: dict[str, Any],
+    own: int | None = None,
 ) -> None:
-    """Writes ``probe.json`` and ``probe.html`` into a folder; ``settings`` are what `read_probe` may ask for."""
+    """Writes ``probe.json`` and ``probe.html`` into a folder.
+
+    Args:
+        folder: see `probe_folder`.
+        outcomes, task, title: what was found.
+        origin: of the students.
+        settings: of `probe_settings`.
+        own: number of the outcome that is of the run's own student, if any is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     trained = sum(not example.test for example in task.examples)
     tested = len(task.examples) - trained
@@ -448,16 +458,15 @@ def write_outcomes(
         "vocabulary": len(task.vocabulary),
         "origin": origin,
         "settings": settings,
+        "own": own,
         "outcomes": [asdict(outcome) for outcome in outcomes],
     }
-    temporary = folder / ".probe.json.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(folder / "probe.json")
+    write_text(folder / "probe.json", json.dumps(record, indent=2) + "\n")
     sizes = f"{trained} utterances to train on, {tested} to test on, {len(task.vocabulary)} classes or symbols"
     page = _PAGE.format(
         title=html.escape(title), body=probe_section(outcomes, title), note=f"{sizes}; 95 % bootstrap intervals."
     )
-    (folder / "probe.html").write_text(page)
+    write_text(folder / "probe.html", page)
 
 
 @dataclass(frozen=True)
@@ -468,11 +477,23 @@ class Probed:
         title: of the task.
         outcomes: one for each source.
         settings: manifest's SHA-256, units, epochs, seed.
+        own: number of the outcome that is of the run's own student, if any is.
     """
 
     title: str
     outcomes: list[Outcome]
     settings: dict[str, Any]
+    own: int | None
+
+    @property
+    def student(self) -> Outcome | None:
+        """Of the run's own student."""
+        return None if self.own is None else self.outcomes[self.own]
+
+    @property
+    def key(self) -> str:
+        """Equal for figures that can be compared."""
+        return json.dumps(self.settings, sort_keys=True)
 
 
 def probe_settings(manifest: Path, units: Units, epochs: int, seed: int) -> dict[str, Any]:
@@ -481,31 +502,44 @@ def probe_settings(manifest: Path, units: Units, epochs: int, seed: int) -> dict
     return {"manifest": digest, "units": units, "epochs": epochs, "seed": seed}
 
 
-def read_probe(folder: Path, settings: dict[str, Any] | None = None) -> Probed | None:
-    """What `write_outcomes` wrote; None where there is nothing, or it was made with other settings than asked for.
+def probe_folder(run: Path, title: str, settings: dict[str, Any]) -> Path:
+    """Where a run's folder keeps a probe; other settings have another folder."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return run / "probes" / f"{title}-{digest[:8]}"
 
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = folder / "probe.json"
-    if not path.is_file():
-        return None
+
+def _read_probe(path: Path) -> Probed:
     try:
         record = json.loads(path.read_text())
         outcomes = []
         for item in record["outcomes"]:
             difference = item.pop("difference")
             outcomes.append(Outcome(**item, difference=None if difference is None else tuple(difference)))
-        found = Probed(record["title"], outcomes, record.get("settings", {}))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        probed = Probed(record["title"], outcomes, record.get("settings", {}), record.get("own"))
+        _ = probed.student
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no probe's record ({error}); remove it, or run the probe again") from error
-    return found if settings is None or found.settings == settings else None
+    return probed
 
 
-def read_probes(run: Path) -> list[Probed]:
-    """All probes of a run's folder, by title."""
-    folders = sorted(path.parent for path in run.glob("probes/*/probe.json"))
-    return [probed for folder in folders if (probed := read_probe(folder)) is not None]
+def read_probes(run: Path, settings: dict[str, Any] | None = None) -> list[Probed]:
+    """What `write_outcomes` wrote into a run's folder, by title; only what was made with these settings, if any are given.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    found = [_read_probe(path) for path in sorted(run.glob("probes/*/probe.json"))]
+    return [probed for probed in found if settings is None or probed.settings == settings]
+
+
+def titles_of(probes: Sequence[Probed]) -> list[str]:
+    """A title for each that tells it from the others: with its settings where several have one title."""
+    titles = []
+    for probed in probes:
+        settings = ", ".join(f"{k} {v[:8] if k == 'manifest' else v}" for k, v in probed.settings.items())
+        alone = sum(other.title == probed.title for other in probes) == 1
+        titles.append(probed.title if alone else f"{probed.title} ({settings})")
+    return titles
 
 
 def command(
@@ -531,7 +565,7 @@ def command(
     device: Annotated[str, typer.Option(help="Of teacher and students: cpu, cuda.")] = "cpu",
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for probe.json and probe.html; default probe, or RUN/probes/MANIFEST."),
+        typer.Option(help="Folder for probe.json and probe.html; default probe, or a folder of its own in RUN/probes."),
     ] = None,
 ) -> None:
     """Fit linear probes on frozen features of teacher, students and log-mel bands, and compare what they tell."""
@@ -549,6 +583,7 @@ def command(
             name = f"student {origin.get('run') or path.name}"
             origins[name] = origin
             sources.append(Source.of_student(loaded.to(device), name))
+        own = len(sources) - 1 if run else None
         if log_mel:
             sources.append(Source.log_mel())
         if not sources:
@@ -564,8 +599,9 @@ def command(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     console.print(outcome_table(outcomes))
-    folder = output or (run / "probes" / manifest.stem if run else Path("probe"))
-    write_outcomes(folder, outcomes, task, manifest.stem, origins, probe_settings(manifest, chosen, epochs, seed))
+    settings = probe_settings(manifest, chosen, epochs, seed)
+    folder = output or (probe_folder(run, manifest.stem, settings) if run else Path("probe"))
+    write_outcomes(folder, outcomes, task, manifest.stem, origins, settings, own)
     console.print(f"probe   {folder / 'probe.html'}", highlight=False, soft_wrap=True)
 
 

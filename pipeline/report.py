@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.charts import COLORS, Line, heatmap, line_chart
+from pipeline.files import write_text
 from student import Student
 from teacher_cache.batch import TargetReader
 from teacher_cache.frames import SAMPLE_RATE
@@ -196,9 +197,7 @@ def write_report(
 <p class="faint">Files: {files}</p>
 </main></body></html>
 """
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page)
-    temporary.replace(path)
+    write_text(path, page)
 
 
 _FILES = (

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from pipeline.config import Config, ConfigError, dump_config
 from pipeline.corpus import CorpusIndex, index_corpus
+from pipeline.files import write_text
 from pipeline.initialise import initial_tensors, write_initial
 from pipeline.plan import cost_lines, cost_table, plan_cost
-from pipeline.probe import probe_section, read_probes
+from pipeline.probe import probe_section, read_probes, titles_of
 from pipeline.report import FeatureMaps, feature_maps, read_metrics, write_report
 from student import Student, StudentConfig, load_student
 from student.ray_training import train_on_ray
@@ -77,7 +78,7 @@ class Run:
         if claim:
             self._refuse_others()
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(dump_config(config))
+        write_text(self.folder / "config.yaml", dump_config(config))
 
     def _refuse_others(self) -> None:
         path = self.folder / "config.yaml"
@@ -90,7 +91,7 @@ class Run:
         if results:
             if not path.is_file():
                 raise ConfigError(f"{self.folder} holds files but no run (no config.yaml); choose another name=...")
-            mine, theirs = _identity(dump_config(self.config)), _identity(_completed(path.read_text()))
+            mine, theirs = _identity(self.config.model_dump(mode="json")), _identity(_recorded(path))
             changed = [section for section in mine if mine[section] != theirs.get(section)]
             if changed:
                 raise ConfigError(
@@ -259,6 +260,8 @@ class Run:
         else:
             with self.quiet(), self.progress("cache", "utterances") as update:
                 init_ray()
+                keys = "cache.cpus_per_actor, cache.gpus_per_actor"
+                self._check_room(keys, 1, settings.cpus_per_actor, settings.gpus_per_actor)
 
                 def show(progress: BuildProgress) -> None:
                     note = (
@@ -300,6 +303,17 @@ class Run:
                 f"the cache is not sound: {'; '.join(problem.text for problem in problems[:3])}{more}; "
                 f"`python -m teacher_cache repair {self.cache.location}` rebuilds what is damaged"
             )
+
+    def _check_room(self, keys: str, workers: int, cpus: int, gpus: float) -> None:
+        """Where so many workers don't fit into Ray: ConfigError, or of a cluster, which may grow, says what is waited for."""
+        nodes = node_resources()
+        if fitting(nodes, cpus, gpus) >= workers:
+            return
+        each = f"{cpus} cores{f' and {gpus:g} GPUs' if gpus else ''}"
+        needed = f"{workers} workers of {each} each are needed" if workers > 1 else f"a worker of {each} is needed"
+        if ray_is_own():
+            raise ConfigError(f"{keys}: {needed}; {described(nodes)}, and gets no more")
+        self.say(f"wait    for room: {needed}; {described(nodes)}")
 
     @property
     def _seconds(self) -> float:
@@ -350,6 +364,7 @@ class Run:
         training = self.training(max(1, (os.cpu_count() or 1) // settings.workers))
         with self.quiet(), self.progress("train", "steps") as update:
             init_ray()
+            self._check_room("train.workers, train.use_gpu", settings.workers, 1, float(settings.use_gpu))
             done = threading.Event()
             watcher = threading.Thread(target=_follow, args=(self.folder / "metrics.jsonl", update, done), daemon=True)
             watcher.start()
@@ -402,7 +417,8 @@ class Run:
         result = self.folder / "train.json"
         trained = json.loads(result.read_text()) if exported or result.is_file() else None
         online = self.config.train.targets == "online"
-        size = None if online else cache_bytes(Cache.open(self.cache))
+        cached = not online and Cache.exists(self.cache)
+        size = cache_bytes(Cache.open(self.cache)) if cached else None
         summary: dict[str, Any] = {
             "name": self.config.name,
             "hours": self.corpus.hours,
@@ -422,9 +438,12 @@ class Run:
             "report": str(page),
         }
         if exported:
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        probes = read_probes(self.folder)
         if not exported:
             maps: FeatureMaps | str = "No student is exported yet."
+        elif not online and not cached:
+            maps = f"The cache at {self.cache.location} is gone, and the teacher's features with it."
         elif student.config.heads == "none":
             maps = "A student without heads predicts no features that could be shown beside the teacher's."
         else:
@@ -436,7 +455,9 @@ class Run:
             metrics=metrics,
             maps=maps,
             config=dump_config(self.config),
-            probes="".join(probe_section(p.outcomes, p.title, level=3) for p in read_probes(self.folder)),
+            probes="".join(
+                probe_section(p.outcomes, title, level=3) for p, title in zip(probes, titles_of(probes), strict=True)
+            ),
         )
         if not exported:
             raise ConfigError(f"{nothing} ({page} shows what is recorded so far)")
@@ -533,17 +554,24 @@ _CARRIED_OUT = {
 }
 
 
-def _completed(text: str) -> str:
-    """A configuration that an earlier version wrote, with the defaults of keys that are new since."""
+def _recorded(path: Path) -> dict[str, Any]:
+    """The configuration in a run's folder, with the defaults of keys that are new since it was written. ConfigError if damaged."""
     try:
-        return dump_config(Config.model_validate(yaml.safe_load(text)))
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict) or not all(isinstance(tree.get(section), dict) for section in _CARRIED_OUT):
+        raise ConfigError(
+            f"{path} is damaged, so nobody knows whose results lie beside it; choose another name=..., or remove that folder"
+        )
+    try:
+        return Config.model_validate(tree).model_dump(mode="json")
     except pydantic.ValidationError:
-        return text  # Of a key that is gone; comparing shows it.
+        return tree  # Of a key that is gone; comparing shows it.
 
 
-def _identity(text: str) -> dict[str, Any]:
-    """A dumped configuration without what changes how a run is carried out but not what comes out."""
-    tree: dict[str, Any] = yaml.safe_load(text)
+def _identity(tree: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what changes how a run is carried out but not what comes out."""
     tree.pop("runs", None)
     for section, keys in _CARRIED_OUT.items():
         for key in keys:
@@ -573,7 +601,7 @@ def init_ray() -> None:
         try:
             ray.init(
                 # A submitted job is told its cluster; anything else gets a Ray of its own, whatever else runs on this machine.
-                address=os.environ.get("RAY_ADDRESS", "local"),
+                address="local" if ray_is_own() else os.environ["RAY_ADDRESS"],
                 log_to_driver=False,
                 logging_level="ERROR",
                 runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}},
@@ -588,6 +616,33 @@ def init_ray() -> None:
                 ) from error
         else:
             return
+
+
+def ray_is_own() -> bool:
+    """Whether Ray is, or will be, of this process alone, so that no machine can join it."""
+    return os.environ.get("RAY_ADDRESS", "local") == "local"
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each of Ray's machines has in all: ``CPU``, ``GPU``, ..."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def described(nodes: Sequence[Mapping[str, float]]) -> str:
+    """What Ray has, for people."""
+    cores, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    return f"Ray has {cores:g} cores and {gpus:g} GPUs on {len(nodes)} machines"
+
+
+def fitting(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:
+    """How many workers fit that take so many cores and GPUs of one machine each."""
+    fits = 0
+    for node in nodes:
+        by_cores = int(node.get("CPU", 0)) // cpus
+        fits += min(by_cores, int(node.get("GPU", 0) / gpus)) if gpus else by_cores
+    return fits
 
 
 def _follow(path: Path, update: Any, done: threading.Event) -> None:

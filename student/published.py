@@ -124,7 +124,7 @@ def published_config(path: Path) -> StudentConfig:
     try:
         layers = int(options["encoder_layers"])
         pattern = options.get("reuse_pattern")  # MaskHuBERT's yaml has none: every layer computes its map.
-        computes = [True] * layers if pattern in (None, "None") else _literal(pattern)
+        computes = [True] * layers if pattern in (None, "None") else literal_list(pattern)
         norms: dict[str, Literal["group_norm", "layer_norm"]] = {"default": "group_norm", "layer_norm": "layer_norm"}
         positions: dict[str, Literal["convolution", "relative", "rotary"]] = {
             "abs": "convolution",
@@ -134,7 +134,7 @@ def published_config(path: Path) -> StudentConfig:
         if options.get("layer_type", "transformer") == "transformer":
             positions = dict.fromkeys(positions, "convolution")  # The key is of Conformer layers only.
         return StudentConfig(
-            conv_layers=tuple(tuple(layer) for layer in _literal(options["conv_feature_layers"])),
+            conv_layers=tuple(tuple(layer) for layer in literal_list(options["conv_feature_layers"])),
             conv_norm=norms[options.get("extractor_mode", "default")],
             conv_bias=options.get("conv_bias", False),
             encoder_layers=layers,
@@ -181,12 +181,12 @@ def _heads(options: dict[str, Any]) -> dict[str, Any]:
         return {}
     return {
         "heads": "split",
-        "split_heads": len(_literal(options.get("pred_layer_id", "[3, 7, 11]"))),
+        "split_heads": len(literal_list(options.get("pred_layer_id", "[3, 7, 11]"))),
         "split_dim": options.get("pred_head_inter_dim") or None,
     }
 
 
-def _literal(text: Any) -> list[Any]:
+def literal_list(text: Any) -> list[Any]:
     """The value of a list expression such as ``[(128, 10, 5)] + [(256, 3, 2)] * 4``, without eval.
 
     Raises:

@@ -1,5 +1,6 @@
 """The training loop on Ray Train workers."""
 
+import logging
 import uuid
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ from teacher_cache.reader import CacheReader
 from teacher_cache.shards import SourceUtterance
 from teacher_cache.spec import MaskDraws, Targets
 
+_LOG = logging.getLogger(__name__)
+_START_TRIES = 30
+"""How often Ray waits a minute for the workers' cores and GPUs: long enough for a cluster to grow, and not for ever."""
+
+
+class TrainingError(ValueError):
+    """Workers that could not be had, or failed too often; the message is for the user."""
+
 
 def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, TargetReader]:
     layers = job["layers"]
@@ -32,7 +41,13 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
     masks = MaskDraws.model_validate(job["masks"])
     utterances = [SourceUtterance(**utterance) for utterance in job["utterances"]]
     by_split = {
-        split: OnlineReader([u for u in utterances if u.split == split], teacher, masks, layers)
+        split: OnlineReader(
+            [u for u in utterances if u.split == split],
+            teacher,
+            masks,
+            layers,
+            job["cache_targets"] or "clean_and_masked",
+        )
         for split in ("train", "validation")
     }
     return by_split["train"], by_split["validation"]
@@ -141,13 +156,15 @@ def train_on_ray(
         layers: 1-based teacher layers to learn from.
         cache: location of the cache, for cached targets.
         teacher, masks, utterances: for online targets.
-        cache_targets: which of its targets to read, as `teacher_cache.spec.CacheSpec.targets`; default what it was made for.
+        cache_targets: which targets to read or compute, as `teacher_cache.spec.CacheSpec.targets`; default what the cache was made
+            for, online ``clean_and_masked``.
         initial: as `student.training.train` takes it.
         cpu_threads: PyTorch threads of a worker without a GPU.
         reserved_cpus: cores that Ray sets aside for each worker.
         in_process: a single worker is this process, which has its cores and GPU already, and restarts are the caller's.
 
     Raises:
+        TrainingError: Ray has no room for the workers, or they failed more than ``settings.max_failures`` times.
         ValueError, FloatingPointError, OSError: as `student.training.train` does, from whichever worker it came.
     """
     import ray.train
@@ -184,15 +201,53 @@ def train_on_ray(
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex[:12],
             storage_path=str(folder / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=settings.max_failures, controller_failure_limit=_START_TRIES
+            ),
         ),
     )
     try:
         problem = trainer.fit().return_value
-    except ray.train.WorkerGroupError as error:
-        # Ray wraps what the workers raised: one rank's reason, and perhaps the broken connections of the others.
-        causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
-        reasons = [c for c in causes if isinstance(c, (ValueError, OSError)) and not isinstance(c, ConnectionError)]
-        problem = reasons[0] if reasons else error
+    except ray.train.TrainingFailedError as error:
+        problem = _reason(error, settings)
+        if isinstance(problem, TrainingError):
+            _LOG.error("the training failed", exc_info=error)  # The sentence leaves out what a developer needs.
     if problem is not None:
         raise problem
+
+
+def _reason(error: Exception, settings: TrainSettings) -> Exception:
+    """What Ray Train raised, for the user: what a worker raised where that is for the user, else a TrainingError."""
+    import ray.exceptions
+    import ray.train
+
+    if not isinstance(error, ray.train.WorkerGroupError):
+        cause = getattr(error, "controller_failure", error)
+        return TrainingError(
+            f"Ray could not start the training's {settings.workers} workers ({_first_sentence(cause)}); change train.workers or "
+            "train.use_gpu, or see to machines with room for them"
+        )
+    # Ray wraps what the workers raised: one rank's reason, and perhaps the broken connections of the others.
+    causes = [
+        getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", failure)
+        for failure in error.worker_failures.values()
+    ]
+    for cause in causes:
+        if isinstance(cause, (ValueError, OSError)) and not isinstance(cause, ConnectionError):
+            return cause
+    died = next((cause for cause in causes if isinstance(cause, ray.exceptions.RayActorError)), None)
+    memory = next((cause for cause in causes if isinstance(cause, (torch.OutOfMemoryError, MemoryError))), None)
+    if memory is None and died is not None:
+        why = "a worker's process died, as when the machine's memory runs out"
+    else:
+        why = f"a worker failed: {_first_sentence(memory or causes[0])}"
+    hint = "; where memory was short, lower train.batch_size or train.batch_seconds" if memory or died else ""
+    return TrainingError(
+        f"the training was broken off {settings.max_failures + 1} times (train.max_failures is {settings.max_failures}), the last "
+        f"time since {why}{hint}; the same command goes on from the last checkpoint"
+    )
+
+
+def _first_sentence(error: BaseException) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.partition(". ")[0].removesuffix(".")

@@ -7,6 +7,12 @@ import pydantic
 from student.config import StudentConfig
 from student.spec_augment import SpecAugment
 
+_OBJECTIVE_KEYS = {
+    "prediction": ("hint_weight", "final_weight", "hint_layers", "cosine_weight"),
+    "star": ("relation_weights",),
+}
+"""Keys that the other objective has no use for."""
+
 
 class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
     """Training settings; defaults are ARMHuBERT-S-100h's.
@@ -27,13 +33,13 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
             override it: 0.01 on everything but biases.
         objective: ``prediction``: heads predict the teacher's layers (ARMHuBERT, DistilHuBERT); ``star``: temporal relations
             between frames are learnt (`student.temporal_relation`), by a student without heads.
-        hint_weight: on the sum over layers below the last.
-        final_weight: on the last layer.
+        hint_weight: of ``prediction``: on the sum over layers below the last.
+        final_weight: of ``prediction``: on the last layer.
         loss: ``mse`` or ``l1``.
-        cosine_weight: on DistilHuBERT's second term, ``-log sigmoid(cos)``; 0 (published ARMHuBERT) leaves it out.
+        cosine_weight: of ``prediction``: on DistilHuBERT's second term, ``-log sigmoid(cos)``; 0 (published ARMHuBERT) leaves it out.
         relation_weights: of ``star``: on layer-wise and on intra-layer relations.
-        hint_layers: of the layers below the last, so many drawn anew for each epoch (published ``distil_random_layer``) take
-            part; None: all.
+        hint_layers: of ``prediction``: of the layers below the last, so many drawn anew for each epoch (published
+            ``distil_random_layer``) take part; None: all.
         count_padding: divide the loss by padded frames too, as the published code does. A cache has no targets for them, so
             they add no error.
         spec_augment: a policy (`student.spec_augment.SpecAugment`), ``{}`` for the published one; None leaves features alone.
@@ -108,10 +114,12 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
             raise ValueError(
                 "train.draw_order in_order needs train.targets cached: online targets never run out of draws"
             )
-        if self.objective == "star" and (self.hint_layers is not None or self.cosine_weight):
-            raise ValueError(
-                "train.hint_layers and train.cosine_weight belong to the objective prediction, not to star"
-            )
+        other = _OBJECTIVE_KEYS["star" if self.objective == "prediction" else "prediction"]
+        for key in other:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"train.{key} does nothing with train.objective {self.objective}: it belongs to the other objective; leave it out"
+                )
         return self
 
     @property

@@ -1,11 +1,13 @@
 """SpecAugment (Park et al. 2019) on the student's features: time warp, masks over frequency (feature dimensions) and time.
 
 The published configuration has it, with these defaults, but its forward pass never applies it. Here it is applied in training, to
-the front end's features projected to the encoder's width, before masked frames take the mask embedding.
+the front end's features projected to the encoder's width, before masked frames take the mask embedding. The published code fills with
+the mean of a padded batch, here each utterance has its own.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import pydantic
 import torch
@@ -17,21 +19,23 @@ class SpecAugment(pydantic.BaseModel, frozen=True, extra="forbid"):
     """What is done to each utterance, drawn anew each time it is seen; 0 masks or a window of 0 leaves a part out.
 
     Attributes:
-        time_warp_window: most frames by which a random point is moved; the rest is stretched around it. Default 5.
-        frequency_masks: bands of feature dimensions that become 0. Default 2.
-        frequency_mask_width: widest band, in dimensions, exclusive. Default 20.
-        time_masks: stretches of frames that become 0. Default 2.
+        time_warp_window: most frames by which a random point is moved; the rest is stretched around it. Default 0: no warp.
+        frequency_masks: bands of feature dimensions that are masked. Default 2.
+        frequency_mask_width: widest band, in dimensions, exclusive. Default 27.
+        time_masks: stretches of frames that are masked. Default 2.
         time_mask_width: longest stretch, in frames, exclusive. Default 100.
         time_mask_share: longest stretch as a share of the utterance's frames, so that short ones are not wiped out
             (the adaptive policy of Park et al. 2020). Default 1: no such bound, as published.
+        fill: what masks become: the ``mean`` of the utterance's features, or ``zero``. Default ``mean``.
     """
 
-    time_warp_window: int = pydantic.Field(default=5, ge=0)
+    time_warp_window: int = pydantic.Field(default=0, ge=0)
     frequency_masks: int = pydantic.Field(default=2, ge=0)
-    frequency_mask_width: int = pydantic.Field(default=20, ge=1)
+    frequency_mask_width: int = pydantic.Field(default=27, ge=1)
     time_masks: int = pydantic.Field(default=2, ge=0)
     time_mask_width: int = pydantic.Field(default=100, ge=1)
     time_mask_share: float = pydantic.Field(default=1.0, gt=0, le=1)
+    fill: Literal["mean", "zero"] = "mean"
 
 
 def spec_augment(x: Tensor, num_frames: Tensor, policy: SpecAugment) -> Tensor:
@@ -59,7 +63,8 @@ def spec_augment(x: Tensor, num_frames: Tensor, policy: SpecAugment) -> Tensor:
                 size = min(_integer(0, width), len(line))
                 first = _integer(0, len(line) - size + 1)
                 line[first : first + size] = False
-        real = real.masked_fill(~(keep[0] & keep[1]).to(x.device), 0)
+        filling = real.mean() if policy.fill == "mean" else real.new_zeros(())
+        real = torch.where((keep[0] & keep[1]).to(x.device), real, filling)
         rows.append(torch.cat([real, row[frames:]]))
     return torch.stack(rows)
 

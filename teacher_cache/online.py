@@ -13,7 +13,7 @@ from teacher_cache.batch import Batch, pad_waveforms
 from teacher_cache.embedded import quantize
 from teacher_cache.masks import draw_mask
 from teacher_cache.shards import SourceUtterance
-from teacher_cache.spec import MaskDraws
+from teacher_cache.spec import MaskDraws, Targets
 from teacher_cache.teachers import Teacher
 
 
@@ -23,8 +23,10 @@ class OnlineReader:
     Args:
         utterances: of one split; index order is theirs.
         teacher: on the device it is to run on.
-        masks: policies and seed of the draws.
+        masks: policies and seed of the draws; with ``draws`` 0 there are none, else one more for each epoch.
         layers: 1-based layers; default all.
+        targets: as `teacher_cache.spec.CacheSpec.targets`: ``clean_only`` leaves out the masked pass, the others mean the same
+            here. Default ``clean_and_masked``.
     """
 
     draws: int | None = None
@@ -35,6 +37,7 @@ class OnlineReader:
         teacher: Teacher,
         masks: MaskDraws,
         layers: Sequence[int] | None = None,
+        targets: Targets = "clean_and_masked",
     ) -> None:
         self.utterances = utterances
         self.num_samples = np.array([utterance.num_samples for utterance in utterances])
@@ -43,6 +46,9 @@ class OnlineReader:
         self.dim = teacher.dim
         self._teacher = teacher
         self._masks = masks
+        self._clean_only = targets == "clean_only"
+        if masks.draws == 0:
+            self.draws = 0
 
     def read(self, indices: Sequence[int], draw: int | None) -> Batch:
         """See TargetReader; all tensors are on the teacher's device."""
@@ -55,8 +61,9 @@ class OnlineReader:
         frame_mask = None
         if draw is not None:
             frame_mask = masks_of(self._masks, draw, [u.id for u in members], frames.tolist()).to(device)
-            masked = self._teacher.hidden_states(waveforms, lengths, frame_mask, layers=self.layers)
-            targets = torch.where(frame_mask[:, None, :, None], targets, masked)
+            if not self._clean_only:
+                masked = self._teacher.hidden_states(waveforms, lengths, frame_mask, layers=self.layers)
+                targets = torch.where(frame_mask[:, None, :, None], targets, masked)
         return Batch([u.id for u in members], waveforms, lengths, frames, targets, frame_mask)
 
 

@@ -36,6 +36,11 @@ class Wav2Vec2Teacher(Teacher):
     Three differences from torchaudio's own forward pass: GroupNorm statistics count real positions only, waveforms are
     normalised one utterance at a time over real samples, and masked frames can be replaced by the learned mask embedding
     (after the projection to the encoder's width, as in fairseq).
+
+    Attributes:
+        heads: attention heads of each layer.
+        layer_norm_first: whether layers are normalised before each part (Large), else after it (Base).
+        strides: of the convolutions.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Wav2Vec2Teacher(Teacher):
         transformer = model.encoder.transformer
         self._encoder: Any = model.encoder
         self._layers: list[nn.Module] = list(transformer.layers)
+        self.strides = [layer.stride for layer in self._convolutions]
         kernels_and_strides = [(layer.kernel_size, layer.stride) for layer in self._convolutions]
         strides = 1
         for _, stride in kernels_and_strides:
@@ -76,6 +82,8 @@ class Wav2Vec2Teacher(Teacher):
                 f"{RECEPTIVE_FIELD} samples wide and {FRAME_SAMPLES} apart, as in HuBERT"
             )
         attention: Any = self._layers[0].attention
+        self.heads: int = attention.num_heads
+        self.layer_norm_first: bool = self._layers[0].layer_norm_first  # type: ignore[assignment]
         positions: Any = transformer.pos_conv_embed
         depth = len(positions.convolutions) if isinstance(positions, StackedPositions) else None
         position: Any = positions.conv if depth is None else positions.convolutions[0]
@@ -85,8 +93,8 @@ class Wav2Vec2Teacher(Teacher):
             "norms": [type(layer.layer_norm).__name__ for layer in self._convolutions],
             "projection": type(model.encoder.feature_projection.projection).__name__,
             "position": [position.kernel_size[0], position.groups],
-            "layer_norm_first": self._layers[0].layer_norm_first,
-            "heads": attention.num_heads,
+            "layer_norm_first": self.layer_norm_first,
+            "heads": self.heads,
             "max_distance": getattr(attention, "max_distance", None),
         }
         super().__init__(

@@ -48,6 +48,7 @@ def test_an_ablation_from_end_to_end(tmp_path: Path, speech_folder: Path) -> Non
         "variants": {
             "layer-2": {"teacher.layers": [2]},
             "draws-1": {"masks.draws": 1},
+            "star": {"train.objective": "star", "student.heads": "none"},
             "diverges": {"train.learning_rate": 1e30, "train.warmup_fraction": 0},
         },
         "seeds": [0],
@@ -60,15 +61,17 @@ def test_an_ablation_from_end_to_end(tmp_path: Path, speech_folder: Path) -> Non
     assert done.returncode == 1, done.stdout + done.stderr
     output = " ".join(done.stdout.split())
     assert "diverges-seed0 failed: " in output and "not finite in 1 steps in a row" in output
-    assert "1 of 3 runs failed; the same command tries them again" in output
+    assert "1 of 4 runs failed; the same command tries them again" in output
     runs = tmp_path / "runs" / "small"
-    for name in ("layer-2-seed0", "draws-1-seed0"):
+    for name in ("layer-2-seed0", "draws-1-seed0", "star-seed0"):
         for file in ("config.yaml", "train.json", "report.html", "summary.json", "export/model.safetensors"):
             assert (runs / name / file).is_file(), f"{name}/{file}"
         assert "pitch" in (runs / name / "report.html").read_text(), "the probe is in the run's report"
     table = {row["variant"]: row for row in csv.DictReader((runs / "table.csv").open())}
     assert table["diverges"]["seeds"] == "0" and table["draws-1"]["seeds"] == "1"
-    assert 0 <= float(table["draws-1"]["pitch, accuracy: mean"]) <= 1
+    for name in ("draws-1", "star"):
+        assert 0 <= float(table[name]["pitch, accuracy: mean"]) <= 1
+    assert "validation loss: mean" not in table["star"], "losses of two objectives are not compared"
     page = (runs / "report.html").read_text()
     assert "Teacher hours" in page and "teacher seconds per second of audio" in page and "diverges-seed0 failed" in page
     spec = json.loads((tmp_path / "cache" / "cache.json").read_text())["spec"]
@@ -86,6 +89,6 @@ def test_an_ablation_from_end_to_end(tmp_path: Path, speech_folder: Path) -> Non
     path.write_text(yaml.safe_dump(tree))
     again = ablate(path, tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "all 2 runs are finished, reused" in again.stdout
+    assert "all 3 runs are finished, reused" in again.stdout
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.parquet")} == built
     assert {file: file.stat().st_mtime_ns for file in runs.glob("*/train.json")} == trained

@@ -11,10 +11,12 @@ import pytest
 import yaml
 from rich.console import Console
 
+import pipeline.ablation
 from pipeline.ablate import cores, room
 from pipeline.ablation import Ablation, ProbeSection, load_ablation
 from pipeline.ablation_report import compare, read_results, saved_hours, t_95, write_ablation_report
 from pipeline.config import ConfigError
+from pipeline.probe import Outcome, probe_folder, probe_settings, read_task, write_outcomes
 from pipeline.stages import Run
 from student.feed import TrainingPlan
 from student.settings import TrainSettings
@@ -81,6 +83,16 @@ def test_one_cache_has_what_all_runs_need(tmp_path: Path) -> None:
         ({"variants": {"a": {"cache.codec": "int8"}}}, "cache.codec: can't differ between runs"),
         ({"variants": {"a": {"corpus.path": "x"}}}, "corpus.path: can't differ between runs"),
         ({"variants": {"a": {"train.seed": 3}}}, "train.seed: give the seeds of all variants as `seeds`"),
+        ({"set": {"train.seed": 3}}, "train.seed: give the seeds of all variants as `seeds`"),
+        ({"set": {"name": "other"}}, "name: runs are named after their variants"),
+        (
+            {"variants": {"a": {}, "b": {"teacher": {"checkpoint": "other.pt"}}}},
+            r"teacher: is a section; name its keys, with dots, as in teacher\.KEY",
+        ),
+        ({"variants": {"a": {}, "b": {"student": {"attention_reuse": "none"}}}}, "student: is a section"),
+        ({"grid": {"train": [{"loss": "l1"}]}}, "train: is a section"),
+        ({"set": {"train": {"epochs": 7}}}, "train: is a section"),
+        ({"variants": {"a": {}, "b": {"teacher.checkpoint": "other.pt"}}}, "teacher.checkpoint: can't differ"),
         (
             {"variants": {"a": {"train.targets": "online"}}},
             "train.targets: all runs of an ablation train from one cache",
@@ -114,9 +126,37 @@ def test_what_can_not_be_is_refused_with_its_key(tmp_path: Path, changes: dict[s
         load_ablation(write(tmp_path, **changes))
 
 
-def test_overrides_do_not_touch_what_is_varied(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="masks.draws: is what the ablation varies"):
-        load_ablation(write(tmp_path), ["masks.draws=3"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("masks.draws=3", "masks.draws: is what the ablation varies"),
+        ("masks={draws: 3}", "masks: is a section"),
+        ("train.seed=3", "train.seed: give the seeds of all variants as `seeds`"),
+        ("name=a/b", "name: String should match pattern"),
+    ],
+)
+def test_overrides_that_would_do_nothing_are_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_ablation(write(tmp_path), [override])
+
+
+def test_another_name_is_another_folder(tmp_path: Path) -> None:
+    ablation = load_ablation(write(tmp_path), ["name=again", "runs=/data"])
+    assert ablation.settings.name == "again" and ablation.folder == Path("/data/again")
+    assert ablation.runs[0].config.folder == Path("/data/again/a-seed0")
+
+
+def test_the_documented_example_is_sound(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs" / "ablations.md").read_text().partition("## Writing one")[2]
+    example = text.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "ablations").mkdir()
+    (tmp_path / "ablations" / "example.yaml").write_text(example)
+    base = "armhubert-s-100.yaml"
+    (tmp_path / base).write_text((REPOSITORY / "configs" / base).read_text())
+    assert len(load_ablation(tmp_path / "ablations" / "example.yaml").runs) == 2 * 2 * 3
+    assert pipeline.ablation.__doc__ is not None
+    brief = yaml.safe_load(pipeline.ablation.__doc__.partition("\n\n")[2])
+    assert brief == {key: value for key, value in yaml.safe_load(example).items() if key != "question"}
 
 
 def test_shipped_ablations_are_sound() -> None:
@@ -215,6 +255,30 @@ def test_the_report_compares_and_says_what_failed(finished: Ablation) -> None:
     assert "c against a: no difference shown in validation loss (+0.0100, " in page
     assert "cosine, layers 1-2" in page and "1,234" in page
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_probes_count_with_the_students_figure_and_the_settings_asked_for(finished: Ablation, tmp_path: Path) -> None:
+    (tmp_path / "pitch.csv").write_text("path,label,split\na,x,train\nb,y,train\nc,x,test\n")
+    task = read_task(tmp_path / "pitch.csv")
+    asked, other = (probe_settings(tmp_path / "pitch.csv", "characters", epochs, 0) for epochs in (20, 1))
+    folders = [run.config.folder for run in finished.runs]
+    for folder in folders:
+        for settings, value in ((asked, 0.5), (other, 0.25)):
+            outcomes = [
+                Outcome(source, "accuracy", v, v, v, None, [1.0], 0.0)
+                for source, v in (("teacher", 0.9), ("student", value))
+            ]
+            write_outcomes(probe_folder(folder, "pitch", settings), outcomes, task, "pitch", {}, settings, own=1)
+    shared = Run(finished.needs, Console(quiet=True), claim=False)
+
+    def means(probing: dict[str, Any] | None) -> dict[str, float]:
+        write_ablation_report(finished, read_results(folders, probing=probing), shared)
+        row = next(csv.DictReader((finished.folder / "table.csv").open()))
+        return {key: float(value) for key, value in row.items() if key.startswith("pitch") and key.endswith("mean")}
+
+    assert means(asked) == {"pitch, accuracy: mean": 0.5}
+    both = means(None)
+    assert sorted(both.values()) == [0.25, 0.5] and all("epochs" in name for name in both), both
 
 
 def test_losses_of_different_kinds_are_not_compared(tmp_path: Path, finished: Ablation) -> None:

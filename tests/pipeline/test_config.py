@@ -33,6 +33,8 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("cache.precision=fp16", "precision fp16 needs cache.gpus_per_actor"),
         ("cache.targets=all", r"cache\.targets: .*'clean_and_masked', 'composite_only' or 'clean_only'"),
         ("masks.policies=[{}, {}, {}]", "3 policies for 2 draws"),
+        ("masks.policies=[{mask_prb: 0.4}]", r"masks\.policies\.0\.mask_prb: unknown key; allowed here: mask_length"),
+        ("train.spec_augment={fil: zero}", r"train\.spec_augment\.fil: unknown key; allowed here: fill"),
         ("train.trackers=[tensorboard]", r"train\.trackers.*'wandb' or 'mlflow'"),
         ("student.widht=3", r"student\.widht: unknown key; allowed here: .*encoder_embed_dim"),
         ("student.encoder_attention_heads=5", "student"),

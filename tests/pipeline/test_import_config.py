@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from pipeline.config import ConfigError, load_config
 from pipeline.import_config import DROPPED, command, import_config
+from student.spec_augment import SpecAugment
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -161,6 +162,7 @@ def test_every_option_arrives(tmp_path: Path) -> None:
             specaug__apply_time_warp=False,
             specaug__freq_mask_width_range=[0, 27],
             specaug__num_time_mask=4,
+            specaug__replace_with_zero=False,
             distiller__encoder_layerdrop=0.05,
             distiller__feature_grad_mult=0.1,
             distiller__pos_conv_depth=5,
@@ -189,13 +191,36 @@ def test_every_option_arrives(tmp_path: Path) -> None:
         "time_masks": 4,
         "time_mask_width": 100,
         "time_mask_share": 1.0,
+        "fill": "mean",
     }
 
 
+def test_the_published_spec_augment_is_the_default(tmp_path: Path) -> None:
+    section = {
+        "apply_time_warp": False,
+        "apply_time_mask": True,
+        "apply_freq_mask": True,
+        "replace_with_zero": False,
+        "time_warp_window": 5,
+        "time_mask_width_range": [0, 100],
+        "freq_mask_width_range": [0, 27],
+        "num_freq_mask": 2,
+        "num_time_mask": 2,
+    }
+    changes = {f"specaug__{key}": value for key, value in section.items()}
+    config, dropped = import_config(write(tmp_path, train__specaug=True, **changes))
+    assert config.train.spec_augment == SpecAugment()
+    assert not any("replace_with_zero" in sentence for sentence in dropped)
+    # Left out, keys have the defaults of the published code, which are others.
+    bare, _ = import_config(write(tmp_path, train__specaug=True))
+    assert bare.train.spec_augment == SpecAugment(time_warp_window=5, frequency_mask_width=20, fill="zero")
+
+
 @pytest.mark.parametrize(
-    ("published_name", "ours"), [("abs", "convolution"), ("rel_pos", "relative"), ("rope", "rotary")]
+    ("published_name", "ours", "layers"),
+    [("abs", "convolution", "[3, 7, 11]"), ("rel_pos", "relative", [3, 7, 11]), ("rope", "rotary", "[3, 7] + [11]")],
 )
-def test_conformers_and_split_heads(tmp_path: Path, published_name: str, ours: str) -> None:
+def test_conformers_and_split_heads(tmp_path: Path, published_name: str, ours: str, layers: Any) -> None:
     config, _ = import_config(
         write(
             tmp_path,
@@ -204,7 +229,7 @@ def test_conformers_and_split_heads(tmp_path: Path, published_name: str, ours: s
             distiller__pos_enc_type=published_name,
             distiller__depthwise_conv_kernel_size=15,
             distiller__layerwise_proj=False,
-            distiller__pred_layer_id="[3, 7, 11]",
+            distiller__pred_layer_id=layers,
             distiller__pred_head_inter_dim=256,
         )
     )

@@ -13,6 +13,7 @@ from pipeline.stages import Run
 from student import Student, StudentConfig
 from student.checkpoints import load_tensors
 from student.settings import TrainSettings
+from teacher_cache.patches import PatchGeometry
 from teacher_cache.teachers import Teacher, load_teacher
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -89,6 +90,13 @@ def test_only_what_was_asked_for(teacher: Teacher) -> None:
         ({"attention_reuse": "alternate"}, {"init_encoder_layers": 2}, "compute their own attention maps"),
         ({"layer_type": "conformer"}, {"init_encoder_layers": 1}, "must be Transformer layers"),
         ({"encoder_embed_dim": 96}, {"mask_embedding": "teacher"}, r"the teacher's mask_embedding is \(48,\)"),
+        ({"encoder_attention_heads": 2}, {"init_encoder_layers": 1}, "encoder_attention_heads is 2, .* layers need 4"),
+        ({"layer_norm_first": True}, {"init_encoder_layers": 1}, "layer_norm_first is True, the .* need False"),
+        ({"position": "rotary"}, {"init_encoder_layers": 1}, "student.position is rotary, the .* need convolution"),
+        ({"conv_pos_depth": 2}, {"init_encoder_layers": 1}, "position.conv.* which the student does not have"),
+        ({"conv_norm": "layer_norm"}, {"init_front_end": True}, r"conv_blocks\.1\.norm\.weight is not the teacher's"),
+        ({"conv_bias": True}, {"init_front_end": True}, r"conv_blocks\.0\.conv\.bias is not the teacher's to give"),
+        ({"patches": PatchGeometry()}, {"init_front_end": True}, "does not have"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -96,6 +104,21 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         initial_tensors(teacher, like(teacher, **student), settings(**train))
+
+
+def test_other_strides_are_other_convolutions(teacher: Teacher) -> None:
+    convolutions = [list(layer) for layer in like(teacher).conv_layers]
+    convolutions[0][2], convolutions[1][2] = convolutions[1][2], convolutions[0][2]
+    with pytest.raises(ConfigError, match=r"have strides \[5, 2, .*, the student's \[2, 5, .* student.conv_layers"):
+        initial_tensors(teacher, like(teacher, conv_layers=convolutions), settings(init_front_end=True))
+
+
+def test_the_distilhubert_recipe_fits_a_hubert_base() -> None:
+    config = load_config(CONFIGS / "distilhubert-960.yaml")
+    assert config.train.starts_from_teacher
+    base = load_teacher("random:2x768")  # Of Base's shapes, but for its number of layers.
+    tensors = initial_tensors(base, config.resolve_student(3, 768), config.train)
+    assert {name.partition(".")[0] for name in tensors} >= {"conv_blocks", "projection", "position", "layers"}
 
 
 def test_first_weights_that_nothing_was_trained_from_do_not_hold_a_run(tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ from pipeline.probe import (
     command,
     edit_distance,
     outcome_table,
+    probe_folder,
     probe_section,
     probe_settings,
-    read_probe,
     read_probes,
     read_task,
     run_probes,
+    titles_of,
 )
 from student import Student, StudentConfig, save_student
 from teacher_cache.audio import load_audio
@@ -210,8 +211,28 @@ def test_a_probe_of_a_run_is_kept_in_its_folder_for_reports(tmp_path: Path, tone
     assert done.exit_code == 0, done.output
     [probed] = read_probes(run)
     assert probed.title == "first" and [o.source for o in probed.outcomes] == ["student one"]
-    assert read_probe(run / "probes" / "first", probe_settings(tones / "first.csv", "characters", 1, 0)) == probed
-    assert read_probe(run / "probes" / "first", probe_settings(tones / "first.csv", "characters", 2, 0)) is None
-    (run / "probes" / "first" / "probe.json").write_text("{}")
+    settings, others = (probe_settings(tones / "first.csv", "characters", epochs, 0) for epochs in (1, 2))
+    assert read_probes(run, settings) == [probed] and read_probes(run, others) == []
+    (probe_folder(run, "first", settings) / "probe.json").write_text("{}")
     with pytest.raises(ValueError, match=r"probe.json is no probe's record"):
         read_probes(run)
+
+
+def test_probes_with_other_settings_lie_beside_each_other_and_know_the_runs_student(
+    tmp_path: Path, tones: Path
+) -> None:
+    run = tmp_path / "runs" / "one"
+    save_student(Student(StudentConfig(encoder_layers=2, target_dim=16)), run / "export", {})
+    (run / "config.yaml").write_text("name: one\nteacher: {checkpoint: none}\ntrain: {}\n")
+    for epochs in ("1", "2"):
+        arguments = [str(tones / "first.csv"), "--run", str(run), "--teacher", "random:2x32", "--epochs", epochs]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+    probes = sorted(read_probes(run), key=lambda probed: probed.settings["epochs"])
+    assert [probed.settings["epochs"] for probed in probes] == [1, 2]
+    for probed in probes:
+        assert [o.source for o in probed.outcomes] == ["teacher random:2x32", "student one", "log-mel, 80 bands"]
+        assert probed.student is not None and probed.student.source == "student one"
+    first, second = titles_of(probes)
+    assert first.startswith("first (manifest ") and "epochs 1" in first and "epochs 2" in second
+    assert titles_of(probes[:1]) == ["first"]

@@ -160,7 +160,7 @@ def test_counting_padding_divides_training_steps_by_more_frames(
 def test_spec_augment_masks_real_frames_and_lets_gradients_through() -> None:
     torch.manual_seed(0)
     x, frames = torch.ones(4, 50, 30, requires_grad=True), torch.tensor([50, 40, 12, 1])
-    policy = SpecAugment(time_warp_window=0, time_mask_width=10, frequency_mask_width=8)
+    policy = SpecAugment(time_mask_width=10, frequency_mask_width=8, fill="zero")
     for _ in range(20):
         y = spec_augment(x, frames, policy)
         for row, n in enumerate(frames.tolist()):
@@ -172,10 +172,27 @@ def test_spec_augment_masks_real_frames_and_lets_gradients_through() -> None:
             assert (~bands).sum() <= 2 * 7 or not times.any()
     y.sum().backward()
     assert torch.equal(x.grad.bool(), y.bool())
-    assert torch.equal(spec_augment(x, frames, SpecAugment(time_warp_window=0, time_masks=0, frequency_masks=0)), x)
-    bounded = SpecAugment(time_warp_window=0, frequency_masks=0, time_masks=1, time_mask_share=0.1)
+    assert torch.equal(spec_augment(x, frames, SpecAugment(time_masks=0, frequency_masks=0)), x)
+    bounded = SpecAugment(frequency_masks=0, time_masks=1, time_mask_share=0.1, fill="zero")
     for _ in range(20):
         assert int((spec_augment(x, frames, bounded)[0] == 0).all(1).sum()) <= 5
+
+
+def test_spec_augment_fills_with_the_utterances_own_mean() -> None:
+    torch.manual_seed(0)
+    x, frames = torch.randn(2, 40, 30) + 5, torch.tensor([40, 15])
+    x[1, 15:] = 1e6  # Padding tells nothing.
+    policy = SpecAugment(time_mask_width=10)
+    filled = 0
+    for _ in range(20):
+        y = spec_augment(x, frames, policy)
+        for row, n in enumerate(frames.tolist()):
+            changed = y[row] != x[row]
+            assert not changed[n:].any()
+            filled += int(changed.sum())
+            expected = x[row, :n].mean().expand(int(changed.sum()))
+            torch.testing.assert_close(y[row][changed], expected)
+    assert filled > 1000
 
 
 def test_time_warp_moves_frames_by_no_more_than_its_window() -> None:
@@ -282,6 +299,19 @@ def test_what_does_not_go_together_is_refused(
     assert not json.dumps(sorted(path.name for path in tmp_path.glob("run/*"))).count("checkpoints")
 
 
-def test_star_has_no_hints(settings: Settings) -> None:
-    with pytest.raises(ValueError, match="belong to the objective prediction"):
-        settings(objective="star", hint_layers=1)
+@pytest.mark.parametrize(
+    ("objective", "key", "value", "harmless"),
+    [
+        ("star", "hint_layers", 1, None),
+        ("star", "cosine_weight", 1.0, 0.0),
+        ("star", "hint_weight", 0.0, 0.1),
+        ("star", "final_weight", 2.0, 1.0),
+        ("prediction", "relation_weights", (1.0, 0.5), (1.0, 1.0)),
+    ],
+)
+def test_keys_of_the_other_objective_are_refused(
+    settings: Settings, objective: str, key: str, value: Any, harmless: Any
+) -> None:
+    with pytest.raises(ValueError, match=f"train.{key} does nothing with train.objective {objective}: "):
+        settings(objective=objective, **{key: value})
+    assert getattr(settings(objective=objective, **{key: harmless}), key) == harmless

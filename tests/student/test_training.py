@@ -20,6 +20,7 @@ from student.loss import Distiller
 from student.model import Student
 from student.optimizer import make_optimizer, schedule_factor
 from student.rank import Rank
+from student.ray_training import train_on_ray
 from student.settings import TrainSettings
 from student.training import train
 from teacher_cache.batch import TargetReader
@@ -99,6 +100,37 @@ def test_cached_equals_online(
         assert len(ours) == count
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     assert "bytes_per_second" not in rows(tmp_path / "online")[0]
+
+
+@pytest.mark.parametrize(("masks", "masked"), [(MaskDraws(draws=0), False), (MaskDraws(draws=1), True)])
+def test_online_targets_heed_draws_and_clean_only(
+    tmp_path: Path,
+    tiny: StudentConfig,
+    settings: Settings,
+    source_utterances: list[SourceUtterance],
+    rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+    masks: MaskDraws,
+    masked: bool,
+) -> None:
+    teacher = load_teacher("random:2x32")
+    teacher._mask_embedding = None  # As Whisper's: a masked pass is refused.
+    monkeypatch.setattr("teacher_cache.teachers.load_teacher", lambda spec, device: teacher)
+    train_on_ray(
+        tiny,
+        settings(targets="online", max_steps=2),
+        tmp_path,
+        layers=(1, 2),
+        cache=None,
+        cache_targets="clean_only" if masked else None,
+        teacher="random:2x32",
+        masks=masks,
+        utterances=source_utterances,
+        in_process=True,
+    )
+    found = rows(tmp_path)
+    assert len(found) == 2
+    assert all(("cosine_masked_layer_01" in row) == masked for row in found)
 
 
 def test_ranks_and_accumulation_change_nothing(

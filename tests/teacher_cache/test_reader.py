@@ -59,6 +59,24 @@ def test_cached_equals_online(
     assert cached.bytes_read > 0
 
 
+def test_online_targets_may_be_clean_only(
+    tmp_path: Path, cache: Path, source_utterances: list[SourceUtterance]
+) -> None:
+    cached = CacheReader(cache, "train", targets="clean_only")
+    by_id = {u.id: u for u in source_utterances}
+    members, masks = [by_id[i] for i in cached.ids], cached.cache.spec.masks
+    teacher = load_teacher(TEACHER)
+    teacher._mask_embedding = None  # A masked pass would be refused.
+    ours, theirs = cached.read([3, 0], 1), OnlineReader(members, teacher, masks, targets="clean_only").read([3, 0], 1)
+    assert torch.equal(ours.frame_mask, theirs.frame_mask) and ours.frame_mask.any()
+    frames = real(ours)
+    torch.testing.assert_close(
+        ours.targets.transpose(1, 2)[frames], theirs.targets.transpose(1, 2)[frames], rtol=1e-4, atol=1e-5
+    )
+    assert OnlineReader(members, teacher, masks).draws is None
+    assert OnlineReader(members, teacher, MaskDraws(draws=0)).draws == 0
+
+
 def test_targets_are_the_composite(cache: Path, cache_spec: Make) -> None:
     reader = CacheReader(cache, "train")
     clean, composite = reader.read([1], None), reader.read([1], 0)

@@ -1,0 +1,131 @@
+"""What an ablation does on its own side of Ray: which work is left, what it needs, and when a run counts as reported."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from pipeline.ablate import Ablating, Job, Probing, _is_reported, command
+from pipeline.ablation import load_ablation
+from pipeline.config import ConfigError
+from pipeline.probe import read_probes
+from pipeline.stages import Run
+from student import Student, save_student
+
+Start = Callable[..., Ablating]
+BASE: dict[str, Any] = {
+    "name": "base",
+    "corpus": {"path": "corpus"},
+    "teacher": {"checkpoint": "random:2x32"},
+    "cache": {"path": "cache"},
+    "student": {
+        "conv_layers": [[8, 10, 5], *[[8, 3, 2]] * 4, *[[8, 2, 2]] * 2],
+        "encoder_embed_dim": 16,
+        "encoder_ffn_embed_dim": 24,
+        "encoder_attention_heads": 2,
+        "conv_pos": 8,
+        "conv_pos_groups": 2,
+    },
+    "train": {"batch_seconds": 8, "use_gpu": True},
+}
+
+
+@pytest.fixture
+def start(tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """An ablation of two runs on a machine of two cores without a GPU; Ray is not started, and what is for Tune is left there."""
+    files = sorted(speech_folder.rglob("*.flac"))
+    rows = [f"{file},{'low' if n % 2 else 'high'},{'test' if n > 7 else 'train'}" for n, file in enumerate(files)]
+    (tmp_path / "pitch.csv").write_text("\n".join(["path,label,split", *rows]))
+
+    def make(**changes: Any) -> Ablating:
+        tree = {"name": "two", "base": BASE, "seeds": [0], "variants": {"a": {}, "b": {"train.loss": "l1"}}} | changes
+        path = tmp_path / "two.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        ablation = load_ablation(path, [f"runs={tmp_path / 'runs'}", f"cache.path={tmp_path / 'cache'}"])
+        return Ablating(ablation, Console(quiet=True))
+
+    def unwanted(run: Run) -> None:
+        raise AssertionError("corpus and cache are for runs that are not trained")
+
+    for stage in ("index", "plan", "cache_targets", "check_cache"):
+        monkeypatch.setattr(Run, stage, unwanted)
+    monkeypatch.setattr("pipeline.ablate.init_ray", lambda: None)
+    monkeypatch.setattr("pipeline.ablate.node_resources", lambda: [{"CPU": 2.0}])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return make
+
+
+def finish(run: Run) -> None:
+    """What a training leaves."""
+    student, _ = run.first_student()
+    save_student(Student(student), run.folder / "checkpoints" / "best", {})
+    (run.folder / "train.json").write_text("{}")
+
+
+def test_a_probe_of_a_finished_ablation_needs_neither_cache_nor_gpu(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in start().runs.values():
+        finish(run)
+    left: dict[str, Job] = {}
+
+    def probe(self: Ablating, jobs: Mapping[str, Job], concurrent: int) -> dict[str, str]:
+        left.update(jobs)
+        for job in jobs.values():
+            job()
+        return {}
+
+    monkeypatch.setattr(Ablating, "_train", probe)
+    monkeypatch.setattr(Probing, "of_others", lambda *arguments: None)
+    for stage in ("export", "report"):
+        monkeypatch.setattr(Run, stage, lambda run: None)
+    probing = {"manifest": "pitch.csv", "epochs": 1}
+    ablating = start(probe=probing, cpus_per_worker=16)
+    assert ablating.work() == {}
+    assert left.keys() == {"a-seed0", "b-seed0"}
+    for name, job in left.items():
+        assert job.training is None and job.resources["CPU"] == 1 and "GPU" not in job.resources
+        [probed] = read_probes(ablating.runs[name].folder)
+        assert probed.student is not None and probed.student.source == "student"
+    left.clear()
+    assert start(probe=probing).work() == {} and not left, "the same is not probed again"
+    start(probe=probing | {"epochs": 2}).work()
+    assert left.keys() == {"a-seed0", "b-seed0"}, "other settings have other figures"
+    assert len(read_probes(ablating.runs["a-seed0"].folder)) == 2
+
+
+@pytest.mark.parametrize("concurrent", [None, 1])
+def test_room_is_asked_for_what_is_left_to_train(start: Start, concurrent: int | None) -> None:
+    ablating = start(concurrent=concurrent)
+    finish(ablating.runs["a-seed0"])
+    with pytest.raises(ConfigError, match="^b-seed0: its 1 workers need 1 cores each and a GPU; Ray has 2 cores and 0"):
+        ablating.work()
+
+
+def test_a_run_is_reported_when_summary_and_page_are_there_and_young(tmp_path: Path) -> None:
+    def write(name: str, time: int) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        os.utime(path, (time, time))
+
+    write("train.json", 10)
+    write("summary.json", 20)
+    assert not _is_reported(tmp_path), "it was killed between the two"
+    write("report.html", 20)
+    assert _is_reported(tmp_path)
+    write("probes/pitch/probe.json", 30)
+    assert not _is_reported(tmp_path)
+
+
+def test_units_without_a_probe_are_refused(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(command)
+    done = CliRunner().invoke(app, ["--config", str(tmp_path / "none.yaml"), "--units", "words"])
+    assert done.exit_code == 2 and "--units is of --probe, which is not given" in " ".join(done.output.split())

@@ -1,0 +1,80 @@
+"""What Ray Train raises, for people; Ray is not started."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray.train
+import ray.train.torch
+import torch
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+
+from student.config import StudentConfig
+from student.ray_training import TrainingError, _reason, train_on_ray
+from student.settings import TrainSettings
+from teacher_cache.spec import MaskDraws
+
+
+@pytest.mark.parametrize(
+    ("failures", "message"),
+    [
+        (
+            [RuntimeError("Connection closed by peer"), torch.OutOfMemoryError("CUDA out of memory. Tried to ...")],
+            "broken off 3 times .train.max_failures is 2., the last time since a worker failed: CUDA out of memory; where memory",
+        ),
+        (
+            [RuntimeError("Connection closed by peer"), WorkerHealthCheckFailedError("rank 1", ActorDiedError())],
+            "since a worker's process died, as when the machine's memory runs out; where memory was short, lower",
+        ),
+        ([UserExceptionWithTraceback(KeyError("x"), "")], "a worker failed: 'x'; the same command goes on"),
+    ],
+)
+def test_workers_that_fail_too_often_are_one_sentence(
+    settings: Callable[..., TrainSettings], failures: list[Exception], message: str
+) -> None:
+    error = _reason(ray.train.WorkerGroupError("...", dict(enumerate(failures))), settings())
+    assert isinstance(error, TrainingError) and "\n" not in str(error)
+    assert re.search(message, str(error)), error
+
+
+def test_what_a_worker_says_to_the_user_is_passed_on(settings: Callable[..., TrainSettings]) -> None:
+    said = UserExceptionWithTraceback(ValueError("the student doesn't fit"), "")
+    group = ray.train.WorkerGroupError("...", {0: UserExceptionWithTraceback(ConnectionError("peer"), ""), 1: said})
+    assert str(_reason(group, settings())) == "the student doesn't fit"
+
+
+def test_workers_that_find_no_room_are_one_sentence(settings: Callable[..., TrainSettings]) -> None:
+    error = _reason(ray.train.ControllerError(WorkerGroupStartupTimeoutError(2)), settings(workers=2))
+    assert re.match(
+        r"Ray could not start the training's 2 workers \(The worker group .* 2 workers\); change", str(error)
+    )
+
+
+def test_ray_does_not_look_for_room_for_ever(
+    settings: Callable[..., TrainSettings], tiny: StudentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Trainer:
+        def __init__(self, worker: object, *, run_config: ray.train.RunConfig, **options: object) -> None:
+            assert run_config.failure_config.controller_failure_limit > 0
+
+        def fit(self) -> None:
+            raise ray.train.ControllerError(WorkerGroupStartupTimeoutError(2))
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
+    with pytest.raises(TrainingError, match="could not start the training's 2 workers"):
+        train_on_ray(
+            tiny,
+            settings(workers=2),
+            tmp_path,
+            layers=(1, 2),
+            cache="cache",
+            teacher="random:2x32",
+            masks=MaskDraws(),
+            utterances=[],
+        )

@@ -193,7 +193,6 @@ class FeatureEngine:
         while batch := self._next_batch():
             try:
                 self._run(batch)
-                self._failed_batches = 0
             except Exception as error:
                 self._failed_batches += 1
                 if len(batch) == 1:
@@ -213,6 +212,7 @@ class FeatureEngine:
         started = time.monotonic()
         arrays = self.backend.run(batch)
         elapsed = time.monotonic() - started
+        self._failed_batches = 0
         for job, array in zip(batch, arrays, strict=True):
             job.future.set_result(Features(array, started - job.queued, elapsed))
         real = sum(len(job.waveform) for job in batch) / SAMPLE_RATE

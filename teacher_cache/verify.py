@@ -170,7 +170,7 @@ def verify_deep(location: str | Path, teacher: Teacher, *, sample: int = 8, seed
     }
     checks = []
     draws: list[int | None] = [*range(reader.draws or 0)]
-    if cache.spec.targets != "composite_only":
+    if cache.spec.targets != "composite_only" or not draws:
         draws.insert(0, None)
     for draw in draws:
         pairs = [_both(reader, teacher, index, draw) for index in indices]

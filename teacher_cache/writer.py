@@ -303,9 +303,9 @@ def _output(
     cache: Cache, file: ShardFile, codecs: list[tuple[ColumnCodec, ...]], shard: Shard, audio: ShardAudio
 ) -> Iterator[_Output]:
     """A shard file that is put in its place and committed when the block ends well."""
-    has_features = not (cache.spec.targets == "composite_only" and shard.split == "train" and file.part.kind == "clean")
+    chosen = codecs[file.part.layer_set] if file.part.features else ()
     with cache.store.create(file.name) as path:
-        output = _Output(path, file.part, codecs[file.part.layer_set] if has_features else (), shard, audio)
+        output = _Output(path, file.part, chosen, shard, audio)
         try:
             yield output
         finally:

@@ -255,7 +255,7 @@ class Run:
             return
         settings = self.config.cache
         complete = Cache.exists(self.cache) and Cache.open(self.cache).covers(self.spec)
-        if complete and not Cache.open(self.cache).missing():
+        if complete and not Cache.open(self.cache).missing(self.spec):
             detail = "all shards are there, reused"
         else:
             with self.quiet(), self.progress("cache", "utterances") as update:
@@ -290,13 +290,13 @@ class Run:
         )
 
     def check_cache(self) -> None:
-        """Refuses a cache that is not this run's, or not sound."""
+        """Refuses a cache that is not this run's, or whose layers and draws that this run reads are not sound."""
         cache = Cache.open(self.cache)
         if not cache.covers(self.spec):
             raise CacheError(
                 f"the cache at {self.cache.location} lacks layers or draws that this run needs; run the cache stage"
             )
-        problems = verify_cache(self.cache, checksums=self.config.cache.verify)
+        problems = verify_cache(self.cache, checksums=self.config.cache.verify, needed=self.spec)
         if problems:
             more = f" and {len(problems) - 3} more problems" if len(problems) > 3 else ""
             raise CacheError(

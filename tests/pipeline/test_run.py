@@ -9,6 +9,10 @@ from rich.console import Console
 from pipeline.config import ConfigError, load_config
 from pipeline.stages import Run
 from student import Student, save_student
+from teacher_cache.build import build_cache
+from teacher_cache.layout import Cache, grow_cache
+from teacher_cache.shards import plan_shards
+from teacher_cache.spec import CacheError
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
@@ -55,3 +59,18 @@ def test_a_report_without_the_cache_says_so(tmp_path: Path, speech_folder: Path)
     assert summary["cache_bytes"] is None
     page = (run.folder / "report.html").read_text()
     assert f"The cache at {tmp_path / 'cache'} is gone" in page and 'href="summary.json"' in page
+
+
+def test_another_run_that_adds_to_the_cache_stops_nobody(tmp_path: Path, speech_folder: Path) -> None:
+    run = begin(tmp_path, f"corpus.path={speech_folder}", "cache.codec=fp16")
+    run.index()
+    plan = plan_shards(run.utterances, run.spec.shard_seconds, run.teacher.num_frames)
+    build_cache(run.cache.location, run.spec, plan, "random:2x64", teacher_name="random:2x64", workers=None)
+    more = run.spec.masks.model_copy(update={"draws": run.spec.masks.draws + 1})
+    cache = grow_cache(Cache.open(run.cache), run.spec.model_copy(update={"masks": more}), {})
+    assert cache.missing()
+    run.cache_targets()  # Without Ray: nothing of its own is missing.
+    run.check_cache()
+    (tmp_path / "cache" / "masked" / "draw=0" / "part-00000.parquet").unlink()
+    with pytest.raises(CacheError, match="the cache is not sound: .*draw=0/part-00000.parquet is missing; `python"):
+        run.check_cache()

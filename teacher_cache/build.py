@@ -18,7 +18,7 @@ from teacher_cache.codecs import is_learned
 from teacher_cache.embedded import to_pcm
 from teacher_cache.fit import fit_to_teacher
 from teacher_cache.layout import COPIES, Cache, create_cache, grow_cache, refuse_strangers, state_name
-from teacher_cache.shards import Shard
+from teacher_cache.shards import Shard, moved
 from teacher_cache.spec import CacheError, CacheSpec
 from teacher_cache.store import Store
 from teacher_cache.teachers import Teacher, load_teacher
@@ -97,7 +97,7 @@ def build_cache(
     Args:
         location: of the cache, reachable from every node: an absolute path or a URI.
         spec: what is needed.
-        plan: of `plan_shards`.
+        plan: of `plan_shards`. A cache that is there keeps its own, but audio is looked for where this one says.
         teacher_spec: for `load_teacher`, on every node.
         teacher_name: for people, kept in ``cache.json``.
         workers: Ray Data actors; Ray must be initialised. None does it all in this process, without Ray.
@@ -116,7 +116,9 @@ def build_cache(
         store.remove_leftovers()
         cache = _prepared(store, spec, plan, teacher_spec, teacher_name, workers, check)
         _remove_states_of_no_set(cache)
-        report = _write_missing(cache, teacher_spec, workers, on_progress, check)
+        # The corpus may lie elsewhere now than when the cache was begun; that the audio is the same, its SHA-256 says.
+        shards = moved(cache.shards, dict(zip(plan["id"].to_pylist(), plan["path"].to_pylist(), strict=True)))
+        report = _write_missing(cache, shards, teacher_spec, workers, on_progress, check)
         store.remove_leftovers()
     return report
 
@@ -188,6 +190,7 @@ def _fit(
 
 def _write_missing(
     cache: Cache,
+    shards: list[Shard],
     teacher_spec: str,
     workers: Workers | None,
     on_progress: Callable[[Progress], None],
@@ -196,8 +199,8 @@ def _write_missing(
     """Writes all files without a commit record."""
     started = time.monotonic()
     missing = cache.missing()
-    todo = [shard for shard in cache.shards if shard.number in missing]
-    there = [shard for shard in cache.shards if shard.number not in missing]
+    todo = [shard for shard in shards if shard.number in missing]
+    there = [shard for shard in shards if shard.number not in missing]
     utterances_there, seconds_there = sum(len(shard.utterances) for shard in there), sum(s.seconds for s in there)
     actors = 1 if workers is None else min(workers.actors, len(todo))
     written = utterances = 0
@@ -224,7 +227,7 @@ def _write_missing(
             on_progress(
                 Progress(
                     len(there) + written,
-                    len(cache.shards),
+                    len(shards),
                     utterances_there + utterances,
                     cache.record["utterances"],
                     seconds_there + seconds,

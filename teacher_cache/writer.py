@@ -53,6 +53,11 @@ def decode_shard(cache: Cache, shard: Shard) -> ShardAudio:
     holder = cache.files(shard)[0]
     if cache.store.size(holder.commit) is not None:
         return _embedded_audio(cache, holder)
+    return corpus_audio(cache, shard)
+
+
+def corpus_audio(cache: Cache, shard: Shard) -> ShardAudio:
+    """A shard's audio, from the corpus."""
     encode = to_flac if cache.spec.audio == "flac" else to_pcm
     waveforms, embedded, failures = [], [], []
     for utterance in shard.utterances:

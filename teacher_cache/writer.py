@@ -141,6 +141,9 @@ class ShardWriter:
             ``shard``, ``utterances``, ``seconds`` of audio, ``busy`` (seconds of the teacher and the codec), ``bytes`` written, the
             columns of `TeacherWork` and ``failures``: sentences; with any of them the shard is left unfinished. ``full`` is
             whether the disk was.
+
+        Raises:
+            CacheError: the teacher's device has too little memory, so that going on would be in vain.
         """
         record = {"shard": shard.number, "utterances": len(shard.utterances), "seconds": shard.seconds, "busy": 0.0}
         work = TeacherWork()
@@ -155,6 +158,12 @@ class ShardWriter:
                 if not failures:
                     record["busy"] = self._write_files(shard, missing, audio, work)
                     written = sum(self._cache.store.size(file.name) or 0 for file in missing)
+            except torch.OutOfMemoryError as error:
+                raise CacheError(
+                    f"{self._teacher.name} ran out of memory on {self._teacher.device} with batches of "
+                    f"{self._cache.spec.batch_seconds:g} s of audio; keep other work off that device, or lower "
+                    "cache.batch_seconds and give another cache.path, as a cache keeps to its own"
+                ) from error
             except ValueError as error:
                 failures = [f"shard {shard.number}: {error}"]
             except OSError as error:

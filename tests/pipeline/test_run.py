@@ -22,6 +22,12 @@ def begin(folder: Path, *overrides: str) -> Run:
     return Run(load_config(DEMO, [*paths, *overrides]), Console(quiet=True))
 
 
+def build(run: Run) -> None:
+    """The cache stage without Ray."""
+    plan = plan_shards(run.utterances, run.spec.shard_seconds, run.teacher.num_frames)
+    build_cache(run.cache.location, run.spec, plan, "random:2x64", teacher_name="random:2x64", workers=None)
+
+
 @pytest.mark.parametrize("text", ["", "name: [", "- a list\n", "name: demo\n", "\udcff"])
 def test_a_damaged_configuration_beside_results_is_named(tmp_path: Path, text: str) -> None:
     run = begin(tmp_path)
@@ -64,8 +70,7 @@ def test_a_report_without_the_cache_says_so(tmp_path: Path, speech_folder: Path)
 def test_another_run_that_adds_to_the_cache_stops_nobody(tmp_path: Path, speech_folder: Path) -> None:
     run = begin(tmp_path, f"corpus.path={speech_folder}", "cache.codec=fp16")
     run.index()
-    plan = plan_shards(run.utterances, run.spec.shard_seconds, run.teacher.num_frames)
-    build_cache(run.cache.location, run.spec, plan, "random:2x64", teacher_name="random:2x64", workers=None)
+    build(run)
     more = run.spec.masks.model_copy(update={"draws": run.spec.masks.draws + 1})
     cache = grow_cache(Cache.open(run.cache), run.spec.model_copy(update={"masks": more}), {})
     assert cache.missing()
@@ -74,3 +79,27 @@ def test_another_run_that_adds_to_the_cache_stops_nobody(tmp_path: Path, speech_
     (tmp_path / "cache" / "masked" / "draw=0" / "part-00000.parquet").unlink()
     with pytest.raises(CacheError, match="the cache is not sound: .*draw=0/part-00000.parquet is missing; `python"):
         run.check_cache()
+
+
+def test_a_cache_of_another_machines_precision_is_read_but_not_added_to(tmp_path: Path, speech_folder: Path) -> None:
+    settings = (f"corpus.path={speech_folder}", "cache.codec=fp16")
+    run = begin(tmp_path, *settings, "cache.gpus_per_actor=1")
+    run.index()
+    assert run.spec.precision == "fp16"
+    build(run)
+    for more in ((), ("cache.precision=fp16",)):
+        again = begin(tmp_path, *settings, f"name=again{len(more)}", "cache.gpus_per_actor=0", *more)
+        again.index()
+        again.plan()
+        again.cache_targets()
+        again.check_cache()
+    again = begin(tmp_path, *settings, "name=draws", "masks.draws=9")
+    again.index()
+    for stage in (again.plan, again.cache_targets):
+        with pytest.raises(
+            ConfigError, match="precision fp16 needs cache.gpus_per_actor; .* the cache at .* is of that"
+        ):
+            stage()
+    elsewhere = begin(tmp_path, *settings, "name=elsewhere", f"cache.path={tmp_path / 'other'}")
+    elsewhere.index()
+    assert elsewhere.spec.precision == "fp32"

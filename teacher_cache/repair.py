@@ -31,7 +31,8 @@ def repair_cache(
 
     Records are restored from their copies. Damaged shard files are computed again, from the audio embedded in the cache where
     it is sound, else from the corpus, else from what can still be read of the damaged file (each utterance is checked against
-    the corpus index). A damaged file stays until its successor is ready. Files that do not belong to the cache are moved to
+    the corpus index, which only audio of 16 bits, 16 kHz and one channel can pass: other audio was indexed before it was
+    resampled and rounded). A damaged file stays until its successor is ready. Files that do not belong to the cache are moved to
     ``set-aside/``.
 
     Args:

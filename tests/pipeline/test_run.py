@@ -67,14 +67,17 @@ def test_a_report_without_the_cache_says_so(tmp_path: Path, speech_folder: Path)
     assert f"The cache at {tmp_path / 'cache'} is gone" in page and 'href="summary.json"' in page
 
 
-def test_another_run_that_adds_to_the_cache_stops_nobody(tmp_path: Path, speech_folder: Path) -> None:
+def test_another_run_that_adds_to_the_cache_stops_nobody(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.stages.init_ray", lambda: pytest.fail("something is built"))
     run = begin(tmp_path, f"corpus.path={speech_folder}", "cache.codec=fp16")
     run.index()
     build(run)
     more = run.spec.masks.model_copy(update={"draws": run.spec.masks.draws + 1})
     cache = grow_cache(Cache.open(run.cache), run.spec.model_copy(update={"masks": more}), {})
     assert cache.missing()
-    run.cache_targets()  # Without Ray: nothing of its own is missing.
+    run.cache_targets()  # Nothing of its own is missing.
     run.check_cache()
     (tmp_path / "cache" / "masked" / "draw=0" / "part-00000.parquet").unlink()
     with pytest.raises(CacheError, match="the cache is not sound: .*draw=0/part-00000.parquet is missing; `python"):

@@ -63,7 +63,8 @@ class CacheSection(_Section):
         codec: how features are stored: ``pca`` (default), ``layer-pca``, ``int8``, ``fp16``, ``fp32``; ``pca:STEP`` sets the
             quantisation step.
         targets: ``clean_and_masked`` (default), ``composite_only`` or ``clean_only``; see `teacher_cache.spec.CacheSpec`.
-        precision: of the teacher: ``fp32``, ``fp16``, ``bf16``; None takes fp16 on GPUs and fp32 on CPUs.
+        precision: of the teacher: ``fp32``, ``fp16`` (on GPUs), ``bf16``; None takes that of the cache where there is one, else
+            fp16 on GPUs and fp32 on CPUs.
         audio: ``flac`` (smaller) or ``pcm`` (faster to read).
         shard_minutes: audio per shard (the unit of work, retry and resume).
         batch_seconds: padded audio per teacher batch.
@@ -99,12 +100,6 @@ class CacheSection(_Section):
     @classmethod
     def _text(cls, path: Any) -> Any:
         return str(path) if isinstance(path, Path) else path
-
-    @pydantic.model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.precision == "fp16" and not self.gpus_per_actor:
-            raise ValueError("precision fp16 needs cache.gpus_per_actor; on CPUs use fp32 or bf16")
-        return self
 
 
 class Config(_Section):

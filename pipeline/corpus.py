@@ -151,7 +151,7 @@ def index_corpus(
         progress: called as progress(done, total) while files are decoded.
 
     Returns:
-        The index. Every file found is in ``utterances`` or in ``skipped``.
+        The index. Every file found is in ``utterances`` or in ``skipped``, where folders that can't be read are too.
 
     Raises:
         ValueError: nothing at path, no audio, a split that isn't there, or no usable file to train or validate on.
@@ -216,7 +216,7 @@ def _find(
 
 def _find_in_folder(path: Path, skipped: list[Skipped]) -> list[_Entry]:
     files = []
-    for file in _walk(path):
+    for file in _walk(path, skipped):
         if _is_text(str(file)):
             files.append(file)
         else:
@@ -238,10 +238,21 @@ def _find_in_folder(path: Path, skipped: list[Skipped]) -> list[_Entry]:
     ]
 
 
-def _walk(path: Path) -> list[Path]:
-    """Audio files below path, sorted; links to folders are followed (corpora are often linked together), each folder once."""
+def _walk(path: Path, skipped: list[Skipped]) -> list[Path]:
+    """Audio files below path, sorted; links to folders are followed (corpora are often linked together), each folder once.
+
+    Folders below it that can't be read are skipped. ValueError where it is path itself.
+    """
     files, seen = [], set()
-    for folder, folders, names in os.walk(path, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        folder = Path(error.filename)
+        message = f"the folder {folder} can't be read ({error.strerror})"
+        if folder == path:
+            raise ValueError(message) from error
+        skipped.append(Skipped(folder, "unreadable_folder", message))
+
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=unreadable):
         folders.sort()
         real = Path(folder).resolve()
         if real in seen:

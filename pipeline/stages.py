@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import torch
@@ -154,9 +154,19 @@ class Run:
             corpus=self.corpus.fingerprint,
             shard_seconds=cache.shard_minutes * 60,
             batch_seconds=cache.batch_seconds,
-            precision=cache.precision or ("fp16" if cache.gpus_per_actor else "fp32"),
+            precision=self.precision,
             audio=cache.audio,
         )
+
+    @cached_property
+    def precision(self) -> Literal["fp32", "fp16", "bf16"]:
+        """Of the teacher, in the cache this run needs."""
+        settings = self.config.cache
+        if settings.precision is not None:
+            return settings.precision
+        if Cache.exists(self.cache):  # Made on another kind of machine perhaps.
+            return Cache.open(self.cache).spec.precision
+        return "fp16" if settings.gpus_per_actor else "fp32"
 
     @contextmanager
     def progress(self, name: str, unit: str) -> Iterator[Any]:
@@ -220,6 +230,7 @@ class Run:
         if Cache.exists(self.cache) and Cache.open(self.cache).covers(self.spec):
             self.say(f"plan    the cache at {self.cache.location} has all layers and draws that are needed")
             return
+        self._check_precision()
         utterances, teacher = self.utterances, self.teacher
         if self.config.cache.gpus_per_actor and torch.cuda.is_available():
             teacher = load_teacher(self.config.teacher.checkpoint, "cuda")
@@ -233,6 +244,12 @@ class Run:
                 f"cache.path: {self.cache.location} has {cost.free_bytes / 1e9:.1f} GB free, the cache needs about "
                 f"{needed / 1e9:.1f} GB more; choose another disk, a smaller codec, fewer layers or draws"
             )
+
+    def _check_precision(self) -> None:
+        """ConfigError where the teacher can't compute what is missing."""
+        if self.precision == "fp16" and not self.config.cache.gpus_per_actor:
+            there = f"; the cache at {self.cache.location} is of that precision" if Cache.exists(self.cache) else ""
+            raise ConfigError(f"cache.precision fp16 needs cache.gpus_per_actor; on CPUs use fp32 or bf16{there}")
 
     def _check_lengths(self) -> None:
         """ConfigError where the teacher can't take an utterance of the corpus."""
@@ -255,9 +272,10 @@ class Run:
             return
         settings = self.config.cache
         complete = Cache.exists(self.cache) and Cache.open(self.cache).covers(self.spec)
-        if complete and not Cache.open(self.cache).missing():
+        if complete and not Cache.open(self.cache).missing(self.spec):
             detail = "all shards are there, reused"
         else:
+            self._check_precision()
             with self.quiet(), self.progress("cache", "utterances") as update:
                 init_ray()
                 keys = "cache.cpus_per_actor, cache.gpus_per_actor"
@@ -290,13 +308,13 @@ class Run:
         )
 
     def check_cache(self) -> None:
-        """Refuses a cache that is not this run's, or not sound."""
+        """Refuses a cache that is not this run's, or whose layers and draws that this run reads are not sound."""
         cache = Cache.open(self.cache)
         if not cache.covers(self.spec):
             raise CacheError(
                 f"the cache at {self.cache.location} lacks layers or draws that this run needs; run the cache stage"
             )
-        problems = verify_cache(self.cache, checksums=self.config.cache.verify)
+        problems = verify_cache(self.cache, checksums=self.config.cache.verify, needed=self.spec)
         if problems:
             more = f" and {len(problems) - 3} more problems" if len(problems) > 3 else ""
             raise CacheError(

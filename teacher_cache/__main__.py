@@ -29,6 +29,12 @@ def _usable(device: str) -> str:
 
 Location = Annotated[str, typer.Argument(metavar="CACHE", help="Its folder, or a URI such as s3://bucket/prefix.")]
 TeacherSpec = Annotated[str | None, typer.Option(help="Checkpoint; default the one the cache was made with.")]
+CorpusMoved = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        metavar="OLD NEW", help="The folder the corpus lay in when the cache was begun, and where that is now."
+    ),
+]
 Device = Annotated[str, typer.Option(callback=_usable, help="cpu or cuda, for the teacher.")]
 
 
@@ -72,9 +78,11 @@ def verify(
 
 
 @app.command()
-def repair(cache: Location, teacher: TeacherSpec = None, device: Device = "cpu") -> None:
+def repair(
+    cache: Location, teacher: TeacherSpec = None, device: Device = "cpu", corpus_moved: CorpusMoved = None
+) -> None:
     """Restore damaged records and make damaged or missing shards again, to the same bytes."""
-    done = repair_cache(cache, teacher, device)
+    done = repair_cache(cache, teacher, device, corpus_moved)
     for sentence in done:
         console.print(sentence, markup=False)
     console.print(f"{cache}: {len(done)} things repaired" if done else f"{cache} was sound: nothing to do")

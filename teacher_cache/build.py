@@ -18,7 +18,7 @@ from teacher_cache.codecs import is_learned
 from teacher_cache.embedded import to_pcm
 from teacher_cache.fit import fit_to_teacher
 from teacher_cache.layout import COPIES, Cache, create_cache, grow_cache, refuse_strangers, state_name
-from teacher_cache.shards import Shard
+from teacher_cache.shards import Shard, moved
 from teacher_cache.spec import CacheError, CacheSpec
 from teacher_cache.store import Store
 from teacher_cache.teachers import Teacher, load_teacher
@@ -97,7 +97,7 @@ def build_cache(
     Args:
         location: of the cache, reachable from every node: an absolute path or a URI.
         spec: what is needed.
-        plan: of `plan_shards`.
+        plan: of `plan_shards`. A cache that is there keeps its own, but audio is looked for where this one says.
         teacher_spec: for `load_teacher`, on every node.
         teacher_name: for people, kept in ``cache.json``.
         workers: Ray Data actors; Ray must be initialised. None does it all in this process, without Ray.
@@ -116,7 +116,9 @@ def build_cache(
         store.remove_leftovers()
         cache = _prepared(store, spec, plan, teacher_spec, teacher_name, workers, check)
         _remove_states_of_no_set(cache)
-        report = _write_missing(cache, teacher_spec, workers, on_progress, check)
+        # The corpus may lie elsewhere now than when the cache was begun; that the audio is the same, its SHA-256 says.
+        shards = moved(cache.shards, dict(zip(plan["id"].to_pylist(), plan["path"].to_pylist(), strict=True)))
+        report = _write_missing(cache, shards, teacher_spec, workers, on_progress, check)
         store.remove_leftovers()
     return report
 
@@ -168,26 +170,52 @@ def _fit(
         teacher = load_teacher(teacher_spec)
         try:
             return fit_to_teacher(spec, layers, plan, teacher)
-        except ValueError as error:
-            raise CacheError(f"the codec could not be fitted: {error}") from error
+        except (ValueError, torch.OutOfMemoryError) as error:
+            raise CacheError(f"the codec could not be fitted: {_fit_failure(error)}") from error
     import ray
 
     def fit() -> Mapping[str, Tensor] | str:
         # Ray would wrap an exception in its traceback, and can't carry every one.
         try:
             return fit_to_teacher(spec, layers, plan, load_teacher(teacher_spec, workers.device))
-        except (ValueError, OSError) as error:
-            return str(error)
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            return _fit_failure(error)
 
     task = ray.remote(num_cpus=workers.cpus_per_actor, num_gpus=workers.gpus_per_actor, max_retries=3)(fit)
-    state: Mapping[str, Tensor] | str = ray.get(task.remote())
+    with _ray_in_one_sentence():
+        state: Mapping[str, Tensor] | str = ray.get(task.remote())
     if isinstance(state, str):
         raise CacheError(f"the codec could not be fitted: {state}")
     return state
 
 
+def _fit_failure(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        # Not for cache.batch_seconds: here it takes one at a time.
+        return "the teacher ran out of memory with one utterance; keep other work off its device, or lower corpus.max_seconds"
+    return str(error)
+
+
+@contextmanager
+def _ray_in_one_sentence() -> Iterator[None]:
+    """What Ray says of workers that failed, as a CacheError."""
+    import ray.exceptions
+
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # Of an error in a task it is a traceback, whose last line says what; of one of Ray's own the first line does.
+        line = lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0]
+        raise CacheError(
+            f"the cache stage was broken off, since a worker failed ({line}); what is finished stays: once the cause is "
+            "removed, run the same command again"
+        ) from error
+
+
 def _write_missing(
     cache: Cache,
+    shards: list[Shard],
     teacher_spec: str,
     workers: Workers | None,
     on_progress: Callable[[Progress], None],
@@ -196,8 +224,8 @@ def _write_missing(
     """Writes all files without a commit record."""
     started = time.monotonic()
     missing = cache.missing()
-    todo = [shard for shard in cache.shards if shard.number in missing]
-    there = [shard for shard in cache.shards if shard.number not in missing]
+    todo = [shard for shard in shards if shard.number in missing]
+    there = [shard for shard in shards if shard.number not in missing]
     utterances_there, seconds_there = sum(len(shard.utterances) for shard in there), sum(s.seconds for s in there)
     actors = 1 if workers is None else min(workers.actors, len(todo))
     written = utterances = 0
@@ -224,7 +252,7 @@ def _write_missing(
             on_progress(
                 Progress(
                     len(there) + written,
-                    len(cache.shards),
+                    len(shards),
                     utterances_there + utterances,
                     cache.record["utterances"],
                     seconds_there + seconds,
@@ -302,7 +330,10 @@ class _ShardWriterActor:
         if self._refused:
             return pa.Table.from_pylist([{"refused": self._refused}])
         started = time.perf_counter()
-        records = self._writer(batch)  # One shard.
+        try:
+            records = self._writer(batch)  # One shard.
+        except CacheError as error:
+            return pa.Table.from_pylist([{"refused": str(error)}])
         self._metrics.count(records.to_pylist()[0], time.perf_counter() - started)
         return records
 
@@ -337,18 +368,21 @@ def _records(
             "failures": json.dumps(decoded.failures),
         }
 
-    dataset = ray.data.from_items(
-        [{"shard": shard_to_json(shard)} for shard in shards], override_num_blocks=len(shards)
-    ).map(decode, num_cpus=1)
-    yield from dataset.map_batches(
-        _ShardWriterActor,
-        fn_constructor_args=(location, teacher_spec, workers.device),
-        batch_size=1,
-        batch_format="pyarrow",
-        # Two shards at a time in one actor: one is at the teacher while the other is unpacked, written or synced.
-        compute=ray.data.ActorPoolStrategy(
-            size=min(workers.actors, len(shards)), max_concurrent_calls_per_actor=2, enable_true_multi_threading=True
-        ),
-        num_gpus=workers.gpus_per_actor,
-        num_cpus=workers.cpus_per_actor,
-    ).iter_rows()
+    with _ray_in_one_sentence():
+        dataset = ray.data.from_items(
+            [{"shard": shard_to_json(shard)} for shard in shards], override_num_blocks=len(shards)
+        ).map(decode, num_cpus=1)
+        yield from dataset.map_batches(
+            _ShardWriterActor,
+            fn_constructor_args=(location, teacher_spec, workers.device),
+            batch_size=1,
+            batch_format="pyarrow",
+            # Two shards at a time in one actor: one is at the teacher while the other is unpacked, written or synced.
+            compute=ray.data.ActorPoolStrategy(
+                size=min(workers.actors, len(shards)),
+                max_concurrent_calls_per_actor=2,
+                enable_true_multi_threading=True,
+            ),
+            num_gpus=workers.gpus_per_actor,
+            num_cpus=workers.cpus_per_actor,
+        ).iter_rows()

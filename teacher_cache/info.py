@@ -6,7 +6,6 @@ import torch
 from rich.table import Table
 
 from teacher_cache.layout import Cache
-from teacher_cache.spec import Part
 from teacher_cache.store import Store
 
 
@@ -19,14 +18,14 @@ def info_table(location: str | Path) -> Table:
     cache = Cache.open(Store(location))
     spec, record = cache.spec, cache.record
     sizes = cache.store.sizes()
-    by_part: dict[Part, list[int]] = {}
+    by_folder: dict[str, list[int]] = {}
     finished = total = 0
     for shard in cache.shards:
         for file in cache.files(shard):
             total += 1
             finished += file.commit in sizes
-            by_part.setdefault(file.part, []).append(sizes.get(file.name, 0))
-    size = sum(sum(part) for part in by_part.values())
+            by_folder.setdefault(file.part.folder, []).append(sizes.get(file.name, 0))
+    size = sum(sum(part) for part in by_folder.values())
     table = Table(show_header=False, title=f"teacher cache at {cache.store.location}")
     table.add_row("fingerprint", f"{cache.fingerprint[:16]}...")
     table.add_row("teacher", f"{record['teacher_name']}: {spec.num_layers} layers x {spec.dim}, {spec.precision}")
@@ -47,8 +46,8 @@ def info_table(location: str | Path) -> Table:
     for draw in range(min(spec.masks.draws, len(spec.masks.policies) or 1)):
         policy = ", ".join(f"{key}={value}" for key, value in spec.masks.policy_of(draw))
         table.add_row(f"  policy of draw {draw}" if spec.masks.policies else "  policy", policy)
-    for part, files in by_part.items():
-        table.add_row(f"  {part.folder}", f"{sum(files) / 1e6:.1f} MB in {len(files)} shards")
+    for folder, files in by_folder.items():
+        table.add_row(f"  {folder}", f"{sum(files) / 1e6:.1f} MB in {len(files)} shards")
     table.add_row(
         "size", f"{size / 1e6:.1f} MB, {size / max(record['seconds'], 1e-9) / 1e3:.1f} kB per second of audio"
     )

@@ -189,8 +189,8 @@ class Cache:
         except ValueError as error:
             raise CacheError(f"the cache at {self.store.location} can't be decoded: {error}") from error
 
-    def files(self, shard: Shard) -> list[ShardFile]:
-        """All files of a shard, the one with the audio first."""
+    def files(self, shard: Shard, needed: CacheSpec | None = None) -> list[ShardFile]:
+        """A shard's files, the one with the audio first: all, or those that a need reads."""
         return [
             ShardFile(
                 shard.number,
@@ -198,7 +198,15 @@ class Cache:
                 content_key(self.spec, self.layer_sets[part.layer_set], part, shard.number, shard.split),
             )
             for part in parts_of(self.spec, len(self.layer_sets), shard.split)
+            if needed is None or self._reads(needed, part)
         ]
+
+    def _reads(self, needed: CacheSpec, part: Part) -> bool:
+        if part.kind == "clean" and part.layer_set == 0:  # The audio.
+            return True
+        if part.draw is not None and (part.draw >= needed.masks.draws or needed.targets == "clean_only"):
+            return False
+        return bool(set(self.layer_sets[part.layer_set].layers) & set(needed.layers))
 
     def commit_of(self, file: ShardFile) -> dict[str, Any] | None:
         """A file's commit record; None where it is not finished.
@@ -218,10 +226,13 @@ class Cache:
             raise CacheError(f"{self.store.at(file.commit)} belongs to another file or cache; `repair` restores it")
         return record
 
-    def missing(self) -> dict[int, list[ShardFile]]:
-        """Files without a commit record, by shard."""
+    def missing(self, needed: CacheSpec | None = None) -> dict[int, list[ShardFile]]:
+        """Files without a commit record, by shard; with a need, of those that it reads."""
         committed = set(self.store.names("commits"))
-        absent = {shard.number: [f for f in self.files(shard) if f.commit not in committed] for shard in self.shards}
+        absent = {
+            shard.number: [file for file in self.files(shard, needed) if file.commit not in committed]
+            for shard in self.shards
+        }
         return {number: files for number, files in absent.items() if files}
 
     def covers(self, needed: CacheSpec) -> bool:

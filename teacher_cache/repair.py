@@ -11,35 +11,43 @@ from teacher_cache.build import refuse_failures, writer_here
 from teacher_cache.building import building, full_disk
 from teacher_cache.embedded import from_flac, from_pcm, to_flac, to_pcm
 from teacher_cache.layout import CACHE_JSON, COPIES, Cache, ShardFile
-from teacher_cache.shards import Shard
+from teacher_cache.shards import Shard, moved
 from teacher_cache.spec import CacheError
 from teacher_cache.store import Store
 from teacher_cache.teachers import load_teacher
 from teacher_cache.verify import verify_cache
-from teacher_cache.writer import ShardAudio, decode_shard
+from teacher_cache.writer import ShardAudio, corpus_audio, decode_shard
 
 SET_ASIDE = "set-aside"
 
 
-def repair_cache(location: str | Path, teacher_spec: str | None = None, device: str = "cpu") -> list[str]:
+def repair_cache(
+    location: str | Path,
+    teacher_spec: str | None = None,
+    device: str = "cpu",
+    corpus_moved: tuple[str, str] | None = None,
+) -> list[str]:
     """Repairs a cache in this process; a build that was never finished is finished too.
 
     Records are restored from their copies. Damaged shard files are computed again, from the audio embedded in the cache where
     it is sound, else from the corpus, else from what can still be read of the damaged file (each utterance is checked against
-    the corpus index). A damaged file stays until its successor is ready. Files that do not belong to the cache are moved to
+    the corpus index, which only audio of 16 bits, 16 kHz and one channel can pass: other audio was indexed before it was
+    resampled and rounded). A damaged file stays until its successor is ready. Files that do not belong to the cache are moved to
     ``set-aside/``.
 
     Args:
         location: of the cache.
         teacher_spec: for `load_teacher`; default the one in ``cache.json``. Only loaded where shards are damaged.
         device: where the teacher computes.
+        corpus_moved: the folder below which the corpus lay when the cache was begun, and where that folder is now.
+            Default it is where it was.
 
     Returns:
         One sentence for each thing done; empty where nothing was wrong.
 
     Raises:
-        CacheError: both copies of a record are gone, the teacher is another, or the audio can't be had (all else is
-            repaired first).
+        CacheError: both copies of a record are gone, the teacher is another, no audio of the cache lay in the folder that
+            moved, or the audio can't be had (all else is repaired first).
     """
     store = Store(location)
     if not Cache.exists(store) and store.size(f"{COPIES}/{CACHE_JSON}") is None:
@@ -65,7 +73,9 @@ def repair_cache(location: str | Path, teacher_spec: str | None = None, device: 
                 done.append(f"{store.at(problem.name)} moved to {SET_ASIDE}/")
         damaged = [problem.file for problem in problems if problem.file is not None]
         if damaged:
-            done += _make_again(Cache.open(store), damaged, teacher_spec, device, check)
+            cache = Cache.open(store)
+            shards = cache.shards if corpus_moved is None else _moved(cache, *map(Path, corpus_moved))
+            done += _make_again(cache, shards, damaged, teacher_spec, device, check)
     return done
 
 
@@ -77,22 +87,37 @@ def _free_name(store: Store, name: str) -> str:
     return free
 
 
+def _moved(cache: Cache, old: Path, new: Path) -> list[Shard]:
+    utterances = [utterance for shard in cache.shards for utterance in shard.utterances]
+    paths = {
+        utterance.id: str(new.absolute() / Path(utterance.path).relative_to(old))
+        for utterance in utterances
+        if Path(utterance.path).is_relative_to(old)
+    }
+    if not paths:
+        raise CacheError(f"no audio of the cache lay below {old}; the first utterance was at {utterances[0].path}")
+    return moved(cache.shards, paths)
+
+
 def _make_again(
-    cache: Cache, damaged: list[ShardFile], teacher_spec: str | None, device: str, check: Callable[[], None]
+    cache: Cache,
+    shards: list[Shard],
+    damaged: list[ShardFile],
+    teacher_spec: str | None,
+    device: str,
+    check: Callable[[], None],
 ) -> list[str]:
     done: list[str] = []
     failures: list[str] = []
     teacher = load_teacher(teacher_spec or cache.record["teacher_spec"], device)
     with writer_here(cache, teacher, device) as writer:
-        for shard in cache.shards:
+        for shard in shards:
             files = [file for file in damaged if file.shard == shard.number]
             if not files:
                 continue
             check()
-            if cache.files(shard)[0] in files:
-                # With its commit, damage would pass for sound audio.
-                cache.store.remove(cache.files(shard)[0].commit)
-            audio = decode_shard(cache, shard)
+            # Damage must not pass for sound audio, where its commit is still there.
+            audio = corpus_audio(cache, shard) if cache.files(shard)[0] in files else decode_shard(cache, shard)
             if audio.failures:
                 audio = _salvaged(cache, shard) or audio
             if audio.failures:

@@ -1,8 +1,8 @@
 """The plan of shards: which utterance lies where."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -129,3 +129,11 @@ def shards_of(plan: pa.Table) -> list[Shard]:
         )
         shards[-1].num_frames.append(row["num_frames"])
     return shards
+
+
+def moved(shards: Sequence[Shard], paths: Mapping[str, str]) -> list[Shard]:
+    """The shards with other paths of their audio, by id; whose id is not among them keeps its own."""
+    return [
+        replace(shard, utterances=[replace(u, path=paths.get(u.id, u.path)) for u in shard.utterances])
+        for shard in shards
+    ]

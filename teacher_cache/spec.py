@@ -86,13 +86,16 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid"):
         """What keeps this cache, even if it grows, from serving a need; one readable phrase each, ``name: has -> needed``.
 
         Fewer layers and draws are served as they are, and clean targets where there are masked ones too; more layers and
-        draws can be added.
+        draws can be added. Only of ``composite_only`` draws can't be taken away or added altogether: its clean training
+        targets are there exactly where it has no draws.
         """
         mine, theirs = (
             spec.model_dump(mode="json", exclude={"layers": True, "masks": True}) for spec in (self, needed)
         )
         if (self.targets, needed.targets) == ("clean_and_masked", "clean_only"):
             theirs["targets"] = self.targets
+        if self.targets == needed.targets == "composite_only" and (self.masks.draws == 0) != (needed.masks.draws == 0):
+            mine["masks.draws"], theirs["masks.draws"] = self.masks.draws, needed.masks.draws
         for draw in range(min(self.masks.draws, needed.masks.draws)):
             for spec, flat in ((self, mine), (needed, theirs)):
                 flat["masks.seed"] = spec.masks.seed
@@ -136,11 +139,13 @@ class Part:
         kind: ``clean``, ``masked`` or ``composite``.
         layer_set: number of the set of layers. The clean part of set 0 also holds the audio.
         draw: 0-based, of the masks; None for ``clean``.
+        features: whether it holds any. False where the clean part of ``composite_only`` carries the audio alone.
     """
 
     kind: Literal["clean", "masked", "composite"]
     layer_set: int = 0
     draw: int | None = None
+    features: bool = True
 
     @property
     def folder(self) -> str:
@@ -155,7 +160,7 @@ def parts_of(spec: CacheSpec, layer_sets: int, split: str) -> list[Part]:
     for number in range(layer_sets):
         composite = spec.targets == "composite_only" and split == "train" and spec.masks.draws > 0
         if number == 0 or not composite:
-            parts.append(Part("clean", number))
+            parts.append(Part("clean", number, features=not composite))
         if split == "train" and spec.targets != "clean_only":
             kind: Literal["masked", "composite"] = "composite" if composite else "masked"
             parts += [Part(kind, number, draw) for draw in range(spec.masks.draws)]
@@ -171,6 +176,9 @@ def content_key(spec: CacheSpec, layer_set: LayerSet, part: Part, shard: int, sp
     """SHA-256 (hex) of all that decides a file's content: it stays the same when the cache grows by layers or draws."""
     tree = spec.model_dump(mode="json", exclude={"layers": True, "masks": True})
     tree |= {"set": layer_set.model_dump(mode="json"), "part": part.folder, "shard": shard, "split": split}
+    if spec.targets == "composite_only" and split == "train" and part.kind == "clean" and part.features:
+        # Programs before this key left the features out there, under the same key: repair makes such files again.
+        tree["features"] = True
     if part.draw is not None:
         tree |= {"policy": spec.masks.policy_of(part.draw).model_dump(mode="json"), "seed": spec.masks.seed}
     return _digest(tree)

@@ -7,15 +7,17 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 _COPY_BYTES = 8 << 20
+_T = TypeVar("_T")
 
 
 class Store:
@@ -25,8 +27,8 @@ class Store:
     when its upload is complete, so there a file is written to the local temporary folder first and uploaded whole.
 
     Args:
-        location: a local path, or a URI that Arrow or fsspec opens (``s3://bucket/prefix``, ``gs://...``). Credentials
-            come from the usual environment variables (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...).
+        location: a local path, also as ``file:///...``, or a URI that Arrow or fsspec opens (``s3://bucket/prefix``,
+            ``gs://...``). Credentials come from the usual environment variables (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...).
 
     Example:
         >>> store = Store("caches/demo")
@@ -37,8 +39,8 @@ class Store:
     def __init__(self, location: str | os.PathLike[str]) -> None:
         self.location = os.fspath(location).rstrip("/")
         self.local: Path | None = None
-        if "://" not in self.location:
-            self.local = Path(self.location).absolute()
+        if "://" not in self.location or self.location.startswith("file://"):
+            self.local = Path(_local_path(self.location)).absolute()
             self.location = str(self.local)
             self._fs, self._root = pafs.LocalFileSystem(), self.location
         else:
@@ -78,7 +80,17 @@ class Store:
         """Moves a file to another name."""
         if self.local is not None:
             (self.local / to).parent.mkdir(parents=True, exist_ok=True)
-        self._fs.move(f"{self._root}/{name}", f"{self._root}/{to}")
+            self._fs.move(f"{self._root}/{name}", f"{self._root}/{to}")
+        else:
+            self._with_folder(to, lambda: self._fs.move(f"{self._root}/{name}", f"{self._root}/{to}"))
+
+    def _with_folder(self, name: str, write: Callable[[], _T]) -> _T:
+        """Writes a file; where that takes a folder, as with sftp, and unlike in an object store, makes it first."""
+        try:
+            return write()
+        except FileNotFoundError:
+            self._fs.create_dir(f"{self._root}/{name}".rpartition("/")[0], recursive=True)
+            return write()
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of all files under a prefix (a folder's name), sorted; temporaries of writers are left out."""
@@ -131,7 +143,8 @@ class Store:
         target = f"{self._root}/{name}"
         before = self.size(name)
         try:
-            with path.open("rb") as source, self._fs.open_output_stream(target) as sink:
+            opened = self._with_folder(name, lambda: self._fs.open_output_stream(target))
+            with path.open("rb") as source, opened as sink:
                 shutil.copyfileobj(source, sink, _COPY_BYTES)
         except BaseException:
             # A stream that an error closes leaves what it has as a whole object; what was there before stays.
@@ -164,10 +177,21 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def _local_path(location: str) -> str:
+    if "://" not in location:
+        return location
+    try:
+        return str(pafs.FileSystem.from_uri(location)[1])
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{location} can't be opened: {error}") from error
+
+
 def _open(uri: str) -> tuple[pafs.FileSystem, str]:
     """Arrow's file system for a URI, or fsspec's where Arrow has none, and the path within it."""
     scheme, _, rest = uri.partition("://")
-    if "@" in rest.partition("/")[0]:
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    # Azure's container@account is none.
+    if at and (":" in user or scheme not in ("abfs", "abfss")):
         raise ValueError(
             f"the {scheme}:// location holds credentials, which logs would repeat; give them in the environment "
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"

@@ -10,7 +10,7 @@ import torch
 from teacher_cache.codecs import relative_error
 from teacher_cache.layout import CACHE_JSON, COPIES, DATA_FOLDERS, PLAN, Cache, ShardFile, state_name
 from teacher_cache.reader import CacheReader
-from teacher_cache.spec import CacheError
+from teacher_cache.spec import CacheError, CacheSpec
 from teacher_cache.store import Store
 from teacher_cache.teachers import Teacher
 from teacher_cache.writer import hidden_states
@@ -37,12 +37,16 @@ class Problem:
     file: ShardFile | None = None
 
 
-def verify_cache(location: str | Path | Store, *, checksums: bool = True) -> list[Problem]:
+def verify_cache(
+    location: str | Path | Store, *, checksums: bool = True, needed: CacheSpec | None = None
+) -> list[Problem]:
     """Checks every file of a cache against its commit record and the plan.
 
     Args:
         location: of the cache.
         checksums: read every byte and compare SHA-256; else sizes and records only.
+        needed: look only at the shard files that this need reads, and at no strangers: another run may be adding to the cache.
+            Default all.
 
     Returns:
         The problems; empty for a sound cache.
@@ -51,10 +55,10 @@ def verify_cache(location: str | Path | Store, *, checksums: bool = True) -> lis
         CacheError: there is no cache, or nothing is left to tell what it was.
     """
     store = location if isinstance(location, Store) else Store(location)
-    cache, problems = _identity(store)
+    cache, problems = _identity(store, growing=needed is not None)
     if cache is None:
         return problems
-    files = [file for shard in cache.shards for file in cache.files(shard)]
+    files = [file for shard in cache.shards for file in cache.files(shard, needed)]
     sizes = store.sizes()
 
     def check(file: ShardFile) -> Problem | None:
@@ -62,6 +66,8 @@ def verify_cache(location: str | Path | Store, *, checksums: bool = True) -> lis
 
     with ThreadPoolExecutor(_THREADS) as pool:
         problems += [problem for problem in pool.map(check, files) if problem is not None]
+    if needed is not None:
+        return problems
     known = {file.name for file in files} | {file.commit for file in files}
     problems += [
         Problem(name, f"{store.at(name)} does not belong to the cache", "stranger")
@@ -71,17 +77,18 @@ def verify_cache(location: str | Path | Store, *, checksums: bool = True) -> lis
     return problems
 
 
-def _identity(store: Store) -> tuple[Cache | None, list[Problem]]:
+def _identity(store: Store, growing: bool) -> tuple[Cache | None, list[Problem]]:
     """The cache, by whichever copy of its identity is sound, and what is wrong with the copies.
 
-    Without a sound plan the cache is None: the problems say all that can be said.
+    Without a sound plan the cache is None: the problems say all that can be said. Of a growing cache one copy may be
+    ahead of the other, with states that it alone knows.
     """
     cache: Cache | None = None
     errors = []
     for name, opened in ((CACHE_JSON, Cache.open), (f"{COPIES}/{CACHE_JSON}", Cache.open_copy)):
         try:
             found = opened(store)
-            if cache is not None and found.record != cache.record:
+            if cache is not None and found.record != cache.record and not growing:
                 errors.append(Problem(name, f"{store.at(name)} differs from {CACHE_JSON}", "identity"))
             cache = cache or found
         except CacheError as error:
@@ -97,7 +104,7 @@ def _identity(store: Store) -> tuple[Cache | None, list[Problem]]:
         if store.size(name) is None or store.sha256(name) != sha256
     ]
     known = {CACHE_JSON, *expected}
-    for name in (*store.names(COPIES), *store.names("codec")):
+    for name in () if growing else (*store.names(COPIES), *store.names("codec")):
         if name.removeprefix(f"{COPIES}/") not in known:
             bad.append(Problem(name, f"{store.at(name)} does not belong to the cache", "stranger"))
     return (None if any(problem.name == PLAN for problem in bad) else cache), errors + bad
@@ -170,7 +177,7 @@ def verify_deep(location: str | Path, teacher: Teacher, *, sample: int = 8, seed
     }
     checks = []
     draws: list[int | None] = [*range(reader.draws or 0)]
-    if cache.spec.targets != "composite_only":
+    if cache.spec.targets != "composite_only" or not draws:
         draws.insert(0, None)
     for draw in draws:
         pairs = [_both(reader, teacher, index, draw) for index in indices]

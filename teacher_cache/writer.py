@@ -53,6 +53,11 @@ def decode_shard(cache: Cache, shard: Shard) -> ShardAudio:
     holder = cache.files(shard)[0]
     if cache.store.size(holder.commit) is not None:
         return _embedded_audio(cache, holder)
+    return corpus_audio(cache, shard)
+
+
+def corpus_audio(cache: Cache, shard: Shard) -> ShardAudio:
+    """A shard's audio, from the corpus."""
     encode = to_flac if cache.spec.audio == "flac" else to_pcm
     waveforms, embedded, failures = [], [], []
     for utterance in shard.utterances:
@@ -136,6 +141,9 @@ class ShardWriter:
             ``shard``, ``utterances``, ``seconds`` of audio, ``busy`` (seconds of the teacher and the codec), ``bytes`` written, the
             columns of `TeacherWork` and ``failures``: sentences; with any of them the shard is left unfinished. ``full`` is
             whether the disk was.
+
+        Raises:
+            CacheError: the teacher's device has too little memory, so that going on would be in vain.
         """
         record = {"shard": shard.number, "utterances": len(shard.utterances), "seconds": shard.seconds, "busy": 0.0}
         work = TeacherWork()
@@ -150,6 +158,12 @@ class ShardWriter:
                 if not failures:
                     record["busy"] = self._write_files(shard, missing, audio, work)
                     written = sum(self._cache.store.size(file.name) or 0 for file in missing)
+            except torch.OutOfMemoryError as error:
+                raise CacheError(
+                    f"{self._teacher.name} ran out of memory on {self._teacher.device} with batches of "
+                    f"{self._cache.spec.batch_seconds:g} s of audio; keep other work off that device, or lower "
+                    "cache.batch_seconds and give another cache.path, as a cache keeps to its own"
+                ) from error
             except ValueError as error:
                 failures = [f"shard {shard.number}: {error}"]
             except OSError as error:
@@ -303,9 +317,9 @@ def _output(
     cache: Cache, file: ShardFile, codecs: list[tuple[ColumnCodec, ...]], shard: Shard, audio: ShardAudio
 ) -> Iterator[_Output]:
     """A shard file that is put in its place and committed when the block ends well."""
-    has_features = not (cache.spec.targets == "composite_only" and shard.split == "train" and file.part.kind == "clean")
+    chosen = codecs[file.part.layer_set] if file.part.features else ()
     with cache.store.create(file.name) as path:
-        output = _Output(path, file.part, codecs[file.part.layer_set] if has_features else (), shard, audio)
+        output = _Output(path, file.part, chosen, shard, audio)
         try:
             yield output
         finally:

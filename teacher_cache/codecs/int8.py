@@ -5,6 +5,8 @@ from torch import Tensor
 
 _HEADROOM = 1.1
 """How far beyond the sample's largest deviation a channel's range goes. A few channels of SSL teachers are 70 times the others."""
+_STILL = 1e-3
+"""A channel that moves less than this share of the layer's usual range in the sample gets that range: it may move elsewhere."""
 
 
 class Int8Codec:
@@ -30,14 +32,16 @@ class Int8Codec:
         """Mean and range of every channel. sample: (N, 1, D)."""
         mean = sample.double().mean(0).float()
         reach = (sample - mean).abs().amax(0) * _HEADROOM
+        usual = reach.square().mean().sqrt()
+        reach = torch.where(reach < _STILL * usual, usual, reach)
         return {"mean": mean, "scale": (reach / 127).clamp(min=torch.finfo(torch.float32).tiny)}
 
     def encode(self, frames: Tensor) -> Tensor:
         """See ColumnCodec. Values beyond the range are clipped; ValueError where one is not finite."""
         mean, scale = self._mean.to(frames.device), self._scale.to(frames.device)
-        codes = ((frames - mean) / scale).round()
-        if not bool(codes.isfinite().all()):
+        if not bool(frames.isfinite().all()):
             raise ValueError(f"a hidden state of layer {self.layers[0]} is not finite")
+        codes = ((frames - mean) / scale).round()
         return codes.clamp(-127, 127).to(torch.int8)[:, 0].contiguous().view(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
             r"cache\.codec: .*known codecs: fp32, fp16, int8, pca, layer-pca, and pca:STEP, layer-pca:STEP",
         ),
         ("cache.codec=pca:0", r"cache\.codec: .*step after the colon must be a positive number"),
-        ("cache.precision=fp16", "precision fp16 needs cache.gpus_per_actor"),
         ("cache.targets=all", r"cache\.targets: .*'clean_and_masked', 'composite_only' or 'clean_only'"),
         ("masks.policies=[{}, {}, {}]", "3 policies for 2 draws"),
         ("masks.policies=[{mask_prb: 0.4}]", r"masks\.policies\.0\.mask_prb: unknown key; allowed here: mask_length"),

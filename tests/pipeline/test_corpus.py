@@ -1,6 +1,7 @@
 """Three kinds of corpus, every broken file listed, and an index that is reused while it is right."""
 
 import csv
+import errno
 import hashlib
 import os
 import shutil
@@ -308,3 +309,23 @@ def test_real_librispeech(shared: Path, tmp_path: Path) -> None:
     assert index.skipped == []
     assert len(index.utterances) == len(list((shared / "speech").rglob("*.flac")))
     assert 0 < len(ids(index, "validation")) < len(ids(index, "train"))
+
+
+def test_folders_that_cannot_be_read_are_said(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir, closed = os.scandir, [speech_folder / "train-tones" / "0"]
+
+    def guarded(folder: str) -> object:
+        if Path(folder) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))  # Root may read anything.
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    index = index_corpus(speech_folder, output=tmp_path / "index")
+    assert [(skip.path, skip.reason) for skip in index.skipped] == [(closed[0], "unreadable_folder")]
+    assert f"the folder {closed[0]} can't be read (Permission denied)" in (tmp_path / "index/skipped.csv").read_text()
+    assert len(index.utterances) == 11
+    closed[0] = speech_folder
+    with pytest.raises(ValueError, match=f"the folder {speech_folder} can't be read"):
+        index_corpus(speech_folder, output=tmp_path / "index")

@@ -9,6 +9,10 @@ from rich.console import Console
 from pipeline.config import ConfigError, load_config
 from pipeline.stages import Run
 from student import Student, save_student
+from teacher_cache.build import build_cache
+from teacher_cache.layout import Cache, grow_cache
+from teacher_cache.shards import plan_shards
+from teacher_cache.spec import CacheError
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
@@ -16,6 +20,12 @@ DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 def begin(folder: Path, *overrides: str) -> Run:
     paths = ("teacher.checkpoint=random:2x64", f"cache.path={folder / 'cache'}", f"runs={folder / 'runs'}")
     return Run(load_config(DEMO, [*paths, *overrides]), Console(quiet=True))
+
+
+def build(run: Run) -> None:
+    """The cache stage without Ray."""
+    plan = plan_shards(run.utterances, run.spec.shard_seconds, run.teacher.num_frames)
+    build_cache(run.cache.location, run.spec, plan, "random:2x64", teacher_name="random:2x64", workers=None)
 
 
 @pytest.mark.parametrize("text", ["", "name: [", "- a list\n", "name: demo\n", "\udcff"])
@@ -55,3 +65,44 @@ def test_a_report_without_the_cache_says_so(tmp_path: Path, speech_folder: Path)
     assert summary["cache_bytes"] is None
     page = (run.folder / "report.html").read_text()
     assert f"The cache at {tmp_path / 'cache'} is gone" in page and 'href="summary.json"' in page
+
+
+def test_another_run_that_adds_to_the_cache_stops_nobody(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.stages.init_ray", lambda: pytest.fail("something is built"))
+    run = begin(tmp_path, f"corpus.path={speech_folder}", "cache.codec=fp16")
+    run.index()
+    build(run)
+    more = run.spec.masks.model_copy(update={"draws": run.spec.masks.draws + 1})
+    cache = grow_cache(Cache.open(run.cache), run.spec.model_copy(update={"masks": more}), {})
+    assert cache.missing()
+    run.cache_targets()  # Nothing of its own is missing.
+    run.check_cache()
+    (tmp_path / "cache" / "masked" / "draw=0" / "part-00000.parquet").unlink()
+    with pytest.raises(CacheError, match="the cache is not sound: .*draw=0/part-00000.parquet is missing; `python"):
+        run.check_cache()
+
+
+def test_a_cache_of_another_machines_precision_is_read_but_not_added_to(tmp_path: Path, speech_folder: Path) -> None:
+    settings = (f"corpus.path={speech_folder}", "cache.codec=fp16")
+    run = begin(tmp_path, *settings, "cache.gpus_per_actor=1")
+    run.index()
+    assert run.spec.precision == "fp16"
+    build(run)
+    for more in ((), ("cache.precision=fp16",)):
+        again = begin(tmp_path, *settings, f"name=again{len(more)}", "cache.gpus_per_actor=0", *more)
+        again.index()
+        again.plan()
+        again.cache_targets()
+        again.check_cache()
+    again = begin(tmp_path, *settings, "name=draws", "masks.draws=9")
+    again.index()
+    for stage in (again.plan, again.cache_targets):
+        with pytest.raises(
+            ConfigError, match="precision fp16 needs cache.gpus_per_actor; .* the cache at .* is of that"
+        ):
+            stage()
+    elsewhere = begin(tmp_path, *settings, "name=elsewhere", f"cache.path={tmp_path / 'other'}")
+    elsewhere.index()
+    assert elsewhere.spec.precision == "fp32"

@@ -11,11 +11,14 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+import torch
 
-from teacher_cache.build import BuildReport, Progress, Workers, build_cache
+from teacher_cache.build import BuildReport, Progress, Workers, _ShardWriterActor, build_cache
 from teacher_cache.building import building
 from teacher_cache.builds import BUILDS
+from teacher_cache.embedded import to_pcm
 from teacher_cache.layout import Cache
 from teacher_cache.reader import CacheReader
 from teacher_cache.repair import repair_cache
@@ -23,6 +26,7 @@ from teacher_cache.shards import SourceUtterance, plan_shards
 from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
 from teacher_cache.store import Store
 from teacher_cache.verify import verify_cache
+from teacher_cache.writer import decode_shard, shard_to_json
 
 TEACHER = "random:2x32"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -231,6 +235,60 @@ def test_a_codec_that_does_not_fit_the_teacher_is_said(
         build(tmp_path / "cache", codec="fp16")
 
 
+def exhausted(*arguments: object) -> object:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
+def test_too_little_memory_is_said_in_one_sentence(
+    tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr("teacher_cache.fit.hidden_states", exhausted)
+        with pytest.raises(CacheError, match="could not be fitted: .* with one utterance; .* corpus.max_seconds"):
+            build(root, codec="int8")
+    said = "random:2x32 ran out of memory on cpu with batches of 6 s of audio; .* lower cache.batch_seconds"
+    monkeypatch.setattr("teacher_cache.writer.hidden_states", exhausted)
+    with pytest.raises(CacheError, match=said):
+        build(root)
+    assert not list((root / "clean").iterdir())
+    # An actor hands the sentence on, where an exception would make Ray start it again.
+    cache = Cache.open(root)
+    audio = decode_shard(cache, cache.shards[0])
+    row = {
+        "shard": shard_to_json(cache.shards[0]),
+        "pcm": b"".join(to_pcm(waveform) for waveform in audio.waveforms),
+        "audio": audio.embedded,
+        "failures": "[]",
+    }
+    (record,) = _ShardWriterActor(str(root), TEACHER, "cpu")(pa.Table.from_pylist([row])).to_pylist()
+    assert re.match(said, record["refused"])
+
+
+def test_workers_that_fail_are_said_in_one_sentence(
+    tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.data
+    import ray.exceptions
+
+    errors = (
+        (ray.exceptions.WorkerCrashedError(), "The worker died unexpectedly while executing this task. "),
+        (ray.exceptions.OutOfMemoryError("low on memory\nand much\nadvice"), "low on memory"),
+        (ray.exceptions.RayTaskError("f", "Traceback\n  File\nIndexError: 3\n", IndexError(3)), "IndexError: 3"),
+    )
+    for error, text in errors:
+
+        def fail(*_arguments: object, error: Exception = error, **_options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ray.data, "from_items", fail)
+        with pytest.raises(
+            CacheError, match=rf"^the cache stage was broken off, since a worker failed \({text}"
+        ) as caught:
+            build(tmp_path / "cache", workers=Workers())
+        assert "\n" not in str(caught.value)
+
+
 def test_another_builder_is_said_and_the_first_is_not_disturbed(tmp_path: Path, build: Build) -> None:
     with building(Store(tmp_path / "cache")):
         code = f"""
@@ -264,6 +322,7 @@ import hashlib, json, shutil, sys
 from pathlib import Path
 import torch
 from teacher_cache.build import build_cache
+from teacher_cache.embedded import to_pcm
 from teacher_cache.layout import Cache
 from teacher_cache.repair import repair_cache
 from teacher_cache.shards import plan_shards, SourceUtterance

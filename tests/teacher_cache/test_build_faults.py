@@ -11,18 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from teacher_cache.build import build_cache
 from teacher_cache.building import building
 from teacher_cache.builds import BUILDS
 from teacher_cache.layout import Cache
 from teacher_cache.repair import SET_ASIDE, repair_cache
-from teacher_cache.shards import SourceUtterance
+from teacher_cache.shards import SourceUtterance, plan_shards
 from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
 from teacher_cache.store import Store
 from teacher_cache.verify import verify_cache
@@ -367,7 +368,32 @@ def test_repair_without_a_corpus_reads_what_is_left_of_a_damaged_file(
     assert shard.read_bytes() == damaged
     assert other.read_bytes() == sound["masked/draw=0/part-00002.parquet"]
     shard.write_bytes(sound["clean/part-00001.parquet"])
-    assert repair_cache(root) == [f"{shard} made again"]
+    assert contents(root) == sound
+    assert repair_cache(root) == []
+
+
+def test_a_corpus_that_moved_is_found_where_it_lies_now(
+    tmp_path: Path, make_cache: Make, source_utterances: list[SourceUtterance], speech_folder: Path
+) -> None:
+    root = tmp_path / "cache"
+    spec = make_cache(root)
+    sound = contents(root)
+    now = speech_folder.rename(tmp_path / "elsewhere")
+    utterances = [replace(u, path=str(now / Path(u.path).relative_to(speech_folder))) for u in source_utterances]
+    plan = plan_shards(utterances, spec.shard_seconds)
+    for name in ("clean/part-00001", "clean/part-00002", "masked/draw=0/part-00001"):
+        (root / f"{name}.parquet").unlink()
+        (root / f"commits/{name}.json").unlink()
+    build_cache(root, spec, plan, TEACHER, teacher_name=TEACHER, workers=None)
+    assert contents(root) == sound
+    (root / "clean/part-00001.parquet").unlink()
+    with pytest.raises(CacheError, match=f"{speech_folder}.*No such file"):
+        repair_cache(root)
+    with pytest.raises(CacheError, match=f"no audio of the cache lay below /old; .* was at {speech_folder}"):
+        repair_cache(root, corpus_moved=("/old", str(now)))
+    assert repair_cache(root, corpus_moved=(str(speech_folder), str(now))) == [
+        f"{root}/clean/part-00001.parquet made again"
+    ]
     assert contents(root) == sound
 
 

@@ -169,6 +169,22 @@ def test_what_is_far_beyond_the_sample_is_clipped_and_not_wrapped() -> None:
         assert torch.cosine_similarity(decoded.flatten(), frames.flatten(), 0) > 0.4
 
 
+def test_int8_keeps_a_channel_that_the_sample_did_not_move() -> None:
+    def frames(count: int, seed: int) -> Tensor:
+        return 1 + torch.randn(count, 1, 8, generator=torch.Generator().manual_seed(seed))
+
+    sample, held_out = frames(900, 1), frames(300, 2)
+    for still in (0.3, 0.3 + 1e-6 * sample[:, 0, 0]):  # Constant, and all but constant.
+        sample[:, 0, 4] = still
+        (codec,) = open_codec("int8", (1,), 8, fit_codec("int8", sample, held_out))
+        decoded = codec.decode(codec.encode(held_out))
+        assert (decoded - held_out)[..., 4].abs().max() < 0.03, "it moves as the others do after all"
+        assert codec.decode(codec.encode(sample))[..., 4] == pytest.approx(0.3, abs=0.03)
+    constant = torch.full((9, 1, 8), 0.3)  # Nothing is known of such a layer; it is coded, to its bounds.
+    (codec,) = open_codec("int8", (1,), 8, fit_codec("int8", constant, constant))
+    assert codec.decode(codec.encode(held_out)).isfinite().all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_values_that_are_not_finite_are_refused(name: str) -> None:
     frames = features(4, 12)

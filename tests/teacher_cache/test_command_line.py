@@ -143,6 +143,11 @@ def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
     assert shard.read_bytes() == sound
     assert "nothing to do" in run("repair", root)[1]
 
+    with pytest.raises(CacheError, match="no audio of the cache lay below /old"):
+        shard.unlink()
+        run("repair", root, "--corpus-moved", "/old", "/new")
+    assert run("repair", root)[0] == 0
+
     shutil.rmtree(root / "clean")
     assert "files are not finished" not in run("info", root)[1]  # The commits are there; only a check can tell.
     assert run("verify", root, "--fast")[0] == 1

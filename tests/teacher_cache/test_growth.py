@@ -179,6 +179,34 @@ def test_a_growth_that_stopped_is_finished_by_repair_or_the_next_build(tmp_path:
     assert {name: data for name, (data, _) in files(root).items()} == sound
 
 
+def test_a_growth_under_way_keeps_nobody_from_what_is_there(tmp_path: Path, make_cache: Make, cache_spec: Make) -> None:
+    root = tmp_path / "cache"
+    needed = make_cache(root, TEACHER, layers=(2,), masks=masks(1), codec="int8")
+    before, names = (root / "cache.json").read_bytes(), set(files(root))
+    make_cache(root, TEACHER, masks=masks(2), codec="int8")
+    added = set(files(root)) - names
+    after = (root / "cache.json").read_bytes()
+    (root / "cache.json").write_bytes(before)  # All but this is written, as whoever opened the cache before sees it.
+    assert verify_cache(root) != []
+    assert verify_cache(root, needed=needed) == []
+    (root / "cache.json").write_bytes(after)
+    for name in added:
+        if not name.startswith(("codec", "copies")):
+            (root / name).unlink()
+    cache = Cache.open(root)
+    assert cache.missing() and not cache.missing(needed)
+    assert verify_cache(root) != []
+    assert verify_cache(root, needed=needed) == []
+    everything_needed = {problem.name for problem in verify_cache(root, needed=cache_spec(TEACHER, masks=masks(2)))}
+    assert everything_needed == {problem.name for problem in verify_cache(root)}
+    reader = CacheReader(root, "train", [2], 1)
+    shard = next(shard for shard in cache.shards if shard.split == "train")
+    read = {file.name for (number, *_), file in reader._files.items() if number == shard.number}
+    assert {file.name for file in cache.files(shard, needed)} == read
+    (root / sorted(read)[-1]).unlink()
+    assert [problem.name for problem in verify_cache(root, needed=needed)] == [sorted(read)[-1]]
+
+
 def test_layers_the_teacher_does_not_have(tmp_path: Path, make_cache: Make) -> None:
     with pytest.raises(CacheError, match="there is no layer 4; the teacher has layers 1 to 3"):
         make_cache(tmp_path / "cache", TEACHER, layers=(1, 4))

@@ -122,6 +122,14 @@ def test_other_masks_are_refused_but_more_and_fewer_are_not(tmp_path: Path) -> N
         cache.covers(spec(masks=MaskDraws(draws=1, seed=1)))
 
 
+@pytest.mark.parametrize(("has", "needed"), [(2, 0), (0, 1)])
+def test_composite_draws_do_not_come_or_go_altogether(tmp_path: Path, has: int, needed: int) -> None:
+    cache = create(tmp_path / "cache", targets="composite_only", masks=MaskDraws(draws=has))
+    assert cache.covers(spec(targets="composite_only", masks=MaskDraws(draws=has)))
+    with pytest.raises(CacheError, match=rf"\(masks.draws: {has} -> {needed}\)"):
+        cache.covers(spec(targets="composite_only", masks=MaskDraws(draws=needed)))
+
+
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(CacheError, match=r"holds files \(such as thesis.tex\) but no cache.json"):

@@ -253,6 +253,31 @@ def test_locations_that_cannot_be_are_refused() -> None:
     assert "secret@" not in str(caught.value) and "AKIA" not in str(caught.value)
     with pytest.raises(ValueError, match="s4://bucket/cache can't be opened: neither Arrow nor fsspec knows s4://"):
         Store("s4://bucket/cache")
+    with pytest.raises(ValueError, match="holds credentials"):
+        Store("abfs://container:password@account.dfs.core.windows.net/cache")
+    with pytest.raises(ValueError, match="file://host/cache can't be opened: "):
+        Store("file://host/cache")
+
+
+def test_a_container_of_azure_is_no_credential() -> None:
+    store = Store("abfs://container@account.dfs.core.windows.net/a/cache")  # Opening asks nobody yet.
+    assert store.local is None and store.location.startswith("abfs://container@account")
+
+
+def test_a_file_uri_is_a_local_folder(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/a%20cache/")
+    assert (store.local, store.location) == (tmp_path / "a cache", f"{tmp_path}/a cache")
+    store.write("clean/part-00000.json", b"{}")
+    assert (tmp_path / "a cache" / "clean" / "part-00000.json").read_bytes() == b"{}"
+
+
+def test_folders_are_made_where_a_store_has_them(tmp_path: Path) -> None:
+    store = Store(f"local://{tmp_path}/cache")  # fsspec's, which like sftp writes into no folder that is not there.
+    assert store.local is None
+    store.write("masked/draw=0/part-00000.json", b"{}")
+    store.move("masked/draw=0/part-00000.json", "set-aside/masked/part-00000.json")
+    assert store.names() == ["set-aside/masked/part-00000.json"]
+    assert store.read("set-aside/masked/part-00000.json") == b"{}"
 
 
 def test_a_store_that_cannot_be_reached_is_one_sentence(location: str, monkeypatch: pytest.MonkeyPatch) -> None:

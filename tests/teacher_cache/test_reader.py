@@ -1,6 +1,7 @@
 """A cache written without Ray, read back, held against the teacher itself."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from teacher_cache.layout import Cache
+from teacher_cache.layout import Cache, file_record, write_commit
 from teacher_cache.masks import MaskPolicy, draw_mask
 from teacher_cache.online import OnlineReader
 from teacher_cache.reader import CacheReader
+from teacher_cache.repair import repair_cache
 from teacher_cache.shards import SourceUtterance
-from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
+from teacher_cache.spec import CacheError, CacheSpec, LayerSet, MaskDraws, content_key, parts_of
 from teacher_cache.teachers import load_teacher
+from teacher_cache.verify import verify_deep
 
 TEACHER = "random:2x32"
 Make = Callable[..., CacheSpec]
@@ -195,3 +198,60 @@ def test_a_codec_state_that_does_not_fit_is_refused(tmp_path: Path, make_cache: 
         open_codec("pca", (1, 2), 48, state)
     with pytest.raises(ValueError, match="made for another codec"):
         open_codec("int8", (1,), 32, state)
+
+
+def test_without_draws_composite_only_keeps_the_clean_targets(tmp_path: Path, make_cache: Make) -> None:
+    root, none = tmp_path / "cache", MaskDraws(draws=0)
+    make_cache(root, targets="composite_only", masks=none, layers=(2,))
+    make_cache(root, targets="composite_only", masks=none)
+    make_cache(tmp_path / "clean", targets="clean_only", masks=none)
+    for split in ("train", "validation"):
+        ours, theirs = (CacheReader(place, split).read([0, 1], None) for place in (root, tmp_path / "clean"))
+        torch.testing.assert_close(ours.targets, theirs.targets)
+    checks = verify_deep(root, load_teacher(TEACHER))
+    assert [(check.draw, check.layer, check.good) for check in checks] == [(None, 1, True), (None, 2, True)]
+
+
+def test_a_composite_cache_without_draws_that_lacks_its_features_is_repaired(tmp_path: Path, make_cache: Make) -> None:
+    root = tmp_path / "cache"
+    make_cache(root, targets="composite_only", masks=MaskDraws(draws=0))
+    cache = Cache.open(root)
+    sound = {file.name: (root / file.name).read_bytes() for shard in cache.shards for file in cache.files(shard)}
+    for shard in cache.shards:
+        if shard.split == "train":  # As programs before the key "features" wrote it.
+            (file,) = cache.files(shard)
+            bare = replace(file.part, features=False)
+            key = content_key(cache.spec, cache.layer_sets[0], bare, shard.number, shard.split)
+            table = pq.read_table(root / file.name).drop_columns(["layer_01", "layer_02"])
+            pq.write_table(table, root / file.name, row_group_size=1)
+            write_commit(cache.store, file, file_record(root / file.name, table.num_rows, key))
+    with pytest.raises(CacheError, match="belongs to another file or cache; `repair` restores it"):
+        CacheReader(root, "train")
+    repair_cache(root)
+    assert {name: (root / name).read_bytes() for name in sound} == sound
+
+
+def test_files_of_composite_caches_with_draws_keep_their_key() -> None:
+    """Cached by programs before the key "features": recorded then."""
+    spec = CacheSpec(
+        teacher="t",
+        num_layers=2,
+        dim=8,
+        layers=(1, 2),
+        masks=MaskDraws(),
+        targets="composite_only",
+        codec="fp16",
+        corpus="c",
+        shard_seconds=10,
+        batch_seconds=5,
+    )
+    keys = {
+        (part.folder, split): content_key(spec, LayerSet(layers=(1, 2)), part, 0, split)[:8]
+        for split in ("train", "validation")
+        for part in parts_of(spec, 1, split)
+    }
+    assert keys == {
+        ("clean", "train"): "94ac9f42",
+        ("composite/draw=0", "train"): "9efd8b28",
+        ("clean", "validation"): "27bad5c4",
+    }

@@ -72,7 +72,9 @@ def _configuration(path: Path) -> dict[str, Any] | None:
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, from which the origin is, is not YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(
+            f"{path}, the configuration of the student's run, is not YAML ({' '.join(str(error).split())})"
+        ) from error
     sections = isinstance(tree, dict) and all(isinstance(tree.get(name), dict) for name in ("teacher", "train"))
     return tree if sections and "name" in tree and "checkpoint" in tree["teacher"] else None
 
@@ -84,7 +86,9 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); the run's report stage writes summary.json anew") from error
+        raise ValueError(
+            f"{path} is damaged ({error}); without that file the export says less of its origin"
+        ) from error
     return tree if isinstance(tree, dict) else {}
 
 

@@ -48,19 +48,54 @@ def open_student(model: Path, model_config: Path | None = None) -> tuple[Student
     if (model / "config.json").is_file():
         metadata = json.loads((model / "config.json").read_text()).get("metadata", {})
         origin["metrics"] = {name: value for name, value in metadata.items() if isinstance(value, (int, float))}
-    folder = model.absolute()
-    for run in (folder.parent, folder.parent.parent):
-        if (run / "config.yaml").is_file():
-            origin |= _of_run(run, origin.get("metrics", {}))
-            break
+    run = _run_of(model)
+    configuration = None if run is None else _configuration(run / "config.yaml")
+    if run is not None and configuration is not None:
+        origin |= _of_run(run, configuration, origin.get("metrics", {}))
     return student, origin
 
 
-def _of_run(run: Path, metrics: dict[str, float]) -> Origin:
+def _run_of(model: Path) -> Path | None:
+    """The folder of the run that a student is still in: its export, or one of its checkpoints."""
+    if model.suffix == ".ckpt":
+        return None
+    folder = model.resolve() if model.is_dir() else model.resolve().parent
+    if folder.name == "export":
+        return folder.parent
+    return folder.parent.parent if folder.parent.name == "checkpoints" else None
+
+
+def _configuration(path: Path) -> dict[str, Any] | None:
+    """A run's configuration; None where there is none, or it is another program's. ValueError where it can't be read."""
+    if not path.is_file():
+        return None
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}, the configuration of the student's run, is not YAML ({' '.join(str(error).split())})"
+        ) from error
+    sections = isinstance(tree, dict) and all(isinstance(tree.get(name), dict) for name in ("teacher", "train"))
+    return tree if sections and "name" in tree and "checkpoint" in tree["teacher"] else None
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a JSON file of the run holds; nothing where there is none. ValueError where it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); without that file the export says less of its origin"
+        ) from error
+    return tree if isinstance(tree, dict) else {}
+
+
+def _of_run(run: Path, configuration: dict[str, Any], metrics: dict[str, float]) -> Origin:
     """What a run's folder tells; nothing of it need be there but the configuration."""
-    configuration: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
-    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
-    trained = summary.get("training") or {}
+    summary = _record(run / "summary.json")
+    trained = _record(run / "train.json") or summary.get("training") or {}
     names = ("steps", "last_loss", "last_validation_loss", "best_validation_loss")
     train = configuration["train"]
     origin: Origin = {
@@ -75,11 +110,17 @@ def _of_run(run: Path, metrics: dict[str, float]) -> Origin:
     if summary.get("teacher_is_random"):
         origin["teacher"] += " (RANDOM weights: the features mean nothing)"
     if train.get("targets") == "cached":
-        try:
-            origin["cache_fingerprint"] = Cache.open(configuration["cache"]["path"]).fingerprint
-        except (CacheError, OSError):
-            origin["cache_fingerprint"] = None  # The cache may have been removed since.
+        # Trainings of earlier versions did not record it.
+        origin["cache_fingerprint"] = trained.get("cache_fingerprint") or _fingerprint(summary.get("cache"))
     return origin
+
+
+def _fingerprint(location: str | None) -> str | None:
+    """Of the cache that is at a place now; None where there is none, as when it was removed."""
+    try:
+        return None if location is None else Cache.open(location).fingerprint
+    except (CacheError, OSError):
+        return None
 
 
 def _commit() -> str | None:

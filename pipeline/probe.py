@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from pipeline.charts import COLORS, Line, line_chart
 from pipeline.export_model import open_student
-from pipeline.files import write_text
+from pipeline.files import check_room, write_text
 from student.model import Student
 from teacher_cache.audio import load_audio
 from teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD, SAMPLE_RATE
@@ -532,6 +532,34 @@ def read_probes(run: Path, settings: dict[str, Any] | None = None) -> list[Probe
     return [probed for probed in found if settings is None or probed.settings == settings]
 
 
+def _refuse_others(folder: Path, settings: dict[str, Any], sources: Sequence[Source]) -> None:
+    """ValueError where a folder holds a probe that one with these settings and sources should not replace."""
+    path = folder / "probe.json"
+    if not path.exists():
+        return
+    there = _read_probe(path)
+    if there.settings != settings or [o.source for o in there.outcomes] != [source.name for source in sources]:
+        raise ValueError(f"{folder} holds a probe with other settings or sources; choose another --output")
+
+
+def _check_device(device: str) -> None:
+    """ValueError where PyTorch can't use it."""
+    try:
+        torch.empty(1, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # As builds without CUDA or without a GPU say it.
+        raise ValueError(f"--device {device} can't be used here ({str(error).splitlines()[0]})") from error
+
+
+def _names(places: Sequence[Path], origins: Sequence[dict[str, Any]]) -> list[str]:
+    """A name for each student: its run's or its folder's, with its path where two have one name."""
+    names = [f"student {origin.get('run') or path.name}" for path, origin in zip(places, origins, strict=True)]
+    return [name if names.count(name) == 1 else f"{name} ({path})" for name, path in zip(names, places, strict=True)]
+
+
 def titles_of(probes: Sequence[Probed]) -> list[str]:
     """A title for each that tells it from the others: with its settings where several have one title."""
     titles = []
@@ -574,20 +602,29 @@ def command(
         if units not in ("characters", "words"):
             raise ValueError(f"--units must be characters or words, not {units!r}")
         chosen: Units = "characters" if units == "characters" else "words"
+        _check_device(device)
         task = read_task(manifest, chosen)
-        sources, origins = [], {}
+        settings = probe_settings(manifest, chosen, epochs, seed)
+        folder = output or (probe_folder(run, manifest.stem, settings) if run else Path("probe"))
+        check_room(folder)
+        places = [*(student or []), *([run] if run else [])]
+        if len(set(places)) < len(places):
+            raise ValueError("a student is given twice; one with itself can't be compared")
+        sources = []
         if teacher is not None:
             sources.append(Source.of_teacher(load_teacher(teacher, device)))
-        for path in [*(student or []), *([run] if run else [])]:
-            loaded, origin = open_student(path)
-            name = f"student {origin.get('run') or path.name}"
-            origins[name] = origin
+        opened = [open_student(place) for place in places]
+        names = _names(places, [origin for _, origin in opened])
+        origins = {name: origin for name, (_, origin) in zip(names, opened, strict=True)}
+        for name, (loaded, _) in zip(names, opened, strict=True):
             sources.append(Source.of_student(loaded.to(device), name))
         own = len(sources) - 1 if run else None
         if log_mel:
             sources.append(Source.log_mel())
         if not sources:
             raise ValueError("there is nothing to probe; give --teacher, --student or --run")
+        if output or not run:
+            _refuse_others(folder, settings, sources)
         outcomes = run_probes(
             task,
             sources,
@@ -595,13 +632,11 @@ def command(
             seed=seed,
             say=lambda text: console.print(text, highlight=False, soft_wrap=True),
         )
+        console.print(outcome_table(outcomes))
+        write_outcomes(folder, outcomes, task, manifest.stem, origins, settings, own)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    console.print(outcome_table(outcomes))
-    settings = probe_settings(manifest, chosen, epochs, seed)
-    folder = output or (probe_folder(run, manifest.stem, settings) if run else Path("probe"))
-    write_outcomes(folder, outcomes, task, manifest.stem, origins, settings, own)
     console.print(f"probe   {folder / 'probe.html'}", highlight=False, soft_wrap=True)
 
 

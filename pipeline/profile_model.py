@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import load_config
 from pipeline.export_model import open_student
+from pipeline.files import check_room
 from student.attention import Attention
 from student.model import Student
 from teacher_cache.frames import SAMPLE_RATE
@@ -201,24 +202,33 @@ def command(
     try:
         if seconds * SAMPLE_RATE < 400:
             raise ValueError(f"--seconds {seconds:g} is shorter than one frame (0.025)")
+        if output is not None:
+            check_room(output.parent)
+            if output.is_dir():
+                raise ValueError(f"--output {output} is a folder; give a file's name")
         if model.suffix in (".yaml", ".yml"):
             config = load_config(model)
-            # A checkpoint that is not here has a shape all the same, if it is of the size that the recipes name.
-            known = Path(config.teacher.checkpoint).exists() or ":" in config.teacher.checkpoint
-            loaded = load_teacher(teacher or (config.teacher.checkpoint if known else HUBERT_BASE))
+            loaded = load_teacher(teacher or _shape_of(config.teacher.checkpoint))
             layers = len(config.teacher.layers or range(loaded.num_layers))
             student = Student(config.resolve_student(layers, loaded.dim, loaded.patches))
         else:
-            student, _ = open_student(model)
-            loaded = load_teacher(teacher or HUBERT_BASE)
+            student, origin = open_student(model)
+            run = origin.get("configuration")
+            loaded = load_teacher(teacher or (HUBERT_BASE if run is None else _shape_of(run["teacher"]["checkpoint"])))
         profiles = profile_student(student, seconds), profile_teacher(loaded, seconds)
+        Console().print(profile_table(*profiles, ("student", loaded.name)))
+        if output is not None:
+            record = {"student": asdict(profiles[0]), "teacher": asdict(profiles[1]), "teacher_name": loaded.name}
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(record, indent=2) + "\n")
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    Console().print(profile_table(*profiles, ("student", loaded.name)))
-    if output is not None:
-        record = {"student": asdict(profiles[0]), "teacher": asdict(profiles[1]), "teacher_name": loaded.name}
-        output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _shape_of(checkpoint: str) -> str:
+    """The teacher to count; one that is not here has a shape all the same, if it is of the size that the recipes name."""
+    return checkpoint if Path(checkpoint).exists() or ":" in checkpoint else HUBERT_BASE
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """A client of the service, sync and async. Copy it: it needs httpx and NumPy only."""
 
 import io
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
 import httpx
@@ -23,7 +26,18 @@ class RefusedError(Exception):
         body = response.json() if kind.startswith("application/json") else {}
         super().__init__(body.get("error", response.text[:200]))
         self.status, self.error_type = response.status_code, body.get("error_type", "unknown")
-        self.retry_after = float(response.headers["retry-after"]) if "retry-after" in response.headers else None
+        self.retry_after = _seconds(response.headers.get("retry-after"))
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Of a ``Retry-After``: seconds or, as proxies may say, a date. None for none and for what is neither."""
+    if retry_after is None:
+        return None
+    with suppress(ValueError):
+        return float(retry_after)
+    with suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    return None
 
 
 def _request(path: str, files: Sequence[bytes], **parameters: Any) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def _train(job: dict[str, Any], rank: Rank, **options: Any) -> None:
         Path(job["folder"]),
         rank=rank,
         initial=None if job["initial"] is None else Path(job["initial"]),
+        cache_fingerprint=train_reader.cache.fingerprint if isinstance(train_reader, CacheReader) else None,
         **options,
     )
 

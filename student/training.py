@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +47,8 @@ class TrainResult:
     best_validation_loss: float
     best_step: int
     seconds: float
+    cache_fingerprint: str | None = None
+    """Of the cache that the targets were read from; None for online targets."""
 
 
 def forward(
@@ -138,6 +140,7 @@ def train(
     wrap: Callable[[nn.Module], nn.Module] = lambda distiller: distiller,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     on_validation: Callable[[dict[str, Any]], None] = lambda row: None,
+    cache_fingerprint: str | None = None,
 ) -> TrainResult:
     """Trains a student, or goes on from ``folder/checkpoints/last``.
 
@@ -156,6 +159,7 @@ def train(
         wrap: puts the student, with its loss, in DDP.
         on_row: called on every rank with each row of ``metrics.jsonl`` (see `Metrics`).
         on_validation: called on every rank, equally often, after each validation.
+        cache_fingerprint: of the readers' cache, for the result; default None: they have none.
 
     Raises:
         ValueError: the student doesn't fit the targets, the checkpoint not the training, or a tracker is not installed.
@@ -173,7 +177,7 @@ def train(
         _check_frames(config, reader)
     loop = _Loop(config, settings, train_reader, validation_reader, folder, rank, initial, wrap, on_row, on_validation)
     with loop.metrics:
-        result = loop.run()
+        result = replace(loop.run(), cache_fingerprint=cache_fingerprint)
     if rank.index == 0:
         temporary = folder / ".train.json.tmp"
         temporary.write_text(json.dumps(asdict(result), indent=2) + "\n")

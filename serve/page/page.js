@@ -8,7 +8,8 @@ import { BANDS, decodeForDisplay, logMel, Recording, SAMPLE_RATE } from "./sound
 
 const FRAME = 0.02, FRAME_SEES = 0.025; // seconds
 const $ = (id) => document.getElementById(id);
-const state = { layer: 0, layers: 0, limits: {}, models: [] };
+/** `chosen` is the space and the model of what is shown; `wanted` gives what the controls say, which may yet be refused. */
+const state = { layer: 0, layers: 0, limits: {}, models: [], chosen: { space: $("space").value, model: "" } };
 const wanted = () => ({ space: $("space").value, model: state.models.length > 1 ? $("model").value : "" });
 const seconds = (value) => `${value.toFixed(2)} s`;
 const number = (value) => value.toFixed(Math.abs(value) < 10 ? 3 : 1).replace("-", "−");
@@ -56,6 +57,8 @@ class Clip {
   constructor(letter) {
     this.letter = letter;
     this.file = this.features = this.samples = this.recording = null;
+    this.next = null; // A file that is to be shown, while the service is asked.
+    this.told = "";
     this.audio = new Audio();
     this.element = $("clip").content.cloneNode(true).firstElementChild;
     this.element.id = `clip-${letter.toLowerCase()}`;
@@ -76,7 +79,7 @@ class Clip {
       if (file) await this.open(file);
     }));
     part("record").addEventListener("click", attempt(() => this.record()));
-    part("save").addEventListener("click", attempt((event) => this.save(state.layer, event.target)));
+    part("save").addEventListener("click", attempt((event) => this.save(this.layer, event.target)));
     part("save-all").addEventListener("click", attempt((event) => this.save("all", event.target)));
     part("time").addEventListener("input", () => this.seek(Number(part("time").value)));
     part("play").addEventListener("click", attempt(() => (this.audio.paused ? this.audio.play() : this.audio.pause())));
@@ -105,10 +108,57 @@ class Clip {
       throw new Refused(`${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MiB; the service takes ${(limit / 2 ** 20).toFixed(0)} MiB.`, "too_large", 413);
     }
     this.audio.pause();
-    const features = await this.ask(file);
-    const samples = await decodeForDisplay(file);
+    this.next = file;
+    try {
+      while (this.next === file) { // Until it is shown, or another takes its place.
+        if (switching) {
+          await Promise.allSettled([switching]);
+          continue;
+        }
+        try {
+          this.show(await this.load(file, state.chosen));
+          refresh();
+        } catch (error) {
+          if (error.name !== "AbortError") throw error; // A change of space or model takes the file along.
+        }
+      }
+    } finally {
+      if (this.next === file) this.next = null;
+    }
+  }
+
+  /** The service's answer to a file, and its sound; nothing is shown of it yet. */
+  async load(file, chosen) {
+    this.request?.abort();
+    const request = (this.request = new AbortController());
+    this.element.classList.add("busy");
+    this.part("status").textContent = "Asking the service…";
+    try {
+      const answer = await getFeatures(file, { ...chosen, layer: "all", format: "npy", dtype: "float16" }, request.signal);
+      const header = (name) => answer.headers.get(`x-${name}`), milliseconds = (name) => (1000 * Number(header(name))).toFixed(0);
+      const features = analysed(new Features(await answer.arrayBuffer()));
+      features.origin = `${header("model")}@${header("revision")} ${header("space")}`;
+      const told = `${features.frames} frames × ${features.dim} values, ${features.layers} layers · ${milliseconds("inference-time")} ms of inference after ` +
+        `${milliseconds("queue-time")} ms in the queue`;
+      const samples = file === this.file ? this.samples : await decodeForDisplay(file);
+      request.signal.throwIfAborted();
+      return { file, features, samples, told };
+    } finally {
+      if (request === this.request) { // Else a later one goes on.
+        this.part("status").textContent = this.told;
+        this.element.classList.remove("busy");
+      }
+    }
+  }
+
+  /** Shows what `load` gave. */
+  show({ file, features, samples, told }) {
+    const before = this.file;
+    Object.assign(this, { file, features, samples, told, values: null });
+    this.part("status").textContent = told;
+    if (this.next === file) this.next = null;
+    if (file === before) return;
     URL.revokeObjectURL(this.audio.src);
-    Object.assign(this, { file, features, samples, values: null });
     this.audio.src = URL.createObjectURL(file);
     // Without samples the frames tell the length, to within one.
     this.duration = samples ? samples.length / SAMPLE_RATE : (features.frames - 1) * FRAME + FRAME_SEES;
@@ -120,52 +170,27 @@ class Clip {
     this.part("time").max = this.duration;
     this.part("play").disabled = !samples;
     this.seek(0);
-    refresh();
   }
 
-  /** The service's answer, for the space and the model that are chosen. */
-  async ask(file) {
-    this.request?.abort();
-    const request = (this.request = new AbortController());
-    this.element.classList.add("busy");
-    this.part("status").textContent = "Asking the service…";
-    let told = "";
-    try {
-      const answer = await getFeatures(file, { ...wanted(), layer: "all", format: "npy", dtype: "float16" }, request.signal);
-      const header = (name) => answer.headers.get(`x-${name}`), milliseconds = (name) => (1000 * Number(header(name))).toFixed(0);
-      const features = analysed(new Features(await answer.arrayBuffer()));
-      features.origin = `${header("model")}@${header("revision")} ${header("space")}`;
-      told = `${features.frames} frames × ${features.dim} values, ${features.layers} layers · ${milliseconds("inference-time")} ms of inference after ` +
-        `${milliseconds("queue-time")} ms in the queue`;
-      return features;
-    } catch (error) {
-      told = this.told ?? "";
-      throw error;
-    } finally {
-      if (request === this.request) { // Else a later one goes on.
-        this.told = told;
-        this.part("status").textContent = told;
-        this.element.classList.remove("busy");
-      }
-    }
-  }
-
-  /** The same audio, after the space or the model has changed. */
-  async again() {
-    Object.assign(this, { features: await this.ask(this.file), values: null });
+  /** The layer that is looked at, or the last of a clip with fewer (the service's model may have been replaced between two clips). */
+  get layer() {
+    return Math.min(state.layer, this.features.layers);
   }
 
   async record() {
     const button = this.part("record");
-    if (this.recording) {
-      const recording = this.recording;
-      this.recording = null;
-      button.textContent = "Record";
-      button.classList.remove("on");
-      this.part("recording").hidden = true;
-      await this.open(await recording.stop());
-      return;
+    let file = null;
+    button.disabled = true; // Until the microphone is on, or off.
+    try {
+      if (this.recording) file = await this.endRecording(button);
+      else await this.beginRecording(button);
+    } finally {
+      button.disabled = false;
     }
+    if (file) await this.open(file);
+  }
+
+  async beginRecording(button) {
     this.recording = await Recording.start((level, elapsed) => {
       this.part("recording").querySelector("meter").value = level;
       button.textContent = `Stop (${elapsed.toFixed(1)} s)`;
@@ -177,11 +202,20 @@ class Clip {
     this.part("recording").hidden = false;
   }
 
+  endRecording(button) {
+    const recording = this.recording;
+    this.recording = null;
+    button.textContent = "Record";
+    button.classList.remove("on");
+    this.part("recording").hidden = true;
+    return recording.stop();
+  }
+
   /** Downloads exact float32 values from the service. */
   async save(layer, button) {
     button.disabled = true;
     try {
-      const answer = await getFeatures(this.file, { ...wanted(), layer, format: "npy" });
+      const answer = await getFeatures(this.file, { ...state.chosen, layer, format: "npy" });
       const link = document.createElement("a");
       link.href = URL.createObjectURL(await answer.blob());
       link.download = `${this.file.name.replace(/\.[^.]*$/, "")}.${layer === "all" ? "all-layers" : `layer-${layer}`}.npy`;
@@ -211,20 +245,20 @@ class Clip {
     const { frames, dim } = this.features, frame = Math.max(0, Math.min(frames - 1, Math.floor(at / FRAME)));
     this.part("pictures").style.setProperty("--at", at / this.duration);
     this.part("time").setAttribute("aria-valuetext", `${seconds(at)}, frame ${frame}`);
-    this.part("of-layers").textContent = `layer ${state.layer}: ${number(this.features.changes[state.layer - 1][frame])}`;
+    this.part("of-layers").textContent = `layer ${this.layer}: ${number(this.features.changes[this.layer - 1][frame])}`;
     const values = this.values.subarray(frame * dim, (frame + 1) * dim);
     this.part("of-features").textContent = `${seconds(at)} · frame ${frame} · length ${number(Math.hypot(...values))}`;
   }
 
   draw() {
     if (!this.features) return;
-    const { frames, dim, layers } = this.features, { part, duration, letter } = this, span = [0, (frames * FRAME) / duration];
+    const { frames, dim, layers } = this.features, { part, duration, letter, layer } = this, span = [0, (frames * FRAME) / duration];
     part("clip-title").replaceChildren(`Clip ${letter}`, tagged("small", `${this.file.name} · ${seconds(duration)}`));
     part("last-layer").textContent = layers;
     part("last-dim").textContent = dim - 1;
-    part("features-title").textContent = `Layer ${state.layer}`;
+    part("features-title").textContent = `Layer ${layer}`;
     part("features-title").append(tagged("small", "each value against its own mean and deviation"));
-    part("save").textContent = `Download layer ${state.layer}`;
+    part("save").textContent = `Download layer ${layer}`;
     part("ticks").replaceChildren(...[0, 0.25, 0.5, 0.75, 1].map((share) => tagged("span", seconds(share * duration))));
 
     if (this.samples) {
@@ -240,17 +274,17 @@ class Clip {
     part("waveform").setAttribute("aria-label", this.samples ? `Waveform of ${this.file.name}` : "This browser can't decode this file for display");
     part("spectrogram").setAttribute("aria-label", this.samples ? `Spectrogram of ${this.file.name}` : "This browser can't decode this file for display");
 
-    this.values = this.features.layer(state.layer);
+    this.values = this.features.layer(layer);
     const { changes, tops } = this.features;
     const context = drawMatrix(part("layers"), layers, frames, (row, column) => changes[row][column] / tops[row], "viridis", span);
-    outlineRow(context, state.layer - 1, layers);
-    part("layers").setAttribute("aria-label", `How much neighbouring frames differ, for each of ${layers} layers; layer ${state.layer} is chosen`);
+    outlineRow(context, layer - 1, layers);
+    part("layers").setAttribute("aria-label", `How much neighbouring frames differ, for each of ${layers} layers; layer ${layer} is chosen`);
 
-    const mean = this.features.means[state.layer - 1], deviation = new Float64Array(dim);
+    const mean = this.features.means[layer - 1], deviation = new Float64Array(dim);
     this.values.forEach((value, i) => { deviation[i % dim] += (value - mean[i % dim]) ** 2 / frames; });
     const scale = deviation.map((square) => 1 / (6 * Math.sqrt(square) || 1)); // Three deviations to each side.
     drawMatrix(part("features"), dim, frames, (row, column) => 0.5 + (this.values[column * dim + row] - mean[row]) * scale[row], divergingPalette(), span);
-    part("features").setAttribute("aria-label", `Values of layer ${state.layer}: ${dim} dimensions in ${frames} frames`);
+    part("features").setAttribute("aria-label", `Values of layer ${layer}: ${dim} dimensions in ${frames} frames`);
     this.mark(Number(part("time").value));
   }
 }
@@ -346,14 +380,35 @@ function refresh() {
   chooseLayer(before === state.layers ? state.layer : state.layers);
 }
 
+let switching = null; // What the last change of space or model waits for.
+
+/** Asks for all clips anew; where one is refused, everything stays as it was. */
 const askAgain = attempt(async () => {
-  await Promise.all(clips.filter((clip) => clip.file).map((clip) => clip.again()));
-  refresh();
+  const chosen = wanted(), files = clips.map((clip) => clip.next ?? clip.file), members = clips.filter((_, i) => files[i]);
+  const mine = (switching = Promise.all(clips.flatMap((clip, i) => (files[i] ? clip.load(files[i], chosen) : []))));
+  try {
+    const found = await mine;
+    state.chosen = chosen;
+    members.forEach((clip, i) => clip.show(found[i]));
+    refresh();
+  } catch (error) {
+    if (mine === switching) { // Else a later change goes on.
+      for (const clip of members) clip.request.abort();
+      showChosen();
+    }
+    throw error;
+  } finally {
+    if (mine === switching) switching = null;
+  }
 });
+
+function showChosen() {
+  for (const [name, value] of Object.entries(state.chosen)) if (value) $(name).value = value;
+}
 
 function showCommand() {
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`, { file } = clips.find((clip) => clip.file);
-  const address = new URL(`v1/features?${query({ layer: state.layer, ...wanted(), format: "npy" })}`, location.href);
+  const address = new URL(`v1/features?${query({ layer: state.layer, ...state.chosen, format: "npy" })}`, location.href);
   const key = hasKey() ? ` -H "Authorization: Bearer $KEY"` : "";
   $("command").textContent = `curl${key} --data-binary @${quoted(file.name)} ${quoted(address.href)} -o features.npy`;
 }
@@ -369,6 +424,8 @@ async function start() {
   $("key-form").hidden = true;
   $("model").replaceChildren(...state.models.map(({ id }) => new Option(id, id)));
   $("model-field").hidden = state.models.length < 2;
+  state.chosen.model ||= wanted().model;
+  showChosen();
   const [{ id, layers, dim, revision }] = state.models;
   $("model-line").textContent = state.models.length > 1 ? `${state.models.length} models` : `${id} · ${layers} layers × ${dim} · revision ${revision}`;
 }

@@ -58,28 +58,42 @@ export class Recording {
 
   constructor(stream, onLevel) {
     this.stream = stream;
-    this.began = performance.now();
-    this.recorder = new MediaRecorder(stream);
-    this.pieces = [];
-    this.recorder.addEventListener("dataavailable", (event) => this.pieces.push(event.data));
-    this.recorder.start();
-    this.context = new AudioContext();
-    const analyser = new AnalyserNode(this.context, { fftSize: 1024 }), wave = new Float32Array(1024);
-    this.context.createMediaStreamSource(stream).connect(analyser);
-    this.timer = setInterval(() => {
-      analyser.getFloatTimeDomainData(wave);
-      const loudness = 20 * Math.log10(Math.hypot(...wave) / 32 + 1e-9);
-      onLevel(Math.max(0, Math.min(1, (loudness + 60) / 60)), (performance.now() - this.began) / 1000);
-    }, 80);
+    try {
+      this.began = performance.now();
+      this.recorder = new MediaRecorder(stream);
+      this.pieces = [];
+      this.recorder.addEventListener("dataavailable", (event) => this.pieces.push(event.data));
+      // It also ends by itself, when the microphone is unplugged.
+      this.ended = new Promise((resolve) => this.recorder.addEventListener("stop", resolve));
+      this.recorder.start();
+      this.context = new AudioContext();
+      const analyser = new AnalyserNode(this.context, { fftSize: 1024 }), wave = new Float32Array(1024);
+      this.context.createMediaStreamSource(stream).connect(analyser);
+      this.timer = setInterval(() => {
+        analyser.getFloatTimeDomainData(wave);
+        const loudness = 20 * Math.log10(Math.hypot(...wave) / 32 + 1e-9);
+        onLevel(Math.max(0, Math.min(1, (loudness + 60) / 60)), (performance.now() - this.began) / 1000);
+      }, 80);
+    } catch (error) {
+      this.release();
+      throw error;
+    }
+  }
+
+  /** Leaves the microphone. */
+  release() {
+    this.stream.getTracks().forEach((track) => track.stop());
+    this.context?.close();
   }
 
   async stop() {
     clearInterval(this.timer);
-    const ended = new Promise((resolve) => this.recorder.addEventListener("stop", resolve));
-    this.recorder.stop();
-    await ended;
-    this.stream.getTracks().forEach((track) => track.stop());
-    await this.context.close();
+    try {
+      if (this.recorder.state !== "inactive") this.recorder.stop();
+      await this.ended;
+    } finally {
+      this.release();
+    }
     const samples = await decodeForDisplay(new Blob(this.pieces, { type: this.recorder.mimeType }));
     if (!samples?.length) throw new Error("Nothing was recorded.");
     const clock = new Date().toTimeString().slice(0, 8).replaceAll(":", "-");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -15,6 +16,8 @@ class DistilledStudentConfig(PretrainedConfig):
         origin: what the export says of itself.
         use_weighted_layer_sum: task heads see a learnt weighted mean of all hidden states, as in SUPERB, not the last one.
         hidden_size, num_hidden_layers, vocab_size: as usual in transformers; the last for CTC.
+        inputs_to_logits_ratio: samples between frames (after a time reduction too, whose frames are repeated); transformers'
+            speech recognition cuts long audio into chunks by it.
     """
 
     model_type = "distilled_student"
@@ -35,6 +38,7 @@ class DistilledStudentConfig(PretrainedConfig):
         # transformers makes one without arguments to compare with.
         self.hidden_size: Any = student["encoder_embed_dim"] if student else None
         self.num_hidden_layers: Any = len(student["reuses"]) if student else None
-        others.pop("hidden_size", None)
-        others.pop("num_hidden_layers", None)
+        self.inputs_to_logits_ratio: Any = math.prod(layer[2] for layer in student["conv_layers"]) if student else None
+        for derived in ("hidden_size", "num_hidden_layers", "inputs_to_logits_ratio"):
+            others.pop(derived, None)
         super().__init__(pad_token_id=pad_token_id, **others)

@@ -93,12 +93,17 @@ class _Head(DistilledStudentPreTrainedModel):
         """Train the head and the layers' weights only."""
         self.distilled.requires_grad_(False)
 
-    def features(self, input_values: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def features(
+        self, input_values: Tensor, attention_mask: Tensor | None, output_hidden_states: bool | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """What the head sees, (B, T, d), and the hidden states that the output has, where any are wanted."""
         states = self.distilled(input_values, attention_mask, output_hidden_states=True).hidden_states
-        if not self.config.use_weighted_layer_sum:
-            return states[-1], states
-        weights = self.layer_weights.softmax(-1)
-        return sum(weight * state for weight, state in zip(weights, states)), states  # noqa: B905 (Python 3.9)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        features = states[-1]
+        if self.config.use_weighted_layer_sum:
+            weights = self.layer_weights.softmax(-1)
+            features = sum(weight * state for weight, state in zip(weights, states))  # noqa: B905 (Python 3.9)
+        return features, states if wanted else None
 
 
 class DistilledStudentForCTC(_Head):
@@ -116,7 +121,7 @@ class DistilledStudentForCTC(_Head):
         return_dict: bool | None = None,
     ) -> Any:
         """As `DistilledStudentModel.forward`; ``labels``: (B, N) int, negative beyond a transcript's end."""
-        features, states = self.features(input_values, attention_mask)
+        features, states = self.features(input_values, attention_mask, output_hidden_states)
         logits = self.head(features)
         loss = None
         if labels is not None:
@@ -132,7 +137,7 @@ class DistilledStudentForCTC(_Head):
                 blank=self.config.pad_token_id,
                 zero_infinity=True,
             )
-        output = CausalLMOutput(loss=loss, logits=logits, hidden_states=states if output_hidden_states else None)
+        output = CausalLMOutput(loss=loss, logits=logits, hidden_states=states)
         return output.to_tuple() if return_dict is False else output
 
 
@@ -151,7 +156,7 @@ class DistilledStudentForSequenceClassification(_Head):
         return_dict: bool | None = None,
     ) -> Any:
         """As `DistilledStudentModel.forward`; ``labels``: (B,) int."""
-        features, states = self.features(input_values, attention_mask)
+        features, states = self.features(input_values, attention_mask, output_hidden_states)
         if attention_mask is None:
             pooled = features.mean(1)
         else:
@@ -159,7 +164,5 @@ class DistilledStudentForSequenceClassification(_Head):
             pooled = (features * real).sum(1) / real.sum(1)
         logits = self.head(pooled)
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        output = SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=states if output_hidden_states else None
-        )
+        output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=states)
         return output.to_tuple() if return_dict is False else output

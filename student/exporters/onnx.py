@@ -66,6 +66,7 @@ def export_torch(student: Student, file: Path, origin: Origin) -> None:
     """
     _check_new(file)
     program, _ = _program(student)
+    file.parent.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, file, extra_files={"origin.json": json.dumps(origin)})
 
 

@@ -1,6 +1,7 @@
 """A self-contained S3PRL upstream: expert, hubconf, weights and configuration; plain PyTorch, 1.13 or newer."""
 
 import json
+import keyword
 from pathlib import Path
 
 import torch
@@ -68,6 +69,11 @@ or copy the folder to `s3prl/upstream/{name}`, add `from s3prl.upstream.{name}.h
 """
 
 
+def usable_name(name: str) -> bool:
+    """Whether Python, and so S3PRL, can import a folder of this name."""
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
 def export_s3prl(student: Student, folder: Path, origin: Origin) -> None:
     """Writes the upstream into a new folder, whose name becomes the upstream's.
 
@@ -80,7 +86,7 @@ def export_s3prl(student: Student, folder: Path, origin: Origin) -> None:
         ValueError: a folder that can't be used, or a student that exports don't support.
     """
     name = folder.name
-    if not name.isidentifier():
+    if not usable_name(name):
         raise ValueError(
             f"S3PRL imports the folder, so its name must be a Python name such as my_student, not {name!r}"
         )

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.config import CacheSection, Config, CorpusSection
 from student.config import StudentConfig
+from student.exporters.s3prl import usable_name
 from student.settings import TrainSettings
 from teacher_cache.masks import MaskPolicy
 
@@ -168,3 +169,11 @@ def test_keys_and_files_that_pages_name_exist() -> None:
             assert key in known, f"{page.name}: {key}"
         for file in re.findall(r"`((?:docker|configs|tests|benchmarks|pipeline)/[\w./-]+)`", text):
             assert (REPOSITORY / file).exists(), f"{page.name}: {file}"
+
+
+def test_folders_of_documented_s3prl_exports_can_be_imported() -> None:
+    pages = [REPOSITORY / "README.md", *DOCS.rglob("*.md")]
+    exports = [o for page in pages for o in re.findall(r"--format s3prl --output ([\w/-]+)", page.read_text())]
+    assert len(exports) >= 4
+    for output in exports:
+        assert usable_name(Path(output).name), output

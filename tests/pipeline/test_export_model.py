@@ -46,6 +46,7 @@ def run_folder(tmp_path: Path, make_cache) -> Path:  # type: ignore[no-untyped-d
         "hours": 0.5,
         "teacher": "random:2x32",
         "teacher_is_random": True,
+        "cache": str(tmp_path / "cache"),
         "training": {"steps": 12, "last_loss": 0.4},
     }
     (run / "summary.json").write_text(json.dumps(summary))
@@ -70,6 +71,45 @@ def test_origin_of_a_run(run_folder: Path) -> None:
 def test_a_cache_that_is_gone(run_folder: Path) -> None:
     (run_folder.parent.parent / "cache" / "cache.json").unlink()
     assert open_student(run_folder)[1]["cache_fingerprint"] is None
+
+
+def test_the_fingerprint_is_of_the_cache_that_was_trained_from(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # Where a relative path of the configuration may lead to another cache, or none.
+    text = (run_folder / "config.yaml").read_text()
+    (run_folder / "config.yaml").write_text(text.replace(str(tmp_path / "cache"), "caches/relative"))
+    assert open_student(run_folder)[1]["cache_fingerprint"] == Cache.open(tmp_path / "cache").fingerprint
+    (run_folder / "train.json").write_text(json.dumps({"steps": 12, "cache_fingerprint": "f00"}))  # Before it grew.
+    origin = open_student(run_folder)[1]
+    assert origin["cache_fingerprint"] == "f00" and origin["metrics"]["steps"] == 12
+
+
+@pytest.mark.parametrize("text", ["lr: 3\n", "- a\n", "name: other\nteacher: big\ntrain: {}\n", ""])
+def test_another_programs_config_yaml_is_no_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    for place in ("export", "student", "checkpoints/best"):
+        save_student(Student(TINY), tmp_path / place)
+        assert "run" not in open_student(tmp_path / place)[1]
+
+
+def test_only_a_runs_own_places_are_of_the_run(run_folder: Path) -> None:
+    for place, of_run in (("checkpoints/best", True), ("student", False), ("a/b", False)):
+        save_student(Student(TINY), run_folder / place)
+        assert ("run" in open_student(run_folder / place)[1]) == of_run, place
+
+
+def test_a_published_checkpoint_is_of_no_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.export_model.load_student", lambda *_: Student(TINY))
+    (run_folder / "export" / "student.ckpt").write_bytes(b"")
+    assert "run" not in open_student(run_folder / "export" / "student.ckpt", run_folder / "published.yaml")[1]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
+def test_a_damaged_record_is_one_sentence(run_folder: Path, tmp_path: Path, name: str) -> None:
+    (run_folder / name).write_text("name: [")
+    result = CliRunner().invoke(app, [str(run_folder), "--format", "s3prl", "--output", str(tmp_path / "x")])
+    assert result.exit_code == 2 and name in result.output and result.output.count("\n") == 1
 
 
 def test_formats(run_folder: Path, tmp_path: Path) -> None:

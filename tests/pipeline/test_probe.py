@@ -196,6 +196,55 @@ def test_mistakes(tones: Path, arguments: list[str], message: str) -> None:
     assert result.exit_code == 2 and message in result.output
 
 
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("the work has begun")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "FILE/probe"], "nothing can be written into"),
+        (["--device", "cuda:99"], "--device cuda:99 can't be used here"),
+        (["--student", "MODEL", "--student", "MODEL"], "given twice"),
+    ],
+)
+def test_what_would_fail_afterwards_is_told_before_the_work(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("pipeline.probe.run_probes", never)
+    given = [o.replace("FILE", str(tmp_path / "file")).replace("MODEL", str(tmp_path / "model")) for o in options]
+    result = CliRunner().invoke(app, [str(tones / "first.csv"), *given])
+    assert result.exit_code == 2 and message in result.output and result.output.count("\n") == 1
+
+
+def test_another_probes_record_is_not_replaced(tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(tones / "first.csv"), "--epochs", "1"]
+    for _ in range(2):  # The same again is no loss.
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+    before = (tmp_path / "probe" / "probe.json").read_text()
+    monkeypatch.setattr("pipeline.probe.run_probes", never)
+    for other in ([*arguments, "--seed", "1"], [*arguments, "--teacher", "random:2x32"]):
+        result = CliRunner().invoke(app, other)
+        assert result.exit_code == 2 and "other settings or sources" in result.output
+    assert (tmp_path / "probe" / "probe.json").read_text() == before
+
+
+def test_two_students_of_one_run_have_two_names(tones: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    for place in ("export", "checkpoints/last"):
+        save_student(Student(StudentConfig(encoder_layers=1, target_dim=16)), run / place, {})
+    (run / "config.yaml").write_text("name: one\nteacher: {checkpoint: none}\ntrain: {}\n")
+    students = ["--student", str(run), "--student", str(run / "checkpoints" / "last")]
+    arguments = [str(tones / "first.csv"), *students, "--no-log-mel", "--epochs", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out" / "probe.json").read_text())
+    names = [f"student one ({run})", f"student one ({run / 'checkpoints' / 'last'})"]
+    assert [outcome["source"] for outcome in record["outcomes"]] == names == list(record["origin"])
+
+
 def test_tables_name_everything(tones: Path) -> None:
     outcomes = run_probes(read_task(tones / "words.csv"), [useless(3), Source.log_mel()], epochs=1)
     section = probe_section(outcomes, "a < b")

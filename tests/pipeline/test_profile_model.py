@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from pipeline.config import load_config
 from pipeline.profile_model import HUBERT_BASE, Profile, command, profile_student, profile_teacher
-from student import Student, StudentConfig
+from student import Student, StudentConfig, save_student
 from teacher_cache.frames import conv_output_length, num_frames
 from teacher_cache.teachers import load_teacher
 
@@ -103,3 +103,28 @@ def test_command(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "is not a student" in result.output
     result = CliRunner().invoke(app, [str(config), "--seconds", "0.01"])
     assert result.exit_code == 2 and "one frame" in result.output
+
+
+def test_a_run_is_compared_with_its_own_teacher(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    save_student(Student(StudentConfig(encoder_layers=1, target_dim=32)), run / "export")
+    (run / "config.yaml").write_text("name: one\nteacher: {checkpoint: 'random:2x32'}\ntrain: {}\n")
+    for model in (run, run / "export"):
+        result = CliRunner().invoke(
+            app, [str(model), "--seconds", "1", "--output", str(tmp_path / "new" / "counts.json")]
+        )
+        assert result.exit_code == 0, result.output
+        assert json.loads((tmp_path / "new" / "counts.json").read_text())["teacher_name"] == "random:2x32"
+
+
+def test_an_output_that_cant_be_written_is_told_before_counting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr("pipeline.profile_model.profile_student", never)
+    (tmp_path / "file").write_text("")
+    for output, message in ((tmp_path / "file" / "counts.json", "nothing can be written"), (tmp_path, "is a folder")):
+        result = CliRunner().invoke(app, [str(REPOSITORY / "configs" / "demo.yaml"), "--output", str(output)])
+        assert result.exit_code == 2 and message in result.output and result.output.count("\n") == 1

@@ -8,8 +8,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -76,3 +79,11 @@ def test_the_client_sync_and_async(address: str, speech: Path) -> None:
     assert [item.shape for item in features] == [(3, 49, 16)] * 2 and vectors.shape == (2, 32)
     np.testing.assert_allclose(again[0], features[0], atol=1e-5 * np.abs(features[0]).max())
     np.testing.assert_allclose(vectors_again, vectors, atol=1e-4)
+
+
+def test_the_client_reads_any_retry_after() -> None:
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+    for header, seconds in (("7", 7), (soon, 90), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("later", None)):
+        refused = RefusedError(httpx.Response(503, headers={"retry-after": header}))
+        assert refused.retry_after == (None if seconds is None else pytest.approx(seconds, abs=5))
+    assert RefusedError(httpx.Response(503)).retry_after is None

@@ -1,6 +1,7 @@
 """The page at ``/`` in headless Chromium, as a user meets it; and what its files are sent with."""
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -214,6 +215,78 @@ def test_two_clips_from_drop_to_download(
         assert "space=teacher" in page.inner_text("#command")
 
 
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_a_file_on_its_way_is_kept_when_the_space_changes(
+    app: FastAPI, open_page: Any, clips: tuple[Path, Path]
+) -> None:
+    with served(app) as address:
+        page = open_page(address)
+        load(page, "a", clips[0])
+        held: list[Any] = []
+        page.route("**/v1/features*", lambda route: held.append(route))
+        page.set_input_files("#clip-a input[type=file]", clips[1])
+        shows(page, "#clip-a .status", "Asking")
+        page.wait_for_timeout(200)
+        assert len(held) == 1
+        page.unroute("**/v1/features*")
+        page.select_option("#space", "teacher")
+        shows(page, "#clip-a .clip-title", clips[1].name)
+        shows(page, "#clip-a .last-dim", "31")
+        assert "space=teacher" in page.inner_text("#command") and clips[1].name in page.inner_text("#command")
+
+
+def test_a_space_that_is_refused_for_one_clip_changes_nothing(
+    app: FastAPI, open_page: Any, clips: tuple[Path, Path]
+) -> None:
+    with served(app) as address:
+        page = open_page(address)
+        load(page, "a", clips[0])
+        load(page, "b", clips[1])
+        before = page.inner_text("#command"), page.inner_text("#clip-a .status")
+
+        def refuse_the_flac(route: Any) -> None:
+            if route.request.post_data_buffer.startswith(b"fLaC"):
+                page.wait_for_timeout(300)  # The other clip's answer is there.
+                body = json.dumps({"error": "There is no room.", "error_type": "overloaded"})
+                route.fulfill(status=503, content_type="application/json", body=body)
+            else:
+                route.continue_()
+
+        page.route("**/v1/features*", refuse_the_flac)
+        page.select_option("#space", "teacher")
+        shows(page, "#alert", "There is no room.")
+        assert page.input_value("#space") == "student"
+        page.focus("#layer")
+        page.keyboard.press("ArrowLeft")  # Everything is drawn again.
+        for letter in "ab":
+            shows(page, f"#clip-{letter} .features-title", "Layer 2")
+            assert page.inner_text(f"#clip-{letter} .last-dim") == "15"
+        assert page.is_visible("#comparison")
+        assert (page.inner_text("#command").replace("layer=2", "layer=3"), page.inner_text("#clip-a .status")) == before
+        page.unroute("**/v1/features*")
+        page.select_option("#space", "teacher")
+        shows(page, "#clip-b .last-dim", "31")
+
+
+def test_a_clip_with_fewer_layers_shows_its_last(app: FastAPI, open_page: Any, clips: tuple[Path, Path]) -> None:
+    """The service took new weights between two clips."""
+    shallow = npy(np.random.default_rng(0).normal(size=(2, 39, 16)).astype(np.float16))
+    headers = {"x-model": "tiny", "x-revision": "other", "x-space": "student"}
+    with served(app) as address:
+        page = open_page(address)
+        load(page, "a", clips[0])
+        page.route("**/v1/features*", lambda route: route.fulfill(body=shallow, headers=headers))
+        load(page, "b", clips[1])
+        shows(page, "#clip-a .features-title", "Layer 3")
+        shows(page, "#clip-b .features-title", "Layer 2")
+        assert varied(page, "#clip-b canvas.features") > 0.1 and not page.is_visible("#comparison")
+
+
 def test_errors_are_the_services_own_words(
     app: FastAPI, open_page: Any, clips: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -267,6 +340,53 @@ def test_the_microphone_becomes_a_clip(app: FastAPI, open_page: Any) -> None:
         shows(page, "#clip-a .clip-title", "recording-")
         assert varied(page, "#clip-a canvas.waveform") > 0.005
         assert page.inner_text("#clip-a .record") == "Record"
+
+
+STREAMS = """() => {
+    const devices = navigator.mediaDevices, ask = devices.getUserMedia.bind(devices);
+    window.streams = [];
+    devices.getUserMedia = async (wanted) => {
+        await new Promise((resolve) => setTimeout(resolve, 500)); // As long as a person takes to allow it.
+        streams.push(await ask(wanted));
+        return streams.at(-1);
+    };
+}"""
+TRACKS = "streams.map((stream) => stream.getTracks()[0].readyState)"
+
+
+def test_a_double_click_opens_one_microphone(app: FastAPI, open_page: Any) -> None:
+    with served(app) as address:
+        page = open_page(address, permissions=["microphone"])
+        page.evaluate(STREAMS)
+        page.dblclick("#clip-a .record")
+        shows(page, "#clip-a .record", "Stop (0.")
+        page.wait_for_timeout(700)
+        page.click("#clip-a .record")
+        shows(page, "#clip-a .clip-title", "recording-")
+        assert page.evaluate(TRACKS) == ["ended"]
+
+
+def test_the_microphone_is_left_whatever_happens(app: FastAPI, open_page: Any) -> None:
+    with served(app) as address:
+        page = open_page(address, permissions=["microphone"])
+        page.evaluate(STREAMS)
+        unplugged = """async () => {
+            const { Recording } = await import("/page/sound.js"), recording = await Recording.start(() => {});
+            await new Promise((resolve) => setTimeout(resolve, 500));
+            streams[0].getTracks()[0].stop();
+            await new Promise((resolve) => setTimeout(resolve, 500));
+            const late = new Promise((_, reject) => setTimeout(() => reject(new Error("stop never ends")), 5000));
+            return [(await Promise.race([recording.stop(), late])).size, recording.context.state];
+        }"""
+        size, context = page.evaluate(unplugged)
+        assert size > 1000 and context == "closed"
+        no_context = """async () => {
+            const { Recording } = await import("/page/sound.js");
+            window.AudioContext = class { constructor() { throw new Error("no more contexts"); } };
+            return Recording.start(() => {}).catch((error) => error.message);
+        }"""
+        assert page.evaluate(no_context) == "no more contexts"
+        assert page.evaluate(TRACKS) == ["ended", "ended"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -24,6 +24,7 @@ from student.ray_training import train_on_ray
 from student.settings import TrainSettings
 from student.training import train
 from teacher_cache.batch import TargetReader
+from teacher_cache.layout import Cache
 from teacher_cache.masks import MaskPolicy
 from teacher_cache.online import OnlineReader
 from teacher_cache.reader import CacheReader
@@ -131,6 +132,24 @@ def test_online_targets_heed_draws_and_clean_only(
     found = rows(tmp_path)
     assert len(found) == 2
     assert all(("cosine_masked_layer_01" in row) == masked for row in found)
+
+
+def test_the_result_names_the_cache_that_was_trained_from(
+    tmp_path: Path, tiny: StudentConfig, settings: Settings, cache: Path
+) -> None:
+    train_on_ray(
+        tiny,
+        settings(max_steps=1),
+        tmp_path / "run",
+        layers=(1, 2),
+        cache=str(cache),
+        teacher="random:2x32",
+        masks=MaskDraws(draws=1),
+        utterances=[],
+        in_process=True,
+    )
+    result = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert result["cache_fingerprint"] == Cache.open(cache).fingerprint
 
 
 def test_ranks_and_accumulation_change_nothing(

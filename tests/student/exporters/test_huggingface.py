@@ -149,6 +149,38 @@ def test_frozen_base(exported: tuple[Student, Path]) -> None:
     assert trainable == {"layer_weights", "head.weight", "head.bias"}
 
 
+@pytest.mark.parametrize("task", ["AutoModelForCTC", "AutoModelForAudioClassification"])
+def test_heads_give_hidden_states_where_their_configuration_says_so(exported: tuple[Student, Path], task: str) -> None:
+    student, folder = exported
+    options = {"trust_remote_code": True, "output_hidden_states": True}
+    model = getattr(transformers, task).from_pretrained(folder, **options).eval()
+    wave = torch.from_numpy(waves()[1])[None]
+    with torch.no_grad():
+        assert len(model(wave).hidden_states) == student.config.encoder_layers + 1
+        assert model(wave, output_hidden_states=False).hidden_states is None
+
+
+@pytest.mark.parametrize("time_reduction", [None, "conv1d"])
+def test_speech_recognition_in_chunks_has_all_of_them(
+    tmp_path: Path, tiny: StudentConfig, time_reduction: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "student"
+    export_huggingface(Student(tiny.model_copy(update={"time_reduction": time_reduction})), folder, {})
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1, "|": 2, "a": 3, "b": 4}))
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), bos_token=None, eos_token=None)
+    recognise = transformers.pipeline(
+        "automatic-speech-recognition",
+        model=transformers.AutoModelForCTC.from_pretrained(folder, trust_remote_code=True, vocab_size=5),
+        feature_extractor=transformers.AutoFeatureExtractor.from_pretrained(folder),
+        tokenizer=tokenizer,
+    )
+    decoded: list[int] = []
+    monkeypatch.setattr(recognise.tokenizer, "decode", lambda ids, **_: decoded.append(len(ids)) or "")
+    recognise((0.1 * np.random.default_rng(0).normal(size=5 * 16_000)).astype(np.float32), chunk_length_s=1.2)
+    # But for a frame at the end, which would see samples beyond it.
+    assert decoded == [pytest.approx(5 * 50, abs=2)]
+
+
 def test_card_and_origin(exported: tuple[Student, Path]) -> None:
     student, folder = exported
     card = (folder / "README.md").read_text()

@@ -94,14 +94,17 @@ def test_int8_is_close_and_smaller(tmp_path: Path, tiny: StudentConfig) -> None:
 
 def test_torch_export(tmp_path: Path, tiny: StudentConfig) -> None:
     student = make(tiny)
-    export_torch(student, tmp_path / "student.pt2", ORIGIN)
+    file = tmp_path / "new" / "student.pt2"  # Folders are made.
+    export_torch(student, file, ORIGIN)
     extra = {"origin.json": ""}
-    program = torch.export.load(tmp_path / "student.pt2", extra_files=extra).module()
+    program = torch.export.load(file, extra_files=extra).module()
     assert json.loads(extra["origin.json"]) == ORIGIN
-    for lengths in BATCHES:
+    for lengths in (*BATCHES, [720]):
         if max(lengths) >= 720:
             with torch.no_grad():
                 assert difference(student, program, noise(lengths)) < 1e-5
+    with pytest.raises(AssertionError, match="720"):
+        program(torch.zeros(1, 719), torch.tensor([719]))
 
 
 def test_real_speech(tmp_path: Path, tiny: StudentConfig, shared: Path) -> None:

@@ -63,8 +63,9 @@ def test_it_states_its_origin(tmp_path: Path, tiny: StudentConfig) -> None:
 
 
 def test_folders_that_cant_be_used(tmp_path: Path, tiny: StudentConfig) -> None:
-    with pytest.raises(ValueError, match="Python name"):
-        export_s3prl(Student(tiny), tmp_path / "my-student", {})
+    for name in ("my-student", "class"):
+        with pytest.raises(ValueError, match="Python name"):
+            export_s3prl(Student(tiny), tmp_path / name, {})
     save_student(Student(tiny), tmp_path / "taken")
     with pytest.raises(ValueError, match="not empty"):
         export_s3prl(Student(tiny), tmp_path / "taken", {})

@@ -69,7 +69,6 @@ def _deployment(library_loaded: int) -> Any:
             chooses what is run, as without Ray.
             """
             await self._models.load_from_library(name)
-            model: str = self._models.get(name).name
-            return model
+            return name
 
     return FeatureService

@@ -133,7 +133,7 @@ class Models:
         return self.get(name)
 
     async def load_from_library(self, name: str) -> None:
-        """Loads a model that isn't there yet; one that can't be loaded is logged, and `get` refuses it."""
+        """Loads a model that isn't there yet; ServiceError ``not_ready`` where it can't be loaded, and the log has the reason."""
         if name not in self._models:
             await asyncio.to_thread(self._load, name)
 
@@ -157,7 +157,8 @@ class Models:
                 self._put(name, folder, open_backend(folder, self._options))
             except (KeyError, *_UNUSABLE) as error:
                 _LOG.error("model %s of the library can't be loaded: %s", name, error)
-                return  # `get` will say that there is none.
+                message = f"The model {name[:80]!r} can't be loaded; the service's log says why."
+                raise ServiceError("not_ready", message) from error
             self._of_library.add(name)
             while len(self._of_library) > self._library_loaded:
                 oldest = min(self._of_library - {name}, key=lambda other: self._asked.get(other, 0.0))
@@ -190,6 +191,10 @@ def open_backend(source: Source, options: BackendOptions) -> Backend:
             if not path.is_file():
                 raise ValueError(f"There is no ONNX file at '{path}'.")
             return OnnxBackend(path, options)
+        if path.is_file():
+            raise ValueError(
+                f"'{path}' is a file: give the folder that the export stage wrote, or an ONNX file named .onnx."
+            )
         if not path.is_dir():
             raise ValueError(f"There is no model folder at '{path}': give the folder that the export stage wrote.")
         source = load_student(path)

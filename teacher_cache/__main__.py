@@ -69,11 +69,9 @@ def verify(
             table.add_row(name, str(check.layer), f"{check.error:.4f}", f"{check.allowed:.4f}", style=style)
             good &= check.good
         console.print(table)
-    console.print(
-        f"{cache} is sound"
-        if good
-        else f"{cache} is not sound; `python -m teacher_cache repair` rebuilds what is damaged"
-    )
+    sound = "has files of the right sizes; their bytes were not read" if fast and not deep else "is sound"
+    wrong = f"is not sound; `python -m teacher_cache repair {cache}` rebuilds what is damaged"
+    console.print(f"{cache} {sound if good else wrong}", soft_wrap=True)
     raise typer.Exit(0 if good else 1)
 
 

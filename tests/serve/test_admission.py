@@ -291,3 +291,14 @@ def test_a_swap_while_a_request_is_decoded_is_checked_again(student: Student, mo
 def test_the_drain_lasts_as_long_as_a_request_may(student: Student) -> None:
     app = create_app(student, limits=Limits(deadline_seconds=120))
     assert Server(app, "127.0.0.1", 0).config.timeout_graceful_shutdown == 130
+
+
+def test_a_damaged_model_of_the_library_is_not_one_that_does_not_exist(
+    student: Student, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_student(student, tmp_path / "run" / "export", None)
+    (tmp_path / "run" / "export" / "model.safetensors").write_bytes(b"cut short")
+    with TestClient(create_app(student, library=tmp_path)) as client:
+        assert refusal(client.post("/v1/features?model=run", content=HALF)) == (503, "not_ready")
+        assert refusal(client.post("/v1/features?model=ran", content=HALF)) == (404, "model_not_found")
+    assert len([record for record in caplog.records if "can't be loaded" in record.message]) == 1

@@ -191,26 +191,23 @@ class FeatureEngine:
         # in the meantime. PyTorch's threads are started by this one, and inherit it.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while batch := self._next_batch():
-            try:
-                self._run(batch)
-            except Exception as error:
-                self._failed_batches += 1
-                if len(batch) == 1:
-                    batch[0].future.set_exception(error)
-                else:
-                    self._run_singly(batch)
+            error = self._run(batch)
+            if error is None:
+                continue
+            self._failed_batches += 1
+            # One whose fault it was must not cost the others of its batch their answers.
+            for job in batch:
+                own = error if len(batch) == 1 else self._run([job])
+                if own is not None:
+                    job.future.set_exception(own)
 
-    def _run_singly(self, batch: list[_Job]) -> None:
-        """After a failed batch: one whose fault it was must not cost the others their answers."""
-        for job in batch:
-            try:
-                self._run([job])
-            except Exception as error:
-                job.future.set_exception(error)
-
-    def _run(self, batch: list[_Job]) -> None:
+    def _run(self, batch: list[_Job]) -> Exception | None:
+        """Answers the jobs; or answers none, and gives back why the backend failed."""
         started = time.monotonic()
-        arrays = self.backend.run(batch)
+        try:
+            arrays = self.backend.run(batch)
+        except Exception as error:
+            return error
         elapsed = time.monotonic() - started
         self._failed_batches = 0
         for job, array in zip(batch, arrays, strict=True):
@@ -220,6 +217,7 @@ class FeatureEngine:
         self._speed += 0.1 * (real / max(elapsed, 1e-6) - self._speed)
         if self._on_batch:
             self._on_batch(BatchRecord(len(batch), real, padded, elapsed))
+        return None
 
     def _next_batch(self) -> list[_Job]:
         """Waits for work; empty once closed and done."""

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint setup requirements
+.PHONY: demo test lint mypy setup requirements
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -20,11 +20,18 @@ $(STAMP): requirements.txt
 
 demo:
 	@test -f $(STAMP) && ! test requirements.txt -nt $(STAMP) && echo "setup   $(VENV) is there, reused" || $(MAKE) --no-print-directory setup
-	@$(BIN)/python pipeline/demo.py $(ARGS)
+	@$(BIN)/python pipeline/demo/demo.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory mypy
+
+# mypy does not follow `ray_distill.__path__`, so it is shown a folder where everything lies inside `ray_distill`.
+mypy: $(STAMP)
+	@mkdir -p build/mypy/ray_distill
+	@for part in $$(cd ray_distill && ls | grep -v __pycache__); do ln -sfn ../../../ray_distill/$$part build/mypy/ray_distill/$$part; done
+	@for part in pipeline teacher_cache student serve; do ln -sfn ../../../$$part build/mypy/ray_distill/$$part; done
 	$(BIN)/mypy
 
 # Ray's processes have fixed times to start in, so tests with Ray run alone, after the others.

@@ -1,18 +1,23 @@
-"""What pyproject.toml can't say: configs/ is installed as the data of pipeline.recipes."""
+"""What pyproject.toml can't say: the top-level folders are installed inside ``ray_distill``, and ``configs/`` as its recipes."""
 
 from setuptools import find_packages, setup
 
+FOLDERS = ("pipeline", "teacher_cache", "student", "serve")
+RECIPES = {"ray_distill.recipes": "configs"}
+
 setup(
     packages=[
-        *find_packages(include=["pipeline*", "teacher_cache*", "student*", "serve*"]),
-        "pipeline.recipes",
-        "pipeline.recipes.ablations",
-        "pipeline.recipes.clusters",
+        "ray_distill",
+        *(f"ray_distill.{package}" for folder in FOLDERS for package in find_packages(include=[folder, f"{folder}.*"])),
+        *RECIPES,
+        "ray_distill.recipes.ablations",
+        "ray_distill.recipes.clusters",
     ],
-    package_dir={"pipeline.recipes": "configs"},
+    package_dir={f"ray_distill.{folder}": folder for folder in FOLDERS} | RECIPES,
     package_data={
-        "pipeline": ["*.txt"],
-        **{f"pipeline.recipes{below}": ["*.yaml"] for below in ("", ".ablations", ".clusters")},
-        "serve.page": ["*.html", "*.css", "*.js", "*.svg"],
+        "ray_distill": ["py.typed"],
+        "ray_distill.pipeline.demo": ["*.txt"],
+        **{f"ray_distill.recipes{below}": ["*.yaml"] for below in ("", ".ablations", ".clusters")},
+        "ray_distill.serve.page": ["*.html", "*.css", "*.js", "*.svg"],
     },
 )

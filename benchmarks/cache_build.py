@@ -32,16 +32,16 @@ from memory import peak_resident_bytes
 from result_file import REPOSITORY, RESULTS, write_result
 from small_speech import TRAIN, shared_data, utterances
 
-from teacher_cache.batch import pad_waveforms
-from teacher_cache.batches import cut_by_seconds
-from teacher_cache.build import Workers, build_cache
-from teacher_cache.frames import num_frames
-from teacher_cache.masks import MaskPolicy
-from teacher_cache.online import load_source, masks_of
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheSpec, MaskDraws
-from teacher_cache.teachers import load_teacher
-from teacher_cache.writer import hidden_states
+from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
+from ray_distill.teacher_cache.build.shard_writer import hidden_states
+from ray_distill.teacher_cache.frames import num_frames
+from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
+from ray_distill.teacher_cache.targets.online_targets import load_source, masks_of
+from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
+from ray_distill.teacher_cache.teachers import load_teacher
 
 MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=10), draws=2)
 BATCH_SECONDS = 60.0

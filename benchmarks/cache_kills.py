@@ -34,15 +34,15 @@ from result_file import REPOSITORY, RESULTS, write_result
 from rich.console import Console
 from rich.table import Table
 
-from teacher_cache.audio import load_audio
-from teacher_cache.build import Workers, build_cache
-from teacher_cache.layout import Cache
-from teacher_cache.repair import repair_cache
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheSpec, MaskDraws
-from teacher_cache.store import Store
-from teacher_cache.teachers import load_teacher
-from teacher_cache.verify import verify_cache
+from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
+from ray_distill.teacher_cache.maintenance.repair import repair_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.teachers import load_teacher
 
 TEACHER = "random:2x32"
 DRAWS = 2
@@ -229,7 +229,7 @@ import sys
 sys.path[:0] = [{repository!r}, {benchmarks!r}]
 import ray
 from cache_kills import build
-from teacher_cache.build import Workers
+from ray_distill.teacher_cache.build.build_cache import Workers
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
          runtime_env={{"env_vars": {{"PYTHONPATH": {repository!r}, "OMP_NUM_THREADS": "1"}}}})
 print("building", flush=True)
@@ -309,7 +309,9 @@ def main(
         trials, with_ray = 2, 0
     context = multiprocessing.get_context("forkserver")
     # pandas: pyarrow imports it at the first use of a table, which takes longer than a build here.
-    context.set_forkserver_preload(["teacher_cache.build", "teacher_cache.repair", "pandas"])
+    context.set_forkserver_preload(
+        ["ray_distill.teacher_cache.build.build_cache", "ray_distill.teacher_cache.maintenance.repair", "pandas"]
+    )
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -28,16 +28,16 @@ from result_file import REPOSITORY, RESULTS, write_result
 from small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances, whisper_folder
 from torch import Tensor
 
-from student.settings import TrainSettings
-from student.training import train
-from teacher_cache.batch import Batch, CodedTargets, pad_waveforms
-from teacher_cache.codecs import ColumnCodec, fit_codec, open_codec, relative_error
-from teacher_cache.fit import SAMPLE_FRAMES
-from teacher_cache.masks import MaskPolicy
-from teacher_cache.online import load_source, masks_of
-from teacher_cache.shards import SourceUtterance
-from teacher_cache.spec import MaskDraws
-from teacher_cache.teachers import load_teacher
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.training_loop import train
+from ray_distill.teacher_cache.build.codec_fit import SAMPLE_FRAMES
+from ray_distill.teacher_cache.codecs import ColumnCodec, fit_codec, open_codec, relative_error
+from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.storage.cache_spec import MaskDraws
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.targets.online_targets import load_source, masks_of
+from ray_distill.teacher_cache.targets.target_batch import Batch, CodedTargets, pad_waveforms
+from ray_distill.teacher_cache.teachers import load_teacher
 
 CODECS = "fp32,int8,pca:0.25,pca:0.5,pca:1,pca:2,pca:4"
 UNTRAINED = "fp16,layer-pca:0.5,layer-pca:1"
@@ -267,7 +267,7 @@ def check(
     folder = shared_data() / "hubert-features"
     genuine = torch.from_numpy(np.load(folder / "sample.base.L9.npy"))[:, None]
     (audio,) = folder.glob("*.flac")
-    from teacher_cache.audio import load_audio
+    from ray_distill.teacher_cache.audio import load_audio
 
     waveform = load_audio(audio)
     others = load_teacher(str(whisper_folder(whisper))).hidden_states(*pad_waveforms([waveform]))[0].transpose(0, 1)

@@ -30,13 +30,13 @@ from result_file import RESULTS, write_result
 from small_speech import HELD_OUT, utterances
 from torch import Tensor, nn
 
-from pipeline.config import load_config
-from pipeline.export_model import open_student
-from student import Student, StudentConfig
-from student.exporters.onnx import export_onnx
-from student.exporters.portable import portable_student
-from teacher_cache.audio import load_audio
-from teacher_cache.teachers.architecture import HUBERT_CONVOLUTIONS
+from ray_distill.pipeline.config import load_config
+from ray_distill.pipeline.student_export import open_student
+from ray_distill.student import Student, StudentConfig
+from ray_distill.student.exporters.onnx import export_onnx
+from ray_distill.student.exporters.portable import portable_student
+from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.teachers.architecture import HUBERT_CONVOLUTIONS
 
 HERE = Path(__file__).resolve().parent
 BASE, DISTIL = 12, 2

@@ -20,17 +20,17 @@ import typer
 from result_file import REPOSITORY, RESULTS, write_result
 from small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances
 
-from student.settings import TrainSettings
-from student.training import train
-from teacher_cache.batch import Batch, TargetReader
-from teacher_cache.build import build_cache
-from teacher_cache.codecs import DEFAULT_CODEC
-from teacher_cache.masks import MaskPolicy
-from teacher_cache.online import OnlineReader
-from teacher_cache.reader import CacheReader
-from teacher_cache.shards import plan_shards
-from teacher_cache.spec import CacheSpec, MaskDraws
-from teacher_cache.teachers import load_teacher
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.training_loop import train
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.codecs import DEFAULT_CODEC
+from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.shard_plan import plan_shards
+from ray_distill.teacher_cache.targets.online_targets import OnlineReader
+from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
+from ray_distill.teacher_cache.teachers import load_teacher
 
 
 class Remembered:

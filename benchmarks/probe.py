@@ -19,10 +19,10 @@ import typer
 from result_file import RESULTS, write_result
 from small_speech import HELD_OUT, TRAIN, shared_data, utterances
 
-from pipeline.export_model import open_student
-from pipeline.probe import Source, read_task, run_probes
-from student import Student
-from teacher_cache.teachers import load_teacher
+from ray_distill.pipeline.probing.probe import Source, read_task, run_probes
+from ray_distill.pipeline.student_export import open_student
+from ray_distill.student import Student
+from ray_distill.teacher_cache.teachers import load_teacher
 
 TASKS = ("phones", "characters", "speakers")
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from student import Student
-from student.model import scale_gradient
+from ray_distill.student import Student
+from ray_distill.student.model.student import scale_gradient
 
 
 class PublishedStudent(nn.Module):

@@ -25,20 +25,20 @@ from result_file import RESULTS, write_result
 from small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances
 from torch.nn.utils.rnn import pad_sequence
 
-from student.feed import TrainingPlan, micro_batches
-from student.rank import Rank
-from student.settings import TrainSettings
-from student.training import train
-from teacher_cache.batch import Batch, TargetReader
-from teacher_cache.batches import cut_by_seconds, plan_epoch
-from teacher_cache.build import build_cache
-from teacher_cache.frames import SAMPLE_RATE
-from teacher_cache.masks import MaskPolicy
-from teacher_cache.online import OnlineReader
-from teacher_cache.reader import CacheReader
-from teacher_cache.shards import plan_shards
-from teacher_cache.spec import CacheSpec, MaskDraws
-from teacher_cache.teachers import load_teacher
+from ray_distill.student.training.prefetch import TrainingPlan, micro_batches
+from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.training_loop import train
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.shard_plan import plan_shards
+from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds, plan_epoch
+from ray_distill.teacher_cache.targets.online_targets import OnlineReader
+from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
+from ray_distill.teacher_cache.teachers import load_teacher
 
 MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=10), draws=2)
 

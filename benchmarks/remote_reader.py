@@ -22,17 +22,17 @@ import typer
 from result_file import RESULTS, write_result
 from small_speech import TRAIN, shared_data, utterances
 
-from student.feed import TrainingPlan, micro_batches
-from student.rank import Rank
-from student.settings import TrainSettings
-from teacher_cache.build import build_cache
-from teacher_cache.frames import SAMPLE_RATE
-from teacher_cache.masks import MaskPolicy
-from teacher_cache.reader import CacheReader
-from teacher_cache.shards import plan_shards
-from teacher_cache.spec import CacheSpec, MaskDraws
-from teacher_cache.store import Store
-from teacher_cache.teachers import load_teacher
+from ray_distill.student.training.prefetch import TrainingPlan, micro_batches
+from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.shard_plan import plan_shards
+from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.teachers import load_teacher
 
 
 class SlowFile(io.RawIOBase):

@@ -34,11 +34,11 @@ from result_file import RESULTS, write_result
 from small_speech import HELD_OUT, TRAIN, shared_data
 from torch import Tensor
 
-from pipeline.export_model import open_student
-from student import Student
-from student.exporters.s3prl import export_s3prl
-from teacher_cache.audio import load_audio
-from teacher_cache.batch import pad_waveforms
+from ray_distill.pipeline.student_export import open_student
+from ray_distill.student import Student
+from ray_distill.student.exporters.s3prl import export_s3prl
+from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 
 S3PRL = "s3prl==0.4.18"
 # S3PRL still uses what torchaudio 2.9, huggingface_hub 1 and, beside it, transformers 5 dropped; the rest its tasks import.

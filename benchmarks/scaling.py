@@ -1,4 +1,4 @@
-"""Does the simulation of `pipeline.simulate` fit small real runs, and what does it say of large ones?
+"""Does the simulation of `simulation` fit small real runs, and what does it say of large ones?
 
 ``measure``: builds of the small corpus by one Ray actor, by two, and by two of which one is killed half-way; then two ranks that
 read a cache with the real reader and its thread behind a throttle (a store of fixed bandwidth), with a pause in place of the
@@ -22,22 +22,22 @@ import psutil
 import torch
 import typer
 from result_file import REPOSITORY, RESULTS, write_result
+from simulation import BuildWorkers, Trainers, simulate_build, simulate_training
 from small_speech import TRAIN, shared_data, utterances
 
-from pipeline.plan_cluster import HOURS, load_cluster, plan_cluster
-from pipeline.simulate import BuildWorkers, Trainers, simulate_build, simulate_training
-from student.feed import PREFETCH, TrainingPlan, micro_batches
-from student.rank import Rank
-from student.settings import TrainSettings
-from teacher_cache.audio import load_audio
-from teacher_cache.batch import Batch
-from teacher_cache.build import Workers, build_cache
-from teacher_cache.layout import Cache
-from teacher_cache.masks import MaskPolicy
-from teacher_cache.reader import CacheReader
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheSpec, MaskDraws
-from teacher_cache.teachers import load_teacher
+from ray_distill.pipeline.planning.cluster_plan import HOURS, load_cluster, plan_cluster
+from ray_distill.student.training.prefetch import PREFETCH, TrainingPlan, micro_batches
+from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
+from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.targets.target_batch import Batch
+from ray_distill.teacher_cache.teachers import load_teacher
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=10), draws=2)

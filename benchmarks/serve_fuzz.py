@@ -24,10 +24,10 @@ from fastapi.testclient import TestClient
 from memory import resident_bytes
 from result_file import RESULTS, write_result
 
-from serve import create_app
-from serve.admission import Limits
-from serve.decoding import silence_decoders
-from student import Student
+from ray_distill.serve import create_app
+from ray_distill.serve.api.admission import Limits
+from ray_distill.serve.decoding import silence_decoders
+from ray_distill.student import Student
 from tests.serve.conftest import TINY
 from tests.serve.test_damaged_audio import FORMATS, mutate
 

@@ -17,8 +17,8 @@ import torch
 import typer
 from fastapi import Request, Response
 
-from student import load_student
-from teacher_cache.audio import load_audio
+from ray_distill.student import load_student
+from ray_distill.teacher_cache.audio import load_audio
 
 
 class Features(litserve.LitAPI):  # type: ignore[misc]

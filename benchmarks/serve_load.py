@@ -38,13 +38,13 @@ import typer
 from result_file import REPOSITORY, RESULTS, write_result
 from small_speech import HELD_OUT, TRAIN, shared_data
 
-from pipeline.config import load_config
-from serve.backends import BackendOptions, Wanted
-from serve.batching import choose_batch
-from serve.decoding import decode
-from serve.engine import BatchLimits
-from serve.models import open_backend
-from student import Student, StudentConfig, save_student
+from ray_distill.pipeline.config import load_config
+from ray_distill.serve.decoding import decode
+from ray_distill.serve.inference.backends import BackendOptions, Wanted
+from ray_distill.serve.inference.batch_selection import choose_batch
+from ray_distill.serve.inference.engine import BatchLimits
+from ray_distill.serve.inference.models import open_backend
+from ray_distill.student import Student, StudentConfig, save_student
 
 SERVICE_CORE, GENERATOR_CORE = 0, 1
 PATH = "/v1/features?format=npy"

@@ -15,8 +15,8 @@ import typer
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from student import load_student
-from teacher_cache.audio import load_audio
+from ray_distill.student import load_student
+from ray_distill.teacher_cache.audio import load_audio
 
 
 def main(model: Annotated[Path, typer.Option()], port: Annotated[int, typer.Option()]) -> None:

@@ -16,11 +16,11 @@ import typer
 from result_file import RESULTS, write_result
 from small_speech import HELD_OUT, utterances
 
-from pipeline.export_model import open_student
-from serve.backends import TorchBackend, Wanted
-from serve.windows import LongAudio
-from teacher_cache.audio import load_audio
-from teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
+from ray_distill.pipeline.student_export import open_student
+from ray_distill.serve.inference.backends import TorchBackend, Wanted
+from ray_distill.serve.inference.windows import LongAudio
+from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
 
 
 def recordings(seconds: float) -> list[np.ndarray]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from result_file import REPOSITORY
 
-from student.config import StudentConfig
-from teacher_cache.audio import load_audio
-from teacher_cache.frames import SAMPLE_RATE
-from teacher_cache.shards import SourceUtterance
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
 
 TRAIN, HELD_OUT = "train-clean-5", "heldout-clean-5"
 

@@ -26,9 +26,9 @@ from published_student import PublishedStudent, published_loss
 from result_file import RESULTS, write_result
 from torch import Tensor
 
-from student import Student, StudentConfig
-from student.loss import Distiller
-from teacher_cache.frames import num_frames
+from ray_distill.student import Student, StudentConfig
+from ray_distill.student.objectives.layer_loss import Distiller
+from ray_distill.teacher_cache.frames import num_frames
 
 NAMES = ("published", "ours")
 SMALL = StudentConfig(

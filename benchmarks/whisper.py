@@ -25,19 +25,19 @@ from result_file import RESULTS, write_result
 from small_speech import HELD_OUT, TRAIN, small_student, utterances, whisper_folder
 from torch import Tensor
 
-from pipeline.probe import Source, read_task, run_probes
-from student import Student, load_student
-from student.settings import TrainSettings
-from student.training import train
-from teacher_cache.audio import load_audio
-from teacher_cache.build import build_cache
-from teacher_cache.codecs import DEFAULT_CODEC
-from teacher_cache.frames import num_frames
-from teacher_cache.layout import Cache, cache_bytes
-from teacher_cache.reader import CacheReader
-from teacher_cache.shards import plan_shards
-from teacher_cache.spec import CacheSpec, MaskDraws
-from teacher_cache.teachers import Teacher, load_teacher
+from ray_distill.pipeline.probing.probe import Source, read_task, run_probes
+from ray_distill.student import Student, load_student
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.training_loop import train
+from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.codecs import DEFAULT_CODEC
+from ray_distill.teacher_cache.frames import num_frames
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.shard_plan import plan_shards
+from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

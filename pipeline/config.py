@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal, Self, get_args
 import pydantic
 import yaml
 
-from student.config import StudentConfig
-from student.settings import TrainSettings
-from teacher_cache.codecs import DEFAULT_CODEC, check_codec
-from teacher_cache.patches import PatchGeometry
-from teacher_cache.spec import MaskDraws, Targets
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.codecs import DEFAULT_CODEC, check_codec
+from ray_distill.teacher_cache.patch_geometry import PatchGeometry
+from ray_distill.teacher_cache.storage.cache_spec import MaskDraws, Targets
 
 
 class ConfigError(ValueError):
@@ -27,7 +27,7 @@ class CorpusSection(_Section):
 
     Attributes:
         path: LibriSpeech's layout, any folder of audio, or a CSV/Parquet manifest.
-        train_splits, validation_splits: split names; None takes what the names suggest (see `pipeline.corpus`).
+        train_splits, validation_splits: split names; None takes what the names suggest (see `ray_distill.pipeline.corpus`).
         validation_fraction: share of the utterances held out where the corpus has no splits.
         min_seconds: shorter audio is skipped, and listed; at least the default, 400 samples (one frame).
         max_seconds: longer audio is skipped, and listed.
@@ -62,7 +62,7 @@ class CacheSection(_Section):
         path: its folder, or a URI such as ``s3://bucket/prefix``.
         codec: how features are stored: ``pca`` (default), ``layer-pca``, ``int8``, ``fp16``, ``fp32``; ``pca:STEP`` sets the
             quantisation step.
-        targets: ``clean_and_masked`` (default), ``composite_only`` or ``clean_only``; see `teacher_cache.spec.CacheSpec`.
+        targets: ``clean_and_masked`` (default), ``composite_only`` or ``clean_only``; see `cache_spec.CacheSpec`.
         precision: of the teacher: ``fp32``, ``fp16`` (on GPUs), ``bf16``; None takes that of the cache where there is one, else
             fp16 on GPUs and fp32 on CPUs.
         audio: ``flac`` (smaller) or ``pcm`` (faster to read).

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from student import load_student, save_student
+from ray_distill.student import load_student, save_student
 
 
 def convert(checkpoint: Path, config: Path, output: Path, *, without_heads: bool = False) -> int:

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from teacher_cache.audio import AudioError, load_audio
-from teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
+from ray_distill.teacher_cache.audio import AudioError, load_audio
+from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 TRAIN_PREFIXES = ("train",)

@@ -10,12 +10,12 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.config import ConfigError
-from student import StudentConfig
-from student.model import Student
-from student.settings import TrainSettings
-from teacher_cache.teachers import Teacher
-from teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
+from ray_distill.pipeline.config import ConfigError
+from ray_distill.student import StudentConfig
+from ray_distill.student.model.student import Student
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.teachers import Teacher
+from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
 _FRONT_END = (
     (r"feature_extractor\.conv_layers\.(\d+)\.conv\.(weight|bias)", r"conv_blocks.\1.conv.\2"),
@@ -108,7 +108,7 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
 
 
 def write_initial(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes them where `student.training.train` reads them."""
+    """Writes them where `ray_distill.student.training.training_loop.train` reads them."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
     temporary.replace(path)

@@ -14,17 +14,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import typer
 from rich.console import Console
 
-from pipeline.config import load_config
-from pipeline.stages import STAGES, Run, run_stages, summary_table
+from ray_distill.pipeline.config import load_config
+from ray_distill.pipeline.stages import STAGES, Run, run_stages, summary_table
 
 COMMANDS = {
-    "ablate": "pipeline.ablate",
-    "convert": "pipeline.convert",
-    "export": "pipeline.export_model",
-    "import-config": "pipeline.import_config",
-    "plan-cluster": "pipeline.plan_cluster",
-    "probe": "pipeline.probe",
-    "profile": "pipeline.profile_model",
+    "ablate": "ray_distill.pipeline.ablation.sweep",
+    "convert": "ray_distill.pipeline.convert",
+    "export": "ray_distill.pipeline.student_export",
+    "import-config": "ray_distill.pipeline.published_config",
+    "plan-cluster": "ray_distill.pipeline.planning.cluster_plan",
+    "probe": "ray_distill.pipeline.probing.probe",
+    "profile": "ray_distill.pipeline.model_profile",
 }
 """Commands besides the job, and the modules whose ``command`` they are; imported when asked for."""
 

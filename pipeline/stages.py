@@ -20,27 +20,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.table import Table
 from torch import Tensor
 
-from pipeline.config import Config, ConfigError, dump_config
-from pipeline.corpus import CorpusIndex, index_corpus
-from pipeline.files import write_text
-from pipeline.initialise import initial_tensors, write_initial
-from pipeline.plan import cost_lines, cost_table, plan_cost
-from pipeline.probe import probe_section, read_probes, titles_of
-from pipeline.report import FeatureMaps, feature_maps, read_metrics, write_report
-from student import Student, StudentConfig, load_student
-from student.ray_training import train_on_ray
-from teacher_cache.batch import TargetReader
-from teacher_cache.build import Progress as BuildProgress
-from teacher_cache.build import Workers, build_cache
-from teacher_cache.frames import SAMPLE_RATE
-from teacher_cache.layout import Cache, cache_bytes
-from teacher_cache.online import OnlineReader
-from teacher_cache.reader import CacheReader
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheError, CacheSpec
-from teacher_cache.store import Store
-from teacher_cache.teachers import Teacher, load_teacher, split_options
-from teacher_cache.verify import verify_cache
+from ray_distill.pipeline.config import Config, ConfigError, dump_config
+from ray_distill.pipeline.corpus import CorpusIndex, index_corpus
+from ray_distill.pipeline.files import write_text
+from ray_distill.pipeline.initialise import initial_tensors, write_initial
+from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, plan_cost
+from ray_distill.pipeline.probing.probe import probe_section, read_probes, titles_of
+from ray_distill.pipeline.reports.run_report import FeatureMaps, feature_maps, read_metrics, write_report
+from ray_distill.student import Student, StudentConfig, load_student
+from ray_distill.student.training.ray_training import train_on_ray
+from ray_distill.teacher_cache.build.build_cache import Progress as BuildProgress
+from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.targets.online_targets import OnlineReader
+from ray_distill.teacher_cache.targets.target_batch import TargetReader
+from ray_distill.teacher_cache.teachers import Teacher, load_teacher, split_options
 
 STAGES = ("index", "plan", "cache", "train", "export", "report")
 
@@ -611,7 +611,7 @@ def init_ray() -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # This process's packages must be importable in the workers of an embedded Ray; a submitted job has them shipped.
-    repository = str(Path(__file__).resolve().parent.parent)
+    repository = str(Path(__file__).resolve().parents[1])
     paths = os.environ.get("PYTHONPATH", "")
     if repository not in paths.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [repository, paths]))

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from serve.admission import Limits
-from serve.app import create_app
-from serve.backends import BackendOptions, Precision, Runtime
-from serve.decoding import silence_decoders
-from serve.engine import BatchLimits
-from serve.server import Server
-from serve.windows import LongAudio
+from ray_distill.serve.api.admission import Limits
+from ray_distill.serve.app import create_app
+from ray_distill.serve.decoding import silence_decoders
+from ray_distill.serve.inference.backends import BackendOptions, Precision, Runtime
+from ray_distill.serve.inference.engine import BatchLimits
+from ray_distill.serve.inference.windows import LongAudio
+from ray_distill.serve.server import Server
 
 
 def serve(

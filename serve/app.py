@@ -13,20 +13,20 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from serve.admission import Admission, Held, Limits
-from serve.ask import Asker
-from serve.backends import BackendOptions
-from serve.embeddings import embeddings_answer
-from serve.engine import BatchLimits
-from serve.errors import STATUS, ErrorResponse, ErrorType, ServiceError
-from serve.formats import check_form, render
-from serve.models import Models, ServedModel, Source, model_name
-from serve.observation import Metrics, Observed
-from serve.openapi import BINARY_ANSWERS, describe
-from serve.page import add_page
-from serve.parameters import EmbeddingsQuery, FeaturesQuery, Format, format_accepted
-from serve.schemas import EmbeddingsResponse, FeaturesResponse, ModelList, ModelRecord
-from serve.sending import PatientSending
+from ray_distill.serve.api.admission import Admission, Held, Limits
+from ray_distill.serve.api.embeddings import embeddings_answer
+from ray_distill.serve.api.errors import STATUS, ErrorResponse, ErrorType, ServiceError
+from ray_distill.serve.api.formats import check_form, render
+from ray_distill.serve.api.observation import Metrics, Observed
+from ray_distill.serve.api.openapi import BINARY_ANSWERS, describe
+from ray_distill.serve.api.parameters import EmbeddingsQuery, FeaturesQuery, Format, format_accepted
+from ray_distill.serve.api.request_handler import Asker
+from ray_distill.serve.api.schemas import EmbeddingsResponse, FeaturesResponse, ModelList, ModelRecord
+from ray_distill.serve.api.streaming_response import PatientSending
+from ray_distill.serve.inference.backends import BackendOptions
+from ray_distill.serve.inference.engine import BatchLimits
+from ray_distill.serve.inference.models import Models, ServedModel, Source, model_name
+from ray_distill.serve.page import add_page
 
 
 def create_app(

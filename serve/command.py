@@ -5,4 +5,4 @@ import runpy
 
 def main() -> None:
     """Starts the service with the command line's arguments."""
-    runpy.run_module("serve", run_name="__main__")
+    runpy.run_module("ray_distill.serve", run_name="__main__")

@@ -4,9 +4,9 @@ import ctypes
 import io
 import platform
 
-from serve.backends import Array
-from serve.errors import ErrorType, ServiceError
-from teacher_cache.audio import AudioError, load_audio
+from ray_distill.serve.api.errors import ErrorType, ServiceError
+from ray_distill.serve.inference.backends import Array
+from ray_distill.teacher_cache.audio import AudioError, load_audio
 
 
 def decode(audio: bytes, max_seconds: float) -> Array:

@@ -1,4 +1,7 @@
-"""The same application as a Ray Serve deployment, for clusters: ``serve run serve.deployment:build model=/data/runs/demo/export``."""
+"""The application as a Ray Serve deployment, for clusters.
+
+``serve run ray_distill.serve.deployment:build model=/data/runs/demo/export`` starts it.
+"""
 
 from typing import Any
 
@@ -7,11 +10,11 @@ from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.serve import Application
 
-from serve.admission import Limits
-from serve.app import create_app
-from serve.backends import BackendOptions
-from serve.decoding import silence_decoders
-from serve.engine import BatchLimits
+from ray_distill.serve.api.admission import Limits
+from ray_distill.serve.app import create_app
+from ray_distill.serve.decoding import silence_decoders
+from ray_distill.serve.inference.backends import BackendOptions
+from ray_distill.serve.inference.engine import BatchLimits
 
 _GROUPS: dict[str, Any] = {"limits": Limits, "batch": BatchLimits, "backend": BackendOptions}
 
@@ -20,7 +23,7 @@ def build(arguments: dict[str, Any]) -> Application:
     """The application for ``serve run``, ``serve build`` and a RayService's ``import_path``.
 
     Args:
-        arguments: keywords of `serve.app.create_app`, of which ``limits``, ``batch`` and ``backend`` are tables; ``model`` must
+        arguments: keywords of `app.create_app`, of which ``limits``, ``batch`` and ``backend`` are tables; ``model`` must
             be there.
 
     Raises:
@@ -44,7 +47,7 @@ def _deployment(library_loaded: int) -> Any:
     @serve.deployment(name="FeatureService", max_ongoing_requests=320, graceful_shutdown_timeout_s=40)
     @serve.ingress()
     class FeatureService:
-        """One replica: `serve.app.create_app`, built where it runs."""
+        """One replica: `ray_distill.serve.app.create_app`, built where it runs."""
 
         def __init__(self, **arguments: Any) -> None:
             self._arguments = arguments
@@ -63,7 +66,7 @@ def _deployment(library_loaded: int) -> Any:
 
         @serve.multiplexed(max_num_models_per_replica=library_loaded)  # type: ignore[untyped-decorator]
         async def _load(self, name: str) -> str:
-            """Ray Serve notes what is loaded where, with the same rule of which goes first as `serve.models.Models`.
+            """Ray Serve notes what is loaded where, with the same rule of which goes first as `models.Models`.
 
             Requests whose header ``serve_multiplexed_model_id`` names it then come to replicas that have it. The ``model`` parameter
             chooses what is run, as without Ray.

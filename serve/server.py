@@ -17,7 +17,7 @@ class Server(uvicorn.Server):  # type: ignore[misc]
 
     SIGTERM: /readyz says 503 from then on; ``leave_seconds`` later no more connections are accepted, open requests are
     answered, and it ends. SIGINT, or a second SIGTERM: without those seconds; a second SIGINT: at once. SIGHUP:
-    `serve.models.Models.reload`.
+    `ray_distill.serve.inference.models.Models.reload`.
 
     Args:
         app: of `serve.create_app`.

@@ -1,9 +1,9 @@
-"""The student: model, loss, checkpoints. Training (`student.training`, `student.ray_training`) is imported by name."""
+"""The student: model, loss, checkpoints. Training (`training.training_loop`, `training.ray_training`) is imported by name."""
 
-from student.checkpoints import load_student, save_student
-from student.config import StudentConfig
-from student.loss import DistillationLoss, distillation_loss
-from student.model import Student, StudentOutput
+from ray_distill.student.checkpoints import load_student, save_student
+from ray_distill.student.model.student import Student, StudentOutput
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.objectives.layer_loss import DistillationLoss, distillation_loss
 
 __all__ = [
     "DistillationLoss",

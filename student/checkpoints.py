@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from student.config import StudentConfig
-from student.model import Student
+from ray_distill.student.model.student import Student
+from ray_distill.student.model.student_config import StudentConfig
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -48,7 +48,7 @@ def load_student(checkpoint: Path | str, config: Path | str | None = None) -> St
     """
     path = Path(checkpoint)
     if path.suffix == ".ckpt":
-        from student.published import load_published
+        from ray_distill.student.published import load_published
 
         if config is None:
             raise ValueError(f"{path} is a published checkpoint; its yaml must be given as config")

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import yaml
 from torch import Tensor
 
-from student.checkpoints import fill
-from student.config import StudentConfig
-from student.model import Student
-from teacher_cache.untrusted import load_untrusted
+from ray_distill.student.checkpoints import fill
+from ray_distill.student.model.student import Student
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.teacher_cache.untrusted import load_untrusted
 
 _KEYS = (
     (r"mask_emb", r"mask_embedding"),

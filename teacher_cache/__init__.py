@@ -6,14 +6,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from teacher_cache.teachers import Teacher, load_teacher
+    from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
 __all__ = ["Teacher", "load_teacher"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from teacher_cache import teachers
+        from ray_distill.teacher_cache import teachers
 
         return getattr(teachers, name)
     raise AttributeError(f"module 'teacher_cache' has no attribute {name!r}")

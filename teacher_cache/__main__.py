@@ -7,12 +7,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from teacher_cache.info import info_table
-from teacher_cache.layout import Cache
-from teacher_cache.repair import repair_cache
-from teacher_cache.store import Store
-from teacher_cache.teachers import load_teacher
-from teacher_cache.verify import verify_cache, verify_deep
+from ray_distill.teacher_cache.maintenance.info import info_table
+from ray_distill.teacher_cache.maintenance.repair import repair_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.teachers import load_teacher
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 console = Console(soft_wrap=True, highlight=False)

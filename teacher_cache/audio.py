@@ -9,7 +9,7 @@ import soundfile
 import torch
 import torchaudio.functional
 
-from teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
+from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 
 Reason = Literal["undecodable", "empty", "too_short", "too_long"]
 

@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from teacher_cache.batch import Batch, CodedTargets, pad_waveforms
-from teacher_cache.codecs import ColumnCodec
-from teacher_cache.embedded import from_flac, from_pcm
-from teacher_cache.layout import Cache, ShardFile, column_name
-from teacher_cache.online import masks_of
-from teacher_cache.spec import CacheError, Targets
-from teacher_cache.store import Store
+from ray_distill.teacher_cache.codecs import ColumnCodec
+from ray_distill.teacher_cache.embedded_audio import from_flac, from_pcm
+from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, column_name
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, Targets
+from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.targets.online_targets import masks_of
+from ray_distill.teacher_cache.targets.target_batch import Batch, CodedTargets, pad_waveforms
 
 _OPEN_FILES = 256
 """Files kept open on a disk."""

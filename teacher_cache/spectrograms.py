@@ -11,7 +11,7 @@ from torch import Tensor
 from torchaudio.compliance.kaldi import get_mel_banks
 from torchaudio.functional import melscale_fbanks
 
-from teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
 MEL_HOP = 160
 """Samples between mel frames (10 ms)."""

@@ -10,12 +10,12 @@ import pytest
 import soundfile
 import torch
 
-from teacher_cache.audio import load_audio
-from teacher_cache.build import build_cache
-from teacher_cache.masks import MaskPolicy
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheSpec, MaskDraws
-from teacher_cache.teachers import load_teacher
+from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.teachers import load_teacher
 
 # Tiny models: threads cost more than they bring, above all on a busy machine.
 torch.set_num_threads(1)

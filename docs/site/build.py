@@ -53,38 +53,37 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 CACHE = (
-    "teacher_cache.teachers",
-    "teacher_cache.spec",
-    "teacher_cache.masks",
-    "teacher_cache.shards",
-    "teacher_cache.build",
-    "teacher_cache.layout",
-    "teacher_cache.verify",
-    "teacher_cache.repair",
-    "teacher_cache.reader",
-    "teacher_cache.batch",
-    "teacher_cache.codecs",
+    "ray_distill.teacher_cache.teachers",
+    "ray_distill.teacher_cache.storage.cache_spec",
+    "ray_distill.teacher_cache.masks",
+    "ray_distill.teacher_cache.storage.shard_plan",
+    "ray_distill.teacher_cache.build.build_cache",
+    "ray_distill.teacher_cache.storage.cache",
+    "ray_distill.teacher_cache.maintenance.verify",
+    "ray_distill.teacher_cache.maintenance.repair",
+    "ray_distill.teacher_cache.reader",
+    "ray_distill.teacher_cache.targets.target_batch",
+    "ray_distill.teacher_cache.codecs",
 )
 STUDENT = (
-    "student.config",
-    "student.model",
-    "student.loss",
-    "student.temporal_relation",
-    "student.spec_augment",
-    "student.time_reduction",
-    "student.settings",
-    "student.checkpoints",
-    "student.training",
+    "ray_distill.student.model.student_config",
+    "ray_distill.student.model.student",
+    "ray_distill.student.objectives.layer_loss",
+    "ray_distill.student.objectives.temporal_relation",
+    "ray_distill.student.training.spec_augment",
+    "ray_distill.student.model.time_reduction",
+    "ray_distill.student.training.train_settings",
+    "ray_distill.student.checkpoints",
+    "ray_distill.student.training.training_loop",
 )
 JOB = (
-    "pipeline.config",
-    "pipeline.ablation",
-    "pipeline.ablation_report",
-    "pipeline.corpus",
-    "pipeline.plan",
-    "pipeline.plan_cluster",
-    "pipeline.simulate",
-    "serve.app",
+    "ray_distill.pipeline.config",
+    "ray_distill.pipeline.ablation.definition",
+    "ray_distill.pipeline.reports.ablation_report",
+    "ray_distill.pipeline.corpus",
+    "ray_distill.pipeline.planning.cache_cost",
+    "ray_distill.pipeline.planning.cluster_plan",
+    "ray_distill.serve.app",
 )
 
 
@@ -95,8 +94,8 @@ def modules(title: str, names: tuple[str, ...]) -> str:
 
 def configuration() -> str:
     """Every key of a run's YAML with its type, default and meaning, from the schema."""
-    from pipeline.config import Config
-    from student.config import StudentConfig
+    from ray_distill.pipeline.config import Config
+    from ray_distill.student.model.student_config import StudentConfig
 
     lines = [
         "# Configuration",
@@ -153,7 +152,7 @@ def _default(value: Any) -> str:
 
 def _type(kind: Any) -> str:
     text = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-    text = re.sub(r"\b(?:typing|pathlib|teacher_cache(?:\.\w+)+|student(?:\.\w+)+)\.", "", text)
+    text = re.sub(r"\b(?:typing|pathlib|ray_distill(?:\.\w+)+)\.", "", text)
     return text.replace("Literal[", "one of [").replace("NoneType", "None")
 
 
@@ -179,10 +178,10 @@ def _attributes(doc: str) -> dict[str, str]:
 
 def commands() -> str:
     """Every command with its options, from the typer applications."""
-    import pipeline.demo
-    import pipeline.run
-    import serve.__main__
-    import teacher_cache.__main__
+    import ray_distill.pipeline.demo.demo
+    import ray_distill.pipeline.run
+    import ray_distill.serve.__main__
+    import ray_distill.teacher_cache.__main__
 
     def one(function: Callable[..., Any]) -> typer.Typer:
         app = typer.Typer(add_completion=False)
@@ -194,14 +193,14 @@ def commands() -> str:
         return app if isinstance(app, typer.Typer) else one(getattr(module, function))
 
     applications = (
-        ("ray-distill", "python pipeline/run.py", of(pipeline.run, "main")),
+        ("ray-distill", "python pipeline/run.py", of(ray_distill.pipeline.run, "main")),
         *(
             (f"ray-distill {name}", f"python pipeline/run.py {name}", one(importlib.import_module(module).command))
-            for name, module in pipeline.run.COMMANDS.items()
+            for name, module in ray_distill.pipeline.run.COMMANDS.items()
         ),
-        ("ray-distill-cache", "python -m teacher_cache", teacher_cache.__main__.app),
-        ("ray-distill-serve", "python -m serve", of(serve.__main__, "serve")),
-        ("make demo", "python pipeline/demo.py", of(pipeline.demo, "main")),
+        ("ray-distill-cache", "python -m teacher_cache", ray_distill.teacher_cache.__main__.app),
+        ("ray-distill-serve", "python -m serve", of(ray_distill.serve.__main__, "serve")),
+        ("make demo", "python pipeline/demo/demo.py", of(ray_distill.pipeline.demo.demo, "main")),
     )
     lines = [
         "# Commands",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 
-from serve.errors import ServiceError
+from ray_distill.serve.api.errors import ServiceError
 
 _FOLDER = Path(__file__).parent
 _MEDIA_TYPES = {

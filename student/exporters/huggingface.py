@@ -6,10 +6,10 @@ from typing import Any
 
 from safetensors.torch import save
 
-from student.exporters.origin import Origin, describe
-from student.exporters.portable import portable_student, weights_of
-from student.model import Student
-from teacher_cache.frames import SAMPLE_RATE
+from ray_distill.student.exporters.origin import Origin, describe
+from ray_distill.student.exporters.portable import portable_student, weights_of
+from ray_distill.student.model.student import Student
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
 _HERE = Path(__file__).parent
 _SOURCES = ("portable_model.py", "huggingface_configuration.py", "huggingface_modeling.py")

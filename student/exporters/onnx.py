@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from student.exporters.origin import Origin
-from student.exporters.portable import portable_student
-from student.exporters.portable_model import PortableStudent
-from student.model import Student
+from ray_distill.student.exporters.origin import Origin
+from ray_distill.student.exporters.portable import portable_student
+from ray_distill.student.exporters.portable_model import PortableStudent
+from ray_distill.student.model.student import Student
 
 OPSET = 20
 """The first with a GELU of its own; runtimes since 2024 know it."""

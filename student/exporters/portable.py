@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from student.config import StudentConfig
-from student.exporters.portable_model import PortableStudent
-from student.model import Student
-from student.position import PositionConv
+from ray_distill.student.exporters.portable_model import PortableStudent
+from ray_distill.student.model.position_encoding import PositionConv
+from ray_distill.student.model.student import Student
+from ray_distill.student.model.student_config import StudentConfig
 
 _COPIED = (
     "conv_layers",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from student.exporters.origin import Origin, describe
-from student.exporters.portable import portable_student, weights_of
-from student.model import Student
+from ray_distill.student.exporters.origin import Origin, describe
+from ray_distill.student.exporters.portable import portable_student, weights_of
+from ray_distill.student.model.student import Student
 
 _HERE = Path(__file__).parent
 

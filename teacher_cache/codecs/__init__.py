@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from teacher_cache.codecs.int8 import Int8Codec
-from teacher_cache.codecs.pca import DEFAULT_STEP, PcaCodec
-from teacher_cache.codecs.raw import RawCodec
+from ray_distill.teacher_cache.codecs.int8 import Int8Codec
+from ray_distill.teacher_cache.codecs.pca import DEFAULT_STEP, PcaCodec
+from ray_distill.teacher_cache.codecs.raw import RawCodec
 
 CODECS = ("fp32", "fp16", "int8", "pca", "layer-pca")
 """Known names. ``pca`` and ``layer-pca`` take a quantisation step, as in ``pca:0.5``; without one it is DEFAULT_STEP."""

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import torch
 
-from teacher_cache.teachers.bundles import load_bundle
-from teacher_cache.teachers.fairseq import load_fairseq
-from teacher_cache.teachers.folder import Folder
-from teacher_cache.teachers.huggingface import KINDS, load_huggingface
-from teacher_cache.teachers.random import load_random
-from teacher_cache.teachers.spectrogram_transformer import load_spectrogram_transformer
-from teacher_cache.teachers.teacher import Teacher, TeacherError
-from teacher_cache.teachers.wavlm import is_wavlm, load_wavlm
-from teacher_cache.teachers.whisper import load_whisper
-from teacher_cache.untrusted import load_untrusted
+from ray_distill.teacher_cache.teachers.bundles import load_bundle
+from ray_distill.teacher_cache.teachers.fairseq import load_fairseq
+from ray_distill.teacher_cache.teachers.huggingface import KINDS, load_huggingface
+from ray_distill.teacher_cache.teachers.huggingface_folder import Folder
+from ray_distill.teacher_cache.teachers.random_weights import load_random
+from ray_distill.teacher_cache.teachers.spectrogram_transformer import load_spectrogram_transformer
+from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
+from ray_distill.teacher_cache.teachers.wavlm import is_wavlm, load_wavlm
+from ray_distill.teacher_cache.teachers.whisper import load_whisper
+from ray_distill.teacher_cache.untrusted import load_untrusted
 
 __all__ = ["FOLDERS", "Teacher", "TeacherError", "load_teacher", "split_options"]
 

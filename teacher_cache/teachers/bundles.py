@@ -4,8 +4,8 @@ import torch
 import torchaudio.pipelines
 from torchaudio.models import Wav2Vec2Model
 
-from teacher_cache.teachers.teacher import TeacherError
-from teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2Teacher
+from ray_distill.teacher_cache.teachers.teacher import TeacherError
+from ray_distill.teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2Teacher
 
 
 def bundle_names() -> list[str]:

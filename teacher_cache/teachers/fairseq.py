@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teacher_cache.frames import SAMPLE_RATE
-from teacher_cache.teachers.architecture import HUBERT_CONVOLUTIONS, Architecture, build_model
-from teacher_cache.teachers.teacher import TeacherError
-from teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2Teacher
-from teacher_cache.teachers.weights import checked_mask_embedding, load_weights
-from teacher_cache.untrusted import plain
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.teachers.architecture import HUBERT_CONVOLUTIONS, Architecture, build_model
+from ray_distill.teacher_cache.teachers.teacher import TeacherError
+from ray_distill.teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2Teacher
+from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_weights
+from ray_distill.teacher_cache.untrusted import plain
 
 _PRETRAINED = ("hubert", "wav2vec2")
 _MAX_CONVOLUTIONS = 32

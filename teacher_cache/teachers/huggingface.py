@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teacher_cache.teachers.architecture import Architecture, build_model
-from teacher_cache.teachers.folder import Folder
-from teacher_cache.teachers.teacher import TeacherError
-from teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
-from teacher_cache.teachers.wavlm import join_attention_projections
-from teacher_cache.teachers.weights import checked_mask_embedding, load_weights
+from ray_distill.teacher_cache.teachers.architecture import Architecture, build_model
+from ray_distill.teacher_cache.teachers.huggingface_folder import Folder
+from ray_distill.teacher_cache.teachers.teacher import TeacherError
+from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
+from ray_distill.teacher_cache.teachers.wavlm import join_attention_projections
+from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_weights
 
 KINDS = ("hubert", "wavlm", "wav2vec2", "unispeech", "unispeech-sat", "data2vec-audio")
 """``model_type`` of each."""

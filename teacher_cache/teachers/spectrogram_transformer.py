@@ -10,13 +10,13 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from teacher_cache.frames import Length
-from teacher_cache.patches import PatchGeometry, by_column
-from teacher_cache.spectrograms import MEL_HOP, MEL_WINDOW
-from teacher_cache.teachers.folder import Folder
-from teacher_cache.teachers.prenorm import PreNormLayer
-from teacher_cache.teachers.teacher import Teacher, TeacherError
-from teacher_cache.teachers.weights import load_weights
+from ray_distill.teacher_cache.frames import Length
+from ray_distill.teacher_cache.patch_geometry import PatchGeometry, by_column
+from ray_distill.teacher_cache.spectrograms import MEL_HOP, MEL_WINDOW
+from ray_distill.teacher_cache.teachers.huggingface_folder import Folder
+from ray_distill.teacher_cache.teachers.prenorm_layer import PreNormLayer
+from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
+from ray_distill.teacher_cache.teachers.weights import load_weights
 
 # Part of every fingerprint: raise it when the arithmetic below changes its results.
 _ARITHMETIC = "ast-1"

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teacher_cache.frames import RECEPTIVE_FIELD, Length, num_frames, padding_mask
-from teacher_cache.patches import PatchGeometry
+from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, Length, num_frames, padding_mask
+from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 
 
 class TeacherError(ValueError):

@@ -13,15 +13,15 @@ from torchaudio.models import Wav2Vec2Model
 from torchaudio.models.wav2vec2.components import ConvLayerBlock
 from torchaudio.models.wav2vec2.wavlm_attention import WavLMSelfAttention
 
-from teacher_cache.frames import (
+from ray_distill.teacher_cache.frames import (
     FRAME_SAMPLES,
     RECEPTIVE_FIELD,
     conv_output_length,
     group_norm_over_real,
     padding_mask,
 )
-from teacher_cache.teachers.positions import StackedPositions
-from teacher_cache.teachers.teacher import Teacher, TeacherError
+from ray_distill.teacher_cache.teachers.stacked_position_conv import StackedPositions
+from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
 
 # Part of every fingerprint: raise it when the arithmetic below changes its results.
 _ARITHMETIC = "teacher-1"

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teacher_cache.teachers.architecture import build_model
-from teacher_cache.teachers.fairseq import fairseq_architecture, torchaudio_weights
-from teacher_cache.teachers.teacher import TeacherError
-from teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2Teacher
-from teacher_cache.teachers.weights import checked_mask_embedding, load_weights
-from teacher_cache.untrusted import plain
+from ray_distill.teacher_cache.teachers.architecture import build_model
+from ray_distill.teacher_cache.teachers.fairseq import fairseq_architecture, torchaudio_weights
+from ray_distill.teacher_cache.teachers.teacher import TeacherError
+from ray_distill.teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2Teacher
+from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_weights
+from ray_distill.teacher_cache.untrusted import plain
 
 
 def is_wavlm(checkpoint: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from teacher_cache.teachers.teacher import TeacherError
+from ray_distill.teacher_cache.teachers.teacher import TeacherError
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teacher_cache.frames import FRAME_SAMPLES, num_frames, padding_mask
-from teacher_cache.spectrograms import whisper_log_mel
-from teacher_cache.teachers.folder import Folder
-from teacher_cache.teachers.prenorm import PreNormLayer
-from teacher_cache.teachers.teacher import Teacher, TeacherError
-from teacher_cache.teachers.weights import load_weights
+from ray_distill.teacher_cache.frames import FRAME_SAMPLES, num_frames, padding_mask
+from ray_distill.teacher_cache.spectrograms import whisper_log_mel
+from ray_distill.teacher_cache.teachers.huggingface_folder import Folder
+from ray_distill.teacher_cache.teachers.prenorm_layer import PreNormLayer
+from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
+from ray_distill.teacher_cache.teachers.weights import load_weights
 
 # Part of every fingerprint: raise it when the arithmetic below changes its results.
 _ARITHMETIC = "whisper-1"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from student import Student, StudentConfig, save_student
+from ray_distill.student import Student, StudentConfig, save_student
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 

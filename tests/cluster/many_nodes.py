@@ -13,13 +13,13 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from student.config import StudentConfig
-from student.ray_training import train_on_ray
-from student.settings import TrainSettings
-from teacher_cache.build import Workers, build_cache
-from teacher_cache.layout import Cache
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheSpec
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training.ray_training import train_on_ray
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
 
 
 def actors_by_node(kind: str) -> dict[str, int]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.layout import Cache
-from teacher_cache.verify import verify_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.storage.cache import Cache
 
 from .ray_head import BIN, Head, free_ports, ray_head
 
@@ -210,8 +210,8 @@ def test_service_runs_under_serve(head: Head, checkout: Path, tmp_path: Path) ->
     """The RayService's import path, deployed; the answers are those of the plain application."""
     from fastapi.testclient import TestClient
 
-    from serve import create_app
-    from student import Student, StudentConfig, save_student
+    from ray_distill.serve import create_app
+    from ray_distill.student import Student, StudentConfig, save_student
 
     config = StudentConfig(
         conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
@@ -230,7 +230,7 @@ def test_service_runs_under_serve(head: Head, checkout: Path, tmp_path: Path) ->
     script.write_text(
         "import sys, httpx, ray, pathlib\n"
         "from ray import serve\n"
-        "from serve.deployment import build\n"
+        "from ray_distill.serve.deployment import build\n"
         "model, audio, port = sys.argv[1:]\n"
         "serve.start(http_options={'host': '127.0.0.1', 'port': int(port)})\n"
         "serve.run(build({'model': model}), route_prefix='/')\n"

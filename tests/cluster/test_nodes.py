@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from student.config import StudentConfig
-from student.settings import TrainSettings
-from teacher_cache.layout import Cache
-from teacher_cache.shards import SourceUtterance
-from teacher_cache.spec import CacheSpec
-from teacher_cache.verify import verify_cache
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

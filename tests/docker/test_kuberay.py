@@ -12,9 +12,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from pipeline.command import find_recipe
-from pipeline.config import load_config
-from pipeline.stages import STAGES
+from ray_distill.pipeline.config import load_config
+from ray_distill.pipeline.recipes import find_recipe
+from ray_distill.pipeline.stages import STAGES
 
 FOLDER = Path(__file__).resolve().parents[2] / "docker" / "kuberay"
 KUBERNETES = "1.33"

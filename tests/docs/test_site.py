@@ -11,11 +11,11 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 
-from pipeline.config import CacheSection, Config, CorpusSection
-from student.config import StudentConfig
-from student.exporters.s3prl import usable_name
-from student.settings import TrainSettings
-from teacher_cache.masks import MaskPolicy
+from ray_distill.pipeline.config import CacheSection, Config, CorpusSection
+from ray_distill.student.exporters.s3prl import usable_name
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.masks import MaskPolicy
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from student import Student, StudentConfig, distillation_loss
-from teacher_cache.frames import num_frames, padding_mask
+from ray_distill.student import Student, StudentConfig, distillation_loss
+from ray_distill.teacher_cache.frames import num_frames, padding_mask
 
 FILE = Path(__file__).with_name("students.safetensors")
 TINY = StudentConfig(

@@ -14,7 +14,8 @@ import yaml
 from check_jsonschema.cli import main as check_jsonschema
 from click.testing import CliRunner
 
-from pipeline.command import with_recipes
+import ray_distill
+from ray_distill.pipeline.recipes import with_recipes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -62,19 +63,19 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 def test_wheel_holds_packages_and_recipes_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"pipeline", "teacher_cache", "student", "serve"}
+    assert tops == {"ray_distill"}
     sources = [
-        str(path.relative_to(REPOSITORY))
-        for top in sorted(tops)
+        f"ray_distill/{path.relative_to(REPOSITORY)}"
+        for top in ("pipeline", "teacher_cache", "student", "serve")
         for path in (REPOSITORY / top).rglob("*.py")
         if "__pycache__" not in path.parts
     ]
     assert set(sources) <= set(names)
     for recipe in (REPOSITORY / "configs").rglob("*.yaml"):
-        assert f"pipeline/recipes/{recipe.relative_to(REPOSITORY / 'configs')}" in names
-    assert "pipeline/demo_sentences.txt" in names
+        assert f"ray_distill/recipes/{recipe.relative_to(REPOSITORY / 'configs')}" in names
+    assert "ray_distill/pipeline/demo/demo_sentences.txt" in names
     page = [path for path in (REPOSITORY / "serve" / "page").iterdir() if path.is_file()]
-    assert {f"serve/page/{path.name}" for path in page} <= set(names)
+    assert {f"ray_distill/serve/page/{path.name}" for path in page} <= set(names)
 
 
 def test_commands_work_from_anywhere(installed: Path, tmp_path: Path, speech_folder: Path) -> None:
@@ -82,7 +83,7 @@ def test_commands_work_from_anywhere(installed: Path, tmp_path: Path, speech_fol
         shown = run([str(installed / name), "--help"], tmp_path)
         assert shown.returncode == 0, shown.stdout + shown.stderr
         assert "Usage: " + name in shown.stdout
-    where = run([str(installed / "python"), "-c", "import pipeline; print(pipeline.__file__)"], tmp_path).stdout
+    where = run([str(installed / "python"), "-c", "import ray_distill; print(ray_distill.__file__)"], tmp_path).stdout
     assert Path(where).is_relative_to(installed.parent), "the repository was imported, not the wheel"
     command = [str(installed / "ray-distill"), "--config", "demo", f"corpus.path={speech_folder}"]
     done = run([*command, "teacher.checkpoint=random:2x32", "--stages", "index,plan"], tmp_path)
@@ -107,7 +108,7 @@ def test_citation_is_valid_and_of_this_version() -> None:
     checked = CliRunner().invoke(check_jsonschema, ["--builtin-schema", "vendor.citation-file-format", str(path)])
     assert checked.exit_code == 0, checked.output
     citation = yaml.safe_load(path.read_text())
-    assert f'version = "{citation["version"]}"' in (REPOSITORY / "pyproject.toml").read_text()
+    assert citation["version"] == ray_distill.__version__
     assert f"\n## {citation['version']}\n" in (REPOSITORY / "CHANGELOG.md").read_text()
     titles = json.dumps([reference["title"] for reference in citation["references"]])
     assert "Recycle-and-Distill" in titles and "STaR" in titles

@@ -11,12 +11,12 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pipeline.ablate import Ablating, Job, Probing, _is_reported, command
-from pipeline.ablation import load_ablation
-from pipeline.config import ConfigError
-from pipeline.probe import read_probes
-from pipeline.stages import Run
-from student import Student, save_student
+from ray_distill.pipeline.ablation.definition import load_ablation
+from ray_distill.pipeline.ablation.sweep import Ablating, Job, Probing, _is_reported, command
+from ray_distill.pipeline.config import ConfigError
+from ray_distill.pipeline.probing.probe import read_probes
+from ray_distill.pipeline.stages import Run
+from ray_distill.student import Student, save_student
 
 Start = Callable[..., Ablating]
 BASE: dict[str, Any] = {

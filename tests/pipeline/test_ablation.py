@@ -11,16 +11,16 @@ import pytest
 import yaml
 from rich.console import Console
 
-import pipeline.ablation
-from pipeline.ablate import cores, room
-from pipeline.ablation import Ablation, ProbeSection, load_ablation
-from pipeline.ablation_report import compare, read_results, saved_hours, t_95, write_ablation_report
-from pipeline.config import ConfigError
-from pipeline.probe import Outcome, probe_folder, probe_settings, read_task, write_outcomes
-from pipeline.stages import Run
-from student.feed import TrainingPlan
-from student.settings import TrainSettings
-from teacher_cache.builds import Passes, TeacherWork
+from ray_distill.pipeline.ablation import definition
+from ray_distill.pipeline.ablation.definition import Ablation, ProbeSection, load_ablation
+from ray_distill.pipeline.ablation.sweep import cores, room
+from ray_distill.pipeline.config import ConfigError
+from ray_distill.pipeline.probing.probe import Outcome, probe_folder, probe_settings, read_task, write_outcomes
+from ray_distill.pipeline.reports.ablation_report import compare, read_results, saved_hours, t_95, write_ablation_report
+from ray_distill.pipeline.stages import Run
+from ray_distill.student.training.prefetch import TrainingPlan
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.storage.build_statistics import Passes, TeacherWork
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE: dict[str, Any] = {
@@ -154,8 +154,8 @@ def test_the_documented_example_is_sound(tmp_path: Path) -> None:
     base = "armhubert-s-100.yaml"
     (tmp_path / base).write_text((REPOSITORY / "configs" / base).read_text())
     assert len(load_ablation(tmp_path / "ablations" / "example.yaml").runs) == 2 * 2 * 3
-    assert pipeline.ablation.__doc__ is not None
-    brief = yaml.safe_load(pipeline.ablation.__doc__.partition("\n\n")[2])
+    assert definition.__doc__ is not None
+    brief = yaml.safe_load(definition.__doc__.partition("\n\n")[2])
     assert brief == {key: value for key, value in yaml.safe_load(example).items() if key != "question"}
 
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from pipeline import corpus
-from pipeline.corpus import CorpusIndex, index_corpus
-from teacher_cache.audio import load_audio
+from ray_distill.pipeline import corpus
+from ray_distill.pipeline.corpus import CorpusIndex, index_corpus
+from ray_distill.teacher_cache.audio import load_audio
 
 
 def write(path: Path, seconds: float = 0.3, rate: int = 16_000, channels: int = 1, pitch: float = 200) -> Path:

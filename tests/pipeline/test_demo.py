@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.verify import verify_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_cache
 
 pytestmark = pytest.mark.ray
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from pipeline.corpus import index_corpus
-from pipeline.demo_corpus import VOICES, make_demo_corpus
+from ray_distill.pipeline.corpus import index_corpus
+from ray_distill.pipeline.demo.demo_corpus import VOICES, make_demo_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 needs_espeak = pytest.mark.skipif(
@@ -70,7 +70,7 @@ def test_it_is_16_bit_flac_of_speech_not_silence(demo: Path) -> None:
 @needs_espeak
 def test_every_process_speaks_the_same(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipeline.demo_corpus import make_demo_corpus;"
+        "import sys; from pathlib import Path; from ray_distill.pipeline.demo.demo_corpus import make_demo_corpus;"
         "make_demo_corpus(Path(sys.argv[1]), 1.0)"
     )
     for name in ("one", "two"):

@@ -9,9 +9,9 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from pipeline.export_model import command, open_student
-from student import Student, StudentConfig, save_student
-from teacher_cache.layout import Cache
+from ray_distill.pipeline.student_export import command, open_student
+from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.teacher_cache.storage.cache import Cache
 
 TINY = StudentConfig(
     conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),

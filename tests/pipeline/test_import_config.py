@@ -8,9 +8,9 @@ import yaml
 from typer import Typer
 from typer.testing import CliRunner
 
-from pipeline.config import ConfigError, load_config
-from pipeline.import_config import DROPPED, command, import_config
-from student.spec_augment import SpecAugment
+from ray_distill.pipeline.config import ConfigError, load_config
+from ray_distill.pipeline.published_config import DROPPED, command, import_config
+from ray_distill.student.training.spec_augment import SpecAugment
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipeline.config import ConfigError, load_config
-from pipeline.initialise import initial_tensors, write_initial
-from pipeline.stages import Run
-from student import Student, StudentConfig
-from student.checkpoints import load_tensors
-from student.settings import TrainSettings
-from teacher_cache.patches import PatchGeometry
-from teacher_cache.teachers import Teacher, load_teacher
+from ray_distill.pipeline.config import ConfigError, load_config
+from ray_distill.pipeline.initialise import initial_tensors, write_initial
+from ray_distill.pipeline.stages import Run
+from ray_distill.student import Student, StudentConfig
+from ray_distill.student.checkpoints import load_tensors
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.patch_geometry import PatchGeometry
+from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 HUBERT_CONV = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)

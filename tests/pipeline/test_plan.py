@@ -7,14 +7,14 @@ import pytest
 import yaml
 from rich.console import Console
 
-from pipeline.config import ConfigError, load_config
-from pipeline.plan import cost_lines, cost_table, plan_cost
-from pipeline.stages import Run
-from teacher_cache.layout import Cache, cache_bytes
-from teacher_cache.shards import SourceUtterance
-from teacher_cache.spec import CacheSpec, MaskDraws
-from teacher_cache.store import Store
-from teacher_cache.teachers import load_teacher
+from ray_distill.pipeline.config import ConfigError, load_config
+from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, plan_cost
+from ray_distill.pipeline.stages import Run
+from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.teachers import load_teacher
 
 TEACHER = "random:2x32"
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline.plan_cluster import (
+from ray_distill.pipeline.planning.cluster_plan import (
     RESULTS,
     Cluster,
     ClusterError,
@@ -22,7 +22,7 @@ from pipeline.plan_cluster import (
     plan_cluster,
     upload_requests,
 )
-from teacher_cache.store import Store
+from ray_distill.teacher_cache.storage.store import Store
 
 CLUSTERS = sorted((Path(__file__).resolve().parents[2] / "configs" / "clusters").glob("*.yaml"))
 

@@ -10,7 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from pipeline.probe import (
+from ray_distill.pipeline.probing.probe import (
     Features,
     Source,
     command,
@@ -24,10 +24,10 @@ from pipeline.probe import (
     run_probes,
     titles_of,
 )
-from student import Student, StudentConfig, save_student
-from teacher_cache.audio import load_audio
-from teacher_cache.frames import num_frames
-from teacher_cache.teachers import load_teacher
+from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.frames import num_frames
+from ray_distill.teacher_cache.teachers import load_teacher
 
 app = typer.Typer()
 app.command()(command)

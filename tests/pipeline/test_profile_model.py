@@ -7,11 +7,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from pipeline.config import load_config
-from pipeline.profile_model import HUBERT_BASE, Profile, command, profile_student, profile_teacher
-from student import Student, StudentConfig, save_student
-from teacher_cache.frames import conv_output_length, num_frames
-from teacher_cache.teachers import load_teacher
+from ray_distill.pipeline.config import load_config
+from ray_distill.pipeline.model_profile import HUBERT_BASE, Profile, command, profile_student, profile_teacher
+from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.teacher_cache.frames import conv_output_length, num_frames
+from ray_distill.teacher_cache.teachers import load_teacher
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SECONDS = 10.0

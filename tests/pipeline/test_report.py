@@ -14,11 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.charts import Line, heatmap, line_chart
-from pipeline.report import FeatureMaps, LayerMap, feature_maps, layer_color, read_metrics, write_report
-from student import Student, StudentConfig
-from teacher_cache.reader import CacheReader
-from teacher_cache.spec import CacheSpec
+from ray_distill.pipeline.reports.charts import Line, heatmap, line_chart
+from ray_distill.pipeline.reports.run_report import (
+    FeatureMaps,
+    LayerMap,
+    feature_maps,
+    layer_color,
+    read_metrics,
+    write_report,
+)
+from ray_distill.student import Student, StudentConfig
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 
 SUMMARY: dict[str, Any] = {
     "name": "a <run> & more",

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.config import ConfigError, load_config
-from pipeline.stages import Run, fitting
+from ray_distill.pipeline.config import ConfigError, load_config
+from ray_distill.pipeline.stages import Run, fitting
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 Start = Callable[..., tuple[Run, io.StringIO]]
@@ -31,8 +31,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
         monkeypatch.setattr(run, "training", lambda threads: training)
         return run, said
 
-    monkeypatch.setattr("pipeline.stages.init_ray", lambda: None)
-    monkeypatch.setattr("pipeline.stages.node_resources", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr("ray_distill.pipeline.stages.init_ray", lambda: None)
+    monkeypatch.setattr("ray_distill.pipeline.stages.node_resources", lambda: [{"CPU": 2.0}])
     monkeypatch.setattr(Run, "check_cache", lambda run: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return make

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.config import ConfigError, load_config
-from pipeline.stages import Run
-from student import Student, save_student
-from teacher_cache.build import build_cache
-from teacher_cache.layout import Cache, grow_cache
-from teacher_cache.shards import plan_shards
-from teacher_cache.spec import CacheError
+from ray_distill.pipeline.config import ConfigError, load_config
+from ray_distill.pipeline.stages import Run
+from ray_distill.student import Student, save_student
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.storage.cache import Cache, grow_cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
@@ -70,7 +70,7 @@ def test_a_report_without_the_cache_says_so(tmp_path: Path, speech_folder: Path)
 def test_another_run_that_adds_to_the_cache_stops_nobody(
     tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.stages.init_ray", lambda: pytest.fail("something is built"))
+    monkeypatch.setattr("ray_distill.pipeline.stages.init_ray", lambda: pytest.fail("something is built"))
     run = begin(tmp_path, f"corpus.path={speech_folder}", "cache.codec=fp16")
     run.index()
     build(run)

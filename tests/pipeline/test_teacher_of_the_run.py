@@ -6,8 +6,8 @@ import pytest
 import transformers
 from rich.console import Console
 
-from pipeline.config import ConfigError, load_config
-from pipeline.stages import Run, _absolute_spec
+from ray_distill.pipeline.config import ConfigError, load_config
+from ray_distill.pipeline.stages import Run, _absolute_spec
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from serve import create_app
-from serve.admission import Limits
-from student import Student, StudentConfig, save_student
+from ray_distill.serve import create_app
+from ray_distill.serve.api.admission import Limits
+from ray_distill.student import Student, StudentConfig, save_student
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_BYTES = 2**20

@@ -16,13 +16,13 @@ import soundfile
 import torch
 from fastapi.testclient import TestClient
 
-from serve import create_app
-from serve.admission import Limits
-from serve.ask import DECODERS
-from serve.decoding import decode
-from serve.engine import BatchLimits
-from serve.server import Server
-from student import Student, save_student
+from ray_distill.serve import create_app
+from ray_distill.serve.api.admission import Limits
+from ray_distill.serve.api.request_handler import DECODERS
+from ray_distill.serve.decoding import decode
+from ray_distill.serve.inference.engine import BatchLimits
+from ray_distill.serve.server import Server
+from ray_distill.student import Student, save_student
 
 
 def audio(seconds: float) -> bytes:

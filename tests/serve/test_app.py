@@ -13,12 +13,12 @@ import soundfile
 import torch
 from fastapi.testclient import TestClient
 
-from serve import create_app
-from serve.admission import Limits
-from serve.backends import BackendOptions
-from serve.engine import BatchLimits
-from student import Student
-from teacher_cache.audio import load_audio
+from ray_distill.serve import create_app
+from ray_distill.serve.api.admission import Limits
+from ray_distill.serve.inference.backends import BackendOptions
+from ray_distill.serve.inference.engine import BatchLimits
+from ray_distill.student import Student
+from ray_distill.teacher_cache.audio import load_audio
 
 from .conftest import MAX_BYTES, MAX_SECONDS
 

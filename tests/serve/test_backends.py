@@ -11,10 +11,10 @@ import soundfile
 from fastapi.testclient import TestClient
 from torch._dynamo.utils import counters
 
-from serve import create_app
-from serve.backends import Backend, BackendOptions, OnnxBackend, TorchBackend, Wanted
-from serve.models import open_backend
-from student import Student, save_student
+from ray_distill.serve import create_app
+from ray_distill.serve.inference.backends import Backend, BackendOptions, OnnxBackend, TorchBackend, Wanted
+from ray_distill.serve.inference.models import open_backend
+from ray_distill.student import Student, save_student
 
 from .conftest import TINY
 
@@ -33,7 +33,7 @@ def onnx(student: Student) -> Backend:
 
 @pytest.fixture(scope="module")
 def onnx_file(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from student.exporters.onnx import export_onnx
+    from ray_distill.student.exporters.onnx import export_onnx
 
     file = tmp_path_factory.mktemp("exports") / "tiny.onnx"
     export_onnx(student, file, {})

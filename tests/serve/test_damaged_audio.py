@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from serve.decoding import decode
-from serve.errors import STATUS, ServiceError
+from ray_distill.serve.api.errors import STATUS, ServiceError
+from ray_distill.serve.decoding import decode
 
 FORMATS = [("WAV", None), ("FLAC", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)]
 

@@ -18,9 +18,9 @@ import pytest
 import soundfile
 import uvicorn
 
-from serve import create_app
-from serve.client import AsyncClient, Client, RefusedError
-from student import Student
+from ray_distill.serve import create_app
+from ray_distill.serve.client import AsyncClient, Client, RefusedError
+from ray_distill.student import Student
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 LINES = re.findall(r"^    (curl .*?)(?:  +#.*)?$", DOCUMENT.read_text(), re.MULTILINE)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from serve.backends import TorchBackend
-from serve.batching import LEAST_FILLED, choose_batch
-from serve.engine import BatchLimits, BatchRecord, EngineClosedError, FeatureEngine
-from serve.errors import ServiceError
-from student import Student
+from ray_distill.serve.api.errors import ServiceError
+from ray_distill.serve.inference.backends import TorchBackend
+from ray_distill.serve.inference.batch_selection import LEAST_FILLED, choose_batch
+from ray_distill.serve.inference.engine import BatchLimits, BatchRecord, EngineClosedError, FeatureEngine
+from ray_distill.student import Student
 
 
 def waveforms(count: int) -> list[np.ndarray]:

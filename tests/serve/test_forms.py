@@ -19,13 +19,13 @@ import soundfile
 import torch
 from fastapi.testclient import TestClient
 
-from serve import create_app
-from serve.admission import Limits
-from serve.backends import TorchBackend, Wanted
-from serve.decoding import decode
-from serve.engine import BatchLimits
-from serve.formats import base64_pieces
-from student import Student, load_student
+from ray_distill.serve import create_app
+from ray_distill.serve.api.admission import Limits
+from ray_distill.serve.api.formats import base64_pieces
+from ray_distill.serve.decoding import decode
+from ray_distill.serve.inference.backends import TorchBackend, Wanted
+from ray_distill.serve.inference.engine import BatchLimits
+from ray_distill.student import Student, load_student
 
 from .conftest import MAX_SECONDS
 

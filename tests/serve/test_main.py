@@ -18,7 +18,7 @@ import pytest
 import soundfile
 import torch
 
-from student import Student, save_student
+from ray_distill.student import Student, save_student
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "serve"]

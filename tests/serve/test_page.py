@@ -20,9 +20,9 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from serve import create_app
-from serve.admission import Limits
-from student import Student
+from ray_distill.serve import create_app
+from ray_distill.serve.api.admission import Limits
+from ray_distill.student import Student
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FOLDER = Path(__file__).resolve().parents[2] / "serve" / "page"

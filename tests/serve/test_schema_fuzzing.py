@@ -13,9 +13,9 @@ import pytest
 import soundfile
 import torch
 
-from serve import create_app
-from serve.admission import Limits
-from student import Student
+from ray_distill.serve import create_app
+from ray_distill.serve.api.admission import Limits
+from ray_distill.student import Student
 
 from .conftest import TINY
 

@@ -10,13 +10,13 @@ import soundfile
 import torch
 from fastapi.testclient import TestClient
 
-from serve import create_app
-from serve.admission import Limits
-from serve.backends import TorchBackend
-from serve.engine import BatchLimits, FeatureEngine
-from serve.windows import LongAudio, features_in_windows
-from student import Student
-from teacher_cache.frames import num_frames
+from ray_distill.serve import create_app
+from ray_distill.serve.api.admission import Limits
+from ray_distill.serve.inference.backends import TorchBackend
+from ray_distill.serve.inference.engine import BatchLimits, FeatureEngine
+from ray_distill.serve.inference.windows import LongAudio, features_in_windows
+from ray_distill.student import Student
+from ray_distill.teacher_cache.frames import num_frames
 
 
 def speechlike(seconds: float) -> np.ndarray:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from student.config import StudentConfig
-from student.settings import TrainSettings
-from teacher_cache.masks import MaskPolicy
-from teacher_cache.reader import CacheReader
-from teacher_cache.spec import CacheSpec, MaskDraws
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
 
 MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=4), draws=1)
 

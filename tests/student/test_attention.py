@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from student import attention
-from student.attention import attend
+from ray_distill.student.model import attention
+from ray_distill.student.model.attention import attend
 
 WIDTH = 6
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from student import Student, StudentConfig, load_student, save_student
-from student.published import published_config
+from ray_distill.student import Student, StudentConfig, load_student, save_student
+from ray_distill.student.published import published_config
 
 TINY = StudentConfig(
     conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),

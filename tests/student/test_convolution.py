@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from student import convolution
-from student.convolution import gelu_convolution
+from ray_distill.student.model import convolution
+from ray_distill.student.model.convolution import gelu_convolution
 
 # (channels in, out, kernel, stride, positions), with and without a remainder behind the last window.
 SHAPES = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from student.dropout import Dropout, kept
+from ray_distill.student.model.dropout import Dropout, kept
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from student.feed import PREFETCH, TrainingPlan, micro_batches
-from student.rank import Rank
-from student.settings import TrainSettings
-from teacher_cache.batch import Batch
-from teacher_cache.frames import num_frames
+from ray_distill.student.training.prefetch import PREFETCH, TrainingPlan, micro_batches
+from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.frames import num_frames
+from ray_distill.teacher_cache.targets.target_batch import Batch
 
 Settings = Callable[..., TrainSettings]
 

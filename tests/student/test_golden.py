@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from student import Student
+from ray_distill.student import Student
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 

@@ -9,10 +9,10 @@ import soundfile
 import torch
 from fastapi.testclient import TestClient
 
-from serve import create_app
-from student import Student, StudentConfig
-from teacher_cache.audio import load_audio
-from teacher_cache.batch import pad_waveforms
+from ray_distill.serve import create_app
+from ray_distill.student import Student, StudentConfig
+from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 
 BASE = StudentConfig(
     conv_layers=((32, 10, 5), (32, 1, 1), (32, 3, 2), (32, 3, 2), (32, 3, 2), (32, 3, 2), (48, 2, 2), (48, 2, 2)),

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from student import Student, StudentConfig, distillation_loss
-from student.loss import Distiller, _head_loss
+from ray_distill.student import Student, StudentConfig, distillation_loss
+from ray_distill.student.objectives.layer_loss import Distiller, _head_loss
 
 # Two layers, D = 2; row 0 has three real frames, row 1 one.
 PROJECTIONS = torch.zeros(2, 2, 3, 2)

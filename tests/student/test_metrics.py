@@ -12,11 +12,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from student.config import StudentConfig
-from student.metrics import Metrics, check_trackers, cosine_row
-from student.settings import TrainSettings
-from student.training import train
-from teacher_cache.reader import CacheReader
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training.metrics import Metrics, check_trackers, cosine_row
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.training_loop import train
+from ray_distill.teacher_cache.reader import CacheReader
 
 Settings = Callable[..., TrainSettings]
 Readers = tuple[CacheReader, CacheReader]

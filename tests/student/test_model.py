@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from student import Student, StudentConfig
-from student.model import scale_gradient
+from ray_distill.student import Student, StudentConfig
+from ray_distill.student.model.student import scale_gradient
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 TINY = StudentConfig(

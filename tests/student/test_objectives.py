@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from student import Student, StudentConfig, distillation_loss, load_student
-from student.loss import Distiller
-from student.settings import TrainSettings
-from student.spec_augment import SpecAugment, spec_augment
-from student.temporal_relation import RelationDistiller, relation
-from student.training import hints_of, train
-from teacher_cache.reader import CacheReader
+from ray_distill.student import Student, StudentConfig, distillation_loss, load_student
+from ray_distill.student.objectives.layer_loss import Distiller
+from ray_distill.student.objectives.temporal_relation import RelationDistiller, relation
+from ray_distill.student.training.spec_augment import SpecAugment, spec_augment
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.training_loop import hints_of, train
+from ray_distill.teacher_cache.reader import CacheReader
 
 Readers = tuple[CacheReader, CacheReader]
 Settings = Callable[..., TrainSettings]

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from student import Student, StudentConfig
-from student.attention import Attention, AttentionMap
-from student.position import by_distance, relative_table, rotate
-from student.time_reduction import TimeReduction
+from ray_distill.student import Student, StudentConfig
+from ray_distill.student.model.attention import Attention, AttentionMap
+from ray_distill.student.model.position_encoding import by_distance, relative_table, rotate
+from ray_distill.student.model.time_reduction import TimeReduction
 
 WIDTH = 12
 BASE: dict[str, Any] = {

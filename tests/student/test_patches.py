@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from serve.backends import BackendOptions
-from serve.models import open_backend
-from student.checkpoints import load_student, save_student
-from student.config import StudentConfig
-from student.exporters.portable import portable_student
-from student.model import Student
-from student.settings import TrainSettings
-from student.training import train
-from teacher_cache.build import build_cache
-from teacher_cache.patches import PatchGeometry
-from teacher_cache.reader import CacheReader
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheError, CacheSpec
-from teacher_cache.teachers import load_teacher
-from teacher_cache.verify import verify_deep
+from ray_distill.serve.inference.backends import BackendOptions
+from ray_distill.serve.inference.models import open_backend
+from ray_distill.student.checkpoints import load_student, save_student
+from ray_distill.student.exporters.portable import portable_student
+from ray_distill.student.model.student import Student
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.training_loop import train
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_deep
+from ray_distill.teacher_cache.patch_geometry import PatchGeometry
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.teachers import load_teacher
 
 GEOMETRY = PatchGeometry(num_mel_bins=32, patch_size=8, time_stride=5, frequency_stride=6)
 ROWS = 5

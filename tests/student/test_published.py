@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from student import Student, distillation_loss, load_student
+from ray_distill.student import Student, distillation_loss, load_student
 
 TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
 NAMES = ("armhubert", "maskhubert")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from student import Student, StudentConfig, load_student
+from ray_distill.student import Student, StudentConfig, load_student
 
 DISTILLER: dict[str, Any] = {
     "conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2",

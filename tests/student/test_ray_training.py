@@ -15,11 +15,11 @@ import torch
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from student.config import StudentConfig
-from student.rank import Rank
-from student.settings import TrainSettings
-from student.training import train
-from teacher_cache.reader import CacheReader
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.training_loop import train
+from ray_distill.teacher_cache.reader import CacheReader
 
 pytestmark = pytest.mark.ray
 
@@ -28,10 +28,10 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import ray
-from student.config import StudentConfig
-from student.ray_training import train_on_ray
-from student.settings import TrainSettings
-from teacher_cache.spec import MaskDraws
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training.ray_training import train_on_ray
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.storage.cache_spec import MaskDraws
 
 job = json.loads(Path(sys.argv[1]).read_text())
 ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False)

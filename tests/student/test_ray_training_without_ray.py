@@ -15,10 +15,10 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
 )
 
-from student.config import StudentConfig
-from student.ray_training import TrainingError, _reason, train_on_ray
-from student.settings import TrainSettings
-from teacher_cache.spec import MaskDraws
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training.ray_training import TrainingError, _reason, train_on_ray
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.storage.cache_spec import MaskDraws
 
 
 @pytest.mark.parametrize(

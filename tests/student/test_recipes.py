@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
-from student import Student
+from ray_distill.pipeline.config import load_config
+from ray_distill.student import Student
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PARAMETERS = {

@@ -7,9 +7,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline.config import load_config
-from pipeline.convert import convert
-from student import Student, load_student
+from ray_distill.pipeline.config import load_config
+from ray_distill.pipeline.convert import convert
+from ray_distill.student import Student, load_student
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

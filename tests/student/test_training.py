@@ -13,24 +13,24 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from student.checkpoints import load_student
-from student.config import StudentConfig
-from student.feed import TrainingPlan
-from student.loss import Distiller
-from student.model import Student
-from student.optimizer import make_optimizer, schedule_factor
-from student.rank import Rank
-from student.ray_training import train_on_ray
-from student.settings import TrainSettings
-from student.training import train
-from teacher_cache.batch import TargetReader
-from teacher_cache.layout import Cache
-from teacher_cache.masks import MaskPolicy
-from teacher_cache.online import OnlineReader
-from teacher_cache.reader import CacheReader
-from teacher_cache.shards import SourceUtterance
-from teacher_cache.spec import CacheSpec, MaskDraws
-from teacher_cache.teachers import load_teacher
+from ray_distill.student.checkpoints import load_student
+from ray_distill.student.model.student import Student
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.objectives.layer_loss import Distiller
+from ray_distill.student.training.optimizer import make_optimizer, schedule_factor
+from ray_distill.student.training.prefetch import TrainingPlan
+from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.ray_training import train_on_ray
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.training_loop import train
+from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.targets.online_targets import OnlineReader
+from ray_distill.teacher_cache.targets.target_batch import TargetReader
+from ray_distill.teacher_cache.teachers import load_teacher
 
 Readers = tuple[CacheReader, CacheReader]
 Rows = Callable[..., list[dict[str, Any]]]
@@ -116,7 +116,7 @@ def test_online_targets_heed_draws_and_clean_only(
 ) -> None:
     teacher = load_teacher("random:2x32")
     teacher._mask_embedding = None  # As Whisper's: a masked pass is refused.
-    monkeypatch.setattr("teacher_cache.teachers.load_teacher", lambda spec, device: teacher)
+    monkeypatch.setattr("ray_distill.teacher_cache.teachers.load_teacher", lambda spec, device: teacher)
     train_on_ray(
         tiny,
         settings(targets="online", max_steps=2),

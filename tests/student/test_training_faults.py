@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from student.config import StudentConfig
-from student.loss import Distiller
-from student.model import Student
-from student.rank import Rank
-from student.settings import TrainSettings
-from student.train_state import CheckpointError
-from student.training import MIN_LOSS_SCALE, train
-from teacher_cache.batch import Batch, TargetReader
-from teacher_cache.reader import CacheReader
+from ray_distill.student.model.student import Student
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.objectives.layer_loss import Distiller
+from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.train_state import CheckpointError
+from ray_distill.student.training.training_loop import MIN_LOSS_SCALE, train
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
 
 Readers = tuple[CacheReader, CacheReader]
 Rows = Callable[..., list[dict[str, Any]]]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from teacher_cache.teachers import Teacher
+from ray_distill.teacher_cache.teachers import Teacher
 
 RELATIVE = 1e-4
 

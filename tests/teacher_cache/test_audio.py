@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from teacher_cache.audio import AudioError, load_audio
+from ray_distill.teacher_cache.audio import AudioError, load_audio
 
 
 def tone(seconds: float, rate: int, frequency: float = 440.0) -> np.ndarray:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from teacher_cache.batches import cut_by_seconds, plan_epoch
+from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds, plan_epoch
 
 LENGTHS = np.random.default_rng(0).integers(16_000, 160_000, 203)
 

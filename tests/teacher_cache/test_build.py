@@ -15,18 +15,18 @@ import pyarrow as pa
 import pytest
 import torch
 
-from teacher_cache.build import BuildReport, Progress, Workers, _ShardWriterActor, build_cache
-from teacher_cache.building import building
-from teacher_cache.builds import BUILDS
-from teacher_cache.embedded import to_pcm
-from teacher_cache.layout import Cache
-from teacher_cache.reader import CacheReader
-from teacher_cache.repair import repair_cache
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
-from teacher_cache.store import Store
-from teacher_cache.verify import verify_cache
-from teacher_cache.writer import decode_shard, shard_to_json
+from ray_distill.teacher_cache.build.build_cache import BuildReport, Progress, Workers, _ShardWriterActor, build_cache
+from ray_distill.teacher_cache.build.shard_writer import decode_shard, shard_to_json
+from ray_distill.teacher_cache.embedded_audio import to_pcm
+from ray_distill.teacher_cache.maintenance.repair import repair_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.build_statistics import BUILDS
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.store import Store
 
 TEACHER = "random:2x32"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -225,7 +225,7 @@ def test_a_codec_that_does_not_fit_the_teacher_is_said(
     def loud(*arguments: object) -> object:
         import torch
 
-        from teacher_cache.teachers import load_teacher
+        from ray_distill.teacher_cache.teachers import load_teacher
 
         states = load_teacher(TEACHER).hidden_states(*arguments[2:5])  # type: ignore[arg-type]
         return states * torch.tensor(1e6)
@@ -292,8 +292,8 @@ def test_workers_that_fail_are_said_in_one_sentence(
 def test_another_builder_is_said_and_the_first_is_not_disturbed(tmp_path: Path, build: Build) -> None:
     with building(Store(tmp_path / "cache")):
         code = f"""
-from teacher_cache.building import building
-from teacher_cache.store import Store
+from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.store import Store
 with building(Store({str(tmp_path / "cache")!r})):
     print("two at once")
 """
@@ -321,13 +321,13 @@ FULL_DISK = """
 import hashlib, json, shutil, sys
 from pathlib import Path
 import torch
-from teacher_cache.build import build_cache
-from teacher_cache.embedded import to_pcm
-from teacher_cache.layout import Cache
-from teacher_cache.repair import repair_cache
-from teacher_cache.shards import plan_shards, SourceUtterance
-from teacher_cache.spec import CacheError, CacheSpec
-from teacher_cache.store import Store
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.embedded_audio import to_pcm
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.maintenance.repair import repair_cache
+from ray_distill.teacher_cache.storage.shard_plan import plan_shards, SourceUtterance
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.store import Store
 torch.set_num_threads(1)
 disk, job = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 root, ballast = disk / "cache", disk / "ballast"

@@ -18,15 +18,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from teacher_cache.build import build_cache
-from teacher_cache.building import building
-from teacher_cache.builds import BUILDS
-from teacher_cache.layout import Cache
-from teacher_cache.repair import SET_ASIDE, repair_cache
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
-from teacher_cache.store import Store
-from teacher_cache.verify import verify_cache
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.maintenance.repair import SET_ASIDE, repair_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.storage.build_statistics import BUILDS
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.store import Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEACHER = "random:2x32"
@@ -36,11 +36,11 @@ WORK = """
 import contextlib, os, signal, time
 from pathlib import Path
 import torch
-from teacher_cache.build import build_cache
-from teacher_cache.repair import repair_cache
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheError, CacheSpec
-from teacher_cache.store import Store
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.maintenance.repair import repair_cache
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.store import Store
 
 torch.set_num_threads(1)
 count, create = 0, Store.create
@@ -87,7 +87,8 @@ def start(source_utterances: list[SourceUtterance], monkeypatch: pytest.MonkeyPa
     """Starts a builder (or, without a spec, a repairer) in a process of its own; its keywords are WORK's ``job``."""
     context = multiprocessing.get_context("forkserver")
     # pandas: pyarrow imports it at the first use of a table, which takes longer than the work here.
-    context.set_forkserver_preload(["teacher_cache.build", "teacher_cache.repair", "pandas"])
+    modules = ("build.build_cache", "maintenance.repair")
+    context.set_forkserver_preload([*(f"ray_distill.teacher_cache.{module}" for module in modules), "pandas"])
     started = []
 
     def run(root: Path, spec: CacheSpec | None, **job: object) -> Any:
@@ -244,7 +245,7 @@ DRIVER = """
 import json, sys, ray
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
          runtime_env={"env_vars": {"PYTHONPATH": sys.argv[1], "OMP_NUM_THREADS": "1"}})
-from teacher_cache.build import Workers
+from ray_distill.teacher_cache.build.build_cache import Workers
 job = json.loads(sys.argv[2]) | {"workers": Workers(actors=2)}
 exec(sys.argv[3], {"job": job})
 """

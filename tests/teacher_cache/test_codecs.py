@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.batch import CodedTargets
-from teacher_cache.codecs import ColumnCodec, check_codec, fit_codec, open_codec, relative_error
+from ray_distill.teacher_cache.codecs import ColumnCodec, check_codec, fit_codec, open_codec, relative_error
+from ray_distill.teacher_cache.targets.target_batch import CodedTargets
 
 LAYERS, DIM = 3, 24
 LOUD = (3, 17)

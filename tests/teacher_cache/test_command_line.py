@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from teacher_cache.__main__ import app
-from teacher_cache.layout import Cache, file_record, write_commit
-from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
-from teacher_cache.teachers import load_teacher
-from teacher_cache.verify import DEEP_TOLERANCE, verify_cache, verify_deep
+from ray_distill.teacher_cache.__main__ import app
+from ray_distill.teacher_cache.maintenance.verify import DEEP_TOLERANCE, verify_cache, verify_deep
+from ray_distill.teacher_cache.storage.cache import Cache, file_record, write_commit
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
+from ray_distill.teacher_cache.teachers import load_teacher
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEACHER = "random:2x32"

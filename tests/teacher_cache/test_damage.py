@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacher_cache.builds import BUILDS
-from teacher_cache.reader import CacheReader
-from teacher_cache.repair import SET_ASIDE, repair_cache
-from teacher_cache.spec import CacheError, CacheSpec
-from teacher_cache.verify import verify_cache
+from ray_distill.teacher_cache.maintenance.repair import SET_ASIDE, repair_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.build_statistics import BUILDS
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 
 CASES = 300
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teacher_cache import frames
-from teacher_cache.frames import group_norm_over_real
+from ray_distill.teacher_cache import frames
+from ray_distill.teacher_cache.frames import group_norm_over_real
 
 LENGTHS = [40, 13, 1]
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from teacher_cache.build import build_cache
-from teacher_cache.builds import BUILDS
-from teacher_cache.layout import Cache
-from teacher_cache.masks import MaskPolicy
-from teacher_cache.reader import CacheReader
-from teacher_cache.repair import repair_cache
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
-from teacher_cache.teachers import load_teacher
-from teacher_cache.verify import verify_cache, verify_deep
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.maintenance.repair import repair_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
+from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.build_statistics import BUILDS
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.teachers import load_teacher
 
 TEACHER = "random:3x32"
 POLICY = MaskPolicy(mask_prob=0.5, mask_length=4)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.frames import num_frames
-from teacher_cache.spectrograms import kaldi_fbank, whisper_log_mel
-from teacher_cache.teachers import TeacherError, load_teacher
-from teacher_cache.teachers.whisper import WhisperTeacher
+from ray_distill.teacher_cache.frames import num_frames
+from ray_distill.teacher_cache.spectrograms import kaldi_fbank, whisper_log_mel
+from ray_distill.teacher_cache.teachers import TeacherError, load_teacher
+from ray_distill.teacher_cache.teachers.whisper import WhisperTeacher
 
 from .huggingface_folders import save_tiny, tiny_model
 

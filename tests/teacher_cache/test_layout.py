@@ -6,12 +6,20 @@ from typing import Any
 
 import pytest
 
-from teacher_cache.layout import Cache, create_cache
-from teacher_cache.masks import MaskPolicy
-from teacher_cache.records import sealed, unsealed
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheError, CacheSpec, LayerSet, MaskDraws, Part, content_key, fingerprint
-from teacher_cache.store import Store
+from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.storage.cache import Cache, create_cache
+from ray_distill.teacher_cache.storage.cache_spec import (
+    CacheError,
+    CacheSpec,
+    LayerSet,
+    MaskDraws,
+    Part,
+    content_key,
+    fingerprint,
+)
+from ray_distill.teacher_cache.storage.sealed_json import sealed, unsealed
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.store import Store
 
 
 def utterances(count: int, split: str = "train", seconds: float = 2.0) -> list[SourceUtterance]:

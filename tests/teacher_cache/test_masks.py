@@ -12,7 +12,7 @@ import numpy as np
 import pydantic
 import pytest
 
-from teacher_cache.masks import MaskPolicy, draw_mask
+from ray_distill.teacher_cache.masks import MaskPolicy, draw_mask
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location(
@@ -77,7 +77,7 @@ def test_masks_are_frozen() -> None:
 
 def test_another_process_draws_the_same() -> None:
     code = (
-        "from teacher_cache.masks import MaskPolicy, draw_mask;"
+        "from ray_distill.teacher_cache.masks import MaskPolicy, draw_mask;"
         "print(''.join('x' if m else '.' for m in draw_mask(MaskPolicy(), 3, 1, 'id', 200)))"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True, text=True)

@@ -14,16 +14,16 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from teacher_cache.building import building
-from teacher_cache.builds import BUILDS
-from teacher_cache.layout import Cache
-from teacher_cache.masks import MaskPolicy
-from teacher_cache.reader import CacheReader
-from teacher_cache.repair import repair_cache
-from teacher_cache.shards import SourceUtterance
-from teacher_cache.spec import CacheError, CacheSpec, MaskDraws
-from teacher_cache.store import Store
-from teacher_cache.verify import verify_cache
+from ray_distill.teacher_cache.maintenance.repair import repair_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.build_statistics import BUILDS
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.store import Store
 
 from .s3_server import S3Server
 
@@ -89,8 +89,8 @@ def test_a_cache_in_an_object_store(tmp_path: Path, make_cache: Make, location: 
 @pytest.fixture
 def quick_claims(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claims that are renewed, and given up, twenty times as fast."""
-    monkeypatch.setattr("teacher_cache.building._BEAT_SECONDS", 0.5)
-    monkeypatch.setattr("teacher_cache.building._DEAD_SECONDS", 3.0)
+    monkeypatch.setattr("ray_distill.teacher_cache.storage.lock._BEAT_SECONDS", 0.5)
+    monkeypatch.setattr("ray_distill.teacher_cache.storage.lock._DEAD_SECONDS", 3.0)
 
 
 def test_a_second_builder_says_who_builds(make_cache: Make, location: str, quick_claims: None) -> None:
@@ -107,11 +107,11 @@ def test_a_second_builder_says_who_builds(make_cache: Make, location: str, quick
 BUILDER = """
 import json, sys, time
 from pathlib import Path
-import teacher_cache.building
-from teacher_cache.build import build_cache
-from teacher_cache.shards import SourceUtterance, plan_shards
-from teacher_cache.spec import CacheError, CacheSpec
-teacher_cache.building._BEAT_SECONDS = 0.5
+import ray_distill.teacher_cache.storage.lock
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+ray_distill.teacher_cache.storage.lock._BEAT_SECONDS = 0.5
 location, says, other = sys.argv[1:4]
 job = json.loads(Path(sys.argv[4]).read_text())
 spec = CacheSpec.model_validate(job["spec"])
@@ -164,8 +164,8 @@ def test_of_two_builders_at_once_one_goes_on(
 
 KILLED = """
 import os, signal, sys
-from teacher_cache.building import building
-from teacher_cache.store import Store
+from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.store import Store
 store = Store(sys.argv[1])
 with building(store), store.create("clean/part-00000.parquet") as path:
     path.write_bytes(b"half a shard")

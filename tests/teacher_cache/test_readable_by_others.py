@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from teacher_cache.layout import Cache
-from teacher_cache.reader import CacheReader
-from teacher_cache.spec import CacheSpec
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "cache.md"
 Make = Callable[..., CacheSpec]

@@ -9,15 +9,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from teacher_cache.layout import Cache, file_record, write_commit
-from teacher_cache.masks import MaskPolicy, draw_mask
-from teacher_cache.online import OnlineReader
-from teacher_cache.reader import CacheReader
-from teacher_cache.repair import repair_cache
-from teacher_cache.shards import SourceUtterance
-from teacher_cache.spec import CacheError, CacheSpec, LayerSet, MaskDraws, content_key, parts_of
-from teacher_cache.teachers import load_teacher
-from teacher_cache.verify import verify_deep
+from ray_distill.teacher_cache.maintenance.repair import repair_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_deep
+from ray_distill.teacher_cache.masks import MaskPolicy, draw_mask
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache import Cache, file_record, write_commit
+from ray_distill.teacher_cache.storage.cache_spec import (
+    CacheError,
+    CacheSpec,
+    LayerSet,
+    MaskDraws,
+    content_key,
+    parts_of,
+)
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.targets.online_targets import OnlineReader
+from ray_distill.teacher_cache.teachers import load_teacher
 
 TEACHER = "random:2x32"
 Make = Callable[..., CacheSpec]
@@ -188,7 +195,7 @@ def test_what_is_not_there_is_said(cache: Path) -> None:
 
 
 def test_a_codec_state_that_does_not_fit_is_refused(tmp_path: Path, make_cache: Make) -> None:
-    from teacher_cache.codecs import open_codec
+    from ray_distill.teacher_cache.codecs import open_codec
 
     make_cache(tmp_path / "cache", codec="pca")
     import safetensors.torch

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.frames import padding_mask
-from teacher_cache.teachers import Teacher, TeacherError, load_teacher
+from ray_distill.teacher_cache.frames import padding_mask
+from ray_distill.teacher_cache.teachers import Teacher, TeacherError, load_teacher
 
 from .batch_invariance import assert_batch_invariant
 from .huggingface_folders import save_tiny

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teacher_cache.frames import num_frames
-from teacher_cache.teachers import TeacherError, load_teacher
-from teacher_cache.teachers.architecture import Architecture, build_model
-from teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
+from ray_distill.teacher_cache.frames import num_frames
+from ray_distill.teacher_cache.teachers import TeacherError, load_teacher
+from ray_distill.teacher_cache.teachers.architecture import Architecture, build_model
+from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
 from .batch_invariance import RELATIVE, assert_batch_invariant, relative_error
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher_cache.frames import num_frames
-from teacher_cache.teachers import load_teacher
+from ray_distill.teacher_cache.frames import num_frames
+from ray_distill.teacher_cache.teachers import load_teacher
 
 pytest.importorskip("fairseq", reason="fairseq is not installed (it is the [fairseq] extra), so there is no oracle")
 

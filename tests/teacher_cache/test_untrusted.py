@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from teacher_cache.teachers import load_teacher
-from teacher_cache.untrusted import StandIn, UntrustedCheckpointError, load_untrusted, plain
+from ray_distill.teacher_cache.teachers import load_teacher
+from ray_distill.teacher_cache.untrusted import StandIn, UntrustedCheckpointError, load_untrusted, plain
 
 
 class Malicious:

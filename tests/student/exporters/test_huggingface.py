@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from student import Student, StudentConfig
-from student.exporters.huggingface import export_huggingface
+from ray_distill.student import Student, StudentConfig
+from ray_distill.student.exporters.huggingface import export_huggingface
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (the dev extra has it)")
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from student import Student, StudentConfig
-from student.exporters.onnx import OPSET, export_onnx, export_torch
-from teacher_cache.audio import load_audio
-from teacher_cache.batch import pad_waveforms
+from ray_distill.student import Student, StudentConfig
+from ray_distill.student.exporters.onnx import OPSET, export_onnx, export_torch
+from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 
 onnx = pytest.importorskip("onnx", reason="needs the onnx extra (the dev extra has it)")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the onnx extra (the dev extra has it)")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from student import Student, StudentConfig
-from student.exporters.portable import portable_config, portable_student
-from student.exporters.portable_model import PortableStudent, pad
-from teacher_cache.audio import load_audio
+from ray_distill.student import Student, StudentConfig
+from ray_distill.student.exporters.portable import portable_config, portable_student
+from ray_distill.student.exporters.portable_model import PortableStudent, pad
+from ray_distill.teacher_cache.audio import load_audio
 
 NO_REUSE = {"attention_reuse": "none"}
 VARIANTS: dict[str, dict[str, object]] = {
@@ -109,7 +109,7 @@ def test_real_speech(shared: Path) -> None:
 
 
 def test_a_published_checkpoint_keeps_its_second_softmax(shared: Path) -> None:
-    from student import load_student
+    from ray_distill.student import load_student
 
     golden = shared / "golden"
     student = load_student(golden / "armhubert_mini.ckpt", golden / "armhubert_mini.yaml")

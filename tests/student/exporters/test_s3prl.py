@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from student import Student, StudentConfig, save_student
-from student.exporters.s3prl import export_s3prl
-from teacher_cache.batch import pad_waveforms
+from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.student.exporters.s3prl import export_s3prl
+from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 
 USE = """
 import sys, torch

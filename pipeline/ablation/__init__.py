@@ -1,0 +1,1 @@
+"""Ablations: a grid of runs that train from one cache."""

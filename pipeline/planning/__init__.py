@@ -1,0 +1,1 @@
+"""What a cache will cost, on this machine and on a cluster."""

@@ -1,0 +1,194 @@
+"""What a cache will cost, before it is made: worked out from the corpus and a short run of the teacher on this machine."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from ray_distill.teacher_cache.build.shard_writer import hidden_states
+from ray_distill.teacher_cache.codecs import check_codec, fit_codec, open_codec
+from ray_distill.teacher_cache.embedded_audio import to_flac
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, Targets
+from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.targets.online_targets import load_source, masks_of
+from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
+from ray_distill.teacher_cache.teachers import Teacher
+
+_MASKS_SAMPLED = 200
+_SECONDS_SAMPLED = 40.0
+"""Of audio that the teacher is timed on, and codecs are tried on."""
+_TARGETS: tuple[Targets, ...] = ("clean_and_masked", "composite_only", "clean_only")
+_COMPARED = ("fp16", "int8", "layer-pca", "pca")
+
+
+@dataclass(frozen=True)
+class CostPlan:
+    """Expected cost of a cache. Bytes and hours are estimates from a sample; counts are exact.
+
+    Attributes:
+        hours: of audio.
+        utterances, frames: of the corpus.
+        draws: of the masks.
+        masked_fraction: share of masked frames, from real draws of some utterances; 0 without draws.
+        bytes_per_frame: of all layers of one pass, by codec.
+        audio_bytes: of the embedded audio.
+        audio_per_second: seconds of audio that one teacher pass gets through per second on ``device``.
+        device: where that was measured.
+        spec: the need.
+        free_bytes: on the cache's disk; None for an object store.
+        there_bytes: of the cache already there.
+    """
+
+    hours: float
+    utterances: int
+    frames: int
+    draws: int
+    masked_fraction: float
+    bytes_per_frame: dict[str, float]
+    audio_bytes: float
+    audio_per_second: float
+    device: str
+    spec: CacheSpec
+    free_bytes: int | None
+    there_bytes: int
+
+    def total_bytes(self, codec: str, targets: Targets) -> float:
+        """Of the whole cache under a codec and a choice of targets."""
+        passes = {
+            "clean_only": 1.0,
+            "clean_and_masked": 1 + self.draws * (1 - self.masked_fraction),
+            "composite_only": float(self.draws or 1),
+        }[targets]
+        return self.audio_bytes + self.frames * self.bytes_per_frame[codec] * passes
+
+    @property
+    def bytes_per_epoch(self) -> float:
+        """Read by one epoch of training: the audio, the clean pass and one draw."""
+        passes = 1.0
+        if self.draws and self.spec.targets == "clean_and_masked":
+            passes += 1 - self.masked_fraction
+        return self.audio_bytes + self.frames * self.bytes_per_frame[self.spec.codec] * passes
+
+    @property
+    def teacher_passes(self) -> int:
+        """Over the corpus, to make the cache."""
+        return 1 if self.spec.targets == "clean_only" else 1 + self.draws
+
+    @property
+    def teacher_hours(self) -> float:
+        """Of one such device."""
+        return self.hours * self.teacher_passes / self.audio_per_second
+
+    @property
+    def pays_after(self) -> int:
+        """Epochs after which the teacher in the loop would have cost more passes than the cache did."""
+        online = 1 if self.spec.targets == "clean_only" or not self.draws else 2
+        return math.ceil(self.teacher_passes / online)
+
+
+def plan_cost(utterances: Sequence[SourceUtterance], spec: CacheSpec, teacher: Teacher, location: str) -> CostPlan:
+    """Works out what caching these utterances costs; runs the teacher and the codecs on some 40 s of their audio."""
+    frames = [teacher.num_frames(u.num_samples) for u in utterances]
+    masked = 0.0
+    if spec.masks.draws:
+        step = max(1, len(utterances) // _MASKS_SAMPLED)
+        chosen, counts = utterances[::step], frames[::step]
+        masked = float(masks_of(spec.masks, 0, [u.id for u in chosen], counts).sum()) / sum(counts)
+    sample: list[SourceUtterance] = []
+    # Evenly over the corpus: every so many utterances until there is enough.
+    for utterance in utterances[:: max(1, len(utterances) // 20)]:
+        sample.append(utterance)
+        if sum(u.num_samples for u in sample) > _SECONDS_SAMPLED * SAMPLE_RATE:
+            break
+    waveforms = [load_source(u) for u in sample]
+    seconds = sum(len(w) for w in waveforms) / SAMPLE_RATE
+    per_second = 32_000.0 if spec.audio == "pcm" else sum(len(to_flac(w)) for w in waveforms) / seconds
+    hidden, audio_per_second = _timed(teacher, spec, [pad_waveforms([w]) for w in waveforms])
+    store = Store(location)
+    total = sum(u.num_samples for u in utterances) / SAMPLE_RATE
+    return CostPlan(
+        hours=total / 3600,
+        utterances=len(utterances),
+        frames=sum(frames),
+        draws=spec.masks.draws,
+        masked_fraction=masked,
+        bytes_per_frame={codec: _bytes_per_frame(codec, hidden) for codec in dict.fromkeys([spec.codec, *_COMPARED])},
+        audio_bytes=total * per_second,
+        audio_per_second=audio_per_second,
+        device=str(teacher.device),
+        spec=spec,
+        free_bytes=store.free_bytes(),
+        there_bytes=sum(store.sizes().values()) if Cache.exists(store) else 0,
+    )
+
+
+def _timed(teacher: Teacher, spec: CacheSpec, batches: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], float]:
+    """Each utterance's (T, L, D) on the CPU, and seconds of audio per second, after one batch to warm up."""
+    layers = [layer - 1 for layer in spec.layers]
+
+    def run(padded: Tensor, lengths: Tensor) -> Tensor:
+        states = hidden_states(teacher, spec.precision, padded.to(teacher.device), lengths.to(teacher.device), None)
+        return states[0, layers].transpose(0, 1).cpu()
+
+    run(*batches[0])
+    started = time.perf_counter()
+    hidden = [run(*batch) for batch in batches]
+    elapsed = time.perf_counter() - started
+    return hidden, sum(int(lengths.sum()) for _, lengths in batches) / SAMPLE_RATE / elapsed
+
+
+def _bytes_per_frame(name: str, hidden: list[Tensor]) -> float:
+    """Stored bytes of a frame of all layers, from coding a few utterances one by one as a shard does."""
+    frames = torch.cat(hidden)
+    state = fit_codec(check_codec(name), frames, frames[:: max(1, len(frames) // 200)])
+    zstd = pa.Codec("zstd")
+    stored = 0
+    for codec in open_codec(name, range(1, frames.shape[1] + 1), frames.shape[2], state):
+        for utterance in hidden:
+            codes = codec.encode(utterance[:, [layer - 1 for layer in codec.layers]]).numpy()
+            if codec.compression == "none":
+                stored += codes.size
+            else:
+                stored += len(zstd.compress((codes.T if codec.planar else codes).tobytes(), asbytes=True))
+    return stored / len(frames)
+
+
+def cost_table(plan: CostPlan) -> Table:
+    """The plan for people."""
+    spec = plan.spec
+    table = Table(title="what the cache will cost", show_lines=False)
+    table.add_column("codec")
+    for targets in _TARGETS:
+        table.add_column(f"{targets}, {plan.draws} draws" if targets != "clean_only" else targets, justify="right")
+    table.add_column("kB per second of audio", justify="right")
+    for codec in plan.bytes_per_frame:
+        chosen = codec == spec.codec
+        cells = [
+            f"{plan.total_bytes(codec, targets) / 1e9:.2f} GB" + (" <-" if chosen and targets == spec.targets else "")
+            for targets in _TARGETS
+        ]
+        rate = plan.total_bytes(codec, spec.targets) / plan.hours / 3600 / 1e3
+        table.add_row(codec, *cells, f"{rate:.1f}", style="bold" if chosen else None)
+    return table
+
+
+def cost_lines(plan: CostPlan) -> list[str]:
+    """What the table has no column for, one sentence each."""
+    spec = plan.spec
+    subset = "a run that reads some of these layers reads all their bytes" if spec.codec.startswith("pca") else ""
+    return [
+        f"{plan.hours:.2f} h, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, {plan.draws} mask draws "
+        f"({plan.masked_fraction:.0%} masked), {spec.codec}: about {plan.total_bytes(spec.codec, spec.targets) / 1e9:.2f} GB, "
+        f"{plan.bytes_per_epoch / 1e9:.2f} GB read per epoch" + (f"; {subset}" if subset else ""),
+        f"{plan.teacher_passes} teacher passes: about {plan.teacher_hours:.2f} h of one {plan.device} "
+        f"({plan.audio_per_second:.0f} s of audio per second there now); paid for after {plan.pays_after} epochs against "
+        "running the teacher in the loop",
+    ]

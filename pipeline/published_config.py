@@ -1,0 +1,220 @@
+"""A published yaml of the ARMHuBERT repository as one of our configurations: ``import-config PUBLISHED.yaml``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pydantic
+import typer
+import yaml
+
+from ray_distill.pipeline.config import Config, ConfigError, dump_config
+from ray_distill.student.published import literal_list, published_config
+
+DRAWS = 4
+"""Mask draws of a converted configuration; the published recipe draws anew each time. What draws cost: docs/draws.md."""
+
+DROPPED = {
+    "train.base_dir": "runs=... says where runs are kept",
+    "train.checkpoint": "a run goes on from its own last checkpoint",
+    "train.use_apex": "PyTorch's own automatic mixed precision is used",
+    "train.monitor_losses": "losses are always recorded",
+    "distiller.final_dim": "the published student does not use it",
+    "distiller.max_positions": "there is no limit",
+    "distiller.attn_type": "the two implementations compute the same attention",
+    "distiller.fp16": "of Conformer layers only; train.precision has the training's",
+    "distiller.tr_conv1d_kernel": "the published code takes tr_reduce_factor for the kernel",
+    "distiller.required_seq_len_multiple": "padding to a multiple changes no output",
+    "optimizer.weight_decay": "the published optimiser's groups override it by 0.01 on all but biases, which is kept",
+    "data.bucketing_path": "the corpus is indexed afresh",
+    "specaug.time_warp_mode": "features are stretched linearly in time; bicubic is for images",
+    "specaug.adaptive_number_ratio": "of adaptive masks only",
+    "specaug.adaptive_size_ratio": "of adaptive masks only",
+    "specaug.max_n_time_masks": "of adaptive masks only",
+    "data.test_set": "validation is on dev-clean, as published; test sets take no part in training",
+}
+"""Published keys that have no counterpart, and why none is missed."""
+
+_ONLY: dict[str, Any] = {
+    "train.delete_projections": False,
+    "train.rec_loss_type": ("mse", "l1"),
+    "distiller.update_teacher_mask": False,
+    "optimizer.name": "AdamW_with_schedule",
+    "specaug.adaptive": False,
+}
+"""Published keys whose other values would change the training, and that we don't have."""
+
+_INSTEAD = {
+    "train.delete_projections": "; the published loss needs projections too, and `convert --without-heads` takes them off "
+    "a checkpoint",
+    "distiller.update_teacher_mask": "; a teacher whose mask embedding follows the student's can't be cached: with "
+    "train.mask_embedding teacher the student shares the teacher's instead",
+}
+
+_READ = {
+    "teacher": "teacher_model mask_length mask_prob mask_selection mask_other no_mask_overlap mask_min_space",
+    "train": "output_dir num_epochs gpus batch_size accumulate_grad_batches use_fp16 rec_loss_weight rec_loss_type "
+    "distil_random_layer random_layer_weight mask_prob_schedule specaug",
+    "distiller": "extractor_mode conv_feature_layers conv_bias conv_pos conv_pos_groups pos_conv_depth layer_type encoder_layers "
+    "encoder_embed_dim encoder_ffn_embed_dim encoder_attention_heads activation_fn layer_norm_first layer_grad_scale reuse_pattern "
+    "dropout attention_dropout activation_dropout dropout_input pred_head_final_dim layerwise_proj enable_tr_layer "
+    "checkpoint_activations crop_seq_to_multiple feature_grad_mult encoder_layerdrop init_conv_layers init_encoder_layers "
+    "freeze_student_mask pred_head_inter_dim pred_layer_id depthwise_conv_kernel_size pos_enc_type tr_layer_index tr_reduce_factor "
+    "tr_layer_type",
+    "optimizer": "lr warmup_proportion betas eps",
+    "data": "libri_root train_set",
+    "specaug": "apply_time_warp time_warp_window apply_freq_mask freq_mask_width_range num_freq_mask apply_time_mask "
+    "time_mask_width_range num_time_mask replace_with_zero",
+}
+"""Published keys that `import_config` reads; docs/published-names.md has their names here."""
+
+
+def import_config(path: Path) -> tuple[Config, list[str]]:
+    """Converts a published yaml.
+
+    Args:
+        path: of the yaml, as ``conf/armhubert/armhubert-960.yaml`` of the published repository.
+
+    Returns:
+        Our configuration, and a sentence for each key that was dropped.
+
+    Raises:
+        ConfigError: not a published yaml, an unknown key, or an option that we don't have.
+    """
+    try:
+        student = published_config(path)
+        tree: dict[str, Any] = yaml.safe_load(path.read_text())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not tree.get("train", {}).get("specaug"):
+        tree.pop("specaug", None)
+    tree.pop("model", None)
+    given = {
+        f"{section}.{key}": value
+        for section, values in tree.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    }
+    known = {f"{section}.{key}" for section, keys in _READ.items() for key in keys.split()}
+    for key, value in given.items():
+        if key not in known and key not in DROPPED and key not in _ONLY:
+            raise ConfigError(f"{path}: {key} is no key of a published configuration")
+        allowed = _ONLY.get(key, value)
+        if value != allowed and not (isinstance(allowed, tuple) and value in allowed):
+            some = " or ".join(map(repr, allowed)) if isinstance(allowed, tuple) else repr(allowed)
+            raise ConfigError(
+                f"{path}: {key} is {value!r}, which this student does not have; only {some}{_INSTEAD.get(key, '')}"
+            )
+    try:
+        config = _convert(given, student.model_dump(mode="json") | {"reuse_behaviour": "paper"})
+    except KeyError as error:
+        raise ConfigError(f"{path} lacks {error.args[0]}, which a published configuration has") from error
+    except (pydantic.ValidationError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} does not convert: {' '.join(str(error).split())}") from error
+    return config, [f"{key}: {DROPPED[key]}" for key in given if key in DROPPED]
+
+
+def _convert(given: dict[str, Any], student: dict[str, Any]) -> Config:
+    gpus, hints = given["train.gpus"], given["train.distil_random_layer"]
+    split = student["heads"] == "split"
+    below = (student["split_heads"] if split else student["encoder_layers"]) - 1
+    if not 1 <= hints <= below:
+        raise ValueError(
+            f"train.distil_random_layer is {hints}, but there are 1 to {below} layers below the last to learn from"
+        )
+    predicted = [layer + 1 for layer in literal_list(given["distiller.pred_layer_id"])] if split else None
+    policy = {
+        "selection": given["teacher.mask_selection"],
+        "mask_prob": given["teacher.mask_prob"],
+        "mask_length": given["teacher.mask_length"],
+        "mask_other": given["teacher.mask_other"],
+        "no_overlap": given["teacher.no_mask_overlap"],
+        "min_space": given["teacher.mask_min_space"],
+    }
+    schedule = given.get("train.mask_prob_schedule") or None
+    policies = []
+    if schedule:
+        first, last = yaml.safe_load(schedule) if isinstance(schedule, str) else schedule
+        policies = [policy | {"mask_prob": round(float(p), 6)} for p in np.linspace(first, last, DRAWS)]
+    teacher = Path(given["teacher.teacher_model"])
+    return Config.model_validate(
+        {
+            "name": given["train.output_dir"],
+            "corpus": {
+                "path": given["data.libri_root"],
+                "train_splits": given["data.train_set"],
+                "validation_splits": ["dev-clean"],
+            },
+            "teacher": {"checkpoint": str(teacher), "layers": predicted},
+            "masks": {"policy": policy, "policies": policies, "draws": DRAWS},
+            "cache": {"path": f"caches/{teacher.stem}-{given['train.output_dir']}"},
+            "student": student,
+            "train": {
+                "epochs": given["train.num_epochs"],
+                "workers": len(gpus) if isinstance(gpus, list) else gpus,
+                "use_gpu": True,
+                "batch_size": given["train.batch_size"],
+                "accumulate": given["train.accumulate_grad_batches"],
+                "precision": "fp16" if given["train.use_fp16"] else "fp32",
+                "final_weight": given["train.rec_loss_weight"],
+                "hint_weight": given["train.random_layer_weight"],
+                "hint_layers": hints if hints < below else None,
+                "spec_augment": _spec_augment(given),
+                "mask_embedding": "frozen" if given.get("distiller.freeze_student_mask") else "learned",
+                "init_front_end": given.get("distiller.init_conv_layers", False),
+                "init_encoder_layers": max(0, given.get("distiller.init_encoder_layers", 0)),
+                "loss": given["train.rec_loss_type"],
+                "learning_rate": given["optimizer.lr"],
+                "warmup_fraction": given["optimizer.warmup_proportion"],
+                "betas": given["optimizer.betas"],
+                "eps": given["optimizer.eps"],
+                "checkpoint_activations": given.get("distiller.checkpoint_activations", False),
+                "draw_order": "in_order" if schedule else "rotate",
+            },
+        }
+    )
+
+
+def _spec_augment(given: dict[str, Any]) -> dict[str, Any] | None:
+    """The published policy, which its own forward pass never applies; what the yaml leaves out has the published code's default."""
+    if not given.get("train.specaug"):
+        return None
+    widths = [given.get("specaug.freq_mask_width_range", [0, 20]), given.get("specaug.time_mask_width_range", [0, 100])]
+    if any(low for low, _ in widths):
+        raise ValueError(f"specaug masks of a smallest width ({widths}) are not known; ranges must start at 0")
+    frequency, time = (high for _, high in widths)
+    return {
+        "time_warp_window": given.get("specaug.time_warp_window", 5)
+        if given.get("specaug.apply_time_warp", True)
+        else 0,
+        "frequency_masks": given.get("specaug.num_freq_mask", 2) if given.get("specaug.apply_freq_mask", True) else 0,
+        "frequency_mask_width": frequency,
+        "time_masks": given.get("specaug.num_time_mask", 2) if given.get("specaug.apply_time_mask", True) else 0,
+        "time_mask_width": time,
+        "fill": "zero" if given.get("specaug.replace_with_zero", True) else "mean",
+    }
+
+
+def command(
+    published: Annotated[Path, typer.Argument(help="A yaml of the published repository.")],
+    output: Annotated[Path | None, typer.Option(help="A new file; default standard output.")] = None,
+) -> None:
+    """Convert a published yaml to a configuration, and say what was dropped."""
+    try:
+        config, dropped = import_config(published)
+        if output is not None and output.exists():
+            raise ConfigError(f"{output} is there already; choose another --output")
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if output is None:
+        typer.echo(dump_config(config), nl=False)
+    else:
+        output.write_text(dump_config(config))
+    for sentence in dropped:
+        typer.echo(f"dropped {sentence}", err=True)
+    typer.echo(
+        f"changed masks.draws: {DRAWS} kept draws take turns, published is a new mask each time; "
+        "student.reuse_behaviour: paper, where the published code applied softmax twice",
+        err=True,
+    )

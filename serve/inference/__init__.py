@@ -1,0 +1,1 @@
+"""The model side of the service: backends, the batching engine, loaded models, windows."""

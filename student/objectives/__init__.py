@@ -1,0 +1,1 @@
+"""Training objectives: what a student is asked to match."""

@@ -1,0 +1,248 @@
+"""What a training says of itself: rows of JSON, TensorBoard, and Weights & Biases or MLflow where configured."""
+
+import importlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from ray_distill.student.training.rank import Rank
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.targets.target_batch import TargetReader
+
+
+def cosine_row(sums: Tensor, layers: Sequence[int]) -> dict[str, float]:
+    """`DistillationLoss.cosines` as means for a row; a kind of frame that did not occur is left out."""
+    row: dict[str, float] = {}
+    for kind, (*cosines, frames) in zip(("masked", "unmasked"), sums.tolist(), strict=True):
+        if frames:
+            row |= {
+                f"cosine_{kind}_layer_{layer:02d}": cosine / frames
+                for layer, cosine in zip(layers, cosines, strict=True)
+            }
+    return row
+
+
+class Window:
+    """What one rank sums up between two training rows.
+
+    Attributes:
+        loss: () float64, this rank's share of the losses, of steps whose loss was finite.
+        waited: seconds spent waiting for the reader.
+        cosines: of the step that a row is written at, as `DistillationLoss.cosines`.
+    """
+
+    def __init__(self, reader: TargetReader, rank: Rank) -> None:
+        self._reader = reader
+        self._rank = rank
+        self.loss = torch.zeros((), dtype=torch.float64, device=rank.device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.loss.zero_()
+        self.waited = 0.0
+        self.cosines = torch.zeros(2, len(self._reader.layers) + 1, dtype=torch.float64, device=self._rank.device)
+        self._real = self._padded = 0
+        self._read = self._bytes_read()
+        self._started = time.monotonic()
+
+    def _bytes_read(self) -> int | None:
+        return getattr(self._reader, "bytes_read", None)
+
+    def count(self, num_samples: np.ndarray) -> None:
+        """A batch of utterances of these lengths went through the student."""
+        self._real += int(num_samples.sum())
+        self._padded += int(num_samples.max()) * len(num_samples)
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not training, such as a validation."""
+        self._started += seconds
+
+    def take_loss(self) -> float:
+        """The loss of all ranks, and start it anew. Every rank must call it."""
+        total = float(self._rank.sum(self.loss))
+        self.loss.zero_()
+        return total
+
+    def close(self) -> dict[str, float]:
+        """The fields of a row, the same on every rank, and a new window. Every rank must call it."""
+        elapsed = time.monotonic() - self._started
+        read = self._bytes_read()
+        read_here = 0 if read is None or self._read is None else read - self._read
+        mine = self.loss.new_tensor([self._real, self._padded, self.waited / elapsed, read_here])
+        cells = self._rank.sum(torch.cat([mine, self.cosines.flatten()])).cpu()
+        real, padded, waited, total_read = cells[: len(mine)].tolist()
+        row = {
+            "audio_hours_per_minute": real / SAMPLE_RATE / 60 / elapsed,
+            "data_wait": waited / self._rank.world_size,
+            "padding_waste": 1 - real / padded,
+        }
+        if read is not None:
+            row["bytes_per_second"] = total_read / elapsed
+        row |= cosine_row(cells[len(mine) :].reshape(2, -1), self._reader.layers)
+        self._reset()
+        return row
+
+
+class Tracker(Protocol):
+    """A service that rows are also sent to. ``id`` is what it calls this run, by which it goes on after a restart."""
+
+    id: str
+
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
+
+
+class WeightsAndBiases:
+    """Weights & Biases. Project, entity and mode are taken from its own environment variables (``WANDB_PROJECT``, ...)."""
+
+    package = "wandb"
+
+    def __init__(self, folder: Path, known_id: str | None, configuration: dict[str, Any]) -> None:
+        self._run = _import(self.package).init(
+            id=known_id, resume="allow", name=folder.name, dir=str(folder), config=configuration
+        )
+        self.id: str = self._run.id
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._run.log(values, step=step)
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class MLflow:
+    """MLflow. Server and experiment are taken from its own environment variables (``MLFLOW_TRACKING_URI``, ...)."""
+
+    package = "mlflow"
+
+    def __init__(self, folder: Path, known_id: str | None, configuration: dict[str, Any]) -> None:
+        self._mlflow = _import(self.package)
+        if known_id is not None:
+            self.id = known_id
+            self._mlflow.start_run(run_id=known_id)
+        else:
+            self.id = self._mlflow.start_run(run_name=folder.name).info.run_id
+            self._mlflow.log_params(configuration)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._mlflow.log_metrics(values, step=step)
+
+    def close(self, failed: bool) -> None:
+        self._mlflow.end_run("FAILED" if failed else "FINISHED")
+
+
+TRACKERS: dict[str, type[WeightsAndBiases] | type[MLflow]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError where a tracker's package is not installed."""
+    for name in names:
+        _import(TRACKERS[name].package)
+
+
+def _import(package: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(
+            f"train.trackers has {package}, which is not installed; `pip install {package}`, or leave it out"
+        ) from error
+
+
+class Metrics:
+    """A run's record, kept by rank 0: each row goes to ``metrics.jsonl``, TensorBoard and the trackers.
+
+    Rows have ``kind`` and ``step`` (optimiser steps done). ``train``: loss (mean since the last row), learning_rate,
+    gradient_norm (before clipping), audio_hours_per_minute, data_wait (share of the time), padding_waste (share of the
+    samples), skipped_steps (so far), cosine_KIND_layer_NN (of this step alone). ``validation``: loss, layer_NN (unweighted),
+    cosine_unmasked_layer_NN. ``skipped``: why a step was left out.
+
+    After a restart, rows beyond the checkpoint are dropped, not repeated.
+
+    Args:
+        folder: of the run.
+        done: optimiser steps of the checkpoint that the run goes on from; None where it starts.
+        trackers: names in TRACKERS.
+        configuration: what the trackers show as this run's.
+        enabled: False makes this one do nothing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        done: int | None,
+        trackers: Sequence[str] = (),
+        configuration: dict[str, Any] | None = None,
+        *,
+        enabled: bool = True,
+    ) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        self._path = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        first = 0 if done is None else done + 1
+        self._drop_rows_from(first)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+        ids_path = folder / "trackers.json"
+        ids = json.loads(ids_path.read_text()) if ids_path.is_file() and done is not None else {}
+        self._trackers: list[Tracker] = [
+            TRACKERS[name](folder, ids.get(name), configuration or {}) for name in trackers
+        ]
+        if trackers:
+            ids_path.write_text(
+                json.dumps({name: tracker.id for name, tracker in zip(trackers, self._trackers, strict=True)})
+            )
+
+    def _drop_rows_from(self, step: int) -> None:
+        text = self._path.read_text() if self._path.is_file() else ""
+        # A kill while a row was written leaves a piece of it, without the line's end.
+        kept = [row for row in text.splitlines(keepends=True) if row.endswith("\n") and json.loads(row)["step"] < step]
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self._path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Adds a row.
+
+        Raises:
+            OSError: it can't be written, in one sentence.
+        """
+        if not self._enabled:
+            return
+        numbers = {
+            f"{row['kind']}/{name}": float(value)
+            for name, value in row.items()
+            if isinstance(value, (int, float)) and name not in ("step", "steps")
+        }
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, row["step"])
+            self._board.flush()
+        except OSError as error:
+            raise OSError(
+                f"the metrics of step {row['step']} can't be written to {self._path.parent} ({error.strerror or error}); the "
+                "same command goes on from the last checkpoint once this is put right"
+            ) from error
+        for tracker in self._trackers:
+            tracker.log(numbers, row["step"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._enabled:
+            self._board.close()
+            for tracker in self._trackers:
+                tracker.close(failed=kind is not None)

@@ -1,0 +1,32 @@
+"""The published optimiser and its schedule."""
+
+import torch
+from torch import nn
+
+from ray_distill.student.training.train_settings import TrainSettings
+
+
+def schedule_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
+    """Learning-rate factor of optimiser step ``step`` (0-based): linear warm-up from 0, then linear decay to 0.
+
+    As in the published recipe's ``get_linear_schedule_with_warmup``: step 0 has factor 0.
+    """
+    warmup = int(total_steps * warmup_fraction)
+    if step < warmup:
+        return step / max(1, warmup)
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW, fused on a GPU, with weight decay on everything but biases, as the published parameter groups have it."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named if not n.endswith("bias")], "weight_decay": settings.weight_decay},
+            {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=next(model.parameters()).is_cuda,
+    )

@@ -1,0 +1,1 @@
+"""Looking after a finished cache: what it is, whether it is sound, and its repair."""

@@ -1,0 +1,56 @@
+"""What a cache is, on one screen."""
+
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.store import Store
+
+
+def info_table(location: str | Path) -> Table:
+    """Identity, contents, sizes and completeness of a cache.
+
+    Raises:
+        CacheError: there is no cache, or its records are damaged.
+    """
+    cache = Cache.open(Store(location))
+    spec, record = cache.spec, cache.record
+    sizes = cache.store.sizes()
+    by_folder: dict[str, list[int]] = {}
+    finished = total = 0
+    for shard in cache.shards:
+        for file in cache.files(shard):
+            total += 1
+            finished += file.commit in sizes
+            by_folder.setdefault(file.part.folder, []).append(sizes.get(file.name, 0))
+    size = sum(sum(part) for part in by_folder.values())
+    table = Table(show_header=False, title=f"teacher cache at {cache.store.location}")
+    table.add_row("fingerprint", f"{cache.fingerprint[:16]}...")
+    table.add_row("teacher", f"{record['teacher_name']}: {spec.num_layers} layers x {spec.dim}, {spec.precision}")
+    table.add_row(
+        "audio",
+        f"{record['seconds'] / 3600:.2f} h, {record['utterances']} utterances, {record['frames']} frames, {spec.audio}",
+    )
+    table.add_row("targets", spec.targets)
+    for number, layer_set in enumerate(cache.layer_sets):
+        codecs = cache.codecs(number)
+        error = torch.cat([codec.error for codec in codecs])
+        table.add_row(
+            f"layers, set {number}",
+            f"{' '.join(map(str, layer_set.layers))}: codec {spec.codec}, relative error {float(error.min()):.2g} to "
+            f"{float(error.max()):.2g}",
+        )
+    table.add_row("mask draws", f"{spec.masks.draws}, seed {spec.masks.seed}")
+    for draw in range(min(spec.masks.draws, len(spec.masks.policies) or 1)):
+        policy = ", ".join(f"{key}={value}" for key, value in spec.masks.policy_of(draw))
+        table.add_row(f"  policy of draw {draw}" if spec.masks.policies else "  policy", policy)
+    for folder, files in by_folder.items():
+        table.add_row(f"  {folder}", f"{sum(files) / 1e6:.1f} MB in {len(files)} shards")
+    table.add_row(
+        "size", f"{size / 1e6:.1f} MB, {size / max(record['seconds'], 1e-9) / 1e3:.1f} kB per second of audio"
+    )
+    state = "complete" if finished == total else f"{total - finished} of {total} files are not finished"
+    table.add_row("state", f"{state}; `verify` checks every byte")
+    return table

@@ -1,0 +1,139 @@
+"""The plan of shards: which utterance lies where."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from ray_distill.teacher_cache.frames import SAMPLE_RATE, num_frames
+
+
+@dataclass(frozen=True)
+class SourceUtterance:
+    """One utterance to cache.
+
+    Attributes:
+        id: unique within the corpus.
+        path: audio file.
+        num_samples: at 16 kHz.
+        split: ``train`` or ``validation``.
+        sha256: of the decoded float32 samples, so that a file that changed since the index is noticed.
+    """
+
+    id: str
+    path: str
+    num_samples: int
+    split: str
+    sha256: str
+
+
+PLAN_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("split", pa.string()),
+        ("path", pa.string()),
+        ("sha256", pa.string()),
+        ("num_samples", pa.int64()),
+        ("num_frames", pa.int64()),
+        ("shard", pa.int32()),
+        ("row", pa.int32()),
+    ]
+)
+
+
+def plan_shards(
+    utterances: Sequence[SourceUtterance], shard_seconds: float, num_frames: Callable[[int], int] = num_frames
+) -> pa.Table:
+    """Assigns every utterance a shard and a row in it; a pure function of its arguments.
+
+    Utterances of a split are put in a fixed pseudo-random order (by hash of the id, so that every shard has a mix of
+    speakers) and cut into shards of about ``shard_seconds``; a shard holds one split only. Within a shard rows go from
+    the longest to the shortest, so that teacher batches need little padding.
+
+    Args:
+        utterances: of all splits.
+        shard_seconds: audio per shard.
+        num_frames: frames of an utterance of so many samples, as the teacher counts them; default HuBERT's.
+
+    Returns:
+        Table of PLAN_SCHEMA, sorted by shard and row.
+    """
+    rows: list[tuple[int, int, SourceUtterance]] = []
+    shard = 0
+    for split in sorted({utterance.split for utterance in utterances}):
+        members = [utterance for utterance in utterances if utterance.split == split]
+        members.sort(key=lambda utterance: hashlib.sha256(utterance.id.encode()).digest())
+        group: list[SourceUtterance] = []
+        groups = [group]
+        samples = 0
+        for utterance in members:
+            if group and samples + utterance.num_samples > shard_seconds * SAMPLE_RATE:
+                group, samples = [], 0
+                groups.append(group)
+            group.append(utterance)
+            samples += utterance.num_samples
+        for group in groups:
+            group.sort(key=lambda utterance: (-utterance.num_samples, utterance.id))
+            rows += [(shard, row, utterance) for row, utterance in enumerate(group)]
+            shard += 1
+    columns = {
+        "id": [u.id for *_, u in rows],
+        "split": [u.split for *_, u in rows],
+        "path": [u.path for *_, u in rows],
+        "sha256": [u.sha256 for *_, u in rows],
+        "num_samples": [u.num_samples for *_, u in rows],
+        "num_frames": [num_frames(u.num_samples) for *_, u in rows],
+        "shard": [s for s, *_ in rows],
+        "row": [r for _, r, _ in rows],
+    }
+    return pa.table(columns, schema=PLAN_SCHEMA)
+
+
+def shard_numbers(plan: pa.Table) -> list[int]:
+    """All shards of a plan, ascending."""
+    return [int(shard) for shard in np.unique(plan["shard"].to_numpy())]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a plan: rows in their order.
+
+    Attributes:
+        number: of the shard.
+        split: of all its utterances.
+        utterances: as indexed.
+        num_frames: of each.
+    """
+
+    number: int
+    split: str
+    utterances: list[SourceUtterance]
+    num_frames: list[int]
+
+    @property
+    def seconds(self) -> float:
+        """Of audio."""
+        return sum(u.num_samples for u in self.utterances) / SAMPLE_RATE
+
+
+def shards_of(plan: pa.Table) -> list[Shard]:
+    """A plan's shards, by number."""
+    shards: list[Shard] = []
+    for row in plan.to_pylist():
+        if not shards or shards[-1].number != row["shard"]:
+            shards.append(Shard(row["shard"], row["split"], [], []))
+        shards[-1].utterances.append(
+            SourceUtterance(row["id"], row["path"], row["num_samples"], row["split"], row["sha256"])
+        )
+        shards[-1].num_frames.append(row["num_frames"])
+    return shards
+
+
+def moved(shards: Sequence[Shard], paths: Mapping[str, str]) -> list[Shard]:
+    """The shards with other paths of their audio, by id; whose id is not among them keeps its own."""
+    return [
+        replace(shard, utterances=[replace(u, path=paths.get(u.id, u.path)) for u in shard.utterances])
+        for shard in shards
+    ]

@@ -1,0 +1,69 @@
+"""A HuBERT of any size with seeded random weights, for demos and tests: it shows the machinery, and knows no speech."""
+
+import re
+
+import torch
+from torch import nn
+from torchaudio.models import Wav2Vec2Model
+
+from ray_distill.teacher_cache.teachers.architecture import Architecture, build_model
+from ray_distill.teacher_cache.teachers.teacher import TeacherError
+from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
+
+_SEED = 0
+
+
+def load_random(size: str, device: str | torch.device) -> Wav2Vec2Teacher:
+    """A HuBERT with random weights, the same for the same size on every machine; ``12x768`` is the shape of Base.
+
+    Args:
+        size: LAYERSxDIM, such as ``4x96``; DIM is a multiple of 16.
+        device: where the teacher computes.
+
+    Raises:
+        TeacherError: a size of another form.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,2})x([1-9]\d{0,4})", size)
+    if match is None or int(match[2]) % 16:
+        raise TeacherError(f"random:{size} must be random:LAYERSxDIM with DIM a multiple of 16, such as random:4x96")
+    layers, dim = int(match[1]), int(match[2])
+    channels = min(512, dim * 2 // 3)
+    architecture = Architecture(
+        conv_layers=[(channels, 10, 5)] + [(channels, 3, 2)] * 4 + [(channels, 2, 2)] * 2,
+        conv_bias=False,
+        conv_layer_norm=False,
+        dim=dim,
+        ffn_dim=4 * dim,
+        heads=dim // 64 if dim >= 256 and dim % 64 == 0 else 4,
+        layers=layers,
+        layer_norm_first=False,
+        pos_kernel=128,
+        pos_groups=16,
+    )
+    model = build_model(architecture, f"random:{size}")
+    generator = torch.Generator().manual_seed(_SEED)
+    _initialise(model, generator)
+    mask_embedding = torch.rand(dim, generator=generator)
+    return Wav2Vec2Teacher(model, mask_embedding, name=f"random:{size}", device=device)
+
+
+@torch.no_grad()
+def _initialise(model: Wav2Vec2Model, generator: torch.Generator) -> None:
+    """Convolutions and position convolution as in fairseq; linear layers normal(0, 1/sqrt(inputs)).
+
+    fairseq's 0.02 would leave the layers of a small untrained model almost equal, which makes dull targets.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0.0, module.in_features**-0.5, generator=generator)
+            module.bias.zero_()
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            module.weight.fill_(1.0)
+            module.bias.zero_()
+        elif isinstance(module, nn.Conv1d) and module.bias is not None:  # The position convolution, weight-normed.
+            std = (4.0 / (module.kernel_size[0] * module.out_channels)) ** 0.5
+            module.weight = torch.empty_like(module.weight).normal_(0.0, std, generator=generator)
+            module.bias.zero_()
+        elif isinstance(module, nn.Conv1d):
+            std = (2.0 / (module.kernel_size[0] * module.in_channels)) ** 0.5
+            module.weight.normal_(0.0, std, generator=generator)

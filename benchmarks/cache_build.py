@@ -37,7 +37,7 @@ from ray_distill.teacher_cache.build.shard_writer import hidden_states
 from ray_distill.teacher_cache.frames import num_frames
 from ray_distill.teacher_cache.masks import MaskPolicy
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
 from ray_distill.teacher_cache.targets.online_targets import load_source, masks_of
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
@@ -53,7 +53,7 @@ class Bench:
     """All ways of running one teacher over one corpus."""
 
     def __init__(
-        self, checkpoint: str, members: list[SourceUtterance], device: str, codec: str, shard_seconds: float
+        self, checkpoint: str, members: list[Utterance], device: str, codec: str, shard_seconds: float
     ) -> None:
         self.checkpoint, self.members, self.device = checkpoint, members, device
         self.teacher = load_teacher(checkpoint, device)

@@ -40,7 +40,7 @@ from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -55,7 +55,7 @@ SAYS = {
 }
 
 
-def corpus(folder: Path) -> list[SourceUtterance]:
+def corpus(folder: Path) -> list[Utterance]:
     """Sixteen short tones, made anew in the same way each time."""
     rng = np.random.default_rng(0)
     found = []
@@ -66,9 +66,7 @@ def corpus(folder: Path) -> list[SourceUtterance]:
             soundfile.write(path, 0.1 * rng.normal(size=16_000 + 2000 * n), 16_000, subtype="PCM_16")
         waveform = load_audio(path)
         digest = hashlib.sha256(waveform.tobytes()).hexdigest()
-        found.append(
-            SourceUtterance(f"u{n}", str(path), len(waveform), "validation" if n % 8 == 7 else "train", digest)
-        )
+        found.append(Utterance(f"u{n}", str(path), len(waveform), "validation" if n % 8 == 7 else "train", digest))
     return found
 
 

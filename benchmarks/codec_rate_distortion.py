@@ -34,7 +34,7 @@ from ray_distill.teacher_cache.build.codec_fit import SAMPLE_FRAMES
 from ray_distill.teacher_cache.codecs import ColumnCodec, fit_codec, open_codec, relative_error
 from ray_distill.teacher_cache.masks import MaskPolicy
 from ray_distill.teacher_cache.storage.cache_spec import MaskDraws
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.targets.online_targets import load_source, masks_of
 from ray_distill.teacher_cache.targets.target_batch import Batch, CodedTargets, pad_waveforms
 from ray_distill.teacher_cache.teachers import load_teacher
@@ -49,7 +49,7 @@ FRAMES_PER_SECOND = 50
 class Split:
     """Utterances with all layers of the clean pass, and of each draw's composite; each (T, L, D) float32, never changed."""
 
-    members: list[SourceUtterance]
+    members: list[Utterance]
     waveforms: list[np.ndarray]
     clean: list[Tensor]
     composites: list[list[Tensor]]

@@ -35,7 +35,7 @@ from ray_distill.teacher_cache.masks import MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.targets.target_batch import Batch
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -44,7 +44,7 @@ MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=10), draws=2)
 
 
 def build(
-    folder: Path, members: list[SourceUtterance], actors: int | None, shard_seconds: float, kill_at: float | None = None
+    folder: Path, members: list[Utterance], actors: int | None, shard_seconds: float, kill_at: float | None = None
 ) -> dict[str, Any]:
     """One build: the seconds at which each shard was there, and the audio of each."""
     checkpoint = str(shared_data() / "teacher" / "hubert_small.pt")

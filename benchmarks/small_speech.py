@@ -12,7 +12,7 @@ from result_file import REPOSITORY
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 
 TRAIN, HELD_OUT = "train-clean-5", "heldout-clean-5"
 
@@ -37,12 +37,12 @@ def whisper_folder(given: str = "") -> Path:
     return folder
 
 
-def utterances(name: str, seconds: float = float("inf")) -> list[SourceUtterance]:
+def utterances(name: str, seconds: float = float("inf")) -> list[Utterance]:
     """Utterances of TRAIN or HELD_OUT, at most ``seconds`` of them but at least one, evenly over speakers."""
     files = sorted((shared_data() / "speech" / "LibriSpeech" / name).rglob("*.flac"))
     files.sort(key=lambda path: hashlib.sha256(path.stem.encode()).digest())
     split = "train" if name == TRAIN else "validation"
-    found: list[SourceUtterance] = []
+    found: list[Utterance] = []
     total = 0.0
     for path in files:
         waveform = load_audio(path)
@@ -50,7 +50,7 @@ def utterances(name: str, seconds: float = float("inf")) -> list[SourceUtterance
         if found and total > seconds:
             break
         digest = hashlib.sha256(waveform.tobytes()).hexdigest()
-        found.append(SourceUtterance(path.stem, str(path), len(waveform), split, digest))
+        found.append(Utterance(path.stem, str(path), len(waveform), split, digest))
     return found
 
 

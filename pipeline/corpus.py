@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from ray_distill.teacher_cache.audio import AudioError, load_audio
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 TRAIN_PREFIXES = ("train",)
@@ -26,25 +27,6 @@ VALIDATION_PREFIXES = ("dev", "heldout", "valid")
 
 _FILES = ("index.parquet", "skipped.csv", "state.json")
 _SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One usable file.
-
-    Attributes:
-        id: unique in the corpus.
-        path: absolute path of the file.
-        num_samples: S, at 16 kHz.
-        split: ``train`` or ``validation``.
-        sha256: of the decoded float32 samples, as hex.
-    """
-
-    id: str
-    path: Path
-    num_samples: int
-    split: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -105,7 +87,7 @@ class CorpusIndex:
                 skipped = [Skipped(Path(row["path"]), row["reason"], row["message"]) for row in csv.DictReader(file)]
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{folder} holds no complete corpus index; run the index stage first") from error
-        utterances = [Utterance(**{**row, "path": Path(row["path"])}) for row in table.to_pylist()]
+        utterances = [Utterance(**row) for row in table.to_pylist()]
         return cls(utterances, skipped, reused=True)
 
 
@@ -363,7 +345,7 @@ def _decode(entry: _Entry, min_seconds: float, max_seconds: float) -> Utterance 
     except AudioError as error:
         return Skipped(entry.path, error.reason, str(error))
     digest = hashlib.sha256(waveform.tobytes()).hexdigest()
-    return Utterance(entry.id, entry.path, len(waveform), entry.split or "train", digest)
+    return Utterance(entry.id, str(entry.path), len(waveform), entry.split or "train", digest)
 
 
 def _save(index: CorpusIndex, state: str, output: Path) -> None:
@@ -373,7 +355,7 @@ def _save(index: CorpusIndex, state: str, output: Path) -> None:
     schema = pa.schema(
         [("id", "string"), ("path", "string"), ("num_samples", "int64"), ("split", "string"), ("sha256", "string")]
     )
-    rows = [{**asdict(utterance), "path": str(utterance.path)} for utterance in index.utterances]
+    rows = [asdict(utterance) for utterance in index.utterances]
     pq.write_table(pa.Table.from_pylist(rows, schema), output / "index.parquet.tmp")
     (output / "index.parquet.tmp").replace(output / "index.parquet")
     report = io.StringIO(newline="")

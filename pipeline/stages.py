@@ -36,7 +36,7 @@ from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
@@ -134,10 +134,10 @@ class Run:
         """The corpus index, made by the index stage."""
         return CorpusIndex.load(self.folder / "corpus")
 
-    @cached_property
-    def utterances(self) -> list[SourceUtterance]:
+    @property
+    def utterances(self) -> list[Utterance]:
         """All indexed utterances."""
-        return [SourceUtterance(u.id, str(u.path), u.num_samples, u.split, u.sha256) for u in self.corpus.utterances]
+        return self.corpus.utterances
 
     @cached_property
     def spec(self) -> CacheSpec:

@@ -14,7 +14,7 @@ from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.masks import MaskPolicy
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.teachers import load_teacher
 
 # Tiny models: threads cost more than they bring, above all on a busy machine.
@@ -50,14 +50,14 @@ def speech_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def source_utterances(speech_folder: Path) -> list[SourceUtterance]:
+def source_utterances(speech_folder: Path) -> list[Utterance]:
     """The utterances of speech_folder, as a cache build takes them."""
     found = []
     for path in sorted(speech_folder.rglob("*.flac")):
         waveform = load_audio(path)
         split = "train" if path.relative_to(speech_folder).parts[0].startswith("train") else "validation"
         digest = hashlib.sha256(waveform.tobytes()).hexdigest()
-        found.append(SourceUtterance(path.stem, str(path), len(waveform), split, digest))
+        found.append(Utterance(path.stem, str(path), len(waveform), split, digest))
     return found
 
 
@@ -84,9 +84,7 @@ def cache_spec() -> Callable[..., CacheSpec]:
 
 
 @pytest.fixture
-def make_cache(
-    cache_spec: Callable[..., CacheSpec], source_utterances: list[SourceUtterance]
-) -> Callable[..., CacheSpec]:
+def make_cache(cache_spec: Callable[..., CacheSpec], source_utterances: list[Utterance]) -> Callable[..., CacheSpec]:
     """Builds such a cache of the test speech at a location, in this process, and returns its spec."""
 
     def make(location: Path | str, teacher: str = "random:2x32", **changes: object) -> CacheSpec:

@@ -16,7 +16,7 @@ from ray_distill.teacher_cache.embedded_audio import to_flac
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, Targets
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.online_targets import load_source, masks_of
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
@@ -94,7 +94,7 @@ class CostPlan:
         return math.ceil(self.teacher_passes / online)
 
 
-def plan_cost(utterances: Sequence[SourceUtterance], spec: CacheSpec, teacher: Teacher, location: str) -> CostPlan:
+def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher, location: str) -> CostPlan:
     """Works out what caching these utterances costs; runs the teacher and the codecs on some 40 s of their audio."""
     frames = [teacher.num_frames(u.num_samples) for u in utterances]
     masked = 0.0
@@ -102,7 +102,7 @@ def plan_cost(utterances: Sequence[SourceUtterance], spec: CacheSpec, teacher: T
         step = max(1, len(utterances) // _MASKS_SAMPLED)
         chosen, counts = utterances[::step], frames[::step]
         masked = float(masks_of(spec.masks, 0, [u.id for u in chosen], counts).sum()) / sum(counts)
-    sample: list[SourceUtterance] = []
+    sample: list[Utterance] = []
     # Evenly over the corpus: every so many utterances until there is enough.
     for utterance in utterances[:: max(1, len(utterances) // 20)]:
         sample.append(utterance)

@@ -15,7 +15,7 @@ from ray_distill.student.training.train_state import CheckpointError
 from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import MaskDraws, Targets
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
@@ -39,7 +39,7 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
 
     teacher = load_teacher(job["teacher"], device)
     masks = MaskDraws.model_validate(job["masks"])
-    utterances = [SourceUtterance(**utterance) for utterance in job["utterances"]]
+    utterances = [Utterance(**utterance) for utterance in job["utterances"]]
     by_split = {
         split: OnlineReader(
             [u for u in utterances if u.split == split],
@@ -143,7 +143,7 @@ def train_on_ray(
     cache: str | None,
     teacher: str,
     masks: MaskDraws,
-    utterances: list[SourceUtterance],
+    utterances: list[Utterance],
     cache_targets: Targets | None = None,
     initial: Path | None = None,
     cpu_threads: int = 1,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ray_distill.teacher_cache.build.shard_writer import hidden_states
 from ray_distill.teacher_cache.codecs import State, fit_codec
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, shards_of
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, shards_of
 from ray_distill.teacher_cache.targets.online_targets import load_source, masks_of
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher
@@ -48,7 +48,7 @@ def fit_to_teacher(spec: CacheSpec, layers: Sequence[int], plan: pa.Table, teach
     return {key: value.cpu() for key, value in fit_codec(spec.codec, sample, torch.cat(held_out or blocks)).items()}
 
 
-def _frames(spec: CacheSpec, layers: Sequence[int], utterance: SourceUtterance, teacher: Teacher) -> Tensor:
+def _frames(spec: CacheSpec, layers: Sequence[int], utterance: Utterance, teacher: Teacher) -> Tensor:
     """(N, L, D) float32 of one utterance, on the teacher's device."""
     padded, lengths = (tensor.to(teacher.device) for tensor in pad_waveforms([load_source(utterance)]))
     chosen = [layer - 1 for layer in layers]

@@ -23,7 +23,7 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE, padding_mask
 from ray_distill.teacher_cache.storage.build_statistics import Passes, TeacherWork
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, column_name, file_record, write_commit
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, Part
-from ray_distill.teacher_cache.storage.shard_plan import Shard, SourceUtterance
+from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterance
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
 from ray_distill.teacher_cache.targets.online_targets import load_source, masks_of
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
@@ -90,7 +90,7 @@ def shard_to_json(shard: Shard) -> str:
 def shard_from_json(text: str) -> Shard:
     """The reverse of `shard_to_json`."""
     tree = json.loads(text)
-    return Shard(**(tree | {"utterances": [SourceUtterance(**u) for u in tree["utterances"]]}))
+    return Shard(**(tree | {"utterances": [Utterance(**u) for u in tree["utterances"]]}))
 
 
 class ShardWriter:

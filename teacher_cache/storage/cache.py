@@ -44,7 +44,7 @@ from ray_distill.teacher_cache.storage.cache_spec import (
 )
 from ray_distill.teacher_cache.storage.lock import CLAIM
 from ray_distill.teacher_cache.storage.sealed_json import sealed, unsealed
-from ray_distill.teacher_cache.storage.shard_plan import Shard, SourceUtterance, plan_shards, shard_numbers, shards_of
+from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterance, plan_shards, shard_numbers, shards_of
 from ray_distill.teacher_cache.storage.store import Store
 
 __all__ = [
@@ -53,7 +53,7 @@ __all__ = [
     "CacheSpec",
     "MaskDraws",
     "ShardFile",
-    "SourceUtterance",
+    "Utterance",
     "plan_shards",
     "shard_numbers",
 ]

@@ -11,15 +11,15 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE, num_frames
 
 
 @dataclass(frozen=True)
-class SourceUtterance:
-    """One utterance to cache.
+class Utterance:
+    """One utterance of a corpus, from the index to the cache.
 
     Attributes:
-        id: unique within the corpus.
-        path: audio file.
-        num_samples: at 16 kHz.
+        id: Unique identifier within the corpus.
+        path: Absolute path of the audio file.
+        num_samples: Number of samples S, at 16 kHz.
         split: ``train`` or ``validation``.
-        sha256: of the decoded float32 samples, so that a file that changed since the index is noticed.
+        sha256: Hex digest of the decoded float32 samples, which shows whether the file changed since it was indexed.
     """
 
     id: str
@@ -44,7 +44,7 @@ PLAN_SCHEMA = pa.schema(
 
 
 def plan_shards(
-    utterances: Sequence[SourceUtterance], shard_seconds: float, num_frames: Callable[[int], int] = num_frames
+    utterances: Sequence[Utterance], shard_seconds: float, num_frames: Callable[[int], int] = num_frames
 ) -> pa.Table:
     """Assigns every utterance a shard and a row in it; a pure function of its arguments.
 
@@ -60,12 +60,12 @@ def plan_shards(
     Returns:
         Table of PLAN_SCHEMA, sorted by shard and row.
     """
-    rows: list[tuple[int, int, SourceUtterance]] = []
+    rows: list[tuple[int, int, Utterance]] = []
     shard = 0
     for split in sorted({utterance.split for utterance in utterances}):
         members = [utterance for utterance in utterances if utterance.split == split]
         members.sort(key=lambda utterance: hashlib.sha256(utterance.id.encode()).digest())
-        group: list[SourceUtterance] = []
+        group: list[Utterance] = []
         groups = [group]
         samples = 0
         for utterance in members:
@@ -109,7 +109,7 @@ class Shard:
 
     number: int
     split: str
-    utterances: list[SourceUtterance]
+    utterances: list[Utterance]
     num_frames: list[int]
 
     @property
@@ -124,9 +124,7 @@ def shards_of(plan: pa.Table) -> list[Shard]:
     for row in plan.to_pylist():
         if not shards or shards[-1].number != row["shard"]:
             shards.append(Shard(row["shard"], row["split"], [], []))
-        shards[-1].utterances.append(
-            SourceUtterance(row["id"], row["path"], row["num_samples"], row["split"], row["sha256"])
-        )
+        shards[-1].utterances.append(Utterance(row["id"], row["path"], row["num_samples"], row["split"], row["sha256"]))
         shards[-1].num_frames.append(row["num_frames"])
     return shards
 

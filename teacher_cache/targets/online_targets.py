@@ -12,7 +12,7 @@ from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.embedded_audio import quantize
 from ray_distill.teacher_cache.masks import draw_mask
 from ray_distill.teacher_cache.storage.cache_spec import MaskDraws, Targets
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.targets.target_batch import Batch, pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher
 
@@ -33,7 +33,7 @@ class OnlineReader:
 
     def __init__(
         self,
-        utterances: Sequence[SourceUtterance],
+        utterances: Sequence[Utterance],
         teacher: Teacher,
         masks: MaskDraws,
         layers: Sequence[int] | None = None,
@@ -76,7 +76,7 @@ def masks_of(masks: MaskDraws, draw: int, ids: Sequence[str], frames: Sequence[i
     return out
 
 
-def load_source(utterance: SourceUtterance) -> np.ndarray:
+def load_source(utterance: Utterance) -> np.ndarray:
     """(S,) float32 of an utterance as teachers and students hear it.
 
     Raises:

@@ -19,7 +19,7 @@ from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 
 
 def actors_by_node(kind: str) -> dict[str, int]:
@@ -35,7 +35,7 @@ def actors_by_node(kind: str) -> dict[str, int]:
 def build(cluster: Cluster, job: dict[str, Any], lost: Any) -> dict[str, Any]:
     """Builds the cache; after the first shards ``lost`` is killed and a node of another size joins."""
     spec = CacheSpec.model_validate(job["spec"])
-    members = [SourceUtterance(**u) for u in job["utterances"]]
+    members = [Utterance(**u) for u in job["utterances"]]
     told: dict[str, Any] = {"of": "build", "lost": lost.node_id}
 
     def on_progress(progress: Any) -> None:

@@ -14,7 +14,7 @@ from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -23,13 +23,11 @@ TEACHER = "random:6x192"  # Slow enough that a node is lost while shards are sti
 
 
 def test_nodes_come_and_go(
-    tmp_path: Path, source_utterances: list[SourceUtterance], cache_spec: Callable[..., CacheSpec]
+    tmp_path: Path, source_utterances: list[Utterance], cache_spec: Callable[..., CacheSpec]
 ) -> None:
     # Each utterance under many ids: a corpus of some minutes.
     utterances = [
-        SourceUtterance(f"{u.id}-{n}", u.path, u.num_samples, u.split, u.sha256)
-        for n in range(16)
-        for u in source_utterances
+        Utterance(f"{u.id}-{n}", u.path, u.num_samples, u.split, u.sha256) for n in range(16) for u in source_utterances
     ]
     spec = cache_spec(TEACHER, shard_seconds=4.0)
     student = StudentConfig(

@@ -57,7 +57,7 @@ def test_librispeech(librispeech: Path, tmp_path: Path) -> None:
     assert index.skipped == [] and not index.reused
     assert seen == [(n, 6) for n in range(1, 7)]
     first = index.utterances[0]
-    assert first.path == librispeech / "train-clean-5/19/7/19-7-0000.flac"
+    assert first.path == str(librispeech / "train-clean-5/19/7/19-7-0000.flac")
     assert first.num_samples == 4800
     assert first.sha256 == hashlib.sha256(load_audio(first.path).tobytes()).hexdigest()
     assert index.hours == pytest.approx(6 * 0.35 / 3600)
@@ -176,8 +176,8 @@ def test_manifest(folder: Path, tmp_path: Path, kind: str) -> None:
             csv.writer(file).writerows([rows.keys(), *zip(*rows.values(), strict=True)])
     index = index_corpus(manifest, output=tmp_path / "index")
     assert [(u.id, u.split, u.path) for u in index.utterances] == [
-        ("0012", "train", folder / "sub-0" / "clip0.wav"),
-        ("b", "validation", folder / "sub-1" / "clip1.flac"),
+        ("0012", "train", str(folder / "sub-0" / "clip0.wav")),
+        ("b", "validation", str(folder / "sub-1" / "clip1.flac")),
     ]
     assert [(skip.path.name, skip.reason) for skip in index.skipped] == [("nowhere.wav", "missing")]
 

@@ -22,7 +22,7 @@ from ray_distill.teacher_cache.storage.cache_spec import (
     content_key,
     parts_of,
 )
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -36,7 +36,7 @@ def cache(tmp_path: Path, make_cache: Make) -> Path:
     return tmp_path / "cache"
 
 
-def online(reader: CacheReader, utterances: list[SourceUtterance]) -> OnlineReader:
+def online(reader: CacheReader, utterances: list[Utterance]) -> OnlineReader:
     by_id = {u.id: u for u in utterances}
     return OnlineReader([by_id[i] for i in reader.ids], load_teacher(TEACHER), reader.cache.spec.masks)
 
@@ -46,9 +46,7 @@ def real(batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("audio", ["flac", "pcm"])
-def test_cached_equals_online(
-    tmp_path: Path, make_cache: Make, source_utterances: list[SourceUtterance], audio: str
-) -> None:
+def test_cached_equals_online(tmp_path: Path, make_cache: Make, source_utterances: list[Utterance], audio: str) -> None:
     make_cache(tmp_path / "cache", audio=audio)
     cached = CacheReader(tmp_path / "cache", "train")
     reference = online(cached, source_utterances)
@@ -69,9 +67,7 @@ def test_cached_equals_online(
     assert cached.bytes_read > 0
 
 
-def test_online_targets_may_be_clean_only(
-    tmp_path: Path, cache: Path, source_utterances: list[SourceUtterance]
-) -> None:
+def test_online_targets_may_be_clean_only(tmp_path: Path, cache: Path, source_utterances: list[Utterance]) -> None:
     cached = CacheReader(cache, "train", targets="clean_only")
     by_id = {u.id: u for u in source_utterances}
     members, masks = [by_id[i] for i in cached.ids], cached.cache.spec.masks

@@ -18,12 +18,12 @@ from ray_distill.teacher_cache.storage.cache_spec import (
     fingerprint,
 )
 from ray_distill.teacher_cache.storage.sealed_json import sealed, unsealed
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 
 
-def utterances(count: int, split: str = "train", seconds: float = 2.0) -> list[SourceUtterance]:
-    return [SourceUtterance(f"{split}-{i}", f"{i}.wav", int(16_000 * seconds) + i, split, "0") for i in range(count)]
+def utterances(count: int, split: str = "train", seconds: float = 2.0) -> list[Utterance]:
+    return [Utterance(f"{split}-{i}", f"{i}.wav", int(16_000 * seconds) + i, split, "0") for i in range(count)]
 
 
 def spec(**changes: object) -> CacheSpec:

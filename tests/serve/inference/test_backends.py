@@ -16,7 +16,7 @@ from ray_distill.serve.inference.backends import Backend, BackendOptions, OnnxBa
 from ray_distill.serve.inference.models import open_backend
 from ray_distill.student import Student, save_student
 
-from .conftest import TINY
+from ..conftest import TINY
 
 pytest.importorskip("onnxruntime", reason="needs the extra named onnx")
 

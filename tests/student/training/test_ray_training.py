@@ -23,7 +23,7 @@ from ray_distill.teacher_cache.reader import CacheReader
 
 pytestmark = pytest.mark.ray
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import json, sys
 from pathlib import Path

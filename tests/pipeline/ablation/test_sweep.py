@@ -12,7 +12,7 @@ import yaml
 
 pytestmark = pytest.mark.ray
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def ablate(path: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

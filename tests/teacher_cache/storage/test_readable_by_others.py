@@ -18,7 +18,7 @@ from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "cache.md"
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "cache.md"
 Make = Callable[..., CacheSpec]
 
 

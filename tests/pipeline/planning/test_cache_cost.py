@@ -12,19 +12,19 @@ from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, pla
 from ray_distill.pipeline.stages import Run
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 
 TEACHER = "random:2x32"
-DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 Make = Callable[..., CacheSpec]
 
 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "pca"])
 @pytest.mark.parametrize("targets", ["clean_and_masked", "composite_only", "clean_only"])
 def test_the_plan_foretells_the_size(
-    tmp_path: Path, make_cache: Make, source_utterances: list[SourceUtterance], codec: str, targets: str
+    tmp_path: Path, make_cache: Make, source_utterances: list[Utterance], codec: str, targets: str
 ) -> None:
     spec = make_cache(tmp_path / "cache", codec=codec, targets=targets)
     plan = plan_cost(source_utterances, spec, load_teacher(TEACHER), str(tmp_path / "new"))
@@ -43,7 +43,7 @@ def test_the_plan_foretells_the_size(
     assert plan.audio_per_second > 0
 
 
-def test_what_the_plan_says(tmp_path: Path, cache_spec: Make, source_utterances: list[SourceUtterance]) -> None:
+def test_what_the_plan_says(tmp_path: Path, cache_spec: Make, source_utterances: list[Utterance]) -> None:
     teacher = load_teacher(TEACHER)
     spec = cache_spec(TEACHER, codec="pca", masks=MaskDraws(draws=5))
     plan = plan_cost(source_utterances, spec, teacher, str(tmp_path))

@@ -11,7 +11,7 @@ from ray_distill.pipeline.config import load_config
 from ray_distill.pipeline.convert import convert
 from ray_distill.student import Student, load_student
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def released(name: str, tensors: dict[str, Tensor], layers: int, convolutions: int) -> dict[str, Tensor]:

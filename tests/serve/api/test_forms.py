@@ -27,7 +27,7 @@ from ray_distill.serve.inference.backends import TorchBackend, Wanted
 from ray_distill.serve.inference.engine import BatchLimits
 from ray_distill.student import Student, load_student
 
-from .conftest import MAX_SECONDS
+from ..conftest import MAX_SECONDS
 
 
 def audio(seconds: float = 0.5, seed: int = 0) -> bytes:

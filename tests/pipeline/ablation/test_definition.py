@@ -22,7 +22,7 @@ from ray_distill.student.training.prefetch import TrainingPlan
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.storage.build_statistics import Passes, TeacherWork
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 BASE: dict[str, Any] = {
     "name": "base",
     "corpus": {"path": "corpus"},

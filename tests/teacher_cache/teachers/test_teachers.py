@@ -21,7 +21,7 @@ from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
 from .batch_invariance import RELATIVE, assert_batch_invariant, relative_error
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "teachers.safetensors"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "teachers.safetensors"
 ABSOLUTE = 2e-5
 
 

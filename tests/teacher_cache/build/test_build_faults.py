@@ -25,10 +25,10 @@ from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
 from ray_distill.teacher_cache.storage.lock import building
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 TEACHER = "random:2x32"
 Make = Callable[..., CacheSpec]
 
@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.store import Store
 
@@ -64,7 +64,7 @@ if job["spec"] is None:
     repair_cache(job["root"])
 else:
     spec = CacheSpec.model_validate(job["spec"])
-    plan = plan_shards([SourceUtterance(**u) for u in job["utterances"]], spec.shard_seconds)
+    plan = plan_shards([Utterance(**u) for u in job["utterances"]], spec.shard_seconds)
 
     def wait(progress):
         # So that the other builder of a pair meets one at work.
@@ -83,7 +83,7 @@ else:
 
 
 @pytest.fixture
-def start(source_utterances: list[SourceUtterance], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+def start(source_utterances: list[Utterance], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Starts a builder (or, without a spec, a repairer) in a process of its own; its keywords are WORK's ``job``."""
     context = multiprocessing.get_context("forkserver")
     # pandas: pyarrow imports it at the first use of a table, which takes longer than the work here.
@@ -252,7 +252,7 @@ exec(sys.argv[3], {"job": job})
 
 
 @pytest.fixture
-def start_with_ray(source_utterances: list[SourceUtterance]) -> Iterator[Callable[..., Any]]:
+def start_with_ray(source_utterances: list[Utterance]) -> Iterator[Callable[..., Any]]:
     """Starts a driver with a Ray of its own and two actors."""
     started = []
 
@@ -374,7 +374,7 @@ def test_repair_without_a_corpus_reads_what_is_left_of_a_damaged_file(
 
 
 def test_a_corpus_that_moved_is_found_where_it_lies_now(
-    tmp_path: Path, make_cache: Make, source_utterances: list[SourceUtterance], speech_folder: Path
+    tmp_path: Path, make_cache: Make, source_utterances: list[Utterance], speech_folder: Path
 ) -> None:
     root = tmp_path / "cache"
     spec = make_cache(root)

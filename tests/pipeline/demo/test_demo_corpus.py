@@ -12,7 +12,7 @@ import soundfile
 from ray_distill.pipeline.corpus import index_corpus
 from ray_distill.pipeline.demo.demo_corpus import VOICES, make_demo_corpus
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 needs_espeak = pytest.mark.skipif(
     importlib.util.find_spec("espeakng_loader") is None,
     reason="espeakng-loader is not installed (it is the [demo] extra)",

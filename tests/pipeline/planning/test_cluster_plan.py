@@ -24,7 +24,7 @@ from ray_distill.pipeline.planning.cluster_plan import (
 )
 from ray_distill.teacher_cache.storage.store import Store
 
-CLUSTERS = sorted((Path(__file__).resolve().parents[2] / "configs" / "clusters").glob("*.yaml"))
+CLUSTERS = sorted((Path(__file__).resolve().parents[3] / "configs" / "clusters").glob("*.yaml"))
 
 
 def round_numbers(**changes: Any) -> Cluster:

@@ -22,12 +22,12 @@ from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
 from ray_distill.teacher_cache.storage.lock import building
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
 
 from .s3_server import S3Server
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 Make = Callable[..., CacheSpec]
 
 
@@ -109,13 +109,13 @@ import json, sys, time
 from pathlib import Path
 import ray_distill.teacher_cache.storage.lock
 from ray_distill.teacher_cache.build.build_cache import build_cache
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 ray_distill.teacher_cache.storage.lock._BEAT_SECONDS = 0.5
 location, says, other = sys.argv[1:4]
 job = json.loads(Path(sys.argv[4]).read_text())
 spec = CacheSpec.model_validate(job["spec"])
-plan = plan_shards([SourceUtterance(**u) for u in job["utterances"]], spec.shard_seconds)
+plan = plan_shards([Utterance(**u) for u in job["utterances"]], spec.shard_seconds)
 Path(says + ".ready").touch()
 while not Path(other + ".ready").exists():
     pass
@@ -136,7 +136,7 @@ Path(says + ".part").rename(says)
 
 
 def test_of_two_builders_at_once_one_goes_on(
-    tmp_path: Path, make_cache: Make, cache_spec: Make, location: str, source_utterances: list[SourceUtterance]
+    tmp_path: Path, make_cache: Make, cache_spec: Make, location: str, source_utterances: list[Utterance]
 ) -> None:
     job = {"spec": cache_spec().model_dump(mode="json"), "utterances": [asdict(u) for u in source_utterances]}
     (tmp_path / "job.json").write_text(json.dumps(job))

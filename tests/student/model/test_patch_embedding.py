@@ -21,7 +21,7 @@ from ray_distill.teacher_cache.maintenance.verify import verify_deep
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.teachers import load_teacher
 
 GEOMETRY = PatchGeometry(num_mel_bins=32, patch_size=8, time_stride=5, frequency_stride=6)
@@ -94,7 +94,7 @@ def test_cache_train_validate(
     tiny: StudentConfig,
     settings: Callable[..., TrainSettings],
     cache_spec: Callable[..., CacheSpec],
-    source_utterances: list[SourceUtterance],
+    source_utterances: list[Utterance],
     rows: Callable[..., list[dict[str, Any]]],
 ) -> None:
     teacher, spec = load_teacher(ast), cache_spec(ast)

@@ -25,11 +25,11 @@ from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
 from ray_distill.teacher_cache.storage.lock import building
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 
 TEACHER = "random:2x32"
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 Make = Callable[..., CacheSpec]
 Build = Callable[..., BuildReport]
 
@@ -53,7 +53,7 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture
-def build(cache_spec: Make, source_utterances: list[SourceUtterance]) -> Build:
+def build(cache_spec: Make, source_utterances: list[Utterance]) -> Build:
     """Builds the test speech's cache; keywords are of the spec, but for the first ones."""
 
     def run(
@@ -131,7 +131,7 @@ def test_two_actors_give_the_same_bytes(tmp_path: Path, local_ray: None, build: 
 @pytest.mark.ray
 @pytest.mark.parametrize("codec", ["fp32", "pca"])
 def test_a_file_that_vanished_is_named_and_all_others_are_cached(
-    tmp_path: Path, local_ray: None, build: Build, source_utterances: list[SourceUtterance], codec: str
+    tmp_path: Path, local_ray: None, build: Build, source_utterances: list[Utterance], codec: str
 ) -> None:
     victim = Path(next(utterance.path for utterance in source_utterances if utterance.split == "train"))
     sound = victim.read_bytes()
@@ -161,7 +161,7 @@ def test_a_file_that_vanished_is_named_and_all_others_are_cached(
 
 @pytest.mark.ray
 def test_another_teacher_is_said_in_one_sentence(
-    tmp_path: Path, local_ray: None, cache_spec: Make, source_utterances: list[SourceUtterance]
+    tmp_path: Path, local_ray: None, cache_spec: Make, source_utterances: list[Utterance]
 ) -> None:
     spec = cache_spec(TEACHER)
     plan = plan_shards(source_utterances, spec.shard_seconds)
@@ -209,7 +209,7 @@ def test_who_adds_or_repairs_uses_the_threads_it_was_begun_with(tmp_path: Path, 
     assert contents(tmp_path / "cache") == sound
 
 
-def test_a_file_that_changed_is_named(tmp_path: Path, build: Build, source_utterances: list[SourceUtterance]) -> None:
+def test_a_file_that_changed_is_named(tmp_path: Path, build: Build, source_utterances: list[Utterance]) -> None:
     victim, other = Path(source_utterances[0].path), Path(source_utterances[1].path)
     victim.write_bytes(other.read_bytes())
     with pytest.raises(CacheError, match=f"{victim} changed since the corpus was indexed; run the index stage again"):
@@ -325,14 +325,14 @@ from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.embedded_audio import to_pcm
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
-from ray_distill.teacher_cache.storage.shard_plan import plan_shards, SourceUtterance
+from ray_distill.teacher_cache.storage.shard_plan import plan_shards, Utterance
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.store import Store
 torch.set_num_threads(1)
 disk, job = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 root, ballast = disk / "cache", disk / "ballast"
 spec = CacheSpec.model_validate(job["spec"])
-plan = plan_shards([SourceUtterance(**u) for u in job["utterances"]], spec.shard_seconds)
+plan = plan_shards([Utterance(**u) for u in job["utterances"]], spec.shard_seconds)
 
 def build():
     return build_cache(root, spec, plan, job["teacher"], teacher_name=job["teacher"], workers=None).written
@@ -376,7 +376,7 @@ print(json.dumps(rows))
 """
 
 
-def test_a_full_disk(tmp_path: Path, build: Build, cache_spec: Make, source_utterances: list[SourceUtterance]) -> None:
+def test_a_full_disk(tmp_path: Path, build: Build, cache_spec: Make, source_utterances: list[Utterance]) -> None:
     build(tmp_path / "sound")
     sound = {name: hashlib.sha256(data).hexdigest() for name, data in contents(tmp_path / "sound").items()}
     size = sum(len(data) for data in contents(tmp_path / "sound").values())

@@ -13,7 +13,7 @@ from torch import Tensor
 from ray_distill.student import Student, StudentConfig
 from ray_distill.student.model.student import scale_gradient
 
-CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 TINY = StudentConfig(
     conv_layers=((8, 10, 5), (16, 1, 1), *((16, 3, 2),) * 4, (24, 1, 1), *((24, 2, 2),) * 2),
     encoder_layers=4,

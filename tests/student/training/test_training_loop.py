@@ -27,7 +27,7 @@ from ray_distill.teacher_cache.masks import MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 from ray_distill.teacher_cache.teachers import load_teacher
@@ -83,7 +83,7 @@ def test_cached_equals_online(
     tiny: StudentConfig,
     settings: Settings,
     readers: Readers,
-    source_utterances: list[SourceUtterance],
+    source_utterances: list[Utterance],
     rows: Rows,
 ) -> None:
     by_id = {u.id: u for u in source_utterances}
@@ -108,7 +108,7 @@ def test_online_targets_heed_draws_and_clean_only(
     tmp_path: Path,
     tiny: StudentConfig,
     settings: Settings,
-    source_utterances: list[SourceUtterance],
+    source_utterances: list[Utterance],
     rows: Rows,
     monkeypatch: pytest.MonkeyPatch,
     masks: MaskDraws,

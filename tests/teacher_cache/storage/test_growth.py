@@ -16,7 +16,7 @@ from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.shard_plan import SourceUtterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.teachers import load_teacher
 
 TEACHER = "random:3x32"
@@ -152,7 +152,7 @@ def test_layers_and_draws_at_once_in_the_other_layouts(tmp_path: Path, make_cach
 
 
 def test_growth_needs_no_corpus(
-    tmp_path: Path, make_cache: Make, cache_spec: Make, source_utterances: list[SourceUtterance]
+    tmp_path: Path, make_cache: Make, cache_spec: Make, source_utterances: list[Utterance]
 ) -> None:
     root = tmp_path / "cache"
     make_cache(root, TEACHER, masks=masks(1))

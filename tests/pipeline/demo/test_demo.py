@@ -13,7 +13,7 @@ from ray_distill.teacher_cache.maintenance.verify import verify_cache
 
 pytestmark = pytest.mark.ray
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 SMALL = [
     "cache.shard_minutes=0.2",
     "train.max_steps=6",

@@ -17,7 +17,7 @@ from ray_distill.serve import create_app
 from ray_distill.serve.api.admission import Limits
 from ray_distill.student import Student
 
-from .conftest import TINY
+from ..conftest import TINY
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs the extra named dev")
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402

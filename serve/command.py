@@ -20,7 +20,7 @@ _COMMAND_LINE_TYPES: dict[str, Any] = {
     "cors_origins": list[str] | None,
     "more": list[str] | None,
 }
-"""Types on the command line of settings whose own types Typer doesn't know."""
+"""Command-line types of settings whose types Typer does not support."""
 
 
 def serve(**values: Any) -> None:

@@ -51,7 +51,7 @@ def test_data_flows_one_way(package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["student", "serve", "ray_distill.teacher_cache.masks", "ray_distill.teacher_cache.teachers"]
+    "module", ["student", "serve.app", "ray_distill.teacher_cache.masks", "ray_distill.teacher_cache.teachers"]
 )
 def test_models_and_service_work_without_ray_and_parquet(module: str) -> None:
     code = f"import sys, ray_distill.{module}; assert not {{'ray', 'pyarrow'}} & set(sys.modules), 'heavy import'"

@@ -86,6 +86,7 @@ JOB = (
     "ray_distill.pipeline.planning.cache_cost",
     "ray_distill.pipeline.planning.cluster_plan",
     "ray_distill.serve.app",
+    "ray_distill.serve.settings",
 )
 
 
@@ -182,7 +183,7 @@ def commands() -> str:
     """Every command with its options, from the typer applications."""
     import ray_distill.pipeline.demo.demo
     import ray_distill.pipeline.run
-    import ray_distill.serve.__main__
+    import ray_distill.serve.command
     import ray_distill.teacher_cache.__main__
 
     def one(function: Callable[..., Any]) -> typer.Typer:
@@ -201,7 +202,7 @@ def commands() -> str:
             for name, module in ray_distill.pipeline.run.COMMANDS.items()
         ),
         ("ray-distill-cache", "python -m teacher_cache", ray_distill.teacher_cache.__main__.app),
-        ("ray-distill-serve", "python -m serve", of(ray_distill.serve.__main__, "serve")),
+        ("ray-distill-serve", "python -m serve", of(ray_distill.serve.command, "serve")),
         ("make demo", "python pipeline/demo/demo.py", of(ray_distill.pipeline.demo.demo, "main")),
     )
     lines = [

@@ -210,7 +210,9 @@ class OnnxBackend:
             selected = [row[number + 1, :frames] for number in numbers]
             if item.space == "teacher":
                 heads = [self._heads[number] for number in numbers]
-                selected = [x if head is None else x @ head[0] + head[1] for x, head in zip(selected, heads, strict=True)]
+                selected = [
+                    x if head is None else x @ head[0] + head[1] for x, head in zip(selected, heads, strict=True)
+                ]
             arrays.append(np.stack(selected) if item.layer is None else selected[0].copy())
         return arrays
 

@@ -13,15 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
-from ray_distill.pipeline.ablation.definition import Ablation, ProbeSection, load_ablation
+from ray_distill.pipeline.ablation.definition import Ablation
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.probing.probe import (
@@ -332,55 +330,3 @@ def _is_reported(folder: Path) -> bool:
     inputs = [folder / "train.json", *folder.glob("probes/*/probe.json")]
     youngest = max(path.stat().st_mtime for path in inputs)
     return all(path.is_file() and path.stat().st_mtime >= youngest for path in outputs)
-
-
-def runs_table(ablation: Ablation) -> Table:
-    """What would be run."""
-    table = Table(title=f"{ablation.settings.name}: {len(ablation.runs)} runs")
-    for column in ("variant", "changes", "seeds"):
-        table.add_column(column)
-    for variant in ablation.variants:
-        changes = "\n".join(f"{key}={value}" for key, value in variant.changes.items()) or "(none)"
-        table.add_row(variant.name, changes, ", ".join(map(str, ablation.settings.seeds)))
-    return table
-
-
-def command(
-    config: Annotated[Path, typer.Option(help="YAML of the ablation; configs/ablations/ has some.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, for all runs.")] = None,
-    probe: Annotated[
-        Path | None, typer.Option(help="Manifest that students are probed on, instead of the file's; see probe --help.")
-    ] = None,
-    units: Annotated[
-        str | None, typer.Option(help="Of the transcripts of --probe: characters (default), or words.")
-    ] = None,
-    only_list: Annotated[bool, typer.Option("--list", help="Only check the file and show the runs.")] = False,
-    only_report: Annotated[bool, typer.Option("--report", help="Only report on what is there.")] = False,
-) -> None:
-    """Train a grid of students from one cache, and compare them over seeds. The same command goes on where it was."""
-    console = Console(file=sys.stdout)  # The very stream, which stays where it is when Tune's tables are led away.
-    failures: dict[str, str] = {}
-    try:
-        if units not in (None, "characters", "words"):
-            raise ConfigError(f"--units must be characters or words, not {units!r}")
-        if units is not None and probe is None:
-            raise ConfigError("--units is of --probe, which is not given; the file's own probe has its own `units`")
-        section = None
-        if probe is not None:
-            section = ProbeSection(manifest=probe, units="words" if units == "words" else "characters")
-        ablation = load_ablation(config, overrides or [], section)
-        if only_list:
-            console.print(runs_table(ablation))
-            return
-        ablating = Ablating(ablation, console)
-        if not only_report:
-            failures = ablating.work()
-        ablating.report(failures)
-    except (ValueError, FloatingPointError, OSError) as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    if failures:
-        console.print(
-            f"{len(failures)} of {len(ablation.runs)} runs failed; the same command tries them again", style="red"
-        )
-        raise typer.Exit(1)

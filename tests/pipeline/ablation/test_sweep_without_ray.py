@@ -11,8 +11,10 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+from ray_distill.command_line import Command
 from ray_distill.pipeline.ablation.definition import load_ablation
-from ray_distill.pipeline.ablation.sweep import Ablating, Job, Probing, _is_reported, command
+from ray_distill.pipeline.ablation.sweep import Ablating, Job, Probing, _is_reported
+from ray_distill.pipeline.commands.ablate import ablate
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.probing.probe import read_probes
 from ray_distill.pipeline.stages import Run
@@ -126,6 +128,6 @@ def test_a_run_is_reported_when_summary_and_page_are_there_and_young(tmp_path: P
 
 def test_units_without_a_probe_are_refused(tmp_path: Path) -> None:
     app = typer.Typer()
-    app.command()(command)
+    app.command(cls=Command)(ablate)
     done = CliRunner().invoke(app, ["--config", str(tmp_path / "none.yaml"), "--units", "words"])
-    assert done.exit_code == 2 and "--units is of --probe, which is not given" in " ".join(done.output.split())
+    assert done.exit_code == 2 and "--units needs --probe" in " ".join(done.output.split())

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from ray_distill.command_line import application
 from ray_distill.pipeline.planning.cluster_plan import (
     RESULTS,
     Cluster,
     ClusterError,
-    app,
     first_to_saturate,
     load_cluster,
     origins,
@@ -178,7 +178,7 @@ def test_shipped_clusters_plan_and_say_what_is_assumed(path: Path) -> None:
     cluster = load_cluster(path)
     measured, assumed = origins(cluster)
     assert measured and assumed
-    shown = CliRunner().invoke(app, ["--cluster", str(path)], env={"COLUMNS": "160"})
+    shown = CliRunner().invoke(application, ["plan-cluster", "--cluster", str(path)], env={"COLUMNS": "160"})
     assert shown.exit_code == 0, shown.output
     for text in ("960 h", "60,000 h", "1,000,000 h", "saturates first", "Lower bounds"):
         assert text in shown.output
@@ -207,7 +207,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         path.write_text(yaml.safe_dump(tree | change))
         with pytest.raises(ClusterError, match=message):
             load_cluster(path)
-    shown = CliRunner().invoke(app, ["--cluster", str(tmp_path / "none.yaml")])
+    shown = CliRunner().invoke(application, ["plan-cluster", "--cluster", str(tmp_path / "none.yaml")])
     assert shown.exit_code == 2 and "there is no cluster at" in shown.output
     with pytest.raises(ClusterError, match="hours must be above 0"):
         plan_cluster(round_numbers(), 0)

@@ -128,7 +128,7 @@ class Config(_Section):
         return self.runs / self.name
 
     @pydantic.model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_combinations(self) -> Self:
         pattern = self.student.get("attention_reuse")
         placeholder = len(pattern) if isinstance(pattern, (list, tuple)) else len(self.teacher.layers or range(12))
         student = self.resolve_student(placeholder, StudentConfig.model_fields["target_dim"].default)

@@ -325,13 +325,13 @@ class Run:
     def _check_room(self, keys: str, workers: int, cpus: int, gpus: float) -> None:
         """Where so many workers don't fit into Ray: ConfigError, or of a cluster, which may grow, says what is waited for."""
         nodes = node_resources()
-        if fitting(nodes, cpus, gpus) >= workers:
+        if count_fitting_workers(nodes, cpus, gpus) >= workers:
             return
         each = f"{cpus} cores{f' and {gpus:g} GPUs' if gpus else ''}"
         needed = f"{workers} workers of {each} each are needed" if workers > 1 else f"a worker of {each} is needed"
-        if ray_is_own():
-            raise ConfigError(f"{keys}: {needed}; {described(nodes)}, and gets no more")
-        self.say(f"wait    for room: {needed}; {described(nodes)}")
+        if owns_ray():
+            raise ConfigError(f"{keys}: {needed}; {describe_resources(nodes)}, and gets no more")
+        self.say(f"wait    for room: {needed}; {describe_resources(nodes)}")
 
     @property
     def _seconds(self) -> float:
@@ -619,7 +619,7 @@ def init_ray() -> None:
         try:
             ray.init(
                 # A submitted job is told its cluster; anything else gets a Ray of its own, whatever else runs on this machine.
-                address="local" if ray_is_own() else os.environ["RAY_ADDRESS"],
+                address="local" if owns_ray() else os.environ["RAY_ADDRESS"],
                 log_to_driver=False,
                 logging_level="ERROR",
                 runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}},
@@ -636,7 +636,7 @@ def init_ray() -> None:
             return
 
 
-def ray_is_own() -> bool:
+def owns_ray() -> bool:
     """Whether Ray is, or will be, of this process alone, so that no machine can join it."""
     return os.environ.get("RAY_ADDRESS", "local") == "local"
 
@@ -648,13 +648,13 @@ def node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def described(nodes: Sequence[Mapping[str, float]]) -> str:
+def describe_resources(nodes: Sequence[Mapping[str, float]]) -> str:
     """What Ray has, for people."""
     cores, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     return f"Ray has {cores:g} cores and {gpus:g} GPUs on {len(nodes)} machines"
 
 
-def fitting(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:
+def count_fitting_workers(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:
     """How many workers fit that take so many cores and GPUs of one machine each."""
     fits = 0
     for node in nodes:

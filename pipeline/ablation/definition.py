@@ -75,7 +75,7 @@ class AblationSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
     probe: ProbeSection | None = None
 
     @pydantic.model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_combinations(self) -> Self:
         if not self.variants and not self.grid:
             raise ValueError("give variants, a grid, or both: there is nothing to compare")
         for name in self.variants:

@@ -33,7 +33,14 @@ from ray_distill.pipeline.probing.probe import (
     write_outcomes,
 )
 from ray_distill.pipeline.reports.ablation_report import read_results, results_table, write_ablation_report
-from ray_distill.pipeline.stages import Run, described, fitting, init_ray, node_resources, ray_is_own
+from ray_distill.pipeline.stages import (
+    Run,
+    count_fitting_workers,
+    describe_resources,
+    init_ray,
+    node_resources,
+    owns_ray,
+)
 from ray_distill.student import load_student
 from ray_distill.student.training.metrics import check_trackers
 from ray_distill.student.training.train_settings import TrainSettings
@@ -105,7 +112,7 @@ class Job:
             self.probing.of_student(self.folder)
 
 
-def cores(nodes: Sequence[Mapping[str, float]], settings: TrainSettings) -> int:
+def cores_per_worker(nodes: Sequence[Mapping[str, float]], settings: TrainSettings) -> int:
     """Cores for each training worker: one beside a GPU, else all of a machine's, shared by the workers of a run.
 
     Args:
@@ -116,12 +123,12 @@ def cores(nodes: Sequence[Mapping[str, float]], settings: TrainSettings) -> int:
     return 1 if settings.use_gpu or not counts else max(1, min(counts) // settings.workers)
 
 
-def room(nodes: Sequence[Mapping[str, float]], settings: TrainSettings, cpus: int) -> int:
+def count_concurrent_runs(nodes: Sequence[Mapping[str, float]], settings: TrainSettings, cpus: int) -> int:
     """How many such trainings fit side by side, with ``cpus`` cores for each worker."""
-    return fitting(nodes, cpus, float(settings.use_gpu)) // settings.workers
+    return count_fitting_workers(nodes, cpus, float(settings.use_gpu)) // settings.workers
 
 
-class Ablating:
+class Sweep:
     """An ablation under way.
 
     Args:
@@ -159,7 +166,7 @@ class Ablating:
         settings = probe_settings(probe.manifest, probe.units, probe.epochs, probe.seed)
         return Probing(task, probe.manifest.stem, settings)
 
-    def work(self) -> dict[str, str]:
+    def run(self) -> dict[str, str]:
         """Does what is not done; returns why runs failed, by their names."""
         if all(self._is_done(run.folder) for run in self.runs.values()):
             self.shared.say(f"train   all {len(self.runs)} runs are finished, reused")
@@ -213,15 +220,15 @@ class Ablating:
         for name, run in self.runs.items():
             train = run.config.train
             if _is_trained(run.folder):  # What is left is to probe it, on any machine.
-                cpus[name] = cores(nodes, train)
+                cpus[name] = cores_per_worker(nodes, train)
                 continue
-            cpus[name] = self.settings.cpus_per_worker or cores(nodes, train)
-            places.append(room(nodes, train, cpus[name]))
-            if not places[-1] and (self.settings.concurrent is None or ray_is_own()):
+            cpus[name] = self.settings.cpus_per_worker or cores_per_worker(nodes, train)
+            places.append(count_concurrent_runs(nodes, train, cpus[name]))
+            if not places[-1] and (self.settings.concurrent is None or owns_ray()):
                 raise ConfigError(
                     f"{name}: its {train.workers} workers need {cpus[name]} cores each{' and a GPU' if train.use_gpu else ''}; "
-                    f"{described(nodes)}; change train.workers, train.use_gpu or cpus_per_worker, or give `concurrent` where more "
-                    "machines join a cluster on demand"
+                    f"{describe_resources(nodes)}; change train.workers, train.use_gpu or cpus_per_worker, or give "
+                    "`concurrent` where more machines join a cluster on demand"
                 )
         return cpus, self.settings.concurrent or min(places, default=len(self.runs))
 
@@ -248,7 +255,7 @@ class Ablating:
                 problem = str(error)  # Trying again would only end the same.
             ray.tune.report({"problem": problem})
 
-        class Told(ray.tune.Callback):  # type: ignore[misc]
+        class OutcomePrinter(ray.tune.Callback):  # type: ignore[misc]
             """Says of each run how it ended."""
 
             def __reduce__(self) -> tuple[Any, ...]:
@@ -283,7 +290,7 @@ class Ablating:
                     name=uuid.uuid4().hex[:12],
                     storage_path=str(self.ablation.folder.absolute() / "ray"),
                     verbose=0,
-                    callbacks=[Told()],
+                    callbacks=[OutcomePrinter()],
                     # Of a trial whose process died; its run goes on from its last checkpoint.
                     failure_config=ray.tune.FailureConfig(max_failures=retries),
                 ),

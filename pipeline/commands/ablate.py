@@ -49,7 +49,7 @@ def ablate(
     from rich.console import Console
 
     from ray_distill.pipeline.ablation.definition import ProbeSection, load_ablation
-    from ray_distill.pipeline.ablation.sweep import Ablating
+    from ray_distill.pipeline.ablation.sweep import Sweep
     from ray_distill.pipeline.config import ConfigError
 
     # The stream itself: Tune's tables are later redirected by replacing sys.stdout.
@@ -61,9 +61,9 @@ def ablate(
     if only_list:
         console.print(runs_table(ablation))
         return
-    ablating = Ablating(ablation, console)
-    failures = {} if only_report else ablating.work()
-    ablating.report(failures)
+    sweep = Sweep(ablation, console)
+    failures = {} if only_report else sweep.run()
+    sweep.report(failures)
     if failures:
         console.print(
             f"{len(failures)} of {len(ablation.runs)} runs failed; run the same command to try them again", style="red"

@@ -42,4 +42,4 @@ def plan_cluster(
     measured, assumed = cluster_plan.origins(described)
     console.print(f"Measured: {', '.join(measured) or 'nothing'}.")
     console.print(f"Assumed: {', '.join(assumed) or 'nothing'}.")
-    console.print("All figures are lower bounds: they assume that all parts overlap and that nothing fails.")
+    console.print("Lower bounds: the figures assume that all parts overlap and that nothing fails.")

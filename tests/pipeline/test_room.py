@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from ray_distill.pipeline.config import ConfigError, load_config
-from ray_distill.pipeline.stages import Run, fitting
+from ray_distill.pipeline.stages import Run, count_fitting_workers
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 Start = Callable[..., tuple[Run, io.StringIO]]
@@ -82,6 +82,6 @@ def test_cache_actors_that_fit_nowhere(start: Start, override: str) -> None:
 
 def test_fitting_counts_machine_by_machine() -> None:
     nodes = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 3.0}, {}]
-    assert fitting(nodes, 2, 0) == 3
-    assert fitting(nodes, 1, 1) == 1 and fitting(nodes, 1, 0.5) == 2
-    assert fitting(nodes, 5, 0) == 0
+    assert count_fitting_workers(nodes, 2, 0) == 3
+    assert count_fitting_workers(nodes, 1, 1) == 1 and count_fitting_workers(nodes, 1, 0.5) == 2
+    assert count_fitting_workers(nodes, 5, 0) == 0

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ray_distill.pipeline.ablation import definition
 from ray_distill.pipeline.ablation.definition import Ablation, ProbeSection, load_ablation
-from ray_distill.pipeline.ablation.sweep import cores, room
+from ray_distill.pipeline.ablation.sweep import cores_per_worker, count_concurrent_runs
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.probing.probe import Outcome, probe_folder, probe_settings, read_task, write_outcomes
 from ray_distill.pipeline.reports.ablation_report import compare, read_results, saved_hours, t_95, write_ablation_report
@@ -171,14 +171,16 @@ def test_shipped_ablations_are_sound() -> None:
 def test_room_on_machines_and_clusters() -> None:
     two_cores, gpus = [{"CPU": 2.0}], [{"CPU": 0.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
     one = TrainSettings(batch_size=1)
-    assert cores(two_cores, one) == 2 and room(two_cores, one, 2) == 1, "one machine, one run after another"
-    assert room(two_cores, one, 1) == 2
-    assert cores(two_cores, TrainSettings(batch_size=1, workers=2)) == 1
-    assert cores(two_cores, TrainSettings(batch_size=1, workers=3)) == 1
+    assert cores_per_worker(two_cores, one) == 2 and count_concurrent_runs(two_cores, one, 2) == 1, (
+        "one run at a time on one machine"
+    )
+    assert count_concurrent_runs(two_cores, one, 1) == 2
+    assert cores_per_worker(two_cores, TrainSettings(batch_size=1, workers=2)) == 1
+    assert cores_per_worker(two_cores, TrainSettings(batch_size=1, workers=3)) == 1
     on_gpu = TrainSettings(batch_size=1, workers=2, use_gpu=True)
-    assert cores(gpus, on_gpu) == 1 and room(gpus, on_gpu, 1) == 4
-    assert room(gpus, on_gpu, 8) == 2, "cores run out before GPUs"
-    assert room(two_cores, on_gpu, 1) == 0
+    assert cores_per_worker(gpus, on_gpu) == 1 and count_concurrent_runs(gpus, on_gpu, 1) == 4
+    assert count_concurrent_runs(gpus, on_gpu, 8) == 2, "cores run out before GPUs"
+    assert count_concurrent_runs(two_cores, on_gpu, 1) == 0
 
 
 def test_a_difference_is_shown_only_beyond_what_seeds_do() -> None:

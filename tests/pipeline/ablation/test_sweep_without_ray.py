@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 
 from ray_distill.command_line import Command
 from ray_distill.pipeline.ablation.definition import load_ablation
-from ray_distill.pipeline.ablation.sweep import Ablating, Job, Probing, _is_reported
+from ray_distill.pipeline.ablation.sweep import Job, Probing, Sweep, _is_reported
 from ray_distill.pipeline.commands.ablate import ablate
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.probing.probe import read_probes
 from ray_distill.pipeline.stages import Run
 from ray_distill.student import Student, save_student
 
-Start = Callable[..., Ablating]
+Start = Callable[..., Sweep]
 BASE: dict[str, Any] = {
     "name": "base",
     "corpus": {"path": "corpus"},
@@ -45,12 +45,12 @@ def start(tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch) 
     rows = [f"{file},{'low' if n % 2 else 'high'},{'test' if n > 7 else 'train'}" for n, file in enumerate(files)]
     (tmp_path / "pitch.csv").write_text("\n".join(["path,label,split", *rows]))
 
-    def make(**changes: Any) -> Ablating:
+    def make(**changes: Any) -> Sweep:
         tree = {"name": "two", "base": BASE, "seeds": [0], "variants": {"a": {}, "b": {"train.loss": "l1"}}} | changes
         path = tmp_path / "two.yaml"
         path.write_text(yaml.safe_dump(tree))
         ablation = load_ablation(path, [f"runs={tmp_path / 'runs'}", f"cache.path={tmp_path / 'cache'}"])
-        return Ablating(ablation, Console(quiet=True))
+        return Sweep(ablation, Console(quiet=True))
 
     def unwanted(run: Run) -> None:
         raise AssertionError("corpus and cache are for runs that are not trained")
@@ -77,37 +77,37 @@ def test_a_probe_of_a_finished_ablation_needs_neither_cache_nor_gpu(
         finish(run)
     left: dict[str, Job] = {}
 
-    def probe(self: Ablating, jobs: Mapping[str, Job], concurrent: int) -> dict[str, str]:
+    def probe(self: Sweep, jobs: Mapping[str, Job], concurrent: int) -> dict[str, str]:
         left.update(jobs)
         for job in jobs.values():
             job()
         return {}
 
-    monkeypatch.setattr(Ablating, "_train", probe)
+    monkeypatch.setattr(Sweep, "_train", probe)
     monkeypatch.setattr(Probing, "of_others", lambda *arguments: None)
     for stage in ("export", "report"):
         monkeypatch.setattr(Run, stage, lambda run: None)
     probing = {"manifest": "pitch.csv", "epochs": 1}
-    ablating = start(probe=probing, cpus_per_worker=16)
-    assert ablating.work() == {}
+    sweep = start(probe=probing, cpus_per_worker=16)
+    assert sweep.run() == {}
     assert left.keys() == {"a-seed0", "b-seed0"}
     for name, job in left.items():
         assert job.training is None and job.resources["CPU"] == 1 and "GPU" not in job.resources
-        [probed] = read_probes(ablating.runs[name].folder)
+        [probed] = read_probes(sweep.runs[name].folder)
         assert probed.student is not None and probed.student.source == "student"
     left.clear()
-    assert start(probe=probing).work() == {} and not left, "the same is not probed again"
-    start(probe=probing | {"epochs": 2}).work()
+    assert start(probe=probing).run() == {} and not left, "the same is not probed again"
+    start(probe=probing | {"epochs": 2}).run()
     assert left.keys() == {"a-seed0", "b-seed0"}, "other settings have other figures"
-    assert len(read_probes(ablating.runs["a-seed0"].folder)) == 2
+    assert len(read_probes(sweep.runs["a-seed0"].folder)) == 2
 
 
 @pytest.mark.parametrize("concurrent", [None, 1])
 def test_room_is_asked_for_what_is_left_to_train(start: Start, concurrent: int | None) -> None:
-    ablating = start(concurrent=concurrent)
-    finish(ablating.runs["a-seed0"])
+    sweep = start(concurrent=concurrent)
+    finish(sweep.runs["a-seed0"])
     with pytest.raises(ConfigError, match="^b-seed0: its 1 workers need 1 cores each and a GPU; Ray has 2 cores and 0"):
-        ablating.work()
+        sweep.run()
 
 
 def test_a_run_is_reported_when_summary_and_page_are_there_and_young(tmp_path: Path) -> None:

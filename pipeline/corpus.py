@@ -366,3 +366,26 @@ def _save(index: CorpusIndex, state: str, output: Path) -> None:
         temporary = output / f"{name}.tmp"
         temporary.write_bytes(text.encode(errors="surrogateescape"))
         temporary.replace(output / name)
+
+
+def count_files(
+    path: Path, train_splits: Sequence[str] | None = None, validation_splits: Sequence[str] | None = None
+) -> dict[str, int]:
+    """Count the audio files of a corpus without opening them.
+
+    Args:
+        path: Folder or manifest, as for `index_corpus`.
+        train_splits: Names of the splits to train on. Default: None, which chooses by name.
+        validation_splits: Names of the splits to validate on. Default: None, which chooses by name.
+
+    Returns:
+        Number of files of each split, ``train`` and ``validation``; of ``all`` if some of them are to be held out.
+
+    Raises:
+        ValueError: The corpus doesn't exist, has no audio, or lacks a split.
+    """
+    entries, _ = _find(path.absolute(), train_splits, validation_splits)
+    counts = Counter(entry.split for entry in entries)
+    if not counts["validation"]:
+        return {"all": len(entries)}
+    return {split: counts[split] for split in ("train", "validation")}

@@ -62,7 +62,7 @@ class AblationSettings(pydantic.BaseModel, frozen=True, extra="forbid", use_attr
     """Number of runs that train at the same time. None runs as many as Ray has resources for when the training begins. Set it for a
     cluster that adds machines on demand."""
     cpus_per_worker: int | None = pydantic.Field(default=None, ge=1)
-    """CPU cores per training worker. None takes one core beside a GPU; without GPUs, the workers of a run share the cores of a machine,
+    """CPU cores per training worker. None takes one core beside a GPU; without GPUs, the workers of a run share a machine's cores,
     so that a machine trains one run at a time."""
     probe: ProbeSection | None = None
     """Probes of the trained students. None runs no probes."""

@@ -89,7 +89,7 @@ def main(
         assert summary is not None
         utterance = run.utterances[0]
         # Sent as the file is; mp3, ogg or other rates would do as well.
-        with service(Path(summary["export"]), run.folder / "service.log") as address:
+        with service(Path(summary["export"]), run.folder.path / "service.log") as address:
             console.print(f"serve   {address} is up; sending {utterance.id}", highlight=False)
             response = httpx.post(
                 f"{address}/v1/features?format=npy", content=Path(utterance.path).read_bytes(), timeout=120

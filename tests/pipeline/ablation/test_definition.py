@@ -241,7 +241,7 @@ def finished(tmp_path: Path) -> Ablation:
 def report(ablation: Ablation) -> tuple[str, list[dict[str, str]], list[dict[str, str]]]:
     folders = [run.config.folder for run in ablation.runs]
     results = read_results(folders, {"b-seed1": "the loss was not finite <b>"})
-    shared = Run(ablation.needs, Console(quiet=True), claim=False)
+    shared = Run(ablation.needs, Console(quiet=True))
     page = write_ablation_report(ablation, results, shared)
     tables = [list(csv.DictReader((ablation.folder / name).open())) for name in ("table.csv", "runs.csv")]
     return page.read_text(), tables[0], tables[1]
@@ -277,7 +277,7 @@ def test_probes_count_with_the_students_figure_and_the_settings_asked_for(finish
                 for source, v in (("teacher", 0.9), ("student", value))
             ]
             write_outcomes(probe_folder(folder, "pitch", settings), outcomes, task, "pitch", {}, settings, own=1)
-    shared = Run(finished.needs, Console(quiet=True), claim=False)
+    shared = Run(finished.needs, Console(quiet=True))
 
     def means(probing: dict[str, Any] | None) -> dict[str, float]:
         write_ablation_report(finished, read_results(folders, probing=probing), shared)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from ray_distill.pipeline.config import ConfigError, load_config
@@ -38,6 +39,50 @@ def build(run: Run) -> None:
     """The cache stage without Ray."""
     plan = plan_shards(run.utterances, run.spec.shard_seconds, run.teacher.num_frames)
     build_cache(run.cache.location, run.spec, plan, "random:2x64", teacher_name="random:2x64", workers=None)
+
+
+@pytest.mark.parametrize(
+    ("override", "section"),
+    [
+        ("train.max_failures=9", None),
+        ("train.trackers=[mlflow]", None),
+        ("cache.actors=7", None),
+        ("cache.verify=false", None),
+        ("train.seed=9", "train"),
+        ("train.log_every=9", "train"),
+        ("cache.shard_minutes=9", "cache"),
+        ("masks.policy.mask_prob=0.5", "masks"),
+        ("student.conv_pos=64", "student"),
+    ],
+)
+def test_only_keys_that_change_no_result_may_differ(tmp_path: Path, override: str, section: str | None) -> None:
+    run = begin(tmp_path)
+    begin(tmp_path, override)  # Nothing has been made yet.
+    begin(tmp_path)
+    # A version that lacked this key has not recorded it.
+    tree = yaml.safe_load(run.folder.config_file.read_text())
+    del tree["train"]["ema_decay"]
+    run.folder.config_file.write_text(yaml.safe_dump(tree))
+    run.folder.metrics_file.write_text("")
+    begin(tmp_path)
+    if section is None:
+        begin(tmp_path, override)
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"holds a run with another .*\(sections that differ: {section}\); choose"
+        ):
+            begin(tmp_path, override)
+        assert run.folder.config() == run.config, "the refused configuration is not stored"
+
+
+def test_files_without_a_run_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "thesis.tex").write_text("years of work")
+    with pytest.raises(
+        ConfigError, match=r"runs/demo contains files but no run \(no config.yaml\); choose another name"
+    ):
+        begin(tmp_path)
+    assert (tmp_path / "runs" / "demo" / "thesis.tex").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("text", ["", "name: [", "- a list\n", "name: demo\n", "\udcff"])

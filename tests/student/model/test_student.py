@@ -314,7 +314,10 @@ def test_defaults_are_armhubert_s() -> None:
         ({"position": "rotary", "encoder_attention_heads": 48}, "heads of even width, not 9"),
         ({"layer_type": "conformer", "depthwise_kernel": 4}, "depthwise_kernel must be odd, not 4"),
         ({"layer_type": "conformer", "layer_norm_first": True}, "layer_norm_first applies to Transformer layers only"),
-        ({"time_reduction": "fc1", "time_reduction_index": 12}, "leaves no layer after the reduction; it must be below encoder_layers, 12"),
+        (
+            {"time_reduction": "fc1", "time_reduction_index": 12},
+            "leaves no layer after the reduction; it must be below encoder_layers, 12",
+        ),
         ({"time_reduction": "fc1", "time_reduction_index": 1}, "layer 2 follows the time reduction"),
     ],
 )

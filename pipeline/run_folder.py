@@ -15,7 +15,7 @@ from ray_distill.pipeline.corpus import SKIPPED
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.run_lock import LockHolder, lock_run
 from ray_distill.student.training.field_effects import CHANGES_NO_RESULT, keys_with
-from ray_distill.student.training.run_files import CHECKPOINTS, METRICS, RESULT, TENSORBOARD
+from ray_distill.student.training.run_files import BEST, CHECKPOINTS, CONFIG, EXPORT, METRICS, RAY, RESULT, TENSORBOARD
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RunFolder:
     @property
     def config_file(self) -> Path:
         """Resolved configuration."""
-        return self.path / "config.yaml"
+        return self.path / CONFIG
 
     @property
     def corpus(self) -> Path:
@@ -75,12 +75,12 @@ class RunFolder:
     @property
     def best(self) -> Path:
         """Folder of the student with the lowest validation loss."""
-        return self.checkpoints / "best"
+        return self.checkpoints / BEST
 
     @property
     def export(self) -> Path:
         """Folder of the exported student."""
-        return self.path / "export"
+        return self.path / EXPORT
 
     @property
     def summary_file(self) -> Path:
@@ -96,6 +96,11 @@ class RunFolder:
     def initial_weights(self) -> Path:
         """Initial weights copied from the teacher, if the configuration requests any."""
         return self.path / "initial.safetensors"
+
+    @property
+    def ray(self) -> Path:
+        """Folder of Ray's own records."""
+        return self.path / RAY
 
     @property
     def ray_log(self) -> Path:

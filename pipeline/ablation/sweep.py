@@ -324,7 +324,7 @@ class Sweep:
                 # Progress is in the checkpoints of the runs. A unique name prevents Tune from resuming a state of its own.
                 run_config=ray.tune.RunConfig(
                     name=uuid.uuid4().hex[:12],
-                    storage_path=str(self.ablation.folder.absolute() / "ray"),
+                    storage_path=str(RunFolder(self.ablation.folder.absolute()).ray),
                     verbose=0,
                     callbacks=[OutcomePrinter()],
                     # Retries of a trial whose process died. Its run continues from its last checkpoint.

@@ -3,13 +3,11 @@
 A module of mkdocs' ``hooks``; it is no part of the product.
 """
 
-import dataclasses
 import importlib
-import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 
 import click
-import pydantic
 import typer
+from configuration import configuration
 from link_package import link_package
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pictures import PICTURES
 
-SECTIONS = ("corpus", "teacher", "masks", "cache", "train")
 IN_DOCS = re.compile(r"\]\(\.\./docs/")
 IN_BENCHMARKS = re.compile(r"\]\(\.\./benchmarks/README\.md")
 
@@ -94,88 +91,9 @@ def modules(title: str, names: tuple[str, ...]) -> str:
     return f"# {title}\n\n" + "\n\n".join(f"::: {name}" for name in names) + "\n"
 
 
-def configuration() -> str:
-    """Every key of a run's YAML with its type, default and meaning, from the schema."""
-    from ray_distill.pipeline.config import Config
-    from ray_distill.student.model.student_config import StudentConfig
-
-    lines = [
-        "# Configuration",
-        "",
-        "Made from the schema. A run is one YAML file; `section.key=value` on the command line changes a key. Unknown keys and",
-        "impossible combinations are refused before any work. `configs/` has the published recipes.",
-        "",
-        *_keys("", Config, skip=(*SECTIONS, "student")),
-    ]
-    for section in SECTIONS:
-        lines += [f"## {section}", "", *_keys(section, Config.model_fields[section].annotation)]
-    lines += [
-        "## student",
-        "",
-        "`encoder_layers` and `target_dim` left out, or `teacher`, take what the teacher has.",
-        "",
-        *_keys("student", StudentConfig),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _keys(section: str, model: Any, skip: tuple[str, ...] = ()) -> list[str]:
-    meanings = _attributes(inspect.getdoc(model) or "")
-    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    nested = []
-    for name, kind, default in _fields(model):
-        if name in skip:
-            continue
-        key = f"{section}.{name}" if section else name
-        if name not in meanings:
-            raise ValueError(f"{model.__name__}.{name} has no line under 'Attributes' of its class")
-        if isinstance(kind, type) and (issubclass(kind, pydantic.BaseModel) or dataclasses.is_dataclass(kind)):
-            nested += ["", f"### {key}", "", *_keys(key, kind)]
-        lines.append(f"| `{key}` | {_cell(_type(kind))} | {_cell(default)} | {_cell(meanings[name], code=False)} |")
-    return [*lines, *nested, ""]
-
-
-def _fields(model: Any) -> Iterator[tuple[str, Any, str]]:
-    if issubclass(model, pydantic.BaseModel):
-        for name, field in model.model_fields.items():
-            default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-            yield name, field.annotation, default
-    else:
-        for field in dataclasses.fields(model):
-            default = "required" if field.default is dataclasses.MISSING else _default(field.default)
-            yield field.name, field.type, default
-
-
-def _default(value: Any) -> str:
-    if isinstance(value, pydantic.BaseModel) or dataclasses.is_dataclass(value):
-        return "see below"
-    return "none" if value is None else str(value)
-
-
-def _type(kind: Any) -> str:
-    text = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-    text = re.sub(r"\b(?:typing|pathlib|ray_distill(?:\.\w+)+)\.", "", text)
-    return text.replace("Literal[", "one of [").replace("NoneType", "None")
-
-
 def _cell(text: str, code: bool = True) -> str:
     text = text.replace("|", "\\|")
     return f"`{text}`" if code and text not in ("required", "none", "see below") else text
-
-
-def _attributes(doc: str) -> dict[str, str]:
-    """Names and meanings of a Google docstring's ``Attributes``; ``a, b: meaning`` gives it to both."""
-    found: dict[str, str] = {}
-    section = re.search(r"^Attributes:\n((?:    .*\n?|\n)*)", doc, re.MULTILINE)
-    names: list[str] = []
-    for line in (section[1] if section else "").splitlines():
-        entry = re.match(r"    ([a-z_]\w*(?:, \w+)*): (.*)", line)
-        if entry:
-            names = entry[1].split(", ")
-            found |= dict.fromkeys(names, entry[2].strip())
-        elif line.strip():
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-    return {name: re.sub(r"``(.+?)``", r"`\1`", text) for name, text in found.items()}
 
 
 def commands() -> str:

@@ -125,7 +125,7 @@ def run_demo(
     summary = run_stages(run, list(STAGES))
     assert summary is not None
     utterance = run.utterances[0]
-    with running_service(Path(summary["export"]), Path(summary["run"]) / "service.log") as address:
+    with running_service(Path(summary["export"]), run.folder.path / "service.log") as address:
         console.print(f"serve   {address} is ready; requesting features of {utterance.id}")
         features = request_features(address, Path(utterance.path))
     seconds = len(load_audio(Path(utterance.path))) / SAMPLE_RATE

@@ -82,12 +82,15 @@ def test_one_cache_has_what_all_runs_need(tmp_path: Path) -> None:
         ({"variants": {"a": {"train.batch_size": 3}}}, "variant a: .*exactly one of train.batch_size"),
         ({"variants": {"a": {"cache.codec": "int8"}}}, "cache.codec: can't differ between runs"),
         ({"variants": {"a": {"corpus.path": "x"}}}, "corpus.path: can't differ between runs"),
-        ({"variants": {"a": {"train.seed": 3}}}, "train.seed: give the seeds of all variants as `seeds`"),
-        ({"set": {"train.seed": 3}}, "train.seed: give the seeds of all variants as `seeds`"),
-        ({"set": {"name": "other"}}, "name: runs are named after their variants"),
+        (
+            {"variants": {"a": {"train.seed": 3}}},
+            "train.seed: can't be set here; give the seeds of all variants as `seeds`",
+        ),
+        ({"set": {"train.seed": 3}}, "train.seed: can't be set here; give the seeds of all variants as `seeds`"),
+        ({"set": {"name": "other"}}, "name: can't be set here; runs are named after their variants"),
         (
             {"variants": {"a": {}, "b": {"teacher": {"checkpoint": "other.pt"}}}},
-            r"teacher: is a section; name its keys, with dots, as in teacher\.KEY",
+            r"teacher: is a section; name one of its keys, as in teacher\.KEY",
         ),
         ({"variants": {"a": {}, "b": {"student": {"attention_reuse": "none"}}}}, "student: is a section"),
         ({"grid": {"train": [{"loss": "l1"}]}}, "train: is a section"),
@@ -95,9 +98,12 @@ def test_one_cache_has_what_all_runs_need(tmp_path: Path) -> None:
         ({"variants": {"a": {}, "b": {"teacher.checkpoint": "other.pt"}}}, "teacher.checkpoint: can't differ"),
         (
             {"variants": {"a": {"train.targets": "online"}}},
-            "train.targets: all runs of an ablation train from one cache",
+            "train.targets: can't differ between runs; all runs of an ablation train from one cache",
         ),
-        ({"set": {"train.targets": "online"}}, "train.targets: all runs of an ablation train from one cache"),
+        (
+            {"set": {"train.targets": "online"}},
+            "train.targets: must be cached; all runs of an ablation train from one cache",
+        ),
         ({"variants": {"a": {}, "b": {}}}, "variants a and b are the same configuration"),
         ({"variants": {"a/b": {}}}, "'a/b' can't name a folder"),
         ({"variants": {}}, "give variants, a grid, or both"),
@@ -106,13 +112,13 @@ def test_one_cache_has_what_all_runs_need(tmp_path: Path) -> None:
         ({"grid": {"masks.policy": [{"mask_prob": 1}]}, "variants": {}}, "can't be a part of a name"),
         (
             {"variants": {"a": {}, "b": {"masks.policy.mask_prob": 0.2}}},
-            "variant b: masks: its mask draw 0 has another",
+            "variant b: masks: mask draw 0 has another",
         ),
         (
             {"variants": {"a": {}, "b": {"masks.seed": 9}}},
-            "variant b: masks: its mask draw 0 has another policy or seed",
+            "variant b: masks: mask draw 0 has another policy or seed",
         ),
-        ({"variants": {"a": {"cache.targets": "composite_only"}, "b": {}}}, "composite_only keeps no clean targets"),
+        ({"variants": {"a": {"cache.targets": "composite_only"}, "b": {}}}, "composite_only stores no clean targets"),
         ({"variants": {"a": {"train.objective": "star", "student.heads": "none"}, "b": {}}}, "give `probe` too"),
         ({"seeds": [1, 1]}, "seeds: 1 is given twice"),
         ({"seed": [1]}, "seed: unknown key; allowed here: base"),
@@ -129,9 +135,9 @@ def test_what_can_not_be_is_refused_with_its_key(tmp_path: Path, changes: dict[s
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("masks.draws=3", "masks.draws: is what the ablation varies"),
+        ("masks.draws=3", "masks.draws: is varied by the ablation"),
         ("masks={draws: 3}", "masks: is a section"),
-        ("train.seed=3", "train.seed: give the seeds of all variants as `seeds`"),
+        ("train.seed=3", "train.seed: can't be set here; give the seeds of all variants as `seeds`"),
         ("name=a/b", "name: String should match pattern"),
     ],
 )
@@ -235,7 +241,7 @@ def finished(tmp_path: Path) -> Ablation:
 def report(ablation: Ablation) -> tuple[str, list[dict[str, str]], list[dict[str, str]]]:
     folders = [run.config.folder for run in ablation.runs]
     results = read_results(folders, {"b-seed1": "the loss was not finite <b>"})
-    shared = Run(ablation.needs, Console(quiet=True), claim=False)
+    shared = Run(ablation.needs, Console(quiet=True))
     page = write_ablation_report(ablation, results, shared)
     tables = [list(csv.DictReader((ablation.folder / name).open())) for name in ("table.csv", "runs.csv")]
     return page.read_text(), tables[0], tables[1]
@@ -271,7 +277,7 @@ def test_probes_count_with_the_students_figure_and_the_settings_asked_for(finish
                 for source, v in (("teacher", 0.9), ("student", value))
             ]
             write_outcomes(probe_folder(folder, "pitch", settings), outcomes, task, "pitch", {}, settings, own=1)
-    shared = Run(finished.needs, Console(quiet=True), claim=False)
+    shared = Run(finished.needs, Console(quiet=True))
 
     def means(probing: dict[str, Any] | None) -> dict[str, float]:
         write_ablation_report(finished, read_results(folders, probing=probing), shared)

@@ -107,7 +107,7 @@ def test_a_corrected_command_is_not_refused(tmp_path: Path, speech_folder: Path)
         (["train.epoch=3"], "train.epoch: unknown key; allowed here: "),
         (["--stages", "bake"], "unknown stage 'bake'; stages are index, plan, cache, train, export, report"),
         (["corpus.path=/nowhere/at/all"], "/nowhere/at/all"),
-        (["--stages", "plan"], "holds no complete corpus index; run the index stage first"),
+        (["--stages", "plan"], "has no complete corpus index; run the index stage first"),
         (["teacher.checkpoint=/nowhere.pt", "--stages", "plan"], "there is no teacher '/nowhere.pt'"),
         (["--stages", "export"], "no finished training to export"),
     ],

@@ -10,6 +10,8 @@ from rich.console import Console
 from ray_distill.pipeline.config import ConfigError, load_config
 from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, plan_cost
 from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.index import index_audio
+from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
@@ -73,13 +75,13 @@ def test_a_disk_that_is_too_small_is_refused(
         f"teacher.checkpoint={TEACHER}",
     ]
     run = Run(load_config(DEMO, overrides), Console(quiet=True))
-    run.index()
-    run.plan()
+    index_audio(run)
+    plan_cache(run)
     monkeypatch.setattr(Store, "free_bytes", lambda store: 10_000)
     with pytest.raises(
-        ConfigError, match=r"cache.path: .*cache has 0.0 GB free, the cache needs about .* choose another disk"
+        ConfigError, match=r"cache.path: .*cache has 0.0 GB free, but the cache needs about .* choose another disk"
     ):
-        run.plan()
+        plan_cache(run)
     assert not (tmp_path / "cache").exists()
 
 

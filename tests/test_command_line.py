@@ -145,7 +145,7 @@ def test_completion_can_be_shown() -> None:
         (["ablate", "--config", "nothing"], "nothing"),
         (["ablate", "--config", "ablations/smoke", "--units", "words"], "--units needs --probe"),
         (["import-config", "nothing.yaml"], "nothing.yaml"),
-        (["plan-cluster", "--cluster", "nothing"], "there is no cluster at nothing"),
+        (["plan-cluster", "--cluster", "nothing"], "there is no cluster description at nothing"),
         (["export", "nothing", "--format", "torch", "--output", "x"], "nothing is not a student"),
         (["convert", "nothing.ckpt", "nothing.yaml", "x"], "nothing."),
         (["profile", "nothing"], "nothing is not a student"),

@@ -3,7 +3,6 @@
 A module of mkdocs' ``hooks``; it is no part of the product.
 """
 
-import importlib
 import json
 import re
 import sys
@@ -14,7 +13,6 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 
-import click
 import typer
 from configuration import configuration
 from link_package import link_package
@@ -97,57 +95,50 @@ def _cell(text: str, code: bool = True) -> str:
 
 
 def commands() -> str:
-    """Every command with its options, from the typer applications."""
-    import ray_distill.pipeline.demo.demo
-    import ray_distill.pipeline.run
-    import ray_distill.serve.__main__
-    import ray_distill.teacher_cache.__main__
+    """Every command with its arguments and options, from the application."""
+    from ray_distill.command_line import application
 
-    def one(function: Callable[..., Any]) -> typer.Typer:
-        app = typer.Typer(add_completion=False)
-        app.command()(function)
-        return app
-
-    def of(module: Any, function: str) -> typer.Typer:
-        app = getattr(module, "app", None)
-        return app if isinstance(app, typer.Typer) else one(getattr(module, function))
-
-    applications = (
-        ("ray-distill", "python pipeline/run.py", of(ray_distill.pipeline.run, "main")),
-        *(
-            (f"ray-distill {name}", f"python pipeline/run.py {name}", one(importlib.import_module(module).command))
-            for name, module in ray_distill.pipeline.run.COMMANDS.items()
-        ),
-        ("ray-distill-cache", "python -m teacher_cache", ray_distill.teacher_cache.__main__.app),
-        ("ray-distill-serve", "python -m serve", of(ray_distill.serve.__main__, "serve")),
-        ("make demo", "python pipeline/demo/demo.py", of(ray_distill.pipeline.demo.demo, "main")),
-    )
+    root = typer.main.get_group(application)
     lines = [
         "# Commands",
         "",
-        "Made from the code. An installed package has the first name, the repository the second.",
+        "Generated from the code. `ray-distill COMMAND --help` shows the same in a terminal. In the repository without installation,",
+        "`python pipeline/run.py` is the same as `ray-distill`; everywhere, `python -m ray_distill` is too. `ray-distill-cache` and",
+        "`python -m teacher_cache` are the same as `ray-distill cache`, and `ray-distill-serve` and `python -m serve` as",
+        "`ray-distill serve`. `make demo` runs `ray-distill demo`.",
+        "",
+        _paragraph(root.epilog),
+        "",
+        "`ray-distill --install-completion` installs the completion of commands, options and recipe names for the shell.",
     ]
-    for installed, here, app in applications:
-        command = typer.main.get_command(app)
-        lines += ["", f"## {installed}", "", f"`{here}`", "", _paragraph(command.help)]
-        subcommands = getattr(command, "commands", None)
-        for name, inner in (subcommands or {"": command}).items():
-            if subcommands:
-                lines += ["", f"### {installed} {name}", "", _paragraph(inner.help)]
-            lines += ["", *_parameters(inner)]
+    for name, command in root.commands.items():
+        lines += ["", f"## ray-distill {name}", "", _paragraph(command.help)]
+        inner = getattr(command, "commands", None)
+        for subcommand, function in (inner or {}).items():
+            lines += [
+                "",
+                f"### ray-distill {name} {subcommand}",
+                "",
+                _paragraph(function.help),
+                "",
+                *_parameters(function),
+            ]
+        if inner is None:
+            lines += ["", *_parameters(command)]
     return "\n".join(lines) + "\n"
 
 
-def _parameters(command: click.Command) -> list[str]:
-    lines = ["| option or argument | default | meaning |", "|---|---|---|"]
+def _parameters(command: Any) -> list[str]:
+    """Return a table of the arguments and options of a command."""
+    lines = ["| argument or option | default | meaning |", "|---|---|---|"]
     for parameter in command.params:
-        name = ", ".join(parameter.opts) if parameter.param_type_name == "option" else str(parameter.name)
+        name = (
+            ", ".join(parameter.opts) if parameter.param_type_name == "option" else parameter.metavar or parameter.name
+        )
         default = parameter.default() if callable(parameter.default) else parameter.default
         shown = "required" if parameter.required else "none" if default in (None, "", (), []) else str(default)
-        shown = shown.replace(f"{REPOSITORY}/", "")
-        lines.append(
-            f"| `{_cell(name, code=False)}` | {_cell(shown)} | {_cell(getattr(parameter, 'help', None) or '', code=False)} |"
-        )
+        meaning = _cell(_paragraph(getattr(parameter, "help", None)), code=False)
+        lines.append(f"| `{_cell(name, code=False)}` | {_cell(shown)} | {meaning} |")
     return lines
 
 

@@ -11,7 +11,10 @@ def export(
         Path, typer.Argument(help="Folder of a run, of an export or of a checkpoint; or a published .ckpt file.")
     ],
     output: Annotated[Path, typer.Option(help="New folder; for onnx and torch, new file.")],
-    format: Annotated[Literal["s3prl", "huggingface", "onnx", "torch"], typer.Option(help="Format to write.")],
+    format: Annotated[
+        Literal["s3prl", "huggingface", "onnx", "torch"],
+        typer.Option(help="Format to write: s3prl, huggingface, onnx or torch (torch.export)."),
+    ],
     model_config: Annotated[Path | None, typer.Option(help="YAML file of a published .ckpt.")] = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="Quantise the weights of matrix products to dynamic int8 (onnx only).")
@@ -19,7 +22,7 @@ def export(
 ) -> None:
     """Export a student to S3PRL, Hugging Face, ONNX or PyTorch.
 
-    The export contains a record of its origin. The format torch is that of torch.export.
+    The export contains a record of its origin.
     """
     from ray_distill.pipeline.student_export import export_student, open_student
 

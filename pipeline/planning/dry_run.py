@@ -9,6 +9,7 @@ from rich.table import Table
 from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.pipeline.corpus import count_files
 from ray_distill.pipeline.run_folder import RunFolder
+from ray_distill.pipeline.stages import Run
 from ray_distill.student import Student
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -45,16 +46,18 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     Raises:
         ValueError: The corpus, the teacher, the cache or the run's folder can't be used with this configuration.
     """
-    folder = RunFolder(config.folder.absolute())
-    counts = count_files(config.corpus.path, config.corpus.train_splits, config.corpus.validation_splits)
     teacher = load_header(config.teacher.checkpoint)
+    run = Run(config, Console(quiet=True), teacher)
+    folder = run.folder
+    folder.refuse_other_config(config)
+    counts = count_files(config.corpus.path, config.corpus.train_splits, config.corpus.validation_splits)
     cache = Cache.open(config.cache.location) if Cache.exists(Store(config.cache.location)) else None
     train = config.train
     batch = f"{train.batch_size} utterances" if train.batch_size else f"{train.batch_seconds:g} s of audio"
     facts = {
         "run folder": str(folder.path),
         "corpus": f"{config.corpus.path.absolute()}: {_listed(counts)}",
-        "teacher": _teacher_facts(config, teacher),
+        "teacher": _teacher_facts(run, teacher),
         "student": _student_facts(config, teacher),
         "masks": f"{config.masks.draws} draws, mask_prob {config.masks.policy.mask_prob:g}"
         if config.masks.draws
@@ -83,26 +86,20 @@ def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {split} files" for split, count in counts.items())
 
 
-def _teacher_facts(config: Config, teacher: Teacher | None) -> str:
-    checkpoint = config.teacher.checkpoint
-    # A torchaudio bundle has no mask embedding.
-    has_mask_embedding = "mean-mask:" in checkpoint if teacher is None else teacher.has_mask_embedding
-    if config.masks.draws and not has_mask_embedding:
-        raise ConfigError(
-            f"masks.draws: {checkpoint} has no mask embedding, so it has no masked targets; set masks.draws=0 for clean "
-            f"targets, or teacher.checkpoint=mean-mask:{checkpoint} for a substitute"
-        )
-    if teacher is None:
-        return f"{checkpoint} (not checked, since it would be downloaded)"
-    for layer in config.teacher.layers or []:
-        if not 1 <= layer <= teacher.num_layers:
+def _teacher_facts(run: Run, header: Teacher | None) -> str:
+    config = run.config
+    if header is None:
+        if config.masks.draws and "mean-mask:" not in config.teacher.checkpoint:
             raise ConfigError(
-                f"teacher.layers: {teacher.name} has no layer {layer}; its layers are 1 to {teacher.num_layers}"
+                f"masks.draws: {config.teacher.checkpoint} has no mask embedding, so it has no masked targets; set masks.draws=0 "
+                f"for clean targets, or teacher.checkpoint=mean-mask:{config.teacher.checkpoint} for a substitute embedding"
             )
-    layers = config.teacher.layers or range(1, teacher.num_layers + 1)
+        return f"{config.teacher.checkpoint} (not checked, since it would be downloaded)"
+    teacher = run.teacher  # Checks the layers and the mask embedding.
+    weights = ", RANDOM weights" if run.teacher_is_random else ""
     return (
-        f"{teacher.name}: {teacher.num_parameters:,} parameters, {teacher.num_layers} layers of width {teacher.dim}, "
-        f"{len(layers)} used"
+        f"{teacher.name}: {teacher.num_parameters:,} parameters{weights}, {teacher.num_layers} layers of width {teacher.dim}, "
+        f"{len(run.layers)} used"
     )
 
 

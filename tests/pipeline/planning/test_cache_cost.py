@@ -50,8 +50,8 @@ def test_what_the_plan_says(tmp_path: Path, cache_spec: Make, source_utterances:
     spec = cache_spec(TEACHER, codec="pca", masks=MaskDraws(draws=5))
     plan = plan_cost(source_utterances, spec, teacher, str(tmp_path))
     text = " ".join(cost_lines(plan))
-    assert "5 mask draws" in text and "reads all their bytes" in text
-    assert "6 teacher passes" in text and "paid for after 3 epochs" in text
+    assert "5 mask draws" in text and "still reads all of them" in text
+    assert "6 teacher passes" in text and "pays off after 3 epochs" in text
     console = Console(width=200, record=True)
     console.print(cost_table(plan))
     table = console.export_text()
@@ -62,7 +62,7 @@ def test_what_the_plan_says(tmp_path: Path, cache_spec: Make, source_utterances:
     )
     assert columns.masked_fraction == 0
     assert columns.pays_after == 1
-    assert "reads all their bytes" not in " ".join(cost_lines(columns))
+    assert "still reads all of them" not in " ".join(cost_lines(columns))
 
 
 def test_a_disk_that_is_too_small_is_refused(

@@ -10,9 +10,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ray_distill.command_line import application
-from ray_distill.pipeline.config import Config, load_config
+from ray_distill.pipeline.config import Config, ConfigError, load_config
 from ray_distill.pipeline.planning.dry_run import plan_run
 from ray_distill.pipeline.stages import STAGES, Run
+from ray_distill.pipeline.stages.train import initial_student
 from ray_distill.student import Student
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 
@@ -43,7 +44,7 @@ def test_a_new_run_is_planned_and_nothing_is_written(
     assert shown.exit_code == 0, shown.output
     for text in (
         "9 train files, 3 validation files",
-        "random:4x64: 264,652 parameters, 4 layers of width 64, 4 used",
+        "random:4x64: 264,652 parameters, RANDOM weights, 4 layers of width 64, 4 used",
         "190,496 parameters",
         f"build the cache at {tmp_path / 'caches' / 'demo'}",
         "train from the first step",
@@ -55,9 +56,7 @@ def test_a_new_run_is_planned_and_nothing_is_written(
 
 def test_the_students_size_is_that_of_the_run(tmp_path: Path, speech_folder: Path) -> None:
     plan = plan_run(configure(tmp_path), list(STAGES))
-    run = Run(configure(tmp_path), Console(quiet=True))
-    run.index()
-    settings, _ = run.first_student()
+    settings, _ = initial_student(Run(configure(tmp_path), Console(quiet=True)))
     assert plan.facts["student"].startswith(f"{sum(p.numel() for p in Student(settings).parameters()):,} parameters")
 
 
@@ -93,7 +92,7 @@ def test_online_targets_need_no_cache(tmp_path: Path, speech_folder: Path) -> No
         (["teacher.checkpoint=/nowhere.pt"], "there is no teacher '/nowhere.pt'"),
         (["teacher.checkpoint=torchaudio:HUBERT"], "no pre-trained bundle 'HUBERT'"),
         (["teacher.checkpoint=torchaudio:HUBERT_BASE"], "has no mask embedding"),
-        (["teacher.layers=[5]"], "random:4x64 has no layer 5; its layers are 1 to 4"),
+        (["teacher.layers=[5]"], "there is no layer 5; random:4x64 has layers 1 to 4"),
     ],
 )
 def test_mistakes_are_found(tmp_path: Path, speech_folder: Path, overrides: list[str], message: str) -> None:
@@ -125,3 +124,12 @@ def test_a_damaged_checkpoint_is_refused_by_its_header(tmp_path: Path, speech_fo
     checkpoint.write_bytes(b"PK\x03\x04 and nothing else")
     with pytest.raises(ValueError, match="is not a readable PyTorch checkpoint"):
         plan_run(config, ["index"])
+
+
+def test_the_folder_of_another_run_is_refused(tmp_path: Path, speech_folder: Path) -> None:
+    config = configure(tmp_path)
+    with Run(config, Console(quiet=True)).folder.begin(config):
+        config.folder.joinpath("metrics.jsonl").write_text("")
+    assert plan_run(config, ["index"]).name == "demo"
+    with pytest.raises(ConfigError, match=r"another configuration \(sections that differ: train\)"):
+        plan_run(configure(tmp_path, "train.seed=9"), ["index"])

@@ -91,12 +91,3 @@ def _parameters() -> list[inspect.Parameter]:
 
 serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
 serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _parameters()}
-
-
-def main() -> None:
-    """Run `serve` with the arguments of the command line; a user's mistake becomes one sentence and exit status 2."""
-    try:
-        typer.run(serve)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)

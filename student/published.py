@@ -8,9 +8,9 @@ from typing import Any, Literal
 import yaml
 from torch import Tensor
 
-from ray_distill.student.checkpoints import fill
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.weights import load_weights
 from ray_distill.teacher_cache.untrusted import load_untrusted
 
 _KEYS = (
@@ -73,7 +73,7 @@ def load_published(checkpoint: Path, config: Path) -> Student:
     tensors = {name[len(prefix) :]: t for name, t in loaded["state_dict"].items() if name.startswith(prefix)}
     if not tensors:
         raise ValueError(f"{checkpoint} holds no student: none of its tensors' names starts with {prefix!r}")
-    fill(student, _converted(tensors, described, checkpoint), checkpoint)
+    load_weights(student, _converted(tensors, described, checkpoint), checkpoint)
     return student.eval()
 
 

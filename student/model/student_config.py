@@ -133,7 +133,9 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     @pydantic.model_validator(mode="after")
     def _check_geometry(self) -> Self:
         if not self.conv_layers or any(min(layer) < 1 for layer in self.conv_layers):
-            raise ValueError("conv_layers needs at least one layer (channels, kernel, stride), with positive numbers")
+            raise ValueError(
+                "conv_layers needs at least one layer (channels, kernel, stride), and all numbers must be positive"
+            )
         if self.encoder_embed_dim % self.encoder_attention_heads:
             raise ValueError(
                 f"encoder_embed_dim {self.encoder_embed_dim} is not a multiple of encoder_attention_heads "

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ray_distill.student.checkpoints import fill, load_tensors
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.layer_loss import DistillationLoss, Distiller
@@ -26,6 +25,7 @@ from ray_distill.student.training.prefetch import Micro, TrainingPlan, micro_bat
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import Checkpoints, Stateful
+from ray_distill.student.weights import load_tensors, load_weights
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
 from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
@@ -225,7 +225,7 @@ class _Loop:
         torch.manual_seed(settings.seed)
         self.student = Student(config).to(rank.device)
         if initial is not None:
-            fill(self.student, load_tensors(initial), initial, whole=False)
+            load_weights(self.student, load_tensors(initial), initial, strict=False)
         self.student.checkpoint_activations = settings.checkpoint_activations
         # Without masks nothing reaches the mask embedding, and DDP would wait for its gradient.
         self.student.mask_embedding.requires_grad_(train_reader.draws != 0 and settings.mask_embedding == "learned")

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from ray_distill.student.checkpoints import load_student, save_student
     from ray_distill.student.model.student import Student, StudentOutput
     from ray_distill.student.model.student_config import StudentConfig
-    from ray_distill.student.objectives.layer_loss import DistillationLoss, distillation_loss
+    from ray_distill.student.objectives.layer_loss import distillation_loss
+    from ray_distill.student.objectives.objective import DistillationLoss
     from ray_distill.student.training.spec_augment import SpecAugment
     from ray_distill.student.training.train_settings import TrainSettings
 
 _MODULES = {
-    "DistillationLoss": "objectives.layer_loss",
+    "DistillationLoss": "objectives.objective",
     "SpecAugment": "training.spec_augment",
     "Student": "model.student",
     "StudentConfig": "model.student_config",

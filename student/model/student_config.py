@@ -1,6 +1,7 @@
 """Architecture of a student: every choice, with ARMHuBERT-S's value as its default."""
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Any, Literal, Self
 
 import pydantic
 
@@ -91,6 +92,12 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     """Dropout probability inside feed-forward layers, after the activation."""
     dropout_input: float = pydantic.Field(default=0.05, ge=0, lt=1)
     """Dropout probability of the projected features."""
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield the fields that differ from their defaults, which the representation shows."""
+        for name, field in type(self).model_fields.items():
+            if (value := getattr(self, name)) != field.default:
+                yield name, value
 
     @property
     def reuses(self) -> tuple[bool, ...]:

@@ -1,12 +1,10 @@
-"""The published distillation loss over real frames, and the same loss of one head computed together with its gradients."""
+"""The published distillation loss over real frames, for all layers at once and for a single head."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ray_distill.student.objectives.objective import DistillationLoss, ErrorKind, check_kind
 from ray_distill.teacher_cache.frames import padding_mask
@@ -117,7 +115,7 @@ def head_loss(
     cosines: bool,
     cosine_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of one layer; the same numbers as the head followed by `distillation_loss`, with less memory.
+    """Return the loss of one layer, with the same numbers as the head followed by `distillation_loss`.
 
     Args:
         x: (B, T, d) float, input of the head.
@@ -132,78 +130,15 @@ def head_loss(
         () float, sum of the errors of real frames; then, without gradients, (B, T) error of each real frame averaged over
         D, and (B, T) cosine similarities, or an empty tensor if they were not requested.
     """
-    weight, bias = (head.weight, head.bias) if isinstance(head, nn.Linear) else (None, None)
-    result: tuple[Tensor, Tensor, Tensor] = HeadLoss.apply(
-        x, weight, bias, targets, padded, kind, cosines, cosine_weight, torch.is_grad_enabled()
-    )  # type: ignore[no-untyped-call]
-    return result
-
-
-class HeadLoss(torch.autograd.Function):
-    """A head and its loss, with the gradients computed in the forward pass, up to the factor known in the backward pass.
-
-    BENCH
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        targets: Tensor,
-        padded: Tensor,
-        kind: ErrorKind,
-        cosines: bool,
-        cosine_weight: float,
-        differentiable: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        projections = x if weight is None else F.linear(x, weight, bias)
-        targets = targets.float()
-        wide = projections.float()
-        similarities = x.new_empty(0)
-        if cosines or cosine_weight:
-            similarities = F.cosine_similarity(wide, targets, -1)
-        error = wide - targets
-        per_frame = (error.square() if kind == "mse" else error.abs()).mean(-1)
-        if cosine_weight:
-            per_frame -= cosine_weight * F.logsigmoid(similarities)
-        per_frame = per_frame.masked_fill(padded, 0)
-        if differentiable:
-            # The gradient of the sum is factor * error (or its sign). It is scaled by the inverse root of the number of
-            # frames for the matrix products, so that half precision neither overflows in the sum over frames nor
-            # underflows before it.
-            scale = padded.numel() ** -0.5
-            ctx.factor = (2 if kind == "mse" else 1) / error.shape[-1] / scale
-            error = error if kind == "mse" else error.sign_()
-            if cosine_weight:
-                error += _cosine_gradient(wide, targets, similarities) * (cosine_weight / ctx.factor / scale)
-            error = error.masked_fill_(padded[..., None], 0).mul_(scale)
-            if weight is None:
-                gradients = [error.to(x.dtype)]
-            else:
-                assert bias is not None
-                rows = error.to(projections.dtype).flatten(0, 1)
-                gradients = [
-                    (rows @ weight).view_as(x).to(x.dtype),
-                    (rows.t() @ x.flatten(0, 1)).to(weight.dtype),
-                    rows.sum(0, dtype=bias.dtype),
-                ]
-            ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(per_frame, similarities)
-        return per_frame.sum(), per_frame, similarities
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        factor = gradient * ctx.factor
-        gradients = [saved * factor for saved in ctx.saved_tensors]
-        return (*gradients, *(None,) * (9 - len(gradients)))
-
-
-def _cosine_gradient(projections: Tensor, targets: Tensor, cosines: Tensor) -> Tensor:
-    """Return the gradient of ``-log sigmoid(cos(p, t))`` with respect to p, (B, T, D), given the cosines (B, T)."""
-    norms = projections.norm(dim=-1, keepdim=True).clamp_min(1e-8), targets.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-    cosines = cosines[..., None]
-    gradient: Tensor = targets / (norms[0] * norms[1]) - projections * (cosines / norms[0].square())
-    return gradient * (torch.sigmoid(cosines) - 1)
+    projections, targets = head(x).float(), targets.float()
+    # Targets may hold anything at padding, NaN included, which must not reach the gradients.
+    error = (projections - targets).masked_fill(padded[..., None], 0)
+    per_frame = (error.square() if kind == "mse" else error.abs()).mean(-1)
+    similarities = x.new_empty(0)
+    if cosine_weight:
+        real = (y.masked_fill(padded[..., None], 0) for y in (projections, targets))
+        similarities = F.cosine_similarity(*real, -1)
+        per_frame = per_frame - cosine_weight * F.logsigmoid(similarities).masked_fill(padded, 0)
+    elif cosines:
+        similarities = F.cosine_similarity(projections.detach(), targets, -1)
+    return per_frame.sum(), per_frame.detach(), similarities.detach()

@@ -60,8 +60,8 @@ class LayerPrediction(Objective, frozen=True):
 class LayerDistiller(Distiller):
     """A student and its `distillation_loss` in one forward pass.
 
-    It returns the same numbers as the two in turn, but works layer by layer: the projections and errors of a head are freed
-    as soon as their loss and gradients are known, so that no (B, L, T, D) tensor is held beside the targets.
+    It returns the same numbers as the two in turn, but works layer by layer, so that autograd saves one (B, T, D) tensor for
+    each head and no (B, L, T, D) tensor is made beside the targets.
 
     Args:
         student: The student; its parameters (under ``student.``) are all the parameters of this module.

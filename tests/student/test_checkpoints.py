@@ -196,7 +196,7 @@ def test_published_yaml(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"conv_feature_layers": "__import__('os').system('touch witness')"}, "is not a sum of lists"),
-        ({"conv_feature_layers": "[(8, 10, 5)] * 1000 * 1000 * 1000"}, "something else than a small number"),
+        ({"conv_feature_layers": "[(8, 10, 5)] * 1000 * 1000 * 1000"}, "does not repeat a list by a small number"),
         ({"conv_feature_layers": "[(8, 10, open('witness', 'w'))]"}, "does not describe a student"),
         ({"conv_feature_layers": " + ".join(["[(8,1,1)]"] * 5000)}, "does not describe a student"),
         ({"conv_feature_layers": "[(8, 10"}, "does not describe a student"),

@@ -335,7 +335,7 @@ def test_impossible_students_are_refused(values: dict[str, object], message: str
         (torch.zeros(1, 4000).short(), torch.tensor([4000]), None, "waveforms must be float"),
         (torch.zeros(2, 4000), torch.tensor([4000, 399]), None, r"from 400 samples \(one frame\) to the batch's 4000"),
         (torch.zeros(1, 4000), torch.tensor([4001]), None, "to the batch's 4000"),
-        (torch.zeros(0, 4000), torch.zeros(0, dtype=torch.int64), None, "holds no waveform"),
+        (torch.zeros(0, 4000), torch.zeros(0, dtype=torch.int64), None, "has no waveforms"),
         (torch.zeros(1, 4000), torch.tensor([4000]), torch.zeros(1, 13).bool(), r"shape \(1, 12\)"),
         (torch.zeros(1, 4000), torch.tensor([4000]), torch.zeros(1, 12), "frame_mask must be bool"),
     ],

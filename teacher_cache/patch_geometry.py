@@ -77,6 +77,6 @@ class PatchGeometry(pydantic.BaseModel, frozen=True, extra="forbid"):
         return ((x_BNM - self.mean) / (2 * self.std)).transpose(1, 2)[:, None]
 
 
-def by_column(x_BDRC: Tensor) -> Tensor:
+def flatten_by_column(x_BDRC: Tensor) -> Tensor:
     """(B, D, R, C), as a convolution over the spectrogram gives it → (B, T, D), column by column."""
     return x_BDRC.permute(0, 3, 2, 1).flatten(1, 2)

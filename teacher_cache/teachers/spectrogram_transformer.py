@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_distill.teacher_cache.frames import Length
-from ray_distill.teacher_cache.patch_geometry import PatchGeometry, by_column
+from ray_distill.teacher_cache.patch_geometry import PatchGeometry, flatten_by_column
 from ray_distill.teacher_cache.spectrograms import MEL_HOP, MEL_WINDOW
 from ray_distill.teacher_cache.teachers.huggingface_folder import Folder
 from ray_distill.teacher_cache.teachers.prenorm_layer import PreNormLayer
@@ -103,7 +103,7 @@ class SpectrogramTeacher(Teacher):
     def layer_outputs(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None) -> Iterator[Tensor]:
         """See `Teacher.layer_outputs`."""
         network, patches = self._network, self.num_frames(waveforms.shape[1])
-        x_BTD = by_column(network.projection(self._geometry.spectrogram(waveforms, lengths, self._mel_frames)))
+        x_BTD = flatten_by_column(network.projection(self._geometry.spectrogram(waveforms, lengths, self._mel_frames)))
         x_BTD = torch.cat(
             [self.masked(x_BTD[:, :patches], frame_mask, self.num_frames(lengths)), x_BTD[:, patches:]], 1
         )
@@ -111,7 +111,7 @@ class SpectrogramTeacher(Teacher):
         positions_by_row = (
             network.position_embeddings[:, 2:].transpose(1, 2).reshape(1, self.dim, self._geometry.rows, -1)
         )
-        positions = torch.cat([network.position_embeddings[:, :2], by_column(positions_by_row)], 1)
+        positions = torch.cat([network.position_embeddings[:, :2], flatten_by_column(positions_by_row)], 1)
         x_BTD = torch.cat([tokens.expand(len(x_BTD), -1, -1).to(x_BTD.dtype), x_BTD], 1) + positions
         for layer in network.layers:
             x_BTD = layer(x_BTD, None)

@@ -11,17 +11,10 @@ import torch
 
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_deep
-from ray_distill.teacher_cache.masks import MaskPolicy, draw_mask
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy, draw_mask
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache, file_record, write_commit
-from ray_distill.teacher_cache.storage.cache_spec import (
-    CacheError,
-    CacheSpec,
-    LayerSet,
-    MaskDraws,
-    content_key,
-    parts_of,
-)
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, content_key, parts_of
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.teachers import load_teacher

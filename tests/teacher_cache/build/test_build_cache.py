@@ -16,15 +16,17 @@ import pytest
 import torch
 
 from ray_distill.teacher_cache.build.build_cache import BuildReport, Progress, Workers, _ShardWriterActor, build_cache
-from ray_distill.teacher_cache.build.shard_writer import decode_shard, shard_to_json
+from ray_distill.teacher_cache.build.shard_audio import load_shard_audio
+from ray_distill.teacher_cache.build.shard_writer import shard_to_json
 from ray_distill.teacher_cache.embedded_audio import to_pcm
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 
@@ -254,7 +256,7 @@ def test_too_little_memory_is_said_in_one_sentence(
     assert not list((root / "clean").iterdir())
     # An actor hands the sentence on, where an exception would make Ray start it again.
     cache = Cache.open(root)
-    audio = decode_shard(cache, cache.shards[0])
+    audio = load_shard_audio(cache, cache.shards[0])
     row = {
         "shard": shard_to_json(cache.shards[0]),
         "pcm": b"".join(to_pcm(waveform) for waveform in audio.waveforms),
@@ -282,19 +284,17 @@ def test_workers_that_fail_are_said_in_one_sentence(
             raise error
 
         monkeypatch.setattr(ray.data, "from_items", fail)
-        with pytest.raises(
-            CacheError, match=rf"^the cache stage was broken off, since a worker failed \({text}"
-        ) as caught:
+        with pytest.raises(CacheError, match=rf"^the cache stage stopped because a worker failed \({text}") as caught:
             build(tmp_path / "cache", workers=Workers())
         assert "\n" not in str(caught.value)
 
 
 def test_another_builder_is_said_and_the_first_is_not_disturbed(tmp_path: Path, build: Build) -> None:
-    with building(Store(tmp_path / "cache")):
+    with cache_lock(Store(tmp_path / "cache")):
         code = f"""
-from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.store import Store
-with building(Store({str(tmp_path / "cache")!r})):
+with cache_lock(Store({str(tmp_path / "cache")!r})):
     print("two at once")
 """
         second = subprocess.run(

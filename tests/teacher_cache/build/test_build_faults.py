@@ -21,10 +21,11 @@ import pytest
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.maintenance.repair import SET_ASIDE, repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 
@@ -356,10 +357,10 @@ def test_repair_without_a_corpus_reads_what_is_left_of_a_damaged_file(
         group = file.metadata.row_group(0)
         places = {group.column(n).path_in_schema: group.column(n).data_page_offset + 60 for n in range(6)}
     flip(shard, places["layer_02"])
-    assert repair_cache(root) == [f"{shard} made again"]
+    assert repair_cache(root) == [f"{shard} rebuilt"]
     assert contents(root) == sound
 
-    # Damage that reaches the audio can't be undone, and nothing is thrown away; all else is made again.
+    # Damage that reaches the audio can't be undone, and nothing is thrown away; all else is rebuilt.
     flip(shard, places["audio"])
     damaged = shard.read_bytes()
     other = root / "masked/draw=0/part-00002.parquet"
@@ -393,7 +394,7 @@ def test_a_corpus_that_moved_is_found_where_it_lies_now(
     with pytest.raises(CacheError, match=f"no audio of the cache lay below /old; .* was at {speech_folder}"):
         repair_cache(root, corpus_moved=("/old", str(now)))
     assert repair_cache(root, corpus_moved=(str(speech_folder), str(now))) == [
-        f"{root}/clean/part-00001.parquet made again"
+        f"{root}/clean/part-00001.parquet rebuilt"
     ]
     assert contents(root) == sound
 
@@ -412,9 +413,9 @@ def test_strangers_of_one_name_are_all_kept(tmp_path: Path, make_cache: Make) ->
 def test_a_full_temporary_folder_is_said() -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/somewhere")
     expected = r"the disk with the temporary folder \(TMPDIR\) is full .* run again"
-    with pytest.raises(CacheError, match=expected), building(Store("memory://bucket/full")):
+    with pytest.raises(CacheError, match=expected), cache_lock(Store("memory://bucket/full")):
         raise full
-    with pytest.raises(OSError, match="Input/output error") as other, building(Store("memory://bucket/full")):
+    with pytest.raises(OSError, match="Input/output error") as other, cache_lock(Store("memory://bucket/full")):
         raise OSError(errno.EIO, "Input/output error")
     assert not isinstance(other.value, ValueError)
 

@@ -130,7 +130,7 @@ def test_repair_needs_neither_corpus_nor_more_than_the_damage(
     masked = root / "masked" / "draw=1" / "part-00000.parquet"
     masked.write_bytes(b"")
     untouched = {name: (root / name).stat().st_mtime_ns for name in sound if "draw=1/part-00000" not in name}
-    assert repair_cache(root) == [f"{masked} made again"]
+    assert repair_cache(root) == [f"{masked} rebuilt"]
     assert contents(root) == sound
     assert all((root / name).stat().st_mtime_ns == time for name, time in untouched.items())
     assert repair_cache(root) == []

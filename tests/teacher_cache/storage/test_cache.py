@@ -6,18 +6,10 @@ from typing import Any
 
 import pytest
 
-from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.storage.cache import Cache, create_cache
-from ray_distill.teacher_cache.storage.cache_spec import (
-    CacheError,
-    CacheSpec,
-    LayerSet,
-    MaskDraws,
-    Part,
-    content_key,
-    fingerprint,
-)
-from ray_distill.teacher_cache.storage.sealed_json import sealed, unsealed
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, Part, content_key, fingerprint
+from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 
@@ -156,17 +148,17 @@ def test_an_altered_identity_is_noticed(tmp_path: Path) -> None:
         path.write_text(altered)
         with pytest.raises(CacheError, match=r"cache.json is damaged .*; `repair` restores it"):
             Cache.open(tmp_path)
-    record = unsealed(sound.encode())
+    record = decode_record(sound.encode())
     record["spec"]["schema_version"] = 99
-    path.write_bytes(sealed(record))
+    path.write_bytes(encode_record(record))
     with pytest.raises(CacheError, match="has schema version 99, this program reads version 2"):
         Cache.open(tmp_path)
 
 
 def test_sealed_records_are_plain_json() -> None:
-    data = sealed({"b": 1, "a": [2]})
+    data = encode_record({"b": 1, "a": [2]})
     assert list(json.loads(data)) == ["a", "b", "seal"]
-    assert unsealed(data) == {"a": [2], "b": 1}
+    assert decode_record(data) == {"a": [2], "b": 1}
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import torch
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
-from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.teachers import load_teacher
 

@@ -16,12 +16,12 @@ import torch
 
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
-from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
 
@@ -89,12 +89,12 @@ def test_a_cache_in_an_object_store(tmp_path: Path, make_cache: Make, location: 
 @pytest.fixture
 def quick_claims(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claims that are renewed, and given up, twenty times as fast."""
-    monkeypatch.setattr("ray_distill.teacher_cache.storage.lock._BEAT_SECONDS", 0.5)
-    monkeypatch.setattr("ray_distill.teacher_cache.storage.lock._DEAD_SECONDS", 3.0)
+    monkeypatch.setattr("ray_distill.teacher_cache.storage.lock._HEARTBEAT_SECONDS", 0.5)
+    monkeypatch.setattr("ray_distill.teacher_cache.storage.lock._EXPIRY_SECONDS", 3.0)
 
 
 def test_a_second_builder_says_who_builds(make_cache: Make, location: str, quick_claims: None) -> None:
-    with building(Store(location)) as check:
+    with cache_lock(Store(location)) as check:
         with pytest.raises(CacheError, match=rf"the cache at {location} is being built by process \d+ on .*, since"):
             make_cache(location)
         assert not Cache.exists(Store(location))
@@ -111,7 +111,7 @@ import ray_distill.teacher_cache.storage.lock
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
-ray_distill.teacher_cache.storage.lock._BEAT_SECONDS = 0.5
+ray_distill.teacher_cache.storage.lock._HEARTBEAT_SECONDS = 0.5
 location, says, other = sys.argv[1:4]
 job = json.loads(Path(sys.argv[4]).read_text())
 spec = CacheSpec.model_validate(job["spec"])
@@ -164,10 +164,10 @@ def test_of_two_builders_at_once_one_goes_on(
 
 KILLED = """
 import os, signal, sys
-from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.store import Store
 store = Store(sys.argv[1])
-with building(store), store.create("clean/part-00000.parquet") as path:
+with cache_lock(store), store.create("clean/part-00000.parquet") as path:
     path.write_bytes(b"half a shard")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -191,7 +191,7 @@ def test_a_builder_whose_claim_was_taken_over_ends(make_cache: Make, location: s
     store = Store(location)
     other = json.dumps({"host": "elsewhere", "pid": 7, "since": "noon", "claim": "its own", "beat": 1}).encode()
     expected = r"was taken over by process 7 on elsewhere, since noon.* leave it to the other"
-    with pytest.raises(CacheError, match=expected), building(store) as check:
+    with pytest.raises(CacheError, match=expected), cache_lock(store) as check:
         store.write("building.json", other)
         for _ in range(40):
             time.sleep(0.1)

@@ -134,7 +134,7 @@ def test_composite_only_gives_the_same_targets(tmp_path: Path, make_cache: Make,
         assert torch.equal(a.waveforms, b.waveforms)
     ours, theirs = CacheReader(tmp_path / "composite", "validation"), CacheReader(cache, "validation")
     assert torch.equal(ours.read([0], None).targets, theirs.read([0], None).targets)
-    with pytest.raises(CacheError, match="has no clean targets of the training split"):
+    with pytest.raises(CacheError, match="has no clean targets for the training split"):
         CacheReader(tmp_path / "composite", "train").read([0], None)
     sizes = [
         sum(path.stat().st_size for path in (tmp_path / name).rglob("*.parquet")) for name in ("composite", "cache")
@@ -153,7 +153,7 @@ def test_clean_only_masks_the_student_but_not_the_targets(tmp_path: Path, make_c
     assert torch.equal(served.read([3], 1).frame_mask, ours.read([3], 1).frame_mask)
     assert torch.equal(served.read([3], 1).targets, ours.read([3], 1).targets)
     assert Cache.open(cache).covers(Cache.open(tmp_path / "clean").spec)
-    with pytest.raises(CacheError, match="has targets clean_only, clean_and_masked are wanted"):
+    with pytest.raises(CacheError, match="has targets clean_only, not clean_and_masked"):
         CacheReader(tmp_path / "clean", "train", targets="clean_and_masked")
 
 
@@ -177,7 +177,7 @@ def test_what_is_not_there_is_said(cache: Path) -> None:
         CacheReader(cache, "train").read([0], 2)
     with pytest.raises(CacheError, match="mask draw 1 is not in the cache at .*; it has draws 0 to 0"):
         CacheReader(cache, "train", draws=1).read([0], 1)
-    with pytest.raises(CacheError, match="has 2 mask draws, 3 are wanted"):
+    with pytest.raises(CacheError, match="has 2 mask draws, not 3"):
         CacheReader(cache, "train", draws=3)
     with pytest.raises(CacheError, match="no teacher cache"):
         CacheReader(cache / "elsewhere", "train")
@@ -221,7 +221,9 @@ def test_a_composite_cache_without_draws_that_lacks_its_features_is_repaired(tmp
             table = pq.read_table(root / file.name).drop_columns(["layer_01", "layer_02"])
             pq.write_table(table, root / file.name, row_group_size=1)
             write_commit(cache.store, file, file_record(root / file.name, table.num_rows, key))
-    with pytest.raises(CacheError, match="belongs to another file or cache; `repair` restores it"):
+    with pytest.raises(
+        CacheError, match=f"belongs to another file or cache; `ray-distill cache repair {root}` restores it"
+    ):
         CacheReader(root, "train")
     repair_cache(root)
     assert {name: (root / name).read_bytes() for name in sound} == sound

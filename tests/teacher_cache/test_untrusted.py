@@ -111,7 +111,7 @@ def test_other_files_give_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UntrustedCheckpointError, match="not a file"):
         load_untrusted(tmp_path)
     torch.save([1, 2], path)
-    with pytest.raises(UntrustedCheckpointError, match="holds a list, not a dictionary"):
+    with pytest.raises(UntrustedCheckpointError, match="has a list, not the dictionary"):
         load_untrusted(path)
     path.write_bytes(pickle.dumps({"a": 1}, protocol=2))
     with pytest.raises(UntrustedCheckpointError, match="not a readable"):

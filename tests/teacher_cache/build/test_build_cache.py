@@ -408,7 +408,7 @@ def test_a_full_disk(tmp_path: Path, build: Build, cache_spec: Make, source_utte
     shards = len(Cache.open(tmp_path / "sound").shards)
     for row in [*rows, repaired]:
         assert row["said"].startswith(f"the disk of {tmp_path / 'disk' / 'cache'} is full ("), row["said"]
-        assert row["said"].endswith("what is finished stays: make room and run again")
+        assert row["said"].endswith("free some space and run again, finished files are kept")
         assert row["files"] == sound
     for row in rows:
         assert row["left"] == []

@@ -412,7 +412,7 @@ def test_strangers_of_one_name_are_all_kept(tmp_path: Path, make_cache: Make) ->
 
 def test_a_full_temporary_folder_is_said() -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/somewhere")
-    expected = r"the disk with the temporary folder \(TMPDIR\) is full .* run again"
+    expected = r"the disk of the temporary folder \(TMPDIR\) is full .* run again"
     with pytest.raises(CacheError, match=expected), cache_lock(Store("memory://bucket/full")):
         raise full
     with pytest.raises(OSError, match="Input/output error") as other, cache_lock(Store("memory://bucket/full")):

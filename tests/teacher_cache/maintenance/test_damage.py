@@ -149,7 +149,7 @@ def test_both_copies_of_a_record_gone_is_said(tmp_path: Path, make_cache: Callab
         repair_cache(root)
     (root / "cache.json").write_text("{}")
     (root / "copies" / "cache.json").write_text("{}")
-    with pytest.raises(CacheError, match="cache.json is damaged .* and its copy is no better"):
+    with pytest.raises(CacheError, match="cache.json is damaged .* its copy can't be used either"):
         verify_cache(root)
 
 

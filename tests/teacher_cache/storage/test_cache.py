@@ -146,7 +146,9 @@ def test_an_altered_identity_is_noticed(tmp_path: Path) -> None:
     sound = path.read_text()
     for altered in (sound.replace('"fp16"', '"fp32"'), sound + " ", sound[:-2], "{", "[]", '{"seal": 3}'):
         path.write_text(altered)
-        with pytest.raises(CacheError, match=r"cache.json is damaged .*; `repair` restores it"):
+        with pytest.raises(
+            CacheError, match=rf"cache.json is damaged .*; `ray-distill cache repair {tmp_path}` restores it"
+        ):
             Cache.open(tmp_path)
     record = decode_record(sound.encode())
     record["spec"]["schema_version"] = 99

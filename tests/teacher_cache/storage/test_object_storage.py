@@ -190,7 +190,7 @@ def test_a_killed_builders_claim_ends(
 def test_a_builder_whose_claim_was_taken_over_ends(make_cache: Make, location: str, quick_claims: None) -> None:
     store = Store(location)
     other = json.dumps({"host": "elsewhere", "pid": 7, "since": "noon", "claim": "its own", "beat": 1}).encode()
-    expected = r"was taken over by process 7 on elsewhere, since noon.* leave it to the other"
+    expected = r"was taken over by process 7 on elsewhere, since noon.* let the other process finish"
     with pytest.raises(CacheError, match=expected), cache_lock(store) as check:
         store.write("building.json", other)
         for _ in range(40):

@@ -89,11 +89,11 @@ def test_ast_by_column(seconds: float, tmp_path: Path) -> None:
     values = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt")["input_values"]
     by_row = layer_outputs(model.layers, lambda: model(values))[:, 2:]
     rows, columns = (32 - 8) // 6 + 1, (240 - 8) // 5 + 1
-    flatten_by_column = by_row.unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2)
+    by_column = by_row.unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2)
     actual = teacher.hidden_states(waveform)[0]
     real_columns = ((waveform.shape[1] - 400) // 160 + 1 - 8) // 5 + 1
     assert actual.shape[1] == real_columns * rows
-    assert float((actual - flatten_by_column[:, : real_columns * rows]).abs().max()) < TOLERANCE
+    assert float((actual - by_column[:, : real_columns * rows]).abs().max()) < TOLERANCE
 
 
 def test_kaldi_fbank_is_torchaudios() -> None:
@@ -112,7 +112,7 @@ def test_whisper_folders_that_are_refused(tmp_path: Path) -> None:
     text = config.read_text()
     for old, new, message in (
         ('"activation_function": "gelu"', '"activation_function": "relu"', "activation_function = 'relu'"),
-        ('"encoder_attention_heads": 4', '"encoder_attention_heads": 5', "sizes that make no model"),
+        ('"encoder_attention_heads": 4', '"encoder_attention_heads": 5', "sizes from which no model can be built"),
         ('"d_model": 32', '"d_model": "x"', "without a usable value"),
         ('"encoder_layers": 3', '"encoder_layers": 2', "has weights that its configuration doesn't know"),
     ):

@@ -140,7 +140,7 @@ def test_options_stand_before_a_specification(specs: dict[str, str]) -> None:
     x_BTD = torch.tensor([[[1.0], [3.0], [8.0]], [[1.0], [5.0], [900.0]]])
     masked = stand_in.masked(x_BTD, torch.tensor([[True, False, False]] * 2), torch.tensor([3, 2]))
     assert masked.squeeze(2).tolist() == [[4.0, 3.0, 8.0], [3.0, 5.0, 900.0]], "the mean counts real frames"
-    with pytest.raises(TeacherError, match="has a mask embedding, so it needs no stand-in"):
+    with pytest.raises(TeacherError, match="has a mask embedding, so it needs no replacement"):
         load_teacher("mean-mask:random:2x32")
 
 

@@ -253,12 +253,12 @@ def test_huggingface_errors(tmp_path: Path) -> None:
     write_huggingface(folder, "hubert", False, "")
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
-        ({"model_type": "bert"}, "type 'bert', but one of hubert, wavlm, wav2vec2, .*whisper"),
+        ({"model_type": "bert"}, "type 'bert'; the supported types are hubert, wavlm, wav2vec2, .*whisper"),
         ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
         ({"num_hidden_layers": 3}, "lacks weights that its configuration needs"),
         ({"num_hidden_layers": "x"}, "wrong kind"),
         ({"conv_stride": [5, 2, 2, 2, 2, 2, 1]}, "320 apart"),
-        ({"hidden_size": 64}, "other shapes"),
+        ({"hidden_size": 64}, "shapes don't fit"),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(TeacherError, match=message):
@@ -286,27 +286,30 @@ def test_unsupported_checkpoints(kind: str, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
     refused(lambda c, _: c.pop("cfg"), "neither 'cfg' nor 'args'")
-    refused(lambda c, _: c.pop("model"), "no weights under its key 'model'")
+    refused(lambda c, _: c.pop("model"), "no weights under the key 'model'")
     refused(lambda c, _: c["model"].pop("encoder.layers.0.fc1.bias"), "lacks weights .*intermediate_dense.bias")
     refused(lambda c, _: c["model"].update({"w2v_encoder.x": torch.zeros(1)}), "a weight 'w2v_encoder.x'")
     refused(lambda _, cfg: cfg.update(activation_fn="relu"), "activation_fn = 'relu', but only 'gelu'")
     refused(lambda _, cfg: cfg.update(encoder_layers=1), "has weights that its configuration doesn't know")
-    refused(lambda _, cfg: cfg.update(encoder_attention_heads=5), "heads must divide the width")
+    refused(lambda _, cfg: cfg.update(encoder_attention_heads=5), "the number of heads must divide the width")
     refused(lambda _, cfg: cfg.update(encoder_layers="2"), "not a positive integer")
     refused(lambda _, cfg: cfg.update(conv_feature_layers="__import__('os').getcwd()"), "not a list of")
     refused(lambda _, cfg: cfg.update(conv_feature_layers="[(1,1,1)] * 9999999999"), "not a list of")
     refused(lambda c, _: c["model"].update(mask_emb=torch.zeros(3)), "mask embedding of shape")
     if kind == "hubert":
-        refused(lambda _, cfg: cfg.update(_name="hubert_ctc"), "kind 'hubert_ctc'; a pre-trained, not fine-tuned")
-        refused(lambda c, _: c["cfg"]["task"].update(sample_rate=8000), "trained on 8000 Hz")
+        refused(
+            lambda _, cfg: cfg.update(_name="hubert_ctc"),
+            "'hubert_ctc'; it must be a pre-trained model, not a fine-tuned one",
+        )
+        refused(lambda c, _: c["cfg"]["task"].update(sample_rate=8000), "trained on audio at 8000 Hz")
     else:
         refused(lambda _, cfg: cfg.update(gru_rel_pos=False), "gru_rel_pos = False")
 
 
 def test_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TeacherError, match=r"'HUBERT_BAS' is no pre-trained bundle.*HUBERT_BASE, .*WAVLM_LARGE"):
+    with pytest.raises(TeacherError, match=r"'HUBERT_BAS' is not a pre-trained bundle.*HUBERT_BASE, .*WAVLM_LARGE"):
         load_teacher("torchaudio:HUBERT_BAS")
-    with pytest.raises(TeacherError, match="no pre-trained bundle"):
+    with pytest.raises(TeacherError, match="not a pre-trained bundle"):
         load_teacher("torchaudio:HUBERT_ASR_LARGE")
 
     random = load_teacher("random:1x32")
@@ -319,14 +322,14 @@ def test_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
         assert teacher.name == "torchaudio:HUBERT_LARGE"
         expected = torch.stack(model.extract_features(waveforms)[0], dim=1)
         torch.testing.assert_close(teacher.hidden_states(waveforms), expected, atol=ABSOLUTE, rtol=0)
-    with pytest.raises(TeacherError, match="HUBERT_LARGE has no mask embedding, so it can't give masked targets"):
+    with pytest.raises(TeacherError, match="HUBERT_LARGE has no mask embedding, so it can't compute masked targets"):
         teacher.hidden_states(waveforms, frame_mask=torch.zeros(1, 12, dtype=torch.bool))
 
     def unreachable(_: Any) -> None:
         raise OSError("no route")
 
     monkeypatch.setattr(torchaudio.pipelines.Wav2Vec2Bundle, "get_model", unreachable)
-    with pytest.raises(TeacherError, match="HUBERT_BASE can't be had: no route"):
+    with pytest.raises(TeacherError, match="HUBERT_BASE can't be downloaded: no route"):
         load_teacher("torchaudio:HUBERT_BASE")
 
 

@@ -18,7 +18,6 @@ from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
-from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 _LOG = logging.getLogger(__name__)
@@ -37,6 +36,7 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
             CacheReader(job["cache"], "train", layers, job["masks"]["draws"], targets=job["cache_targets"]),
             CacheReader(job["cache"], "validation", layers),
         )
+    from ray_distill.teacher_cache.targets.online_targets import OnlineReader
     from ray_distill.teacher_cache.teachers import load_teacher
 
     teacher = load_teacher(job["teacher"], device)

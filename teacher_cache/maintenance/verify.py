@@ -135,7 +135,7 @@ def _check_file(cache: Cache, file: ShardFile, sizes: dict[str, int], checksums:
         )
     if checksums and store.sha256(file.name) != record["sha256"]:
         return Problem(
-            file.name, f"{store.at(file.name)} differs from the committed file (SHA-256 differs)", "shard", file
+            file.name, f"{store.at(file.name)} does not match its commit record (SHA-256 differs)", "shard", file
         )
     return None
 

@@ -137,7 +137,7 @@ def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
     assert run("verify", root, "--fast")[0] == 0  # Its size is right.
     code, text = run("verify", root)
     assert code == 1
-    assert f"{shard} is not as committed (SHA-256 differs)" in text
+    assert f"{shard} does not match its commit record (SHA-256 differs)" in text
     code, text = run("repair", root)
     assert code == 0
     assert f"{shard} rebuilt" in text and "1 things repaired" in text

@@ -1,4 +1,4 @@
-"""Checkpoints of others: read without executing, refused when they could."""
+"""Untrusted checkpoints are loaded without running code, and refused if they could run any."""
 
 import argparse
 import os
@@ -35,7 +35,7 @@ def test_malicious_pickle_is_refused_and_does_nothing(tmp_path: Path, zip_format
         with pytest.raises(UntrustedCheckpointError, match=r"refused: its pickle names (posix|nt)\.system"):
             load(path)
     assert not touched.exists()
-    torch.load(path, weights_only=False)  # The trap itself works.
+    torch.load(path, weights_only=False)  # This shows that the pickle runs its command.
     assert touched.exists()
 
 

@@ -1,4 +1,4 @@
-"""Teachers: the published arithmetic, whatever the batch, and clear errors."""
+"""Teachers: the published arithmetic, batch invariance and error messages."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ ABSOLUTE = 2e-5
 
 
 def golden_checkpoint(kind: str) -> dict[str, Any]:
-    """The frozen tiny model as a checkpoint of its publisher."""
+    """Return the golden tiny model as a checkpoint in its publisher's format."""
     weights = {k.split("weights.")[1]: v for k, v in load_file(GOLDEN).items() if k.startswith(f"{kind}.weights.")}
     with safe_open(GOLDEN, framework="pt") as file:
         cfg = json.loads(file.metadata()[kind])
@@ -64,7 +64,7 @@ def test_published_golden_values(shared: Path, file: str, prefix: str) -> None:
         out = teacher.hidden_states(golden["wav"][i : i + 1, :length])[0]
         assert float((out - golden[f"{prefix}_unmasked_single_{i}"]).abs().max()) < ABSOLUTE
     mask = golden["mask_indices" if prefix == "teacher" else "wavlm_mask_indices"]
-    # Rows 1 and 2 of the batch are padded, where the published code takes statistics over padding.
+    # Rows 1 and 2 are padded, and the published code includes padding in its statistics.
     out = teacher.hidden_states(golden["wav"], torch.tensor(lengths), mask)[0]
     assert float((out - golden[f"{prefix}_masked"][0]).abs().max()) < ABSOLUTE
 
@@ -78,7 +78,7 @@ def test_batch_invariance_on_noise(kind: str, masked: bool, tmp_path: Path) -> N
 
 
 def speech(shared: Path, seconds: list[float]) -> list[Tensor]:
-    """Stretches of real speech of the given lengths."""
+    """Return excerpts of real speech of the given lengths."""
     files = sorted((shared / "speech" / "LibriSpeech" / "heldout-clean-5").rglob("*.flac"))
     long = torch.cat([torch.from_numpy(soundfile.read(file, dtype="float32")[0]) for file in files[:8]])
     starts = torch.linspace(0, len(long) - 320_001, len(seconds)).long().tolist()
@@ -92,7 +92,7 @@ def test_batch_invariance_on_speech(shared: Path, file: str, masked: bool) -> No
 
 
 def test_large_models_normalise_each_utterance() -> None:
-    # Biases and layer norms as in Large: group norm after convolutions without bias would hide scale and offset.
+    # Biases and layer norms as in Large. A group norm after convolutions without bias would hide scale and offset.
     architecture = Architecture(
         conv_layers=[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 2,
         conv_bias=True,
@@ -150,7 +150,7 @@ def test_random_teacher_is_the_same_every_time_and_leaves_the_random_state() -> 
     assert first.device == torch.device("cpu")
 
 
-def test_fingerprint_sees_every_weight_and_the_mask_embedding(kind: str, tmp_path: Path) -> None:
+def test_the_fingerprint_covers_every_weight_and_the_mask_embedding(kind: str, tmp_path: Path) -> None:
     fingerprints = set()
     for key in ("none", "mask_emb", "encoder.layers.1.fc2.bias", "feature_extractor.conv_layers.3.0.weight"):
         checkpoint = golden_checkpoint(kind)
@@ -188,7 +188,7 @@ def test_older_and_wav2vec2_checkpoints(style: str, tmp_path: Path) -> None:
 
 
 def write_huggingface(folder: Path, kind: str, new_weight_norm: bool, prefix: str) -> None:
-    """The frozen model as transformers would save it."""
+    """Write the golden model as transformers would save it."""
     names = [
         ("post_extract_proj", "feature_projection.projection"),
         ("self_attn_layer_norm", "layer_norm"),
@@ -364,7 +364,21 @@ def test_arguments_that_do_not_fit() -> None:
             teacher.hidden_states(waveforms, layers=layers)
 
 
-def test_not_a_number_in_padding_stays_there() -> None:
+def test_a_teacher_is_called_as_a_student_is() -> None:
+    teacher = load_teacher("random:2x16")
+    waveforms = 0.1 * torch.randn(2, 2_000, generator=torch.Generator().manual_seed(0))
+    lengths, mask = torch.tensor([2_000, 900]), torch.tensor([[True, False] * 2 + [True], [True] + [False] * 4])
+    assert torch.equal(teacher(waveforms), teacher.hidden_states(waveforms, torch.tensor([2_000, 2_000])))
+    expected = teacher.hidden_states(waveforms, lengths, mask, layers=[2], precision="bf16")
+    assert torch.equal(teacher(waveforms, lengths, mask, [2], precision="bf16"), expected)
+    assert expected.dtype == torch.float32
+    assert not torch.equal(teacher(waveforms, lengths, mask, [2]), expected)
+    assert repr(teacher) == (
+        f"Wav2Vec2Teacher('random:2x16', num_layers=2, dim=16, num_parameters={teacher.num_parameters:,}, device='cpu')"
+    )
+
+
+def test_nan_in_padding_does_not_spread() -> None:
     teacher = load_teacher("random:2x16")
     waveforms = 0.1 * torch.randn(2, 2_000, generator=torch.Generator().manual_seed(0))
     expected = teacher.hidden_states(waveforms[1:, :900])

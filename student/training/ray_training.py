@@ -14,10 +14,11 @@ from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import CheckpointError
 from ray_distill.student.training.training_loop import train
+from ray_distill.teacher_cache.masks import MaskDraws
+from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.reader import CacheReader
-from ray_distill.teacher_cache.storage.cache_spec import MaskDraws, Targets
+from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
-from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 _LOG = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
             CacheReader(job["cache"], "train", layers, job["masks"]["draws"], targets=job["cache_targets"]),
             CacheReader(job["cache"], "validation", layers),
         )
+    from ray_distill.teacher_cache.targets.online_targets import OnlineReader
     from ray_distill.teacher_cache.teachers import load_teacher
 
     teacher = load_teacher(job["teacher"], device)
@@ -48,6 +50,7 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
             masks,
             layers,
             job["cache_targets"] or "clean_and_masked",
+            job["precision"],
         )
         for split in ("train", "validation")
     }
@@ -146,6 +149,7 @@ def train_on_ray(
     masks: MaskDraws,
     utterances: list[Utterance],
     cache_targets: Targets | None = None,
+    precision: Precision = "fp32",
     initial: Path | None = None,
     cpu_threads: int = 1,
     reserved_cpus: int = 1,
@@ -162,6 +166,7 @@ def train_on_ray(
         utterances: Utterances of both splits; only used with online targets.
         cache_targets: Targets to read or compute, as `CacheSpec.targets`. Default: those that the cache was made for, and
             ``clean_and_masked`` online.
+        precision: Precision of the teacher's arithmetic; only used with online targets. Default: ``fp32``.
         initial: As for `training_loop.train`.
         cpu_threads: Number of PyTorch threads of a worker without a GPU.
         reserved_cpus: Number of cores that Ray reserves for each worker.
@@ -183,6 +188,7 @@ def train_on_ray(
         "layers": layers,
         "cache": cache,
         "cache_targets": cache_targets,
+        "precision": precision,
         "teacher": teacher,
         "masks": masks.model_dump(mode="json"),
         "utterances": [vars(u) for u in utterances] if settings.targets == "online" else [],

@@ -1,4 +1,4 @@
-"""Ablations on paper: what a file means, what is refused, and what the report says of runs that are there."""
+"""Ablations without training: the runs that a file defines, files that are refused, and the report on given results."""
 
 import csv
 import json
@@ -217,7 +217,7 @@ def test_passes_count_the_last_epoch_by_its_share() -> None:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Ablation:
-    """Folders as runs leave them: b's loss is higher than a's by more than seeds do; b's second run failed."""
+    """Folders of finished runs. The loss of b exceeds that of a by more than the spread over seeds, and a run of b failed."""
     path = write(tmp_path, seeds=[0, 1, 2], variants={"a": {}, "b": {"masks.draws": 1}, "c": {"train.ema_decay": 0.9}})
     ablation = load_ablation(path, [f"runs={tmp_path}", f"cache.path={tmp_path / 'cache'}"])
     for run in ablation.runs:

@@ -69,9 +69,7 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-application = typer.Typer(
-    cls=_Application, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"max_content_width": 120}
-)
+application = typer.Typer(cls=_Application, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @application.callback(

@@ -30,7 +30,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 
 def alter_values(root: Path, layer: str, folder: str = "clean") -> None:
-    """Another teacher's numbers in one layer of one shard, committed as if they were right."""
+    """Replace one layer of one shard by other numbers, with a matching commit record."""
     cache = Cache.open(root)
     files = [file for shard in cache.shards if shard.split == "train" for file in cache.files(shard)]
     file = next(file for file in files if file.part.folder == folder)
@@ -132,7 +132,7 @@ def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
     shard = root / "masked" / "draw=0" / "part-00000.parquet"
     sound = shard.read_bytes()
     shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    assert run("verify", root, "--fast")[0] == 0  # Its size is right.
+    assert run("verify", root, "--fast")[0] == 0  # Its size is unchanged.
     code, text = run("verify", root)
     assert code == 1
     assert f"{shard} does not match its commit record (SHA-256 differs)" in text
@@ -148,7 +148,7 @@ def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
     assert run("repair", root)[0] == 0
 
     shutil.rmtree(root / "clean")
-    assert "files are not finished" not in run("info", root)[1]  # The commits are there; only a check can tell.
+    assert "files are not finished" not in run("info", root)[1]  # The commit records exist; only `verify` notices.
     assert run("verify", root, "--fast")[0] == 1
 
     alter = tmp_path / "altered"

@@ -1,4 +1,4 @@
-"""The cost plan, held against the cache that is then built."""
+"""The estimated cost of a cache compared with the cache itself."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +26,12 @@ Make = Callable[..., CacheSpec]
 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "pca"])
 @pytest.mark.parametrize("targets", ["clean_and_masked", "composite_only", "clean_only"])
-def test_the_plan_foretells_the_size(
+def test_the_plan_predicts_the_size(
     tmp_path: Path, make_cache: Make, source_utterances: list[Utterance], codec: str, targets: str
 ) -> None:
     spec = make_cache(tmp_path / "cache", codec=codec, targets=targets)
     plan = plan_cost(source_utterances, spec, load_teacher(TEACHER), str(tmp_path / "new"))
-    # Each of so small a cache's row groups costs some 1.2 kB of Parquet's own.
+    # In such a small cache, Parquet's metadata adds about 1.2 kB per row group.
     groups = sum(
         len(shard.utterances)
         for shard in Cache.open(tmp_path / "cache").shards

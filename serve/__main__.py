@@ -1,6 +1,6 @@
-"""``python -m ray_distill.serve --model FOLDER`` starts the feature service."""
+"""``python -m serve`` and ``python -m ray_distill.serve``: the same as ``ray-distill serve``."""
 
-from ray_distill.serve.command import main
+from ray_distill.command_line import main_serve
 
 if __name__ == "__main__":
-    main()
+    main_serve()

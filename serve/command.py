@@ -90,12 +90,3 @@ def _parameters() -> list[inspect.Parameter]:
 _SIGNATURE = inspect.Signature(_parameters())
 serve.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
 serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _SIGNATURE.parameters.values()}
-
-
-def main() -> None:
-    """Run `serve` with the arguments of the command line; a user's mistake becomes one sentence and exit status 2."""
-    try:
-        typer.run(serve)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)

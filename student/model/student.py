@@ -54,7 +54,8 @@ class StudentOutput(NamedTuple):
 class _ScaleGradient(torch.autograd.Function):
     """Identity whose gradient is scaled.
 
-    BENCH_SCALE
+    It changes the gradient exactly, and leaves x and its memory alone. The plain ``scale * x + (1 - scale) * x.detach()`` rounds
+    x, and takes about 1.7 times the CPU time (benchmarks/student/autograd_functions.py).
     """
 
     @staticmethod

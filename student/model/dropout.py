@@ -49,9 +49,9 @@ def dropout_mask(shape: torch.Size, rate: float) -> tuple[Tensor, float]:
 
 
 class _ByteMaskDropout(torch.autograd.Function):
-    """Dropout that saves one byte per entry for backward, where PyTorch's on a CPU saves a float.
+    """Dropout that stores one byte per entry for backward, where PyTorch's dropout on a CPU stores a float.
 
-    On one thread of a CPU it takes two thirds of the time of `torch.nn.functional.dropout` and saves a quarter of the bytes
+    On a CPU, this needs a quarter of the stored bytes and two thirds of the CPU time of `torch.nn.functional.dropout`
     (benchmarks/student/autograd_functions.py).
     """
 

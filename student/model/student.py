@@ -55,8 +55,8 @@ class StudentOutput(NamedTuple):
 class _ScaleGradient(torch.autograd.Function):
     """Identity whose gradient is scaled.
 
-    It changes the gradient exactly, and leaves x and its memory alone. The plain ``scale * x + (1 - scale) * x.detach()`` rounds
-    x, and takes about 1.7 times the CPU time (benchmarks/student/autograd_functions.py).
+    The forward pass returns x itself, as a view. The plain form ``scale * x + (1 - scale) * x.detach()`` would round x, and
+    needs about 1.7 times the CPU time (benchmarks/student/autograd_functions.py).
     """
 
     @staticmethod

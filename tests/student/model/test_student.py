@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from ray_distill.student import Student, StudentConfig
+from ray_distill.student import Student, StudentConfig, StudentOutput
 from ray_distill.student.model.student import scale_gradient
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -354,3 +354,31 @@ def test_the_shortest_waveform_follows_the_front_end() -> None:
     assert Student(config)(torch.zeros(1, 20), torch.tensor([20])).num_frames.tolist() == [1]
     with pytest.raises(ValueError, match="from 20 samples"):
         Student(config)(torch.zeros(1, 20), torch.tensor([19]))
+
+
+def test_lengths_may_be_left_out() -> None:
+    student, waveforms = Student(StudentConfig(encoder_layers=2)).eval(), torch.randn(2, 4000)
+    with torch.no_grad():
+        found, expected = student(waveforms), student(waveforms, torch.tensor([4000, 4000]))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(student.encode(waveforms)[0], expected.hidden_states)
+    with pytest.raises(ValueError, match=r"waveforms must be \(B, S\) and lengths \(B,\), not \(4000,\) and None"):
+        student(waveforms[0])
+
+
+def test_layers_are_numbered_from_one() -> None:
+    out = StudentOutput(torch.arange(6.0).view(1, 2, 3, 1), torch.zeros(1, 0, 3, 4), torch.tensor([3]))
+    assert out.layer(2).flatten().tolist() == [3, 4, 5]
+    for number in (0, 3, -1):
+        with pytest.raises(ValueError, match=f"layers 1 to 2, not {number}"):
+            out.layer(number)
+
+
+def test_representations_say_what_differs() -> None:
+    config = StudentConfig(encoder_layers=2, heads="none")
+    assert repr(config) == "StudentConfig(encoder_layers=2, heads='none')"
+    assert eval(repr(config)) == config
+    shown = repr(Student(config)).splitlines()[1]
+    assert "9 convolutions, 2 transformer layers of width 432 (1 reuse attention maps), 0 heads of width 768" in shown
+    assert f"{sum(p.numel() for p in Student(config).parameters()):,} parameters" in shown

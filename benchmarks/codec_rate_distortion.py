@@ -333,7 +333,7 @@ def loud(
     write_result(output, rows=rows)
 
 
-def plot(output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "codecs.svg") -> None:
+def plot(output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "pictures" / "codecs.svg") -> None:
     """Bytes per second against the change of the student's loss, both teachers; prints the table as Markdown."""
     import matplotlib
 

@@ -147,7 +147,7 @@ def measure(
 
 def plot(
     source: Annotated[Path, typer.Option(help="What `measure` wrote.")] = RESULTS / "parity.json",
-    output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "draws.svg",
+    output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "pictures" / "draws.svg",
 ) -> None:
     """Curves, and each kind of targets' last loss against online's of the same seed; prints the table as Markdown."""
     import matplotlib

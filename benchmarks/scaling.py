@@ -3,7 +3,7 @@
 ``measure``: builds of the small corpus by one Ray actor, by two, and by two of which one is killed half-way; then two ranks that
 read a cache with the real reader and its thread behind a throttle (a store of fixed bandwidth), with a pause in place of the
 computation. The rate, the spread and the start of a worker are fitted to the builds by one actor; all other runs are predicted
-from them. Also the unit costs of `configs/clusters` that no other benchmark has. ``plot``: the figures of docs/scaling.md.
+from them. Also the unit costs of `configs/clusters` that no other benchmark has. ``plot``: the figures of docs/in-depth/scaling.md.
 """
 
 import json
@@ -276,7 +276,7 @@ def plot(
     / "configs"
     / "clusters"
     / "h100-object-store.yaml",
-    output: Annotated[Path, typer.Option(help="Folder.")] = REPOSITORY / "docs",
+    output: Annotated[Path, typer.Option(help="Folder.")] = REPOSITORY / "docs" / "pictures",
     shards: Annotated[int, typer.Option(help="Of a simulated build.")] = 360_000,
 ) -> None:
     """Real against simulated runs; then what failures and stragglers cost a large build and a large training."""

@@ -12,7 +12,7 @@ from ray_distill.pipeline.config import Config, ConfigError, dump_config
 from ray_distill.student.published import literal_list, published_config
 
 DRAWS = 4
-"""Mask draws of a converted configuration; the published recipe draws anew each time. What draws cost: docs/draws.md."""
+"""Mask draws of a converted configuration; the published recipe draws anew each time. What draws cost: docs/in-depth/draws.md."""
 
 DROPPED = {
     "train.base_dir": "runs=... says where runs are kept",
@@ -66,7 +66,7 @@ _READ = {
     "specaug": "apply_time_warp time_warp_window apply_freq_mask freq_mask_width_range num_freq_mask apply_time_mask "
     "time_mask_width_range num_time_mask replace_with_zero",
 }
-"""Published keys that `import_config` reads; docs/published-names.md has their names here."""
+"""Published keys that `import_config` reads; docs/in-depth/published-names.md has their names here."""
 
 
 def import_config(path: Path) -> tuple[Config, list[str]]:

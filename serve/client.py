@@ -16,7 +16,7 @@ Space = Literal["student", "teacher"]
 
 
 class RefusedError(Exception):
-    """The service refused; ``status`` and ``error_type`` are in docs/serving.md.
+    """The service refused; ``status`` and ``error_type`` are in docs/in-depth/serving.md.
 
     ``retry_after``: seconds after which to ask again, or None where that would not help.
     """

@@ -1,6 +1,6 @@
-"""What mkdocs makes at build time: references from the schema, the commands and the docstrings, and pages kept beside the code.
+"""MkDocs hooks that generate pages: references from the schema, the commands and the docstrings, and pages stored beside the code.
 
-A module of mkdocs' ``hooks``; it is no part of the product.
+The site describes the repository that contains it, whether or not `ray_distill` is installed. This is not part of the product.
 """
 
 import dataclasses
@@ -9,28 +9,44 @@ import inspect
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 
 import click
 import pydantic
 import typer
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pictures import PICTURES
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 SECTIONS = ("corpus", "teacher", "masks", "cache", "train")
+PARTS = ("pipeline", "teacher_cache", "student", "serve")
+LINKS = tempfile.TemporaryDirectory(prefix="ray-distill-docs-")
 IN_DOCS = re.compile(r"\]\(\.\./docs/")
-IN_BENCHMARKS = re.compile(r"\]\(\.\./benchmarks/README\.md")
+IN_BENCHMARKS = re.compile(r"\]\((?:\.\./)+benchmarks/README\.md")
+
+
+@event_priority(100)
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Let this process import `ray_distill`, and mkdocstrings find it: it reads files and does not follow ``__path__``."""
+    if str(REPOSITORY) not in sys.path:
+        sys.path.insert(0, str(REPOSITORY))
+    package = Path(LINKS.name) / "ray_distill"
+    if not package.is_dir():
+        package.mkdir()
+        for part in (*(REPOSITORY / "ray_distill").glob("*.py"), *(REPOSITORY / part for part in PARTS)):
+            (package / part.name).symlink_to(part)
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [LINKS.name]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that are not in docs/."""
+    """Add the generated pages and pictures."""
     pages: dict[str, Callable[[], str]] = {
         "reference/configuration.md": configuration,
         "reference/commands.md": commands,
@@ -48,8 +64,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Pages of docs/ link to the benchmarks where the repository has them; the site has a page for them."""
-    return IN_BENCHMARKS.sub("](benchmarks.md", markdown)
+    """Point links to `benchmarks/README.md`, which work in the repository, to the site's page of benchmarks."""
+    up = "../" * page.file.src_uri.count("/")
+    return IN_BENCHMARKS.sub(f"]({up}benchmarks.md", markdown)
 
 
 CACHE = (

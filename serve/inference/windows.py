@@ -68,7 +68,7 @@ def _frames(seconds: float) -> int:
 async def features_in_windows(
     engine: FeatureEngine, waveform: Array, long_audio: LongAudio, layer: int | None = None, space: Space = "student"
 ) -> Features:
-    """As `FeatureEngine.features`, of audio of any length; see docs/serving.md for how they differ from the whole's.
+    """As `FeatureEngine.features`, of audio of any length; see docs/in-depth/serving.md for how they differ from the whole's.
 
     The first window is refused where the queue is full; the others wait for room. Seconds in the queue are the longest of a
     window, those of inference the sum.

@@ -79,7 +79,7 @@ def app_client(student: Student, other: Student, library: Path) -> Iterator[Test
 def ray_client(
     student: Student, other: Student, library: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
-    """The same application under Ray Serve, by the file of docs/serving.md, with what differs here put in."""
+    """The same application under Ray Serve, by the file of docs/in-depth/serving.md, with what differs here put in."""
     folder = tmp_path_factory.mktemp("ray")
     for name, model in (("tiny", student), ("other", other)):
         save_student(model, folder / "runs" / name / "export", None)
@@ -100,10 +100,10 @@ def client(request: pytest.FixtureRequest) -> Any:
 
 @contextmanager
 def ray_serve(folder: Path, model: str, **arguments: Any) -> Iterator[str]:
-    """``serve run`` of the file in docs/serving.md; its address, once it answers."""
+    """``serve run`` of the file in docs/in-depth/serving.md; its address, once it answers."""
     import yaml
 
-    text = (REPOSITORY / "docs" / "serving.md").read_text()
+    text = (REPOSITORY / "docs" / "in-depth" / "serving.md").read_text()
     (block,) = re.findall(r"^    # features.yaml\n((?:    .*\n|\n)+)", text, re.MULTILINE)
     tree = yaml.safe_load(re.sub(r"^    ", "", block, flags=re.MULTILINE))
     with socket.socket() as probe:

@@ -89,7 +89,7 @@ def test_the_service_cuts_what_is_long_and_refuses_what_is_longer(student: Stude
             whole = np.load(io.BytesIO(other.post("/v1/features?format=npy", content=audio).content))
             assert found.shape == whole.shape
             error = np.linalg.norm(found - whole) / np.linalg.norm(whole)
-            # Random weights; docs/serving.md has a trained student's on speech.
+            # Random weights; docs/in-depth/serving.md has a trained student's on speech.
             assert error < (1e-4 if windows == "1" else 0.2)
         refused = client.post("/v1/features", content=body(41))
         assert (refused.status_code, refused.json()["error_type"]) == (413, "too_long")

@@ -9,7 +9,6 @@ import inspect
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,32 +16,23 @@ from typing import Any
 import click
 import pydantic
 import typer
+from link_package import link_package
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pictures import PICTURES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECTIONS = ("corpus", "teacher", "masks", "cache", "train")
-PARTS = ("pipeline", "teacher_cache", "student", "serve")
-LINKS = tempfile.TemporaryDirectory(prefix="ray-distill-docs-")
 IN_DOCS = re.compile(r"\]\(\.\./docs/")
 IN_BENCHMARKS = re.compile(r"\]\((?:\.\./)+benchmarks/README\.md")
 
 
-@event_priority(100)
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Let this process import `ray_distill`, and mkdocstrings find it: it reads files and does not follow ``__path__``."""
-    if str(REPOSITORY) not in sys.path:
+def on_config(config: MkDocsConfig) -> None:
+    """Make `ray_distill` importable here, and readable for mkdocstrings."""
+    if str(REPOSITORY) not in sys.path:  # MkDocs restores sys.path after it has loaded this module.
         sys.path.insert(0, str(REPOSITORY))
-    package = Path(LINKS.name) / "ray_distill"
-    if not package.is_dir():
-        package.mkdir()
-        for part in (*(REPOSITORY / "ray_distill").glob("*.py"), *(REPOSITORY / part for part in PARTS)):
-            (package / part.name).symlink_to(part)
-    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [LINKS.name]
-    return config
+    link_package(REPOSITORY / "build" / "linked")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

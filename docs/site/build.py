@@ -18,6 +18,7 @@ import pydantic
 import typer
 from link_package import link_package
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pictures import PICTURES
@@ -28,6 +29,7 @@ IN_DOCS = re.compile(r"\]\(\.\./docs/")
 IN_BENCHMARKS = re.compile(r"\]\((?:\.\./)+benchmarks/README\.md")
 
 
+@event_priority(100)  # mkdocstrings looks for the folder in its own `on_config`.
 def on_config(config: MkDocsConfig) -> None:
     """Make `ray_distill` importable here, and readable for mkdocstrings."""
     if str(REPOSITORY) not in sys.path:  # MkDocs restores sys.path after it has loaded this module.

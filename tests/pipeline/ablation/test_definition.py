@@ -147,7 +147,7 @@ def test_another_name_is_another_folder(tmp_path: Path) -> None:
 
 
 def test_the_documented_example_is_sound(tmp_path: Path) -> None:
-    text = (REPOSITORY / "docs" / "in-depth" / "ablations.md").read_text().partition("## Writing one")[2]
+    text = (REPOSITORY / "docs" / "in-depth" / "ablations.md").read_text().partition("## Define an ablation")[2]
     example = text.partition("```yaml\n")[2].partition("```")[0]
     (tmp_path / "ablations").mkdir()
     (tmp_path / "ablations" / "example.yaml").write_text(example)

@@ -27,7 +27,7 @@ class Box:
 
 
 def picture(title: str, boxes: list[Box], arrows: list[tuple[int, int, str]]) -> str:
-    """Return the SVG text. Arrows are (from, to, label), where boxes are given by their index in ``boxes``."""
+    """Return the picture as SVG. Arrows are (from, to, label), where boxes are given by their index in ``boxes``."""
     width = max((box.x + box.width) * UNIT_X for box in boxes) + 14
     height = max(box.y * UNIT_Y + (box.height * UNIT_Y or HEIGHT) for box in boxes) + 14
     lines = [
@@ -48,7 +48,7 @@ def picture(title: str, boxes: list[Box], arrows: list[tuple[int, int, str]]) ->
         a, b = boxes[start], boxes[end]
         ax, ay = (a.x + a.width / 2) * UNIT_X + 7, a.y * UNIT_Y + 7 + HEIGHT / 2
         bx, by = (b.x + b.width / 2) * UNIT_X + 7, b.y * UNIT_Y + 7 + HEIGHT / 2
-        if abs(by - ay) < 1:
+        if abs(bx - ax) > (a.width + b.width) * UNIT_X / 2:  # Side by side: between the facing sides.
             side = 1 if bx > ax else -1
             ax, bx = ax + side * a.width * UNIT_X / 2, bx - side * b.width * UNIT_X / 2
         else:
@@ -56,7 +56,10 @@ def picture(title: str, boxes: list[Box], arrows: list[tuple[int, int, str]]) ->
             ay, by = ay + side * HEIGHT / 2, by - side * HEIGHT / 2
         lines.append(f'<path d="M{ax:.0f} {ay:.0f}L{bx:.0f} {by:.0f}" marker-end="url(#h)" />')
         if label:
-            lines.append(f'<text class="s" x="{(ax + bx) / 2:.0f}" y="{(ay + by) / 2 - 4:.0f}">{escape(label)}</text>')
+            slope = (by - ay) * (bx - ax)
+            right, down = (0, -4) if slope == 0 else (24, -8) if slope > 0 else (24, 16)  # Beside a sloping arrow.
+            x, y = (ax + bx) / 2 + right, (ay + by) / 2 + down
+            lines.append(f'<text class="s" x="{x:.0f}" y="{y:.0f}">{escape(label)}</text>')
     return "".join([*lines, "</svg>"])
 
 
@@ -134,7 +137,7 @@ PICTURES: dict[str, str] = {
             Box(0, 0.6, "job", 1.3, "", "run.py, on the head"),
             Box(2.4, 0, "decode tasks", 1.7, "", "CPU nodes"),
             Box(5, 0, "teacher actors", 1.7, "a", "one GPU each"),
-            Box(7.7, 0.6, "object store", 1.6, "m", "shards, commits"),
+            Box(7.7, 0.6, "cache", 1.6, "m", "shards, commits"),
             Box(5, 1.3, "trainers", 1.7, "a", "one GPU each"),
             Box(2.4, 1.3, "run folder", 1.7, "m", "shared file system"),
         ],

@@ -97,7 +97,7 @@ JOB = (
 
 
 def modules(title: str, names: tuple[str, ...]) -> str:
-    """A page of docstrings."""
+    """Return a page with the docstrings of some modules."""
     return f"# {title}\n\n" + "\n\n".join(f"::: {name}" for name in names) + "\n"
 
 

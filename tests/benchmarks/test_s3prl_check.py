@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.student import Student, save_student
+
+from ..tiny import tiny_student
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -19,16 +21,7 @@ def test_features_upstream_test_and_two_tasks(tmp_path: Path, shared: Path) -> N
     if environment is None:
         pytest.skip("needs S3PRL in an environment of its own (set S3PRL_ENVIRONMENT to the one s3prl_check.py made)")
     torch.manual_seed(0)
-    config = StudentConfig(
-        conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
-        encoder_layers=2,
-        encoder_embed_dim=16,
-        encoder_ffn_embed_dim=24,
-        encoder_attention_heads=2,
-        conv_pos=8,
-        conv_pos_groups=2,
-    )
-    save_student(Student(config), tmp_path / "model")
+    save_student(Student(tiny_student()), tmp_path / "model")
     options = ["--environment", environment, "--asr-steps", "2", "--speaker-steps", "2", "--utterances", "64"]
     subprocess.run(
         [sys.executable, "benchmarks/s3prl_check.py", tmp_path / "model", *options, "--output", tmp_path / "r.json"],

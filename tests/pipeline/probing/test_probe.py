@@ -205,7 +205,7 @@ def test_what_would_fail_afterwards_is_told_before_the_work(
     tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("pipeline.probe.run_probes", never)
+    monkeypatch.setattr("ray_distill.pipeline.probing.probe.run_probes", never)
     given = [o.replace("FILE", str(tmp_path / "file")).replace("MODEL", str(tmp_path / "model")) for o in options]
     result = CliRunner().invoke(app, [str(tones / "first.csv"), *given])
     assert result.exit_code == 2 and message in result.output and result.output.count("\n") == 1
@@ -217,7 +217,7 @@ def test_another_probes_record_is_not_replaced(tones: Path, tmp_path: Path, monk
     for _ in range(2):  # The same again is no loss.
         assert CliRunner().invoke(app, arguments).exit_code == 0
     before = (tmp_path / "probe" / "probe.json").read_text()
-    monkeypatch.setattr("pipeline.probe.run_probes", never)
+    monkeypatch.setattr("ray_distill.pipeline.probing.probe.run_probes", never)
     for other in ([*arguments, "--seed", "1"], [*arguments, "--teacher", "random:2x32"]):
         result = CliRunner().invoke(app, other)
         assert result.exit_code == 2 and "other settings or sources" in result.output

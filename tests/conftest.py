@@ -17,6 +17,8 @@ from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.teachers import load_teacher
 
+from .tiny import TEACHER
+
 # Tiny models: threads cost more than they bring, above all on a busy machine.
 torch.set_num_threads(1)
 
@@ -65,7 +67,7 @@ def source_utterances(speech_folder: Path) -> list[Utterance]:
 def cache_spec() -> Callable[..., CacheSpec]:
     """The spec of a small cache of ``random:2x32``: two draws, fp32, several shards; keywords change it."""
 
-    def make(teacher: str = "random:2x32", **changes: object) -> CacheSpec:
+    def make(teacher: str = TEACHER, **changes: object) -> CacheSpec:
         loaded = load_teacher(teacher)
         values = {
             "teacher": loaded.fingerprint,
@@ -87,7 +89,7 @@ def cache_spec() -> Callable[..., CacheSpec]:
 def make_cache(cache_spec: Callable[..., CacheSpec], source_utterances: list[Utterance]) -> Callable[..., CacheSpec]:
     """Builds such a cache of the test speech at a location, in this process, and returns its spec."""
 
-    def make(location: Path | str, teacher: str = "random:2x32", **changes: object) -> CacheSpec:
+    def make(location: Path | str, teacher: str = TEACHER, **changes: object) -> CacheSpec:
         spec = cache_spec(teacher, **changes)
         plan = plan_shards(source_utterances, spec.shard_seconds)
         build_cache(location, spec, plan, teacher, teacher_name=teacher, workers=None)

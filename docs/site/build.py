@@ -248,10 +248,13 @@ def benchmarks() -> str:
     """benchmarks/README.md, and every result file with what made it."""
     page = IN_DOCS.sub("](", (REPOSITORY / "benchmarks" / "README.md").read_text())
     lines = ["", "## Results", "", "| file | command | machine | commit |", "|---|---|---|---|"]
-    for path in sorted((REPOSITORY / "benchmarks" / "results").glob("*.json")):
+    results = REPOSITORY / "benchmarks" / "results"
+    for path in sorted(results.rglob("*.json")):
         record = json.loads(path.read_text())
         machine = record.get("machine", {})
         where = f"{machine.get('cpu', '?')}, {machine.get('cores', '?')} cores, {machine.get('gpu') or 'no GPU'}"
         command = re.sub(r"/(?:[\w.-]+/)+", "", record.get("command", "?").replace("benchmarks/", "benchmarks\\"))
-        lines.append(f"| `{path.name}` | `{command.replace(chr(92), '/')}` | {where} | `{record.get('commit', '?')}` |")
+        lines.append(
+            f"| `{path.relative_to(results)}` | `{command.replace(chr(92), '/')}` | {where} | `{record.get('commit', '?')}` |"
+        )
     return page + "\n".join(lines) + "\n"

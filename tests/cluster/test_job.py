@@ -16,6 +16,7 @@ import pytest
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.storage.cache import Cache
 
+from ..tiny import tiny_student
 from .ray_head import BIN, Head, free_ports, ray_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -211,20 +212,10 @@ def test_service_runs_under_serve(head: Head, checkout: Path, tmp_path: Path) ->
     from fastapi.testclient import TestClient
 
     from ray_distill.serve import create_app
-    from ray_distill.student import Student, StudentConfig, save_student
+    from ray_distill.student import Student, save_student
 
-    config = StudentConfig(
-        conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
-        encoder_layers=2,
-        encoder_embed_dim=16,
-        encoder_ffn_embed_dim=16,
-        encoder_attention_heads=2,
-        conv_pos=8,
-        conv_pos_groups=2,
-        target_dim=16,
-    )
     export = tmp_path / "runs" / "tiny" / "export"
-    save_student(Student(config).eval(), export)
+    save_student(Student(tiny_student()).eval(), export)
     port = head.address.rsplit(":", 1)[1]
     script = tmp_path / "ask.py"
     script.write_text(

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
+
+from ..tiny import tiny_student
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -30,16 +31,7 @@ def test_nodes_come_and_go(
         Utterance(f"{u.id}-{n}", u.path, u.num_samples, u.split, u.sha256) for n in range(16) for u in source_utterances
     ]
     spec = cache_spec(TEACHER, shard_seconds=4.0)
-    student = StudentConfig(
-        conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
-        encoder_layers=spec.num_layers,
-        encoder_embed_dim=16,
-        encoder_ffn_embed_dim=16,
-        encoder_attention_heads=2,
-        conv_pos=8,
-        conv_pos_groups=2,
-        target_dim=spec.dim,
-    )
+    student = tiny_student(encoder_layers=spec.num_layers, target_dim=spec.dim)
     settings = TrainSettings(
         max_steps=60, batch_size=2, workers=2, log_every=1, validate_every=30, checkpoint_every=5, max_failures=3
     )

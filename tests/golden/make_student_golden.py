@@ -1,6 +1,6 @@
 """Freezes tiny students' numbers into students.safetensors, so that a clone without the shared data tests the arithmetic.
 
-Run from the repository: ``PYTHONPATH=. python tests/golden/make_student_golden.py``. Made when the same code reproduced the published
+Run from the repository: ``python -m tests.golden.make_student_golden``. Made when the same code reproduced the published
 implementation's golden tensors (tests/student/test_published.py); run it again only if the arithmetic must change.
 """
 
@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ray_distill.student import Student, StudentConfig, distillation_loss
+from ray_distill.student import Student, distillation_loss
 from ray_distill.teacher_cache.frames import num_frames, padding_mask
 
+from ..tiny import sharpen_attention, tiny_student
+
 FILE = Path(__file__).with_name("students.safetensors")
-TINY = StudentConfig(
+TINY = tiny_student(
     conv_layers=((6, 10, 5), (8, 1, 1), *((8, 3, 2),) * 4, (12, 1, 1), *((12, 2, 2),) * 2),
     encoder_layers=4,
     encoder_embed_dim=12,
@@ -42,11 +44,7 @@ def main() -> None:
     targets = torch.randn(2, TINY.encoder_layers, width, TINY.target_dim)
     tensors = {"waveforms": waveforms, "lengths": lengths, "frame_mask": mask, "targets": targets}
     for name, config in STUDENTS.items():
-        student = Student(config).eval()
-        with torch.no_grad():
-            for module in student.layers.modules():
-                if isinstance(module, torch.nn.Linear):
-                    module.weight.normal_(0, 0.5)  # Attention far from uniform, so that reuse shows.
+        student = sharpen_attention(Student(config).eval())  # So that reuse shows.
         tensors |= {f"{name}/weights/{key}": value.clone() for key, value in student.state_dict().items()}
         tensors |= {f"{name}/{key}": value for key, value in results(student, tensors).items()}
     save_file({key: value.contiguous() for key, value in tensors.items()}, FILE)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ray_distill.pipeline.config import ConfigError, load_config
+from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.stages import Run, fitting
 
-DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+from ..tiny import demo_config
+
 Start = Callable[..., tuple[Run, io.StringIO]]
 
 
@@ -19,9 +20,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """A run on a machine of two cores, and what it says; Ray is not started, and the training only leaves its result."""
 
     def make(*overrides: str) -> tuple[Run, io.StringIO]:
-        paths = ("teacher.checkpoint=random:2x64", f"cache.path={tmp_path / 'cache'}", f"runs={tmp_path / 'runs'}")
         said = io.StringIO()
-        run = Run(load_config(DEMO, [*paths, *overrides]), Console(file=said, width=1000))
+        run = Run(demo_config(tmp_path, *overrides), Console(file=said, width=1000))
 
         def training() -> None:
             losses = ("first_loss", "last_loss", "first_validation_loss", "last_validation_loss")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ray_distill.pipeline.config import ConfigError, load_config
+from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.stages import Run
 from ray_distill.student import Student, save_student
 from ray_distill.teacher_cache.build.build_cache import build_cache
@@ -14,12 +14,11 @@ from ray_distill.teacher_cache.storage.cache import Cache, grow_cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 
-DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+from ..tiny import demo_config
 
 
 def begin(folder: Path, *overrides: str) -> Run:
-    paths = ("teacher.checkpoint=random:2x64", f"cache.path={folder / 'cache'}", f"runs={folder / 'runs'}")
-    return Run(load_config(DEMO, [*paths, *overrides]), Console(quiet=True))
+    return Run(demo_config(folder, *overrides), Console(quiet=True))
 
 
 def build(run: Run) -> None:

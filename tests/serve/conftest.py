@@ -21,22 +21,15 @@ from fastapi.testclient import TestClient
 
 from ray_distill.serve import create_app
 from ray_distill.serve.api.admission import Limits
-from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.student import Student, save_student
+
+from ..tiny import tiny_student
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_BYTES = 2**20
 MAX_SECONDS = 20.0
 LIBRARY_LOADED = 2
-TINY = StudentConfig(
-    conv_layers=((8, 10, 5), (8, 3, 2), (8, 3, 2), (8, 3, 2), (8, 3, 2), (8, 2, 2), (8, 2, 2)),
-    encoder_layers=3,
-    encoder_embed_dim=16,
-    encoder_ffn_embed_dim=24,
-    encoder_attention_heads=2,
-    conv_pos=8,
-    conv_pos_groups=2,
-    target_dim=32,
-)
+TINY = tiny_student(encoder_layers=3)
 
 
 @pytest.fixture(scope="session")

@@ -22,16 +22,10 @@ from ray_distill.student.training.prefetch import TrainingPlan
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.storage.build_statistics import Passes, TeacherWork
 
+from ...tiny import tiny_tree
+
 REPOSITORY = Path(__file__).resolve().parents[3]
-BASE: dict[str, Any] = {
-    "name": "base",
-    "corpus": {"path": "corpus"},
-    "teacher": {"checkpoint": "random:2x32"},
-    "masks": {"draws": 2},
-    "cache": {"path": "cache"},
-    "student": {"encoder_embed_dim": 32, "encoder_attention_heads": 4, "conv_pos_groups": 4},
-    "train": {"batch_seconds": 8},
-}
+BASE = tiny_tree(masks={"draws": 2})
 
 
 def write(folder: Path, **changes: Any) -> Path:

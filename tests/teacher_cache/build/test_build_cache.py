@@ -28,7 +28,8 @@ from ray_distill.teacher_cache.storage.lock import building
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 
-TEACHER = "random:2x32"
+from ...tiny import TEACHER
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 Make = Callable[..., CacheSpec]
 Build = Callable[..., BuildReport]

@@ -1,16 +1,15 @@
-"""How far teacher features can be compressed before a student notices.
+"""Measure how far teacher features can be compressed before the student's loss changes.
 
-``measure --teacher hubert_small`` (masked, with draws) or ``--teacher whisper`` (full size, 12 x 768, clean targets) caches the
-teacher's layers of real speech in memory, codes them with each codec (fitted to training utterances), and reports bytes per second
-of audio, the relative error of each layer on held-out speakers, decoding speed, and the validation loss, against *uncompressed*
-targets, of students trained from the decoded targets for equal steps, with several seeds. ``check`` compares how compressible a
-genuine HuBERT Base layer is with one of whisper's, ``loud`` what becomes of the channels beside loud ones. ``plot`` draws the
-trade-off from the result files.
+``measure --teacher hubert_small`` (masked, with draws) or ``--teacher whisper`` (full size, 12 x 768, clean targets) computes the
+teacher's layers of real speech, keeps them in memory and encodes them with each codec, fitted to training utterances. It reports
+bytes per second of audio, the relative error of each layer on held-out speakers, and the decoding speed. It also trains students
+from the decoded targets, with several seeds and an equal number of steps, and reports their validation loss against
+*uncompressed* targets. ``check`` compares how well a layer of HuBERT Base compresses with layers of Whisper. ``loud`` measures the
+error of the channels beside loud ones. ``plot`` draws the trade-off from the result files.
 """
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,16 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import pyarrow as pa
 import torch
 import typer
-from result_file import REPOSITORY, RESULTS, write_result
-from small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances, whisper_folder
 from torch import Tensor
 
+from benchmarks.result_file import REPOSITORY, RESULTS, write_result
+from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances, whisper_folder
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.build.codec_fit import SAMPLE_FRAMES
@@ -47,7 +44,7 @@ FRAMES_PER_SECOND = 50
 
 @dataclass
 class Split:
-    """Utterances with all layers of the clean pass, and of each draw's composite; each (T, L, D) float32, never changed."""
+    """Utterances with all layers of the clean pass and of each draw's composite target, each (T, L, D) float32."""
 
     members: list[Utterance]
     waveforms: list[np.ndarray]
@@ -57,7 +54,7 @@ class Split:
 
 
 class ResidentReader:
-    """A split whose targets are held coded in memory: what a cache gives, without a disk."""
+    """A split with encoded targets in memory. It reads like a cache, without a disk."""
 
     def __init__(self, split: Split, codecs: Sequence[ColumnCodec]) -> None:
         self.num_samples = np.array([u.num_samples for u in split.members])
@@ -69,7 +66,7 @@ class ResidentReader:
         self._coded = [[_encode(codecs, x) for x in frames] for frames in (split.clean, *split.composites)]
 
     def read(self, indices: Sequence[int], draw: int | None) -> Batch:
-        """See TargetReader."""
+        """See `TargetReader.read`."""
         split = self._split
         waveforms, lengths = pad_waveforms([split.waveforms[i] for i in indices])
         rows = [self._coded[0 if draw is None else draw + 1][i] for i in indices]
@@ -90,7 +87,7 @@ def _encode(codecs: Sequence[ColumnCodec], frames: Tensor) -> list[Tensor]:
 
 
 def load_split(teacher: str, name: str, seconds: float) -> Split:
-    """Runs a teacher over a part of the speech."""
+    """Run the teacher over one split of the speech."""
     members = utterances(name, seconds)
     waveforms = [load_source(u) for u in members]
     if teacher == "whisper":
@@ -111,9 +108,10 @@ def load_split(teacher: str, name: str, seconds: float) -> Split:
 
 
 def standardise(splits: Sequence[Split]) -> None:
-    """Takes from each channel its mean over the first split, and divides each layer by its RMS deviation.
+    """Subtract each channel's mean over the first split, and divide each layer by its RMS deviation, in place.
 
-    Whisper's residual stream has offsets that a short training would spend itself on. Codecs don't care: they do the same.
+    Whisper's residual stream has large offsets, and a short training would mostly learn those. The codecs are not affected, since
+    they subtract the mean too.
     """
     frames = sum(len(x) for x in splits[0].clean)
     mean = sum(x.double().sum(0) for x in splits[0].clean) / frames
@@ -127,7 +125,7 @@ WHISPER: list[str] = [""]
 
 
 def stored_bytes(codecs: Sequence[ColumnCodec], split: Split) -> float:
-    """Bytes per frame of the clean pass, utterance by utterance as a shard compresses them."""
+    """Return the bytes per frame of the clean pass, compressed utterance by utterance as in a shard."""
     zstd, stored, frames = pa.Codec("zstd"), 0, 0
     for x in split.clean:
         frames += len(x)
@@ -138,7 +136,7 @@ def stored_bytes(codecs: Sequence[ColumnCodec], split: Split) -> float:
 
 
 def decode_rate(codecs: Sequence[ColumnCodec], frames: Tensor) -> float:
-    """GB of float32 targets per second, median of nine goes over a batch of some 2000 frames."""
+    """Return the decoding speed in GB of float32 targets per second: the median of nine runs on about 2000 frames."""
     coded = [codes[None] for codes in _encode(codecs, frames[:2000])]
     targets = CodedTargets(tuple(n for c in codecs for n in c.layers), tuple(zip(codecs, coded, strict=True)))
     times = []
@@ -150,7 +148,7 @@ def decode_rate(codecs: Sequence[ColumnCodec], frames: Tensor) -> float:
 
 
 def fit(name: str, split: Split, layers: int, dim: int) -> tuple[ColumnCodec, ...]:
-    """As a cache build fits it: on clean and composite frames of training utterances, one in ten held out."""
+    """Fit a codec as a cache build does: on clean and composite frames of training utterances, with every tenth block held out."""
     blocks: list[Tensor] = []
     for number, x in enumerate(split.clean):
         blocks.append(x)
@@ -164,19 +162,19 @@ def fit(name: str, split: Split, layers: int, dim: int) -> tuple[ColumnCodec, ..
 
 def measure(
     teacher: Annotated[str, typer.Option(help="hubert_small or whisper.")] = "hubert_small",
-    codecs: Annotated[str, typer.Option(help="With commas; fp32 first.")] = CODECS,
-    untrained: Annotated[str, typer.Option(help="More of them, with which no student is trained.")] = UNTRAINED,
-    seconds: Annotated[float, typer.Option(help="Training audio.")] = 1200,
-    steps: Annotated[int, typer.Option(help="Of each training.")] = 600,
-    batch_seconds: Annotated[float, typer.Option(help="Padded audio of a batch.")] = 30,
-    width: Annotated[int, typer.Option(help="Of the student.")] = 96,
+    codecs: Annotated[str, typer.Option(help="Codecs, separated by commas; fp32 first.")] = CODECS,
+    untrained: Annotated[str, typer.Option(help="Further codecs that no student is trained with.")] = UNTRAINED,
+    seconds: Annotated[float, typer.Option(help="Seconds of training audio.")] = 1200,
+    steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 600,
+    batch_seconds: Annotated[float, typer.Option(help="Seconds of padded audio per batch.")] = 30,
+    width: Annotated[int, typer.Option(help="Width of the student.")] = 96,
     learning_rate: Annotated[float, typer.Option()] = 3e-3,
     seeds: Annotated[int, typer.Option()] = 3,
-    whisper: Annotated[str, typer.Option(help="Folder of Whisper-small.")] = "",
+    whisper: Annotated[str, typer.Option(help="Folder with Whisper-small.")] = "",
     threads: Annotated[int, typer.Option()] = 1,
-    output: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Result file (JSON).")] = None,
 ) -> None:
-    """Size, error, speed and effect on students of each codec."""
+    """Measure the size, error and speed of each codec, and its effect on students."""
     torch.set_num_threads(threads)
     WHISPER[:] = [whisper]
     began = time.perf_counter()
@@ -232,7 +230,7 @@ def measure(
             )
             summary = summarise(rows)
             write_result(
-                output or RESULTS / f"codec_rate_distortion_{teacher}.json",
+                output or RESULTS / f"cache/codec_rate_distortion_{teacher}.json",
                 teacher=teacher,
                 layers=layers,
                 dim=dim,
@@ -248,7 +246,7 @@ def measure(
 
 
 def summarise(rows: list[dict[str, Any]]) -> float:
-    """Adds each codec's mean relative change of the loss against fp32 of the same seeds; the relative spread of fp32's seeds."""
+    """Add each codec's mean relative change of the loss against fp32 with the same seed. Return the spread of fp32 over seeds."""
     reference = rows[0]["losses"]
     for row in rows:
         pairs = list(zip(row["losses"], reference, strict=False))
@@ -259,10 +257,10 @@ def summarise(rows: list[dict[str, Any]]) -> float:
 
 
 def check(
-    whisper: Annotated[str, typer.Option(help="Folder of Whisper-small.")] = "",
-    output: Annotated[Path, typer.Option()] = RESULTS / "codec_genuine_hubert.json",
+    whisper: Annotated[str, typer.Option(help="Folder with Whisper-small.")] = "",
+    output: Annotated[Path, typer.Option()] = RESULTS / "cache/codec_genuine_hubert.json",
 ) -> None:
-    """One genuine HuBERT Base layer (9) of one utterance against whisper's and hubert_small's layers of the same audio."""
+    """Compare layer 9 of HuBERT Base on one utterance with layers of Whisper and hubert_small on the same audio."""
     WHISPER[:] = [whisper]
     folder = shared_data() / "hubert-features"
     genuine = torch.from_numpy(np.load(folder / "sample.base.L9.npy"))[:, None]
@@ -275,7 +273,7 @@ def check(
     rows = []
     for name, frames in found.items():
         frames = frames[: len(genuine)].float()
-        # Alternate stretches of a second: both halves say the same kind of things.
+        # Alternate seconds, so that both halves hold the same kind of speech.
         fitted = (torch.arange(len(frames)) // 50) % 2 == 0
         deviation = (frames - frames.mean(0)).square().mean(0).sqrt().flatten()
         row: dict[str, Any] = {
@@ -298,12 +296,12 @@ def check(
 
 
 def loud(
-    codecs: Annotated[str, typer.Option(help="With commas.")] = "int8,pca:0.5",
-    seconds: Annotated[float, typer.Option(help="Of speech to fit on.")] = 300,
-    whisper: Annotated[str, typer.Option(help="Folder of Whisper-small.")] = "",
-    output: Annotated[Path, typer.Option()] = RESULTS / "codec_loud_channels.json",
+    codecs: Annotated[str, typer.Option(help="Codecs, separated by commas.")] = "int8,pca:0.5",
+    seconds: Annotated[float, typer.Option(help="Seconds of speech to fit the codec on.")] = 300,
+    whisper: Annotated[str, typer.Option(help="Folder with Whisper-small.")] = "",
+    output: Annotated[Path, typer.Option()] = RESULTS / "cache/codec_loud_channels.json",
 ) -> None:
-    """Whisper's layers with loud channels (deviation above ten times the median): the others' error apart."""
+    """Measure the error of Whisper's layers with and without their loud channels (deviation above ten times the median)."""
     WHISPER[:] = [whisper]
     training, validation = load_split("whisper", TRAIN, seconds), load_split("whisper", HELD_OUT, seconds / 4)
     held_out = torch.cat(validation.clean)
@@ -334,7 +332,7 @@ def loud(
 
 
 def plot(output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "pictures" / "codecs.svg") -> None:
-    """Bytes per second against the change of the student's loss, both teachers; prints the table as Markdown."""
+    """Plot bytes per second against the change of the student's loss, for both teachers, and print the table as Markdown."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -343,7 +341,7 @@ def plot(output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "pictur
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=False)
     for axis, teacher in zip(axes, ("hubert_small", "whisper"), strict=True):
-        record = json.loads((RESULTS / f"codec_rate_distortion_{teacher}.json").read_text())
+        record = json.loads((RESULTS / f"cache/codec_rate_distortion_{teacher}.json").read_text())
         spread = 100 * record["spread_of_seeds"]
         axis.axhspan(-spread, spread, color="0.9", label="spread of seeds (fp32)")
         for row in (row for row in record["rows"] if row["losses"]):

@@ -1,25 +1,22 @@
-"""Cached against online training of one student, on real speech with a trained teacher: how many mask draws are enough?
+"""Compare cached with online training of one student on real speech, to find how many mask draws are enough.
 
-``measure`` builds one cache with the most draws asked for, then trains the same student from the same start on the same batches: with
-the teacher in the loop (a new mask of every utterance in every epoch), and from the cache with fewer and more of its draws. All are
-validated on held-out speakers against uncompressed targets. ``plot`` draws the curves and prints the table.
+``measure`` builds one cache with the largest number of draws. It then trains the same student, from the same initial weights and on
+the same batches, with the teacher in the training loop (a new mask for every utterance and epoch) and from the cache with different
+numbers of draws. All are validated on held-out speakers against uncompressed targets. ``plot`` draws the curves and prints the table.
 """
 
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import typer
-from result_file import REPOSITORY, RESULTS, write_result
-from small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances
 
+from benchmarks.result_file import REPOSITORY, RESULTS, write_result
+from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.build.build_cache import build_cache
@@ -34,7 +31,7 @@ from ray_distill.teacher_cache.teachers import load_teacher
 
 
 class Remembered:
-    """A reader that reads each batch once: validation with the teacher, without its cost every time."""
+    """A reader that computes each batch once, so that repeated validation does not run the teacher again."""
 
     def __init__(self, reader: TargetReader) -> None:
         self.num_samples, self.num_frames, self.layers, self.dim, self.draws = (
@@ -48,7 +45,7 @@ class Remembered:
         self._batches: dict[tuple[int, ...], Batch] = {}
 
     def read(self, indices: Sequence[int], draw: int | None) -> Batch:
-        """See TargetReader; the clean pass only."""
+        """See `TargetReader.read`; only the clean pass is supported."""
         assert draw is None
         key = tuple(indices)
         if key not in self._batches:
@@ -57,18 +54,18 @@ class Remembered:
 
 
 def measure(
-    seconds: Annotated[float, typer.Option(help="Training audio.")] = 900,
-    steps: Annotated[int, typer.Option(help="Of each training.")] = 800,
-    batch_seconds: Annotated[float, typer.Option(help="Padded audio of a batch.")] = 30,
-    draws: Annotated[str, typer.Option(help="With commas.")] = "1,2,4,8",
+    seconds: Annotated[float, typer.Option(help="Seconds of training audio.")] = 900,
+    steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 800,
+    batch_seconds: Annotated[float, typer.Option(help="Seconds of padded audio per batch.")] = 30,
+    draws: Annotated[str, typer.Option(help="Numbers of draws, separated by commas.")] = "1,2,4,8",
     learning_rate: Annotated[float, typer.Option()] = 3e-3,
     seeds: Annotated[int, typer.Option()] = 2,
     codec: Annotated[str, typer.Option()] = DEFAULT_CODEC,
     threads: Annotated[int, typer.Option()] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="A moment's training: only tries the script.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "parity.json",
+    quick: Annotated[bool, typer.Option("--quick", help="Train for a moment, only to try the script.")] = False,
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/parity.json",
 ) -> None:
-    """Validation curves of online and cached training."""
+    """Measure the validation curves of online and cached training."""
     if quick:
         seconds, steps, draws, seeds = 20, 4, "1,2", 1
     torch.set_num_threads(threads)
@@ -94,7 +91,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"
         build_cache(cache, spec, plan_shards(training, 300), checkpoint, teacher_name="hubert_small", workers=None)
-        # Utterance i is the same one for both readers, so that batch n is the same batch.
+        # Utterance i must be the same for both readers, so that batch n is the same batch.
         by_id = {u.id: u for u in training}
         in_order = [by_id[name] for name in CacheReader(cache, "train").ids]
         exact = Remembered(OnlineReader(validation, teacher, masks, layers))
@@ -146,10 +143,10 @@ def measure(
 
 
 def plot(
-    source: Annotated[Path, typer.Option(help="What `measure` wrote.")] = RESULTS / "parity.json",
+    source: Annotated[Path, typer.Option(help="Result file of `measure`.")] = RESULTS / "student/parity.json",
     output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "pictures" / "draws.svg",
 ) -> None:
-    """Curves, and each kind of targets' last loss against online's of the same seed; prints the table as Markdown."""
+    """Plot the curves and each last loss against online training with the same seed, and print the table as Markdown."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -179,7 +176,7 @@ def plot(
     curves.legend(frameon=False)
     ends.axhline(0, color="0.8", zorder=0)
     ends.set_xticks(range(len(names)), names)
-    ends.set_ylabel("last validation loss against online, %")
+    ends.set_ylabel("last validation loss against online training, %")
     figure.tight_layout()
     figure.savefig(output, metadata={"Date": None})
 

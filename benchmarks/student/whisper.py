@@ -1,30 +1,27 @@
-"""Whisper-small's encoder as a teacher, on real speech: what leaving out its 30 s of silence changes, and what a student learns.
+"""Use Whisper-small's encoder as a teacher on real speech: the effect of omitting its padding to 30 s, and a distilled student.
 
-``python benchmarks/whisper.py padding --whisper FOLDER`` (as get_whisper_small.py of the shared data writes it) compares features of
-real frames only with transformers' of audio padded to 30 s. ``distil`` caches normalised targets of some minutes of speech (clean:
-Whisper has no mask embedding), distils a small student from the cache, and probes phones of two unseen speakers in teacher, student, a
-student with random weights and log-mel bands.
+``python -m benchmarks.student.whisper padding --whisper FOLDER`` compares the features of real frames alone with those of
+transformers' encoder on audio padded to 30 s. FOLDER is created by get_whisper_small.py of the shared data. ``distil`` caches
+normalised targets of some minutes of speech (clean ones only, since Whisper has no mask embedding), distils a small student from
+the cache, and probes phones of two unseen speakers in the teacher, the student, a student with random weights and log-mel bands.
 """
 
 import json
-import sys
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from probe import write_manifest
-from result_file import RESULTS, write_result
-from small_speech import HELD_OUT, TRAIN, small_student, utterances, whisper_folder
 from torch import Tensor
 
+from benchmarks.result_file import RESULTS, write_result
+from benchmarks.small_speech import HELD_OUT, TRAIN, small_student, utterances, whisper_folder
+from benchmarks.student.probe import write_manifest
 from ray_distill.pipeline.probing.probe import Source, read_task, run_probes
 from ray_distill.student import Student, load_student
 from ray_distill.student.training.train_settings import TrainSettings
@@ -43,7 +40,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Padded:
-    """transformers' encoder with its own feature extractor: every utterance padded to 30 s."""
+    """The encoder of transformers with its own feature extractor, which pads every utterance to 30 s."""
 
     def __init__(self, folder: Path) -> None:
         from safetensors.torch import load_file
@@ -58,7 +55,7 @@ class Padded:
 
     @torch.inference_mode()
     def hidden_states(self, waveform: Tensor) -> Tensor:
-        """(S,) → (L, T, D) of the real frames, before the final layer norm."""
+        """Return the layers (L, T, D) of the real frames of a waveform (S,), before the final layer norm."""
         outputs: list[Tensor] = []
         hooks = [layer.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in self._encoder.layers]
         self._encoder(self._extract(waveform.numpy(), sampling_rate=16_000, return_tensors="pt").input_features)
@@ -69,14 +66,14 @@ class Padded:
 
 
 def compare(teacher: Teacher, folder: Path, seconds: float) -> dict[str, Any]:
-    """Real frames alone against 30 s: error and cosine of normalised features, by layer, and time."""
+    """Compare real frames alone with 30 s of padded audio: error and cosine of normalised features per layer, and time."""
     padded = Padded(folder)
     found: dict[str, list[Tensor]] = {"short": [], "long": []}
     spent = dict.fromkeys(found, 0.0)
     members = utterances(HELD_OUT, seconds)
     ways = (("short", lambda w: teacher.hidden_states(w[None])[0]), ("long", padded.hidden_states))
     for _, run in ways:
-        run(torch.zeros(16_000))  # The first call of each is slower.
+        run(torch.zeros(16_000))  # The first call of each way is slower.
     for member in members:
         waveform = torch.from_numpy(load_audio(Path(member.path)))
         for name, run in ways:
@@ -97,7 +94,7 @@ def compare(teacher: Teacher, folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def power(teacher: Teacher, seconds: float) -> dict[str, Any]:
-    """Share of a layer's squared values that its loudest 3 % of frames hold, without normalisation."""
+    """Return the share of a layer's squared values in its loudest 3 % of frames, without normalisation."""
     members = utterances(HELD_OUT, seconds)
     frames = [teacher.hidden_states(torch.from_numpy(load_audio(Path(m.path)))[None])[0] for m in members]
     loudness = torch.cat(frames, 1).square().mean(2).sort(1, descending=True).values
@@ -106,7 +103,7 @@ def power(teacher: Teacher, seconds: float) -> dict[str, Any]:
 
 
 def cached(location: Path, name: str) -> Source:
-    """The teacher's features of utterances that a cache holds, which need not run it again."""
+    """Return the teacher's features as a probe's source, read from a cache instead of running the teacher."""
     places = {}
     for split in ("train", "validation"):
         reader = CacheReader(location, split)
@@ -122,12 +119,12 @@ def cached(location: Path, name: str) -> Source:
 
 @app.command("padding")
 def padding(
-    whisper: Annotated[str, typer.Option(help="Folder of Whisper-small.")] = "",
-    seconds: Annotated[float, typer.Option(help="Of unseen speech.")] = 60,
+    whisper: Annotated[str, typer.Option(help="Folder with Whisper-small.")] = "",
+    seconds: Annotated[float, typer.Option(help="Seconds of unseen speech.")] = 60,
     threads: Annotated[int, typer.Option()] = 1,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "whisper_padding.json",
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/whisper_padding.json",
 ) -> None:
-    """What leaving out the silence changes, and how loud the loudest frames are."""
+    """Measure the effect of omitting the padding, and the power of the loudest frames."""
     torch.set_num_threads(threads)
     folder = whisper_folder(whisper)
     teacher = load_teacher(str(folder))
@@ -136,18 +133,22 @@ def padding(
 
 @app.command("distil")
 def distil(
-    whisper: Annotated[str, typer.Option(help="Folder of Whisper-small.")] = "",
-    seconds: Annotated[float, typer.Option(help="Of training speech to cache; a third of it to validate.")] = 480,
-    learnt: Annotated[str, typer.Option(help="Layers the student learns from, of those cached (all).")] = "3,6,9,12",
-    steps: Annotated[int, typer.Option(help="Of training.")] = 700,
-    batch_seconds: Annotated[float, typer.Option(help="Padded audio of a batch.")] = 16,
-    width: Annotated[int, typer.Option(help="Of the student.")] = 128,
-    epochs: Annotated[int, typer.Option(help="Of each probe.")] = 20,
+    whisper: Annotated[str, typer.Option(help="Folder with Whisper-small.")] = "",
+    seconds: Annotated[
+        float, typer.Option(help="Seconds of training speech to cache, and a third of that for validation.")
+    ] = 480,
+    learnt: Annotated[str, typer.Option(help="Layers that the student learns. All layers are cached.")] = "3,6,9,12",
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 700,
+    batch_seconds: Annotated[float, typer.Option(help="Seconds of padded audio per batch.")] = 16,
+    width: Annotated[int, typer.Option(help="Width of the student.")] = 128,
+    epochs: Annotated[int, typer.Option(help="Epochs of each probe.")] = 20,
     threads: Annotated[int, typer.Option()] = 1,
-    cache: Annotated[Path | None, typer.Option(help="Folder to keep the cache in; default none.")] = None,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "whisper.json",
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder to keep the cache in. Default: the cache is deleted.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/whisper.json",
 ) -> None:
-    """Caches, distils a small student, and probes phones in teacher, student and log-mel bands."""
+    """Build a cache, distil a small student, and probe phones in teacher, student and log-mel bands."""
     torch.set_num_threads(threads)
     spec = f"layer-norm:{whisper_folder(whisper)}"
     teacher = load_teacher(spec)
@@ -192,7 +193,7 @@ def distil(
         write_manifest(manifest, "phones", seconds / 3)
         train_rows = Path(scratch) / "train.csv"
         write_manifest(train_rows, "phones", seconds)
-        # As much to learn from as was cached, and as much to test on.
+        # Train and test the probes on as much speech as was cached.
         lines = [line for line in train_rows.read_text().splitlines() if not line.endswith(",test")]
         lines += [line for line in manifest.read_text().splitlines() if line.endswith(",test")]
         manifest.write_text("\n".join(lines) + "\n")

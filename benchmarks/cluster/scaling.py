@@ -1,30 +1,27 @@
-"""Does the simulation of `simulation` fit small real runs, and what does it say of large ones?
+"""Compare the simulation in `simulation` with small real runs, and apply it to large ones.
 
-``measure``: builds of the small corpus by one Ray actor, by two, and by two of which one is killed half-way; then two ranks that
-read a cache with the real reader and its thread behind a throttle (a store of fixed bandwidth), with a pause in place of the
-computation. The rate, the spread and the start of a worker are fitted to the builds by one actor; all other runs are predicted
-from them. Also the unit costs of `configs/clusters` that no other benchmark has. ``plot``: the figures of docs/in-depth/scaling.md.
+``measure`` builds the small corpus with one Ray actor, with two, and with two of which one is killed half-way. Two ranks then read a
+cache with the real reader and prefetching from a throttled store of fixed bandwidth, with a pause in place of the computation. The
+rate, spread and start-up time of a worker are fitted to the builds by one actor, and all other runs are predicted from them. It also
+measures the unit costs in `configs/clusters` that no other benchmark measures. ``plot`` draws the figures of the page on scaling.
 """
 
 import json
 import math
 import statistics
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import psutil
 import torch
 import typer
-from result_file import REPOSITORY, RESULTS, write_result
-from simulation import BuildWorkers, Trainers, simulate_build, simulate_training
-from small_speech import TRAIN, shared_data, utterances
 
+from benchmarks.cluster.simulation import BuildWorkers, Trainers, simulate_build, simulate_training
+from benchmarks.result_file import REPOSITORY, RESULTS, write_result
+from benchmarks.small_speech import TRAIN, shared_data, utterances
 from ray_distill.pipeline.planning.cluster_plan import HOURS, load_cluster, plan_cluster
 from ray_distill.student.training.prefetch import PREFETCH, TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
@@ -46,7 +43,7 @@ MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=10), draws=2)
 def build(
     folder: Path, members: list[Utterance], actors: int | None, shard_seconds: float, kill_at: float | None = None
 ) -> dict[str, Any]:
-    """One build: the seconds at which each shard was there, and the audio of each."""
+    """Build a cache. Return the times at which shards were finished, and the audio of each."""
     checkpoint = str(shared_data() / "teacher" / "hubert_small.pt")
     teacher = load_teacher(checkpoint)
     spec = CacheSpec(
@@ -55,7 +52,7 @@ def build(
         dim=teacher.dim,
         layers=tuple(range(1, teacher.num_layers + 1)),
         masks=MASKS,
-        codec="int8",  # Has little to fit; what a build does once is not the question here.
+        codec="int8",  # It needs little fitting; one-time costs of a build are not measured here.
         corpus="small speech",
         shard_seconds=shard_seconds,
         batch_seconds=30.0,
@@ -68,7 +65,7 @@ def build(
     def on_progress(progress: Any) -> None:
         finished.append(time.perf_counter() - began)
         if kill_at is not None and not killed and progress.seconds_done >= kill_at * progress.seconds:
-            # Only among this program's own: other Rays may run on this machine.
+            # Only descendants of this process, since another Ray may run on this machine.
             own = psutil.Process().children(recursive=True)
             next(process for process in own if _is_actor(process)).kill()
             killed.append(time.perf_counter() - began)
@@ -98,7 +95,7 @@ def _is_actor(process: psutil.Process) -> bool:
 
 
 def fit_worker(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Rate, spread and start of a worker, from builds by one actor."""
+    """Fit the rate, spread and start-up time of a worker to builds by one actor."""
     rates, spreads, starts = [], [], []
     for run in runs:
         ends, audio = run["finished"], run["shards"]
@@ -115,7 +112,7 @@ def fit_worker(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 class Throttled:
-    """A reader whose bytes pass through one store of fixed bandwidth, shared with other readers."""
+    """A reader that shares one store of fixed bandwidth with other readers."""
 
     def __init__(self, reader: CacheReader, store: "Store") -> None:
         self._reader, self._store = reader, store
@@ -133,13 +130,13 @@ class Throttled:
 
 
 class Store:
-    """Fixed bandwidth, first come, first served."""
+    """A store with fixed bandwidth, first come, first served."""
 
     def __init__(self, bytes_per_second: float) -> None:
         self._rate, self._lock, self._free = bytes_per_second, threading.Lock(), time.perf_counter()
 
     def take(self, count: int) -> None:
-        """Returns when so many bytes have passed."""
+        """Return when ``count`` bytes have passed."""
         with self._lock:
             self._free = max(self._free, time.perf_counter()) + count / self._rate
             until = self._free
@@ -147,7 +144,7 @@ class Store:
 
 
 def train(cache: Path, steps: int, step_seconds: float, bytes_per_second: float) -> dict[str, float]:
-    """Two ranks in threads: the real plan, reader and feed; a pause in place of the computation, a barrier after it."""
+    """Run two ranks in threads with the real reader and prefetching, a pause in place of the computation, and a barrier per step."""
     settings = TrainSettings(epochs=1000, max_steps=steps, batch_seconds=20.0, workers=2)
     store, barrier = Store(bytes_per_second), threading.Barrier(2)
     readers = [Throttled(CacheReader(cache, "train", threads=1), store) for _ in range(2)]
@@ -179,12 +176,14 @@ def train(cache: Path, steps: int, step_seconds: float, bytes_per_second: float)
 
 @app.command()
 def measure(
-    seconds: Annotated[float, typer.Option(help="Of speech.")] = 600,
-    rounds: Annotated[int, typer.Option(help="Of each way of building, in turns.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="A moment, without Ray: only tries the script.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "scaling.json",
+    seconds: Annotated[float, typer.Option(help="Seconds of speech.")] = 600,
+    rounds: Annotated[int, typer.Option(help="Rounds in which all ways of building take turns.")] = 3,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run for a moment and without Ray, only to try the script.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cluster/scaling.json",
 ) -> None:
-    """Holds the simulation against real builds and reads."""
+    """Compare the simulation with real builds and reads."""
     torch.set_num_threads(1)
     shard, rounds, steps = (4.0, 1, 20) if quick else (seconds / 30, rounds, 300)
     members = utterances(TRAIN, 40 if quick else seconds)
@@ -198,7 +197,7 @@ def measure(
         import ray
 
         ray.init(
-            num_cpus=4,  # One for each teacher, one for decoding: the machine's cores are shared, as on a real node.
+            num_cpus=4,  # One CPU per teacher and one for decoding share the machine's cores, as on a real node.
             logging_level="ERROR",
             log_to_driver=False,
             runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}},
@@ -222,7 +221,7 @@ def measure(
         stored = Cache.open(cache)
         free = train(cache, steps, 0.0, 1e12)
         reads = []
-        # From a store that is never waited for to one that is twice too slow.
+        # From a store that is fast enough to one that is twice too slow.
         for share in (4.0, 1.2, 0.8, 0.5):
             step = 0.05
             real = train(cache, steps, step, share * 2 * free["batch_bytes"] / step)
@@ -254,7 +253,7 @@ def measure(
 
 
 def _audio_bytes(cache: Cache) -> float:
-    """Bytes of audio in the shards, per second of audio."""
+    """Return the bytes of audio in the shards per second of audio."""
     import pyarrow.parquet as pq
 
     total = 0
@@ -271,15 +270,15 @@ def _audio_bytes(cache: Cache) -> float:
 
 @app.command()
 def plot(
-    source: Annotated[Path, typer.Option(help="What `measure` wrote.")] = RESULTS / "scaling.json",
-    cluster: Annotated[Path, typer.Option(help="For the large corpora.")] = REPOSITORY
+    source: Annotated[Path, typer.Option(help="Result file of `measure`.")] = RESULTS / "cluster/scaling.json",
+    cluster: Annotated[Path, typer.Option(help="Description of the cluster for the large corpora.")] = REPOSITORY
     / "configs"
     / "clusters"
     / "h100-object-store.yaml",
-    output: Annotated[Path, typer.Option(help="Folder.")] = REPOSITORY / "docs" / "pictures",
-    shards: Annotated[int, typer.Option(help="Of a simulated build.")] = 360_000,
+    output: Annotated[Path, typer.Option(help="Folder of the figures.")] = REPOSITORY / "docs" / "pictures",
+    shards: Annotated[int, typer.Option(help="Shards of the simulated build.")] = 360_000,
 ) -> None:
-    """Real against simulated runs; then what failures and stragglers cost a large build and a large training."""
+    """Plot real against simulated runs, and the cost of failures and stragglers in a large build and a large training."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -311,7 +310,7 @@ def plot(
         )
     rows = record["reads"]
     left.plot(
-        [r["simulated_seconds"] for r in rows], [r["seconds"] for r in rows], "s", color="C4", label="trainers' reads"
+        [r["simulated_seconds"] for r in rows], [r["seconds"] for r in rows], "s", color="C4", label="reads of trainers"
     )
     ends = [0, 1.1 * max(row["seconds"] for row in [*record["builds"], *rows])]
     left.plot(ends, ends, color="grey", linewidth=0.8)
@@ -328,7 +327,7 @@ def plot(
             walls.append(simulate_build([600.0] * shards, workers, seed=1).seconds / ideal)
         right.plot(failures, walls, "o-", color=f"C{number}", label=f"{start} s to start a worker")
         print(f"{start} s: " + ", ".join(f"{f:g}/h {w:.3f}" for f, w in zip(failures, walls, strict=True)))
-    right.set(xlabel="failures of each worker per hour", ylabel="wall time over the ideal's", yscale="log")
+    right.set(xlabel="failures of each worker per hour", ylabel="wall time / ideal wall time", yscale="log")
     right.set(title=f"build of {shards * 10 / 60:,.0f} h by 16 workers")
     right.set_xscale("symlog", linthresh=0.1)
     right.legend()
@@ -342,8 +341,8 @@ def plot(
         ]
         plans = [plan_cluster(one, hours) for one in more]
         left.plot(counts, [plan.build_wall for plan in plans], "o-", color=f"C{number}", label=f"{hours:,.0f} h")
-    left.set(xscale="log", yscale="log", xlabel="teachers (8 to a node)", ylabel="hours to build, at least")
-    left.set(title="builds: flat where the store is full")
+    left.set(xscale="log", yscale="log", xlabel="teachers (8 to a node)", ylabel="minimum hours to build")
+    left.set(title="builds: flat where the store is saturated")
     left.legend()
     student = described.train.number("student_audio_per_second", RESULTS)
     plan = plan_cluster(described, 960)
@@ -366,8 +365,8 @@ def plot(
         name = f"{seconds * 1000:.0f} ms a request, {threads} threads"
         right.plot(counts, walls, "o-", color=f"C{number}", label=name)
         print(f"{name}: " + ", ".join(f"{n} {w:.2f}" for n, w in zip(counts, walls, strict=True)))
-    right.set(xscale="log", xlabel="trainers", ylabel="step time over the computation's")
-    right.set(yscale="log", title="reads from one store, batches of 240 s, 4 ahead")
+    right.set(xscale="log", xlabel="trainers", ylabel="step time / computation time")
+    right.set(yscale="log", title="reads from one store, batches of 240 s, prefetch 4")
     right.legend()
     figure.tight_layout()
     figure.savefig(output / "scaling-train.svg", metadata={"Date": None})

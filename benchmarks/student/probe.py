@@ -1,24 +1,21 @@
-"""What linear probes find in teacher, student and log-mel bands, on real speech.
+"""Run linear probes on the teacher, the student and log-mel bands, on real speech.
 
-``python benchmarks/probe.py MODEL`` probes phones (forced alignments) and characters of two speakers who are not in training, and
-which of eight speakers an utterance is of. Beside the student stands one of its shape with random weights: before training.
+``python -m benchmarks.student.probe MODEL`` probes phones (from forced alignments) and characters of two speakers who are not in the
+training set, and the speaker of an utterance among eight. A student of the same shape with random weights serves as a baseline.
 """
 
 import csv
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import typer
-from result_file import RESULTS, write_result
-from small_speech import HELD_OUT, TRAIN, shared_data, utterances
 
+from benchmarks.result_file import RESULTS, write_result
+from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, utterances
 from ray_distill.pipeline.probing.probe import Source, read_task, run_probes
 from ray_distill.pipeline.student_export import open_student
 from ray_distill.student import Student
@@ -28,7 +25,7 @@ TASKS = ("phones", "characters", "speakers")
 
 
 def phones() -> dict[str, str]:
-    """Phones of each utterance, silence and noise left out."""
+    """Return the phones of each utterance without silence and noise."""
     found = {}
     for line in (shared_data() / "speech" / "phones.tsv").read_text().splitlines()[1:]:
         name, *segments = line.split()
@@ -38,7 +35,7 @@ def phones() -> dict[str, str]:
 
 
 def transcripts() -> dict[str, str]:
-    """Words of each utterance."""
+    """Return the words of each utterance."""
     lines = (
         line
         for path in (shared_data() / "speech" / "LibriSpeech").rglob("*.trans.txt")
@@ -48,14 +45,14 @@ def transcripts() -> dict[str, str]:
 
 
 def write_manifest(path: Path, task: str, seconds: float) -> None:
-    """The manifest of a task, with at most so much audio of each split."""
+    """Write the manifest of a task, with at most ``seconds`` of audio per split."""
     texts = {"phones": phones, "characters": transcripts, "speakers": dict}[task]()
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         if task == "speakers":
             rows.writerow(["path", "label", "split"])
             seen: Counter[str] = Counter()
-            for u in utterances(TRAIN, seconds):  # The held-out speakers are in no training.
+            for u in utterances(TRAIN, seconds):  # The held-out speakers are not in the training set.
                 speaker = u.id.split("-")[0]
                 seen[speaker] += 1
                 rows.writerow([u.path, speaker, "train" if seen[speaker] % 4 else "test"])
@@ -67,15 +64,17 @@ def write_manifest(path: Path, task: str, seconds: float) -> None:
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="A run's folder or an exported student, distilled from the teacher.")],
-    teacher: Annotated[str | None, typer.Option(help="Default: the small one trained on speech.")] = None,
-    epochs: Annotated[int, typer.Option(help="Of each probe.")] = 20,
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a run or of an exported student that was distilled from the teacher.")
+    ],
+    teacher: Annotated[str | None, typer.Option(help="Teacher. Default: the small one trained on speech.")] = None,
+    epochs: Annotated[int, typer.Option(help="Epochs of each probe.")] = 20,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A few minutes of speech, two epochs: only tries the script.")
+        bool, typer.Option("--quick", help="Run two epochs on a few minutes of speech, only to try the script.")
     ] = False,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "probe.json",
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/probe.json",
 ) -> None:
-    """Probes phones, characters and speakers."""
+    """Probe phones, characters and speakers."""
     torch.set_num_threads(1)
     student, origin = open_student(model)
     torch.manual_seed(0)

@@ -1,15 +1,15 @@
-"""A discrete simulation of cache builds and of trainers' reads, with failures and stragglers, which a plan on paper leaves out.
+"""Discrete-event simulation of cache builds and of the reads of trainers, with failures and stragglers.
 
-Assumptions, all of them:
+Assumptions:
 
-- A shard's time is its audio over the worker's rate, times a log-normal factor of mean 1.
-- A worker fails at random with a constant rate, also while it works on a shard; the shard is lost and goes back to the head of
-  the queue (shards are committed whole), and the worker is back after a fixed time.
-- Trainers step together (DDP): a step begins when the last rank has its batch and ends with the slowest rank's computation.
-- Each rank reads ahead at most so many batches, one after the other, as `training.prefetch` does. Reading a batch is a log-normal
-  latency (of all requests that are made one after the other) and then its bytes, which pass through one store of fixed bandwidth
-  in the order in which they arrive there.
-- When any trainer fails, all start again from the last checkpoint after a fixed time.
+- The time of a shard is its audio divided by the worker's rate, times a log-normal factor of mean 1.
+- Workers fail at random at a constant rate, also while they work on a shard. The shard is lost and returns to the head of the queue,
+  since shards are committed whole. The worker is back after a fixed time.
+- Trainers run in lockstep (DDP): a step starts when the last rank has its batch and ends with the slowest rank's computation.
+- Each rank prefetches a limited number of batches, one after the other, as `training.prefetch` does. Reading a batch takes a
+  log-normal latency (the sum over sequential requests) and then the transfer of its bytes, which pass through one store of fixed
+  bandwidth in the order of their arrival.
+- If a trainer fails, all restart from the last checkpoint after a fixed time.
 """
 
 import heapq
@@ -26,11 +26,11 @@ class BuildWorkers:
     """The workers of a build.
 
     Attributes:
-        workers: side by side.
-        audio_per_second: that one gets through, in seconds of audio, with all passes.
-        straggling: standard deviation of the logarithm of a shard's time. Default 0.
-        failures_per_hour: of one worker. Default 0.
-        start_seconds: until a worker begins its first shard, and again after a failure. Default 0.
+        workers: Number of workers.
+        audio_per_second: Seconds of audio that one worker processes per second, with all passes.
+        straggling: Standard deviation of the logarithm of a shard's time. Default 0.
+        failures_per_hour: Failures of one worker per hour. Default 0.
+        start_seconds: Start-up time of a worker, also after a failure. Default 0.
     """
 
     workers: int
@@ -42,14 +42,14 @@ class BuildWorkers:
 
 @dataclass(frozen=True)
 class BuildTrace:
-    """What happened in a simulated build.
+    """Result of a simulated build.
 
     Attributes:
-        seconds: from the start until the last shard is committed.
-        finished: seconds at which each shard was, in order of their ends.
-        failures: of workers, while they worked.
-        lost_seconds: of work that was begun and lost.
-        busy: share of the workers' time that ended in shards.
+        seconds: Time until the last shard is committed.
+        finished: Times at which shards were finished, in ascending order.
+        failures: Number of failures of workers during work.
+        lost_seconds: Work time lost in failures.
+        busy: Share of the workers' time spent on finished shards.
     """
 
     seconds: float
@@ -66,13 +66,13 @@ def simulate_build(
     seed: int = 0,
     kills: Sequence[tuple[float, int]] = (),
 ) -> BuildTrace:
-    """Builds shards in their order; whoever is free takes the next one.
+    """Simulate a build. Free workers take the next shard of the queue.
 
     Args:
-        shard_seconds: audio of each shard.
-        workers: who builds.
-        seed: of failures and stragglers. Equal arguments give equal traces.
-        kills: (seconds, worker) at which a worker is killed, besides the random failures.
+        shard_seconds: Seconds of audio of each shard.
+        workers: The workers.
+        seed: Seed of failures and stragglers. Equal arguments give equal traces.
+        kills: Pairs (seconds, worker): times at which a worker is killed, in addition to random failures.
 
     Example:
         >>> simulate_build([60.0] * 4, BuildWorkers(2, audio_per_second=20.0)).seconds
@@ -84,11 +84,11 @@ def simulate_build(
     free = [(workers.start_seconds, worker) for worker in range(workers.workers)]
     heapq.heapify(free)
     killed = {worker: deque(sorted(at for at, who in kills if who == worker)) for worker in range(workers.workers)}
-    # Ends of attempts, so that a lost shard goes back only once it is known to be lost.
+    # A heap of the attempts' ends, so that a lost shard is requeued only when the failure happens.
     running: list[tuple[float, int, int, float, bool]] = []
     finished: list[float] = []
     failures, lost, useful = 0, 0.0, 0.0
-    now = 0.0  # of the last end of an attempt: whoever has long been free begins no earlier than that.
+    now = 0.0  # End of the last attempt. A worker that was free before starts no earlier than this.
     while waiting or running:
         if waiting and free and (not running or free[0][0] <= running[0][0]):
             since, worker = heapq.heappop(free)
@@ -125,18 +125,19 @@ class Trainers:
     """Trainers that read from one store.
 
     Attributes:
-        ranks: side by side.
-        step_seconds: a rank's computation for a batch.
-        batch_bytes: a rank reads for it.
-        store_bytes_per_second: of all ranks together.
-        latency_seconds: mean, of a batch: of a request, times the requests for a batch over the threads that make them. Default 0.
-        latency_spread: standard deviation of its logarithm. Default 0.
-        straggling: standard deviation of the logarithm of a step's time. Default 0.
-        unpack_seconds: of a rank's reading thread for a batch, besides the transfer. Default 0.
-        prefetch: batches that wait at most, besides the one that is being read. Default 4, as in `training.prefetch`.
-        failures_per_hour: of one rank. Default 0.
-        restart_seconds: until all train again after a failure. Default 0.
-        checkpoint_steps: between checkpoints. Default 1000.
+        ranks: Number of ranks.
+        step_seconds: Computation time of a rank per batch.
+        batch_bytes: Bytes that a rank reads per batch.
+        store_bytes_per_second: Bandwidth of the store for all ranks together.
+        latency_seconds: Mean latency of a batch: that of a request, times the requests per batch, divided by the reading threads.
+            Default 0.
+        latency_spread: Standard deviation of the logarithm of the latency. Default 0.
+        straggling: Standard deviation of the logarithm of a step's time. Default 0.
+        unpack_seconds: Time that a rank's reading thread needs per batch besides the transfer. Default 0.
+        prefetch: Maximum number of prefetched batches, besides the one that is being read. Default 4, as in `training.prefetch`.
+        failures_per_hour: Failures of one rank per hour. Default 0.
+        restart_seconds: Time until training continues after a failure. Default 0.
+        checkpoint_steps: Steps between checkpoints. Default 1000.
     """
 
     ranks: int
@@ -155,13 +156,13 @@ class Trainers:
 
 @dataclass(frozen=True)
 class TrainTrace:
-    """What happened in a simulated training.
+    """Result of a simulated training.
 
     Attributes:
-        seconds: in all.
-        waited_seconds: that the slowest rank waited for data, over all steps.
-        failures: each of which set everything back to a checkpoint.
-        lost_steps: made again.
+        seconds: Total time.
+        waited_seconds: Time that the slowest rank waited for data, summed over steps.
+        failures: Number of failures, each followed by a restart from a checkpoint.
+        lost_steps: Number of steps that were repeated.
     """
 
     seconds: float
@@ -171,10 +172,10 @@ class TrainTrace:
 
 
 def simulate_training(steps: int, trainers: Trainers, *, seed: int = 0) -> TrainTrace:
-    """Trains for ``steps`` steps.
+    """Simulate ``steps`` training steps.
 
     Raises:
-        ValueError: failures come so often that training does not get from one checkpoint to the next.
+        ValueError: If failures are so frequent that training doesn't reach the next checkpoint.
 
     Example:
         >>> round(simulate_training(100, Trainers(2, 0.5, 1e6, 1e9)).seconds)
@@ -192,7 +193,7 @@ def simulate_training(steps: int, trainers: Trainers, *, seed: int = 0) -> Train
         read_end = [now] * t.ranks
         taken: list[deque[float]] = [deque([now] * (t.prefetch + 1), maxlen=t.prefetch + 1) for _ in range(t.ranks)]
         while step < steps:
-            # The reader of batch k begins once it put batch k - 1 down, for which batch k - 1 - prefetch must have been taken.
+            # The reader starts on batch k when batch k - 1 is in the queue, which needs batch k - 1 - prefetch to have left it.
             spread = t.latency_spread
             latencies = t.latency_seconds * np.exp(rng.normal(-spread * spread / 2, spread, t.ranks))
             arrivals = [max(read_end[rank], taken[rank][0]) + float(latencies[rank]) for rank in range(t.ranks)]
@@ -217,7 +218,7 @@ def simulate_training(steps: int, trainers: Trainers, *, seed: int = 0) -> Train
         now, step = dies + t.restart_seconds, back
         if failures > 100 * (1 + steps / t.checkpoint_steps):
             raise ValueError(
-                f"training gets no further than step {step}: it fails every {1 / rate:.0f} s, a checkpoint takes "
+                f"training doesn't get beyond step {step}: a failure occurs every {1 / rate:.0f} s, but a checkpoint only every "
                 f"{t.checkpoint_steps * t.step_seconds:.0f} s; make checkpoints more often"
             )
     return TrainTrace(now, waited, failures, lost)

@@ -1,17 +1,16 @@
-"""What features cost: the student in every form that it can leave in, against HuBERT Base and a model of DistilHuBERT's shape.
+"""Measure the cost of features: the student in every exported form, against HuBERT Base and a model of DistilHuBERT's shape.
 
-``python benchmarks/inference.py`` times one utterance at a time, all candidates in turns, on one and on two cores; takes the memory of
-each in a fresh process, and its size on disk. Weights are random where none are given (speed does not depend on them). Ratios are
-medians of ratios within rounds. Where CUDA is available, ``--device cuda`` runs what is PyTorch there.
+``python -m benchmarks.student.inference`` times one utterance at a time, with all candidates in turns, on one and on two cores. It
+also measures the memory of each candidate in a fresh process, and its size on disk. Weights are random by default, since speed does
+not depend on them. Ratios are medians of the ratios within rounds. ``--device cuda`` runs the PyTorch candidates on a GPU.
 
-With ``--model`` also the error of ONNX and of ONNX in int8 against PyTorch, of a trained student on real speech.
+With ``--model`` it also measures the error of ONNX and ONNX int8 against PyTorch, for a trained student on real speech.
 """
 
 import gc
 import multiprocessing
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,16 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
 import typer
-from memory import forget_peak, peak_resident_bytes, resident_bytes
-from result_file import RESULTS, write_result
-from small_speech import HELD_OUT, utterances
 from torch import Tensor, nn
 
+from benchmarks.memory import forget_peak, peak_resident_bytes, resident_bytes
+from benchmarks.result_file import REPOSITORY, RESULTS, write_result
+from benchmarks.small_speech import HELD_OUT, utterances
 from ray_distill.pipeline.config import load_config
 from ray_distill.pipeline.student_export import open_student
 from ray_distill.student import Student, StudentConfig
@@ -38,23 +35,22 @@ from ray_distill.student.exporters.portable import portable_student
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.teachers.architecture import HUBERT_CONVOLUTIONS
 
-HERE = Path(__file__).resolve().parent
 BASE, DISTIL = 12, 2
-"""Layers of HuBERT Base and DistilHuBERT, which has Base's convolutions."""
+"""Number of layers of HuBERT Base and of DistilHuBERT, which has the same convolutions."""
 
 Run = Callable[[Tensor], Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is built and how.
+    """How a candidate is built.
 
     Attributes:
-        student: its configuration, as JSON.
-        device: of what is PyTorch.
-        threads: of each runtime.
-        folder: of exported files.
-        small: tiny comparison models, to try the script.
+        student: The student's configuration as JSON.
+        device: Device of the PyTorch candidates.
+        threads: Threads of each runtime.
+        folder: Folder with the exported files.
+        small: Whether the models to compare with are tiny, to try the script.
     """
 
     student: str
@@ -73,20 +69,20 @@ def parameters_bytes(model: nn.Module) -> int:
 
 
 def ours(case: Case) -> tuple[Run, int]:
-    """The student as the service runs it."""
+    """Build the student as the service runs it."""
     student = case.make_student().to(case.device)
     size = parameters_bytes(portable_student(case.make_student()))
     return lambda x: student.encode(x, torch.full((len(x),), x.shape[1], device=x.device)), size
 
 
 def portable(case: Case) -> tuple[Run, int]:
-    """As S3PRL and transformers run it."""
+    """Build the portable form that S3PRL and transformers run."""
     model = portable_student(case.make_student()).to(case.device)
     return model, parameters_bytes(model)
 
 
 def compiled(case: Case) -> tuple[Run, int]:
-    """The same, compiled anew for each length."""
+    """Build the portable form with torch.compile, recompiled for each length."""
     model = portable_student(case.make_student()).to(case.device)
     model.hold_maps = True
     run: Run = torch.compile(model, dynamic=False)
@@ -94,12 +90,12 @@ def compiled(case: Case) -> tuple[Run, int]:
 
 
 def onnx(case: Case, file: str = "student.onnx") -> tuple[Run, int]:
-    """ONNX Runtime on the CPU."""
+    """Build the ONNX form for ONNX Runtime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = case.threads, 1
-    # Else its threads go on spinning while the others are timed.
+    # Otherwise its threads keep spinning while other candidates are timed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     path = Path(case.folder) / file
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -110,7 +106,7 @@ def onnx(case: Case, file: str = "student.onnx") -> tuple[Run, int]:
 
 
 def onnx_int8(case: Case) -> tuple[Run, int]:
-    """The same with weights of matrix products in int8."""
+    """Build the ONNX form with the weights of matrix products in int8."""
     return onnx(case, "student-int8.onnx")
 
 
@@ -166,12 +162,12 @@ REFERENCE = "HuBERT Base, transformers"
 
 
 def names_for(case: Case) -> list[str]:
-    """Candidates that can run here."""
+    """Return the candidates that can run on this machine."""
     left_out = set()
     if case.device != "cpu":
         left_out |= {"student, ONNX", "student, ONNX int8"}
     elif case.small or (shutil.which("g++") is None and shutil.which("clang") is None):
-        left_out |= {"student, compiled"}  # It takes a compiler, and a minute.
+        left_out |= {"student, compiled"}  # It needs a compiler, and takes a minute.
     return [name for name in CANDIDATES if name not in left_out]
 
 
@@ -182,7 +178,7 @@ def wait(device: str) -> None:
 
 @torch.inference_mode()
 def time_all(case: Case, lengths: list[float], rounds: int) -> list[dict[str, Any]]:
-    """Rows of each candidate and length: median seconds, real-time factor, throughput against HuBERT Base."""
+    """Return a row per candidate and length: median seconds, real-time factor, throughput against HuBERT Base."""
     torch.set_num_threads(case.threads)
     names = names_for(case)
     built = {name: CANDIDATES[name](case) for name in names}
@@ -196,7 +192,7 @@ def time_all(case: Case, lengths: list[float], rounds: int) -> list[dict[str, An
                 began = time.perf_counter()
                 built[name][0](waveform)
                 wait(case.device)
-                if number:  # The first round warms up, and compiles.
+                if number:  # The first round warms up and compiles.
                     times[name].append(time.perf_counter() - began)
         for name in names:
             median = statistics.median(times[name])
@@ -218,7 +214,7 @@ def time_all(case: Case, lengths: list[float], rounds: int) -> list[dict[str, An
 
 @torch.inference_mode()
 def memory(case: Case, name: str, seconds: float) -> int:
-    """Memory that loading a candidate and one pass take at their peak. Call it in a fresh process."""
+    """Return the peak memory of loading a candidate and running it once. Call it in a fresh process."""
     torch.set_num_threads(case.threads)
     waveform = torch.randn(1, int(16_000 * seconds)).mul_(0.1)
     gc.collect()
@@ -231,7 +227,7 @@ def memory(case: Case, name: str, seconds: float) -> int:
 
 @torch.no_grad()
 def errors(model: Path, folder: Path, seconds: float) -> dict[str, Any]:
-    """Relative errors of ONNX and ONNX int8 against PyTorch, of each layer over real held-out speech."""
+    """Return the relative errors of ONNX and ONNX int8 against PyTorch, per layer, on real held-out speech."""
     student, origin = open_student(model)
     found: dict[str, Any] = {"student": origin.get("run")}
     waves = [torch.from_numpy(load_audio(u.path))[None] for u in utterances(HELD_OUT, seconds)]
@@ -252,19 +248,21 @@ def errors(model: Path, folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def main(
-    config: Annotated[Path, typer.Option(help="A recipe, for the student's shape.")] = HERE.parent
+    config: Annotated[Path, typer.Option(help="Recipe that gives the student's shape.")] = REPOSITORY
     / "configs/armhubert-s-960.yaml",
     model: Annotated[
-        Path | None, typer.Option(help="A trained student, for the errors of int8 on real speech.")
+        Path | None, typer.Option(help="Trained student, to measure the errors of ONNX on real speech.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[str, typer.Option(help="Numbers of cores, with commas.")] = "1,2",
-    seconds: Annotated[str, typer.Option(help="Lengths of the utterance, with commas.")] = "1,10",
-    rounds: Annotated[int, typer.Option(help="Of which the medians are taken.")] = 7,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny models for a moment: only tries the script.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "inference.json",
+    threads: Annotated[str, typer.Option(help="Numbers of cores, separated by commas.")] = "1,2",
+    seconds: Annotated[str, typer.Option(help="Lengths of the utterance in seconds, separated by commas.")] = "1,10",
+    rounds: Annotated[int, typer.Option(help="Number of rounds; medians over them are reported.")] = 7,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run tiny models for a moment, only to try the script.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/inference.json",
 ) -> None:
-    """Times the student in every form against HuBERT Base and DistilHuBERT's shape."""
+    """Time the student in every form against HuBERT Base and a model of DistilHuBERT's shape."""
     lengths, numbers = [float(length) for length in seconds.split(",")], [int(number) for number in threads.split(",")]
     shape = load_config(config).resolve_student(12, 768)
     if quick:
@@ -283,7 +281,7 @@ def main(
         if device == "cpu":
             export_onnx(case.make_student(), Path(folder) / "student.onnx", {})
             export_onnx(case.make_student(), Path(folder) / "student-int8.onnx", {}, int8=True)
-        # Each number of threads in a process of its own: PyTorch's pool can't be made anew.
+        # One process per number of threads, since PyTorch's thread pool can't be resized.
         for number in numbers:
             case = Case(shape.model_dump_json(), device, number, folder, quick)
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:

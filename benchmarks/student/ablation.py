@@ -1,7 +1,7 @@
-"""An ablation as a researcher runs it, at a size for two cores: which layers can reuse the attention map of the layer below?
+"""Run an ablation as a researcher would, at a size for two cores: which layers can reuse the attention map of the layer below?
 
-Writes a configuration, runs ``pipeline/run.py ablate`` on it, and keeps what its report says: the table and the runs. The same command
-goes on where it was.
+The script writes a configuration, runs ``ablate`` on it, and stores the report's table and runs. The same command resumes an
+interrupted ablation.
 """
 
 import csv
@@ -12,24 +12,24 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import typer
 import yaml
-from probe import write_manifest
-from result_file import REPOSITORY, RESULTS, write_result
-from small_speech import HELD_OUT, TRAIN, shared_data, utterances
+
+from benchmarks.result_file import REPOSITORY, RESULTS, write_result
+from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, utterances
+from benchmarks.student.probe import write_manifest
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="For corpus, cache and runs.")],
-    seconds: Annotated[float, typer.Option(help="Training audio.")] = 900,
-    steps: Annotated[int, typer.Option(help="Of each run.")] = 120,
-    seeds: Annotated[str, typer.Option(help="With commas.")] = "0,1,2",
-    quick: Annotated[bool, typer.Option("--quick", help="A moment: only tries the script.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file; the tables lie beside it.")] = RESULTS / "ablation.json",
+    folder: Annotated[Path, typer.Argument(help="Folder for corpus, cache and runs.")],
+    seconds: Annotated[float, typer.Option(help="Seconds of training audio.")] = 900,
+    steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 120,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
+    quick: Annotated[bool, typer.Option("--quick", help="Run for a moment, only to try the script.")] = False,
+    output: Annotated[Path, typer.Option(help="Result file (JSON); the tables are stored beside it.")] = RESULTS
+    / "student/ablation.json",
 ) -> None:
-    """Runs the ablation and keeps its tables."""
+    """Run the ablation and store its tables."""
     if quick:
         seconds, steps, seeds = 60, 4, "0,1"
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def main(
 
 
 def number(text: str) -> Any:
-    """A cell as a number where it is one."""
+    """Return a cell as a number if it is one, else as text."""
     try:
         return float(text)
     except ValueError:
@@ -68,7 +68,7 @@ def number(text: str) -> Any:
 
 
 def configuration(folder: Path, seconds: float, steps: int, seeds: str) -> dict[str, Any]:
-    """The ablation, and beside it the manifests of corpus and probe."""
+    """Return the ablation's configuration, and write the manifests of its corpus and probe."""
     members = utterances(TRAIN, seconds), utterances(HELD_OUT, seconds)
     with (folder / "corpus.csv").open("w", newline="") as corpus:
         audio = csv.writer(corpus)

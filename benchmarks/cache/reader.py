@@ -1,13 +1,13 @@
-"""Do targets arrive as fast as the student eats them, in an order as good as random?
+"""Measure whether targets arrive as fast as the student needs them, and in an order that is random enough.
 
-``speed`` trains the same student in turns from a cache (each codec), from targets that are resident on the device, and with the
-teacher in the loop, and compares steps; it also reads as fast as the reader can, and watches memory and what the first batch of an
-epoch waits. ``order`` measures padding and how random epochs are, against a full shuffle and against fixed buckets by length.
+``speed`` trains the same student in turns from a cache (with each codec), from targets that are resident on the device, and with the
+teacher in the training loop, and compares the speed. It also reads as fast as the reader can, and records memory and the wait for
+the first batch of an epoch. ``order`` measures padding and the randomness of epochs, against a full shuffle and against fixed
+buckets by length.
 """
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,16 +15,14 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
 import typer
-from memory import forget_peak, peak_resident_bytes
-from result_file import RESULTS, write_result
-from small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances
 from torch.nn.utils.rnn import pad_sequence
 
+from benchmarks.memory import forget_peak, peak_resident_bytes
+from benchmarks.result_file import RESULTS, write_result
+from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances
 from ray_distill.student.training.prefetch import TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
@@ -44,7 +42,7 @@ MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=10), draws=2)
 
 
 class Resident:
-    """All that a cache holds, decoded, on the device."""
+    """All targets of a cache, decoded, on the device."""
 
     def __init__(self, reader: CacheReader, device: str) -> None:
         self.num_samples, self.num_frames, self.layers, self.dim, self.draws = (
@@ -61,7 +59,7 @@ class Resident:
         }
 
     def read(self, indices: Sequence[int], draw: int | None) -> Batch:
-        """See TargetReader."""
+        """See `TargetReader.read`."""
         rows = [self._rows[index, draw] for index in indices]
         targets = pad_sequence([row.targets[0].transpose(0, 1) for row in rows], batch_first=True).transpose(1, 2)
         masks = None
@@ -79,17 +77,17 @@ class Resident:
 
 def speed(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="Training audio.")] = 480,
-    steps: Annotated[int, typer.Option(help="Of each training, in each round.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Of which the medians are taken.")] = 5,
-    batch_seconds: Annotated[float, typer.Option(help="Padded audio of a batch.")] = 30,
-    codecs: Annotated[str, typer.Option(help="With commas.")] = "pca,fp16",
-    width: Annotated[int, typer.Option(help="Of the student.")] = 96,
-    threads: Annotated[int, typer.Option(help="Of PyTorch on the CPU.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="A moment: only tries the script.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "reader_speed.json",
+    seconds: Annotated[float, typer.Option(help="Seconds of training audio.")] = 480,
+    steps: Annotated[int, typer.Option(help="Steps of each training in each round.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Number of rounds; medians over them are reported.")] = 5,
+    batch_seconds: Annotated[float, typer.Option(help="Seconds of padded audio per batch.")] = 30,
+    codecs: Annotated[str, typer.Option(help="Codecs, separated by commas.")] = "pca,fp16",
+    width: Annotated[int, typer.Option(help="Width of the student.")] = 96,
+    threads: Annotated[int, typer.Option(help="PyTorch threads on the CPU.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="Run for a moment, only to try the script.")] = False,
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cache/reader_speed.json",
 ) -> None:
-    """Training from the cache against resident and online targets."""
+    """Compare training from the cache with resident and online targets."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if quick:
@@ -171,12 +169,12 @@ def speed(
 
 
 def replace_seed(settings: TrainSettings, seed: int) -> TrainSettings:
-    """The same with another seed."""
+    """Return the settings with another seed."""
     return settings.model_copy(update={"seed": seed})
 
 
 def read_alone(way: str, reader: TargetReader, settings: TrainSettings) -> dict[str, Any]:
-    """Three epochs as fast as can be, then three with 50 ms of work after each batch: does an epoch's first batch wait?"""
+    """Read three epochs at full speed, then three with 50 ms of work per batch to see whether an epoch's first batch is late."""
     assert isinstance(reader, CacheReader)
     plan = TrainingPlan(
         reader.num_samples, replace_seed(settings, 0).model_copy(update={"epochs": 3, "max_steps": None}), 1
@@ -217,13 +215,13 @@ Epochs = Callable[[int], list[list[int]]]
 
 
 def order(
-    batch_size: Annotated[int, typer.Option(help="Of the fixed batches.")] = 24,
-    batch_seconds: Annotated[float, typer.Option(help="Of the others, padded.")] = 300,
-    count: Annotated[int, typer.Option(help="Utterances with LibriSpeech's lengths.")] = 28_539,
+    batch_size: Annotated[int, typer.Option(help="Utterances per batch where that number is fixed.")] = 24,
+    batch_seconds: Annotated[float, typer.Option(help="Seconds of padded audio per batch elsewhere.")] = 300,
+    count: Annotated[int, typer.Option(help="Number of utterances with LibriSpeech-like lengths.")] = 28_539,
     epochs: Annotated[int, typer.Option()] = 8,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "reader_order.json",
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cache/reader_order.json",
 ) -> None:
-    """Padding, and how random epochs are."""
+    """Measure padding and the randomness of epochs."""
     lengths = librispeech_like(count)
     rng = np.random.default_rng(1)
     buckets = np.argsort(lengths, kind="stable").tolist()
@@ -260,7 +258,7 @@ def order(
 
 
 def librispeech_like(count: int) -> np.ndarray:
-    """Lengths in samples: three quarters around 14.5 s (LibriSpeech's cut), the rest spread from 1.5 s on; mean 12.7 s."""
+    """Return lengths in samples: 72 % around 14.5 s (where LibriSpeech was cut), the rest uniform from 1.5 s; mean 12.7 s."""
     rng = np.random.default_rng(0)
     long = rng.normal(14.5, 1.2, count)
     short = rng.uniform(1.5, 14.5, count)
@@ -269,13 +267,13 @@ def librispeech_like(count: int) -> np.ndarray:
 
 
 def measure_order(planned: list[list[list[int]]], lengths: np.ndarray) -> dict[str, float]:
-    """Of some epochs' batches.
+    """Measure the batches of several epochs.
 
     Returns:
-        ``padding_waste``: share of padded samples that are padding. ``meet_again``: of pairs that share a batch, the share that
-        shares one in the next epoch too, over what a full shuffle gives. ``position_correlation``: of an utterance's step in
-        successive epochs (0 for a full shuffle). ``length_autocorrelation``: of successive batches' mean lengths (0).
-        ``left_out``: share of utterances that an epoch leaves out.
+        ``padding_waste``: share of all samples that are padding. ``meet_again``: share of the pairs in one batch that share a batch
+        in the next epoch too, divided by the same share of a full shuffle. ``position_correlation``: correlation of an utterance's
+        step in successive epochs (0 for a full shuffle). ``length_autocorrelation``: autocorrelation of the mean length of
+        successive batches (0 for a full shuffle). ``left_out``: share of utterances that an epoch leaves out.
     """
     real = sum(int(lengths[batch].sum()) for batches in planned for batch in batches)
     padded = sum(int(lengths[batch].max()) * len(batch) for batches in planned for batch in batches)

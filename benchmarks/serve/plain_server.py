@@ -1,13 +1,10 @@
-"""The endpoint that one writes in ten minutes: FastAPI, one request at a time. `serve_load` compares the service with it."""
+"""A minimal FastAPI endpoint that processes one request at a time, for comparison in `benchmarks.serve.load`."""
 
 import asyncio
 import io
-import sys
 import threading
 from pathlib import Path
 from typing import Annotated
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
@@ -20,7 +17,7 @@ from ray_distill.teacher_cache.audio import load_audio
 
 
 def main(model: Annotated[Path, typer.Option()], port: Annotated[int, typer.Option()]) -> None:
-    """Audio in the body, the last layer as .npy."""
+    """Serve the last layer as .npy for audio in the request's body."""
     app, student, lock = FastAPI(), load_student(model), threading.Lock()
 
     def run(body: bytes) -> bytes:

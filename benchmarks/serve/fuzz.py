@@ -1,39 +1,36 @@
-"""Damaged audio of every accepted format over HTTP: no failure of the service, no crash, no growth.
+"""Send damaged audio of every accepted format over HTTP, and check that the service neither fails nor crashes nor grows.
 
-``python benchmarks/serve_fuzz.py`` posts seeded mutations (`tests/serve/test_damaged_audio.py` makes them) to the application in this
-process: raw, as forms, and as base64 in JSON; and watches its memory.
+``python -m benchmarks.serve.fuzz`` posts seeded mutations from `tests/serve/test_damaged_audio.py` to the application in this process,
+raw, as forms and as base64 in JSON, and records its memory.
 """
 
 import base64
 import io
 import json
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import soundfile
 import torch
 import typer
 from fastapi.testclient import TestClient
-from memory import resident_bytes
-from result_file import RESULTS, write_result
 
+from benchmarks.memory import resident_bytes
+from benchmarks.result_file import RESULTS, write_result
 from ray_distill.serve import create_app
 from ray_distill.serve.api.admission import Limits
 from ray_distill.serve.decoding import silence_decoders
 from ray_distill.student import Student
-from tests.serve.conftest import TINY
 from tests.serve.test_damaged_audio import FORMATS, mutate
+from tests.tiny import tiny_student
 
 
 def sources() -> list[bytes]:
-    """One file of each format, 0.3 s of noise."""
+    """Return one file of 0.3 s of noise per format."""
     rng = np.random.default_rng(0)
     found = []
     for name, subtype in FORMATS:
@@ -44,7 +41,7 @@ def sources() -> list[bytes]:
 
 
 def request_of(audio: bytes, form: int) -> dict[str, Any]:
-    """Raw, multipart, or base64 in JSON."""
+    """Return a request's arguments: raw audio (form 0), multipart (1) or base64 in JSON (2)."""
     if form == 0:
         return {"content": audio}
     if form == 1:
@@ -54,11 +51,11 @@ def request_of(audio: bytes, form: int) -> dict[str, Any]:
 
 
 def main(
-    cases: Annotated[int, typer.Option(help="How many.")] = 20_000,
+    cases: Annotated[int, typer.Option(help="Number of mutations.")] = 20_000,
     seed: Annotated[int, typer.Option()] = 0,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "serve_fuzz.json",
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "serve/fuzz.json",
 ) -> None:
-    """Posts mutations and counts answers."""
+    """Post mutations and count the answers."""
     torch.set_num_threads(1)
     silence_decoders()
     torch.manual_seed(0)
@@ -67,7 +64,7 @@ def main(
     statuses: dict[str, Counter[str]] = {f"{name} {subtype or ''}".strip(): Counter() for name, subtype in FORMATS}
     memory: list[tuple[int, float]] = []
     began = time.perf_counter()
-    app = create_app(Student(TINY).eval(), limits=Limits(max_seconds=5))
+    app = create_app(Student(tiny_student()).eval(), limits=Limits(max_seconds=5))
     with TestClient(app, raise_server_exceptions=False) as client, ThreadPoolExecutor(4) as pool:
         for start in range(0, cases, 500):
             bodies = [mutate(files[number % len(files)], rng) for number in range(start, min(start + 500, cases))]

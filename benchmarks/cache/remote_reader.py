@@ -1,27 +1,24 @@
-"""Reading a cache where every request waits: how many requests must be in flight?
+"""Measure how many requests must be in flight to read a cache from an object store.
 
-An object store in miniature: the cache lies on the local disk, but each opening of a file and each read waits as a request over a
-network does, and the bytes pass at a stated rate. No network, so the waiting is all there is.
+The object store is simulated: the cache is on the local disk, but opening a file and each read wait as long as a request over a
+network, and bytes pass at a fixed rate. No real network is involved.
 """
 
 import io
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fsspec.implementations.local
 import pyarrow as pa
 import pyarrow.fs as pafs
 import torch
 import typer
-from result_file import RESULTS, write_result
-from small_speech import TRAIN, shared_data, utterances
 
+from benchmarks.result_file import RESULTS, write_result
+from benchmarks.small_speech import TRAIN, shared_data, utterances
 from ray_distill.student.training.prefetch import TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
@@ -36,7 +33,7 @@ from ray_distill.teacher_cache.teachers import load_teacher
 
 
 class SlowFile(io.RawIOBase):
-    """A file of which each read is a request."""
+    """A file with one request per read."""
 
     def __init__(self, path: str, store: "SlowHandler") -> None:
         self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115
@@ -65,7 +62,7 @@ class SlowFile(io.RawIOBase):
 
 
 class SlowHandler(pafs.FSSpecHandler):
-    """The local disk with a wait for each request."""
+    """The local disk with a delay for each request."""
 
     def __init__(self, latency: float, bytes_per_second: float) -> None:
         super().__init__(fsspec.implementations.local.LocalFileSystem())
@@ -76,12 +73,12 @@ class SlowHandler(pafs.FSSpecHandler):
         time.sleep(self.latency + size / self.rate)
 
     def open_input_file(self, path: str) -> pa.PythonFile:
-        self.request()  # An object's size is asked for first.
+        self.request()  # The object's size is requested first.
         return pa.PythonFile(SlowFile(path, self), mode="r")
 
 
 class SlowStore(Store):
-    """A cache's folder as such a store."""
+    """The folder of a cache, read through `SlowHandler`."""
 
     def __init__(self, location: Path, latency: float, bytes_per_second: float) -> None:
         super().__init__(location)
@@ -90,17 +87,17 @@ class SlowStore(Store):
 
 
 def main(
-    latencies: Annotated[str, typer.Option(help="Milliseconds a request, with commas.")] = "30",
-    megabytes: Annotated[float, typer.Option(help="Per second and request.")] = 50,
-    seconds: Annotated[float, typer.Option(help="Training audio.")] = 600,
+    latencies: Annotated[str, typer.Option(help="Milliseconds per request, separated by commas.")] = "30",
+    megabytes: Annotated[float, typer.Option(help="Megabytes per second of one request.")] = 50,
+    seconds: Annotated[float, typer.Option(help="Seconds of training audio.")] = 600,
     ways: Annotated[
-        str, typer.Option(help="Reading threads x batches at once, with commas.")
+        str, typer.Option(help="Reading threads x batches at once, separated by commas.")
     ] = "4x1,4x4,16x4,32x4,64x4",
-    rounds: Annotated[int, typer.Option(help="Of which the medians are taken.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="A moment: only tries the script.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "remote_reader.json",
+    rounds: Annotated[int, typer.Option(help="Number of rounds; medians over them are reported.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Run for a moment, only to try the script.")] = False,
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cache/remote_reader.json",
 ) -> None:
-    """What arrives through the training's own feed."""
+    """Measure how fast batches arrive through the training's own prefetching."""
     if quick:
         seconds, ways, rounds, latencies = 60, "4x1,32x4", 1, "5"
     torch.set_num_threads(1)
@@ -135,7 +132,7 @@ def main(
 
 
 def read(folder: Path, latency: float, rate: float, way: str) -> dict[str, float]:
-    """Batches of six utterances, as published; of three epochs the first opens files and is not counted."""
+    """Read three epochs in batches of six utterances, as published. The first epoch opens the files and is not counted."""
     store = SlowStore(folder, latency, rate)
     threads, batches = map(int, way.split("x"))
     reader = CacheReader(store, "train", threads=threads)

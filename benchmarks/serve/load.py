@@ -1,11 +1,11 @@
-"""The service under open-loop load: throughput and latency below, at and past saturation; memory over many requests.
+"""Measure the service under open-loop load: throughput and latency below, at and beyond saturation, and memory over many requests.
 
-``load`` sends requests at random moments (Poisson arrivals) that wait for nobody, from a process of its own on another core than the
-service's, to the service and to its peers: a plain FastAPI endpoint that runs one request at a time and, where
-``--litserve`` says where it is installed, LitServe; point by point in turns. Before each point the same backend runs the same audio
-in batches, offline, on the service's core. ``soak`` sends many short requests and watches memory.
+``load`` sends requests at random times (Poisson arrivals), independent of earlier answers, from a process on another core than the
+service's. The service takes turns, load by load, with a plain FastAPI endpoint that processes one request at a time and, if
+``--litserve`` names the folder where it is installed, with LitServe. Before each load the same backend runs the same audio in
+batches, offline, on the service's core. ``soak`` sends many short requests and records memory.
 
-Audio is real speech where `small_speech` finds any, else noise with lengths like LibriSpeech's.
+Audio is real speech if `small_speech` finds any, else noise with lengths like LibriSpeech's.
 """
 
 import asyncio
@@ -27,24 +27,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import httpx
 import numpy as np
 import psutil
 import soundfile
 import torch
 import typer
-from result_file import REPOSITORY, RESULTS, write_result
-from small_speech import HELD_OUT, TRAIN, shared_data
 
+from benchmarks.result_file import REPOSITORY, RESULTS, write_result
+from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data
 from ray_distill.pipeline.config import load_config
 from ray_distill.serve.decoding import decode
 from ray_distill.serve.inference.backends import BackendOptions, Wanted
 from ray_distill.serve.inference.batch_selection import choose_batch
 from ray_distill.serve.inference.engine import BatchLimits
 from ray_distill.serve.inference.models import open_backend
-from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.student import Student, save_student
+from tests.tiny import tiny_student
 
 SERVICE_CORE, GENERATOR_CORE = 0, 1
 PATH = "/v1/features?format=npy"
@@ -59,7 +58,7 @@ class Clip:
 
 
 def clips(longest: float = 60.0) -> tuple[str, list[Clip]]:
-    """What they are, and the clips."""
+    """Return a description of the clips, and the clips."""
     try:
         folder = shared_data() / "speech" / "LibriSpeech"
         files = [path for split in (TRAIN, HELD_OUT) for path in sorted((folder / split).rglob("*.flac"))]
@@ -68,7 +67,7 @@ def clips(longest: float = 60.0) -> tuple[str, list[Clip]]:
     except SystemExit:
         rng = np.random.default_rng(0)
         made = []
-        for seconds in rng.triangular(1.5, 15.5, 17.0, 200):  # LibriSpeech: most near the longest, a tail of short ones
+        for seconds in rng.triangular(1.5, 15.5, 17.0, 200):  # As in LibriSpeech: most are near the longest.
             buffer = io.BytesIO()
             soundfile.write(buffer, rng.normal(0, 0.1, int(16_000 * seconds)), 16_000, format="FLAC")
             made.append(Clip(buffer.getvalue(), float(seconds)))
@@ -77,7 +76,7 @@ def clips(longest: float = 60.0) -> tuple[str, list[Clip]]:
 
 @contextmanager
 def running(command: list[str], python_path: Path | None = None) -> Iterator[tuple[int, str]]:
-    """A server on the service's core, ready; its process id and address. It is stopped afterwards."""
+    """Run a server on the service's core. Yield its process id and address once it is ready; stop it afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -101,26 +100,28 @@ def running(command: list[str], python_path: Path | None = None) -> Iterator[tup
         yield process.pid, address
     finally:
         if process.poll() is None:
-            for child in psutil.Process(process.pid).children(recursive=True):  # LitServe's outlive it.
+            for child in psutil.Process(process.pid).children(
+                recursive=True
+            ):  # LitServe's children outlive their parent.
                 child.terminate()
             process.send_signal(signal.SIGTERM)
             process.wait(60)
 
 
 def resident_mib(pid: int) -> float:
-    """Of a process and its children."""
+    """Return the resident memory of a process and its children, in MiB."""
     process = psutil.Process(pid)
     return sum(one.memory_info().rss for one in (process, *process.children(recursive=True))) / 2**20
 
 
 def offline(model: Path, runtime: str, sounds: list[Clip], batch_seconds: float) -> float:
-    """Seconds of audio a second, of the backend in batches of like length, decoding included: what a batch job gets."""
-    code = f"import benchmarks.serve_load as b; b.print_offline({str(model)!r}, {runtime!r}, {batch_seconds})"
+    """Return the seconds of audio per second that a batch job gets: the backend in batches of similar length, decoding included."""
+    code = f"import benchmarks.serve.load as b; b.print_offline({str(model)!r}, {runtime!r}, {batch_seconds})"
     data = json.dumps([clip.data.hex() for clip in sounds])
     done = subprocess.run(
         ["taskset", "-c", str(SERVICE_CORE), sys.executable, "-c", code],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         input=data,
         capture_output=True,
         text=True,
@@ -130,7 +131,7 @@ def offline(model: Path, runtime: str, sounds: list[Clip], batch_seconds: float)
 
 
 def print_offline(model: str, runtime: Any, batch_seconds: float) -> None:
-    """Runs in a process of its own."""
+    """Measure and print the offline throughput; `offline` runs this in a subprocess."""
     files = [bytes.fromhex(item) for item in json.load(sys.stdin)]
     backend = open_backend(Path(model), BackendOptions(runtime=runtime))
     backend.run([Wanted(np.zeros(16_000, np.float32), None, "student")])
@@ -147,10 +148,10 @@ def print_offline(model: str, runtime: Any, batch_seconds: float) -> None:
 async def offer(
     address: str, pid: int, sounds: list[Clip], rate: float, seconds: float, seed: int, as_json: bool
 ) -> dict[str, Any]:
-    """One point: requests at ``rate`` a second on average for so many seconds; all that are sent are waited for.
+    """Send requests at an average of ``rate`` per second for ``seconds``, and wait for all answers.
 
-    Latency counts from the moment a request was due, so a late generator can't flatter the service. Throughput is the audio of
-    answers that came within the time, but for its first fifth, in which queues fill.
+    Latency counts from the time at which a request was due, so a slow generator can't improve the service's figures. Throughput is
+    the audio of the answers within the time, without the first fifth, during which queues fill.
     """
     rng = np.random.default_rng(seed)
     moments = np.cumsum(rng.exponential(1 / rate, int(rate * seconds * 2) + 10))
@@ -206,23 +207,25 @@ def quantiles(values: list[float]) -> dict[str, float] | None:
 
 def load(
     model: Annotated[
-        Path | None, typer.Option(help="An exported student. Default: random weights of the recipe.")
+        Path | None, typer.Option(help="Exported student. Default: the recipe's student with random weights.")
     ] = None,
     config: Annotated[Path, typer.Option(help="Recipe.")] = REPOSITORY / "configs/armhubert-s-960.yaml",
     backend: Annotated[str, typer.Option(help="torch or onnx.")] = "torch",
     points: Annotated[
-        str, typer.Option(help="Offered load, in parts of the offline throughput.")
+        str, typer.Option(help="Offered loads as fractions of the offline throughput, separated by commas.")
     ] = "0.3,0.6,0.8,1,1.5,3",
-    seconds: Annotated[float, typer.Option(help="Of each point.")] = 60,
-    queue_seconds: Annotated[float, typer.Option(help="Of the service.")] = BatchLimits.queue_seconds,
-    batch_seconds: Annotated[float | None, typer.Option(help="Of the service. Default: its own.")] = None,
-    offline_seconds: Annotated[float, typer.Option(help="Of the offline batches.")] = 30,
+    seconds: Annotated[float, typer.Option(help="Seconds per load.")] = 60,
+    queue_seconds: Annotated[float, typer.Option(help="The service's --queue-seconds.")] = BatchLimits.queue_seconds,
+    batch_seconds: Annotated[
+        float | None, typer.Option(help="The service's --batch-seconds. Default: the service's default.")
+    ] = None,
+    offline_seconds: Annotated[float, typer.Option(help="Seconds of audio per offline batch.")] = 30,
     litserve: Annotated[
         Path | None, typer.Option(help="Folder with LitServe: `pip install --target FOLDER litserve`.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "serve_load.json",
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "serve/load.json",
 ) -> None:
-    """Offered load against throughput and latency, of the service and of its peers, in turns."""
+    """Measure throughput and latency of the service and its peers at several offered loads."""
     os.sched_setaffinity(0, {GENERATOR_CORE})
     what, sounds = clips()
     mean = statistics.mean(clip.seconds for clip in sounds)
@@ -244,7 +247,9 @@ def load(
         with ExitStack() as stack:
             servers = {"service": stack.enter_context(running(service))}
             for peer in ("plain", *(["litserve"] if litserve else [])):
-                servers[peer] = stack.enter_context(running([f"benchmarks/serve_{peer}.py", *chosen], litserve))
+                servers[peer] = stack.enter_context(
+                    running(["-m", f"benchmarks.serve.{peer}_server", *chosen], litserve)
+                )
             for number, point in enumerate(float(part) for part in points.split(",")):
                 measured = offline(model, backend, some, offline_seconds)
                 for name, (pid, address) in servers.items():
@@ -260,7 +265,7 @@ def load(
                         + f"  429 {row['refused_after_seconds']}",
                         flush=True,
                     )
-    # Over the whole run: what else this machine does changes from minute to minute.
+    # The median over the whole run, since other work on this machine varies from minute to minute.
     reference = statistics.median(row["offline_audio_seconds_per_second"] for row in rows)
     for row in rows:
         row["of_offline"] = row["throughput_audio_seconds_per_second"] / reference
@@ -282,22 +287,12 @@ def load(
 
 
 def soak(
-    requests: Annotated[int, typer.Option(help="How many.")] = 20_000,
-    clients: Annotated[int, typer.Option(help="At once.")] = 8,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "serve_soak.json",
+    requests: Annotated[int, typer.Option(help="Number of requests.")] = 20_000,
+    clients: Annotated[int, typer.Option(help="Number of concurrent clients.")] = 8,
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "serve/soak.json",
 ) -> None:
-    """Many short requests of all forms to a tiny student: memory must not grow."""
+    """Send many short requests of all forms to a tiny student, to check that memory doesn't grow."""
     os.sched_setaffinity(0, {GENERATOR_CORE})
-    config = StudentConfig(
-        conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
-        encoder_layers=3,
-        encoder_embed_dim=16,
-        encoder_ffn_embed_dim=24,
-        encoder_attention_heads=2,
-        conv_pos=8,
-        conv_pos_groups=2,
-        target_dim=32,
-    )
     rng = np.random.default_rng(0)
     sounds = []
     for index in range(40):
@@ -313,7 +308,7 @@ def soak(
     statuses: Counter[str] = Counter()
     memory: list[tuple[int, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        save_student(Student(config).eval(), Path(folder) / "tiny")
+        save_student(Student(tiny_student()).eval(), Path(folder) / "tiny")
         with running(["-m", "serve", "--model", str(Path(folder) / "tiny")]) as (pid, address):
 
             async def client_loop(numbers: Iterator[int]) -> None:

@@ -1,7 +1,8 @@
-"""The student computed the straightforward way, fairseq-style: what `student_step.py` measures ours against.
+"""The student computed in the straightforward way, in the style of fairseq, for comparison in `student_step.py`.
 
-It runs a `Student`'s own parameters, so both are the same network: time-major Transformer, explicit (T, T) attention maps kept
-for reuse, and a loss over stacked projections. Unpadded batches only: the published code lets padding change what a batch gives.
+It runs with the parameters of a `Student`, so both are the same network. It has a time-major Transformer, explicit (T, T) attention
+maps that are kept for reuse, and a loss over stacked projections. Batches must be unpadded, since padding changes the outputs of the
+published code.
 """
 
 import torch
@@ -13,10 +14,10 @@ from ray_distill.student.model.student import scale_gradient
 
 
 class PublishedStudent(nn.Module):
-    """Wraps a student of behaviour ``paper`` with ``group_norm``; dropout where the published code has it.
+    """A wrapper of a student with behaviour ``paper`` and ``group_norm``, with dropout where the published code applies it.
 
     Args:
-        student: whose parameters are used; its ``training`` flag says whether dropout applies.
+        student: Student that holds the parameters. Its ``training`` flag enables dropout.
     """
 
     def __init__(self, student: Student) -> None:
@@ -25,7 +26,7 @@ class PublishedStudent(nn.Module):
         self.student = student
 
     def forward(self, waveforms: Tensor, frame_mask: Tensor) -> Tensor:
-        """(B, S) waveforms and (B, T) mask to projections (B, L, T, D)."""
+        """Return the projections (B, L, T, D) of waveforms (B, S) with a frame mask (B, T)."""
         student, config = self.student, self.student.config
         rate = config.dropout if self.training else 0.0
         x = waveforms[:, None]
@@ -53,7 +54,7 @@ class PublishedStudent(nn.Module):
         return torch.stack(projections, 1)
 
     def _attention(self, attention: nn.Module, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(T, B, d) and the map of an earlier layer, to (T, B, d) and the map (B * heads, T, T) for later ones."""
+        """Apply attention to (T, B, d). Return (T, B, d) and the attention map (B * heads, T, T) that later layers reuse."""
         frames, batch, width = x.shape
         heads = attention.heads
 
@@ -74,7 +75,7 @@ class PublishedStudent(nn.Module):
 
 
 def published_loss(projections: Tensor, targets: Tensor) -> Tensor:
-    """The published loss: stacked squared errors, the mean over D summed over frames, by the number of frames."""
+    """Return the published loss: squared errors, averaged over D, summed over frames and divided by the number of frames."""
     error = F.mse_loss(projections.float(), targets.float(), reduction="none").mean(-1)
     per_layer = error.sum((0, 2)) / (error.shape[0] * error.shape[2])
     return 0.1 * per_layer[:-1].sum() + per_layer[-1]

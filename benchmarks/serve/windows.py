@@ -1,21 +1,19 @@
-"""Long audio in overlapping windows against the same audio run whole: how far apart are the features of a trained student?
+"""Compare a trained student's features of long audio in overlapping windows with those of the same audio in one pass.
 
-``python benchmarks/serve_windows.py MODEL`` joins held-out utterances of each speaker into recordings of a few minutes, and compares
-for several windows and overlaps. Error of a frame: the norm of its difference over the root mean square norm of the layer's frames.
+``python -m benchmarks.serve.windows MODEL`` joins held-out utterances of each speaker into recordings of a few minutes, and compares
+several windows and overlaps. The error of a frame is the norm of the difference divided by the root mean square norm of the layer's
+frames.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 import typer
-from result_file import RESULTS, write_result
-from small_speech import HELD_OUT, utterances
 
+from benchmarks.result_file import RESULTS, write_result
+from benchmarks.small_speech import HELD_OUT, utterances
 from ray_distill.pipeline.student_export import open_student
 from ray_distill.serve.inference.backends import TorchBackend, Wanted
 from ray_distill.serve.inference.windows import LongAudio
@@ -24,7 +22,7 @@ from ray_distill.teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
 
 
 def recordings(seconds: float) -> list[np.ndarray]:
-    """One of each held-out speaker, (S,) float32, at most ``seconds`` long."""
+    """Return a recording (S,) float32 per held-out speaker, at most ``seconds`` long."""
     of_speaker: dict[str, list[np.ndarray]] = {}
     for utterance in utterances(HELD_OUT):
         of_speaker.setdefault(utterance.id.split("-")[0], []).append(load_audio(utterance.path))
@@ -32,14 +30,14 @@ def recordings(seconds: float) -> list[np.ndarray]:
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="A run's folder or an exported student.")],
-    seconds: Annotated[float, typer.Option(help="Longest recording.")] = 150,
+    model: Annotated[Path, typer.Argument(help="Folder of a run or of an exported student.")],
+    seconds: Annotated[float, typer.Option(help="Length of the longest recording in seconds.")] = 150,
     windows: Annotated[
-        str, typer.Option(help="Window and overlap in seconds, with commas.")
+        str, typer.Option(help="Pairs window:overlap in seconds, separated by commas.")
     ] = "15:4,30:0,30:1,30:4,30:10,60:4",
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "serve_windows.json",
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "serve/windows.json",
 ) -> None:
-    """Compares windows with the whole."""
+    """Compare windows with a single pass."""
     torch.set_num_threads(1)
     student, origin = open_student(model)
     backend = TorchBackend(student)

@@ -1,14 +1,13 @@
-"""What a training step of the student costs, against a straightforward implementation of the same network.
+"""Measure a training step of the student against a straightforward implementation of the same network.
 
-``python benchmarks/student_step.py`` first shows that both give the same numbers, then times them in turns (medians of several
-rounds) and takes the peak memory of one step, each in a fresh process. Ours is `student.Distiller`; the other is
-`published_student.py` beside this file, on the same weights. Where CUDA is available it runs there, in fp32 and bf16.
+``python -m benchmarks.student.student_step`` first checks that both give the same numbers. It then times them in turns (medians of
+several rounds) and measures the peak memory of one step, each in a fresh process. Ours is `Distiller`; the other is
+`published_student.py` beside this file, with the same weights. It runs on a GPU in fp32 and bf16 if CUDA is available.
 """
 
 import gc
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -17,15 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import typer
-from memory import forget_peak, peak_resident_bytes, resident_bytes
-from published_student import PublishedStudent, published_loss
-from result_file import RESULTS, write_result
 from torch import Tensor
 
+from benchmarks.memory import forget_peak, peak_resident_bytes, resident_bytes
+from benchmarks.result_file import RESULTS, write_result
+from benchmarks.student.published_student import PublishedStudent, published_loss
 from ray_distill.student import Student, StudentConfig
 from ray_distill.student.objectives.layer_loss import Distiller
 from ray_distill.teacher_cache.frames import num_frames
@@ -45,7 +42,7 @@ SMALL = StudentConfig(
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table."""
+    """One row of the table."""
 
     device: str
     precision: str
@@ -56,7 +53,7 @@ class Case:
 
 
 class Bench:
-    """Both implementations, on one student and one batch."""
+    """Both implementations, with one student and one batch."""
 
     def __init__(self, case: Case) -> None:
         torch.set_num_threads(case.threads)
@@ -112,8 +109,9 @@ def gradient(student: Student) -> Tensor:
 
 
 def agreement(case: Case) -> dict[str, float]:
-    """Relative differences of outputs, loss and gradients, without dropout: of an unpadded batch, and of ours padded against
-    the published one utterance at a time."""
+    """Return the relative differences of outputs, loss and gradients, without dropout.
+
+    An unpadded batch is compared directly, and our padded batch with the published implementation on one utterance at a time."""
     bench = Bench(case)
     bench.train(False)
     student, waveforms, mask, targets = bench.student, bench.waveforms, bench.mask, bench.targets
@@ -149,11 +147,11 @@ def agreement(case: Case) -> dict[str, float]:
 
 
 def peak_bytes(case: Case, name: str) -> int:
-    """Memory that a training step takes at its peak, beyond weights and batch. Call it in a fresh process."""
+    """Return the peak memory of a training step, beyond weights and batch. Call it in a fresh process."""
     bench = Bench(case)
     bench.train(True)
     if case.device == "cuda":
-        bench.step(name)  # The libraries' workspaces.
+        bench.step(name)  # Allocate the libraries' workspaces first.
         bench.student.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -193,14 +191,16 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 def main(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    seconds: Annotated[str, typer.Option(help="Lengths of the utterances, with commas.")] = "4,8,15",
-    batch: Annotated[int | None, typer.Option(help="Utterances; default 2 on a CPU, 16 on a GPU.")] = None,
-    rounds: Annotated[int, typer.Option(help="Of which the medians are taken.")] = 7,
-    threads: Annotated[int, typer.Option(help="Of PyTorch on the CPU.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny student for a moment: only tries the script.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "student_step.json",
+    seconds: Annotated[str, typer.Option(help="Lengths of the utterances in seconds, separated by commas.")] = "4,8,15",
+    batch: Annotated[int | None, typer.Option(help="Utterances per batch. Default: 2 on a CPU, 16 on a GPU.")] = None,
+    rounds: Annotated[int, typer.Option(help="Number of rounds; medians over them are reported.")] = 7,
+    threads: Annotated[int, typer.Option(help="PyTorch threads on the CPU.")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run a tiny student for a moment, only to try the script.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/student_step.json",
 ) -> None:
-    """Times a training step of the student and takes its memory, against the published way of computing it."""
+    """Measure time and memory of a training step of the student against the published way of computing it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     lengths = [float(length) for length in seconds.split(",")]

@@ -1,15 +1,12 @@
-"""The same student behind LitServe, as its documentation builds a service that batches. `serve_load` compares the service with it.
+"""The student behind LitServe with batching, built as LitServe's documentation describes, for comparison in `benchmarks.serve.load`.
 
-LitServe is not among this project's packages: ``pip install --target FOLDER litserve``, and FOLDER on PYTHONPATH.
+LitServe is not a dependency of this project: run ``pip install --target FOLDER litserve`` and add FOLDER to PYTHONPATH.
 """
 
 import base64
 import io
-import sys
 from pathlib import Path
 from typing import Annotated, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import litserve
 import numpy as np
@@ -22,7 +19,7 @@ from ray_distill.teacher_cache.audio import load_audio
 
 
 class Features(litserve.LitAPI):  # type: ignore[misc]
-    """Audio as base64 in JSON, the last layer as .npy; audio is decoded in the worker, one file after another."""
+    """The last layer as .npy for audio as base64 in JSON. The worker decodes one file after another."""
 
     def __init__(self, model: Path, batch: int) -> None:
         super().__init__(max_batch_size=batch, batch_timeout=0.002, api_path="/v1/features")
@@ -58,9 +55,9 @@ class Features(litserve.LitAPI):  # type: ignore[misc]
 def main(
     model: Annotated[Path, typer.Option()],
     port: Annotated[int, typer.Option()],
-    batch: Annotated[int, typer.Option(help="Requests of a batch, at most.")] = 4,
+    batch: Annotated[int, typer.Option(help="Maximum number of requests per batch.")] = 4,
 ) -> None:
-    """One worker, and no deadline: like the plain endpoint, it answers everybody."""
+    """Serve with one worker and no deadline. Like the plain endpoint, it answers every request."""
     server = litserve.LitServer(Features(model, batch), accelerator="cpu", healthcheck_path="/readyz", timeout=False)
     server.run(host="127.0.0.1", port=port, log_level="warning", generate_client_file=False)
 

@@ -1,10 +1,10 @@
-"""Kill -9 at random points of building and repairing a cache: is anything lost, there twice, or different afterwards?
+"""Kill builds and repairs of a cache with SIGKILL at random points, and check that nothing is lost, duplicated or changed.
 
-Each seeded trial starts a build (or a repair of a damaged cache) in a process of its own, kills it, starts it again, and compares
-every byte with a cache that was left in peace. Kinds of trials: ``time`` (the builder is killed at a random moment, mostly while it
-writes shards), ``write`` (it is killed while it puts a random file in its place: just before, or just after), ``repair`` (both of
-these, in a repair), and with Ray ``driver`` and ``actor`` (the process that runs the teacher, which Ray starts again). Where a kill
-fell is told by the files that this build or repair had committed by then.
+Each seeded trial starts a build, or a repair of a damaged cache, in its own process, kills it, starts it again, and compares every
+byte with a cache from an undisturbed build. Kinds of trials: ``time`` (the kill comes at a random moment, mostly while shards are
+written), ``write`` (the kill comes just before or just after a random file is put in place), ``repair`` (both of these, during a
+repair), and with Ray ``driver`` and ``actor`` (the process that runs the teacher, which Ray restarts). The number of files
+committed at the kill shows how far the build or repair had come.
 """
 
 import hashlib
@@ -23,17 +23,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import pyarrow.parquet as pq
 import soundfile
 import torch
 import typer
-from result_file import REPOSITORY, RESULTS, write_result
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.result_file import REPOSITORY, RESULTS, write_result
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
@@ -46,17 +44,17 @@ from ray_distill.teacher_cache.teachers import load_teacher
 
 TEACHER = "random:2x32"
 DRAWS = 2
-SAYS = {
-    "different_files": "files that differ from the undisturbed cache's",
+EFFECTS = {
+    "different_files": "files that differ from the undisturbed cache",
     "lost": "utterances lost, in all passes",
-    "twice": "utterances there twice",
-    "made_again": "files that were finished before the kill and written again after it",
+    "twice": "duplicate utterances",
+    "made_again": "files finished before the kill and written again after it",
     "problems": "problems that verify finds",
 }
 
 
 def corpus(folder: Path) -> list[Utterance]:
-    """Sixteen short tones, made anew in the same way each time."""
+    """Return sixteen short noise files, created with the same samples each time."""
     rng = np.random.default_rng(0)
     found = []
     for n in range(16):
@@ -71,7 +69,7 @@ def corpus(folder: Path) -> list[Utterance]:
 
 
 def build(root: str, audio: str, workers: Workers | None = None) -> None:
-    """The same cache every time."""
+    """Build the cache, with the same result every time."""
     teacher = load_teacher(TEACHER)
     spec = CacheSpec(
         teacher=teacher.fingerprint,
@@ -89,7 +87,10 @@ def build(root: str, audio: str, workers: Workers | None = None) -> None:
 
 
 def work(kind: str, root: str, audio: str, kill_at: tuple[int, bool] | None) -> None:
-    """A child's task; with ``kill_at`` it kills itself when it puts its n-th file in its place, before or after."""
+    """Run a trial's build or repair in a child process.
+
+    With ``kill_at`` (n, after) the process kills itself just before or just after it puts its n-th file in place.
+    """
     torch.set_num_threads(1)
     if kill_at is not None:
         number, after = kill_at
@@ -115,7 +116,7 @@ def work(kind: str, root: str, audio: str, kill_at: tuple[int, bool] | None) -> 
 
 
 def contents(root: Path) -> dict[str, str]:
-    """Hashes of all files but the claim of builders and the records of what each build cost, which tell the time."""
+    """Return the hashes of all files except locks and the records of each build's cost, which contain times."""
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))
@@ -132,13 +133,13 @@ def commits_since(root: Path, started: float) -> int:
 
 
 def times(root: Path) -> dict[Path, int]:
-    """When each finished shard file was written."""
+    """Return the modification time of each finished shard file."""
     files = [root / path.relative_to(root / "commits").with_suffix(".parquet") for path in root.rglob("part-*.json")]
     return {file: file.stat().st_mtime_ns for file in files if file.exists()}
 
 
 def damage(rng: random.Random, root: Path) -> None:
-    """A third of the files: gone, cut short, or with a flipped byte."""
+    """Damage a third of the files: delete them, truncate them or flip a bit."""
     names = [path for path in sorted(root.rglob("part-*")) if path.is_file()]
     for path in rng.sample(names, len(names) // 3):
         data = bytearray(path.read_bytes())
@@ -153,20 +154,20 @@ def damage(rng: random.Random, root: Path) -> None:
 
 
 def wait_for_shards(kind: str, root: Path, child: Any) -> None:
-    """Until the child begins with the shards: ``cache.json`` is there, or a repair removes or writes a commit record."""
+    """Wait until the child starts on the shards: ``cache.json`` exists, or a repair removed or wrote a commit record."""
     before = commits(root)
     while child.is_alive() and not (commits(root) != before if kind == "repair" else (root / "cache.json").exists()):
         time.sleep(0.0005)
 
 
 def writing_seconds(root: Path) -> float:
-    """From ``cache.json`` to the last commit record."""
+    """Return the seconds from ``cache.json`` to the last commit record."""
     last = max(path.stat().st_mtime for path in root.rglob("part-*.json"))
     return last - (root / "cache.json").stat().st_mtime
 
 
 def trial(kind: str, seed: int, folder: Path, sound: Path, seconds: float) -> dict[str, Any]:
-    """One kill and its aftermath, without Ray; ``seconds`` an undisturbed build takes."""
+    """Kill one build or repair without Ray, finish it and compare. ``seconds`` is the duration of an undisturbed build."""
     rng = random.Random(f"{kind}/{seed}")
     root, audio = folder / "cache", str(folder.parent / "audio")
     shutil.rmtree(root, ignore_errors=True)
@@ -184,7 +185,7 @@ def trial(kind: str, seed: int, folder: Path, sound: Path, seconds: float) -> di
         child.join()
     else:
         if rng.random() < 0.25:
-            child.join(rng.uniform(0, seconds))  # Mostly while it prepares.
+            child.join(rng.uniform(0, seconds))  # Mostly before the first shard.
         else:
             wait_for_shards(kind, root, child)
             child.join(rng.uniform(0, writing_seconds(sound)))
@@ -194,15 +195,15 @@ def trial(kind: str, seed: int, folder: Path, sound: Path, seconds: float) -> di
     again = multiprocessing.get_context("forkserver").Process(target=work, args=(kind, str(root), audio, None))
     again.start()
     again.join()
-    assert again.exitcode == 0, f"going on after {kind} {seed} failed"
+    assert again.exitcode == 0, f"the build after trial {kind} {seed} failed"
     killed = child.exitcode == -signal.SIGKILL
     if kind == "repair":
-        finished = {}  # Some of them are damaged.
+        finished = {}  # Some of the finished files are damaged.
     return {"kind": kind, "seed": seed, "killed": killed, "commits_at_kill": there} | judge(root, sound, finished)
 
 
 def judge(root: Path, sound: Path, finished: dict[Path, int]) -> dict[str, int]:
-    """What the kill did: see `SAYS`."""
+    """Count the effects of a kill, with the keys of `EFFECTS`."""
     ours, theirs = contents(root), contents(sound)
     lost = twice = 0
     cache = Cache.open(root)
@@ -219,14 +220,14 @@ def judge(root: Path, sound: Path, finished: dict[Path, int]) -> dict[str, int]:
     different = sum(ours.get(name) != theirs.get(name) for name in ours.keys() | theirs.keys())
     again = len(finished.items() - times(root).items())
     problems = len(verify_cache(root))
-    return dict(zip(SAYS, (different, lost, twice, again, problems), strict=True))
+    return dict(zip(EFFECTS, (different, lost, twice, again, problems), strict=True))
 
 
 DRIVER = """
 import sys
-sys.path[:0] = [{repository!r}, {benchmarks!r}]
+sys.path.insert(0, {repository!r})
 import ray
-from cache_kills import build
+from benchmarks.cache.cache_kills import build
 from ray_distill.teacher_cache.build.build_cache import Workers
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
          runtime_env={{"env_vars": {{"PYTHONPATH": {repository!r}, "OMP_NUM_THREADS": "1"}}}})
@@ -237,9 +238,7 @@ print("finished", flush=True)
 
 
 def start_driver(root: Path, audio: str) -> "subprocess.Popen[str]":
-    code = DRIVER.format(
-        repository=str(REPOSITORY), benchmarks=str(REPOSITORY / "benchmarks"), root=str(root), audio=audio
-    )
+    code = DRIVER.format(repository=str(REPOSITORY), root=str(root), audio=audio)
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -252,7 +251,7 @@ def start_driver(root: Path, audio: str) -> "subprocess.Popen[str]":
 
 
 def teacher_actors(driver: int) -> list[int]:
-    """Descendants of the driver that run a ShardWriter: Ray puts the class into the process's title."""
+    """Return the process ids of the driver's descendants that run a ShardWriter. Ray puts the class into the process title."""
     found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -266,12 +265,12 @@ def teacher_actors(driver: int) -> list[int]:
                 if pid == driver:
                     found.append(int(folder.name))
         except (FileNotFoundError, ProcessLookupError):
-            continue  # It ended while we looked.
+            continue  # The process ended in the meantime.
     return found
 
 
 def ray_trial(kind: str, seed: int, folder: Path, sound: Path) -> dict[str, Any]:
-    """One kill of the driver or of the actor, once a random number of files are committed."""
+    """Kill the driver or the actor once a random number of files are committed."""
     rng = random.Random(f"{kind}/{seed}")
     root, audio = folder / "cache", str(folder.parent / "audio")
     shutil.rmtree(root, ignore_errors=True)
@@ -279,7 +278,7 @@ def ray_trial(kind: str, seed: int, folder: Path, sound: Path) -> dict[str, Any]
     wanted = rng.randrange(1, commits(sound) - 4)
     deadline = time.monotonic() + 300
     while commits(root) < wanted:
-        assert time.monotonic() < deadline and driver.poll() is None, "the build did not get that far"
+        assert time.monotonic() < deadline and driver.poll() is None, "the build did not get as far as the kill"
         time.sleep(0.005)
     victims = [driver.pid] if kind == "driver" else teacher_actors(driver.pid)
     for victim in victims:
@@ -290,23 +289,23 @@ def ray_trial(kind: str, seed: int, folder: Path, sound: Path) -> dict[str, Any]
         driver = start_driver(root, audio)
     assert driver.stdout is not None
     printed = driver.stdout.read()
-    assert driver.wait() == 0 and "finished" in printed, f"going on after {kind} {seed} failed"
+    assert driver.wait() == 0 and "finished" in printed, f"the build after trial {kind} {seed} failed"
     return {"kind": kind, "seed": seed, "killed": bool(victims), "commits_at_kill": there} | judge(
         root, sound, finished
     )
 
 
 def main(
-    trials: Annotated[int, typer.Option(help="Of each kind without Ray.")] = 12,
+    trials: Annotated[int, typer.Option(help="Trials of each kind without Ray.")] = 12,
     with_ray: Annotated[int, typer.Option(help="Trials of each kind with Ray.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="Two trials of each kind, without Ray.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "cache_kills.json",
+    quick: Annotated[bool, typer.Option("--quick", help="Run two trials of each kind, without Ray.")] = False,
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cache/cache_kills.json",
 ) -> None:
-    """Kills builds and repairs, and looks at what is left."""
+    """Kill builds and repairs, finish them, and compare the result with an undisturbed build."""
     if quick:
         trials, with_ray = 2, 0
     context = multiprocessing.get_context("forkserver")
-    # pandas: pyarrow imports it at the first use of a table, which takes longer than a build here.
+    # pyarrow imports pandas at the first use of a table, which takes longer than a build here.
     context.set_forkserver_preload(
         ["ray_distill.teacher_cache.build.build_cache", "ray_distill.teacher_cache.maintenance.repair", "pandas"]
     )
@@ -316,7 +315,7 @@ def main(
         audio, sound = str(folder / "audio"), folder / "sound"
         corpus(folder / "audio")
         seconds = 0.0
-        for _ in range(2):  # The second time without what only the first costs.
+        for _ in range(2):  # The second build is free of one-time costs.
             shutil.rmtree(sound, ignore_errors=True)
             began = time.perf_counter()
             child = context.Process(target=work, args=("time", str(sound), audio, None))
@@ -334,16 +333,16 @@ def main(
                 rows.append(trial(kind, seed, folder / "trials", sound, seconds))
             print(rows[-1], flush=True)
         total = commits(sound)
-    sums = {key: sum(row[key] for row in rows) for key in ("killed", *SAYS)}
-    table = Table("kind", "trials", "killed", "files committed at the kill", *SAYS.values())
+    sums = {key: sum(row[key] for row in rows) for key in ("killed", *EFFECTS)}
+    table = Table("kind", "trials", "killed", "files committed at the kill", *EFFECTS.values())
     for kind in dict.fromkeys(kind for kind, _ in jobs):
         chosen = [row for row in rows if row["kind"] == kind]
         at_kill = " ".join(str(count) for count in sorted(row["commits_at_kill"] for row in chosen if row["killed"]))
-        counts = [sum(row[key] for row in chosen) for key in ("killed", *SAYS)]
+        counts = [sum(row[key] for row in chosen) for key in ("killed", *EFFECTS)]
         table.add_row(kind, str(len(chosen)), str(counts[0]), f"{at_kill} of {total}", *map(str, counts[1:]))
     Console(width=150).print(table)
     write_result(output, trials=len(rows), files_committed_by_a_build=total, **sums, rows=rows)
-    if any(sums[key] for key in SAYS):
+    if any(sums[key] for key in EFFECTS):
         raise SystemExit(1)
 
 

@@ -1,14 +1,14 @@
-"""An exported student in the real S3PRL: its upstream test, and training and evaluating two of its downstream tasks on real speech.
+"""Load an exported student in S3PRL, run S3PRL's upstream test, and train and evaluate two of its downstream tasks on real speech.
 
-``python benchmarks/s3prl_check.py MODEL --environment FOLDER`` makes an environment of its own for S3PRL (it doesn't run with this
-project's torchaudio), exports the student as an upstream, and there
+``python -m benchmarks.student.s3prl_check MODEL --environment FOLDER`` creates an environment for S3PRL, which doesn't run with this
+project's version of torchaudio, exports the student as an upstream, and there
 
-1. compares features with this project's, on real speech of unequal lengths in one batch;
-2. runs S3PRL's own upstream test (``test/test_upstream.py`` of its source package), with this project's features as the ground truth;
-3. trains and evaluates ``asr`` (CTC characters, a BLSTM; frame level) and ``speaker_linear_utter_libri`` (utterance level) through
+1. compares its features with this project's, on a batch of real speech of unequal lengths;
+2. runs S3PRL's own upstream test (``test/test_upstream.py`` of its source package) with this project's features as the ground truth;
+3. trains and evaluates ``asr`` (CTC on characters, a BLSTM; frame level) and ``speaker_linear_utter_libri`` (utterance level) with
    S3PRL's ``run_downstream``.
 
-Downstream tasks are for so few steps and so little speech that their figures say that it works, not how good the student is.
+The downstream tasks run for few steps on little speech. Their figures show that the export works, not how good the student is.
 """
 
 import hashlib
@@ -24,16 +24,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
 import typer
 import yaml
-from result_file import RESULTS, write_result
-from small_speech import HELD_OUT, TRAIN, shared_data
 from torch import Tensor
 
+from benchmarks.result_file import RESULTS, write_result
+from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data
 from ray_distill.pipeline.student_export import open_student
 from ray_distill.student import Student
 from ray_distill.student.exporters.s3prl import export_s3prl
@@ -41,7 +39,7 @@ from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 
 S3PRL = "s3prl==0.4.18"
-# S3PRL still uses what torchaudio 2.9, huggingface_hub 1 and, beside it, transformers 5 dropped; the rest its tasks import.
+# S3PRL still uses features that torchaudio 2.9, huggingface_hub 1 and transformers 5 removed. Its tasks import the other packages.
 PACKAGES = (
     S3PRL,
     "torch==2.8.0",
@@ -84,8 +82,8 @@ print("upstream test passed")
 
 
 def run(arguments: Sequence[object], cwd: Path) -> str:
-    """What a program prints; SystemExit with its last lines where it fails."""
-    # This project's packages are not to be found there by chance.
+    """Return what a program prints; exit with its last lines if it fails."""
+    # Keep this project's packages out of that environment.
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     found = subprocess.run(
         [str(a) for a in arguments],
@@ -93,7 +91,7 @@ def run(arguments: Sequence[object], cwd: Path) -> str:
         capture_output=True,
         text=True,
         check=False,
-        # Its own checkpoints hold argparse's Namespace, which torch.load refuses by default since 2.6.
+        # S3PRL's checkpoints hold an argparse.Namespace, which torch.load refuses by default since 2.6.
         env={**environment, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "OMP_NUM_THREADS": "1"},
     )
     if found.returncode:
@@ -102,7 +100,7 @@ def run(arguments: Sequence[object], cwd: Path) -> str:
 
 
 def s3prl_python(folder: Path) -> Path:
-    """The Python of an environment with S3PRL, made if need be, beside its source package for the test."""
+    """Return the Python of the environment with S3PRL. Create it, with S3PRL's source package for the test, if necessary."""
     folder = folder.absolute()
     python = folder / "bin" / "python"
     if not python.is_file():
@@ -131,7 +129,7 @@ def s3prl_python(folder: Path) -> Path:
 
 @torch.no_grad()
 def our_states(student: Student, waves: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The encoder's input and each layer's output, (B, T, d) each, and real frames (B,)."""
+    """Return the encoder's input and each layer's output, (B, T, d) each, and the numbers of real frames (B,)."""
     inputs: list[Tensor] = []
     hook = student.encoder_dropout.register_forward_hook(lambda module, given, output: inputs.append(output))
     layers, frames = student.encode(waves, lengths)
@@ -140,7 +138,7 @@ def our_states(student: Student, waves: Tensor, lengths: Tensor) -> tuple[list[T
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor], frames: Tensor) -> float:
-    """Largest absolute difference of any value at a real frame."""
+    """Return the largest absolute difference at real frames."""
     assert len(ours) == len(theirs)
     return max(
         float((a[row, :count] - b[row, :count]).abs().max())
@@ -150,14 +148,14 @@ def largest_difference(ours: list[Tensor], theirs: list[Tensor], frames: Tensor)
 
 
 def files(split: str, count: int) -> list[Path]:
-    """So many utterances of a split, in an order that mixes speakers, by their paths below the corpus."""
+    """Return the paths, relative to the corpus, of ``count`` utterances of a split, in an order that mixes speakers."""
     root = shared_data() / "speech" / "LibriSpeech"
     found = sorted((root / split).rglob("*.flac"), key=lambda path: hashlib.sha256(path.stem.encode()).digest())
     return [path.relative_to(root) for path in found[:count]]
 
 
 def table(path: Path, members: list[Path]) -> None:
-    """S3PRL's table of lengths."""
+    """Write S3PRL's table of lengths."""
     root = shared_data() / "speech" / "LibriSpeech"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [f"{n},{member},{len(load_audio(root / member))},x" for n, member in enumerate(members)]
@@ -178,7 +176,7 @@ def runner(steps: int, splits: list[str]) -> dict[str, Any]:
 
 
 def asr(work: Path, steps: int, utterances: int) -> dict[str, Any]:
-    """S3PRL's ``asr`` on part of the training speakers and the two held-out ones; one narrow layer of its published network."""
+    """Return the configuration of S3PRL's ``asr`` on part of the training and both held-out speakers, with one narrow layer."""
     table(work / "lengths" / f"{TRAIN}.csv", files(TRAIN, utterances))
     table(work / "lengths" / f"{HELD_OUT}.csv", files(HELD_OUT, max(2, utterances // 8)))
     letters = "|ETAONIHSRDLUMWCFGYPBVK'XJQZ"
@@ -217,7 +215,7 @@ def asr(work: Path, steps: int, utterances: int) -> dict[str, Any]:
 
 
 def speakers(work: Path, steps: int, utterances: int) -> dict[str, Any]:
-    """S3PRL's ``speaker_linear_utter_libri`` on the training speakers: a linear layer on the mean of the features."""
+    """Return the configuration of S3PRL's ``speaker_linear_utter_libri`` on the training speakers: a linear layer on mean features."""
     members = files(TRAIN, utterances)
     table(work / "lengths" / "train-clean-100.csv", members)
     names = [member.stem for member in members]
@@ -243,7 +241,7 @@ def speakers(work: Path, steps: int, utterances: int) -> dict[str, Any]:
 
 
 def downstream(python: Path, upstream: Path, task: str, split: str, config: dict[str, Any], work: Path) -> list[str]:
-    """Trains and evaluates a task; what it says of itself at evaluation."""
+    """Train and evaluate a task. Return the lines of its evaluation."""
     (work / "config.yaml").write_text(yaml.safe_dump(config))
     common = [python, upstream / "run_downstream.py", "-u", f"{NAME}_local", "-k", upstream / "weights.pt"]
     common += ["-g", upstream / "config.json", "-d", task, "-c", work / "config.yaml", "--device", "cpu"]
@@ -258,17 +256,19 @@ def downstream(python: Path, upstream: Path, task: str, split: str, config: dict
 
 
 def main(
-    model: Annotated[Path, typer.Argument(help="A run's folder, or an exported student.")],
-    environment_folder: Annotated[Path, typer.Option("--environment", help="Of S3PRL; made there if need be.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a run or of an exported student.")],
+    environment_folder: Annotated[
+        Path, typer.Option("--environment", help="Folder of the S3PRL environment; created if necessary.")
+    ],
     work: Annotated[
-        Path | None, typer.Option(help="Folder of the export and experiments; default a temporary one.")
+        Path | None, typer.Option(help="Folder for the export and experiments. Default: a temporary one.")
     ] = None,
     asr_steps: Annotated[int, typer.Option(help="Training steps of the asr task.")] = 100,
     speaker_steps: Annotated[int, typer.Option(help="Training steps of the speaker task.")] = 60,
     utterances: Annotated[int, typer.Option(help="Training utterances of each task.")] = 96,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "s3prl_check.json",
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/s3prl_check.json",
 ) -> None:
-    """Exports a student and runs it in the real S3PRL."""
+    """Export a student and run it in S3PRL."""
     python = s3prl_python(environment_folder)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (work or Path(temporary)).absolute()
@@ -286,12 +286,12 @@ def main(
         theirs, _ = torch.load(folder / "states.pt")
         difference = largest_difference(ours, theirs, frames)
         print(f"features differ from ours by at most {difference:.1e}")
-        assert difference < 1e-4, "the exported features are not the student's"
+        assert difference < 1e-4, "the exported features differ from the student's"
 
         truth, frames = our_states(student, *torch.load(folder / "pseudo.pt"))
         for row, count in enumerate(frames.tolist()):
             for state in truth:
-                state[row, count:] = state[row, count - 1]  # As the upstream does with padding.
+                state[row, count:] = state[row, count - 1]  # The upstream zeroes padding too.
         (folder / "truth").mkdir()
         torch.save(truth, folder / "truth" / f"{NAME}.pt")
         tests = environment_folder.absolute() / "source" / "test"

@@ -1,18 +1,17 @@
-"""What building a cache costs beyond the teacher itself.
+"""Measure what building a cache costs beyond the teacher itself.
 
-In turns, on the same speech, teacher and device, with as many PyTorch threads: the bare teacher (waveforms in memory, batches by
-length, each pass's hidden states thrown away), a build without Ray, one with Ray (where it is installed), and a straightforward
-port of the usual way (files decoded one by one in their order, fixed batches padded to the longest, float32, every layer written
-as it is). Each makes one clean pass and one for each draw. What a build does once (starting workers, loading the teacher, fitting
-the codec: at most some 7 minutes of speech through the teacher) is told apart: its rate is taken between its first finished shard
-and its last. Then the peak memory of a build of the corpus, and of one three times as long.
+Four ways take turns on the same speech, teacher and device, with the same number of PyTorch threads: the bare teacher (waveforms in
+memory, batches sorted by length, hidden states discarded), a build without Ray, a build with Ray, and a port of the usual way
+(files decoded one by one in their order, fixed batches padded to the longest, float32, every layer written uncompressed). Each
+makes one clean pass and one masked pass per draw. The rate of a build is taken between its first and its last finished shard. The
+time before that (starting workers, loading the teacher, fitting the codec on at most about 7 minutes of speech) is reported
+separately. Finally, the peak memory is measured for a build of the corpus and for a build of a corpus three times as long.
 """
 
 import importlib.util
 import multiprocessing
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,17 +20,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import typer
-from memory import peak_resident_bytes
-from result_file import REPOSITORY, RESULTS, write_result
-from small_speech import TRAIN, shared_data, utterances
 
+from benchmarks.memory import peak_resident_bytes
+from benchmarks.result_file import REPOSITORY, RESULTS, write_result
+from benchmarks.small_speech import TRAIN, shared_data, utterances
 from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
 from ray_distill.teacher_cache.build.shard_writer import hidden_states
 from ray_distill.teacher_cache.frames import num_frames
@@ -46,11 +43,11 @@ from ray_distill.teacher_cache.teachers import load_teacher
 MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=10), draws=2)
 BATCH_SECONDS = 60.0
 PORT_BATCH = 8
-"""Utterances; about BATCH_SECONDS of this speech."""
+"""Utterances per batch; about BATCH_SECONDS of this speech."""
 
 
 class Bench:
-    """All ways of running one teacher over one corpus."""
+    """The ways of running one teacher over one corpus."""
 
     def __init__(
         self, checkpoint: str, members: list[Utterance], device: str, codec: str, shard_seconds: float
@@ -73,7 +70,7 @@ class Bench:
         self.waveforms = [load_source(u) for u in members]
 
     def passes(self, precision: str, rows: list[int], keep: Callable[[torch.Tensor], None]) -> None:
-        """The clean pass and all masked ones over a batch."""
+        """Run the clean pass and all masked passes over a batch."""
         padded, lengths = (x.to(self.device) for x in pad_waveforms([self.waveforms[i] for i in rows]))
         ids, frames = [self.members[i].id for i in rows], [num_frames(len(self.waveforms[i])) for i in rows]
         keep(hidden_states(self.teacher, precision, padded, lengths, None))
@@ -82,7 +79,7 @@ class Bench:
             keep(hidden_states(self.teacher, precision, padded, lengths, mask))
 
     def bare(self, folder: Path) -> tuple[float, float]:
-        """Nothing but the teacher. Returns, as all ways do, seconds of audio per second, and the seconds before that."""
+        """Run only the teacher. Like all ways, return seconds of audio per second, and the seconds before that rate was reached."""
         began = time.perf_counter()
         samples = np.array([len(waveform) for waveform in self.waveforms])
         order = np.argsort(-samples, kind="stable").tolist()
@@ -93,11 +90,11 @@ class Bench:
         return self.seconds / (time.perf_counter() - began), 0.0
 
     def without_ray(self, folder: Path) -> tuple[float, float]:
-        """A build in this process."""
+        """Build in this process."""
         return self._build(folder, None)
 
     def with_ray(self, folder: Path) -> tuple[float, float]:
-        """A build by one actor."""
+        """Build with one Ray actor."""
         gpus = 1 if self.device == "cuda" else 0
         return self._build(folder, Workers(1, gpus, torch.get_num_threads()))
 
@@ -118,14 +115,14 @@ class Bench:
         return rate, first - began - done_first / rate
 
     def port(self, folder: Path) -> tuple[float, float]:
-        """The usual way."""
+        """Build in the usual way."""
         began = time.perf_counter()
         folder.mkdir()
         names = ["clean", *(f"masked {draw}" for draw in range(MASKS.draws))]
         for number in range(0, len(self.members), PORT_BATCH):
             rows = list(range(number, min(number + PORT_BATCH, len(self.members))))
             for i in rows:
-                load_source(self.members[i])  # What `passes` has in memory, this way reads at this point.
+                load_source(self.members[i])  # `passes` has the waveforms in memory; this way has to read them.
             values: list[list[bytes]] = []
             keep = values.append
             self.passes("fp32", rows, lambda x, keep=keep: keep([row.numpy().tobytes() for row in x.cpu()]))  # type: ignore[misc]
@@ -135,7 +132,7 @@ class Bench:
 
 
 def peak_bytes(checkpoint: str, seconds: float, device: str, codec: str, copies: int, threads: int) -> int:
-    """Peak resident memory of a build whose corpus is ``copies`` times the speech. Call it in a fresh process."""
+    """Return the peak resident memory of a build of ``copies`` times the speech. Call it in a fresh process."""
     torch.set_num_threads(threads)
     members = utterances(TRAIN, seconds)
     members = [replace(u, id=f"{u.id}-{copy}") for copy in range(copies) for u in members]
@@ -148,15 +145,17 @@ def peak_bytes(checkpoint: str, seconds: float, device: str, codec: str, copies:
 
 def main(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    teacher: Annotated[str, typer.Option(help="For load_teacher; default the small trained HuBERT.")] = "",
-    seconds: Annotated[float, typer.Option(help="Of speech.")] = 900,
-    rounds: Annotated[int, typer.Option(help="Of which the medians are taken.")] = 5,
+    teacher: Annotated[str, typer.Option(help="Teacher for load_teacher. Default: the small trained HuBERT.")] = "",
+    seconds: Annotated[float, typer.Option(help="Seconds of speech.")] = 900,
+    rounds: Annotated[int, typer.Option(help="Number of rounds; medians over them are reported.")] = 5,
     codec: Annotated[str, typer.Option()] = "pca",
-    threads: Annotated[int, typer.Option(help="Of PyTorch on the CPU.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="A moment, without Ray: only tries the script.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "cache_build.json",
+    threads: Annotated[int, typer.Option(help="PyTorch threads on the CPU.")] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run for a moment and without Ray, only to try the script.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cache/cache_build.json",
 ) -> None:
-    """Times cache builds against the bare teacher and the usual way."""
+    """Time cache builds against the bare teacher and the usual way."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if quick:

@@ -22,8 +22,8 @@ from fastapi.testclient import TestClient
 from benchmarks.memory import resident_bytes
 from benchmarks.result_file import RESULTS, write_result
 from ray_distill.serve import create_app
-from ray_distill.serve.api.admission import Limits
 from ray_distill.serve.decoding import silence_decoders
+from ray_distill.serve.settings import Limits
 from ray_distill.student import Student
 from tests.serve.test_damaged_audio import FORMATS, mutate
 from tests.tiny import tiny_student

@@ -17,23 +17,20 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ray_distill.pipeline.files import check_room, write_text
+from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.reports.charts import COLORS, Line, line_chart
-from ray_distill.pipeline.student_export import open_student
 from ray_distill.student.model.student import Student
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD, SAMPLE_RATE
-from ray_distill.teacher_cache.teachers import Teacher, load_teacher
+from ray_distill.teacher_cache.teachers import Teacher
 
 Kind = Literal["class", "ctc"]
 Units = Literal["characters", "words"]
@@ -532,7 +529,7 @@ def read_probes(run: Path, settings: dict[str, Any] | None = None) -> list[Probe
     return [probed for probed in found if settings is None or probed.settings == settings]
 
 
-def _refuse_others(folder: Path, settings: dict[str, Any], sources: Sequence[Source]) -> None:
+def refuse_other_results(folder: Path, settings: dict[str, Any], sources: Sequence[Source]) -> None:
     """ValueError where a folder holds a probe that one with these settings and sources should not replace."""
     path = folder / "probe.json"
     if not path.exists():
@@ -540,20 +537,6 @@ def _refuse_others(folder: Path, settings: dict[str, Any], sources: Sequence[Sou
     there = _read_probe(path)
     if there.settings != settings or [o.source for o in there.outcomes] != [source.name for source in sources]:
         raise ValueError(f"{folder} holds a probe with other settings or sources; choose another --output")
-
-
-def _check_device(device: str) -> None:
-    """ValueError where PyTorch can't use it."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # What PyTorch raises: of a missing GPU, in builds without CUDA.
-        raise ValueError(f"--device {device} can't be used here ({str(error).splitlines()[0]})") from error
-
-
-def _names(places: Sequence[Path], origins: Sequence[dict[str, Any]]) -> list[str]:
-    """A name for each student: its run's or its folder's, with its path where two have one name."""
-    names = [f"student {origin.get('run') or path.name}" for path, origin in zip(places, origins, strict=True)]
-    return [name if names.count(name) == 1 else f"{name} ({path})" for name, path in zip(names, places, strict=True)]
 
 
 def titles_of(probes: Sequence[Probed]) -> list[str]:
@@ -564,79 +547,3 @@ def titles_of(probes: Sequence[Probed]) -> list[str]:
         alone = sum(other.title == probed.title for other in probes) == 1
         titles.append(probed.title if alone else f"{probed.title} ({settings})")
     return titles
-
-
-def command(
-    manifest: Annotated[
-        Path, typer.Argument(help="CSV with columns path and label, or path and transcript; split if any.")
-    ],
-    student: Annotated[
-        list[Path] | None, typer.Option(help="A run's folder or an exported student; may be repeated.")
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="As in configurations: a checkpoint, torchaudio:NAME, ...")
-    ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option(help="A run's folder: probes its student and keeps the result there, for the run's report."),
-    ] = None,
-    log_mel: Annotated[bool, typer.Option(help="Also probe log-mel bands.")] = True,
-    units: Annotated[
-        str, typer.Option(help="Of transcripts: characters, or words (what blanks separate, as phones).")
-    ] = "characters",
-    epochs: Annotated[int, typer.Option(help="Passes over the training utterances.", min=1)] = 20,
-    seed: Annotated[int, typer.Option(help="Of the probes.")] = 0,
-    device: Annotated[str, typer.Option(help="Of teacher and students: cpu, cuda.")] = "cpu",
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for probe.json and probe.html; default probe, or a folder of its own in RUN/probes."),
-    ] = None,
-) -> None:
-    """Fit linear probes on frozen features of teacher, students and log-mel bands, and compare what they tell."""
-    console = Console()
-    try:
-        if units not in ("characters", "words"):
-            raise ValueError(f"--units must be characters or words, not {units!r}")
-        chosen: Units = "characters" if units == "characters" else "words"
-        _check_device(device)
-        task = read_task(manifest, chosen)
-        settings = probe_settings(manifest, chosen, epochs, seed)
-        folder = output or (probe_folder(run, manifest.stem, settings) if run else Path("probe"))
-        check_room(folder)
-        places = [*(student or []), *([run] if run else [])]
-        if len(set(places)) < len(places):
-            raise ValueError("a student is given twice; one with itself can't be compared")
-        sources = []
-        if teacher is not None:
-            sources.append(Source.of_teacher(load_teacher(teacher, device)))
-        opened = [open_student(place) for place in places]
-        names = _names(places, [origin for _, origin in opened])
-        origins = {name: origin for name, (_, origin) in zip(names, opened, strict=True)}
-        for name, (loaded, _) in zip(names, opened, strict=True):
-            sources.append(Source.of_student(loaded.to(device), name))
-        own = len(sources) - 1 if run else None
-        if log_mel:
-            sources.append(Source.log_mel())
-        if not sources:
-            raise ValueError("there is nothing to probe; give --teacher, --student or --run")
-        if output or not run:
-            _refuse_others(folder, settings, sources)
-        outcomes = run_probes(
-            task,
-            sources,
-            epochs=epochs,
-            seed=seed,
-            say=lambda text: console.print(text, highlight=False, soft_wrap=True),
-        )
-        console.print(outcome_table(outcomes))
-        write_outcomes(folder, outcomes, task, manifest.stem, origins, settings, own)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    console.print(f"probe   {folder / 'probe.html'}", highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    app()

@@ -10,10 +10,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from ray_distill.command_line import Command
+from ray_distill.pipeline.commands.probe import probe
 from ray_distill.pipeline.probing.probe import (
     Features,
     Source,
-    command,
     edit_distance,
     outcome_table,
     probe_folder,
@@ -32,7 +33,7 @@ from ray_distill.teacher_cache.teachers import load_teacher
 from ...tiny import tiny_student
 
 app = typer.Typer()
-app.command()(command)
+app.command(cls=Command)(probe)
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_command_and_report(tones: Path, tmp_path: Path) -> None:
         (["nowhere.csv", "--teacher", "random:2x32"], "can't be read"),
         (["FIRST", "--no-log-mel"], "nothing to probe"),
         (["FIRST", "--student", "nowhere"], "is not a student"),
-        (["FIRST", "--units", "bytes"], "characters or words"),
+        (["FIRST", "--units", "bytes"], "is not one of 'characters', 'words'"),
     ],
 )
 def test_mistakes(tones: Path, arguments: list[str], message: str) -> None:
@@ -197,7 +198,7 @@ def never(*_: object, **__: object) -> None:
     ("options", "message"),
     [
         (["--output", "FILE/probe"], "nothing can be written into"),
-        (["--device", "cuda:99"], "--device cuda:99 can't be used here"),
+        (["--device", "cuda:99"], "--device cuda:99 can't be used on this machine"),
         (["--student", "MODEL", "--student", "MODEL"], "given twice"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Ablations on paper: what a file means, what is refused, and what the report says of runs that are there."""
+"""Ablations without training: the runs that a file defines, files that are refused, and the report on given results."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from ray_distill.pipeline.reports.ablation_report import compare, read_results, 
 from ray_distill.pipeline.stages import Run
 from ray_distill.student.training.prefetch import TrainingPlan
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.teacher_cache.storage.build_statistics import Passes, TeacherWork
+from ray_distill.teacher_cache.storage.build_statistics import PassTime, TeacherTime
 
 from ...tiny import tiny_tree
 
@@ -198,10 +198,10 @@ def test_a_difference_is_shown_only_beyond_what_seeds_do() -> None:
 
 
 def test_saved_hours_count_the_passes_that_runs_would_have_made() -> None:
-    work = TeacherWork(clean=Passes(100.0, 1000.0), masked=Passes(240.0, 2000.0))
+    work = TeacherTime(clean=PassTime(100.0, 1000.0), masked=PassTime(240.0, 2000.0))
     online, built = saved_hours(work, 3600.0, {True: 10.0, False: 5.0}) or (0, 0)
     assert online == pytest.approx(15 * 0.1 + 10 * 0.12) and built == pytest.approx(340 / 3600)
-    assert saved_hours(TeacherWork(), 3600.0, {True: 1.0, False: 0.0}) is None, "a cache of an earlier version"
+    assert saved_hours(TeacherTime(), 3600.0, {True: 1.0, False: 0.0}) is None, "a cache of an earlier version"
 
 
 def test_passes_count_the_last_epoch_by_its_share() -> None:
@@ -211,7 +211,7 @@ def test_passes_count_the_last_epoch_by_its_share() -> None:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Ablation:
-    """Folders as runs leave them: b's loss is higher than a's by more than seeds do; b's second run failed."""
+    """Folders of finished runs. The loss of b exceeds that of a by more than the spread over seeds, and a run of b failed."""
     path = write(tmp_path, seeds=[0, 1, 2], variants={"a": {}, "b": {"masks.draws": 1}, "c": {"train.ema_decay": 0.9}})
     ablation = load_ablation(path, [f"runs={tmp_path}", f"cache.path={tmp_path / 'cache'}"])
     for run in ablation.runs:

@@ -12,8 +12,9 @@ from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, pla
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
-from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher

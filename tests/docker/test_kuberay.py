@@ -151,7 +151,7 @@ def test_pods_are_confined_and_know_the_store(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
 def test_pods_keep_to_the_restricted_standard(kind: str) -> None:
-    """KubeRay's own containers are confined too: the autoscaler, the job's submitter, and the init container, a copy of the worker's."""
+    """KubeRay's own containers are confined too: the autoscaler, the job's submitter, and the worker's init container."""
     templates = list(pod_specs(kind).values())
     contexts = [cluster_of(kind)["autoscalerOptions"]["securityContext"]]
     if kind == "RayJob":

@@ -10,8 +10,9 @@ import yaml
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.codecs import DEFAULT_CODEC, check_codec
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
-from ray_distill.teacher_cache.storage.cache_spec import MaskDraws, Targets
+from ray_distill.teacher_cache.storage.cache_spec import Targets
 
 
 class ConfigError(ValueError):

@@ -225,6 +225,7 @@ class Run:
         """Says what the cache will cost; refuses where the disk is too small, or audio too long for the teacher."""
         self._check_lengths()
         if self.config.train.targets == "online":
+            self._check_precision()
             self.say("plan    targets are online: no cache is needed")
             return
         if Cache.exists(self.cache) and Cache.open(self.cache).covers(self.spec):
@@ -247,8 +248,11 @@ class Run:
 
     def _check_precision(self) -> None:
         """ConfigError where the teacher can't compute what is missing."""
-        if self.precision == "fp16" and not self.config.cache.gpus_per_actor:
+        online = self.config.train.targets == "online"
+        if self.precision == "fp16" and not (self.config.train.use_gpu if online else self.config.cache.gpus_per_actor):
             there = f"; the cache at {self.cache.location} is of that precision" if Cache.exists(self.cache) else ""
+            if online:
+                raise ConfigError(f"cache.precision fp16 needs train.use_gpu; on CPUs use fp32 or bf16{there}")
             raise ConfigError(f"cache.precision fp16 needs cache.gpus_per_actor; on CPUs use fp32 or bf16{there}")
 
     def _check_lengths(self) -> None:
@@ -364,6 +368,7 @@ class Run:
             masks=self.config.masks,
             utterances=[] if cached else self.utterances,
             cache_targets=self.config.cache.targets,
+            precision="fp32" if cached else self.precision,
             initial=initial,
             cpu_threads=cpu_threads,
             reserved_cpus=reserved_cpus,
@@ -487,7 +492,7 @@ class Run:
         if self.config.train.targets == "cached":
             return CacheReader(self.cache.location, "validation", layers)
         members = [utterance for utterance in self.utterances if utterance.split == "validation"]
-        return OnlineReader(members, self.teacher, self.config.masks, layers)
+        return OnlineReader(members, self.teacher, self.config.masks, layers, precision=self.precision)
 
     def _facts(self, summary: dict[str, Any]) -> dict[str, str]:
         """What the report says of the run, by name."""

@@ -24,7 +24,7 @@ from ray_distill.pipeline.reports.run_report import STYLE, layer_color, read_met
 from ray_distill.pipeline.stages import Run
 from ray_distill.student.training.prefetch import TrainingPlan
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
-from ray_distill.teacher_cache.storage.build_statistics import TeacherWork, teacher_work
+from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, total_teacher_time
 from ray_distill.teacher_cache.storage.cache import Cache
 
 _LOSS = (
@@ -335,7 +335,7 @@ def _difference(measure: Measure, compared: Comparison | None) -> str:
     return f"{_signed(measure, compared.difference)}{spreads}, {_verdict(measure, compared)}"
 
 
-def saved_hours(work: TeacherWork, train_seconds: float, passes: Mapping[bool, float]) -> tuple[float, float] | None:
+def saved_hours(work: TeacherTime, train_seconds: float, passes: Mapping[bool, float]) -> tuple[float, float] | None:
     """Teacher hours with the teacher in the loop, and those that building the cache took.
 
     Args:
@@ -365,7 +365,7 @@ def saved_sentence(findings: Findings, shared: Run) -> str:
             masked = planned.config.masks.draws > 0 and planned.config.cache.targets != "clean_only"
             passes[masked] += TrainingPlan(samples, planned.config.train, planned.config.train.workers).passes
     seconds = float(samples.sum()) / SAMPLE_RATE
-    work = teacher_work(shared.cache)
+    work = total_teacher_time(shared.cache)
     hours = saved_hours(work, seconds, passes)
     if hours is None:
         return "Hours saved are not known: this cache was built before builds recorded what their teachers did."

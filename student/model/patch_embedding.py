@@ -6,7 +6,7 @@ Shape suffixes: B batch, S samples, R rows of patches, T patches (column by colu
 import torch
 from torch import Tensor, nn
 
-from ray_distill.teacher_cache.patch_geometry import PatchGeometry, by_column
+from ray_distill.teacher_cache.patch_geometry import PatchGeometry, flatten_by_column
 
 
 class PatchEmbedding(nn.Module):
@@ -22,7 +22,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, waveforms_BS: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, S) at 16 kHz, (B,) → (B, T, d)."""
-        return by_column(self.conv(self.geometry.spectrogram(waveforms_BS, lengths_B)))
+        return flatten_by_column(self.conv(self.geometry.spectrogram(waveforms_BS, lengths_B)))
 
     def with_rows(self, x_BTd: Tensor) -> Tensor:
         """(B, T, d) with each patch's row added."""

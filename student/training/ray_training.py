@@ -13,10 +13,11 @@ from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import CheckpointError
 from ray_distill.student.training.training_loop import train
+from ray_distill.teacher_cache.masks import MaskDraws
+from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.reader import CacheReader
-from ray_distill.teacher_cache.storage.cache_spec import MaskDraws, Targets
+from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
-from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 _LOG = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
             CacheReader(job["cache"], "train", layers, job["masks"]["draws"], targets=job["cache_targets"]),
             CacheReader(job["cache"], "validation", layers),
         )
+    from ray_distill.teacher_cache.targets.online_targets import OnlineReader
     from ray_distill.teacher_cache.teachers import load_teacher
 
     teacher = load_teacher(job["teacher"], device)
@@ -47,6 +49,7 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
             masks,
             layers,
             job["cache_targets"] or "clean_and_masked",
+            job["precision"],
         )
         for split in ("train", "validation")
     }
@@ -145,6 +148,7 @@ def train_on_ray(
     masks: MaskDraws,
     utterances: list[Utterance],
     cache_targets: Targets | None = None,
+    precision: Precision = "fp32",
     initial: Path | None = None,
     cpu_threads: int = 1,
     reserved_cpus: int = 1,
@@ -159,6 +163,7 @@ def train_on_ray(
         teacher, masks, utterances: for online targets.
         cache_targets: which targets to read or compute, as `CacheSpec.targets`; default what the cache was made
             for, online ``clean_and_masked``.
+        precision: Precision of the teacher's arithmetic, for online targets. Default ``fp32``.
         initial: as `ray_distill.student.training.training_loop.train` takes it.
         cpu_threads: PyTorch threads of a worker without a GPU.
         reserved_cpus: cores that Ray sets aside for each worker.
@@ -179,6 +184,7 @@ def train_on_ray(
         "layers": layers,
         "cache": cache,
         "cache_targets": cache_targets,
+        "precision": precision,
         "teacher": teacher,
         "masks": masks.model_dump(mode="json"),
         "utterances": [vars(u) for u in utterances] if settings.targets == "online" else [],

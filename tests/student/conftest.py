@@ -10,9 +10,9 @@ import torch
 
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
-from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 
 from ..tiny import tiny_student
 

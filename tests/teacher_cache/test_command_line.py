@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from ray_distill.teacher_cache.__main__ import app
 from ray_distill.teacher_cache.maintenance.verify import DEEP_TOLERANCE, verify_cache, verify_deep
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.storage.cache import Cache, file_record, write_commit
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.teachers import load_teacher
 
 from ..tiny import TEACHER
@@ -137,10 +138,10 @@ def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
     assert run("verify", root, "--fast")[0] == 0  # Its size is right.
     code, text = run("verify", root)
     assert code == 1
-    assert f"{shard} is not as committed (SHA-256 differs)" in text
+    assert f"{shard} does not match its commit record (SHA-256 differs)" in text
     code, text = run("repair", root)
     assert code == 0
-    assert f"{shard} made again" in text and "1 things repaired" in text
+    assert f"{shard} rebuilt" in text and "1 things repaired" in text
     assert shard.read_bytes() == sound
     assert "nothing to do" in run("repair", root)[1]
 

@@ -20,7 +20,7 @@ from ray_distill.pipeline.reports.ablation_report import compare, read_results, 
 from ray_distill.pipeline.stages import Run
 from ray_distill.student.training.prefetch import TrainingPlan
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.teacher_cache.storage.build_statistics import Passes, TeacherWork
+from ray_distill.teacher_cache.storage.build_statistics import PassTime, TeacherTime
 
 from ...tiny import tiny_tree
 
@@ -190,10 +190,10 @@ def test_a_difference_is_shown_only_beyond_what_seeds_do() -> None:
 
 
 def test_saved_hours_count_the_passes_that_runs_would_have_made() -> None:
-    work = TeacherWork(clean=Passes(100.0, 1000.0), masked=Passes(240.0, 2000.0))
+    work = TeacherTime(clean=PassTime(100.0, 1000.0), masked=PassTime(240.0, 2000.0))
     online, built = saved_hours(work, 3600.0, {True: 10.0, False: 5.0}) or (0, 0)
     assert online == pytest.approx(15 * 0.1 + 10 * 0.12) and built == pytest.approx(340 / 3600)
-    assert saved_hours(TeacherWork(), 3600.0, {True: 1.0, False: 0.0}) is None, "a cache of an earlier version"
+    assert saved_hours(TeacherTime(), 3600.0, {True: 1.0, False: 0.0}) is None, "a cache of an earlier version"
 
 
 def test_passes_count_the_last_epoch_by_its_share() -> None:

@@ -10,8 +10,9 @@ from rich.console import Console
 from ray_distill.pipeline.config import ConfigError, load_config
 from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, plan_cost
 from ray_distill.pipeline.stages import Run
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
-from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher

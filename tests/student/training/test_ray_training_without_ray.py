@@ -18,7 +18,7 @@ from ray.train.v2._internal.exceptions import (
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.ray_training import TrainingError, _reason, train_on_ray
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.teacher_cache.storage.cache_spec import MaskDraws
+from ray_distill.teacher_cache.masks import MaskDraws
 
 
 @pytest.mark.parametrize(

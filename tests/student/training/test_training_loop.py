@@ -23,10 +23,10 @@ from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.ray_training import train_on_ray
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
-from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache
-from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from ray_distill.student import load_student
+from ray_distill.student.checkpoints import load_student, student_folder
 from ray_distill.student.exporters.origin import Origin
 from ray_distill.student.model.student import Student
 from ray_distill.teacher_cache.storage.cache import Cache
@@ -37,12 +37,7 @@ def open_student(model: Path, model_config: Path | None = None) -> tuple[Student
     Raises:
         ValueError: there is no such student, or it is damaged.
     """
-    if (model / "config.yaml").is_file() and not (model / "config.json").is_file():
-        if not (model / "export").is_dir():
-            raise ValueError(
-                f"the run at {model} has no export; run its export stage first, or name one of its checkpoints"
-            )
-        model = model / "export"
+    model = student_folder(model)
     student = load_student(model, model_config)
     origin: Origin = {"commit": _commit(), "student": student.config.model_dump(mode="json")}
     if (model / "config.json").is_file():

@@ -1,7 +1,7 @@
 """Measure a training step of the student against a straightforward implementation of the same network.
 
 ``python -m benchmarks.student.student_step`` first checks that both give the same numbers. It then times them in turns (medians of
-several rounds) and measures the peak memory of one step, each in a fresh process. Ours is `Distiller`; the other is
+several rounds) and measures the peak memory of one step, each in a fresh process. Ours is `LayerDistiller`; the other is
 `published_student.py` beside this file, with the same weights. It runs on a GPU in fp32 and bf16 if CUDA is available.
 """
 
@@ -24,7 +24,7 @@ from benchmarks.memory import forget_peak, peak_resident_bytes, resident_bytes
 from benchmarks.result_file import RESULTS, write_result
 from benchmarks.student.published_student import PublishedStudent, published_loss
 from ray_distill.student import Student, StudentConfig
-from ray_distill.student.objectives.layer_loss import Distiller
+from ray_distill.student.objectives.layer_prediction import LayerDistiller
 from ray_distill.teacher_cache.frames import num_frames
 
 NAMES = ("published", "ours")
@@ -60,7 +60,7 @@ class Bench:
         torch.manual_seed(0)
         self.case = case
         self.student = Student(SMALL if case.small else StudentConfig()).to(case.device)
-        self.distiller, self.published = Distiller(self.student), PublishedStudent(self.student)
+        self.distiller, self.published = LayerDistiller(self.student), PublishedStudent(self.student)
         samples = int(16_000 * case.seconds)
         frames, config = num_frames(samples), self.student.config
         self.waveforms = torch.randn(case.batch, samples, device=case.device) * 0.1

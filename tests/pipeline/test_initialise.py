@@ -11,8 +11,8 @@ from ray_distill.pipeline.config import ConfigError, load_config
 from ray_distill.pipeline.initialise import initial_tensors, write_initial
 from ray_distill.pipeline.stages import Run
 from ray_distill.student import Student, StudentConfig
-from ray_distill.student.checkpoints import load_tensors
 from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.weights import load_tensors
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 

@@ -122,7 +122,7 @@ def test_formats(run_folder: Path, tmp_path: Path) -> None:
         (["nowhere", "--format", "s3prl", "--output", "x"], "is not a student"),
         (["MODEL", "--format", "s3prl", "--output", "my-student"], "Python name"),
         (["MODEL", "--format", "s3prl", "--int8", "--output", "x"], "--int8"),
-        (["RUN", "--format", "s3prl", "--output", "x"], "has no export"),
+        (["RUN", "--format", "s3prl", "--output", "x"], "has no exported student"),
     ],
 )
 def test_mistakes(run_folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -33,7 +33,7 @@ def settings_table() -> str:
 def read_options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ServeSettings:
     """Return the settings that the command would serve with."""
     found: list[ServeSettings] = []
-    monkeypatch.setattr("ray_distill.serve.inference.model_files.check_model_path", lambda *_: None)
+    monkeypatch.setattr("ray_distill.serve.command.check_model_path", lambda *_: None)
     monkeypatch.setattr("ray_distill.serve.command._configure_logging", lambda: None)
     monkeypatch.setattr("ray_distill.serve.command.signal.signal", lambda *_: None)
     monkeypatch.setattr("ray_distill.serve.server.run", found.append)

@@ -145,7 +145,7 @@ def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
 
     shard.unlink()
     code, text = run("repair", root, "--corpus-moved", "/old", "/new")
-    assert code == 2 and "no audio of the cache lay below /old" in text
+    assert code == 2 and "no audio file of the cache was below /old" in text
     assert run("repair", root)[0] == 0
 
     shutil.rmtree(root / "clean")

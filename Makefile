@@ -26,6 +26,7 @@ demo:
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell *.md *.toml *.py Makefile benchmarks configs docker docs pipeline ray_distill serve student teacher_cache tests
 	$(MAKE) --no-print-directory mypy
 
 # mypy does not follow `ray_distill.__path__`, so it is shown a folder where everything lies inside `ray_distill`.

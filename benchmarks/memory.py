@@ -1,20 +1,23 @@
-"""Resident memory of this process. (``ru_maxrss`` won't do: it counts what the parent held before this program began.)"""
+"""Resident memory of this process.
+
+``ru_maxrss`` is not usable, since it includes the parent's memory from before this program started.
+"""
 
 from pathlib import Path
 
 
 def resident_bytes() -> int:
-    """What is resident now."""
+    """Return the current resident memory."""
     return _status("VmRSS")
 
 
 def peak_resident_bytes() -> int:
-    """The most that was resident since `forget_peak`, or since this program began."""
+    """Return the peak resident memory since `forget_peak`, or since this program started."""
     return _status("VmHWM")
 
 
 def forget_peak() -> None:
-    """Sets the peak back to what is in use."""
+    """Reset the peak to the current resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,4 +1,4 @@
-"""The result file of a benchmark: what was measured, on what, with what, of which commit, by which command."""
+"""The result file of a benchmark: measurements with the machine, versions, commit and command."""
 
 import json
 import multiprocessing
@@ -16,20 +16,28 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 
 
 def write_result(path: Path, **measured: Any) -> None:
-    """Writes ``measured`` as JSON, after machine, versions, commit and command."""
+    """Write ``measured`` as JSON, after machine, versions, commit and command."""
     record = {
         "machine": machine(),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "pyarrow", "ray")},
         "commit": commit(),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", module_name(Path(sys.argv[0])), *sys.argv[1:]]),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record | measured, indent=2) + "\n")
 
 
+def module_name(script: Path) -> str:
+    """Return the name for ``python -m`` of a script of this repository, or the file's name if it is elsewhere."""
+    script = script.resolve()
+    if not script.is_relative_to(REPOSITORY):
+        return script.name
+    return ".".join(script.relative_to(REPOSITORY).with_suffix("").parts)
+
+
 def machine() -> dict[str, Any]:
-    """The CPU's name, its cores, and the GPU's name or None."""
+    """Return the CPU's name, the number of cores, and the GPU's name or None."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -37,7 +45,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The repository's commit, with ``-dirty`` where files differ from it."""
+    """Return the repository's commit, with ``-dirty`` if the working tree differs from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"

@@ -1,14 +1,13 @@
-"""An hour of real speech and a student in proportion to a small teacher: what the quality benchmarks share.
+"""Real speech, and a student in proportion to a small teacher, for the benchmarks of quality.
 
-Both come from a folder beside the repository (or at ``SHARED_DATA``) that holds a part of Mini LibriSpeech and trained teachers.
+Speech (a part of Mini LibriSpeech, about an hour) and trained teachers are in a folder beside the repository or at ``SHARED_DATA``.
 """
 
 import hashlib
 import os
 from pathlib import Path
 
-from result_file import REPOSITORY
-
+from benchmarks.result_file import REPOSITORY
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
@@ -18,27 +17,27 @@ TRAIN, HELD_OUT = "train-clean-5", "heldout-clean-5"
 
 
 def shared_data() -> Path:
-    """The folder; SystemExit with the reason where it is absent."""
+    """Return the folder with speech and teachers; exit with the reason if it does not exist."""
     folder = Path(os.environ.get("SHARED_DATA", REPOSITORY.parent / "shared"))
     if not (folder / "speech").is_dir():
         raise SystemExit(
-            f"this benchmark needs real speech and trained teachers, which are not at {folder} (set SHARED_DATA)"
+            f"this benchmark needs real speech and trained teachers, which are not in {folder}; set SHARED_DATA to their folder"
         )
     return folder
 
 
 def whisper_folder(given: str = "") -> Path:
-    """Where the shared data's script wrote Whisper-small; SystemExit where it did not."""
+    """Return the folder with Whisper-small; exit with the reason if it does not exist."""
     folder = Path(given) if given else shared_data().parent / "whisper-small"
     if not (folder / "model.safetensors").is_file():
         raise SystemExit(
-            f"there is no Whisper-small at {folder}; write it with get_whisper_small.py and give --whisper"
+            f"{folder} has no Whisper-small; create it with get_whisper_small.py and pass its folder as --whisper"
         )
     return folder
 
 
 def utterances(name: str, seconds: float = float("inf")) -> list[Utterance]:
-    """Utterances of TRAIN or HELD_OUT, at most ``seconds`` of them but at least one, evenly over speakers."""
+    """Return utterances of TRAIN or HELD_OUT, evenly over speakers: at least one, at most ``seconds`` of audio."""
     files = sorted((shared_data() / "speech" / "LibriSpeech" / name).rglob("*.flac"))
     files.sort(key=lambda path: hashlib.sha256(path.stem.encode()).digest())
     split = "train" if name == TRAIN else "validation"
@@ -55,7 +54,7 @@ def utterances(name: str, seconds: float = float("inf")) -> list[Utterance]:
 
 
 def small_student(layers: int, dim: int, width: int = 96) -> StudentConfig:
-    """ARMHuBERT-S in small: ``layers`` layers of ``width`` for a teacher of width ``dim``, every second map reused."""
+    """Return a small ARMHuBERT-S: ``layers`` layers, every second map reused, for a teacher of width ``dim``."""
     return StudentConfig(
         conv_layers=((32, 10, 5), *((48, 3, 2),) * 4, *((64, 2, 2),) * 2),
         encoder_layers=layers,

@@ -1,4 +1,4 @@
-"""Healthy (exit code 0) if what this container runs answers: the address in HEALTH_URL, or Ray's node where it is ``ray``."""
+"""Exit with code 0 if the container is healthy: if HEALTH_URL (default: the service's /readyz) answers with status 200."""
 
 import os
 import sys

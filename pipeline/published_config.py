@@ -13,7 +13,7 @@ from ray_distill.student.published import literal_list, published_config
 DRAWS = 4
 """Number of mask draws of a converted configuration; the published recipe draws a new mask for every step.
 
-docs/draws.md compares numbers of draws.
+docs/in-depth/draws.md compares numbers of draws.
 """
 
 DROPPED = {
@@ -68,7 +68,7 @@ _READ = {
     "specaug": "apply_time_warp time_warp_window apply_freq_mask freq_mask_width_range num_freq_mask apply_time_mask "
     "time_mask_width_range num_time_mask replace_with_zero",
 }
-"""Published keys that `import_config` reads; docs/published-names.md lists the corresponding keys of this project."""
+"""Published keys that `import_config` reads; docs/in-depth/published-names.md lists the corresponding keys of this project."""
 
 
 def import_config(path: Path) -> tuple[Config, list[str]]:

@@ -19,7 +19,7 @@ class RefusedError(Exception):
     """The service refused a request.
 
     Attributes:
-        status, error_type: HTTP status and type of the error; docs/serving.md lists them.
+        status, error_type: HTTP status and type of the error; docs/in-depth/serving.md lists them.
         retry_after: Seconds after which the request may be repeated, or None if repeating it would not help.
     """
 

@@ -1,7 +1,7 @@
 """The settings of the service: options of the command, environment variables and keywords of `create_app`.
 
 Each setting is defined here once. `ray_distill.serve.command` makes the options of the command line from these classes, and
-docs/serving.md has a table that is made from them. An option that is not given is read from the environment variable
+docs/in-depth/serving.md has a table that is made from them. An option that is not given is read from the environment variable
 ``RAY_DISTILL_SERVE_NAME``; without that, its default holds.
 """
 
@@ -280,7 +280,7 @@ def _sentence(error: ValidationError) -> str:
         return str(first["ctx"]["error"])
     name = _option_name(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        return f"{name} is not a setting of the service; docs/serving.md lists the settings."
+        return f"{name} is not a setting of the service; docs/in-depth/serving.md lists the settings."
     if first["type"] == "missing":
         return f"{name} is not set; it has no default."
     expected = first["msg"].replace("Input should be", "must be").partition(", unable")[0]

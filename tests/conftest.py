@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests."""
+"""Fixtures for all tests."""
 
 import hashlib
 import os
@@ -17,7 +17,9 @@ from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.teachers import load_teacher
 
-# Tiny models: threads cost more than they bring, above all on a busy machine.
+from .tiny import TEACHER
+
+# The models are tiny, so more threads would only cost time, above all on a busy machine.
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -25,16 +27,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The optional folder of golden tensors, speech and trained teachers that may lie beside the repository."""
+    """Return the optional folder of golden tensors, speech and trained teachers beside the repository; skip the test without it."""
     folder = Path(os.environ.get("SHARED_DATA", REPOSITORY.parent / "shared"))
     if not (folder / "golden").is_dir():
-        pytest.skip(f"needs the shared test data, which is not at {folder} (set SHARED_DATA to its folder)")
+        pytest.skip(f"needs the shared test data, which is not in {folder}; set SHARED_DATA to its folder")
     return folder
 
 
 @pytest.fixture
 def speech_folder(tmp_path: Path) -> Path:
-    """A folder of twelve short waveforms (0.6 to 2.2 s) with some structure, in two splits of LibriSpeech's layout."""
+    """Write twelve short waveforms (0.6 to 2.2 s) of modulated tones to a folder with two splits in LibriSpeech's layout."""
     rng = np.random.default_rng(0)
     for n in range(12):
         samples = int(16_000 * (0.6 + 0.14 * n))
@@ -51,7 +53,7 @@ def speech_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def source_utterances(speech_folder: Path) -> list[Utterance]:
-    """The utterances of speech_folder, as a cache build takes them."""
+    """Return the utterances of speech_folder as a cache build expects them."""
     found = []
     for path in sorted(speech_folder.rglob("*.flac")):
         waveform = load_audio(path)
@@ -63,9 +65,9 @@ def source_utterances(speech_folder: Path) -> list[Utterance]:
 
 @pytest.fixture
 def cache_spec() -> Callable[..., CacheSpec]:
-    """The spec of a small cache of ``random:2x32``: two draws, fp32, several shards; keywords change it."""
+    """Return a function that makes the spec of a small cache of `TEACHER`: two draws, fp32, several shards. Keywords change it."""
 
-    def make(teacher: str = "random:2x32", **changes: object) -> CacheSpec:
+    def make(teacher: str = TEACHER, **changes: object) -> CacheSpec:
         loaded = load_teacher(teacher)
         values = {
             "teacher": loaded.fingerprint,
@@ -85,9 +87,9 @@ def cache_spec() -> Callable[..., CacheSpec]:
 
 @pytest.fixture
 def make_cache(cache_spec: Callable[..., CacheSpec], source_utterances: list[Utterance]) -> Callable[..., CacheSpec]:
-    """Builds such a cache of the test speech at a location, in this process, and returns its spec."""
+    """Return a function that builds such a cache of the test speech at a location, in this process, and returns its spec."""
 
-    def make(location: Path | str, teacher: str = "random:2x32", **changes: object) -> CacheSpec:
+    def make(location: Path | str, teacher: str = TEACHER, **changes: object) -> CacheSpec:
         spec = cache_spec(teacher, **changes)
         plan = plan_shards(source_utterances, spec.shard_seconds)
         build_cache(location, spec, plan, teacher, teacher_name=teacher, workers=None)

@@ -1,6 +1,6 @@
-"""What mkdocs makes at build time: references from the schema, the commands and the docstrings, and pages kept beside the code.
+"""MkDocs hooks that generate pages: references from the schema, the commands and the docstrings, and pages stored beside the code.
 
-A module of mkdocs' ``hooks``; it is no part of the product.
+The site describes the repository that contains it, whether or not `ray_distill` is installed. This is not part of the product.
 """
 
 import json
@@ -10,24 +10,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
-
 import typer
 from configuration import configuration
 from link_package import link_package
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pictures import PICTURES
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 IN_DOCS = re.compile(r"\]\(\.\./docs/")
-IN_BENCHMARKS = re.compile(r"\]\(\.\./benchmarks/README\.md")
+IN_BENCHMARKS = re.compile(r"\]\((?:\.\./)+benchmarks/README\.md")
+
+
+@event_priority(100)  # mkdocstrings looks for the folder in its own `on_config`.
+def on_config(config: MkDocsConfig) -> None:
+    """Make `ray_distill` importable here, and readable for mkdocstrings."""
+    if str(REPOSITORY) not in sys.path:  # MkDocs restores sys.path after it has loaded this module.
+        sys.path.insert(0, str(REPOSITORY))
+    link_package(REPOSITORY / "build" / "linked")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that are not in docs/."""
-    link_package(REPOSITORY / "build" / "linked")
+    """Add the generated pages and pictures."""
     pages: dict[str, Callable[[], str]] = {
         "reference/configuration.md": configuration,
         "reference/commands.md": commands,
@@ -45,8 +51,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Pages of docs/ link to the benchmarks where the repository has them; the site has a page for them."""
-    return IN_BENCHMARKS.sub("](benchmarks.md", markdown)
+    """Point links to `benchmarks/README.md`, which work in the repository, to the site's page of benchmarks."""
+    up = "../" * page.file.src_uri.count("/")
+    return IN_BENCHMARKS.sub(f"]({up}benchmarks.md", markdown)
 
 
 CACHE = (
@@ -88,7 +95,7 @@ JOB = (
 
 
 def modules(title: str, names: tuple[str, ...]) -> str:
-    """A page of docstrings."""
+    """Return a page with the docstrings of some modules."""
     return f"# {title}\n\n" + "\n\n".join(f"::: {name}" for name in names) + "\n"
 
 
@@ -153,10 +160,13 @@ def benchmarks() -> str:
     """benchmarks/README.md, and every result file with what made it."""
     page = IN_DOCS.sub("](", (REPOSITORY / "benchmarks" / "README.md").read_text())
     lines = ["", "## Results", "", "| file | command | machine | commit |", "|---|---|---|---|"]
-    for path in sorted((REPOSITORY / "benchmarks" / "results").glob("*.json")):
+    results = REPOSITORY / "benchmarks" / "results"
+    for path in sorted(results.rglob("*.json")):
         record = json.loads(path.read_text())
         machine = record.get("machine", {})
         where = f"{machine.get('cpu', '?')}, {machine.get('cores', '?')} cores, {machine.get('gpu') or 'no GPU'}"
         command = re.sub(r"/(?:[\w.-]+/)+", "", record.get("command", "?").replace("benchmarks/", "benchmarks\\"))
-        lines.append(f"| `{path.name}` | `{command.replace(chr(92), '/')}` | {where} | `{record.get('commit', '?')}` |")
+        lines.append(
+            f"| `{path.relative_to(results)}` | `{command.replace(chr(92), '/')}` | {where} | `{record.get('commit', '?')}` |"
+        )
     return page + "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
-"""Make a folder in which everything lies inside ``ray_distill``, as in a wheel: ``python docs/site/link_package.py FOLDER``.
+"""Create a folder of links in which all sub-packages are inside ``ray_distill``: ``python docs/site/link_package.py FOLDER``.
 
-mypy and griffe read sources without running them, so they don't see that ``ray_distill`` extends its path to the repository's
-top-level folders. The folder holds links, so that it is always up to date.
+mypy and griffe read sources without running them, so they do not see that ``ray_distill`` extends its path to the repository's
+top-level folders. Links need no update when a source changes.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The pictures of docs/concepts: boxes and arrows, as SVG that follows the reader's light or dark colours."""
+"""The diagrams of docs/concepts: boxes and arrows as SVG, in the reader's light or dark colours."""
 
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
@@ -15,7 +15,7 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Box:
-    """A box at (x, y) in units, ``width`` units wide; ``kind``: ``a`` or ``m`` for a colour, ``n`` for a dashed frame."""
+    """A box at (x, y), ``width`` wide, all in grid units. ``kind`` is ``a`` or ``m`` for a colour, ``n`` for a dashed outline."""
 
     x: float
     y: float
@@ -27,7 +27,7 @@ class Box:
 
 
 def picture(title: str, boxes: list[Box], arrows: list[tuple[int, int, str]]) -> str:
-    """SVG; arrows are (from, to, label) between the centres of boxes, by number."""
+    """Return the picture as SVG. Arrows are (from, to, label), where boxes are given by their index in ``boxes``."""
     width = max((box.x + box.width) * UNIT_X for box in boxes) + 14
     height = max(box.y * UNIT_Y + (box.height * UNIT_Y or HEIGHT) for box in boxes) + 14
     lines = [
@@ -48,7 +48,7 @@ def picture(title: str, boxes: list[Box], arrows: list[tuple[int, int, str]]) ->
         a, b = boxes[start], boxes[end]
         ax, ay = (a.x + a.width / 2) * UNIT_X + 7, a.y * UNIT_Y + 7 + HEIGHT / 2
         bx, by = (b.x + b.width / 2) * UNIT_X + 7, b.y * UNIT_Y + 7 + HEIGHT / 2
-        if abs(by - ay) < 1:
+        if abs(bx - ax) > (a.width + b.width) * UNIT_X / 2:  # Side by side: between the facing sides.
             side = 1 if bx > ax else -1
             ax, bx = ax + side * a.width * UNIT_X / 2, bx - side * b.width * UNIT_X / 2
         else:
@@ -56,13 +56,16 @@ def picture(title: str, boxes: list[Box], arrows: list[tuple[int, int, str]]) ->
             ay, by = ay + side * HEIGHT / 2, by - side * HEIGHT / 2
         lines.append(f'<path d="M{ax:.0f} {ay:.0f}L{bx:.0f} {by:.0f}" marker-end="url(#h)" />')
         if label:
-            lines.append(f'<text class="s" x="{(ax + bx) / 2:.0f}" y="{(ay + by) / 2 - 4:.0f}">{escape(label)}</text>')
+            slope = (by - ay) * (bx - ax)
+            right, down = (0, -4) if slope == 0 else (24, -8) if slope > 0 else (24, 16)  # Beside a sloping arrow.
+            x, y = (ax + bx) / 2 + right, (ay + by) / 2 + down
+            lines.append(f'<text class="s" x="{x:.0f}" y="{y:.0f}">{escape(label)}</text>')
     return "".join([*lines, "</svg>"])
 
 
 PICTURES: dict[str, str] = {
     "idea": picture(
-        "The teacher runs once; students read",
+        "The teacher runs once, and every student reads its outputs",
         [
             Box(0, 0.5, "audio", 1.2),
             Box(2, 0.5, "teacher", 1.4, "a", "once"),
@@ -76,13 +79,13 @@ PICTURES: dict[str, str] = {
     "cache": picture(
         "A shard is the unit of work, retry and resume",
         [
-            Box(0, 0.5, "plan", 1.4, "", "which utterance where"),
+            Box(0, 0.5, "plan", 1.4, "", "utterances to shards"),
             Box(2.4, 0, "shard 0", 1.4, "m"),
             Box(2.4, 1, "shard 1", 1.4, "m"),
-            Box(4.8, 0, "written aside", 1.7),
+            Box(4.8, 0, "temporary file", 1.7),
             Box(7.3, 0, "renamed", 1.3),
             Box(9.4, 0, "committed", 1.5, "a", "rows, bytes, SHA-256"),
-            Box(4.8, 1, "killed: no commit", 1.7, "n", "made again"),
+            Box(4.8, 1, "killed: no commit", 1.7, "n", "built again"),
         ],
         [(0, 1, ""), (0, 2, ""), (1, 3, ""), (3, 4, ""), (4, 5, ""), (2, 6, "")],
     ),
@@ -105,7 +108,7 @@ PICTURES: dict[str, str] = {
         [],
     ),
     "student": picture(
-        "Every second layer applies the attention map of the one before it",
+        "Every second layer applies the attention map of the layer before it",
         [
             Box(0, 0.5, "convolutions", 1.5),
             Box(2.2, 0.5, "layer 1", 1.4, "a", "Q, K, V"),
@@ -117,25 +120,25 @@ PICTURES: dict[str, str] = {
         [(0, 1, ""), (1, 2, "map"), (2, 3, ""), (3, 4, "map"), *((n + 1, n + 5, "") for n in range(4))],
     ),
     "invariance": picture(
-        "What one utterance gives does not depend on its neighbours",
+        "The features of an utterance do not depend on its batch",
         [
             Box(0, 0, "utterance alone", 2),
             Box(2.7, 0, "model", 1.2, "a"),
             Box(4.6, 0, "features", 1.4, "m"),
-            Box(0, 1, "the same, padded", 2, "", "among longer ones"),
+            Box(0, 1, "same, padded", 2, "", "in a longer batch"),
             Box(2.7, 1, "model", 1.2, "a"),
-            Box(4.6, 1, "the same features", 1.8, "m", "padding not counted"),
+            Box(4.6, 1, "same features", 1.8, "m", "padding ignored"),
         ],
         [(0, 1, ""), (1, 2, ""), (3, 4, ""), (4, 5, "")],
     ),
     "cluster": picture(
-        "Who runs where on a cluster",
+        "What runs where on a cluster",
         [
             Box(0, 0.6, "job", 1.3, "", "run.py, on the head"),
             Box(2.4, 0, "decode tasks", 1.7, "", "CPU nodes"),
-            Box(5, 0, "teacher actors", 1.7, "a", "a GPU each"),
-            Box(7.7, 0.6, "object store", 1.6, "m", "shards, commits"),
-            Box(5, 1.3, "trainers", 1.7, "a", "a GPU each"),
+            Box(5, 0, "teacher actors", 1.7, "a", "one GPU each"),
+            Box(7.7, 0.6, "cache", 1.6, "m", "shards, commits"),
+            Box(5, 1.3, "trainers", 1.7, "a", "one GPU each"),
             Box(2.4, 1.3, "run folder", 1.7, "m", "shared file system"),
         ],
         [(0, 1, ""), (1, 2, "audio"), (2, 3, "shards"), (3, 4, "batches"), (4, 5, "checkpoints"), (0, 5, "")],

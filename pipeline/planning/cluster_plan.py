@@ -43,9 +43,12 @@ class Measured(pydantic.BaseModel, frozen=True, extra="forbid"):
         Raises:
             ClusterError: The file, row or key doesn't exist.
         """
-        path = results / self.file
-        if not path.is_file():
-            raise ClusterError(f"there is no benchmark result {path}; set --results to the folder of benchmark results")
+        found = sorted(results.rglob(self.file))
+        if not found:
+            raise ClusterError(
+                f"there is no benchmark result {results / self.file}; set --results to the folder of benchmark results"
+            )
+        path = found[0]
         record = json.loads(path.read_text())
         if self.where:
             rows = [row for row in record["rows"] if all(row.get(key) == value for key, value in self.where.items())]

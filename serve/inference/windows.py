@@ -51,8 +51,8 @@ async def features_in_windows(
 ) -> Features:
     """Compute the features of audio of any length in windows of ``limits.window_seconds``.
 
-    They differ from the features of the audio as a whole; docs/serving.md has measurements. A full queue refuses the first window;
-    the others wait for room. The queue time is the longest of a window, the inference time the sum.
+    They differ from the features of the audio as a whole; docs/in-depth/serving.md has measurements. A full queue refuses the
+    first window; the others wait for room. The queue time is the longest of a window, the inference time the sum.
 
     Args:
         engine: Engine that runs the windows.

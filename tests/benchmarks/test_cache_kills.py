@@ -1,16 +1,17 @@
-"""A few of the benchmark's kills: what a killed build or repair leaves is finished to the same bytes."""
+"""A few trials of the benchmark: a build or repair that was killed is finished with the same bytes."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "cache_kills.py"
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_quick(tmp_path: Path) -> None:
     output = tmp_path / "kills.json"
-    subprocess.run([sys.executable, str(SCRIPT), "--quick", "--output", str(output)], check=True, timeout=300)
+    command = [sys.executable, "-m", "benchmarks.cache.cache_kills", "--quick", "--output", str(output)]
+    subprocess.run(command, check=True, timeout=300, cwd=REPOSITORY)
     record = json.loads(output.read_text())
     assert record["trials"] == 6
     assert record["killed"] >= 4

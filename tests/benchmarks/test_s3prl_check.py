@@ -1,4 +1,4 @@
-"""The real S3PRL takes an exported student. It needs an environment of its own, which ``benchmarks/s3prl_check.py`` makes."""
+"""S3PRL loads an exported student. It needs its own environment, which ``benchmarks/student/s3prl_check.py`` creates."""
 
 import json
 import os
@@ -9,29 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.student import Student, save_student
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+from ..tiny import tiny_student
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_features_upstream_test_and_two_tasks(tmp_path: Path, shared: Path) -> None:
     environment = os.environ.get("S3PRL_ENVIRONMENT")
     if environment is None:
-        pytest.skip("needs S3PRL in an environment of its own (set S3PRL_ENVIRONMENT to the one s3prl_check.py made)")
+        pytest.skip("needs S3PRL in its own environment (set S3PRL_ENVIRONMENT to the one that s3prl_check.py created)")
     torch.manual_seed(0)
-    config = StudentConfig(
-        conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
-        encoder_layers=2,
-        encoder_embed_dim=16,
-        encoder_ffn_embed_dim=24,
-        encoder_attention_heads=2,
-        conv_pos=8,
-        conv_pos_groups=2,
-    )
-    save_student(Student(config), tmp_path / "model")
+    save_student(Student(tiny_student()), tmp_path / "model")
     options = ["--environment", environment, "--asr-steps", "2", "--speaker-steps", "2", "--utterances", "64"]
     subprocess.run(
-        [sys.executable, "benchmarks/s3prl_check.py", tmp_path / "model", *options, "--output", tmp_path / "r.json"],
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.student.s3prl_check",
+            tmp_path / "model",
+            *options,
+            "--output",
+            tmp_path / "r.json",
+        ],
         check=True,
         cwd=REPOSITORY,
         env=os.environ | {"SHARED_DATA": str(shared)},

@@ -1,17 +1,26 @@
-"""The step benchmark runs, shows equal numbers, and writes what it says."""
+"""The benchmark of a training step checks that both implementations agree, and its file agrees with what it prints."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "student_step.py"
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_quick(tmp_path: Path) -> None:
     output = tmp_path / "step.json"
-    command = [sys.executable, str(SCRIPT), "--quick", "--device", "cpu", "--output", str(output)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.student.student_step",
+        "--quick",
+        "--device",
+        "cpu",
+        "--output",
+        str(output),
+    ]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, cwd=REPOSITORY).stdout
     record = json.loads(output.read_text())
     assert record["machine"]["cores"] >= 1 and record["versions"]["torch"]
     assert "--quick" in record["command"] and record["commit"]
@@ -21,7 +30,7 @@ def test_quick(tmp_path: Path) -> None:
     for name in ("published", "ours"):
         assert row[f"forward_seconds_{name}"] > 0
         assert row[f"step_seconds_{name}"] > row[f"forward_seconds_{name}"]
-        # At least the gradients of the weights and the activations; at most what a tiny student may take.
+        # Weight gradients and activations take at least this much; a tiny student must not take more.
         assert 2**18 < row[f"peak_bytes_{name}"] < 2**29
     assert row["memory_ratio"] == row["peak_bytes_ours"] / row["peak_bytes_published"]
     assert f"{row['step_speedup']:.2f}x" in printed

@@ -1,6 +1,7 @@
-"""A program for test_nodes.py: builds and trains on a cluster of several Ray nodes, of which one is lost and one joins in the midst.
+"""Build a cache and train on several Ray nodes while one node is killed and another joins; the program of test_nodes.py.
 
-Prints one line of JSON: what was done where. Each node has a raylet, an object store and workers of its own, on this machine.
+It prints one line of JSON that tells which node did what. All nodes are on this machine, and each has its own raylet, object store
+and workers.
 """
 
 import json
@@ -23,7 +24,7 @@ from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 
 
 def actors_by_node(kind: str) -> dict[str, int]:
-    """How many actors whose class name has ``kind`` ever ran on each node."""
+    """Count the actors, past and present, whose class name contains ``kind``, per node."""
     found: dict[str, int] = {}
     for actor in ray._private.state.actors().values():
         node = actor["Address"]["NodeID"]
@@ -33,7 +34,7 @@ def actors_by_node(kind: str) -> dict[str, int]:
 
 
 def build(cluster: Cluster, job: dict[str, Any], lost: Any) -> dict[str, Any]:
-    """Builds the cache; after the first shards ``lost`` is killed and a node of another size joins."""
+    """Build the cache. After the first shards, kill the node ``lost`` and add a node of another size."""
     spec = CacheSpec.model_validate(job["spec"])
     members = [Utterance(**u) for u in job["utterances"]]
     told: dict[str, Any] = {"of": "build", "lost": lost.node_id}
@@ -51,7 +52,7 @@ def build(cluster: Cluster, job: dict[str, Any], lost: Any) -> dict[str, Any]:
         plan_shards(members, spec.shard_seconds),
         job["teacher"],
         teacher_name="test",
-        workers=Workers(2, 0, 2),  # Two cores each: no node has room for both.
+        workers=Workers(2, 0, 2),  # With two cores per actor, no node has room for both.
         on_progress=on_progress,
     )
     told["actors_after"] = actors_by_node("ShardWriter")
@@ -59,7 +60,7 @@ def build(cluster: Cluster, job: dict[str, Any], lost: Any) -> dict[str, Any]:
 
 
 def train(cluster: Cluster, job: dict[str, Any], lost: Any) -> dict[str, Any]:
-    """Trains on two nodes; in the midst ``lost`` is killed and a node of another size joins."""
+    """Train on two nodes. During training, kill the node ``lost`` and add a node of another size."""
     folder = Path(job["run"])
     told: dict[str, Any] = {"of": "train", "lost": lost.node_id}
     problems: list[Exception] = []
@@ -80,7 +81,7 @@ def train(cluster: Cluster, job: dict[str, Any], lost: Any) -> dict[str, Any]:
             problems.append(error)
 
     folder.mkdir(parents=True)
-    # Nodes can be started from the main thread only, so the training is in another.
+    # Nodes can only be started from the main thread, so training runs in another.
     trainer = threading.Thread(target=run)
     trainer.start()
     while trainer.is_alive():
@@ -97,7 +98,7 @@ def train(cluster: Cluster, job: dict[str, Any], lost: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Both, one after the other."""
+    """Build, then train."""
     job = json.loads(Path(sys.argv[1]).read_text())
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
@@ -107,7 +108,7 @@ def main() -> None:
         for node in [node for node in cluster.worker_nodes if node is not big]:
             cluster.remove_node(node)
         cluster.remove_node(big)
-        # One core each: the two trainers have to be on two nodes.
+        # With one core per node, the two trainers must be on two nodes.
         cluster.add_node(num_cpus=1)
         other = cluster.add_node(num_cpus=1, resources={"other": 1})
         time.sleep(1)

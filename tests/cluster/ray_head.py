@@ -1,4 +1,4 @@
-"""A real Ray head with authentication, on free ports, which ends with its test and touches no other Ray of this machine."""
+"""A Ray head with authentication on free ports. It stops with its test and does not affect other Ray instances on this machine."""
 
 import json
 import os
@@ -22,14 +22,14 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Head:
-    """A running head.
+    """A running Ray head.
 
     Attributes:
-        address: of its dashboard, which takes jobs.
-        gcs: where workers join.
-        metrics: of its exporter.
-        environment: with which commands reach it, token included.
-        folder: of its files.
+        address: Address of the dashboard, which accepts jobs.
+        gcs: Address that workers connect to.
+        metrics: Address of the metrics exporter.
+        environment: Environment variables of commands for this head, with the token.
+        folder: Folder with Ray's files.
     """
 
     address: str
@@ -41,18 +41,18 @@ class Head:
     def command(
         self, *arguments: str, cwd: Path | None = None, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
-        """Runs one of this environment's programs against the head."""
+        """Run one of this environment's programs against the head."""
         program = [str(BIN / arguments[0]), *arguments[1:]]
         return subprocess.run(program, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=timeout)
 
     def get(self, path: str, token: bool = True) -> str:
-        """An answer of the dashboard; HTTPError where it refuses."""
+        """Return an answer of the dashboard; raise HTTPError if it refuses the request."""
         headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"} if token else {}
         with urllib.request.urlopen(urllib.request.Request(self.address + path, headers=headers), timeout=30) as answer:
             return answer.read().decode()
 
     def metric_values(self) -> dict[str, float]:
-        """What the exporter has now: each name's value, summed over its labels."""
+        """Return the exporter's current values by name, summed over labels."""
         with urllib.request.urlopen(self.metrics, timeout=30) as answer:
             samples = re.findall(r"^(ray_[a-z0-9_]+)(?:{.*})? (\S+)$", answer.read().decode(), re.MULTILINE)
         values: dict[str, float] = {}
@@ -61,17 +61,17 @@ class Head:
         return values
 
     def status(self, job: str) -> str:
-        """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+        """Return the status of a job: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
         return str(json.loads(self.get(f"/api/jobs/{job}"))["status"])
 
     def logs(self, job: str) -> str:
-        """What the job has printed."""
+        """Return the output of a job."""
         return str(json.loads(self.get(f"/api/jobs/{job}/logs"))["logs"])
 
     def wait(
         self, job: str, *, until: tuple[str, ...] = ("SUCCEEDED", "FAILED", "STOPPED"), seconds: float = 300
     ) -> str:
-        """The job's status once it is one of these."""
+        """Wait until the job has one of these statuses, and return it."""
         give_up = time.monotonic() + seconds
         while (status := self.status(job)) not in until:
             assert time.monotonic() < give_up, f"{job} is still {status}:\n{self.logs(job)}"
@@ -80,7 +80,7 @@ class Head:
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports nobody listens on now, below those that the system hands out."""
+    """Return unused ports below the range from which the system assigns ports."""
     sockets, ports = [], []
     for port in range(21_000 + os.getpid() % 5_000, 32_000):
         probe = socket.socket()
@@ -99,7 +99,7 @@ def free_ports(number: int) -> list[int]:
 
 
 def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """The process, once it says that Ray runs, or has ended."""
+    """Start the process, and return it once Ray runs or the process has ended."""
     with log.open("w") as file:
         process = subprocess.Popen(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -111,9 +111,9 @@ def _start(command: list[str], environment: dict[str, str], log: Path) -> subpro
 
 @contextmanager
 def ray_head(token: str, cpus: int = 4) -> Iterator[Head]:
-    """Runs ``ray start --head --block`` as compose.yaml does, with a token, until the block ends."""
+    """Run ``ray start --head --block`` with a token, as compose.yaml does, until the with-block ends."""
     gcs, dashboard, metrics, agent, client = free_ports(5)
-    # Short: the path of a socket has at most 107 characters.
+    # A short path, since that of a socket has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="rh"))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
         "RAY_AUTH_MODE": "token",
@@ -137,7 +137,7 @@ def ray_head(token: str, cpus: int = 4) -> Iterator[Head]:
         folder,
     )
     try:
-        # Ray gives its node 30 s to come up, and ends it if it took longer: on a busy machine it may need a second chance.
+        # Ray stops a node that takes more than 30 s to start, so a busy machine may need a second attempt.
         for _ in range(3):
             process = _start(command, environment, folder / "start.log")
             if process.poll() is None:
@@ -146,8 +146,8 @@ def ray_head(token: str, cpus: int = 4) -> Iterator[Head]:
             raise RuntimeError(f"Ray did not start: {(folder / 'start.log').read_text()}")
         yield head
     finally:
-        # Not `ray stop`, which ends every Ray of the machine. `ray start --block` ends what it started; what is left is known by
-        # its folder.
+        # `ray stop` would stop every Ray on this machine. `ray start --block` stops its own processes; the rest are recognised by
+        # their folder.
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(30)

@@ -1,4 +1,4 @@
-"""``ray job submit --working-dir .`` against a real head with authentication: the README's command, on tiny speech."""
+"""The README's ``ray job submit --working-dir .`` on tiny speech, with a Ray head that requires authentication."""
 
 import json
 import os
@@ -16,6 +16,7 @@ import pytest
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.storage.cache import Cache
 
+from ..tiny import tiny_student
 from .ray_head import BIN, Head, free_ports, ray_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -33,7 +34,7 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository as git has it, with big data beside the code that must not travel."""
+    """Return a copy of the repository as git has it, with large data that must not be uploaded with the code."""
     folder = tmp_path_factory.mktemp("checkout")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
@@ -53,7 +54,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def submit(head: Head, checkout: Path, speech: Path, output: Path, job: str, *more: str) -> None:
-    """The README's command; paths that every node reaches are absolute."""
+    """Return the README's command, with absolute paths that every node can reach."""
     done = head.command(
         *("ray", "job", "submit", "--no-wait", "--submission-id", job, "--working-dir", ".", "--"),
         *("python", "pipeline/run.py", "--config", "configs/demo.yaml"),
@@ -84,7 +85,7 @@ def test_health_checks_of_the_images_work_with_authentication_on(head: Head) -> 
 
 
 def test_a_worker_joins_with_the_token_only(head: Head) -> None:
-    """compose.yaml's command of a worker, and its health check."""
+    """Run a worker with the command and the health check of compose.yaml."""
     agent = free_ports(1)[0]
     command = [
         *(str(BIN / "ray"), "start", "--block", f"--address={head.gcs}", "--num-cpus=1"),
@@ -109,7 +110,7 @@ def test_a_worker_joins_with_the_token_only(head: Head) -> None:
 
 
 def watched(head: Head, job: str) -> tuple[str, dict[str, float]]:
-    """How a job ended, and the last that the exporter said of each name: a trainer's values go when it does."""
+    """Return a job's final status, and the exporter's last value of each name, since a trainer's values disappear with it."""
     give_up = time.monotonic() + 400
     values: dict[str, float] = {}
     while (status := head.status(job)) in ("PENDING", "RUNNING"):
@@ -120,11 +121,11 @@ def watched(head: Head, job: str) -> tuple[str, dict[str, float]]:
 
 
 def test_job_is_cancelled_and_goes_on(head: Head, checkout: Path, speech_folder: Path, tmp_path: Path) -> None:
-    count = 100  # Long enough for a busy machine to stop it: `ray job stop` alone takes seconds to start.
+    count = 100  # Enough steps to stop the job in time on a busy machine: `ray job stop` alone takes seconds to start.
     steps = f"train.max_steps={count}"
     submit(head, checkout, speech_folder, tmp_path, "first", steps)
     run = tmp_path / "runs" / "demo"
-    # Cancelled in the midst of training, after a checkpoint.
+    # The first job is cancelled during training, after a checkpoint.
     give_up = time.monotonic() + 400
     names: set[str] = set()
     while not (run / "checkpoints" / "last").exists():
@@ -149,15 +150,15 @@ def test_job_is_cancelled_and_goes_on(head: Head, checkout: Path, speech_folder:
     assert status == "SUCCEEDED", head.logs("second")
     names |= set(exported)
     log = head.logs("second")
-    # Readable where people look: each stage's line, what was reused, the summary.
+    # The job's log has a line for each stage, tells what was reused, and ends with the summary.
     for text in ("12 utterances", "all shards exist, reused", f"{count} steps in", "export", "report at"):
         assert text in log, log
     assert "Traceback" not in log
-    assert {path: path.stat().st_mtime_ns for path in written} == written, "shards were made again"
+    assert {path: path.stat().st_mtime_ns for path in written} == written, "shards were built again"
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     steps_trained = [row["step"] for row in rows if row["kind"] == "train"]
-    assert steps_trained == list(range(1, count + 1)), "steps are missing or made again"
-    # Outputs survive the job; its working directory was a copy that held the code only.
+    assert steps_trained == list(range(1, count + 1)), "steps are missing or repeated"
+    # The outputs survive the job. Its working directory was a copy of only the code.
     assert (run / "export" / "model.safetensors").is_file() and (run / "report.html").is_file()
     assert verify_cache(tmp_path / "cache") == []
     packages = list(head.folder.rglob("runtime_resources/working_dir_files/*"))
@@ -165,25 +166,25 @@ def test_job_is_cancelled_and_goes_on(head: Head, checkout: Path, speech_folder:
     assert folders
     for folder in folders:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        assert size < 5 * 2**20, f"{size / 2**20:.1f} MiB travelled"
-        assert not list(folder.rglob("big.bin")), "data travelled"
+        assert size < 5 * 2**20, f"{size / 2**20:.1f} MiB were uploaded"
+        assert not list(folder.rglob("big.bin")), "data was uploaded"
     listed = head.command("ray", "job", "list").stdout
     assert "first" in listed and "second" in listed
-    # The dashboard knows the jobs, their commands and ends.
+    # The dashboard lists the jobs with their commands and final statuses.
     jobs = {job["submission_id"]: job for job in json.loads(head.get("/api/jobs/")) if job["submission_id"]}
     assert jobs["first"]["status"] == "STOPPED" and jobs["second"]["status"] == "SUCCEEDED"
     assert "pipeline/run.py" in jobs["second"]["entrypoint"]
     if os.environ.get("WRITE_RAY_METRICS"):
         METRICS.write_text("\n".join(sorted(names)) + "\n")
-    # The dashboard in docker/ reads these; a name that Ray no longer exports would leave a panel empty.
+    # Grafana's dashboard in docker/ reads these metrics; a name that Ray no longer exports would leave a panel empty.
     recorded = set(METRICS.read_text().split())
     assert {"ray_node_cpu_utilization", "ray_actors", "ray_tasks"} <= names & recorded
     assert {name for name in names if "distill" in name} == {name for name in recorded if "distill" in name}
-    # Our own say what was done, by actors that are long gone, once: the second job found the cache there.
+    # Our own metrics count the work of actors that have ended, and count it once, since the second job reused the cache.
     shards = Cache.open(tmp_path / "cache").shards
     assert exported["ray_distill_cache_utterances_total"] == 12
     assert exported["ray_distill_cache_audio_seconds_total"] == pytest.approx(sum(s.seconds for s in shards))
-    shard_files = [path for path in written if path.name.startswith("part-")]  # Not the plan, which the driver writes.
+    shard_files = [path for path in written if path.name.startswith("part-")]  # The driver writes the plan.
     assert exported["ray_distill_cache_bytes_total"] == sum(path.stat().st_size for path in shard_files)
     assert exported["ray_distill_cache_shard_seconds_count"] == len(shards)
     assert exported["ray_distill_cache_teacher_seconds_total"] > 0
@@ -207,24 +208,14 @@ def test_relative_paths_are_refused(head: Head, checkout: Path, tmp_path: Path, 
 
 
 def test_service_runs_under_serve(head: Head, checkout: Path, tmp_path: Path) -> None:
-    """The RayService's import path, deployed; the answers are those of the plain application."""
+    """The RayService's import path, once deployed, gives the same answers as the plain application."""
     from fastapi.testclient import TestClient
 
     from ray_distill.serve import create_app
-    from ray_distill.student import Student, StudentConfig, save_student
+    from ray_distill.student import Student, save_student
 
-    config = StudentConfig(
-        conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
-        encoder_layers=2,
-        encoder_embed_dim=16,
-        encoder_ffn_embed_dim=16,
-        encoder_attention_heads=2,
-        conv_pos=8,
-        conv_pos_groups=2,
-        target_dim=16,
-    )
     export = tmp_path / "runs" / "tiny" / "export"
-    save_student(Student(config).eval(), export)
+    save_student(Student(tiny_student()).eval(), export)
     port = head.address.rsplit(":", 1)[1]
     script = tmp_path / "ask.py"
     script.write_text(

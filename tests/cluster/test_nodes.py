@@ -1,4 +1,4 @@
-"""Several Ray nodes of differing size; one is lost in the midst of the build, one in the midst of training, others join."""
+"""A build and a training run on several Ray nodes of different sizes; one node is lost during each, and others join."""
 
 import json
 import os
@@ -9,37 +9,29 @@ from pathlib import Path
 
 import pytest
 
-from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 
+from ..tiny import tiny_student
+
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TEACHER = "random:6x192"  # Slow enough that a node is lost while shards are still to be made.
+TEACHER = "random:6x192"  # Slow enough that a node is lost while shards are still missing.
 
 
 def test_nodes_come_and_go(
     tmp_path: Path, source_utterances: list[Utterance], cache_spec: Callable[..., CacheSpec]
 ) -> None:
-    # Each utterance under many ids: a corpus of some minutes.
+    # Repeat each utterance under many ids, for a corpus of a few minutes.
     utterances = [
         Utterance(f"{u.id}-{n}", u.path, u.num_samples, u.split, u.sha256) for n in range(16) for u in source_utterances
     ]
     spec = cache_spec(TEACHER, shard_seconds=4.0)
-    student = StudentConfig(
-        conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
-        encoder_layers=spec.num_layers,
-        encoder_embed_dim=16,
-        encoder_ffn_embed_dim=16,
-        encoder_attention_heads=2,
-        conv_pos=8,
-        conv_pos_groups=2,
-        target_dim=spec.dim,
-    )
+    student = tiny_student(encoder_layers=spec.num_layers, target_dim=spec.dim)
     settings = TrainSettings(
         max_steps=60, batch_size=2, workers=2, log_every=1, validate_every=30, checkpoint_every=5, max_failures=3
     )
@@ -69,17 +61,17 @@ def test_nodes_come_and_go(
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     built, trained = json.loads(done.stdout.splitlines()[-1])
 
-    # The build was on two nodes, lost one when shards were missing, and went on with the one that joined.
+    # The build ran on two nodes, lost one while shards were missing, and continued on the node that joined.
     assert len(built["actors_before"]) == 2 and built["lost"] in built["actors_before"]
     assert 0 < built["shards_when_lost"] < built["shards"]
     assert built["joined"] in built["actors_after"]
     cache = Cache.open(tmp_path / "cache")
     assert not cache.missing() and verify_cache(tmp_path / "cache") == []
     ids = [utterance.id for shard in cache.shards for utterance in shard.utterances]
-    assert sorted(ids) == sorted(u.id for u in utterances), "an utterance is missing, or there twice"
+    assert sorted(ids) == sorted(u.id for u in utterances), "an utterance is missing or duplicated"
     assert built["written"] == built["shards"]
 
-    # The training was on two nodes, lost one, and ended with the one that joined: no step is missing or there twice.
+    # Training ran on two nodes, lost one, and finished on the node that joined. No step is missing or duplicated.
     assert len(trained["workers_before"]) == 2 and trained["lost"] in trained["workers_before"]
     assert trained["joined"] in trained["workers_after"]
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

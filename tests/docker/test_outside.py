@@ -1,6 +1,6 @@
-"""The CPU image without a container engine: its Dockerfile's own lines in clean folders, then compose.yaml's own commands.
+"""The CPU image without a container engine: the lines of the Dockerfile in clean folders, then the commands of compose.yaml.
 
-Installs gigabytes, so only where it is asked for: ``TEST_IMAGE_INSTALL=1 pytest tests/docker/test_outside.py``.
+This installs gigabytes, so it runs only on request: ``TEST_IMAGE_INSTALL=1 pytest tests/docker/test_outside.py``.
 """
 
 import json
@@ -37,32 +37,32 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Image:
-    """What stands for the image: its /opt/venv, its /data, and the environment that its commands get."""
+    """A substitute for the image: its /opt/venv, its /data, and the environment of its commands."""
 
     venv: Path
     data: Path
     environment: dict[str, str]
 
     def here(self, text: str) -> str:
-        """A command of the image with the paths of this machine."""
+        """Return a command of the image with the paths of this machine."""
         return text.replace("/opt/venv", str(self.venv)).replace("/data", str(self.data))
 
     @contextmanager
     def running(self, service: str, ports: dict[str, str]) -> Iterator[str]:
-        """A service of compose.yaml on other ports, once it is healthy by the image's own check; its health's address."""
-        # On its own, the head needs the cores of its workers too.
+        """Run a service of compose.yaml on other ports. Yield its health address once the image's own check passes."""
+        # Without workers, the head needs their cores too.
         chosen = {"HEAD_CPUS": "3"}
         words = [
             self.here(re.sub(r"\$\{(\w+):-(\w+)}", lambda found: chosen.get(found[1], found[2]), word))
             for word in SERVICES[service]["command"]
         ]
-        # Not every machine has as much shared memory as the container.
+        # Not every machine has the container's amount of shared memory.
         words = [re.sub("^(--object-store-memory)=.*", r"\1=200000000", word) for word in words]
         url = SERVICES[service].get("environment", {}).get("HEALTH_URL", "http://127.0.0.1:8000/readyz")
         for port in filter(str.isdigit, ports):
             words, url = [word.replace(port, ports[port]) for word in words], url.replace(port, ports[port])
         if service == "head":
-            # A container has these to itself.
+            # A container has its own ports.
             words += [
                 f"--{name}-port={ports[name]}" for name in ("dashboard", "dashboard-agent-listen", "ray-client-server")
             ]
@@ -78,12 +78,12 @@ class Image:
                 time.sleep(1)
             yield url
         finally:
-            process.terminate()  # `ray start --block` ends what it started.
+            process.terminate()  # `ray start --block` stops its own processes.
             process.wait(60)
 
 
 def lines_of(stage: str) -> list[str]:
-    """A stage's instructions, continued lines joined."""
+    """Return a stage's instructions with continued lines joined."""
     text = (DOCKER / "Dockerfile").read_text().replace("\\\n", " ")
     body = re.search(rf"^FROM \S+ AS {stage}\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL)
     assert body, stage
@@ -92,12 +92,12 @@ def lines_of(stage: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    """RUN and COPY of the stages ``build`` and ``build-cpu``, in order."""
+    """Run the RUN and COPY instructions of the stages ``build`` and ``build-cpu`` in order."""
     root = tmp_path_factory.mktemp("image")
     source, tools = root / "source", root / "tools"
     source.mkdir()
     (root / "data").mkdir()
-    venv.create(tools, with_pip=True)  # The base image's Python, which has pip.
+    venv.create(tools, with_pip=True)  # Stands for the base image's Python, which has pip.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHON", "VIRTUAL"))}
     built = Image(root / "venv", root / "data", environment | {"PATH": f"{tools / 'bin'}:{os.environ['PATH']}"})
     allowed = [line[1:] for line in (DOCKER / "Dockerfile.dockerignore").read_text().split() if line.startswith("!")]
@@ -114,7 +114,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
                 else:
                     shutil.copyfile(REPOSITORY / name, place if target != "./" else source / name)
         elif kind == "RUN":
-            # CPU builds of PyTorch are on an index of their own, which tests can't count on; caches spare the download.
+            # CPU builds of PyTorch are on a separate index that may be unreachable in tests. The cache saves downloads.
             command = (
                 built.here(rest)
                 .replace("--torch-backend=cpu", "")
@@ -142,7 +142,7 @@ def test_nothing_but_what_is_pinned_is_installed(image: Image) -> None:
         check=True,
     )
     installed = {re.sub("[-_.]+", "-", p["name"]).lower(): p["version"] for p in json.loads(listed.stdout)}
-    # Some have a pin for each version of Python.
+    # Some packages have a pin per version of Python.
     pins = set(re.findall(r"^([\w.-]+)(?:\[.*])?==(\S+)", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE))
     assert {item for item in installed.items() if item[0] != "ray-distill"} <= pins
     assert not {"pytest", "mypy", "mkdocs", "playwright"} & installed.keys(), "development tools are in the image"

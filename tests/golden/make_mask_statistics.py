@@ -1,7 +1,7 @@
-"""Makes mask_statistics.json: how fairseq's masks are distributed, for environments without fairseq.
+"""Write mask_statistics.json, the distribution of fairseq's masks, for environments without fairseq.
 
-Run once where the `[fairseq]` extra is installed: ``python tests/golden/make_mask_statistics.py``. The package is
-fairseq-fixed 0.12.3.1, the function ``fairseq.data.data_utils.compute_mask_indices`` at batch size one.
+Run it once with the `[fairseq]` extra installed: ``python tests/golden/make_mask_statistics.py``. The masks are those of
+``fairseq.data.data_utils.compute_mask_indices`` of fairseq-fixed 0.12.3.1, with batch size one.
 """
 
 import json
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def statistics(masks: Iterable[np.ndarray], num_frames: int) -> dict[str, list[int]]:
-    """Histograms of masked runs' lengths and of masked frames in a mask, and how often each frame is masked."""
+    """Return histograms of the lengths of masked runs and of the number of masked frames, and how often each frame is masked."""
     runs = np.zeros(num_frames + 1, int)
     masked = np.zeros(num_frames + 1, int)
     positions = np.zeros(num_frames, int)
@@ -71,10 +71,10 @@ def statistics(masks: Iterable[np.ndarray], num_frames: int) -> dict[str, list[i
 
 
 def fairseq_draws(seed: int) -> Callable[[dict[str, Any], int], np.ndarray]:
-    """A function of (policy, frames) that gives one mask of fairseq's, (T,) bool."""
+    """Return a function of (policy, frames) that draws one mask with fairseq, (T,) bool."""
     from fairseq.data.data_utils import compute_mask_indices
 
-    # fairseq calls np.int and Generator.randint, which NumPy no longer has; RandomState still has all it uses.
+    # fairseq calls np.int and Generator.randint, which NumPy removed; RandomState still has everything that it uses.
     state = np.random.RandomState(seed)
 
     def draw(policy: dict[str, Any], num_frames: int) -> np.ndarray:
@@ -98,7 +98,7 @@ def fairseq_draws(seed: int) -> Callable[[dict[str, Any], int], np.ndarray]:
 
 
 def main() -> None:
-    """Writes the file."""
+    """Write the file."""
     draw = fairseq_draws(0)
     frozen = {}
     for name, (policy, num_frames) in CASES.items():

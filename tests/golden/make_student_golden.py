@@ -1,7 +1,7 @@
-"""Freezes tiny students' numbers into students.safetensors, so that a clone without the shared data tests the arithmetic.
+"""Write students.safetensors, the inputs and outputs of tiny students, so that the arithmetic can be tested without the shared data.
 
-Run from the repository: ``PYTHONPATH=. python tests/golden/make_student_golden.py``. Made when the same code reproduced the published
-implementation's golden tensors (tests/student/test_published.py); run it again only if the arithmetic must change.
+Run it from the repository's root: ``python -m tests.golden.make_student_golden``. The file was written when this code reproduced the
+golden tensors of the published implementation (tests/student/test_published.py). Run it again only if the arithmetic must change.
 """
 
 from pathlib import Path
@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ray_distill.student import Student, StudentConfig, distillation_loss
+from ray_distill.student import Student, distillation_loss
 from ray_distill.teacher_cache.frames import num_frames, padding_mask
 
+from ..tiny import sharpen_attention, tiny_student
+
 FILE = Path(__file__).with_name("students.safetensors")
-TINY = StudentConfig(
+TINY = tiny_student(
     conv_layers=((6, 10, 5), (8, 1, 1), *((8, 3, 2),) * 4, (12, 1, 1), *((12, 2, 2),) * 2),
     encoder_layers=4,
     encoder_embed_dim=12,
@@ -32,7 +34,7 @@ STUDENTS = {
 
 
 def main() -> None:
-    """Writes the file: ``NAME/weights/...``, the inputs, and what the student in eval mode gives for them."""
+    """Write the file: the inputs, and for each student ``NAME/weights/...`` and its outputs in eval mode."""
     torch.manual_seed(0)
     lengths = torch.tensor([6400, 4321])
     waveforms = torch.randn(2, 6400).masked_fill(padding_mask(lengths, 6400), 0)
@@ -42,18 +44,14 @@ def main() -> None:
     targets = torch.randn(2, TINY.encoder_layers, width, TINY.target_dim)
     tensors = {"waveforms": waveforms, "lengths": lengths, "frame_mask": mask, "targets": targets}
     for name, config in STUDENTS.items():
-        student = Student(config).eval()
-        with torch.no_grad():
-            for module in student.layers.modules():
-                if isinstance(module, torch.nn.Linear):
-                    module.weight.normal_(0, 0.5)  # Attention far from uniform, so that reuse shows.
+        student = sharpen_attention(Student(config).eval())  # Otherwise maps are so uniform that reuse changes nothing.
         tensors |= {f"{name}/weights/{key}": value.clone() for key, value in student.state_dict().items()}
         tensors |= {f"{name}/{key}": value for key, value in results(student, tensors).items()}
     save_file({key: value.contiguous() for key, value in tensors.items()}, FILE)
 
 
 def results(student: Student, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Everything that is frozen of one student; padded frames are zeroed, since they mean nothing."""
+    """Return the stored outputs of one student. Padded frames have no meaning and are set to zero."""
     waveforms, lengths, mask = inputs["waveforms"], inputs["lengths"], inputs["frame_mask"]
     student.zero_grad()
     plain = student(waveforms, lengths)

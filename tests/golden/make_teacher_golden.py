@@ -1,7 +1,7 @@
-"""Writes teachers.safetensors: a tiny HuBERT and a tiny WavLM, seeded weights included, and their layer outputs.
+"""Write teachers.safetensors: a tiny HuBERT and a tiny WavLM with seeded weights, and their layer outputs.
 
-Needs the `[fairseq]` extra: HuBERT's values come from fairseq itself, WavLM's from torchaudio's own forward pass on a
-model that this script fills without our loaders (masked: with the mask embedding put in after the projection). Run from
+This needs the `[fairseq]` extra. HuBERT's outputs come from fairseq. WavLM's come from torchaudio's forward pass on a model whose
+weights this script sets without our loaders; for the masked pass it inserts the mask embedding after the projection. Run it from
 the repository's root: ``python tests/golden/make_teacher_golden.py``.
 """
 
@@ -39,7 +39,7 @@ RELATIVE = {
 
 
 def seeded(shapes: dict[str, torch.Size], seed: int) -> dict[str, Tensor]:
-    """Weights by sorted name: norms near 1, everything else normal with std 1/sqrt(inputs)."""
+    """Fill the weights in the order of their names: norms near 1, all others normal with std 1/sqrt(inputs)."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in sorted(shapes.items()):
@@ -51,7 +51,7 @@ def seeded(shapes: dict[str, torch.Size], seed: int) -> dict[str, Tensor]:
 
 
 def fairseq_layers(model: HubertModel, waveform: Tensor, mask: Tensor | None) -> Tensor:
-    """(L, T, D) outputs of fairseq's Transformer layers for one waveform (S,)."""
+    """Return the outputs (L, T, D) of fairseq's Transformer layers for one waveform (S,)."""
     outputs: list[Tensor] = []
     hooks = [layer.register_forward_hook(lambda _m, _i, out: outputs.append(out[0])) for layer in model.encoder.layers]
     model.apply_mask = lambda x, *_: (torch.where(mask[None, :, None], model.mask_emb, x), mask)
@@ -62,7 +62,7 @@ def fairseq_layers(model: HubertModel, waveform: Tensor, mask: Tensor | None) ->
 
 
 def torchaudio_wavlm(weights: dict[str, Tensor]) -> Any:
-    """torchaudio's WavLM filled parameter by parameter from fairseq's names."""
+    """Return torchaudio's WavLM with weights copied one by one from fairseq's names."""
     model = wavlm_model(
         "group_norm", [(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 2, False, 32, 0.0, 16, 4, 2, 4,
         RELATIVE["num_buckets"], RELATIVE["max_distance"], 0.0, 48, 0.0, 0.0, False, 0.0, None,
@@ -110,7 +110,7 @@ def torchaudio_wavlm(weights: dict[str, Tensor]) -> Any:
 
 @torch.no_grad()
 def main() -> None:
-    """Writes the file beside this script."""
+    """Write the file beside this script."""
     torch.manual_seed(0)
     hubert = HubertModel(HubertConfig(**SHAPE, final_dim=8, label_rate=50.0), HubertPretrainingConfig(), [None]).eval()
     shapes = {name: value.shape for name, value in hubert.state_dict().items() if not name.startswith("final_proj")}

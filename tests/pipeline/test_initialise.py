@@ -17,6 +17,8 @@ from ray_distill.student.weights import load_tensors
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
+from ..tiny import demo_config
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 HUBERT_CONV = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
 
@@ -139,12 +141,11 @@ def test_the_distilhubert_recipe_fits_a_hubert_base() -> None:
 
 
 def test_first_weights_that_nothing_was_trained_from_do_not_hold_a_run(tmp_path: Path) -> None:
-    overrides = ["teacher.checkpoint=random:2x64", f"runs={tmp_path}", f"cache.path={tmp_path / 'cache'}"]
     for more in ("train.seed=1", "train.seed=2"):
-        config = load_config(CONFIGS / "demo.yaml", [*overrides, "train.mask_embedding=teacher", more])
+        config = demo_config(tmp_path, "train.mask_embedding=teacher", more)
         run = Run(config, Console(quiet=True))
         with run.folder.begin(config):
             prepare_training(run, 1)
-    written = load_tensors(tmp_path / "demo" / "initial.safetensors")
+    written = load_tensors(tmp_path / "runs" / "demo" / "initial.safetensors")
     assert written.keys() == {"mask_embedding"}
     assert torch.equal(written["mask_embedding"], run.teacher.weights["mask_embedding"])

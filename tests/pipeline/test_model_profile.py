@@ -13,6 +13,8 @@ from ray_distill.student import Student, StudentConfig, save_student
 from ray_distill.teacher_cache.frames import conv_output_length, num_frames
 from ray_distill.teacher_cache.teachers import load_teacher
 
+from ..tiny import tiny_student
+
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SECONDS = 10.0
 
@@ -106,7 +108,7 @@ def test_command(tmp_path: Path) -> None:
 
 def test_a_run_is_compared_with_its_own_teacher(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "one"
-    save_student(Student(StudentConfig(encoder_layers=1, target_dim=32)), run / "export")
+    save_student(Student(tiny_student(encoder_layers=1)), run / "export")
     (run / "config.yaml").write_text("name: one\nteacher: {checkpoint: 'random:2x32'}\ntrain: {}\n")
     for model in (run, run / "export"):
         result = CliRunner().invoke(

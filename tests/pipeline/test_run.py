@@ -7,7 +7,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from ray_distill.pipeline.config import ConfigError, load_config
+from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.cache import cache_targets, check_cache
 from ray_distill.pipeline.stages.index import index_audio
@@ -20,12 +20,11 @@ from ray_distill.teacher_cache.storage.cache import Cache, grow_cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 
-DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+from ..tiny import demo_config
 
 
 def make(folder: Path, *overrides: str) -> Run:
-    paths = ("teacher.checkpoint=random:2x64", f"cache.path={folder / 'cache'}", f"runs={folder / 'runs'}")
-    return Run(load_config(DEMO, [*paths, *overrides]), Console(quiet=True))
+    return Run(demo_config(folder, *overrides), Console(quiet=True))
 
 
 def begin(folder: Path, *overrides: str) -> Run:

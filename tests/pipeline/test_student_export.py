@@ -10,19 +10,12 @@ from typer.testing import CliRunner
 
 from ray_distill.command_line import application
 from ray_distill.pipeline.student_export import open_student
-from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.student import Student, save_student
 from ray_distill.teacher_cache.storage.cache import Cache
 
-TINY = StudentConfig(
-    conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
-    encoder_layers=2,
-    encoder_embed_dim=16,
-    encoder_ffn_embed_dim=24,
-    encoder_attention_heads=2,
-    conv_pos=8,
-    conv_pos_groups=2,
-    target_dim=32,
-)
+from ..tiny import TEACHER, tiny_student
+
+TINY = tiny_student()
 
 
 @pytest.fixture
@@ -34,14 +27,14 @@ def run_folder(tmp_path: Path, make_cache) -> Path:  # type: ignore[no-untyped-d
     save_student(Student(TINY), run / "export", {"step": 12, "validation_loss": 0.5})
     config = {
         "name": "tiny",
-        "teacher": {"checkpoint": "random:2x32"},
+        "teacher": {"checkpoint": TEACHER},
         "cache": {"path": str(tmp_path / "cache")},
         "train": {"targets": "cached", "loss": "mse"},
     }
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     summary = {
         "hours": 0.5,
-        "teacher": "random:2x32",
+        "teacher": TEACHER,
         "teacher_is_random": True,
         "cache": str(tmp_path / "cache"),
         "training": {"steps": 12, "last_loss": 0.4},

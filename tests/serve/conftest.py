@@ -21,22 +21,15 @@ from fastapi.testclient import TestClient
 
 from ray_distill.serve import create_app
 from ray_distill.serve.settings import Limits
-from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.student import Student, save_student
+
+from ..tiny import tiny_student
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_BYTES = 2**20
 MAX_SECONDS = 20.0
 LIBRARY_LOADED = 2
-TINY = StudentConfig(
-    conv_layers=((8, 10, 5), (8, 3, 2), (8, 3, 2), (8, 3, 2), (8, 3, 2), (8, 2, 2), (8, 2, 2)),
-    encoder_layers=3,
-    encoder_embed_dim=16,
-    encoder_ffn_embed_dim=24,
-    encoder_attention_heads=2,
-    conv_pos=8,
-    conv_pos_groups=2,
-    target_dim=32,
-)
+TINY = tiny_student(encoder_layers=3)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +72,7 @@ def app_client(student: Student, other: Student, library: Path) -> Iterator[Test
 def ray_client(
     student: Student, other: Student, library: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
-    """The same application under Ray Serve, deployed with the file in docs/serving.md, with paths and sizes for the tests."""
+    """The same application under Ray Serve, deployed with the file in docs/in-depth/serving.md, with paths and sizes for the tests."""
     folder = tmp_path_factory.mktemp("ray")
     for name, model in (("tiny", student), ("other", other)):
         save_student(model, folder / "runs" / name / "export", None)
@@ -100,10 +93,10 @@ def client(request: pytest.FixtureRequest) -> Any:
 
 @contextmanager
 def ray_serve(folder: Path, model: str, **arguments: Any) -> Iterator[str]:
-    """Run the file in docs/serving.md with ``serve run``; yield the address when the service is ready."""
+    """Run the file in docs/in-depth/serving.md with ``serve run``; yield the address when the service is ready."""
     import yaml
 
-    text = (REPOSITORY / "docs" / "serving.md").read_text()
+    text = (REPOSITORY / "docs" / "in-depth" / "serving.md").read_text()
     (block,) = re.findall(r"^    # features.yaml\n((?:    .*\n|\n)+)", text, re.MULTILINE)
     tree = yaml.safe_load(re.sub(r"^    ", "", block, flags=re.MULTILINE))
     with socket.socket() as probe:

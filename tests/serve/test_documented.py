@@ -1,4 +1,4 @@
-"""The command lines in docs/serving.md and the Python client, against a running service."""
+"""The command lines in docs/in-depth/serving.md and the Python client, against a running service."""
 
 import asyncio
 import re
@@ -22,7 +22,7 @@ from ray_distill.serve import create_app
 from ray_distill.serve.client import AsyncClient, Client, RefusedError
 from ray_distill.student import Student
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "in-depth" / "serving.md"
 LINES = re.findall(r"^    (curl .*?)(?:  +#.*)?$", DOCUMENT.read_text(), re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""The settings: precedence, tables, mistakes, and their table in docs/serving.md.
+"""The settings: precedence, tables, mistakes, and their table in docs/in-depth/serving.md.
 
 ``python -m tests.serve.test_settings`` rewrites that table.
 """
@@ -18,7 +18,7 @@ from ray_distill.serve.command import serve
 from ray_distill.serve.settings import AppSettings, Limits, ServeSettings, options
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DOCUMENT = REPOSITORY / "docs" / "serving.md"
+DOCUMENT = REPOSITORY / "docs" / "in-depth" / "serving.md"
 HEADING = "## Settings\n\n"
 
 

@@ -14,22 +14,15 @@ from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 
+from ..tiny import tiny_student
+
 MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=4), draws=1)
 
 
 @pytest.fixture
 def tiny() -> StudentConfig:
     """A student for two layers of width 32."""
-    return StudentConfig(
-        conv_layers=((8, 10, 5), (8, 3, 2), (8, 3, 2), (8, 3, 2), (8, 3, 2), (8, 2, 2), (8, 2, 2)),
-        encoder_layers=2,
-        encoder_embed_dim=16,
-        encoder_ffn_embed_dim=24,
-        encoder_attention_heads=2,
-        conv_pos=8,
-        conv_pos_groups=2,
-        target_dim=32,
-    )
+    return tiny_student()
 
 
 @pytest.fixture

@@ -9,17 +9,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ray_distill.student import Student, StudentConfig, load_student, save_student
+from ray_distill.student import Student, load_student, save_student
 from ray_distill.student.published import published_config
 
-TINY = StudentConfig(
-    conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
+from ..tiny import tiny_student
+
+TINY = tiny_student(
     encoder_layers=3,
     encoder_embed_dim=8,
     encoder_ffn_embed_dim=12,
-    encoder_attention_heads=2,
     conv_pos=4,
-    conv_pos_groups=2,
     target_dim=16,
     attention_reuse=(False, True, False),
 )

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from ray_distill.student import Student, StudentConfig, load_student
+from ray_distill.student import Student, load_student
+
+from ..tiny import tiny_student
 
 DISTILLER: dict[str, Any] = {
     "conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2",
@@ -74,18 +76,15 @@ def write(folder: Path, state: dict[str, Tensor], **options: Any) -> tuple[Path,
 def student(**options: Any) -> Student:
     torch.manual_seed(0)
     config: dict[str, Any] = {
-        "conv_layers": ((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
         "encoder_layers": 3,
         "encoder_embed_dim": 8,
         "encoder_ffn_embed_dim": 12,
-        "encoder_attention_heads": 2,
         "conv_pos": 6,
-        "conv_pos_groups": 2,
         "target_dim": 16,
         "attention_reuse": (False, True, False),
         "reuse_behaviour": "released",
     }
-    return Student(StudentConfig.model_validate(config | options)).eval()
+    return Student(tiny_student(**config | options)).eval()
 
 
 def assert_same(found: Student, expected: Student) -> None:

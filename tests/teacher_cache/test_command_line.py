@@ -18,8 +18,9 @@ from ray_distill.teacher_cache.storage.cache import Cache, file_record, write_co
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.teachers import load_teacher
 
+from ..tiny import TEACHER
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-TEACHER = "random:2x32"
 Make = Callable[..., CacheSpec]
 
 

@@ -20,7 +20,8 @@ from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.teachers import load_teacher
 
-TEACHER = "random:2x32"
+from ..tiny import TEACHER
+
 Make = Callable[..., CacheSpec]
 
 

@@ -22,16 +22,10 @@ from ray_distill.student.training.prefetch import TrainingPlan
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.storage.build_statistics import PassTime, TeacherTime
 
+from ...tiny import tiny_tree
+
 REPOSITORY = Path(__file__).resolve().parents[3]
-BASE: dict[str, Any] = {
-    "name": "base",
-    "corpus": {"path": "corpus"},
-    "teacher": {"checkpoint": "random:2x32"},
-    "masks": {"draws": 2},
-    "cache": {"path": "cache"},
-    "student": {"encoder_embed_dim": 32, "encoder_attention_heads": 4, "conv_pos_groups": 4},
-    "train": {"batch_seconds": 8},
-}
+BASE = tiny_tree(masks={"draws": 2})
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -153,7 +147,7 @@ def test_another_name_is_another_folder(tmp_path: Path) -> None:
 
 
 def test_the_documented_example_is_sound(tmp_path: Path) -> None:
-    text = (REPOSITORY / "docs" / "ablations.md").read_text().partition("## Writing one")[2]
+    text = (REPOSITORY / "docs" / "in-depth" / "ablations.md").read_text().partition("## Define an ablation")[2]
     example = text.partition("```yaml\n")[2].partition("```")[0]
     (tmp_path / "ablations").mkdir()
     (tmp_path / "ablations" / "example.yaml").write_text(example)

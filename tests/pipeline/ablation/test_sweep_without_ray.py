@@ -22,22 +22,10 @@ from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.train import initial_student
 from ray_distill.student import Student, save_student
 
+from ...tiny import tiny_tree
+
 Start = Callable[..., Sweep]
-BASE: dict[str, Any] = {
-    "name": "base",
-    "corpus": {"path": "corpus"},
-    "teacher": {"checkpoint": "random:2x32"},
-    "cache": {"path": "cache"},
-    "student": {
-        "conv_layers": [[8, 10, 5], *[[8, 3, 2]] * 4, *[[8, 2, 2]] * 2],
-        "encoder_embed_dim": 16,
-        "encoder_ffn_embed_dim": 24,
-        "encoder_attention_heads": 2,
-        "conv_pos": 8,
-        "conv_pos_groups": 2,
-    },
-    "train": {"batch_seconds": 8, "use_gpu": True},
-}
+BASE = tiny_tree(train={"batch_seconds": 8, "use_gpu": True})
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 
-TEACHER = "random:2x32"
+from ...tiny import TEACHER
+
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 Make = Callable[..., CacheSpec]
 

@@ -189,7 +189,7 @@ def test_shipped_clusters_are_planned_with_their_assumptions(path: Path) -> None
 
 def test_measured_numbers_come_from_the_result_files(tmp_path: Path) -> None:
     cluster = load_cluster(next(path for path in CLUSTERS if path.stem == "this-machine"))
-    rows = json.loads((RESULTS / "cache_build.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "cache" / "cache_build.json").read_text())["rows"]
     bare = next(row for row in rows if row["way"] == "bare teacher")["audio_per_second"]
     assert cluster.build.number("teacher_audio_per_second", RESULTS) == pytest.approx(3 * bare)
     with pytest.raises(ClusterError, match=r"there is no benchmark result .*; set --results"):

@@ -25,10 +25,12 @@ from ray_distill.pipeline.probing.probe import (
     run_probes,
     titles_of,
 )
-from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.student import Student, save_student
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.frames import num_frames
 from ray_distill.teacher_cache.teachers import load_teacher
+
+from ...tiny import tiny_student
 
 app = typer.Typer()
 app.command(cls=Command)(probe)
@@ -97,7 +99,7 @@ def test_edit_distance() -> None:
 
 def test_sources_agree_on_frames(tones: Path) -> None:
     wave = load_audio(tones / "0.flac")
-    config = StudentConfig(encoder_layers=2, encoder_embed_dim=48, encoder_ffn_embed_dim=48, target_dim=32)
+    config = tiny_student(encoder_embed_dim=48)
     teacher = load_teacher("random:2x32")
     student = Student(config).eval()
     for source in (Source.of_teacher(teacher), Source.of_student(student, "student"), Source.log_mel()):
@@ -160,16 +162,7 @@ def test_the_same_seed_gives_the_same(tones: Path) -> None:
 
 
 def test_command_and_report(tones: Path, tmp_path: Path) -> None:
-    config = StudentConfig(
-        conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
-        encoder_layers=2,
-        encoder_embed_dim=16,
-        encoder_ffn_embed_dim=24,
-        encoder_attention_heads=2,
-        conv_pos=8,
-        conv_pos_groups=2,
-        target_dim=32,
-    )
+    config = tiny_student()
     save_student(Student(config), tmp_path / "model", {"step": 5})
     arguments = [str(tones / "first.csv"), "--teacher", "random:2x32", "--student", str(tmp_path / "model")]
     result = CliRunner().invoke(app, [*arguments, "--epochs", "2", "--output", str(tmp_path / "out")])
@@ -235,7 +228,7 @@ def test_another_probes_record_is_not_replaced(tones: Path, tmp_path: Path, monk
 def test_two_students_of_one_run_have_two_names(tones: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "one"
     for place in ("export", "checkpoints/last"):
-        save_student(Student(StudentConfig(encoder_layers=1, target_dim=16)), run / place, {})
+        save_student(Student(tiny_student(encoder_layers=1, target_dim=16)), run / place, {})
     (run / "config.yaml").write_text("name: one\nteacher: {checkpoint: none}\ntrain: {}\n")
     students = ["--student", str(run), "--student", str(run / "checkpoints" / "last")]
     arguments = [str(tones / "first.csv"), *students, "--no-log-mel", "--epochs", "1"]
@@ -255,7 +248,7 @@ def test_tables_name_everything(tones: Path) -> None:
 
 def test_a_probe_of_a_run_is_kept_in_its_folder_for_reports(tmp_path: Path, tones: Path) -> None:
     run = tmp_path / "runs" / "one"
-    save_student(Student(StudentConfig(encoder_layers=2, target_dim=16)), run / "export", {})
+    save_student(Student(tiny_student(target_dim=16)), run / "export", {})
     (run / "config.yaml").write_text("name: one\nteacher: {checkpoint: none}\ntrain: {}\n")
     done = CliRunner().invoke(app, [str(tones / "first.csv"), "--run", str(run), "--no-log-mel", "--epochs", "1"])
     assert done.exit_code == 0, done.output
@@ -272,7 +265,7 @@ def test_probes_with_other_settings_lie_beside_each_other_and_know_the_runs_stud
     tmp_path: Path, tones: Path
 ) -> None:
     run = tmp_path / "runs" / "one"
-    save_student(Student(StudentConfig(encoder_layers=2, target_dim=16)), run / "export", {})
+    save_student(Student(tiny_student(target_dim=16)), run / "export", {})
     (run / "config.yaml").write_text("name: one\nteacher: {checkpoint: none}\ntrain: {}\n")
     for epochs in ("1", "2"):
         arguments = [str(tones / "first.csv"), "--run", str(run), "--teacher", "random:2x32", "--epochs", epochs]

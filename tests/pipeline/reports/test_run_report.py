@@ -23,9 +23,11 @@ from ray_distill.pipeline.reports.run_report import (
     read_metrics,
     write_report,
 )
-from ray_distill.student import Student, StudentConfig
+from ray_distill.student import Student
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
+
+from ...tiny import tiny_student
 
 SUMMARY: dict[str, Any] = {
     "name": "a <run> & more",
@@ -173,18 +175,7 @@ def test_maps_come_from_teacher_and_student(tmp_path: Path, make_cache: Callable
     make_cache(tmp_path / "cache", "random:4x32")
     reader = CacheReader(tmp_path / "cache", "validation", [2, 3, 4])
     torch.manual_seed(0)
-    student = Student(
-        StudentConfig(
-            conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((8, 2, 2),) * 2),
-            encoder_layers=3,
-            encoder_embed_dim=16,
-            encoder_ffn_embed_dim=16,
-            encoder_attention_heads=2,
-            conv_pos=8,
-            conv_pos_groups=2,
-            target_dim=32,
-        )
-    )
+    student = Student(tiny_student(encoder_layers=3))
     maps = feature_maps(student, reader)
     assert [layer.layer for layer in maps.layers] == [2, 3, 4]
     for teacher, ours in ((layer.teacher, layer.student) for layer in maps.layers):

@@ -89,7 +89,7 @@ def test_the_service_splits_long_audio_and_refuses_longer_audio(student: Student
             whole = np.load(io.BytesIO(other.post("/v1/features?format=npy", content=audio).content))
             assert found.shape == whole.shape
             error = np.linalg.norm(found - whole) / np.linalg.norm(whole)
-            # The weights are random; docs/serving.md has measurements with a trained student on speech.
+            # The weights are random; docs/in-depth/serving.md has measurements with a trained student on speech.
             assert error < (1e-4 if windows == "1" else 0.2)
         refused = client.post("/v1/features", content=body(41))
         assert (refused.status_code, refused.json()["error_type"]) == (413, "too_long")

@@ -11,6 +11,8 @@ from ray_distill.student.exporters.portable import portable_config, portable_stu
 from ray_distill.student.exporters.portable_model import PortableStudent, pad
 from ray_distill.teacher_cache.audio import load_audio
 
+from ...tiny import tiny_student
+
 NO_REUSE = {"attention_reuse": "none"}
 VARIANTS: dict[str, dict[str, object]] = {
     "paper": {},
@@ -34,14 +36,11 @@ def student_of(variant: str) -> Student:
     base = {
         "conv_layers": ((8, 10, 5), (12, 1, 1), *((12, 3, 2),) * 4, *((16, 2, 2),) * 2),
         "encoder_layers": 4,
-        "encoder_embed_dim": 16,
-        "encoder_ffn_embed_dim": 24,
         "encoder_attention_heads": 4,
         "conv_pos": 16,
         "conv_pos_groups": 4,
-        "target_dim": 32,
     }
-    student = Student(StudentConfig.model_validate(base | VARIANTS[variant])).eval()
+    student = Student(tiny_student(**base | VARIANTS[variant])).eval()
     for (
         name,
         parameter,

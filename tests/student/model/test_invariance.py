@@ -10,11 +10,13 @@ import torch
 from fastapi.testclient import TestClient
 
 from ray_distill.serve import create_app
-from ray_distill.student import Student, StudentConfig
+from ray_distill.student import Student
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 
-BASE = StudentConfig(
+from ...tiny import tiny_student
+
+BASE = tiny_student(
     conv_layers=((32, 10, 5), (32, 1, 1), (32, 3, 2), (32, 3, 2), (32, 3, 2), (32, 3, 2), (48, 2, 2), (48, 2, 2)),
     encoder_layers=4,
     encoder_embed_dim=48,

@@ -7,21 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_distill.student import Student, StudentConfig
+from ray_distill.student import Student
 from ray_distill.student.model.attention import Attention, AttentionMap
 from ray_distill.student.model.position_encoding import apply_rotary, relative_shift, relative_table
 from ray_distill.student.model.time_reduction import TimeReduction
 
+from ...tiny import sharpen_attention, tiny_student
+
 WIDTH = 12
 BASE: dict[str, Any] = {
-    "conv_layers": ((8, 10, 5), *((8, 3, 2),) * 4, *((12, 2, 2),) * 2),
     "encoder_layers": 4,
     "encoder_embed_dim": WIDTH,
     "encoder_ffn_embed_dim": 20,
-    "encoder_attention_heads": 2,
     "attention_reuse": "none",
-    "conv_pos": 8,
-    "conv_pos_groups": 2,
     "target_dim": 16,
 }
 LENGTHS = torch.tensor([6400, 4321])
@@ -30,12 +28,7 @@ WAVEFORMS = torch.randn(2, 6400, generator=torch.Generator().manual_seed(0)) * 0
 
 def student(**options: Any) -> Student:
     torch.manual_seed(0)
-    made = Student(StudentConfig.model_validate(BASE | options)).eval()
-    with torch.no_grad():
-        for module in made.layers.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(0, 0.4)
-    return made
+    return sharpen_attention(Student(tiny_student(**BASE | options)).eval(), 0.4)
 
 
 @pytest.mark.parametrize("kind", ["fc1", "fc2", "conv1d"])
@@ -154,7 +147,7 @@ def test_norm_first_is_the_pre_norm_transformer() -> None:
 
 def attention_of(position: str) -> Attention:
     torch.manual_seed(0)
-    return Attention(StudentConfig.model_validate(BASE | {"position": position}), reuses=False).eval()
+    return Attention(tiny_student(**BASE, position=position), reuses=False).eval()
 
 
 def test_relative_attention_by_hand() -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 from ray_distill.student import Student, StudentConfig, StudentOutput
 from ray_distill.student.model.student import scale_gradient
 
+from ...tiny import sharpen_attention, tiny_student
+
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-TINY = StudentConfig(
+TINY = tiny_student(
     conv_layers=((8, 10, 5), (16, 1, 1), *((16, 3, 2),) * 4, (24, 1, 1), *((24, 2, 2),) * 2),
     encoder_layers=4,
     encoder_embed_dim=24,
@@ -43,12 +45,7 @@ KINDS = {
 def lively(config: StudentConfig) -> Student:
     """Return a student in eval mode whose attention is far from uniform, so that confused maps or rows are noticed."""
     torch.manual_seed(0)
-    student = Student(config).eval()
-    with torch.no_grad():
-        for module in student.layers.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.normal_(0, 0.5)
-    return student
+    return sharpen_attention(Student(config).eval())
 
 
 def batch(lengths: list[int], width: int, filling: float = 0.0) -> Tensor:

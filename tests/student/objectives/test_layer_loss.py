@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ray_distill.student import Student, StudentConfig, distillation_loss
+from ray_distill.student import Student, distillation_loss
 from ray_distill.student.objectives.layer_loss import head_loss
 from ray_distill.student.objectives.layer_prediction import LayerDistiller
+
+from ...tiny import tiny_student
 
 # Two layers, D = 2; row 0 has three real frames, row 1 one.
 PROJECTIONS = torch.zeros(2, 2, 3, 2)
@@ -117,16 +119,7 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict[str, object], messa
         distillation_loss(**arguments)
 
 
-TINY = StudentConfig(
-    conv_layers=((8, 10, 5), *((8, 3, 2),) * 4, *((12, 2, 2),) * 2),
-    encoder_layers=3,
-    encoder_embed_dim=12,
-    encoder_ffn_embed_dim=20,
-    encoder_attention_heads=3,
-    conv_pos=8,
-    conv_pos_groups=2,
-    target_dim=16,
-)
+TINY = tiny_student(encoder_layers=3, target_dim=16)
 WAVEFORMS, LENGTHS = torch.randn(3, 6400, generator=torch.Generator().manual_seed(0)), torch.tensor([6400, 4321, 3000])
 FRAME_MASK = torch.rand(3, 19, generator=torch.Generator().manual_seed(1)) < 0.5
 

@@ -31,7 +31,8 @@ from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import Teacher
 
-TEACHER = "random:2x32"
+from ...tiny import TEACHER
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 Make = Callable[..., CacheSpec]
 Build = Callable[..., BuildReport]

@@ -29,8 +29,9 @@ from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 
+from ...tiny import TEACHER
+
 REPOSITORY = Path(__file__).resolve().parents[3]
-TEACHER = "random:2x32"
 Make = Callable[..., CacheSpec]
 
 WORK = """

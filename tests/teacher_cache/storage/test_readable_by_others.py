@@ -1,4 +1,4 @@
-"""A cache can be read with DuckDB and NumPy alone, by the code in docs/cache.md."""
+"""A cache can be read with DuckDB and NumPy alone, by the code in docs/in-depth/cache-format.md."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "cache.md"
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "in-depth" / "cache-format.md"
 Make = Callable[..., CacheSpec]
 
 

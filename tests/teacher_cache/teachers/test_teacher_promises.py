@@ -170,7 +170,7 @@ class Block(torch.nn.Module):
 
 
 def test_the_documented_example_keeps_the_promises() -> None:
-    text = (Path(__file__).resolve().parents[3] / "docs" / "teachers.md").read_text()
+    text = (Path(__file__).resolve().parents[3] / "docs" / "in-depth" / "teachers.md").read_text()
     names: dict[str, Any] = {"Teacher": Teacher, "MyNetwork": Network, "torch": torch, "padding_mask": padding_mask}
     exec(text.split("```python\n")[1].split("```")[0], names)
     example: Teacher = names["MyTeacher"](Network(), name="example")

@@ -17,6 +17,8 @@ from click.testing import CliRunner
 import ray_distill
 from ray_distill.pipeline.recipes import with_recipes
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

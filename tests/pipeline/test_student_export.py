@@ -105,6 +105,7 @@ def test_a_damaged_record_is_one_sentence(run_folder: Path, tmp_path: Path, name
     assert result.exit_code == 2 and name in result.output and result.output.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_formats(run_folder: Path, tmp_path: Path) -> None:
     for form, output, file in (
         ("s3prl", "my_student", "my_student/expert.py"),
@@ -120,7 +121,7 @@ def test_formats(run_folder: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["nowhere", "--format", "s3prl", "--output", "x"], "is not a student"),
-        (["MODEL", "--format", "s3prl", "--output", "my-student"], "Python name"),
+        (["MODEL", "--format", "s3prl", "--output", "my-student"], "Python identifier"),
         (["MODEL", "--format", "s3prl", "--int8", "--output", "x"], "--int8"),
         (["RUN", "--format", "s3prl", "--output", "x"], "has no exported student"),
     ],

@@ -24,6 +24,8 @@ from ray_distill.serve import create_app
 from ray_distill.serve.api.admission import Limits
 from ray_distill.student import Student
 
+pytestmark = pytest.mark.browser
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FOLDER = Path(__file__).resolve().parents[2] / "serve" / "page"
 # How much of a canvas is not of its commonest colour: 0 for one that nothing was drawn into.

@@ -163,6 +163,7 @@ def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
     assert "is not sound" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "place", "message"),
     [

@@ -28,6 +28,8 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
     status_code_conformance,
 )
 
+pytestmark = pytest.mark.slow
+
 # 500 is in no schema; 504 is, and no failure.
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 

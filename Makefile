@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint mypy setup requirements
+.PHONY: demo test test-fast lint mypy setup requirements
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -40,6 +40,10 @@ test: lint
 	$(BIN)/python -m pytest -m "not ray" -n logical --maxprocesses 4 --dist loadfile || failed=1; \
 	$(BIN)/python -m pytest -m ray || failed=1; \
 	exit $$failed
+
+# Tests without Ray, browser, server processes and slow tests.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not (ray or browser or server or slow)" -n logical --maxprocesses 4 --dist loadfile
 
 # Pins from pyproject.toml, for Python 3.11 and 3.12 on any Linux.
 requirements: $(STAMP)

@@ -105,6 +105,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circles(graph) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["student", "serve", "serve.app", "teacher_cache.masks", "teacher_cache.teachers"])
 def test_models_and_service_work_without_ray_and_parquet(module: str) -> None:
     # `import *` also imports what a package loads on first use.

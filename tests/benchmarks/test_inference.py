@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 for package in ("transformers", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason=f"needs {package} (the dev extra has it)")
 

@@ -13,6 +13,8 @@ from ray_distill.student import Student, save_student
 
 from ..tiny import tiny_student
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

@@ -63,6 +63,7 @@ def pages(site: Path) -> dict[Path, Page]:
     return {path: Page(path) for path in site.rglob("*.html")}
 
 
+@pytest.mark.slow
 def test_links_and_anchors_lead_somewhere(site: Path, pages: dict[Path, Page]) -> None:
     broken = []
     checked = 0
@@ -81,6 +82,7 @@ def test_links_and_anchors_lead_somewhere(site: Path, pages: dict[Path, Page]) -
     assert checked > 500 and not broken, broken[:20]
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched_from_elsewhere(pages: dict[Path, Page]) -> None:
     for path, page in pages.items():
         html = path.read_text()
@@ -90,6 +92,7 @@ def test_nothing_is_fetched_from_elsewhere(pages: dict[Path, Page]) -> None:
         assert page.text
 
 
+@pytest.mark.slow
 def test_every_concept_has_a_picture(site: Path) -> None:
     concepts = sorted((DOCS / "concepts").glob("*.md"))
     assert len(concepts) == 6
@@ -99,6 +102,7 @@ def test_every_concept_has_a_picture(site: Path) -> None:
         assert (site / "concepts" / pictures[0]).read_text().startswith("<svg")
 
 
+@pytest.mark.slow
 def test_configuration_reference_has_every_key(site: Path) -> None:
     html = (site / "reference" / "configuration" / "index.html").read_text()
     for prefix, model in (
@@ -115,6 +119,7 @@ def test_configuration_reference_has_every_key(site: Path) -> None:
                 assert f"<code>{prefix}{name}</code>" in html, prefix + name
 
 
+@pytest.mark.slow
 def test_command_reference_has_commands_and_options(pages: dict[Path, Page], site: Path) -> None:
     text = pages[site / "reference" / "commands" / "index.html"].text
     for name in (
@@ -131,6 +136,7 @@ def test_command_reference_has_commands_and_options(pages: dict[Path, Page], sit
     assert str(REPOSITORY) not in text, "a path of this machine"
 
 
+@pytest.mark.slow
 def test_benchmarks_page_lists_every_result(pages: dict[Path, Page], site: Path) -> None:
     text = pages[site / "benchmarks" / "index.html"].text
     results = REPOSITORY / "benchmarks" / "results"

@@ -16,6 +16,8 @@ from click.testing import CliRunner
 
 import ray_distill
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

@@ -81,6 +81,7 @@ def hubert_base() -> Profile:
     return profile_teacher(load_teacher(HUBERT_BASE), SECONDS)
 
 
+@pytest.mark.slow
 def test_the_published_shares_of_hubert_base(hubert_base: Profile) -> None:
     armhubert = Student(load_config(REPOSITORY / "configs/armhubert-960.yaml").resolve_student(12, 768))
     profile = profile_student(armhubert, SECONDS)

@@ -142,6 +142,7 @@ def test_another_run_that_adds_to_the_cache_stops_nobody(
         check_cache(run)
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_machines_precision_is_read_but_not_added_to(tmp_path: Path, speech_folder: Path) -> None:
     settings = (f"corpus.path={speech_folder}", "cache.codec=fp16")
     run = begin(tmp_path, *settings, "cache.gpus_per_actor=1")

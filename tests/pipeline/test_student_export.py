@@ -106,6 +106,7 @@ def test_a_damaged_record_is_one_sentence(run_folder: Path, tmp_path: Path, name
     assert result.exit_code == 2 and name in result.output and result.output.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_formats(run_folder: Path, tmp_path: Path) -> None:
     for form, output, file in (
         ("s3prl", "my_student", "my_student/expert.py"),

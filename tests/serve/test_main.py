@@ -21,6 +21,8 @@ import torch
 
 from ray_distill.student import Student, save_student
 
+pytestmark = pytest.mark.server
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "serve"]
 

@@ -24,6 +24,8 @@ from ray_distill.serve import create_app
 from ray_distill.serve.settings import Limits
 from ray_distill.student import Student
 
+pytestmark = pytest.mark.browser
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FOLDER = Path(__file__).resolve().parents[2] / "serve" / "page"
 # Fraction of a canvas that does not have its most common colour; 0 for an empty canvas.

@@ -161,6 +161,7 @@ def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
     assert "is damaged; run `ray-distill cache repair" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "place", "message"),
     [

@@ -45,6 +45,7 @@ def test_values_and_gradients_are_those_of_each_row_alone(
     assert torch.isfinite(found).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row_by_row", [True, False])
 def test_gradients_of_padded_positions_too(monkeypatch: pytest.MonkeyPatch, row_by_row: bool) -> None:
     # Padded positions of the output depend on real positions through the statistics.

@@ -67,6 +67,7 @@ def test_it_is_16_bit_flac_of_speech_not_silence(demo: Path) -> None:
             assert np.abs(spectrum - other).mean() > 0.1
 
 
+@pytest.mark.slow
 @needs_espeak
 def test_every_process_synthesises_the_same_corpus(tmp_path: Path) -> None:
     code = (

@@ -28,6 +28,8 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
     status_code_conformance,
 )
 
+pytestmark = pytest.mark.slow
+
 # The schema does not contain 500; it contains 504.
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 

@@ -53,6 +53,7 @@ def assert_same(found: list[np.ndarray], expected: list[np.ndarray], relative: f
         assert np.abs(left - right).max() <= relative * np.abs(right).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("space", "layer"), [("student", None), ("student", 2), ("teacher", None), ("teacher", 3)])
 def test_onnx_gives_what_torch_gives(reference: Backend, onnx: Backend, space: Any, layer: int | None) -> None:
     batch = layer_requests(space, layer)
@@ -71,6 +72,7 @@ def test_onnx_answers_do_not_depend_on_the_batch(onnx: Backend) -> None:
     assert_same(onnx.run(batch), [onnx.run([item])[0] for item in batch], 1e-5)
 
 
+@pytest.mark.slow
 def test_an_exported_file_is_served_without_its_heads(onnx_file: Path, reference: Backend) -> None:
     backend = open_backend(onnx_file, BackendOptions())
     assert_same(backend.run(layer_requests()), reference.run(layer_requests()), 1e-5)
@@ -94,6 +96,7 @@ def test_bf16_is_near_and_depends_on_the_batch_by_rounding_only(student: Student
     assert any(np.abs(a - b).max() > 1e-5 for a, b in zip(found, reference.run(batch), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_gives_what_torch_gives_in_any_batch_and_compiles_before_it_is_ready(student: Student) -> None:
     small = Student(TINY.model_copy(update={"encoder_layers": 1})).eval()

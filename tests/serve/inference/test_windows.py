@@ -46,6 +46,7 @@ def test_windows_give_every_frame_once(overlap: float) -> None:
             assert min(inner) >= overlap * 50 // 2
 
 
+@pytest.mark.slow
 def test_features_are_those_of_each_window(student: Student) -> None:
     engine = FeatureEngine(
         TorchBackend(student), BatchLimits(queue_seconds=5)
@@ -73,6 +74,7 @@ def test_features_are_those_of_each_window(student: Student) -> None:
         np.testing.assert_allclose(stitched[:, window.frames], kept, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_service_splits_long_audio_and_refuses_longer_audio(student: Student) -> None:
     def body(seconds: float) -> bytes:
         buffer = io.BytesIO()

@@ -47,6 +47,7 @@ def waves() -> list[np.ndarray]:
     return [(0.1 * rng.normal(size=samples)).astype(np.float32) for samples in (16_000, 5_000, 9_000)]
 
 
+@pytest.mark.slow
 def test_auto_model_gives_our_features(exported: tuple[Student, Path]) -> None:
     student, folder = exported
     extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
@@ -127,6 +128,7 @@ def trained(model: Any, folder: Path, dataset: Utterances, output: Path) -> floa
     return float(trainer.train().training_loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["AutoModelForCTC", "AutoModelForAudioClassification"])
 def test_the_trainer_fine_tunes_it(exported: tuple[Student, Path], tmp_path: Path, task: str) -> None:
     _, folder = exported

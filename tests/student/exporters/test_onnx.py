@@ -12,6 +12,8 @@ from ray_distill.student.exporters.onnx import OPSET, export_onnx, export_torch
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx", reason="needs the onnx extra (the dev extra has it)")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the onnx extra (the dev extra has it)")
 

@@ -100,6 +100,7 @@ def test_the_two_behaviours_differ() -> None:
     assert (a - b).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_real_speech(shared: Path) -> None:
     paths = sorted((shared / "speech/LibriSpeech/heldout-clean-5").rglob("*.flac"))[:3]
     waves = [torch.from_numpy(np.asarray(load_audio(path))) for path in paths]

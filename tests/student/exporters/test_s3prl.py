@@ -12,6 +12,8 @@ from ray_distill.student import Student, StudentConfig, save_student
 from ray_distill.student.exporters.s3prl import export_s3prl
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 
+pytestmark = pytest.mark.slow
+
 USE = """
 import sys, torch
 sys.path.insert(0, {parent!r})

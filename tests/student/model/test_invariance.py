@@ -81,6 +81,7 @@ def test_synthetic(variant: str) -> None:
     check(Student(VARIANTS[variant]).eval(), speech_like([0.1, 0.5, 1.3, 4.0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_real_speech(variant: str, shared: Path) -> None:
     torch.manual_seed(0)

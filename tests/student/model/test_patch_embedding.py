@@ -88,6 +88,7 @@ def test_a_patch_knows_its_row(tiny: StudentConfig) -> None:
     )
 
 
+@pytest.mark.slow
 def test_cache_train_validate(
     ast: str,
     tmp_path: Path,

@@ -11,6 +11,8 @@ from ray_distill.pipeline.config import load_config
 from ray_distill.pipeline.convert import convert
 from ray_distill.student import Student, load_student
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 

@@ -284,6 +284,7 @@ def _rank(index: int, world: int, meeting: str, results: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp_wraps_it(tmp_path: Path) -> None:
     meeting = f"file://{tmp_path}/meeting"
     torch.multiprocessing.spawn(_rank, (2, meeting, str(tmp_path)), nprocs=2)

@@ -231,6 +231,7 @@ def test_spec_augment_changes_training_and_not_validation(
     assert quiet[0] == quiet[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "changes"),
     [

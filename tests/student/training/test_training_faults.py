@@ -155,6 +155,7 @@ def test_a_gradient_that_is_not_finite_is_told_from_a_loss(
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_all_ranks_skip_together(
     tmp_path: Path,
     still: StudentConfig,
@@ -195,6 +196,7 @@ def _rank(index: int, config: StudentConfig, options: TrainSettings, cache: Path
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_looking_for_the_loss_scale_does_not_stop_a_run(
     tmp_path: Path,
     tiny: StudentConfig,
@@ -246,6 +248,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(
 # Continuing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "reads"),
     [
@@ -281,6 +284,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(
     assert reader.reads == (12 - step) * chosen.accumulate
 
 
+@pytest.mark.slow
 def test_the_best_students_are_kept(
     tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers, rows: Rows
 ) -> None:
@@ -294,6 +298,7 @@ def test_the_best_students_are_kept(
     assert record["metadata"] == {"step": ranked[0][1], "validation_loss": ranked[0][0]}
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_of_a_checkpoint_loses_nothing(
     tmp_path: Path,
     tiny: StudentConfig,
@@ -383,6 +388,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert_same_end(run, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_leaves_the_checkpoint_before(
     tmp_path: Path,
     tiny: StudentConfig,

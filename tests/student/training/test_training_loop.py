@@ -41,6 +41,7 @@ def losses(rows: list[dict[str, Any]]) -> list[float]:
     return [row["loss"] for row in rows]
 
 
+@pytest.mark.slow
 def test_it_learns_and_records(
     tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers, rows: Rows
 ) -> None:
@@ -78,6 +79,7 @@ def test_the_same_seed_gives_the_same_losses(
     assert all(a != b for a, b in zip(one, three, strict=True))
 
 
+@pytest.mark.slow
 def test_cached_equals_online(
     tmp_path: Path,
     tiny: StudentConfig,
@@ -152,6 +154,7 @@ def test_the_result_names_the_cache_that_was_trained_from(
     assert result["cache_fingerprint"] == Cache.open(cache).fingerprint
 
 
+@pytest.mark.slow
 def test_ranks_and_accumulation_change_nothing(
     tmp_path: Path, still: StudentConfig, settings: Settings, cache: Path, readers: Readers, rows: Rows
 ) -> None:
@@ -194,6 +197,7 @@ def _rank(index: int, workers: int, config: StudentConfig, options: TrainSetting
         (run / "exchanges").write_text(str(exchanges))
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_from_clean_targets(
     tmp_path: Path, still: StudentConfig, settings: Settings, make_cache: Callable[..., CacheSpec], rows: Rows
 ) -> None:
@@ -230,6 +234,7 @@ def test_a_step_has_the_same_utterances_however_it_is_spread(settings: Settings,
         assert len(batches[0]) == 4
 
 
+@pytest.mark.slow
 def test_bf16_on_a_cpu_learns(tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers) -> None:
     result = train(tiny, settings(max_steps=60, precision="bf16"), *readers, tmp_path / "bf16")
     exact = train(tiny, settings(max_steps=60), *readers, tmp_path / "fp32")

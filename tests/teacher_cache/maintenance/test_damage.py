@@ -94,6 +94,7 @@ def swap(rng: random.Random, root: Path, names: list[str]) -> set[str]:
 DAMAGES = (flip, flip, flip, truncate, delete, duplicate, replace, swap)
 
 
+@pytest.mark.slow
 def test_random_damage_is_named_never_read_and_repaired(tmp_path: Path, make_cache: Callable[..., CacheSpec]) -> None:
     root = tmp_path / "cache"
     make_cache(root, codec="pca:0.2")

@@ -93,6 +93,7 @@ def test_draws_with_policies_of_their_own(tmp_path: Path, make_cache: Make) -> N
         make_cache(root, TEACHER, masks=masks(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("codec", "tolerance"), [("fp32", 1e-5), ("int8", 0.1), ("pca:0.1", 0.3)])
 def test_layers(tmp_path: Path, make_cache: Make, codec: str, tolerance: float) -> None:
     root = tmp_path / "cache"
@@ -115,6 +116,7 @@ def test_layers(tmp_path: Path, make_cache: Make, codec: str, tolerance: float) 
     assert all(check.good for check in verify_deep(root, load_teacher(TEACHER)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["int8", "pca"])
 def test_the_codec_state_is_deterministic_and_part_of_the_identity(
     tmp_path: Path, make_cache: Make, codec: str

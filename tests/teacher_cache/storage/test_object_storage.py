@@ -27,6 +27,8 @@ from ray_distill.teacher_cache.storage.store import Store
 
 from .s3_server import S3Server
 
+pytestmark = pytest.mark.server
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 Make = Callable[..., CacheSpec]
 

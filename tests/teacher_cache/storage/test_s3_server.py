@@ -11,6 +11,8 @@ from pyarrow import parquet as pq
 
 from .s3_server import S3Server, s3_server
 
+pytestmark = pytest.mark.server
+
 
 def put(store: fs.S3FileSystem, path: str, content: bytes) -> None:
     with store.open_output_stream(path) as stream:

@@ -85,6 +85,7 @@ def speech(shared: Path, seconds: list[float]) -> list[Tensor]:
     return [long[start : start + int(length * 16_000)] for start, length in zip(starts, seconds, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("file", ["teacher/hubert_small.pt", "golden/wavlm_mini.pt"])
 def test_batch_invariance_on_speech(shared: Path, file: str, masked: bool) -> None:

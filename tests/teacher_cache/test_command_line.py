@@ -144,7 +144,7 @@ def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
     assert shard.read_bytes() == sound
     assert "nothing to do" in run("repair", root)[1]
 
-    with pytest.raises(CacheError, match="no audio of the cache lay below /old"):
+    with pytest.raises(CacheError, match="no audio file of the cache was below /old"):
         shard.unlink()
         run("repair", root, "--corpus-moved", "/old", "/new")
     assert run("repair", root)[0] == 0

@@ -8,6 +8,7 @@ import pydantic
 import yaml
 
 from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.codecs import DEFAULT_CODEC, check_codec
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
@@ -52,7 +53,7 @@ class TeacherSection(_Section):
     """
 
     checkpoint: str
-    layers: list[int] | None = None
+    layers: Annotated[list[int] | None, CHANGES_LOSS_MEANING] = None
 
 
 class CacheSection(_Section):

@@ -96,6 +96,11 @@ class RunFolder:
         return self.path / "probes"
 
     @property
+    def probe_records(self) -> list[Path]:
+        """Records of all probes."""
+        return sorted(self.probes.glob("*/probe.json"))
+
+    @property
     def is_trained(self) -> bool:
         """Whether the training is finished."""
         return self.result_file.is_file()
@@ -119,6 +124,16 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """The run's summary; None where there is none yet. ValueError where the file is damaged."""
         return _read_json(self.summary_file)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of the metrics so far, without a last row that a kill or a write in progress cut off."""
+        rows: list[dict[str, Any]] = []
+        for line in self.metrics_file.read_text().splitlines() if self.metrics_file.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -25,8 +25,9 @@ from ray_distill.pipeline.corpus import CorpusIndex, index_corpus
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.initialise import initial_tensors, write_initial
 from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, plan_cost
-from ray_distill.pipeline.probing.probe import probe_section, read_probes, titles_of
-from ray_distill.pipeline.reports.run_report import FeatureMaps, feature_maps, read_metrics, write_report
+from ray_distill.pipeline.reports.feature_maps import FeatureMaps, feature_maps
+from ray_distill.pipeline.reports.run_report import write_run_report
+from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.student import Student, StudentConfig, load_student
 from ray_distill.student.training.ray_training import train_on_ray
 from ray_distill.teacher_cache.build.build_cache import Progress as BuildProgress
@@ -422,7 +423,7 @@ class Run:
     def report(self) -> dict[str, Any]:
         """Writes summary.json and report.html; of a run that has no export yet, a page of what is recorded, and says so."""
         export, page = self.folder / "export", self.folder / "report.html"
-        exported, metrics = export.is_dir(), read_metrics(self.folder / "metrics.jsonl")
+        exported, metrics = export.is_dir(), RunFolder(self.folder).metrics()
         nothing = f"the run {self.config.name} has no export to report on; run the export stage first"
         if not exported and not metrics:
             raise ConfigError(nothing)
@@ -457,7 +458,6 @@ class Run:
         }
         if exported:
             write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        probes = read_probes(self.folder)
         if not exported:
             maps: FeatureMaps | str = "No student is exported yet."
         elif not online and not cached:
@@ -466,17 +466,7 @@ class Run:
             maps = "A student without heads predicts no features that could be shown beside the teacher's."
         else:
             maps = feature_maps(student, self._validation_reader())
-        write_report(
-            page,
-            summary=summary,
-            facts=self._facts(summary),
-            metrics=metrics,
-            maps=maps,
-            config=dump_config(self.config),
-            probes="".join(
-                probe_section(p.outcomes, title, level=3) for p, title in zip(probes, titles_of(probes), strict=True)
-            ),
-        )
+        write_run_report(RunFolder(self.folder), summary=summary, facts=self._facts(summary), maps=maps)
         if not exported:
             raise ConfigError(f"{nothing} ({page} shows what is recorded so far)")
         self.say(f"report  {page}")

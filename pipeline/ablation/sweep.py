@@ -24,17 +24,14 @@ from rich.table import Table
 from ray_distill.pipeline.ablation.definition import Ablation, ProbeSection, load_ablation
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.files import write_text
-from ray_distill.pipeline.probing.probe import (
-    Source,
-    Task,
-    probe_folder,
-    probe_settings,
-    read_probes,
-    read_task,
-    run_probes,
-    write_outcomes,
-)
-from ray_distill.pipeline.reports.ablation_report import read_results, results_table, write_ablation_report
+from ray_distill.pipeline.probing.feature_source import FeatureSource
+from ray_distill.pipeline.probing.linear_probe import run_probes
+from ray_distill.pipeline.probing.probe_record import probe_folder, probe_settings, read_probes, write_outcomes
+from ray_distill.pipeline.probing.task import Task, read_task
+from ray_distill.pipeline.reports.ablation_report import write_ablation_report
+from ray_distill.pipeline.reports.ablation_results import read_results
+from ray_distill.pipeline.reports.ablation_tables import results_table
+from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run, described, fitting, init_ray, node_resources, ray_is_own
 from ray_distill.student import load_student
 from ray_distill.student.training.metrics import check_trackers
@@ -62,16 +59,16 @@ class Probing:
     def of_student(self, folder: Path) -> None:
         """Probes a run's best student."""
         student = load_student(folder / "checkpoints" / "best")
-        self._run(folder, [Source.of_student(student, "student")], {"run": folder.name}, own=0)
+        self._run(folder, [FeatureSource.of_student(student, "student")], {"run": folder.name}, own=0)
 
     def of_others(self, folder: Path, teacher: Teacher) -> None:
         """Probes the teacher and log-mel bands, unless the folder has it already."""
         if not read_probes(folder, self.settings):
-            self._run(folder, [Source.of_teacher(teacher), Source.log_mel()], {}, own=None)
+            self._run(folder, [FeatureSource.of_teacher(teacher), FeatureSource.log_mel()], {}, own=None)
 
-    def _run(self, folder: Path, sources: Sequence[Source], origin: dict[str, Any], own: int | None) -> None:
+    def _run(self, folder: Path, sources: Sequence[FeatureSource], origin: dict[str, Any], own: int | None) -> None:
         epochs, seed = self.settings["epochs"], self.settings["seed"]
-        outcomes = run_probes(self.task, sources, epochs=epochs, seed=seed, say=lambda text: None)
+        outcomes = run_probes(self.task, sources, epochs=epochs, seed=seed, on_progress=lambda text: None)
         place = probe_folder(folder, self.title, self.settings)
         write_outcomes(place, outcomes, self.task, self.title, origin, self.settings, own)
 
@@ -263,8 +260,8 @@ class Ablating:
                     failed(name, problem)
                     return
                 done += 1
-                [result] = read_results([jobs[name].folder])
-                say(f"train   {result.said}  ({done} of {total})")
+                [result] = read_results([RunFolder(jobs[name].folder)])
+                say(f"train   {result.name}: {result.outcome}  ({done} of {total})")
 
             def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
                 failed(trial.config["run"], _reason(trial.get_pickled_error() or trial.get_error()))
@@ -295,9 +292,9 @@ class Ablating:
     def report(self, failures: Mapping[str, str]) -> None:
         """Writes the report, and shows its table."""
         settings = None if self.probing is None else self.probing.settings
-        results = read_results([run.folder for run in self.runs.values()], failures, settings)
+        results = read_results([RunFolder(run.folder) for run in self.runs.values()], failures, settings)
         others = read_probes(self.ablation.folder, settings)
-        page = write_ablation_report(self.ablation, results, self.shared, others)
+        page = write_ablation_report(self.ablation, results, others)
         self.console.print(results_table(self.ablation, results))
         self.shared.say(f"report  {page}")
 

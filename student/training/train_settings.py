@@ -1,10 +1,11 @@
 """How a student is trained: every hyper-parameter of a recipe, with the published value as default."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import pydantic
 
 from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
 from ray_distill.student.training.spec_augment import SpecAugment
 
 _OBJECTIVE_KEYS = {
@@ -79,12 +80,12 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.01
-    objective: Literal["prediction", "star"] = "prediction"
-    hint_weight: float = 0.1
-    final_weight: float = 1.0
-    loss: Literal["mse", "l1"] = "mse"
-    cosine_weight: float = pydantic.Field(default=0.0, ge=0)
-    relation_weights: tuple[float, float] = (1.0, 1.0)
+    objective: Annotated[Literal["prediction", "star"], CHANGES_LOSS_MEANING] = "prediction"
+    hint_weight: Annotated[float, CHANGES_LOSS_MEANING] = 0.1
+    final_weight: Annotated[float, CHANGES_LOSS_MEANING] = 1.0
+    loss: Annotated[Literal["mse", "l1"], CHANGES_LOSS_MEANING] = "mse"
+    cosine_weight: Annotated[float, CHANGES_LOSS_MEANING] = pydantic.Field(default=0.0, ge=0)
+    relation_weights: Annotated[tuple[float, float], CHANGES_LOSS_MEANING] = (1.0, 1.0)
     hint_layers: int | None = pydantic.Field(default=None, ge=1)
     count_padding: bool = False
     spec_augment: SpecAugment | None = None

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ray_distill.pipeline.ablation.definition import load_ablation
 from ray_distill.pipeline.ablation.sweep import Ablating, Job, Probing, _is_reported, command
 from ray_distill.pipeline.config import ConfigError
-from ray_distill.pipeline.probing.probe import read_probes
+from ray_distill.pipeline.probing.probe_record import read_probes
 from ray_distill.pipeline.stages import Run
 from ray_distill.student import Student, save_student
 

@@ -11,20 +11,11 @@ from rich.console import Console
 from ray_distill.pipeline.files import check_room
 from ray_distill.pipeline.probing.feature_source import FeatureSource
 from ray_distill.pipeline.probing.linear_probe import run_probes
-from ray_distill.pipeline.probing.probe_record import probe_folder, probe_settings, read_probe, write_outcomes
+from ray_distill.pipeline.probing.probe_record import probe_folder, probe_settings, refuse_other_results, write_outcomes
 from ray_distill.pipeline.probing.task import Units, read_task
 from ray_distill.pipeline.reports.probe_page import outcome_table
 from ray_distill.pipeline.student_export import open_student
 from ray_distill.teacher_cache.teachers import load_teacher
-
-
-def _refuse_others(folder: Path, settings: dict[str, Any], sources: Sequence[FeatureSource]) -> None:
-    """Raise ValueError if a folder holds a probe with other settings or sources, which this one would overwrite."""
-    stored = read_probe(folder)
-    if stored is None:
-        return
-    if stored.settings != settings or [o.source for o in stored.outcomes] != [source.name for source in sources]:
-        raise ValueError(f"{folder} holds a probe with other settings or sources; choose another --output")
 
 
 def _check_device(device: str) -> None:
@@ -95,7 +86,7 @@ def command(
         if not sources:
             raise ValueError("there is nothing to probe; give --teacher, --student or --run")
         if output or not run:
-            _refuse_others(folder, settings, sources)
+            refuse_other_results(folder, settings, sources)
         outcomes = run_probes(
             task,
             sources,

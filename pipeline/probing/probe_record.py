@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_distill.pipeline.files import write_text
+from ray_distill.pipeline.probing.feature_source import FeatureSource
 from ray_distill.pipeline.probing.linear_probe import Outcome
 from ray_distill.pipeline.probing.task import Task, Units
 from ray_distill.pipeline.reports.probe_page import probe_page
@@ -96,11 +97,41 @@ def write_outcomes(
     write_text(folder / _PAGE, probe_page(title, outcomes, note))
 
 
-def read_probe(folder: Path) -> ProbeRecord | None:
-    """Return the probe that a folder stores; None if it stores none. ValueError if the record is damaged."""
+def read_probes(folder: Path, settings: dict[str, Any] | None = None) -> list[ProbeRecord]:
+    """Return the probes stored in the folder of a run or ablation, ordered by title.
+
+    Args:
+        folder: Folder of the run or ablation.
+        settings: If given, only probes with exactly these settings are returned.
+
+    Raises:
+        ValueError: A record is damaged.
+    """
+    found = [_read_probe(path) for path in RunFolder(folder).probe_records]
+    return [probe for probe in found if settings is None or probe.settings == settings]
+
+
+def refuse_other_results(folder: Path, settings: dict[str, Any], sources: Sequence[FeatureSource]) -> None:
+    """Raise ValueError if a folder stores a probe with other settings or sources, which a new probe would overwrite."""
     path = folder / _JSON
     if not path.exists():
-        return None
+        return
+    stored = _read_probe(path)
+    if stored.settings != settings or [o.source for o in stored.outcomes] != [source.name for source in sources]:
+        raise ValueError(f"{folder} holds a probe with other settings or sources; choose another --output")
+
+
+def distinct_titles(probes: Sequence[ProbeRecord]) -> list[str]:
+    """Return a distinct title for each probe: probes that share a title have their settings appended."""
+    titles = []
+    for probe in probes:
+        settings = ", ".join(f"{k} {v[:8] if k == 'manifest' else v}" for k, v in probe.settings.items())
+        unique = sum(other.title == probe.title for other in probes) == 1
+        titles.append(probe.title if unique else f"{probe.title} ({settings})")
+    return titles
+
+
+def _read_probe(path: Path) -> ProbeRecord:
     try:
         record = json.loads(path.read_text())
         outcomes = []
@@ -114,27 +145,3 @@ def read_probe(folder: Path) -> ProbeRecord | None:
             f"{path} is not a valid probe record ({error}); remove the file or run the probe again"
         ) from error
     return probe
-
-
-def read_probes(folder: Path, settings: dict[str, Any] | None = None) -> list[ProbeRecord]:
-    """Return the probes stored in the folder of a run or ablation, ordered by title.
-
-    Args:
-        folder: Folder of the run or ablation.
-        settings: If given, only probes with exactly these settings are returned.
-
-    Raises:
-        ValueError: A record is damaged.
-    """
-    found = [read_probe(path.parent) for path in RunFolder(folder).probe_records]
-    return [probe for probe in found if probe is not None and (settings is None or probe.settings == settings)]
-
-
-def distinct_titles(probes: Sequence[ProbeRecord]) -> list[str]:
-    """Return a distinct title for each probe: probes that share a title have their settings appended."""
-    titles = []
-    for probe in probes:
-        settings = ", ".join(f"{k} {v[:8] if k == 'manifest' else v}" for k, v in probe.settings.items())
-        unique = sum(other.title == probe.title for other in probes) == 1
-        titles.append(probe.title if unique else f"{probe.title} ({settings})")
-    return titles

@@ -81,12 +81,11 @@ def _dot_charts(summary: AblationSummary) -> list[Chart]:
     variants = [variant.name for variant in summary.ablation.variants]
     return [
         dot_chart(
-            f"{metric.name}: seeds (dots) and means (bars)",
+            f"{metric.name} ({'lower' if metric.lower_is_better else 'higher'} is better)",
             {
                 variant: {f"seed {summary.seeds[run]}": value for run, value in summary.values(variant, metric).items()}
                 for variant in variants
             },
-            f"{metric.name} ({'lower' if metric.lower_is_better else 'higher'} is better)",
             category_colors(len(variants)),
         )
         for metric in summary.metrics

@@ -119,9 +119,7 @@ def line_chart(
     x = alt.X(field=x_title, type="quantitative", scale=alt.Scale(zero=False, nice=False))
     y = alt.Y(field="value", type="quantitative", title=y_title, scale=scale, axis=alt.Axis(tickCount=5))
     labels = [one.label for one in series]
-    entry_width = 36 + 7 * max(map(len, labels))  # Pixels, estimated: Vega does not wrap a legend.
-    columns = alt.ExprRef(f"max(1, floor(width / {entry_width}))")
-    legend = alt.Legend(columns=columns, symbolType="stroke") if len(series) > 1 else None
+    legend = alt.Legend(symbolType="stroke") if len(series) > 1 else None
     colors = alt.Scale(domain=labels, range=[one.color for one in series])
     color = alt.Color(field="label", type="nominal", title=None, scale=colors, legend=legend)
     chosen = alt.selection_point(name="chosen", fields=["label"], bind="legend")
@@ -156,13 +154,12 @@ def line_chart(
     )
 
 
-def dot_chart(title: str, groups: Mapping[str, Mapping[str, float]], x_title: str, colors: Sequence[str]) -> Chart:
+def dot_chart(title: str, groups: Mapping[str, Mapping[str, float]], colors: Sequence[str]) -> Chart:
     """Return a chart with a row per group: values as dots, their mean as a bar, and the first group's mean as a dashed line.
 
     Args:
-        title: Caption.
+        title: Caption, which also names the values.
         groups: Finite values by their names, by group; a group without values has an empty row.
-        x_title: Title of the x axis.
         colors: One CSS colour for each group.
     """
     values = [value for group in groups.values() for value in group.values()]
@@ -181,7 +178,7 @@ def dot_chart(title: str, groups: Mapping[str, Mapping[str, float]], x_title: st
         margin = 0.1 * abs(values[0]) or 0.1
         extent = {"domain": [values[0] - margin, values[0] + margin]}
     axis = alt.Axis(grid=True, tickCount=6)
-    x = alt.X(field="value", type="quantitative", title=x_title, scale=alt.Scale(zero=False, **extent), axis=axis)
+    x = alt.X(field="value", type="quantitative", title=None, scale=alt.Scale(zero=False, **extent), axis=axis)
     order = list(groups)
     y = alt.Y(field="group", type="nominal", title=None, sort=order, scale=alt.Scale(domain=order))
     color = alt.Color(field="group", type="nominal", legend=None, scale=alt.Scale(domain=order, range=list(colors)))
@@ -217,7 +214,7 @@ def dot_chart(title: str, groups: Mapping[str, Mapping[str, float]], x_title: st
         for label, group in groups.items()
         if group
     )
-    return Chart(title, f"{x_title}, by group. {' '.join(described)}", spec.to_dict())
+    return Chart(title, f"{title}, by group. {' '.join(described)}", spec.to_dict())
 
 
 def _chart(name: str, data: "str | alt.InlineData") -> "alt.Chart":

@@ -23,20 +23,26 @@ function datasets(series, xTitle) {
   return { lines, points, hover: [...hover.values()] };
 }
 
-// Colours are CSS variables, so charts follow the page into dark mode and print.
-const config = {
-  background: null,
-  font: "system-ui, sans-serif",
-  view: { stroke: null },
-  axis: {
-    labelColor: "var(--faint)", titleColor: "var(--faint)", titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 11,
-    gridColor: "var(--line)", domainColor: "var(--line)", tickColor: "var(--line)", labelLimit: 220,
-  },
-  axisX: { grid: false },
-  legend: {
-    orient: "bottom", labelColor: "var(--faint)", labelFontSize: 12, labelLimit: 260, symbolStrokeWidth: 2.5, columnPadding: 14,
-  },
-};
+/** Returns the style for an element. Colours are CSS variables, so charts follow the page into dark mode and print. */
+function configFor(element, series) {
+  const text = { labelColor: "var(--faint)", labelFontSize: 12 };
+  const entryWidth = 36 + 7 * Math.max(...series.map(({ label }) => label.length)); // Pixels, estimated.
+  return {
+    background: null,
+    font: "system-ui, sans-serif",
+    view: { stroke: null },
+    axis: {
+      ...text, labelFontSize: 11, titleColor: "var(--faint)", titleFontWeight: "normal", titleFontSize: 11,
+      gridColor: "var(--line)", domainColor: "var(--line)", tickColor: "var(--line)",
+    },
+    axisX: { grid: false },
+    axisY: { labelLimit: 0.35 * element.clientWidth },
+    legend: {
+      ...text, orient: "bottom", symbolStrokeWidth: 2.5, columnPadding: 14, labelLimit: element.clientWidth - 60,
+      columns: Math.max(1, Math.floor(element.clientWidth / entryWidth)), // Vega does not wrap a legend itself.
+    },
+  };
+}
 
 for (const element of document.querySelectorAll(".chart")) {
   const { spec, series, x_title: xTitle, description } = JSON.parse(element.nextElementSibling.textContent);
@@ -44,7 +50,7 @@ for (const element of document.querySelectorAll(".chart")) {
   const options = {
     actions: false,
     ast: true, // Interprets expressions: the page's security policy forbids compiling them.
-    config,
+    config: configFor(element, series),
     defaultStyle: false,
     logLevel: 1, // Errors only: an empty dataset would cause a warning.
     mode: "vega-lite",

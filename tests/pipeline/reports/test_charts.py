@@ -50,12 +50,12 @@ def test_values_that_are_not_finite_are_gaps() -> None:
 def test_nothing_to_draw_is_said(values: list[float]) -> None:
     chart = line_chart("t", [Series("a", [1] * len(values), values, "red")], "y")
     assert chart.spec is None and chart.description == "Nothing was recorded."
-    assert dot_chart("t", {"a": {}}, "x", ["red"]).spec is None
+    assert dot_chart("t", {"a": {}}, ["red"]).spec is None
 
 
 def test_dots_have_a_row_for_each_group() -> None:
     groups = {"a": {"seed 0": 1.0, "seed 1": 3.0}, "b": {}, "c": {"seed 0": 5.0}}
-    chart = dot_chart("t", groups, "loss", ["red", "green", "blue"])
+    chart = dot_chart("loss", groups, ["red", "green", "blue"])
     assert chart.spec is not None
     dots, means, reference = chart.spec["layer"]
     rows = chart.spec["datasets"][dots["data"]["name"]] if "name" in dots["data"] else dots["data"]["values"]
@@ -73,7 +73,7 @@ def test_the_same_chart_has_the_same_specification() -> None:
     groups = {"a": {"seed 0": 1.0}}
     series = [Series("a", [1, 2], [1.0, 2.0], "red")]
     assert line_chart("t", series, "y") == line_chart("t", series, "y")
-    assert dot_chart("t", groups, "x", ["red"]) == dot_chart("t", groups, "x", ["red"])
+    assert dot_chart("t", groups, ["red"]) == dot_chart("t", groups, ["red"])
 
 
 def luminance(color: str) -> float:

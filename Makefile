@@ -29,9 +29,7 @@ lint: $(STAMP)
 
 # mypy does not follow `ray_distill.__path__`, so it is shown a folder where everything lies inside `ray_distill`.
 mypy: $(STAMP)
-	@mkdir -p build/mypy/ray_distill
-	@for part in $$(cd ray_distill && ls | grep -v __pycache__); do ln -sfn ../../../ray_distill/$$part build/mypy/ray_distill/$$part; done
-	@for part in pipeline teacher_cache student serve; do ln -sfn ../../../$$part build/mypy/ray_distill/$$part; done
+	@$(BIN)/python docs/site/link_package.py build/linked
 	$(BIN)/mypy
 
 # Ray's processes have fixed times to start in, so tests with Ray run alone, after the others.

@@ -19,6 +19,7 @@ sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 import click
 import pydantic
 import typer
+from link_package import link_package
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -31,6 +32,7 @@ IN_BENCHMARKS = re.compile(r"\]\(\.\./benchmarks/README\.md")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are not in docs/."""
+    link_package(REPOSITORY / "build" / "linked")
     pages: dict[str, Callable[[], str]] = {
         "reference/configuration.md": configuration,
         "reference/commands.md": commands,

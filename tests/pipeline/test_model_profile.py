@@ -123,7 +123,7 @@ def test_an_output_that_cant_be_written_is_told_before_counting(
     def never(*_: object) -> None:
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("pipeline.profile_model.profile_student", never)
+    monkeypatch.setattr("ray_distill.pipeline.model_profile.profile_student", never)
     (tmp_path / "file").write_text("")
     for output, message in ((tmp_path / "file" / "counts.json", "nothing can be written"), (tmp_path, "is a folder")):
         result = CliRunner().invoke(app, [str(REPOSITORY / "configs" / "demo.yaml"), "--output", str(output)])

@@ -100,7 +100,7 @@ def test_only_a_runs_own_places_are_of_the_run(run_folder: Path) -> None:
 
 
 def test_a_published_checkpoint_is_of_no_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.export_model.load_student", lambda *_: Student(TINY))
+    monkeypatch.setattr("ray_distill.pipeline.student_export.load_student", lambda *_: Student(TINY))
     (run_folder / "export" / "student.ckpt").write_bytes(b"")
     assert "run" not in open_student(run_folder / "export" / "student.ckpt", run_folder / "published.yaml")[1]
 

@@ -55,8 +55,8 @@ def start(tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
     for stage in ("index", "plan", "cache_targets", "check_cache"):
         monkeypatch.setattr(Run, stage, unwanted)
-    monkeypatch.setattr("pipeline.ablate.init_ray", lambda: None)
-    monkeypatch.setattr("pipeline.ablate.node_resources", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr("ray_distill.pipeline.ablation.sweep.init_ray", lambda: None)
+    monkeypatch.setattr("ray_distill.pipeline.ablation.sweep.node_resources", lambda: [{"CPU": 2.0}])
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return make
 

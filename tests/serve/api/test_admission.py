@@ -71,7 +71,7 @@ def test_each_key_has_so_many_requests_open(student: Student, monkeypatch: pytes
 
 def test_each_key_may_ask_so_often(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr("serve.admission.monotonic", lambda: now)
+    monkeypatch.setattr("ray_distill.serve.api.admission.monotonic", lambda: now)
     with TestClient(create_app(student, limits=Limits(key_rate=2), api_keys=KEYS)) as client:
 
         def ask(name: str) -> httpx.Response:
@@ -197,7 +197,7 @@ def test_decoders_are_few_even_where_nobody_waits_for_them(student: Student, mon
             running -= 1
         return decode(file, seconds)
 
-    monkeypatch.setattr("serve.ask.decode", slow)
+    monkeypatch.setattr("ray_distill.serve.api.request_handler.decode", slow)
     with TestClient(create_app(student)) as client, ThreadPoolExecutor(12) as pool:
         given_up = [pool.submit(client.post, "/v1/features?timeout=0.2", content=HALF) for _ in range(12)]
         assert {refusal(request.result()) for request in given_up} == {(504, "deadline")}
@@ -283,7 +283,7 @@ def test_a_swap_while_a_request_is_decoded_is_checked_again(student: Student, mo
         app.state.models.put("student", headless)
         return decode(file, seconds)
 
-    monkeypatch.setattr("serve.ask.decode", swapping)
+    monkeypatch.setattr("ray_distill.serve.api.request_handler.decode", swapping)
     with TestClient(app) as client:
         assert refusal(client.post("/v1/features?space=teacher", content=HALF)) == (422, "bad_parameter")
 

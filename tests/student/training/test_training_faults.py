@@ -203,7 +203,9 @@ def test_looking_for_the_loss_scale_does_not_stop_a_run(
     rows: Rows,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("student.training.GradScaler", lambda *a, **k: GradScaler(*a, **k, init_scale=2.0**60))
+    monkeypatch.setattr(
+        "ray_distill.student.training.training_loop.GradScaler", lambda *a, **k: GradScaler(*a, **k, init_scale=2.0**60)
+    )
     # The arithmetic of fp16 is the same on a CPU, only slow.
     options = settings(precision="fp16", use_gpu=True, max_steps=60, max_skipped_steps=3)
     result = train(tiny, options, *readers, tmp_path / "run")
@@ -219,7 +221,9 @@ def test_a_loss_scale_that_cannot_fall_stops_the_run(
     tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scale = 4.5 * MIN_LOSS_SCALE
-    monkeypatch.setattr("student.training.GradScaler", lambda *a, **k: GradScaler(*a, **k, init_scale=scale))
+    monkeypatch.setattr(
+        "ray_distill.student.training.training_loop.GradScaler", lambda *a, **k: GradScaler(*a, **k, init_scale=scale)
+    )
 
     def wrap(distiller: Distiller) -> Distiller:
         distiller.student.heads[0].weight.register_hook(lambda gradient: gradient * torch.inf)

@@ -230,7 +230,7 @@ def test_a_codec_that_does_not_fit_the_teacher_is_said(
         states = load_teacher(TEACHER).hidden_states(*arguments[2:5])  # type: ignore[arg-type]
         return states * torch.tensor(1e6)
 
-    monkeypatch.setattr("teacher_cache.writer.hidden_states", loud)
+    monkeypatch.setattr("ray_distill.teacher_cache.build.shard_writer.hidden_states", loud)
     with pytest.raises(CacheError, match="layer 1 is beyond the range of fp16; use codec fp32"):
         build(tmp_path / "cache", codec="fp16")
 
@@ -244,11 +244,11 @@ def test_too_little_memory_is_said_in_one_sentence(
 ) -> None:
     root = tmp_path / "cache"
     with monkeypatch.context() as patch:
-        patch.setattr("teacher_cache.fit.hidden_states", exhausted)
+        patch.setattr("ray_distill.teacher_cache.build.codec_fit.hidden_states", exhausted)
         with pytest.raises(CacheError, match="could not be fitted: .* with one utterance; .* corpus.max_seconds"):
             build(root, codec="int8")
     said = "random:2x32 ran out of memory on cpu with batches of 6 s of audio; .* lower cache.batch_seconds"
-    monkeypatch.setattr("teacher_cache.writer.hidden_states", exhausted)
+    monkeypatch.setattr("ray_distill.teacher_cache.build.shard_writer.hidden_states", exhausted)
     with pytest.raises(CacheError, match=said):
         build(root)
     assert not list((root / "clean").iterdir())

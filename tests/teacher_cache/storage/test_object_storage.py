@@ -215,7 +215,7 @@ def test_an_upload_that_fails_leaves_what_was_there(location: str, monkeypatch: 
     assert store.read("cache.json") == b"before"
     # What Arrow makes a whole object of is no half of a new one.
     store = Store(location)
-    monkeypatch.setattr("teacher_cache.store.shutil.copyfileobj", half)
+    monkeypatch.setattr("ray_distill.teacher_cache.storage.store.shutil.copyfileobj", half)
     with pytest.raises(OSError, match="no connection"):
         store.write("clean/part-00000.parquet", b"a shard")
     assert store.names() == ["cache.json"]

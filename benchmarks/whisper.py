@@ -25,7 +25,9 @@ from result_file import RESULTS, write_result
 from small_speech import HELD_OUT, TRAIN, small_student, utterances, whisper_folder
 from torch import Tensor
 
-from ray_distill.pipeline.probing.probe import Source, read_task, run_probes
+from ray_distill.pipeline.probing.feature_source import FeatureSource
+from ray_distill.pipeline.probing.linear_probe import run_probes
+from ray_distill.pipeline.probing.task import read_task
 from ray_distill.student import Student, load_student
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
@@ -105,7 +107,7 @@ def power(teacher: Teacher, seconds: float) -> dict[str, Any]:
     return {"share_of_loudest_3_percent": share.tolist()}
 
 
-def cached(location: Path, name: str) -> Source:
+def cached(location: Path, name: str) -> FeatureSource:
     """The teacher's features of utterances that a cache holds, which need not run it again."""
     places = {}
     for split in ("train", "validation"):
@@ -117,7 +119,7 @@ def cached(location: Path, name: str) -> Source:
         reader, index = places[waveform.tobytes()]
         return reader.read([index], None).targets[0]
 
-    return Source(name, len(reader.layers), reader.dim, features)
+    return FeatureSource(name, len(reader.layers), reader.dim, features)
 
 
 @app.command("padding")
@@ -199,9 +201,9 @@ def distil(
         task = read_task(manifest, "words")
         sources = [
             cached(location, "teacher, as cached"),
-            Source.of_student(student, "student"),
-            Source.of_student(untrained, "student with random weights"),
-            Source.log_mel(),
+            FeatureSource.of_student(student, "student"),
+            FeatureSource.of_student(untrained, "student with random weights"),
+            FeatureSource.log_mel(),
         ]
         outcomes = run_probes(task, sources, epochs=epochs)
         write_result(

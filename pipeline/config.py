@@ -1,4 +1,4 @@
-"""The one typed configuration of a run, read from YAML, changed by ``section.key=value``, checked before any work."""
+"""The typed configuration of a run, read from YAML, changed by ``section.key=value``, and checked before any work."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import pydantic
 import yaml
 
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
+from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT, SAME_IN_ABLATION
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.codecs import DEFAULT_CODEC, check_codec
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
@@ -16,85 +16,77 @@ from ray_distill.teacher_cache.storage.cache_spec import MaskDraws, Targets
 
 
 class ConfigError(ValueError):
-    """A configuration that can't be used; the message names the key and what is allowed."""
+    """A configuration that can't be used. The message names the key and what would be allowed."""
 
 
 class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class CorpusSection(_Section):
-    """Where the audio is.
-
-    Attributes:
-        path: LibriSpeech's layout, any folder of audio, or a CSV/Parquet manifest.
-        train_splits, validation_splits: split names; None takes what the names suggest (see `ray_distill.pipeline.corpus`).
-        validation_fraction: share of the utterances held out where the corpus has no splits.
-        min_seconds: shorter audio is skipped, and listed; at least the default, 400 samples (one frame).
-        max_seconds: longer audio is skipped, and listed.
-    """
+    """Location of the audio, and which of it is used."""
 
     path: Path
+    """Folder in LibriSpeech's layout, any other folder of audio, or a CSV or Parquet manifest."""
     train_splits: list[str] | None = None
+    """Splits to train on. None takes those whose names start with ``train``; see `ray_distill.pipeline.corpus`."""
     validation_splits: list[str] | None = None
+    """Splits to validate on. None takes those whose names start with ``dev``, ``heldout`` or ``valid``."""
     validation_fraction: float = pydantic.Field(default=0.05, gt=0, lt=1)
+    """Fraction of the utterances to hold out if the corpus has no validation split."""
     min_seconds: float = pydantic.Field(default=0.025, ge=0.025)
+    """Shortest audio in seconds. Shorter files are skipped and listed. The default, also the minimum, is 400 samples (one frame)."""
     max_seconds: float = pydantic.Field(default=40.0, gt=0)
+    """Longest audio in seconds. Longer files are skipped and listed."""
 
 
 class TeacherSection(_Section):
-    """The teacher.
+    """The teacher."""
 
-    Attributes:
-        checkpoint: for `teacher_cache.load_teacher`: a .pt file, a Hugging Face folder, ``torchaudio:NAME``, ``random:LxD``;
-            ``mean-mask:`` before it gives a teacher without a mask embedding a stand-in, so that it has masked targets;
-            ``layer-norm:`` normalises each frame of each layer, as teachers with layer norms before their blocks need.
-        layers: 1-based layers to learn from; None takes all.
-    """
-
-    checkpoint: str
+    checkpoint: Annotated[str, SAME_IN_ABLATION]
+    """Checkpoint of the teacher: a ``.pt`` file, a Hugging Face folder, ``torchaudio:NAME``, or ``random:LxD`` for random weights.
+    The prefix ``mean-mask:`` gives a teacher without a mask embedding a substitute, so that it has masked targets. The prefix
+    ``layer-norm:`` normalises each frame of each layer, as teachers with layer norms before their blocks need."""
     layers: Annotated[list[int] | None, CHANGES_LOSS_MEANING] = None
+    """Layers to learn from, counted from 1. None takes all of them."""
 
 
 class CacheSection(_Section):
-    """The cache.
+    """The teacher cache, and how it is built."""
 
-    Attributes:
-        path: its folder, or a URI such as ``s3://bucket/prefix``.
-        codec: how features are stored: ``pca`` (default), ``layer-pca``, ``int8``, ``fp16``, ``fp32``; ``pca:STEP`` sets the
-            quantisation step.
-        targets: ``clean_and_masked`` (default), ``composite_only`` or ``clean_only``; see `cache_spec.CacheSpec`.
-        precision: of the teacher: ``fp32``, ``fp16`` (on GPUs), ``bf16``; None takes that of the cache where there is one, else
-            fp16 on GPUs and fp32 on CPUs.
-        audio: ``flac`` (smaller) or ``pcm`` (faster to read).
-        shard_minutes: audio per shard (the unit of work, retry and resume).
-        batch_seconds: padded audio per teacher batch.
-        actors: teachers that run side by side.
-        gpus_per_actor: GPUs each takes; 0 runs on CPU.
-        cpus_per_actor: cores each takes.
-        verify: read every byte and compare checksums before training.
-    """
-
-    path: str
-    codec: Annotated[str, pydantic.AfterValidator(check_codec)] = DEFAULT_CODEC
+    path: Annotated[str, SAME_IN_ABLATION]
+    """Folder of the cache, or a URI such as ``s3://bucket/prefix``."""
+    codec: Annotated[str, pydantic.AfterValidator(check_codec), SAME_IN_ABLATION] = DEFAULT_CODEC
+    """Storage format of the features: ``pca``, ``layer-pca``, ``int8``, ``fp16`` or ``fp32``. ``pca:STEP`` and
+    ``layer-pca:STEP`` set the quantisation step."""
     targets: Targets = "clean_and_masked"
-    precision: Literal["fp32", "fp16", "bf16"] | None = None
-    audio: Literal["flac", "pcm"] = "flac"
-    shard_minutes: float = pydantic.Field(default=10.0, gt=0)
-    batch_seconds: float = pydantic.Field(default=120.0, gt=0)
-    actors: int = pydantic.Field(default=1, ge=1)
-    gpus_per_actor: float = pydantic.Field(default=0.0, ge=0)
-    cpus_per_actor: int = pydantic.Field(default=1, ge=1)
-    verify: bool = True
+    """Targets to store: ``clean_and_masked``, ``composite_only`` or ``clean_only``; see `CacheSpec`."""
+    precision: Annotated[Literal["fp32", "fp16", "bf16"] | None, SAME_IN_ABLATION] = None
+    """Precision of the teacher's forward passes; ``fp16`` needs GPUs. None takes the precision of an existing cache, or else
+    ``fp16`` on GPUs and ``fp32`` on CPUs."""
+    audio: Annotated[Literal["flac", "pcm"], SAME_IN_ABLATION] = "flac"
+    """Storage format of the audio: ``flac`` (smaller) or ``pcm`` (faster to read)."""
+    shard_minutes: Annotated[float, SAME_IN_ABLATION] = pydantic.Field(default=10.0, gt=0)
+    """Minutes of audio per shard, the unit of work, retry and resume."""
+    batch_seconds: Annotated[float, SAME_IN_ABLATION] = pydantic.Field(default=120.0, gt=0)
+    """Seconds of audio per teacher batch, padding included."""
+    actors: Annotated[int, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=1, ge=1)
+    """Number of teachers that run in parallel."""
+    gpus_per_actor: Annotated[float, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=0.0, ge=0)
+    """GPUs per teacher. 0 runs the teacher on CPU."""
+    cpus_per_actor: Annotated[int, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=1, ge=1)
+    """CPU cores per teacher."""
+    verify: Annotated[bool, CHANGES_NO_RESULT, SAME_IN_ABLATION] = True
+    """Whether to read the whole cache and compare its checksums before training."""
 
     @property
     def location(self) -> str:
-        """Its absolute path, or its URI."""
+        """Absolute path of the cache, or its URI."""
         return self.path if "://" in self.path else str(Path(self.path).absolute())
 
     @property
     def is_absolute(self) -> bool:
-        """Whether every process finds it under this name."""
+        """Whether the location does not depend on a process's working directory."""
         return "://" in self.path or Path(self.path).is_absolute()
 
     @pydantic.field_validator("path", mode="before")
@@ -104,32 +96,33 @@ class CacheSection(_Section):
 
 
 class Config(_Section):
-    """A run.
+    """The configuration of a run."""
 
-    Attributes:
-        name: of the run; its folder is ``runs/name``.
-        runs: folder of all runs.
-        corpus, teacher, masks, cache, train: see their classes.
-        student: fields of `student.StudentConfig`. ``encoder_layers`` (with split heads, ``split_heads``) and ``target_dim`` left
-            out, or ``teacher``, take the number of layers learnt from and the teacher's width.
-    """
-
-    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    runs: Path = Path("runs")
-    corpus: CorpusSection
+    name: Annotated[str, SAME_IN_ABLATION] = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run. Its files are stored in the folder ``runs/name``."""
+    runs: Annotated[Path, CHANGES_NO_RESULT, SAME_IN_ABLATION] = Path("runs")
+    """Folder of all runs."""
+    corpus: Annotated[CorpusSection, SAME_IN_ABLATION]
+    """Location of the audio, and which of it is used."""
     teacher: TeacherSection
+    """The teacher."""
     masks: MaskDraws = MaskDraws()
+    """Random masks that the student is trained with."""
     cache: CacheSection
+    """The teacher cache, and how it is built."""
     student: dict[str, Any] = {}
+    """Architecture of the student: fields of `StudentConfig`. If ``encoder_layers`` (``split_heads`` for split heads) and
+    ``target_dim`` are missing or ``teacher``, they become the number of layers to learn from and the teacher's width."""
     train: TrainSettings
+    """Training settings."""
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
+        """Folder of the run."""
         return self.runs / self.name
 
     @pydantic.model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_combinations(self) -> Self:
         pattern = self.student.get("attention_reuse")
         placeholder = len(pattern) if isinstance(pattern, (list, tuple)) else len(self.teacher.layers or range(12))
         student = self.resolve_student(placeholder, StudentConfig.model_fields["target_dim"].default)
@@ -139,7 +132,16 @@ class Config(_Section):
         return self
 
     def resolve_student(self, num_layers: int, dim: int, patches: PatchGeometry | None = None) -> StudentConfig:
-        """The student for a teacher with this many layers to learn from, this width and these patches, if it has any."""
+        """Return the student's configuration with the values that it takes from the teacher filled in.
+
+        Args:
+            num_layers: Number of teacher layers to learn from.
+            dim: Width of the teacher.
+            patches: Patch geometry of the teacher, if it cuts its input into patches. Default: None.
+
+        Raises:
+            ConfigError: A student's key is unknown or has an impossible value.
+        """
         values = dict(self.student)
         predictions = "split_heads" if values.get("heads") == "split" else "encoder_layers"
         for key, value in ((predictions, num_layers), ("target_dim", dim), ("patches", patches)):
@@ -152,10 +154,15 @@ class Config(_Section):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML configuration and applies ``section.key=value`` overrides (values are YAML).
+    """Read a configuration from a YAML file, apply overrides, and check the result.
+
+    Args:
+        path: YAML file.
+        overrides: Changes of the form ``section.key=value``, where the value is YAML. Default: none.
 
     Raises:
-        ConfigError: unreadable file, malformed override, unknown key, wrong type, impossible combination.
+        ConfigError: The file can't be read, an override is malformed, a key is unknown, or a value has the wrong type or can't
+            be combined with another.
     """
     tree = read_tree(path)
     for key, value in map(parse_override, overrides):
@@ -164,23 +171,31 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """A YAML file's sections, unchecked. ConfigError where it can't be read, or holds anything else."""
+    """Return the sections of a YAML file without checking their keys.
+
+    Raises:
+        ConfigError: The file does not exist, is not valid YAML, or has no sections.
+    """
     if not path.is_file():
-        raise ConfigError(f"there is no configuration file at {path}; configs/ has the published recipes and the demo")
+        raise ConfigError(f"there is no configuration file at {path}; configs/ contains the recipes and the demo")
     try:
         tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections (corpus, teacher, ...), not {type(tree).__name__}")
+        raise ConfigError(f"{path} must contain sections (corpus, teacher, ...), not {type(tree).__name__}")
     return tree
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """``section.key=value`` as key and value. ConfigError where it is malformed."""
+    """Split ``section.key=value`` into the key and the value, which is parsed as YAML.
+
+    Raises:
+        ConfigError: The text has no key or no ``=``, or its value is not valid YAML.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{text!r} is not an override; write section.key=value, as in train.epochs=3")
+        raise ConfigError(f"{text!r} is not an override; write section.key=value, such as train.epochs=3")
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -188,7 +203,11 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key in place. ConfigError where a section on its way is a value."""
+    """Set a dotted key in place.
+
+    Raises:
+        ConfigError: A part of the key before its last dot names a value instead of a section.
+    """
     *sections, name = key.split(".")
     node = tree
     for section in sections:
@@ -199,7 +218,11 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def check_config(tree: dict[str, Any]) -> Config:
-    """The typed configuration of a tree. ConfigError where it can't be one."""
+    """Return the typed configuration of a tree of sections.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value is wrong.
+    """
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -207,7 +230,13 @@ def check_config(tree: dict[str, Any]) -> Config:
 
 
 def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str) -> str:
-    """One sentence for each error: the key, what is wrong, and for an unknown key the allowed ones."""
+    """Describe each validation error: its key, what is wrong, and the allowed keys if the key is unknown.
+
+    Args:
+        error: Errors of pydantic.
+        model: Model that was validated.
+        prefix: Dotted prefix of the model's keys, with its final dot, or an empty string.
+    """
     sentences = []
     for item in error.errors():
         location = [str(part) for part in item["loc"]]
@@ -215,13 +244,13 @@ def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], pr
         if item["type"] == "extra_forbidden":
             owner: Any = model
             for part in item["loc"][:-1]:
-                if isinstance(part, int):  # Of a list; its items are of the kind that was found.
+                if isinstance(part, int):  # Index of a list; its item type was found at the previous part.
                     continue
                 kind = owner.model_fields[part].annotation
                 owner = next(k for k in (kind, *get_args(kind)) if hasattr(k, "model_fields"))
             sentences.append(f"{key}: unknown key; allowed here: {', '.join(sorted(owner.model_fields))}")
         elif item["type"] == "missing":
-            sentences.append(f"{key}: missing; it must be given")
+            sentences.append(f"{key}: missing; this key is required")
         elif item["type"] == "value_error":
             reason = str(item["ctx"]["error"])
             sentences.append(
@@ -233,5 +262,5 @@ def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], pr
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, as kept in a run's folder."""
+    """Return the resolved configuration as YAML, the format stored in a run's folder."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,7 +1,7 @@
-"""A student's first weights from its teacher: the front end, the first encoder layers, the mask embedding.
+"""Initial weights of a student that are copied from its teacher: the front end, the first encoder layers, the mask embedding.
 
-As the published ``init_conv_layers`` and ``init_encoder_layers``, and with what belongs to them: the norm between convolutions and
-projection, and the norm before the first layer.
+This is what the published ``init_conv_layers`` and ``init_encoder_layers`` do. In addition, the norms that belong to these parts are
+copied: the one between convolutions and projection, and the one before the first layer.
 """
 
 import re
@@ -40,17 +40,22 @@ _LAYER = (
 
 
 def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSettings) -> dict[str, Tensor]:
-    """The student's tensors that ``settings`` has start from the teacher's, by the student's names.
+    """Return the student's tensors that are copied from the teacher, by their names in the student.
+
+    Args:
+        teacher: Teacher.
+        config: Architecture of the student.
+        settings: Training settings, which choose the parts to copy.
 
     Raises:
-        ConfigError: the student's part would compute something else than the teacher's: another shape, a tensor that only one of
-            them has, other heads, norms or strides; the message names the key to change. Or the teacher has none that a student
-            has.
+        ConfigError: With the copied weights, the student's part would not compute what the teacher's does, because its shapes,
+            tensors, heads, norms or strides differ; the message names the key to change. Or the teacher's architecture has no part
+            in common with a student.
     """
     if not isinstance(teacher, Wav2Vec2Teacher):
         raise ConfigError(
-            f"train.init_front_end, init_encoder_layers, mask_embedding: {teacher.name} is not built like wav2vec 2.0, so a student "
-            "has no part in common with it; leave them out"
+            f"train.init_front_end, init_encoder_layers, mask_embedding: {teacher.name} does not have wav2vec 2.0's architecture, "
+            "so a student can't copy its weights; remove these keys"
         )
     weights = teacher.weights
     expected = Student(config).state_dict()
@@ -63,8 +68,8 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
         strides = [stride for _, _, stride in config.conv_layers]
         if strides != teacher.strides:
             raise ConfigError(
-                f"{key}: the teacher's convolutions have strides {teacher.strides}, the student's {strides}; make student.conv_layers "
-                "the teacher's"
+                f"{key}: the teacher's convolutions have strides {teacher.strides}, the student's {strides}; give student.conv_layers "
+                "the teacher's strides"
             )
     if settings.init_encoder_layers:
         key, number = "train.init_encoder_layers", settings.init_encoder_layers
@@ -74,8 +79,8 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
             )
         if config.layer_type != "transformer" or any(config.reuses[:number]):
             raise ConfigError(
-                f"{key}: the teacher's layers compute their own attention maps, so the student's first {number} must be Transformer "
-                "layers that do too; see student.layer_type and student.attention_reuse"
+                f"{key}: the teacher's layers compute their own attention maps, so the student's first {number} layers must be "
+                "Transformer layers that do the same; change student.layer_type or student.attention_reuse"
             )
         for name, ours, theirs in (
             ("position", config.position, "convolution"),
@@ -84,7 +89,7 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
         ):
             if ours != theirs:
                 raise ConfigError(
-                    f"{key}: student.{name} is {ours}, the teacher's layers need {theirs}, or the same weights compute something else"
+                    f"{key}: student.{name} is {ours}, but with the teacher's weights it must be {theirs}, like the teacher's"
                 )
         layers = _renamed(weights, _POSITION)
         for layer in range(number):
@@ -93,7 +98,7 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
             renamed = _renamed(own, _LAYER)
             if len(renamed) != len(own):
                 raise ConfigError(
-                    f"{key}: {teacher.name} has gated relative positions in its layers, which a student has not"
+                    f"{key}: the layers of {teacher.name} have gated relative positions, which a student's layers lack; set {key}=0"
                 )
             layers |= {f"layers.{layer}.{name}": value for name, value in renamed.items()}
         parts = ("position.", "encoder_norm.", *(f"layers.{layer}." for layer in range(number)))
@@ -108,13 +113,20 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
 
 
 def write_initial(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes them where `ray_distill.student.training.training_loop.train` reads them."""
+    """Write initial weights to a file, atomically, for `ray_distill.student.training.training_loop.train`.
+
+    Args:
+        path: File in safetensors format. Its folder is created if it does not exist.
+        tensors: Tensors by their names in the student.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
     temporary.replace(path)
 
 
 def _renamed(weights: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    """Return the weights whose full names match a rule's pattern, under the names that the rule gives them."""
     return {
         re.sub(pattern, ours, name): value
         for name, value in weights.items()
@@ -124,13 +136,25 @@ def _renamed(weights: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> 
 
 
 def _check(found: dict[str, Tensor], expected: dict[str, Tensor], parts: tuple[str, ...], key: str, keys: str) -> None:
-    """ConfigError where the student's tensors whose names begin with one of ``parts`` are not those found, shape by shape."""
+    """Check that the tensors found in the teacher are exactly those of the student's parts, with the same shapes.
+
+    Args:
+        found: Tensors of the teacher, by their names in the student.
+        expected: All tensors of the student.
+        parts: Prefixes of the names of the parts' tensors.
+        key: Training key that requests the copy, for the message.
+        keys: Student keys that decide the shapes, for the message.
+    """
     for name, value in found.items():
         if name not in expected or expected[name].shape != value.shape:
-            ours = "does not have" if name not in expected else f"has as {tuple(expected[name].shape)}"
+            ours = (
+                "the student has none" if name not in expected else f"the student's has {tuple(expected[name].shape)}"
+            )
             raise ConfigError(
-                f"{key}: the teacher's {name} is {tuple(value.shape)}, which the student {ours}; make {keys} the teacher's"
+                f"{key}: the teacher's {name} has the shape {tuple(value.shape)}, but {ours}; give {keys} the teacher's values"
             )
     lacking = [name for name in expected if name.startswith(parts) and name not in found]
     if lacking:
-        raise ConfigError(f"{key}: the student's {lacking[0]} is not the teacher's to give; make {keys} the teacher's")
+        raise ConfigError(
+            f"{key}: the student has {lacking[0]}, but the teacher does not; give {keys} the teacher's values"
+        )

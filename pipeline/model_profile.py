@@ -1,32 +1,28 @@
-"""``python -m pipeline.profile_model MODEL``: parameters and multiply-accumulate operations of a student and its teacher, by part.
+"""Parameters and multiply-accumulate operations of a student and its teacher, in total and by part.
 
-The counting rule. One multiply-accumulate (MAC) for each multiplication in a matrix product or convolution of one forward pass over
-one utterance: convolutions, linear layers, and in attention queries x keys and map x values. Nothing is counted for normalisation,
-activations, softmax, biases and sums. A layer that reuses an attention map has no queries x keys, even where the program computes
-them again to save memory. Multiplications with the padding at the ends of the position convolution count. Operations are counted as
-PyTorch carries them out, not from a formula, so an option of the architecture needs no rule of its own.
+One multiply-accumulate operation (MAC) is counted for each multiplication of a matrix product or convolution in one forward pass over
+one utterance: in convolutions, in linear layers, and in attention (queries x keys, and attention map x values). Normalisation,
+activations, softmax, biases and additions are not counted. A layer that reuses an attention map has no queries x keys, even where the
+program computes them again to save memory. Multiplications with the padding of the position convolution are counted. The operations
+are counted while PyTorch executes them rather than calculated by a formula, so a new option of the architecture needs no new rule.
 
-The published ratios of ARMHuBERT (28 % of HuBERT Base's parameters, 30 % of its MACs) come out, on 10 s of audio, with the heads that
-distillation adds counted in both. Who only uses features computes no heads: the last row of the table.
+With heads included, 10 s of audio give the published ratios of ARMHuBERT: 28 % of the parameters and 30 % of the MACs of HuBERT Base.
+Inference needs no heads, so the last row of the table excludes them.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ray_distill.pipeline.config import load_config
-from ray_distill.pipeline.files import check_room
 from ray_distill.pipeline.student_export import open_student
 from ray_distill.student.model.attention import Attention
 from ray_distill.student.model.student import Student
@@ -35,19 +31,21 @@ from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
 HUBERT_BASE = "random:12x768"
-"""HuBERT Base's shape; weights don't matter here."""
+"""A teacher of the shape of HuBERT Base. Its weights do not affect the counts."""
 
 OTHER = "other"
 
 
 @dataclass
 class Profile:
-    """Counts of one model.
+    """The counts of one model.
 
     Attributes:
-        parameters: by part, mask embedding included.
-        macs: by part, of one utterance.
-        seconds: its length.
+        parameters: Number of parameters by part, including the mask embedding.
+        macs: Number of MACs for one utterance by part.
+        seconds: Length of the utterance in seconds.
+        total_parameters: Number of parameters.
+        total_macs: Number of MACs.
     """
 
     parameters: dict[str, int]
@@ -62,7 +60,16 @@ class Profile:
 
 
 def profile_student(student: Student, seconds: float = 10.0) -> Profile:
-    """Parts: convolutions, position, attention, feed-forward, heads, other (projection, norms, mask embedding, ...)."""
+    """Profile a student on random audio.
+
+    Args:
+        student: Student; it is moved to the CPU and set to evaluation mode.
+        seconds: Length of the audio in seconds. Default: 10.
+
+    Returns:
+        Counts of the parts convolutions, position, attention, feed-forward, heads and other (projection, normalisation, mask
+        embedding, ...).
+    """
     student = student.eval().cpu()
     layers: list[Any] = list(student.layers)
     parts: dict[str, list[nn.Module]] = {
@@ -83,27 +90,38 @@ def profile_student(student: Student, seconds: float = 10.0) -> Profile:
     }
     waveform = torch.randn(1, int(seconds * SAMPLE_RATE)) * 0.1
     lengths = torch.tensor([waveform.shape[1]])
-    again = 0
+    recomputed = 0
 
-    def count_again(module: nn.Module, given: Any, output: Any) -> None:
-        nonlocal again
+    def count_recomputed(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal recomputed
         queries = output[1].queries
-        again += queries.numel() * queries.shape[2]
+        recomputed += queries.numel() * queries.shape[2]
 
     with ExitStack() as stack:
         for module in student.modules():
             if isinstance(module, Attention) and module.reuses:
-                stack.callback(module.register_forward_hook(count_again).remove)
+                stack.callback(module.register_forward_hook(count_recomputed).remove)
         macs = _count(parts, lambda: student(waveform, lengths))
-    macs["attention"] -= again
+    macs["attention"] -= recomputed
     return Profile(_parameters(parts, student.parameters()), macs, seconds)
 
 
 def profile_teacher(teacher: Teacher, seconds: float = 10.0) -> Profile:
-    """The same parts, without heads. ValueError for a teacher that is not built like wav2vec 2.0."""
+    """Profile a teacher on random audio.
+
+    Args:
+        teacher: Teacher built like wav2vec 2.0.
+        seconds: Length of the audio in seconds. Default: 10.
+
+    Returns:
+        Counts of the same parts as `profile_student`, without heads.
+
+    Raises:
+        ValueError: The teacher is not built like wav2vec 2.0.
+    """
     if not isinstance(teacher, Wav2Vec2Teacher):
         raise ValueError(
-            f"{teacher.name} has other parts than a student; give a teacher that is built like wav2vec 2.0"
+            f"{teacher.name} can't be compared part by part with a student; give a teacher that is built like wav2vec 2.0"
         )
     model: Any = teacher.model
     transformer: Any = model.encoder.transformer
@@ -120,19 +138,21 @@ def profile_teacher(teacher: Teacher, seconds: float = 10.0) -> Profile:
     return Profile(parameters, macs, seconds)
 
 
-def _parameters(parts: Mapping[str, list[nn.Module]], every: Iterable[nn.Parameter]) -> dict[str, int]:
-    found = {name: sum(p.numel() for module in modules for p in module.parameters()) for name, modules in parts.items()}
-    return found | {OTHER: sum(p.numel() for p in every) - sum(found.values())}
+def _parameters(parts: Mapping[str, list[nn.Module]], parameters: Iterable[nn.Parameter]) -> dict[str, int]:
+    counts = {
+        name: sum(p.numel() for module in modules for p in module.parameters()) for name, modules in parts.items()
+    }
+    return counts | {OTHER: sum(p.numel() for p in parameters) - sum(counts.values())}
 
 
 def _addmm_flops(out: Any, first: Any, second: Any, out_shape: Any = None, **_: Any) -> int:
-    """Of the in-place form, which the counter does not know, by shapes."""
+    """Return the FLOPs of ``addmm_``, which PyTorch's counter does not know, from the shapes of its arguments."""
     return int(2 * first[0] * first[1] * second[1])
 
 
 def _count(parts: Mapping[str, list[nn.Module]], run: Callable[[], Any]) -> dict[str, int]:
-    found = dict.fromkeys(parts, 0)
-    # In this form attention is two matrix products, each seen by the counter.
+    macs = dict.fromkeys(parts, 0)
+    # The MATH backend computes attention as two matrix products, which the counter sees.
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -140,22 +160,22 @@ def _count(parts: Mapping[str, list[nn.Module]], run: Callable[[], Any]) -> dict
         counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=custom))
         for name, modules in parts.items():
             for module in modules:
-                stack.enter_context(_booked(module, name, found, counter))
+                stack.enter_context(_add_macs(module, name, macs, counter))
         run()
-    found[OTHER] = counter.get_total_flops() // 2 - sum(found.values())
-    return found
+    macs[OTHER] = counter.get_total_flops() // 2 - sum(macs.values())
+    return macs
 
 
 @contextmanager
-def _booked(module: nn.Module, name: str, found: dict[str, int], counter: FlopCounterMode) -> Iterator[None]:
-    """Adds what the module computes to a part."""
-    begun: list[int] = []
+def _add_macs(module: nn.Module, part: str, macs: dict[str, int], counter: FlopCounterMode) -> Iterator[None]:
+    """Add the MACs of the module's forward passes to those of a part."""
+    flops_before: list[int] = []
 
     def begin(*_: Any) -> None:
-        begun.append(counter.get_total_flops())
+        flops_before.append(counter.get_total_flops())
 
     def end(*_: Any) -> None:
-        found[name] += (counter.get_total_flops() - begun.pop()) // 2
+        macs[part] += (counter.get_total_flops() - flops_before.pop()) // 2
 
     handles = module.register_forward_pre_hook(begin), module.register_forward_hook(end)
     try:
@@ -166,72 +186,57 @@ def _booked(module: nn.Module, name: str, found: dict[str, int], counter: FlopCo
 
 
 def profile_table(student: Profile, teacher: Profile, names: tuple[str, str]) -> Table:
-    """Both side by side, with shares."""
-    table = Table(title=f"parameters and MACs of {student.seconds:g} s of audio")
+    """Return a table of both profiles side by side, with the student's share of the teacher.
+
+    Args:
+        student: Profile of the student.
+        teacher: Profile of the teacher, for the same length of audio.
+        names: Names of the student and the teacher.
+    """
+    table = Table(title=f"parameters, and MACs for {student.seconds:g} s of audio")
     for column in ("part", f"{names[0]}: parameters", "MACs (G)", f"{names[1]}: parameters", "MACs (G)"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for part in dict.fromkeys([*student.parameters, *teacher.parameters]):
         cells = [part]
         for profile in (student, teacher):
-            known = part in profile.parameters
-            cells += [f"{profile.parameters[part]:,}", f"{profile.macs[part] / 1e9:.2f}"] if known else ["", ""]
+            has_part = part in profile.parameters
+            cells += [f"{profile.parameters[part]:,}", f"{profile.macs[part] / 1e9:.2f}"] if has_part else ["", ""]
         table.add_row(*cells)
     table.add_section()
     row = [cell for p in (student, teacher) for cell in (f"{p.total_parameters:,}", f"{p.total_macs / 1e9:.2f}")]
-    table.add_row("whole", *row)
+    table.add_row("total", *row)
     share = student.total_parameters / teacher.total_parameters, student.total_macs / teacher.total_macs
-    table.add_row(f"of {names[1]}", f"{share[0]:.1%}", f"{share[1]:.1%}", "", "")
+    table.add_row(f"share of {names[1]}", f"{share[0]:.1%}", f"{share[1]:.1%}", "", "")
     if heads := student.macs.get("heads"):
-        bare = (student.total_macs - heads) / teacher.total_macs
-        kept = (student.total_parameters - student.parameters["heads"]) / teacher.total_parameters
-        table.add_row("without heads", f"{kept:.1%}", f"{bare:.1%}", "", "")
+        share_of_macs = (student.total_macs - heads) / teacher.total_macs
+        share_of_parameters = (student.total_parameters - student.parameters["heads"]) / teacher.total_parameters
+        table.add_row("share without heads", f"{share_of_parameters:.1%}", f"{share_of_macs:.1%}", "", "")
     return table
 
 
-def command(
-    model: Annotated[
-        Path, typer.Argument(help="A run's configuration (YAML), a run's folder, or an exported student.")
-    ],
-    teacher: Annotated[
-        str | None, typer.Option(help=f"Default the run's, or HuBERT Base's shape ({HUBERT_BASE}).")
-    ] = None,
-    seconds: Annotated[float, typer.Option(help="Length of the utterance; attention grows with its square.")] = 10.0,
-    output: Annotated[Path | None, typer.Option(help="Also write the counts to this JSON file.")] = None,
-) -> None:
-    """Count parameters and multiply-accumulate operations of a student and its teacher, whole and by part."""
-    try:
-        if seconds * SAMPLE_RATE < 400:
-            raise ValueError(f"--seconds {seconds:g} is shorter than one frame (0.025)")
-        if output is not None:
-            check_room(output.parent)
-            if output.is_dir():
-                raise ValueError(f"--output {output} is a folder; give a file's name")
-        if model.suffix in (".yaml", ".yml"):
-            config = load_config(model)
-            loaded = load_teacher(teacher or _shape_of(config.teacher.checkpoint))
-            layers = len(config.teacher.layers or range(loaded.num_layers))
-            student = Student(config.resolve_student(layers, loaded.dim, loaded.patches))
-        else:
-            student, origin = open_student(model)
-            run = origin.get("configuration")
-            loaded = load_teacher(teacher or (HUBERT_BASE if run is None else _shape_of(run["teacher"]["checkpoint"])))
-        profiles = profile_student(student, seconds), profile_teacher(loaded, seconds)
-        Console().print(profile_table(*profiles, ("student", loaded.name)))
-        if output is not None:
-            record = {"student": asdict(profiles[0]), "teacher": asdict(profiles[1]), "teacher_name": loaded.name}
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(record, indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+def load_models(model: Path, teacher: str | None = None) -> tuple[Student, Teacher]:
+    """Load a student and the teacher to compare it with.
+
+    Args:
+        model: YAML configuration, or folder of a run, of an export or of a checkpoint.
+        teacher: Teacher to compare with, as in a configuration. Default: the run's, or the shape of HuBERT Base.
+
+    Returns:
+        The student, untrained if ``model`` is a configuration, and the teacher.
+
+    Raises:
+        ValueError: There is no such model or teacher, or it is damaged.
+    """
+    if model.suffix in (".yaml", ".yml"):
+        config = load_config(model)
+        loaded = load_teacher(teacher or _shape_of(config.teacher.checkpoint))
+        layers = len(config.teacher.layers or range(loaded.num_layers))
+        return Student(config.resolve_student(layers, loaded.dim, loaded.patches)), loaded
+    student, origin = open_student(model)
+    run = origin.get("configuration")
+    return student, load_teacher(teacher or (HUBERT_BASE if run is None else _shape_of(run["teacher"]["checkpoint"])))
 
 
 def _shape_of(checkpoint: str) -> str:
-    """The teacher to count; one that is not here has a shape all the same, if it is of the size that the recipes name."""
+    """Return a specification of the teacher's shape: HuBERT Base's if the checkpoint is not on this machine."""
     return checkpoint if Path(checkpoint).exists() or ":" in checkpoint else HUBERT_BASE
-
-
-if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    app()

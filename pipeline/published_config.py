@@ -1,54 +1,56 @@
-"""A published yaml of the ARMHuBERT repository as one of our configurations: ``import-config PUBLISHED.yaml``."""
+"""A published YAML file of the ARMHuBERT repository as a configuration of this project."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pydantic
-import typer
 import yaml
 
-from ray_distill.pipeline.config import Config, ConfigError, dump_config
+from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.student.published import literal_list, published_config
 
 DRAWS = 4
-"""Mask draws of a converted configuration; the published recipe draws anew each time. What draws cost: docs/draws.md."""
+"""Number of mask draws of a converted configuration; the published recipe draws a new mask for every step.
+
+docs/draws.md compares numbers of draws.
+"""
 
 DROPPED = {
-    "train.base_dir": "runs=... says where runs are kept",
-    "train.checkpoint": "a run goes on from its own last checkpoint",
-    "train.use_apex": "PyTorch's own automatic mixed precision is used",
+    "train.base_dir": "the folder of runs is set by runs=...",
+    "train.checkpoint": "a run resumes from its own last checkpoint",
+    "train.use_apex": "PyTorch's automatic mixed precision is used instead",
     "train.monitor_losses": "losses are always recorded",
     "distiller.final_dim": "the published student does not use it",
-    "distiller.max_positions": "there is no limit",
-    "distiller.attn_type": "the two implementations compute the same attention",
-    "distiller.fp16": "of Conformer layers only; train.precision has the training's",
-    "distiller.tr_conv1d_kernel": "the published code takes tr_reduce_factor for the kernel",
+    "distiller.max_positions": "positions are not limited",
+    "distiller.attn_type": "both implementations compute the same attention",
+    "distiller.fp16": "it affects only Conformer layers; the precision of training is train.precision",
+    "distiller.tr_conv1d_kernel": "the published code uses tr_reduce_factor as the kernel size",
     "distiller.required_seq_len_multiple": "padding to a multiple changes no output",
-    "optimizer.weight_decay": "the published optimiser's groups override it by 0.01 on all but biases, which is kept",
-    "data.bucketing_path": "the corpus is indexed afresh",
-    "specaug.time_warp_mode": "features are stretched linearly in time; bicubic is for images",
-    "specaug.adaptive_number_ratio": "of adaptive masks only",
-    "specaug.adaptive_size_ratio": "of adaptive masks only",
-    "specaug.max_n_time_masks": "of adaptive masks only",
-    "data.test_set": "validation is on dev-clean, as published; test sets take no part in training",
+    "optimizer.weight_decay": "the published optimiser overrides it with 0.01 on everything but biases, and so does this project",
+    "data.bucketing_path": "the corpus is indexed instead",
+    "specaug.time_warp_mode": "features are interpolated linearly in time; bicubic interpolation is for images",
+    "specaug.adaptive_number_ratio": "it affects only adaptive masks",
+    "specaug.adaptive_size_ratio": "it affects only adaptive masks",
+    "specaug.max_n_time_masks": "it affects only adaptive masks",
+    "data.test_set": "validation uses dev-clean, as published; training uses no test set",
 }
-"""Published keys that have no counterpart, and why none is missed."""
+"""Published keys without a counterpart, and the reason for each."""
 
-_ONLY: dict[str, Any] = {
+_SUPPORTED: dict[str, Any] = {
     "train.delete_projections": False,
     "train.rec_loss_type": ("mse", "l1"),
     "distiller.update_teacher_mask": False,
     "optimizer.name": "AdamW_with_schedule",
     "specaug.adaptive": False,
 }
-"""Published keys whose other values would change the training, and that we don't have."""
+"""Published keys that are supported with these values only; other values would change the training."""
 
-_INSTEAD = {
-    "train.delete_projections": "; the published loss needs projections too, and `convert --without-heads` takes them off "
-    "a checkpoint",
-    "distiller.update_teacher_mask": "; a teacher whose mask embedding follows the student's can't be cached: with "
-    "train.mask_embedding teacher the student shares the teacher's instead",
+_ALTERNATIVES = {
+    "train.delete_projections": "; the published loss needs projections too, and `ray-distill convert --without-heads` removes them "
+    "from a checkpoint",
+    "distiller.update_teacher_mask": "; a teacher whose mask embedding follows the student's can't be cached; set "
+    "train.mask_embedding=teacher to make the student use the teacher's instead",
 }
 
 _READ = {
@@ -66,20 +68,20 @@ _READ = {
     "specaug": "apply_time_warp time_warp_window apply_freq_mask freq_mask_width_range num_freq_mask apply_time_mask "
     "time_mask_width_range num_time_mask replace_with_zero",
 }
-"""Published keys that `import_config` reads; docs/published-names.md has their names here."""
+"""Published keys that `import_config` reads; docs/published-names.md lists the corresponding keys of this project."""
 
 
 def import_config(path: Path) -> tuple[Config, list[str]]:
-    """Converts a published yaml.
+    """Convert a published YAML file.
 
     Args:
-        path: of the yaml, as ``conf/armhubert/armhubert-960.yaml`` of the published repository.
+        path: YAML file such as ``conf/armhubert/armhubert-960.yaml`` of the published repository.
 
     Returns:
-        Our configuration, and a sentence for each key that was dropped.
+        The configuration, and a sentence for each key that was dropped.
 
     Raises:
-        ConfigError: not a published yaml, an unknown key, or an option that we don't have.
+        ConfigError: The file is not a published configuration, has an unknown key, or sets an unsupported option.
     """
     try:
         student = published_config(path)
@@ -97,30 +99,31 @@ def import_config(path: Path) -> tuple[Config, list[str]]:
     }
     known = {f"{section}.{key}" for section, keys in _READ.items() for key in keys.split()}
     for key, value in given.items():
-        if key not in known and key not in DROPPED and key not in _ONLY:
-            raise ConfigError(f"{path}: {key} is no key of a published configuration")
-        allowed = _ONLY.get(key, value)
+        if key not in known and key not in DROPPED and key not in _SUPPORTED:
+            raise ConfigError(f"{path}: {key} is not a key of a published configuration")
+        allowed = _SUPPORTED.get(key, value)
         if value != allowed and not (isinstance(allowed, tuple) and value in allowed):
-            some = " or ".join(map(repr, allowed)) if isinstance(allowed, tuple) else repr(allowed)
+            choices = " or ".join(map(repr, allowed)) if isinstance(allowed, tuple) else repr(allowed)
             raise ConfigError(
-                f"{path}: {key} is {value!r}, which this student does not have; only {some}{_INSTEAD.get(key, '')}"
+                f"{path}: {key} is {value!r}, but only {choices} is supported{_ALTERNATIVES.get(key, '')}"
             )
     try:
         config = _convert(given, student.model_dump(mode="json") | {"reuse_behaviour": "paper"})
     except KeyError as error:
-        raise ConfigError(f"{path} lacks {error.args[0]}, which a published configuration has") from error
+        raise ConfigError(f"{path} lacks the key {error.args[0]}, which every published configuration has") from error
     except (pydantic.ValidationError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} does not convert: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} can't be converted: {' '.join(str(error).split())}") from error
     return config, [f"{key}: {DROPPED[key]}" for key in given if key in DROPPED]
 
 
 def _convert(given: dict[str, Any], student: dict[str, Any]) -> Config:
+    """Return the configuration for the values of published keys and the settings of the student."""
     gpus, hints = given["train.gpus"], given["train.distil_random_layer"]
     split = student["heads"] == "split"
     below = (student["split_heads"] if split else student["encoder_layers"]) - 1
     if not 1 <= hints <= below:
         raise ValueError(
-            f"train.distil_random_layer is {hints}, but there are 1 to {below} layers below the last to learn from"
+            f"train.distil_random_layer is {hints}, but it must be between 1 and {below}, the number of layers below the last"
         )
     predicted = [layer + 1 for layer in literal_list(given["distiller.pred_layer_id"])] if split else None
     policy = {
@@ -176,12 +179,15 @@ def _convert(given: dict[str, Any], student: dict[str, Any]) -> Config:
 
 
 def _spec_augment(given: dict[str, Any]) -> dict[str, Any] | None:
-    """The published policy, which its own forward pass never applies; what the yaml leaves out has the published code's default."""
+    """Return the settings of SpecAugment; None if it is off. Missing keys have the defaults of the published code.
+
+    The forward pass of the published code never applies them.
+    """
     if not given.get("train.specaug"):
         return None
     widths = [given.get("specaug.freq_mask_width_range", [0, 20]), given.get("specaug.time_mask_width_range", [0, 100])]
     if any(low for low, _ in widths):
-        raise ValueError(f"specaug masks of a smallest width ({widths}) are not known; ranges must start at 0")
+        raise ValueError(f"specaug masks with a minimum width ({widths}) are not supported; the ranges must start at 0")
     frequency, time = (high for _, high in widths)
     return {
         "time_warp_window": given.get("specaug.time_warp_window", 5)
@@ -193,28 +199,3 @@ def _spec_augment(given: dict[str, Any]) -> dict[str, Any] | None:
         "time_mask_width": time,
         "fill": "zero" if given.get("specaug.replace_with_zero", True) else "mean",
     }
-
-
-def command(
-    published: Annotated[Path, typer.Argument(help="A yaml of the published repository.")],
-    output: Annotated[Path | None, typer.Option(help="A new file; default standard output.")] = None,
-) -> None:
-    """Convert a published yaml to a configuration, and say what was dropped."""
-    try:
-        config, dropped = import_config(published)
-        if output is not None and output.exists():
-            raise ConfigError(f"{output} is there already; choose another --output")
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    if output is None:
-        typer.echo(dump_config(config), nl=False)
-    else:
-        output.write_text(dump_config(config))
-    for sentence in dropped:
-        typer.echo(f"dropped {sentence}", err=True)
-    typer.echo(
-        f"changed masks.draws: {DRAWS} kept draws take turns, published is a new mask each time; "
-        "student.reuse_behaviour: paper, where the published code applied softmax twice",
-        err=True,
-    )

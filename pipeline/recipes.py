@@ -1,51 +1,48 @@
-"""The console command ``ray-distill``: ``pipeline/run.py``, which also knows the recipes by their names."""
+"""Recipes by name: ``--config demo`` stands for the file ``configs/demo.yaml``, also in an installed package."""
 
-import runpy
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-_PLACES = (Path(__file__).resolve().parents[1] / "recipes", Path(__file__).resolve().parent.parent / "configs")
-"""Of the recipes: in an installed package, in the repository."""
+_ROOT = Path(__file__).resolve().parents[1]
+_FOLDERS = (_ROOT / "recipes", _ROOT / "configs")
+"""Folders of the recipes: in an installed package, and in the repository."""
 
 
-def find_recipe(name: str) -> str:
-    """The file of a recipe.
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe.
 
     Args:
-        name: a file, or a recipe's name, with or without its folder and ending: ``demo``, ``configs/demo.yaml``.
+        name: Path of a file, or name of a recipe with or without ``configs/`` and ``.yaml``: ``demo``,
+            ``configs/demo.yaml``, ``ablations/smoke``.
 
     Returns:
-        The path of the file; ``name`` itself where it is a file, or where there is no such recipe.
+        Path of the file. If no file and no recipe has this name, ``name`` itself as a path.
 
     Example:
-        >>> Path(find_recipe("demo")).name
+        >>> find_recipe("demo").name
         'demo.yaml'
     """
-    if Path(name).is_file():
-        return name
-    relative = Path(name).relative_to("configs") if Path(name).parts[:1] == ("configs",) else Path(name)
-    for place in _PLACES:
-        for file in (place / relative, place / f"{relative}.yaml"):
-            if not relative.is_absolute() and file.is_file():
-                return str(file)
-    return name
+    path = Path(name)
+    if path.is_file() or path.is_absolute():
+        return path
+    relative = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    for folder in _FOLDERS:
+        for file in (folder / relative, folder / f"{relative}.yaml"):
+            if file.is_file():
+                return file
+    return path
 
 
-def with_recipes(arguments: list[str]) -> list[str]:
-    """The arguments with the recipe named by ``--config`` or ``--cluster`` replaced by its file."""
-    changed, options = [], ("--config", "--cluster")
-    for number, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if number and arguments[number - 1] in options:
-            changed.append(find_recipe(argument))
-        elif option in options and equals:
-            changed.append(f"{option}={find_recipe(value)}")
-        else:
-            changed.append(argument)
-    return changed
+def recipe_names(folder: str = "") -> list[str]:
+    """Return the names of the recipes in a sub-folder of ``configs/``, sorted. Default: in ``configs/`` itself."""
+    places = [root / folder for root in _FOLDERS if (root / folder).is_dir()]
+    return sorted({(Path(folder) / file.stem).as_posix() for place in places for file in place.glob("*.yaml")})
 
 
-def main() -> None:
-    """Runs ``pipeline/run.py`` with the command line's arguments."""
-    sys.argv[1:] = with_recipes(sys.argv[1:])
-    runpy.run_module("ray_distill.pipeline.run", run_name="__main__")
+def complete_recipe(folder: str = "") -> Callable[[str], list[str]]:
+    """Return the shell completion of an option that takes a recipe from a sub-folder of ``configs/``."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in recipe_names(folder) if name.startswith(incomplete)]
+
+    return complete

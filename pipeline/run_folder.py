@@ -1,22 +1,29 @@
-"""A run's folder: where each of its files lies, and typed access to what they hold."""
+"""The folder of a run: paths of its files, typed access to their contents, and the one process that works on it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import yaml
 
-from ray_distill.pipeline.config import Config, ConfigError, check_config
-from ray_distill.student.training.run_files import CHECKPOINTS, METRICS, RESULT, TENSORBOARD
+from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_config
+from ray_distill.pipeline.corpus import SKIPPED
+from ray_distill.pipeline.files import write_text
+from ray_distill.pipeline.run_lock import LockHolder, lock_run
+from ray_distill.student.training.field_effects import CHANGES_NO_RESULT, keys_with
+from ray_distill.student.training.run_files import BEST, CHECKPOINTS, CONFIG, EXPORT, METRICS, RAY, RESULT, TENSORBOARD
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one run, by what they hold. Nothing is read until it is asked for.
+    """The files of one run. Files are read when a method is called.
 
     Attributes:
-        path: the folder, absolute.
+        path: Folder of the run, an absolute path.
 
     Example:
         >>> RunFolder(Path("/data/runs/demo")).report
@@ -27,13 +34,13 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The run's name."""
+        """Name of the run."""
         return self.path.name
 
     @property
     def config_file(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
+        """Resolved configuration."""
+        return self.path / CONFIG
 
     @property
     def corpus(self) -> Path:
@@ -41,13 +48,18 @@ class RunFolder:
         return self.path / "corpus"
 
     @property
+    def skipped_files(self) -> Path:
+        """Table of the audio files that the index skipped, with reasons."""
+        return self.corpus / SKIPPED
+
+    @property
     def result_file(self) -> Path:
-        """What the training came to; there once it is finished."""
+        """Result of the training. It exists once the training is finished."""
         return self.path / RESULT
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON row for each logged step and validation."""
+        """Metrics: one JSON row per logged step and per validation."""
         return self.path / METRICS
 
     @property
@@ -57,42 +69,47 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the training's state and of its best students."""
+        """Folder of the training's state and of the best students."""
         return self.path / CHECKPOINTS
 
     @property
     def best(self) -> Path:
         """Folder of the student with the lowest validation loss."""
-        return self.checkpoints / "best"
+        return self.checkpoints / BEST
 
     @property
     def export(self) -> Path:
         """Folder of the exported student."""
-        return self.path / "export"
+        return self.path / EXPORT
 
     @property
     def summary_file(self) -> Path:
-        """What the run came to, in short."""
+        """Summary of the run's results."""
         return self.path / "summary.json"
 
     @property
     def report(self) -> Path:
-        """The HTML report."""
+        """HTML report."""
         return self.path / "report.html"
 
     @property
     def initial_weights(self) -> Path:
-        """First weights taken from the teacher, where the configuration asks for them."""
+        """Initial weights copied from the teacher, if the configuration requests any."""
         return self.path / "initial.safetensors"
 
     @property
+    def ray(self) -> Path:
+        """Folder of Ray's own records."""
+        return self.path / RAY
+
+    @property
     def ray_log(self) -> Path:
-        """What Ray wrote to standard error."""
+        """Standard error of Ray."""
         return self.path / "ray.log"
 
     @property
     def probes(self) -> Path:
-        """Folder of probe results, one folder for each probe."""
+        """Folder of probe results, with one folder per probe."""
         return self.path / "probes"
 
     @property
@@ -101,28 +118,62 @@ class RunFolder:
         return sorted(self.probes.glob("*/probe.json"))
 
     @property
+    def lock_file(self) -> Path:
+        """Lock that the process working on the run holds."""
+        return self.path / ".lock"
+
+    @property
+    def lock_record(self) -> Path:
+        """Description of the process that holds the lock."""
+        return self.path / ".lock-holder.json"
+
+    @property
     def is_trained(self) -> bool:
         """Whether the training is finished."""
         return self.result_file.is_file()
 
+    @property
+    def has_results(self) -> bool:
+        """Whether the folder contains anything that a run of another configuration must not replace.
+
+        The corpus index and the initial weights are made again where they differ, so they don't count. Neither do hidden files,
+        which are locks and unfinished writes.
+        """
+        replaceable = {path.name for path in (self.config_file, self.ray_log, self.corpus, self.initial_weights)}
+        return self.path.is_dir() and any(
+            entry.name not in replaceable and not entry.name.startswith(".") for entry in self.path.iterdir()
+        )
+
     def config(self) -> Config:
-        """The run's configuration. ConfigError where it is missing or damaged."""
+        """Return the run's configuration.
+
+        Raises:
+            ConfigError: The file is missing or damaged, or is not a configuration of this version.
+        """
         try:
             tree = yaml.safe_load(self.config_file.read_text())
         except FileNotFoundError:
-            raise ConfigError(f"{self.path} holds no run: there is no {self.config_file.name}") from None
+            raise ConfigError(f"{self.path} is not the folder of a run: it has no {self.config_file.name}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{self.config_file} is damaged: {' '.join(str(error).split())}") from error
         if not isinstance(tree, dict):
-            raise ConfigError(f"{self.config_file} is damaged: it holds no configuration")
+            raise ConfigError(f"{self.config_file} is damaged: it contains no configuration")
         return check_config(tree)
 
     def result(self) -> dict[str, Any] | None:
-        """What the training came to; None where it is not finished. ValueError where the file is damaged."""
+        """Return the result of the training, or None if it is not finished.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
         return _read_json(self.result_file)
 
     def summary(self) -> dict[str, Any] | None:
-        """The run's summary; None where there is none yet. ValueError where the file is damaged."""
+        """Return the summary of the run, or None if it has no summary yet.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
         return _read_json(self.summary_file)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -135,6 +186,94 @@ class RunFolder:
                 break
         return rows
 
+    @contextmanager
+    def begin(self, config: Config, *, shared: bool = False) -> Iterator[LockHolder | None]:
+        """Lock the folder for a run of a configuration while the block runs, and store the configuration.
+
+        If the block fails before it has made anything worth keeping, a folder that did not exist before is removed.
+
+        Args:
+            config: Configuration of the run.
+            shared: Whether the folder belongs to the work that the runs of an ablation share, whose configuration may change.
+                Default: False.
+
+        Yields:
+            The previous process that worked on the run if it was killed, or None.
+
+        Raises:
+            RunInUseError: Another process is working on the run.
+            ConfigError: The folder contains results of another configuration.
+        """
+        new = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        with lock_run(self.lock_file, self.lock_record) as previous:
+            try:
+                if not shared:
+                    self.refuse_other_config(config)
+                write_text(self.config_file, dump_config(config))
+                yield previous
+            except BaseException:
+                if new and not self.has_results and not self.corpus.exists():
+                    self._remove(new)
+                raise
+
+    def _remove(self, folders: list[Path]) -> None:
+        """Remove the run's folder, which has no results, and those of its parents that were made with it and are empty."""
+        for file in self.path.iterdir():
+            file.unlink()
+        for folder in folders:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+    def refuse_other_config(self, config: Config) -> None:
+        """Check that the folder contains no results of another configuration.
+
+        Keys that don't change a run's result (`CHANGES_NO_RESULT`) may differ, and so may everything while the folder has no
+        results: a corrected configuration may replace one that failed early.
+
+        Raises:
+            ConfigError: The folder contains results of another configuration, or of an unknown one.
+        """
+        if not self.has_results:
+            return
+        mine, theirs = _result_keys(config.model_dump(mode="json")), _result_keys(self._recorded_config())
+        changed = [section for section in mine if mine[section] != theirs.get(section)]
+        if changed:
+            raise ConfigError(
+                f"{self.path} holds a run with another configuration (sections that differ: {', '.join(changed)}); "
+                "choose another name=..., or remove that folder"
+            )
+
+    def _recorded_config(self) -> dict[str, Any]:
+        """Return the stored configuration, with the defaults of keys that are new since it was written."""
+        advice = "choose another name=..., or remove that folder"
+        try:
+            tree = yaml.safe_load(self.config_file.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{self.path} contains files but no run (no {self.config_file.name}); {advice}") from None
+        except (yaml.YAMLError, UnicodeDecodeError):
+            tree = None
+        if not isinstance(tree, dict) or not all(isinstance(tree.get(section), dict) for section in ("cache", "train")):
+            raise ConfigError(
+                f"{self.config_file} is damaged, so the configuration of the results in its folder is unknown; {advice}"
+            )
+        try:
+            return Config.model_validate(tree).model_dump(mode="json")
+        except pydantic.ValidationError:
+            return tree  # It has a key that no longer exists; the comparison names its section.
+
+
+def _result_keys(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections of a configuration without the keys that don't change a run's result."""
+    for key in keys_with(Config, CHANGES_NO_RESULT):
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node.pop(name, None)
+    return tree
+
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
@@ -144,5 +283,5 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} is damaged: it does not hold a JSON object")
+        raise ValueError(f"{path} is damaged: it does not contain a JSON object")
     return tree

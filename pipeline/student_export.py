@@ -1,101 +1,87 @@
-"""``python -m pipeline.export_model MODEL --format s3prl --output FOLDER``: a student leaves for another tool."""
+"""A student in the format of another tool, with a record of its origin."""
 
 import json
 import subprocess
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
-import typer
 import yaml
 
+from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.student import load_student
 from ray_distill.student.exporters.origin import Origin
 from ray_distill.student.model.student import Student
+from ray_distill.student.training.run_files import CHECKPOINTS
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-class Format(StrEnum):
-    """What is written."""
-
-    S3PRL = "s3prl"
-    HUGGINGFACE = "huggingface"
-    ONNX = "onnx"
-    TORCH = "torch"
+Format = Literal["s3prl", "huggingface", "onnx", "torch"]
 
 
 def open_student(model: Path, model_config: Path | None = None) -> tuple[Student, Origin]:
-    """A student and where it comes from.
+    """Load a student and the record of its origin.
 
     Args:
-        model: a run's folder (its export is taken), an exported or checkpoint folder, or a published ``.ckpt``.
-        model_config: the published yaml of a ``.ckpt``.
+        model: Folder of a run (its export is loaded), of an export or of a checkpoint; or a published ``.ckpt`` file.
+        model_config: YAML file of a published ``.ckpt``.
+
+    Returns:
+        The student, and what is known of its origin: run, teacher, corpus, training, commit.
 
     Raises:
-        ValueError: there is no such student, or it is damaged.
+        ValueError: There is no such student, or it or a file of its run is damaged.
     """
-    if (model / "config.yaml").is_file() and not (model / "config.json").is_file():
-        if not (model / "export").is_dir():
-            raise ValueError(
-                f"the run at {model} has no export; run its export stage first, or name one of its checkpoints"
-            )
-        model = model / "export"
+    if RunFolder(model).config_file.is_file() and not (model / "config.json").is_file():
+        if not RunFolder(model).export.is_dir():
+            raise ValueError(f"the run {model} has no export yet; run its export stage, or give one of its checkpoints")
+        model = RunFolder(model).export
     student = load_student(model, model_config)
     origin: Origin = {"commit": _commit(), "student": student.config.model_dump(mode="json")}
     if (model / "config.json").is_file():
         metadata = json.loads((model / "config.json").read_text()).get("metadata", {})
         origin["metrics"] = {name: value for name, value in metadata.items() if isinstance(value, (int, float))}
-    run = _run_of(model)
-    configuration = None if run is None else _configuration(run / "config.yaml")
+    run = _run_folder(model)
+    configuration = None if run is None else _configuration(run.config_file)
     if run is not None and configuration is not None:
-        origin |= _of_run(run, configuration, origin.get("metrics", {}))
+        origin |= _origin_in_run(run, configuration, origin.get("metrics", {}))
     return student, origin
 
 
-def _run_of(model: Path) -> Path | None:
-    """The folder of the run that a student is still in: its export, or one of its checkpoints."""
+def _run_folder(model: Path) -> RunFolder | None:
+    """Return the folder of the run whose export or checkpoint a model is; None if it is neither."""
     if model.suffix == ".ckpt":
         return None
     folder = model.resolve() if model.is_dir() else model.resolve().parent
     if folder.name == "export":
-        return folder.parent
-    return folder.parent.parent if folder.parent.name == "checkpoints" else None
+        return RunFolder(folder.parent)
+    return RunFolder(folder.parent.parent) if folder.parent.name == CHECKPOINTS else None
 
 
 def _configuration(path: Path) -> dict[str, Any] | None:
-    """A run's configuration; None where there is none, or it is another program's. ValueError where it can't be read."""
+    """Return a run's configuration, unchecked; None if the file is missing or belongs to another program.
+
+    Raises:
+        ValueError: The file is not YAML.
+    """
     if not path.is_file():
         return None
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path}, the configuration of the student's run, is not YAML ({' '.join(str(error).split())})"
+            f"{path}, the configuration of the student's run, is not valid YAML: {' '.join(str(error).split())}"
         ) from error
-    sections = isinstance(tree, dict) and all(isinstance(tree.get(name), dict) for name in ("teacher", "train"))
-    return tree if sections and "name" in tree and "checkpoint" in tree["teacher"] else None
+    has_sections = isinstance(tree, dict) and all(isinstance(tree.get(name), dict) for name in ("teacher", "train"))
+    return tree if has_sections and "name" in tree and "checkpoint" in tree["teacher"] else None
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """What a JSON file of the run holds; nothing where there is none. ValueError where it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        tree = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); without that file the export says less of its origin"
-        ) from error
-    return tree if isinstance(tree, dict) else {}
-
-
-def _of_run(run: Path, configuration: dict[str, Any], metrics: dict[str, float]) -> Origin:
-    """What a run's folder tells; nothing of it need be there but the configuration."""
-    summary = _record(run / "summary.json")
-    trained = _record(run / "train.json") or summary.get("training") or {}
+def _origin_in_run(run: RunFolder, configuration: dict[str, Any], metrics: dict[str, float]) -> Origin:
+    """Return what a run's folder records of the origin; only its configuration is required."""
+    summary = run.summary() or {}
+    trained = run.result() or summary.get("training") or {}
     names = ("steps", "last_loss", "last_validation_loss", "best_validation_loss")
     train = configuration["train"]
     origin: Origin = {
@@ -108,15 +94,15 @@ def _of_run(run: Path, configuration: dict[str, Any], metrics: dict[str, float])
         "configuration": configuration,
     }
     if summary.get("teacher_is_random"):
-        origin["teacher"] += " (RANDOM weights: the features mean nothing)"
+        origin["teacher"] += " (RANDOM weights: the features are meaningless)"
     if train.get("targets") == "cached":
-        # Trainings of earlier versions did not record it.
+        # Earlier versions did not record the fingerprint in train.json.
         origin["cache_fingerprint"] = trained.get("cache_fingerprint") or _fingerprint(summary.get("cache"))
     return origin
 
 
 def _fingerprint(location: str | None) -> str | None:
-    """Of the cache that is at a place now; None where there is none, as when it was removed."""
+    """Return the fingerprint of the cache that is at a location now; None if it was removed."""
     try:
         return None if location is None else Cache.open(location).fingerprint
     except (CacheError, OSError):
@@ -124,52 +110,45 @@ def _fingerprint(location: str | None) -> str | None:
 
 
 def _commit() -> str | None:
+    """Return the Git commit of the program; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=False)
     except OSError:
-        return None  # No git, as in an image.
+        return None  # Git is not installed, for example in a container.
     return found.stdout.strip() or None
 
 
-def command(
-    model: Annotated[
-        Path, typer.Argument(help="A run's folder, an exported or checkpoint folder, or a published .ckpt.")
-    ],
-    output: Annotated[Path, typer.Option(help="A new folder; for onnx and torch a new file.")],
-    format: Annotated[Format, typer.Option(help="What to write.")],
-    model_config: Annotated[Path | None, typer.Option(help="The yaml of a published .ckpt.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="onnx: weights of matrix products in dynamic int8.")] = False,
-) -> None:
-    """Export a student to S3PRL, Hugging Face, ONNX or torch.export, with a statement of its origin."""
-    try:
-        if int8 and format is not Format.ONNX:
-            raise ValueError(f"--int8 is an option of --format onnx, not of {format.value}")
-        student, origin = open_student(model, model_config)
-        # Each needs packages that the others do not.
-        if format is Format.S3PRL:
+def export_student(student: Student, origin: Origin, format: Format, output: Path, *, int8: bool = False) -> None:
+    """Write a student in the format of another tool.
+
+    Args:
+        student: Student to export.
+        origin: Record of its origin, which the export contains.
+        format: ``s3prl``, ``huggingface``, ``onnx`` or ``torch`` (`torch.export`).
+        output: New folder; for ``onnx`` and ``torch``, new file.
+        int8: Quantise the weights of matrix products to dynamic int8; only for ``onnx``. Default: False.
+
+    Raises:
+        ValueError: ``output`` exists or has an unusable name, the format can't represent the student, or a package that the
+            format needs is not installed.
+    """
+    assert format == "onnx" or not int8, "int8 is an option of onnx"
+    # Each exporter needs packages that the others do not.
+    match format:
+        case "s3prl":
             from ray_distill.student.exporters.s3prl import export_s3prl
 
             export_s3prl(student, output, origin)
-        elif format is Format.HUGGINGFACE:
+        case "huggingface":
             from ray_distill.student.exporters.huggingface import export_huggingface
 
             export_huggingface(student, output, origin)
-        elif format is Format.ONNX:
+        case "onnx":
             from ray_distill.student.exporters.onnx import export_onnx
 
             export_onnx(student, output, origin, int8=int8)
-        else:
+        case "torch":
             from ray_distill.student.exporters.onnx import export_torch
 
             export_torch(student, output, origin)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(f"export  {output}")
-
-
-if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    app()

@@ -3,29 +3,24 @@
 A module of mkdocs' ``hooks``; it is no part of the product.
 """
 
-import dataclasses
-import importlib
-import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
 
-import click
-import pydantic
 import typer
+from configuration import configuration
 from link_package import link_package
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pictures import PICTURES
 
-SECTIONS = ("corpus", "teacher", "masks", "cache", "train")
 IN_DOCS = re.compile(r"\]\(\.\./docs/")
 IN_BENCHMARKS = re.compile(r"\]\(\.\./benchmarks/README\.md")
 
@@ -94,142 +89,56 @@ def modules(title: str, names: tuple[str, ...]) -> str:
     return f"# {title}\n\n" + "\n\n".join(f"::: {name}" for name in names) + "\n"
 
 
-def configuration() -> str:
-    """Every key of a run's YAML with its type, default and meaning, from the schema."""
-    from ray_distill.pipeline.config import Config
-    from ray_distill.student.model.student_config import StudentConfig
-
-    lines = [
-        "# Configuration",
-        "",
-        "Made from the schema. A run is one YAML file; `section.key=value` on the command line changes a key. Unknown keys and",
-        "impossible combinations are refused before any work. `configs/` has the published recipes.",
-        "",
-        *_keys("", Config, skip=(*SECTIONS, "student")),
-    ]
-    for section in SECTIONS:
-        lines += [f"## {section}", "", *_keys(section, Config.model_fields[section].annotation)]
-    lines += [
-        "## student",
-        "",
-        "`encoder_layers` and `target_dim` left out, or `teacher`, take what the teacher has.",
-        "",
-        *_keys("student", StudentConfig),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _keys(section: str, model: Any, skip: tuple[str, ...] = ()) -> list[str]:
-    meanings = _attributes(inspect.getdoc(model) or "")
-    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    nested = []
-    for name, kind, default in _fields(model):
-        if name in skip:
-            continue
-        key = f"{section}.{name}" if section else name
-        if name not in meanings:
-            raise ValueError(f"{model.__name__}.{name} has no line under 'Attributes' of its class")
-        if isinstance(kind, type) and (issubclass(kind, pydantic.BaseModel) or dataclasses.is_dataclass(kind)):
-            nested += ["", f"### {key}", "", *_keys(key, kind)]
-        lines.append(f"| `{key}` | {_cell(_type(kind))} | {_cell(default)} | {_cell(meanings[name], code=False)} |")
-    return [*lines, *nested, ""]
-
-
-def _fields(model: Any) -> Iterator[tuple[str, Any, str]]:
-    if issubclass(model, pydantic.BaseModel):
-        for name, field in model.model_fields.items():
-            default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-            yield name, field.annotation, default
-    else:
-        for field in dataclasses.fields(model):
-            default = "required" if field.default is dataclasses.MISSING else _default(field.default)
-            yield field.name, field.type, default
-
-
-def _default(value: Any) -> str:
-    if isinstance(value, pydantic.BaseModel) or dataclasses.is_dataclass(value):
-        return "see below"
-    return "none" if value is None else str(value)
-
-
-def _type(kind: Any) -> str:
-    text = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-    text = re.sub(r"\b(?:typing|pathlib|ray_distill(?:\.\w+)+)\.", "", text)
-    return text.replace("Literal[", "one of [").replace("NoneType", "None")
-
-
 def _cell(text: str, code: bool = True) -> str:
     text = text.replace("|", "\\|")
     return f"`{text}`" if code and text not in ("required", "none", "see below") else text
 
 
-def _attributes(doc: str) -> dict[str, str]:
-    """Names and meanings of a Google docstring's ``Attributes``; ``a, b: meaning`` gives it to both."""
-    found: dict[str, str] = {}
-    section = re.search(r"^Attributes:\n((?:    .*\n?|\n)*)", doc, re.MULTILINE)
-    names: list[str] = []
-    for line in (section[1] if section else "").splitlines():
-        entry = re.match(r"    ([a-z_]\w*(?:, \w+)*): (.*)", line)
-        if entry:
-            names = entry[1].split(", ")
-            found |= dict.fromkeys(names, entry[2].strip())
-        elif line.strip():
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-    return {name: re.sub(r"``(.+?)``", r"`\1`", text) for name, text in found.items()}
-
-
 def commands() -> str:
-    """Every command with its options, from the typer applications."""
-    import ray_distill.pipeline.demo.demo
-    import ray_distill.pipeline.run
-    import ray_distill.serve.__main__
-    import ray_distill.teacher_cache.__main__
+    """Every command with its arguments and options, from the application."""
+    from ray_distill.command_line import application
 
-    def one(function: Callable[..., Any]) -> typer.Typer:
-        app = typer.Typer(add_completion=False)
-        app.command()(function)
-        return app
-
-    def of(module: Any, function: str) -> typer.Typer:
-        app = getattr(module, "app", None)
-        return app if isinstance(app, typer.Typer) else one(getattr(module, function))
-
-    applications = (
-        ("ray-distill", "python pipeline/run.py", of(ray_distill.pipeline.run, "main")),
-        *(
-            (f"ray-distill {name}", f"python pipeline/run.py {name}", one(importlib.import_module(module).command))
-            for name, module in ray_distill.pipeline.run.COMMANDS.items()
-        ),
-        ("ray-distill-cache", "python -m teacher_cache", ray_distill.teacher_cache.__main__.app),
-        ("ray-distill-serve", "python -m serve", of(ray_distill.serve.__main__, "serve")),
-        ("make demo", "python pipeline/demo/demo.py", of(ray_distill.pipeline.demo.demo, "main")),
-    )
+    root = typer.main.get_group(application)
     lines = [
         "# Commands",
         "",
-        "Made from the code. An installed package has the first name, the repository the second.",
+        "Generated from the code. `ray-distill COMMAND --help` shows the same in a terminal. In the repository without installation,",
+        "`python pipeline/run.py` is the same as `ray-distill`; everywhere, `python -m ray_distill` is too. `ray-distill-cache` and",
+        "`python -m teacher_cache` are the same as `ray-distill cache`, and `ray-distill-serve` and `python -m serve` as",
+        "`ray-distill serve`. `make demo` runs `ray-distill demo`.",
+        "",
+        _paragraph(root.epilog),
+        "",
+        "`ray-distill --install-completion` installs the completion of commands, options and recipe names for the shell.",
     ]
-    for installed, here, app in applications:
-        command = typer.main.get_command(app)
-        lines += ["", f"## {installed}", "", f"`{here}`", "", _paragraph(command.help)]
-        subcommands = getattr(command, "commands", None)
-        for name, inner in (subcommands or {"": command}).items():
-            if subcommands:
-                lines += ["", f"### {installed} {name}", "", _paragraph(inner.help)]
-            lines += ["", *_parameters(inner)]
+    for name, command in root.commands.items():
+        lines += ["", f"## ray-distill {name}", "", _paragraph(command.help)]
+        inner = getattr(command, "commands", None)
+        for subcommand, function in (inner or {}).items():
+            lines += [
+                "",
+                f"### ray-distill {name} {subcommand}",
+                "",
+                _paragraph(function.help),
+                "",
+                *_parameters(function),
+            ]
+        if inner is None:
+            lines += ["", *_parameters(command)]
     return "\n".join(lines) + "\n"
 
 
-def _parameters(command: click.Command) -> list[str]:
-    lines = ["| option or argument | default | meaning |", "|---|---|---|"]
+def _parameters(command: Any) -> list[str]:
+    """Return a table of the arguments and options of a command."""
+    lines = ["| argument or option | default | meaning |", "|---|---|---|"]
     for parameter in command.params:
-        name = ", ".join(parameter.opts) if parameter.param_type_name == "option" else str(parameter.name)
+        name = (
+            ", ".join(parameter.opts) if parameter.param_type_name == "option" else parameter.metavar or parameter.name
+        )
         default = parameter.default() if callable(parameter.default) else parameter.default
         shown = "required" if parameter.required else "none" if default in (None, "", (), []) else str(default)
-        shown = shown.replace(f"{REPOSITORY}/", "")
-        lines.append(
-            f"| `{_cell(name, code=False)}` | {_cell(shown)} | {_cell(getattr(parameter, 'help', None) or '', code=False)} |"
-        )
+        meaning = _cell(_paragraph(getattr(parameter, "help", None)), code=False)
+        lines.append(f"| `{_cell(name, code=False)}` | {_cell(shown)} | {meaning} |")
     return lines
 
 

@@ -1,14 +1,14 @@
 """An ablation: a grid of configurations that train from one cache, read from YAML and checked before any work.
 
 name: reuse-pattern
-base: ../armhubert-s-100.yaml         # a run's configuration, beside this file; or the sections themselves
-set: {train.epochs: 50}               # for all runs
-variants:                             # named changes; the first is what the others are compared with
+base: ../armhubert-s-100.yaml         # configuration of a run, relative to this file, or its sections
+set: {train.epochs: 50}               # changes to all runs
+variants:                             # named changes; the others are compared with the first
   alternate: {}
   none: {student.attention_reuse: none, train.learning_rate: 5.0e-4}
-grid:                                 # and every combination of these with them
+grid:                                 # values whose combinations are run with each variant
   student.encoder_embed_dim: [240, 432]
-seeds: [0, 1, 2]                      # of each
+seeds: [0, 1, 2]                      # training seeds of each variant
 """
 
 import copy
@@ -22,99 +22,104 @@ from typing import Any, Literal, Self
 import pydantic
 
 from ray_distill.pipeline.config import Config, ConfigError, check_config, explain, parse_override, read_tree, set_key
+from ray_distill.student.training.field_effects import SAME_IN_ABLATION, keys_with
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_SECTIONS = ("corpus", "teacher", "masks", "cache", "student", "train")
-_ONE_FOR_ALL = ("name", "runs", "corpus", "teacher.checkpoint", "cache")
-"""Sections and keys that all runs share, but for `cache.targets`: one corpus, one teacher, one cache."""
+_SECTIONS = [name for name in Config.model_fields if name not in ("name", "runs")]
 
 
-class ProbeSection(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """Linear probes of every trained student, and once of the teacher and of log-mel bands; see `probing.probe`.
-
-    Attributes:
-        manifest: CSV of labelled utterances; relative paths start at the ablation's file.
-        units: of transcripts: ``characters`` or ``words``.
-        epochs: passes over the training utterances.
-        seed: of the probes.
-    """
+class ProbeSection(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Linear probes of each trained student, and once of the teacher and of log-mel features; see `probing.linear_probe`."""
 
     manifest: Path
+    """CSV file of labelled utterances. Relative paths start at the folder of the ablation's file."""
     units: Literal["characters", "words"] = "characters"
+    """Units into which transcripts are split: ``characters`` or ``words``."""
     epochs: int = pydantic.Field(default=20, ge=1)
+    """Passes over the training utterances."""
     seed: int = 0
+    """Random seed of the probes."""
 
 
-class AblationSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """The YAML of an ablation.
-
-    Attributes:
-        name: its folder is ``runs/name``, with a run's folder for each variant and seed.
-        question: one sentence for the report.
-        base: file of a run's configuration, relative to this one, or its sections.
-        set: dotted keys and their values, for all runs.
-        variants: by name: dotted keys and their values. The first is what the others are compared with.
-        grid: dotted keys, each with a list of values; all combinations, with each variant.
-        seeds: ``train.seed`` of the runs of each variant.
-        concurrent: runs at a time; default as many as there is room for when the training begins. Give it where a cluster
-            grows on demand.
-        cpus_per_worker: cores of each training worker; default one beside a GPU, else all of a machine's, shared by the
-            workers of a run, so that one machine trains one run after another.
-        probe: what the students are probed for. Default nothing.
-    """
+class AblationSettings(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """The YAML file of an ablation."""
 
     name: str = pydantic.Field(pattern=_NAME)
+    """Name of the ablation. The folder ``runs/name`` contains the folders of its runs."""
     question: str = ""
+    """Question that the ablation answers: one sentence for the report."""
     base: str | dict[str, Any]
+    """Configuration of a run: its sections, or the path of a YAML file relative to this one."""
     set: dict[str, Any] = {}
+    """Dotted keys and their values for all runs."""
     variants: dict[str, dict[str, Any]] = {}
+    """Dotted keys and their values for each named variant. The others are compared with the first variant."""
     grid: dict[str, list[Any]] = {}
+    """Dotted keys with lists of values. Each combination of values is run with each variant."""
     seeds: list[int] = pydantic.Field(default=[0, 1, 2], min_length=1)
+    """Values of ``train.seed`` that each variant is trained with."""
     concurrent: int | None = pydantic.Field(default=None, ge=1)
+    """Number of runs that train at the same time. None runs as many as Ray has resources for when the training begins. Set it for a
+    cluster that adds machines on demand."""
     cpus_per_worker: int | None = pydantic.Field(default=None, ge=1)
+    """CPU cores per training worker. None takes one core beside a GPU; without GPUs, the workers of a run share a machine's cores,
+    so that a machine trains one run at a time."""
     probe: ProbeSection | None = None
+    """Probes of the trained students. None runs no probes."""
 
     @pydantic.model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_combinations(self) -> Self:
         if not self.variants and not self.grid:
-            raise ValueError("give variants, a grid, or both: there is nothing to compare")
+            raise ValueError("an ablation has nothing to compare without variants; give variants, a grid, or both")
         for name in self.variants:
             if not re.match(_NAME, name):
-                raise ValueError(f"variants: {name!r} can't name a folder; use letters, digits, '.', '_' and '-'")
+                raise ValueError(
+                    f"variants: {name!r} can't name a folder; use letters, digits, '.', '_' and '-', and start with a letter or digit"
+                )
         for key, values in self.grid.items():
             if not values:
-                raise ValueError(f"grid: {key} has no values")
+                raise ValueError(f"grid: {key} has no values; list at least one")
         for seed in self.seeds:
             if self.seeds.count(seed) > 1:
-                raise ValueError(f"seeds: {seed} is given twice")
+                raise ValueError(f"seeds: {seed} is given twice; list each seed once")
         for key in self.set:
-            _refuse_for_all(key)
+            _refuse_reserved(key)
+        shared = keys_with(Config, SAME_IN_ABLATION)
         varied = sorted({key for changes in (self.grid, *self.variants.values()) for key in changes})
         for key in varied:
-            _refuse_for_all(key)
+            _refuse_reserved(key)
             if key == "train.targets":
-                raise ValueError("train.targets: all runs of an ablation train from one cache")
-            if key != "cache.targets" and any(key == one or key.startswith(f"{one}.") for one in _ONE_FOR_ALL):
-                raise ValueError(f"{key}: can't differ between runs, which share corpus, teacher and cache; use `set`")
+                raise ValueError(
+                    "train.targets: can't differ between runs; all runs of an ablation train from one cache"
+                )
+            if any(key == one or key.startswith(f"{one}.") for one in shared):
+                raise ValueError(
+                    f"{key}: can't differ between runs, which share a corpus, a teacher and a cache; give one value under `set`"
+                )
             clash = next((variant for variant in self.variants.values() if key in variant and key in self.grid), None)
             if clash is not None:
-                raise ValueError(f"{key}: is in the grid and in a variant; give it in one of them")
+                raise ValueError(f"{key}: is in the grid and in a variant; give it in only one of them")
         return self
 
 
-def _refuse_for_all(key: str) -> None:
-    """ValueError of a key that neither all runs nor some can be given."""
+def _refuse_reserved(key: str) -> None:
+    """Raise a ValueError for a key that neither `set` nor a variant may change."""
     if key == "train.seed":
-        raise ValueError("train.seed: give the seeds of all variants as `seeds`")
+        raise ValueError("train.seed: can't be set here; give the seeds of all variants as `seeds`")
     if key == "name":
-        raise ValueError("name: runs are named after their variants; the ablation has its own `name`")
-    if key in _SECTIONS:  # It would take the place of the whole section, and nobody would see what else it changes.
-        raise ValueError(f"{key}: is a section; name its keys, with dots, as in {key}.KEY")
+        raise ValueError("name: can't be set here; runs are named after their variants")
+    if key in _SECTIONS:  # Its value would replace the whole section, which silently resets the section's other keys.
+        raise ValueError(f"{key}: is a section; name one of its keys, as in {key}.KEY")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One cell of the grid: its name, and its values by dotted key."""
+    """One cell of the grid.
+
+    Attributes:
+        name: Name of the variant.
+        changes: Values by dotted key.
+    """
 
     name: str
     changes: dict[str, Any]
@@ -122,12 +127,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training.
+    """One variant with one seed.
 
     Attributes:
-        variant: its variant's name.
-        seed: of the training.
-        config: of the run; its name is the variant's with the seed.
+        variant: Name of the variant.
+        seed: Training seed.
+        config: Configuration of the run, whose name is ``VARIANT-seedSEED``.
     """
 
     variant: str
@@ -136,7 +141,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """Name of the run and of its folder."""
         return self.config.name
 
 
@@ -145,10 +150,11 @@ class Ablation:
     """A checked ablation.
 
     Attributes:
-        settings: as given.
-        variants: the first is what the others are compared with.
-        runs: all variants with the first seed, then all with the second, ...: what is done first can be compared.
-        needs: a configuration that needs what all runs need of the cache.
+        settings: Contents of the YAML file.
+        variants: Variants. The others are compared with the first.
+        runs: All variants with the first seed, then all with the second, and so on, so that an unfinished ablation can already
+            be compared.
+        needs: Configuration whose cache has the layers, mask draws and targets of all runs.
     """
 
     settings: AblationSettings
@@ -158,33 +164,33 @@ class Ablation:
 
     @property
     def folder(self) -> Path:
-        """With the runs' folders and the report."""
+        """Folder of the report, which also contains the folders of the runs."""
         return self.needs.runs
 
 
 def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection | None = None) -> Ablation:
-    """Reads an ablation.
+    """Read an ablation from a YAML file and check the configurations of all its runs.
 
     Args:
-        path: of the YAML.
-        overrides: ``section.key=value`` for all runs; ``name=...`` names the ablation.
-        probe: taken instead of the file's.
+        path: YAML file.
+        overrides: Changes of the form ``section.key=value`` to all runs; ``name=...`` names the ablation. Default: none.
+        probe: Probe settings that replace those of the file. Default: None, which keeps them.
 
     Raises:
-        ConfigError: unreadable file, a key that can't be varied, a combination that no run could have, or needs that one
-            cache can't meet; it names the variant and the key.
+        ConfigError: The file can't be read, a key can't be varied, a run's configuration is impossible, or one cache can't serve
+            all runs. The message names the variant and the key.
     """
     tree = read_tree(path)
-    for_all = []
+    changes = []
     for key, value in map(parse_override, overrides):
         if key == "name":
             tree["name"] = value
             continue
         try:
-            _refuse_for_all(key)
+            _refuse_reserved(key)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        for_all.append((key, value))
+        changes.append((key, value))
     try:
         settings = AblationSettings.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -198,12 +204,12 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
     base = copy.deepcopy(settings.base) if isinstance(settings.base, dict) else read_tree(path.parent / settings.base)
     for key, value in settings.set.items():
         set_key(base, key, value)
-    for key, value in for_all:
+    for key, value in changes:
         if any(key in variant.changes for variant in variants):
-            raise ConfigError(f"{key}: is what the ablation varies; change it in {path}")
+            raise ConfigError(f"{key}: is varied by the ablation; change its values in {path}")
         set_key(base, key, value)
     base["name"] = settings.name
-    folder = check_config(base).folder  # Before the variants: what is wrong here is not theirs.
+    folder = check_config(base).folder  # Checked first, so that no variant is blamed for an error of the base.
     runs = []
     for seed, variant in itertools.product(settings.seeds, variants):
         tree = copy.deepcopy(base)
@@ -214,15 +220,17 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
             runs.append(PlannedRun(variant.name, seed, check_config(tree)))
         except ConfigError as error:
             raise ConfigError(f"variant {variant.name}: {error}") from error
-    _refuse_twins(runs)
+    _refuse_duplicates(runs)
     if len({run.config.train.objective for run in runs}) > 1 and settings.probe is None:
         raise ConfigError(
-            "train.objective: neither losses nor similarities of different objectives can be compared; give `probe` too"
+            "train.objective: runs with different objectives have neither losses nor similarities in common; give `probe` too, to "
+            "compare them by their probes"
         )
     return Ablation(settings, variants, runs, _needs(runs))
 
 
 def _variants(settings: AblationSettings) -> list[Variant]:
+    """Return the variants, each combined with each cell of the grid."""
     found: dict[str, Variant] = {}
     for name, changes in settings.variants.items() or {"": {}}.items():
         for values in itertools.product(*settings.grid.values()):
@@ -230,48 +238,63 @@ def _variants(settings: AblationSettings) -> list[Variant]:
             parts = [name, *(f"{key.split('.')[-1]}-{_text(key, value)}" for key, value in cell.items())]
             label = "-".join(part for part in parts if part)
             if label in found:
-                raise ConfigError(f"two variants would be called {label}; name them under `variants`")
+                raise ConfigError(
+                    f"two variants would have the name {label}; give them distinct names under `variants`"
+                )
             found[label] = Variant(label, changes | cell)
     return list(found.values())
 
 
 def _text(key: str, value: Any) -> str:
-    """A value as a part of a folder's name."""
+    """Return a grid value as text for a folder's name.
+
+    Raises:
+        ConfigError: The value has characters that a name can't contain.
+    """
     if isinstance(value, list) and value and all(isinstance(item, bool) for item in value):
         return "".join(str(int(item)) for item in value)
     text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
     if isinstance(value, dict) or not re.match(r"^[A-Za-z0-9._-]+$", text):
-        raise ConfigError(f"grid: the value {value!r} of {key} can't be a part of a name; name it under `variants`")
+        raise ConfigError(
+            f"grid: the value {value!r} of {key} can't be a part of a name; make it a named variant under `variants`"
+        )
     return text
 
 
-def _refuse_twins(runs: list[PlannedRun]) -> None:
+def _refuse_duplicates(runs: list[PlannedRun]) -> None:
+    """Raise a ConfigError if two runs have the same configuration."""
     first: dict[str, str] = {}
     for run in runs:
         content = run.config.model_copy(update={"name": ""}).model_dump_json()
         if content in first:
-            raise ConfigError(f"variants {first[content]} and {run.variant} are the same configuration")
+            raise ConfigError(
+                f"variants {first[content]} and {run.variant} are the same configuration; remove one of them"
+            )
         first[content] = run.variant
 
 
 def _needs(runs: list[PlannedRun]) -> Config:
-    """All layers and draws of any run; ConfigError where no cache has them together."""
+    """Return a configuration whose cache has the layers, mask draws and targets of all runs.
+
+    Raises:
+        ConfigError: No single cache can serve all runs.
+    """
     most = max(runs, key=lambda run: run.config.masks.draws).config
     targets = {run.config.cache.targets for run in runs}
     for run in runs:
         masks = run.config.masks
         if run.config.train.targets != "cached":
-            raise ConfigError("train.targets: all runs of an ablation train from one cache; leave it at cached")
+            raise ConfigError("train.targets: must be cached; all runs of an ablation train from one cache")
         for draw in range(masks.draws):
             if (masks.seed, masks.policy_of(draw)) != (most.masks.seed, most.masks.policy_of(draw)):
                 raise ConfigError(
-                    f"variant {run.variant}: masks: its mask draw {draw} has another policy or seed than variants with more "
-                    "draws, and one cache holds one of each; give it an ablation and a cache of its own"
+                    f"variant {run.variant}: masks: mask draw {draw} has another policy or seed than in the run with most draws, "
+                    "but one cache has one mask per draw; put this variant into an ablation with a cache of its own"
                 )
         if "composite_only" in targets and (len(targets) > 1 or (most.masks.draws and not masks.draws)):
             raise ConfigError(
-                f"variant {run.variant}: cache.targets composite_only keeps no clean targets, which some runs need; "
-                "set cache.targets to clean_and_masked"
+                f"variant {run.variant}: cache.targets composite_only stores no clean targets, which some runs need; set "
+                "cache.targets to clean_and_masked"
             )
     layers = {tuple(run.config.teacher.layers or ()) for run in runs}
     union = None if () in layers else sorted({layer for chosen in layers for layer in chosen})

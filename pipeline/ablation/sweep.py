@@ -1,8 +1,9 @@
-"""``run.py ablate --config configs/ablations/NAME.yaml``: all runs of an ablation from one cache, through Ray Tune.
+"""The runs of an ablation, trained from one cache through Ray Tune.
 
-Index and cache are made once, by the ordinary stages, for what all runs need together; the cache is verified once. Then Tune runs the
-trainings, side by side where there is room. A run that fails is reported and the others go on. The same command goes on where it
-was: finished runs are not repeated, others go on from their last checkpoint, and a corrected file may have more variants or seeds.
+The index and the cache are made once, by the ordinary stages, for what all runs need together, and the cache is verified once. Then
+Tune trains the runs, in parallel if there are resources. A run that fails is reported, and the others continue. The same command
+resumes an interrupted ablation: finished runs are not repeated, others continue from their last checkpoint, and the file may have
+gained variants or seeds.
 """
 
 import os
@@ -10,88 +11,104 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
-from ray_distill.pipeline.ablation.definition import Ablation, ProbeSection, load_ablation
+from ray_distill.pipeline.ablation.definition import Ablation
 from ray_distill.pipeline.config import ConfigError
+from ray_distill.pipeline.corpus import STATE
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.probing.feature_source import FeatureSource
 from ray_distill.pipeline.probing.linear_probe import run_probes
 from ray_distill.pipeline.probing.probe_record import probe_folder, probe_settings, read_probes, write_outcomes
 from ray_distill.pipeline.probing.task import Task, read_task
+from ray_distill.pipeline.ray_session import (
+    count_fitting_workers,
+    counted,
+    describe_resources,
+    init_ray,
+    node_resources,
+    owns_ray,
+    quiet_ray,
+)
 from ray_distill.pipeline.reports.ablation_report import write_ablation_report
 from ray_distill.pipeline.reports.ablation_results import read_results
 from ray_distill.pipeline.reports.ablation_tables import results_table
 from ray_distill.pipeline.run_folder import RunFolder
-from ray_distill.pipeline.stages import Run, described, fitting, init_ray, node_resources, ray_is_own
+from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.cache import cache_targets, check_cache
+from ray_distill.pipeline.stages.export import export_best
+from ray_distill.pipeline.stages.index import index_audio
+from ray_distill.pipeline.stages.plan import plan_cache
+from ray_distill.pipeline.stages.report import report_run
+from ray_distill.pipeline.stages.train import initial_student, prepare_training
 from ray_distill.student import load_student
 from ray_distill.student.training.metrics import check_trackers
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.teachers import Teacher
 
 _TRIAL_MEMORY = 512 << 20
-"""Of the process that starts a run's several workers and probes its student; the workers' cores and GPUs are theirs."""
+"""Bytes of memory that Tune reserves for a trial's own process, which starts the workers of its run and probes the student."""
 
 
 @dataclass(frozen=True)
 class Probing:
-    """What students are probed for.
+    """The probe that an ablation runs on its students.
 
     Attributes:
-        task: labelled utterances.
-        title: of the task.
-        settings: what decides the figures, so that finished probes are known again.
+        task: Labelled utterances.
+        title: Title of the task.
+        settings: Settings that determine the results, by which finished probes are recognised.
     """
 
     task: Task
     title: str
     settings: dict[str, Any]
 
-    def of_student(self, folder: Path) -> None:
-        """Probes a run's best student."""
-        student = load_student(folder / "checkpoints" / "best")
-        self._run(folder, [FeatureSource.of_student(student, "student")], {"run": folder.name}, own=0)
+    def probe_student(self, folder: RunFolder) -> None:
+        """Probe the best student of a run."""
+        student = load_student(folder.best)
+        self._run(folder.path, [FeatureSource.of_student(student, "student")], {"run": folder.name}, run_student=0)
 
-    def of_others(self, folder: Path, teacher: Teacher) -> None:
-        """Probes the teacher and log-mel bands, unless the folder has it already."""
+    def probe_baselines(self, folder: Path, teacher: Teacher) -> None:
+        """Probe the teacher and log-mel features, unless the folder already has the results."""
         if not read_probes(folder, self.settings):
-            self._run(folder, [FeatureSource.of_teacher(teacher), FeatureSource.log_mel()], {}, own=None)
+            self._run(folder, [FeatureSource.of_teacher(teacher), FeatureSource.log_mel()], {}, run_student=None)
 
-    def _run(self, folder: Path, sources: Sequence[FeatureSource], origin: dict[str, Any], own: int | None) -> None:
+    def _run(
+        self, folder: Path, sources: Sequence[FeatureSource], origin: dict[str, Any], run_student: int | None
+    ) -> None:
         epochs, seed = self.settings["epochs"], self.settings["seed"]
         outcomes = run_probes(self.task, sources, epochs=epochs, seed=seed, on_progress=lambda text: None)
         place = probe_folder(folder, self.title, self.settings)
-        write_outcomes(place, outcomes, self.task, self.title, origin, self.settings, own)
+        write_outcomes(place, outcomes, self.task, self.title, origin, self.settings, run_student)
 
-    def is_done(self, folder: Path) -> bool:
-        """Whether a run's folder has its student's figures, whoever probed it."""
-        return any(probed.student is not None for probed in read_probes(folder, self.settings))
+    def is_done(self, folder: RunFolder) -> bool:
+        """Return whether a run's folder has the results of its student, whichever command made them."""
+        return any(probed.student is not None for probed in read_probes(folder.path, self.settings))
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a trial does: train, unless it is done, and probe.
+    """The work of one Tune trial: train a run unless that is done, and probe its student.
 
     Attributes:
-        training: see `Run.training`; None where it is done.
-        folder: of the run.
-        probing: None probes nothing.
+        training: Training, as `prepare_training` returns it. None if it is finished.
+        folder: Folder of the run.
+        probing: Probe of the student. None for no probe.
         cpus: PyTorch threads of the probe.
-        resources: that Tune sets aside for the trial. A run of one worker is the trial itself; one of several starts Ray Train
-            workers, which have resources of their own.
+        resources: Resources that Tune reserves for the trial. A run with one worker trains inside the trial. A run with several
+            starts Ray Train workers, which have resources of their own.
     """
 
     training: Callable[[], None] | None
-    folder: Path
+    folder: RunFolder
     probing: Probing | None
     cpus: int
     resources: dict[str, float]
@@ -101,54 +118,53 @@ class Job:
             self.training()
         if self.probing is not None and not self.probing.is_done(self.folder):
             torch.set_num_threads(self.cpus)
-            self.probing.of_student(self.folder)
+            self.probing.probe_student(self.folder)
 
 
-def cores(nodes: Sequence[Mapping[str, float]], settings: TrainSettings) -> int:
-    """Cores for each training worker: one beside a GPU, else all of a machine's, shared by the workers of a run.
+def cores_per_worker(nodes: Sequence[Mapping[str, float]], settings: TrainSettings) -> int:
+    """Return the cores of each training worker: one beside a GPU; without GPUs, an equal share of the smallest machine.
 
     Args:
-        nodes: resources of each node.
-        settings: of the training.
+        nodes: Resources of each node.
+        settings: Training settings of the run.
     """
     counts = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     return 1 if settings.use_gpu or not counts else max(1, min(counts) // settings.workers)
 
 
-def room(nodes: Sequence[Mapping[str, float]], settings: TrainSettings, cpus: int) -> int:
-    """How many such trainings fit side by side, with ``cpus`` cores for each worker."""
-    return fitting(nodes, cpus, float(settings.use_gpu)) // settings.workers
+def count_concurrent_runs(nodes: Sequence[Mapping[str, float]], settings: TrainSettings, cpus: int) -> int:
+    """Return how many runs fit on Ray's nodes at the same time, with ``cpus`` cores per worker."""
+    return count_fitting_workers(nodes, cpus, float(settings.use_gpu)) // settings.workers
 
 
-class Ablating:
-    """An ablation under way.
+class Sweep:
+    """The execution of an ablation.
 
     Args:
-        ablation: checked.
-        console: where progress goes.
+        ablation: Checked ablation.
+        console: Console for progress and messages.
 
     Raises:
-        ConfigError, CacheError, ValueError: a run that can't be, or whose folder holds another; nothing was done then.
+        ConfigError, CacheError, ValueError: A run is impossible, or its folder contains another run. Nothing has been written then.
     """
 
     def __init__(self, ablation: Ablation, console: Console) -> None:
         self.ablation = ablation
         self.console = console
         self.settings = ablation.settings
-        self.shared = Run(ablation.needs, console, claim=False)
+        self.shared = Run(ablation.needs, console)
         silent = Console(quiet=True)
         self.runs: dict[str, Run] = {}
         for planned in ablation.runs:
             run = Run(planned.config, silent, self.shared.teacher)
+            run.folder.refuse_other_config(planned.config)
             try:
-                run.first_student()
+                initial_student(run)
             except ValueError as error:
                 raise ConfigError(f"variant {planned.variant}: {error}") from error
             check_trackers(planned.config.train.trackers)
             self.runs[planned.name] = run
         self.probing = self._probing()
-        dumped = self.settings.model_dump(mode="json")
-        write_text(ablation.folder / "ablation.yaml", yaml.safe_dump(dumped, sort_keys=False))
 
     def _probing(self) -> Probing | None:
         probe = self.settings.probe
@@ -158,37 +174,55 @@ class Ablating:
         settings = probe_settings(probe.manifest, probe.units, probe.epochs, probe.seed)
         return Probing(task, probe.manifest.stem, settings)
 
-    def work(self) -> dict[str, str]:
-        """Does what is not done; returns why runs failed, by their names."""
+    def run(self) -> dict[str, str]:
+        """Do all work that is not done yet, holding the locks of all runs.
+
+        Returns:
+            The reasons of the runs that failed, by the runs' names.
+
+        Raises:
+            RunInUseError: Another process is working on the ablation or on one of its runs.
+            ConfigError: Ray has no resources for a run.
+            CacheError: The cache can't be built, or is damaged.
+        """
+        with ExitStack() as locks:
+            locks.enter_context(self.shared.folder.begin(self.shared.config, shared=True))
+            for run in self.runs.values():
+                locks.enter_context(run.folder.begin(run.config))
+            return self._run()
+
+    def _run(self) -> dict[str, str]:
+        failures: dict[str, str] = {}
         if all(self._is_done(run.folder) for run in self.runs.values()):
             self.shared.say(f"train   all {len(self.runs)} runs are finished, reused")
-            failures: dict[str, str] = {}
         else:
-            with self.shared.quiet():
+            with quiet_ray(self.shared.folder.ray_log):
                 init_ray()
-            cpus, concurrent = self._places()
-            if not all(_is_trained(run.folder) for run in self.runs.values()):  # A probe needs none of this.
-                self.shared.index()
-                self.shared.plan()
-                self.shared.cache_targets()
-                self.shared.check_cache()
+            cpus, concurrent = self._allocate()
+            if not all(
+                run.folder.is_trained for run in self.runs.values()
+            ):  # Probes alone need neither corpus nor cache.
+                index_audio(self.shared)
+                plan_cache(self.shared)
+                cache_targets(self.shared)
+                check_cache(self.shared)
                 for run in self.runs.values():
-                    _copy_index(self.shared.folder / "corpus", run.folder / "corpus")
+                    _copy_index(self.shared.folder.corpus, run.folder.corpus)
             failures = self._train(self._jobs(cpus), concurrent)
         if self.probing is not None:
-            self.probing.of_others(self.ablation.folder, self.shared.teacher)
+            self.probing.probe_baselines(self.ablation.folder, self.shared.teacher)
         for run in self.runs.values():
-            if _is_trained(run.folder) and not _is_reported(run.folder):
-                run.export()
-                run.report()
+            if run.folder.is_trained and not _is_reported(run.folder):
+                export_best(run)
+                report_run(run)
         return failures
 
-    def _is_done(self, folder: Path) -> bool:
-        """Whether a run has nothing left to do."""
-        return _is_trained(folder) and (self.probing is None or self.probing.is_done(folder))
+    def _is_done(self, folder: RunFolder) -> bool:
+        """Return whether a run needs no more training or probing."""
+        return folder.is_trained and (self.probing is None or self.probing.is_done(folder))
 
     def _jobs(self, cpus: Mapping[str, int]) -> dict[str, Job]:
-        """What there is to do, with the cores of each worker."""
+        """Return the jobs of all runs that are not done, given the cores per worker of each run."""
         jobs = {}
         for name, run in self.runs.items():
             if self._is_done(run.folder):
@@ -196,39 +230,43 @@ class Ablating:
             count = cpus[name]
             resources: dict[str, float] = {"memory": _TRIAL_MEMORY}
             training = None
-            if _is_trained(run.folder):
+            if run.folder.is_trained:
                 resources["CPU"] = count
             else:
-                training = run.training(count, count, in_process=True)
+                training = prepare_training(run, count, count, in_process=True)
                 if run.config.train.workers == 1:
                     resources |= {"CPU": count, "GPU": float(run.config.train.use_gpu)}
             jobs[name] = Job(training, run.folder, self.probing, count, resources)
         return jobs
 
-    def _places(self) -> tuple[dict[str, int], int]:
-        """Cores of each worker of each run, and how many runs go side by side. ConfigError where a training fits nowhere."""
+    def _allocate(self) -> tuple[dict[str, int], int]:
+        """Return the cores per worker of each run, and the number of runs that train at the same time.
+
+        Raises:
+            ConfigError: A run fits on no set of Ray's nodes.
+        """
         nodes = node_resources()
-        cpus, places = {}, []
+        cpus, fitting = {}, []
         for name, run in self.runs.items():
             train = run.config.train
-            if _is_trained(run.folder):  # What is left is to probe it, on any machine.
-                cpus[name] = cores(nodes, train)
+            if run.folder.is_trained:  # Only its probe is left, which any machine can run.
+                cpus[name] = cores_per_worker(nodes, train)
                 continue
-            cpus[name] = self.settings.cpus_per_worker or cores(nodes, train)
-            places.append(room(nodes, train, cpus[name]))
-            if not places[-1] and (self.settings.concurrent is None or ray_is_own()):
+            cpus[name] = self.settings.cpus_per_worker or cores_per_worker(nodes, train)
+            fitting.append(count_concurrent_runs(nodes, train, cpus[name]))
+            if not fitting[-1] and (self.settings.concurrent is None or owns_ray()):
+                each = counted(cpus[name], "core") + (" and 1 GPU" if train.use_gpu else "")
                 raise ConfigError(
-                    f"{name}: its {train.workers} workers need {cpus[name]} cores each{' and a GPU' if train.use_gpu else ''}; "
-                    f"{described(nodes)}; change train.workers, train.use_gpu or cpus_per_worker, or give `concurrent` where more "
-                    "machines join a cluster on demand"
+                    f"{name}: {counted(train.workers, 'worker')} with {each} each can't run; {describe_resources(nodes)}; change "
+                    "train.workers, train.use_gpu or cpus_per_worker, or set `concurrent` if the cluster adds machines on demand"
                 )
-        return cpus, self.settings.concurrent or min(places, default=len(self.runs))
+        return cpus, self.settings.concurrent or min(fitting, default=len(self.runs))
 
     def _train(self, jobs: dict[str, Job], concurrent: int) -> dict[str, str]:
-        """Runs the jobs through Tune; returns why some failed."""
+        """Run the jobs through Tune and return the reasons of those that failed, by name."""
         import ray.tune
 
-        # Tune's result files and signal handler would only get in the way of the runs' own.
+        # Tune's own result files and signal handler would interfere with those of the runs.
         os.environ |= {
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
             "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -236,22 +274,24 @@ class Ablating:
         failures: dict[str, str] = {}
         done, say = len(self.runs) - len(jobs), self.shared.say
         together = min(concurrent, len(jobs))
-        side = f"{together} side by side" if together > 1 else "one after another"
-        say(f"train   {len(jobs)} runs, {side}" + (f"; {done} are finished, reused" if done else ""))
+        order = f"{together} at a time" if together > 1 else "one after another"
+        say(f"train   {counted(len(jobs), 'run')}, {order}" + (f"; {done} finished before, reused" if done else ""))
 
         def trial(config: dict[str, Any]) -> None:
             problem = ""
             try:
                 jobs[config["run"]]()
             except (ValueError, FloatingPointError, OSError) as error:
-                problem = str(error)  # Trying again would only end the same.
+                problem = str(
+                    error
+                )  # Reported as a result, because Tune would retry an exception, which would not help.
             ray.tune.report({"problem": problem})
 
-        class Told(ray.tune.Callback):  # type: ignore[misc]
-            """Says of each run how it ended."""
+        class OutcomePrinter(ray.tune.Callback):  # type: ignore[misc]
+            """Prints how each run ended."""
 
             def __reduce__(self) -> tuple[Any, ...]:
-                return ray.tune.Callback, ()  # Tune keeps its callbacks on disk, for a restore that is not used here.
+                return ray.tune.Callback, ()  # Tune pickles its callbacks for its own resume, which is not used here.
 
             def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
                 nonlocal done
@@ -260,7 +300,7 @@ class Ablating:
                     failed(name, problem)
                     return
                 done += 1
-                [result] = read_results([RunFolder(jobs[name].folder)])
+                [result] = read_results([jobs[name].folder])
                 say(f"train   {result.name}: {result.outcome}  ({done} of {total})")
 
             def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -272,27 +312,34 @@ class Ablating:
 
         total = len(self.runs)
         retries = max(run.config.train.max_failures for run in self.runs.values())
-        with self.shared.quiet(), redirect_stdout(sys.stderr):
+        with quiet_ray(self.shared.folder.ray_log), redirect_stdout(sys.stderr):
             ray.tune.Tuner(
                 ray.tune.with_resources(trial, lambda config: jobs[config["run"]].resources),
                 param_space={"run": ray.tune.grid_search(list(jobs))},
                 tune_config=ray.tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True),
-                # Our own checkpoints carry the progress; a name of its own keeps Tune from resuming some other state.
+                # Progress is in the checkpoints of the runs. A unique name prevents Tune from resuming a state of its own.
                 run_config=ray.tune.RunConfig(
                     name=uuid.uuid4().hex[:12],
-                    storage_path=str(self.ablation.folder.absolute() / "ray"),
+                    storage_path=str(RunFolder(self.ablation.folder.absolute()).ray),
                     verbose=0,
-                    callbacks=[Told()],
-                    # Of a trial whose process died; its run goes on from its last checkpoint.
+                    callbacks=[OutcomePrinter()],
+                    # Retries of a trial whose process died. Its run continues from its last checkpoint.
                     failure_config=ray.tune.FailureConfig(max_failures=retries),
                 ),
             ).fit()
         return failures
 
     def report(self, failures: Mapping[str, str]) -> None:
-        """Writes the report, and shows its table."""
+        """Write the report on all runs, with the settings of the ablation beside it, and print its table.
+
+        Args:
+            failures: Reasons of the runs that failed in this process, by name.
+        """
+        self.ablation.folder.mkdir(parents=True, exist_ok=True)
+        dumped = self.settings.model_dump(mode="json")
+        write_text(self.ablation.folder / "ablation.yaml", yaml.safe_dump(dumped, sort_keys=False))
         settings = None if self.probing is None else self.probing.settings
-        results = read_results([RunFolder(run.folder) for run in self.runs.values()], failures, settings)
+        results = read_results([run.folder for run in self.runs.values()], failures, settings)
         others = read_probes(self.ablation.folder, settings)
         page = write_ablation_report(self.ablation, results, others)
         self.console.print(results_table(self.ablation, results))
@@ -300,16 +347,16 @@ class Ablating:
 
 
 def _reason(error: BaseException | None) -> str:
-    """One line of what a trial raised, without Ray's wrapping."""
+    """Return the last line of what a trial raised, without Ray's wrapping."""
     cause = getattr(error, "cause", None) or error
     lines = [line for line in str(cause).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(cause).__name__
 
 
 def _copy_index(source: Path, target: Path) -> None:
-    """A run's folder has an index of its own, as any run's; a killed copy is made again."""
-    state = source / "state.json"
-    if (target / state.name).is_file() and (target / state.name).read_bytes() == state.read_bytes():
+    """Copy the corpus index into a run's folder, so that the folder is complete like that of any run."""
+    state = source / STATE
+    if (target / STATE).is_file() and (target / STATE).read_bytes() == state.read_bytes():
         return
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -318,66 +365,9 @@ def _copy_index(source: Path, target: Path) -> None:
     temporary.rename(target)
 
 
-def _is_trained(folder: Path) -> bool:
-    """Whether a run's training is finished."""
-    return (folder / "train.json").is_file()
-
-
-def _is_reported(folder: Path) -> bool:
-    """Whether a run's summary and page are younger than what they tell of."""
-    outputs = [folder / "summary.json", folder / "report.html"]
-    inputs = [folder / "train.json", *folder.glob("probes/*/probe.json")]
-    youngest = max(path.stat().st_mtime for path in inputs)
-    return all(path.is_file() and path.stat().st_mtime >= youngest for path in outputs)
-
-
-def runs_table(ablation: Ablation) -> Table:
-    """What would be run."""
-    table = Table(title=f"{ablation.settings.name}: {len(ablation.runs)} runs")
-    for column in ("variant", "changes", "seeds"):
-        table.add_column(column)
-    for variant in ablation.variants:
-        changes = "\n".join(f"{key}={value}" for key, value in variant.changes.items()) or "(none)"
-        table.add_row(variant.name, changes, ", ".join(map(str, ablation.settings.seeds)))
-    return table
-
-
-def command(
-    config: Annotated[Path, typer.Option(help="YAML of the ablation; configs/ablations/ has some.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, for all runs.")] = None,
-    probe: Annotated[
-        Path | None, typer.Option(help="Manifest that students are probed on, instead of the file's; see probe --help.")
-    ] = None,
-    units: Annotated[
-        str | None, typer.Option(help="Of the transcripts of --probe: characters (default), or words.")
-    ] = None,
-    only_list: Annotated[bool, typer.Option("--list", help="Only check the file and show the runs.")] = False,
-    only_report: Annotated[bool, typer.Option("--report", help="Only report on what is there.")] = False,
-) -> None:
-    """Train a grid of students from one cache, and compare them over seeds. The same command goes on where it was."""
-    console = Console(file=sys.stdout)  # The very stream, which stays where it is when Tune's tables are led away.
-    failures: dict[str, str] = {}
-    try:
-        if units not in (None, "characters", "words"):
-            raise ConfigError(f"--units must be characters or words, not {units!r}")
-        if units is not None and probe is None:
-            raise ConfigError("--units is of --probe, which is not given; the file's own probe has its own `units`")
-        section = None
-        if probe is not None:
-            section = ProbeSection(manifest=probe, units="words" if units == "words" else "characters")
-        ablation = load_ablation(config, overrides or [], section)
-        if only_list:
-            console.print(runs_table(ablation))
-            return
-        ablating = Ablating(ablation, console)
-        if not only_report:
-            failures = ablating.work()
-        ablating.report(failures)
-    except (ValueError, FloatingPointError, OSError) as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    if failures:
-        console.print(
-            f"{len(failures)} of {len(ablation.runs)} runs failed; the same command tries them again", style="red"
-        )
-        raise typer.Exit(1)
+def _is_reported(folder: RunFolder) -> bool:
+    """Return whether a run's summary and report are newer than its result and its probes."""
+    outputs = [folder.summary_file, folder.report]
+    inputs = [folder.result_file, *folder.probe_records]
+    newest = max(path.stat().st_mtime for path in inputs)
+    return all(path.is_file() and path.stat().st_mtime >= newest for path in outputs)

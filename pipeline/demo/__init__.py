@@ -1,1 +1,1 @@
-"""The demo: the whole job on this machine."""
+"""The demo: a synthesised corpus, and the whole job and the service on one machine."""

@@ -1,4 +1,4 @@
-"""Speech for a demo without a corpus: a fixed text list, spoken on the spot by espeak-ng in several voices."""
+"""The demo's corpus: a fixed list of sentences, synthesised by espeak-ng in several voices."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
 _TEXTS = Path(__file__).with_name("demo_sentences.txt")
 
-# Constants of espeak-ng's speak_lib.h.
+# Constants from espeak-ng's speak_lib.h.
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
 _PARAMETER_RATE, _PARAMETER_PITCH = 1, 3
 _POSITION_CHARACTER = 1
@@ -28,10 +28,10 @@ class Voice:
     """A speaker.
 
     Attributes:
-        split: folder its speech goes to.
-        name: espeak-ng's language, ``+``, its variant.
-        rate: words per minute.
-        pitch: 0 to 99.
+        split: Split of the corpus that contains the speaker.
+        name: Language and variant of espeak-ng, joined by ``+``.
+        rate: Words per minute.
+        pitch: Pitch from 0 to 99.
     """
 
     split: str
@@ -40,7 +40,7 @@ class Voice:
     pitch: int
 
 
-# No variants with breath noise (f2, f3, f5): espeak-ng draws that anew in each process.
+# The variants f2, f3 and f5 are excluded: espeak-ng gives them breath noise that differs between processes.
 VOICES = (
     Voice("train-demo", "en-us+m3", 165, 45),
     Voice("train-demo", "en-gb-x-rp+f1", 150, 55),
@@ -54,21 +54,21 @@ VOICES = (
 
 
 def make_demo_corpus(folder: Path, minutes: float = 6.0) -> Path:
-    """Speaks the demo corpus: 16 kHz 16-bit FLAC in LibriSpeech's layout, splits ``train-demo`` and ``dev-demo``.
+    """Synthesise the demo's corpus, unless the folder contains it already.
 
-    Voices, speeds and pitches differ; the voices of dev-demo are not in train-demo. The first call in
-    a process gives equal files for equal arguments (espeak-ng carries state from one utterance to the next). A corpus that is
-    there is returned as it is.
+    The corpus is 16 kHz 16-bit FLAC in LibriSpeech's layout, with the splits ``train-demo`` and ``dev-demo``. Voices, speeds
+    and pitches differ, and the two splits have different voices. The first call in a process gives equal files for equal
+    arguments; later calls may not, since espeak-ng keeps state between utterances.
 
     Args:
-        folder: where it goes. What an interrupted call left in its two splits is replaced.
-        minutes: of speech, about, over both splits. Default 6.
+        folder: Folder of the corpus. Files that an interrupted call left in the two splits are replaced.
+        minutes: Approximate length of the speech in both splits together. Default: 6.
 
     Returns:
-        folder.
+        ``folder``.
 
     Raises:
-        ValueError: espeakng-loader is not installed.
+        ValueError: espeakng-loader is not installed or does not work.
     """
     done = folder / f".complete-{minutes:g}-minutes"
     if done.is_file():
@@ -84,7 +84,7 @@ def make_demo_corpus(folder: Path, minutes: float = 6.0) -> Path:
         chapter = folder / voice.split / str(number) / "0"
         chapter.mkdir(parents=True)
         for n in count():
-            # Voices start at different sentences, so that a short corpus still has them all.
+            # Voices start at different sentences, so that a short corpus still contains all of them.
             waveform = synthesiser.speak(texts[(n + number * 5) % len(texts)], voice)
             soundfile.write(chapter / f"{number}-0-{n:04d}.flac", waveform, SAMPLE_RATE, subtype="PCM_16")
             samples += len(waveform)
@@ -95,7 +95,7 @@ def make_demo_corpus(folder: Path, minutes: float = 6.0) -> Path:
 
 
 class _Synthesiser:
-    """espeak-ng's shared library, which keeps its state in globals: one to a process."""
+    """espeak-ng's shared library. It keeps its state in global variables, so use one instance per process."""
 
     def __init__(self) -> None:
         try:
@@ -111,12 +111,12 @@ class _Synthesiser:
         )
         if self._rate <= 0:
             raise ValueError(
-                f"espeak-ng can't start from {espeakng_loader.get_data_path()}; reinstall espeakng-loader, or set CORPUS to "
-                "a folder of speech"
+                f"espeak-ng does not start with the data in {espeakng_loader.get_data_path()}; reinstall espeakng-loader, or set "
+                "CORPUS to a folder of speech"
             )
         self._blocks: list[np.ndarray] = []
         callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-        # Kept, or it would be freed while the library still calls it.
+        # Stored in an attribute, so that it is not freed while the library still calls it.
         self._callback = callback(self._receive)
         self._library.espeak_SetSynthCallback(self._callback)
 
@@ -126,7 +126,7 @@ class _Synthesiser:
         return 0
 
     def speak(self, text: str, voice: Voice) -> np.ndarray:
-        """(S,) float32 at 16 kHz in [-1, 1]."""
+        """Return the synthesised text: (S,) float32 at 16 kHz in [-1, 1]."""
         self._blocks.clear()
         data = text.encode()
         library = self._library

@@ -1,4 +1,4 @@
-"""What a cache will cost, before it is made: worked out from the corpus and a short run of the teacher on this machine."""
+"""The cost of a cache before it is built, estimated from the corpus and a short run of the teacher on this machine."""
 
 import math
 import time
@@ -24,27 +24,27 @@ from ray_distill.teacher_cache.teachers import Teacher
 
 _MASKS_SAMPLED = 200
 _SECONDS_SAMPLED = 40.0
-"""Of audio that the teacher is timed on, and codecs are tried on."""
+"""Seconds of audio for timing the teacher and trying the codecs."""
 _TARGETS: tuple[Targets, ...] = ("clean_and_masked", "composite_only", "clean_only")
 _COMPARED = ("fp16", "int8", "layer-pca", "pca")
 
 
 @dataclass(frozen=True)
 class CostPlan:
-    """Expected cost of a cache. Bytes and hours are estimates from a sample; counts are exact.
+    """Expected cost of a cache. Bytes and hours are estimated from a sample; counts are exact.
 
     Attributes:
-        hours: of audio.
-        utterances, frames: of the corpus.
-        draws: of the masks.
-        masked_fraction: share of masked frames, from real draws of some utterances; 0 without draws.
-        bytes_per_frame: of all layers of one pass, by codec.
-        audio_bytes: of the embedded audio.
-        audio_per_second: seconds of audio that one teacher pass gets through per second on ``device``.
-        device: where that was measured.
-        spec: the need.
-        free_bytes: on the cache's disk; None for an object store.
-        there_bytes: of the cache already there.
+        hours: Hours of audio.
+        utterances, frames: Numbers of utterances and frames of the corpus.
+        draws: Number of mask draws.
+        masked_fraction: Fraction of masked frames, from the masks of a sample of utterances; 0 without draws.
+        bytes_per_frame: Size of a frame of all layers of one pass, by codec.
+        audio_bytes: Size of the audio in the cache.
+        audio_per_second: Seconds of audio per second that one teacher processes on ``device`` in one pass.
+        device: Device of that measurement.
+        spec: Specification of the cache that is needed.
+        free_bytes: Free space of the cache's disk; None for an object store.
+        there_bytes: Size of the cache if it exists already, else 0.
     """
 
     hours: float
@@ -61,7 +61,7 @@ class CostPlan:
     there_bytes: int
 
     def total_bytes(self, codec: str, targets: Targets) -> float:
-        """Of the whole cache under a codec and a choice of targets."""
+        """Return the size of the whole cache for a codec and a choice of targets."""
         passes = {
             "clean_only": 1.0,
             "clean_and_masked": 1 + self.draws * (1 - self.masked_fraction),
@@ -71,7 +71,7 @@ class CostPlan:
 
     @property
     def bytes_per_epoch(self) -> float:
-        """Read by one epoch of training: the audio, the clean pass and one draw."""
+        """Bytes that one epoch of training reads: the audio, the clean pass and one draw."""
         passes = 1.0
         if self.draws and self.spec.targets == "clean_and_masked":
             passes += 1 - self.masked_fraction
@@ -79,23 +79,30 @@ class CostPlan:
 
     @property
     def teacher_passes(self) -> int:
-        """Over the corpus, to make the cache."""
+        """Number of teacher passes over the corpus that building the cache takes."""
         return 1 if self.spec.targets == "clean_only" else 1 + self.draws
 
     @property
     def teacher_hours(self) -> float:
-        """Of one such device."""
+        """Hours of one device that these passes take."""
         return self.hours * self.teacher_passes / self.audio_per_second
 
     @property
     def pays_after(self) -> int:
-        """Epochs after which the teacher in the loop would have cost more passes than the cache did."""
+        """Number of epochs after which a teacher in the loop has needed more passes than building the cache."""
         online = 1 if self.spec.targets == "clean_only" or not self.draws else 2
         return math.ceil(self.teacher_passes / online)
 
 
 def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher, location: str) -> CostPlan:
-    """Works out what caching these utterances costs; runs the teacher and the codecs on some 40 s of their audio."""
+    """Estimate the cost of a cache, by running the teacher and the codecs on about 40 s of its audio.
+
+    Args:
+        utterances: Utterances of the corpus.
+        spec: Specification of the cache.
+        teacher: Teacher, on the device to time it on.
+        location: Folder or URI of the cache.
+    """
     frames = [teacher.num_frames(u.num_samples) for u in utterances]
     masked = 0.0
     if spec.masks.draws:
@@ -103,7 +110,7 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
         chosen, counts = utterances[::step], frames[::step]
         masked = float(masks_of(spec.masks, 0, [u.id for u in chosen], counts).sum()) / sum(counts)
     sample: list[Utterance] = []
-    # Evenly over the corpus: every so many utterances until there is enough.
+    # Utterances at even distances over the corpus, until there is enough audio.
     for utterance in utterances[:: max(1, len(utterances) // 20)]:
         sample.append(utterance)
         if sum(u.num_samples for u in sample) > _SECONDS_SAMPLED * SAMPLE_RATE:
@@ -131,7 +138,7 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
 
 
 def _timed(teacher: Teacher, spec: CacheSpec, batches: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], float]:
-    """Each utterance's (T, L, D) on the CPU, and seconds of audio per second, after one batch to warm up."""
+    """Return each utterance's (T, L, D) on the CPU, and seconds of audio per second, after one batch to warm up."""
     layers = [layer - 1 for layer in spec.layers]
 
     def run(padded: Tensor, lengths: Tensor) -> Tensor:
@@ -146,7 +153,7 @@ def _timed(teacher: Teacher, spec: CacheSpec, batches: list[tuple[Tensor, Tensor
 
 
 def _bytes_per_frame(name: str, hidden: list[Tensor]) -> float:
-    """Stored bytes of a frame of all layers, from coding a few utterances one by one as a shard does."""
+    """Return the stored bytes of a frame of all layers, from encoding some utterances one by one as in a shard."""
     frames = torch.cat(hidden)
     state = fit_codec(check_codec(name), frames, frames[:: max(1, len(frames) // 200)])
     zstd = pa.Codec("zstd")
@@ -162,9 +169,9 @@ def _bytes_per_frame(name: str, hidden: list[Tensor]) -> float:
 
 
 def cost_table(plan: CostPlan) -> Table:
-    """The plan for people."""
+    """Return a table of the sizes of the cache by codec and targets; an arrow marks the configured ones."""
     spec = plan.spec
-    table = Table(title="what the cache will cost", show_lines=False)
+    table = Table(title="estimated size of the cache", show_lines=False)
     table.add_column("codec")
     for targets in _TARGETS:
         table.add_column(f"{targets}, {plan.draws} draws" if targets != "clean_only" else targets, justify="right")
@@ -181,14 +188,16 @@ def cost_table(plan: CostPlan) -> Table:
 
 
 def cost_lines(plan: CostPlan) -> list[str]:
-    """What the table has no column for, one sentence each."""
+    """Return the estimates that are not in the table, one sentence each."""
     spec = plan.spec
-    subset = "a run that reads some of these layers reads all their bytes" if spec.codec.startswith("pca") else ""
+    subset = (
+        "a run that needs only some of these layers still reads all of them" if spec.codec.startswith("pca") else ""
+    )
     return [
         f"{plan.hours:.2f} h, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, {plan.draws} mask draws "
         f"({plan.masked_fraction:.0%} masked), {spec.codec}: about {plan.total_bytes(spec.codec, spec.targets) / 1e9:.2f} GB, "
         f"{plan.bytes_per_epoch / 1e9:.2f} GB read per epoch" + (f"; {subset}" if subset else ""),
-        f"{plan.teacher_passes} teacher passes: about {plan.teacher_hours:.2f} h of one {plan.device} "
-        f"({plan.audio_per_second:.0f} s of audio per second there now); paid for after {plan.pays_after} epochs against "
-        "running the teacher in the loop",
+        f"{plan.teacher_passes} teacher passes: about {plan.teacher_hours:.2f} h on one {plan.device} "
+        f"({plan.audio_per_second:.0f} s of audio per second, measured now); this pays off after {plan.pays_after} epochs, compared "
+        "with a teacher in the loop",
     ]

@@ -1,37 +1,35 @@
-"""``run.py plan-cluster --cluster configs/clusters/NAME.yaml``: what corpora of any size cost on a cluster, on paper."""
+"""The cost of a corpus of any size on a cluster, calculated from measured and assumed figures."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pydantic
-import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 HOURS = (960.0, 60_000.0, 1_000_000.0)
-"""LibriSpeech, Libri-Light, and beyond."""
+"""Hours of audio to plan by default: LibriSpeech, Libri-Light, and a larger corpus."""
 
-_PART_BYTES = 10 << 20  # Arrow's, of an upload.
+_PART_BYTES = 10 << 20  # Size of a part of a multipart upload by Arrow.
 
 
 class ClusterError(ValueError):
-    """A description of a cluster that can't be used; the message names the key."""
+    """Unusable description of a cluster. The message names the key."""
 
 
 class Measured(pydantic.BaseModel, frozen=True, extra="forbid"):
     """A number that a benchmark measured.
 
     Attributes:
-        file: result file in ``benchmarks/results``.
-        where: what its row has, as ``{way: build with Ray}``.
-        key: whose value in that row it is.
-        times: factor to the unit wanted. Default 1.
+        file: Result file in ``benchmarks/results``.
+        where: Values that select one row of the file, as in ``{way: build with Ray}``. Default: none, for a file without rows.
+        key: Key of the number in that row.
+        times: Factor that converts the number to the required unit. Default: 1.
     """
 
     file: str
@@ -40,48 +38,51 @@ class Measured(pydantic.BaseModel, frozen=True, extra="forbid"):
     times: float = 1.0
 
     def read(self, results: Path) -> float:
-        """The number.
+        """Return the number from a folder of benchmark results.
 
         Raises:
-            ClusterError: no such file, row or key.
+            ClusterError: The file, row or key doesn't exist.
         """
         path = results / self.file
         if not path.is_file():
-            raise ClusterError(f"there is no result {path}; give --results the folder of benchmark results")
+            raise ClusterError(f"there is no benchmark result {path}; set --results to the folder of benchmark results")
         record = json.loads(path.read_text())
         if self.where:
             rows = [row for row in record["rows"] if all(row.get(key) == value for key, value in self.where.items())]
             if len(rows) != 1:
-                raise ClusterError(f"{path} has {len(rows)} rows with {self.where}; one is needed")
+                raise ClusterError(f"{path} has {len(rows)} rows with {self.where}; exactly one is needed")
             record = rows[0]
         if self.key not in record:
-            raise ClusterError(f"{path} has no {self.key!r} where {self.where or 'the file begins'}")
+            raise ClusterError(
+                f"{path} has no key {self.key!r}" + (f" in the row with {self.where}" if self.where else "")
+            )
         return float(record[self.key]) * self.times
 
 
 Unit = Annotated[float, pydantic.Field(gt=0)] | Measured
-"""A positive number in the YAML (an assumption, or a price), or where a benchmark measured it."""
+"""A positive number (an assumption or a price), or a reference to a measured number."""
 
 
 class _Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
     def number(self, name: str, results: Path) -> float:
+        """Return the value of a key, read from the benchmark results if it is a reference."""
         value = getattr(self, name)
         return value.read(results) if isinstance(value, Measured) else float(value)
 
 
 class Speech(_Section):
-    """What is stored.
+    """The corpus and its cache.
 
     Attributes:
-        source_bytes: of audio as it comes, per second of audio.
-        audio_bytes: of audio in the cache, per second of audio.
-        target_bytes: of all layers of one whole pass, per second of audio.
-        draws: mask draws.
-        masked_fraction: of frames, which a masked pass does not store.
-        utterance_seconds: mean length.
-        shard_minutes: audio of a shard.
+        source_bytes: Size of the source audio, in bytes per second of audio.
+        audio_bytes: Size of the audio in the cache, in bytes per second of audio.
+        target_bytes: Size of all layers of one complete pass, in bytes per second of audio.
+        draws: Number of mask draws.
+        masked_fraction: Fraction of masked frames, which a masked pass does not store.
+        utterance_seconds: Mean length of an utterance in seconds.
+        shard_minutes: Minutes of audio per shard.
     """
 
     source_bytes: Unit
@@ -94,16 +95,16 @@ class Speech(_Section):
 
 
 class Build(_Section):
-    """The machines that make the cache.
+    """The machines that build the cache.
 
     Attributes:
-        accelerators: teachers side by side, one to each.
-        nodes: that hold them; each has its own network.
-        cores: that decode audio.
-        teacher_audio_per_second: seconds of audio one pass of one accelerator gets through per second.
-        share_of_teacher: of that rate, what a build reaches.
-        decode_audio_per_second: seconds of audio decoded per second and core.
-        price_per_hour: of one accelerator with its share of a node.
+        accelerators: Number of accelerators, each of which runs one teacher.
+        nodes: Number of nodes with these accelerators; each has its own network.
+        cores: Number of CPU cores that decode audio.
+        teacher_audio_per_second: Seconds of audio per second that one accelerator processes in one pass.
+        share_of_teacher: Fraction of that rate that a build reaches.
+        decode_audio_per_second: Seconds of audio per second that one core decodes.
+        price_per_hour: Price per hour of one accelerator with its share of a node.
     """
 
     accelerators: int = pydantic.Field(ge=1)
@@ -119,14 +120,14 @@ class Train(_Section):
     """The machines that train one student.
 
     Attributes:
-        trainers: ranks, one accelerator to each.
-        nodes: that hold them.
-        epochs: of the run.
-        student_audio_per_second: seconds of audio one accelerator trains on per second.
-        share_of_resident: of that rate, what training from a cache reaches where nothing else is in the way.
-        requests_per_utterance: GET requests that reading one utterance takes.
-        reader_threads: of one trainer's `reader.CacheReader`, each of which waits for one request at a time.
-        price_per_hour: of one accelerator with its share of a node.
+        trainers: Number of ranks, each with one accelerator.
+        nodes: Number of nodes with these accelerators.
+        epochs: Number of epochs of the training.
+        student_audio_per_second: Seconds of audio per second that one accelerator trains on with its data in memory.
+        share_of_resident: Fraction of that rate that training from a cache reaches if neither network nor store is the bottleneck.
+        requests_per_utterance: Number of GET requests for reading one utterance.
+        reader_threads: Number of threads of one trainer's `reader.CacheReader`, each with one request at a time.
+        price_per_hour: Price per hour of one accelerator with its share of a node.
     """
 
     trainers: int = pydantic.Field(ge=1)
@@ -140,13 +141,13 @@ class Train(_Section):
 
 
 class ObjectStore(_Section):
-    """The store, as the cluster sees it; for a disk, requests are system calls and cost nothing.
+    """The store of the corpus and the cache. For a disk, requests are system calls and cost nothing.
 
     Attributes:
-        bytes_per_second: of all readers and writers together.
-        puts_per_second, gets_per_second: requests that write, that read, which it takes before it slows callers down.
-        get_seconds: that a small request takes.
-        price_per_terabyte_month, price_per_million_puts, price_per_million_gets: in the currency of the other prices.
+        bytes_per_second: Bandwidth of all readers and writers together.
+        puts_per_second, gets_per_second: Write and read requests per second before the store throttles.
+        get_seconds: Latency of a small read request in seconds.
+        price_per_terabyte_month, price_per_million_puts, price_per_million_gets: Prices, in the cluster's currency.
     """
 
     bytes_per_second: Unit
@@ -159,13 +160,13 @@ class ObjectStore(_Section):
 
 
 class Cluster(_Section):
-    """A cluster on paper.
+    """The description of a cluster.
 
     Attributes:
-        name: for the table's title.
-        currency: of all prices.
-        node_bytes_per_second: network of one node, each way.
-        speech, build, train, store: see their classes.
+        name: Name of the cluster, for the table's title.
+        currency: Currency of all prices. Default: USD.
+        node_bytes_per_second: Network bandwidth of one node in each direction.
+        speech, build, train, store: See the classes `Speech`, `Build`, `Train` and `ObjectStore`.
     """
 
     name: str
@@ -179,22 +180,23 @@ class Cluster(_Section):
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """What one corpus costs. Every time is a lower bound: parts overlap perfectly and nothing fails (see `pipeline.simulate`).
+    """The cost of one corpus. Every time is a lower bound: it assumes that all parts overlap and that nothing fails.
 
     Attributes:
-        hours: of audio.
-        build_hours: what each part alone would need to make the cache, by its name.
-        epoch_hours: what each part alone would need for one epoch.
-        cache_bytes: of the finished cache.
-        build_puts: requests that write.
-        build_gets: requests that read audio, one an utterance.
-        epoch_bytes: read by one epoch, of all trainers.
-        epoch_gets: requests of one epoch.
-        build_accelerator_hours, train_accelerator_hours: paid for, idle time included.
-        online_hours: wall time of the same training with the teacher in the loop.
-        trainer_bytes_per_second: network of one trainer while it trains.
-        gets_per_second: requests of all trainers while they train.
-        build_money, train_money, month_money: of the build, of a training run, of keeping the cache a month.
+        hours: Hours of audio.
+        build_hours: Hours that each part alone would need to build the cache, by name.
+        epoch_hours: Hours that each part alone would need for one epoch, by name.
+        cache_bytes: Size of the finished cache.
+        build_puts: Number of write requests of the build.
+        build_gets: Number of read requests of the build, one per utterance.
+        epoch_bytes: Bytes that all trainers read in one epoch.
+        epoch_gets: Number of read requests of one epoch.
+        build_accelerator_hours, train_accelerator_hours: Accelerator hours, including idle time.
+        online_hours: Wall time of the same training with the teacher in the loop.
+        trainer_bytes_per_second: Network traffic of one trainer during training.
+        gets_per_second: Read requests per second of all trainers during training.
+        build_money, train_money, month_money: Cost of the build, of one training, and of storing the cache for a month.
+        epochs: Number of epochs of one training.
     """
 
     hours: float
@@ -217,28 +219,28 @@ class ClusterPlan:
 
     @property
     def build_wall(self) -> float:
-        """Hours."""
+        """Wall time of the build in hours."""
         return max(self.build_hours.values())
 
     @property
     def train_wall(self) -> float:
-        """Hours."""
+        """Wall time of one training in hours."""
         return max(self.epoch_hours.values()) * self.epochs
 
 
-def first_to_saturate(hours: dict[str, float]) -> str:
-    """The part that needs longest, which all others wait for."""
+def bottleneck(hours: dict[str, float]) -> str:
+    """Return the part that needs the most hours, which all others wait for."""
     return max(hours, key=lambda part: hours[part])
 
 
 def load_cluster(path: Path) -> Cluster:
-    """Reads a cluster's YAML.
+    """Read the YAML description of a cluster.
 
     Raises:
-        ClusterError: no such file, not YAML, an unknown key, a missing or impossible value.
+        ClusterError: The file doesn't exist or is not YAML, or has an unknown key or a missing or impossible value.
     """
     if not path.is_file():
-        raise ClusterError(f"there is no cluster at {path}; configs/clusters/ has examples")
+        raise ClusterError(f"there is no cluster description at {path}; configs/clusters/ has examples")
     try:
         return Cluster.model_validate(yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:
@@ -250,20 +252,20 @@ def load_cluster(path: Path) -> Cluster:
 
 
 def upload_requests(size: float) -> int:
-    """Requests that write an object of ``size`` bytes as `storage.store` uploads it: begin, each part, end."""
+    """Return the number of requests for an upload of ``size`` bytes by `storage.store`: one to begin, one per part, one to end."""
     return 2 + max(1, math.ceil(size / _PART_BYTES))
 
 
 def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> ClusterPlan:
-    """Works a corpus out.
+    """Calculate the cost of a corpus on a cluster.
 
     Args:
-        cluster: where.
-        hours: of audio, above 0.
-        results: folder of the benchmark results that the cluster refers to. Default the repository's.
+        cluster: Description of the cluster.
+        hours: Hours of audio, above 0.
+        results: Folder of the benchmark results that the description refers to. Default: the repository's.
 
     Raises:
-        ClusterError: a measured number that is not there.
+        ClusterError: ``hours`` is not positive, or a measured number doesn't exist.
     """
     if not hours > 0:
         raise ClusterError(f"hours must be above 0, not {hours:g}")
@@ -275,7 +277,7 @@ def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> Clu
     source = seconds * speech.number("source_bytes", results)
     cache_bytes = seconds * (audio + target * (1 + speech.draws * stored_draw))
     utterances = seconds / speech.number("utterance_seconds", results)
-    # A shard is one file with the clean pass and one of each draw, and each file has a commit record.
+    # A shard has one file for the clean pass and one for each draw, and each file has a commit record.
     shard = speech.number("shard_minutes", results) * 60
     draw = upload_requests(shard * target * stored_draw)
     files = upload_requests(shard * (audio + target)) + speech.draws * draw
@@ -332,7 +334,7 @@ def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> Clu
 
 
 def origins(cluster: Cluster) -> tuple[list[str], list[str]]:
-    """Names of the units that benchmarks measured (with their file), and of those that are assumed."""
+    """Return the keys whose numbers were measured, each with its result file, and the keys whose numbers are assumed."""
     measured, assumed = [], []
 
     def walk(section: pydantic.BaseModel, prefix: str) -> None:
@@ -350,31 +352,31 @@ def origins(cluster: Cluster) -> tuple[list[str], list[str]]:
 
 
 def plan_table(cluster: Cluster, plans: Sequence[ClusterPlan]) -> Table:
-    """One column for each corpus."""
+    """Return a table with one column per plan."""
     money = cluster.currency
 
-    def row(what: str, show: Any) -> None:
-        table.add_row(what, *(show(plan) for plan in plans))
+    def row(label: str, value: Callable[[ClusterPlan], str]) -> None:
+        table.add_row(label, *map(value, plans))
 
-    table = Table(title=f"{cluster.name}, on paper")
+    table = Table(title=f"{cluster.name}: estimated cost")
     table.add_column("")
     for plan in plans:
         table.add_column(f"{plan.hours:,.0f} h", justify="right")
     row("cache", lambda p: _bytes(p.cache_bytes))
     row("build: accelerator hours", lambda p: f"{p.build_accelerator_hours:,.1f}")
     row("build: wall time", lambda p: _time(p.build_wall))
-    row("build: saturates first", lambda p: first_to_saturate(p.build_hours))
+    row("build: bottleneck", lambda p: bottleneck(p.build_hours))
     row("build: writes", lambda p: f"{p.build_puts:,.0f} ({p.build_puts / p.build_wall / 3600:,.1f}/s)")
-    row("build: money", lambda p: f"{p.build_money:,.0f} {money}")
-    row("keeping it a month", lambda p: f"{p.month_money:,.0f} {money}")
+    row("build: cost", lambda p: f"{p.build_money:,.0f} {money}")
+    row("storage for a month", lambda p: f"{p.month_money:,.0f} {money}")
     row(f"training, {plans[0].epochs} epochs: accelerator hours", lambda p: f"{p.train_accelerator_hours:,.1f}")
     row("training: wall time", lambda p: _time(p.train_wall))
     row("training: with the teacher in the loop", lambda p: _time(p.online_hours))
-    row("training: saturates first", lambda p: first_to_saturate(p.epoch_hours))
+    row("training: bottleneck", lambda p: bottleneck(p.epoch_hours))
     row("training: network per trainer", lambda p: f"{_bytes(p.trainer_bytes_per_second)}/s")
     row("training: read per epoch", lambda p: _bytes(p.epoch_bytes))
     row("training: requests", lambda p: f"{p.gets_per_second:,.0f}/s")
-    row("training: money", lambda p: f"{p.train_money:,.0f} {money}")
+    row("training: cost", lambda p: f"{p.train_money:,.0f} {money}")
     return table
 
 
@@ -387,29 +389,3 @@ def _bytes(number: float) -> str:
 
 def _time(hours: float) -> str:
     return f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.2f} h" if hours >= 1 else f"{hours * 60:,.1f} min"
-
-
-def command(
-    cluster: Annotated[Path, typer.Option(help="YAML of a cluster; configs/clusters/ has examples.")],
-    hours: Annotated[list[float] | None, typer.Option(help="Hours of audio; may be repeated.")] = None,
-    results: Annotated[Path, typer.Option(help="Folder of benchmark results.")] = RESULTS,
-) -> None:
-    """Say what corpora cost on a cluster: time, store, requests, network, money, and which part saturates first."""
-    console = Console(soft_wrap=True, highlight=False)
-    try:
-        described = load_cluster(cluster)
-        console.print(plan_table(described, [plan_cluster(described, h, results) for h in hours or HOURS]))
-    except ValueError as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(2) from None
-    measured, assumed = origins(described)
-    console.print(f"Measured: {', '.join(measured) or 'nothing'}.")
-    console.print(f"Assumed: {', '.join(assumed) or 'nothing'}.")
-    console.print("Lower bounds: all parts overlap and nothing fails.")
-
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command()(command)
-
-if __name__ == "__main__":
-    app()

@@ -1,4 +1,4 @@
-"""What a student is: every architectural choice, with ARMHuBERT-S's value as default."""
+"""Architecture of a student: every choice, with ARMHuBERT-S's value as its default."""
 
 from typing import Literal, Self
 
@@ -18,82 +18,83 @@ ARMHUBERT_S_CONV_LAYERS: ConvLayers = (
 )
 
 
-class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """Architecture of a student. Names follow fairseq's where it has one.
-
-    Attributes:
-        conv_layers: (channels, kernel, stride) of each convolution. Default ARMHuBERT-S's.
-        patches: how a log-mel spectrogram is cut into patches, which then take the place of frames, for a teacher that has them
-            (AST); the convolutions over the waveform are left out. None: frames. Default None; runs take the teacher's.
-        conv_norm: ``group_norm`` (after the first convolution, as HuBERT Base) or ``layer_norm`` (after each, as Large).
-        conv_bias: whether convolutions have a bias. Default False.
-        encoder_layers: Transformer layers L. Default 12.
-        encoder_embed_dim: width d. Default 432.
-        encoder_ffn_embed_dim: width of the feed-forward layers. Default 816.
-        encoder_attention_heads: heads. Default 12.
-        attention_reuse: for each layer, True where it reuses the last attention map that was computed instead of computing
-            its own; or ``alternate`` (every second layer reuses), or ``none``. This is the OPPOSITE sign of the published
-            ``reuse_pattern``, where True means that a layer computes its own map. Default ``alternate``.
-        reuse_behaviour: ``paper`` applies the map as it is; ``released`` applies softmax to it a second time, as the code
-            did that trained the released weights. Default ``paper``.
-        layer_grad_scale: the published layer gradient scaling. Default True.
-        layer_type: ``transformer`` or ``conformer``. Default ``transformer``.
-        layer_norm_first: normalise before each part of a Transformer layer, not after it, and the last layer's output once
-            more. Default False.
-        layer_drop: probability, in training, that a layer passes on its input (LayerDrop). Default 0.
-        depthwise_kernel: of a Conformer's convolution, odd. Default 31.
-        position: ``convolution`` before the encoder (wav2vec 2.0), or in attention ``relative`` (Transformer-XL) or ``rotary``
-            (RoFormer). The published names are ``abs``, ``rel_pos`` and ``rope``. Default ``convolution``.
-        conv_pos: kernel of the position convolution. Default 128.
-        conv_pos_groups: its groups. Default 16.
-        conv_pos_depth: above 1: so many smaller position convolutions one after another. Default 1.
-        time_reduction: ``fc1``, ``fc2`` or ``conv1d`` of `TimeReduction`; None leaves frames as they are. Default None.
-        time_reduction_factor: frames that become one. Default 2.
-        time_reduction_index: layers before the reduction; those after it see the reduced frames. Default 0.
-        heads: ``layerwise``: each layer's output predicts one of the teacher's layers; ``split`` (DistilHuBERT): the last layer's
-            predicts several; ``none``: for objectives that compare hidden states. Default ``layerwise``.
-        split_heads: predictions of ``split`` heads. Default 3.
-        split_dim: inner width of each; None: the encoder's. Default None.
-        feature_grad_mult: the front end's gradient is multiplied by this; 0 freezes it. Default 1.
-        target_dim: the teacher's width D, which each head predicts. Default 768.
-        dropout, attention_dropout, activation_dropout, dropout_input: probabilities. Defaults 0.1, 0.1, 0.1, 0.05.
-    """
+class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Architecture of a student. Field names follow fairseq's where it has one."""
 
     conv_layers: ConvLayers = ARMHUBERT_S_CONV_LAYERS
+    """(channels, kernel, stride) of each convolution of the front end. Default ARMHuBERT-S's."""
     patches: PatchGeometry | None = None
+    """Patch geometry of a log-mel spectrogram, for teachers that use patches in place of frames (AST); replaces the
+    convolutions over the waveform. None for frames. A run takes it from the teacher."""
     conv_norm: Literal["group_norm", "layer_norm"] = "group_norm"
+    """Normalisation of the front end: ``group_norm`` after the first convolution (HuBERT Base) or ``layer_norm`` after each
+    (HuBERT Large)."""
     conv_bias: bool = False
+    """Whether the convolutions have a bias."""
     encoder_layers: int = pydantic.Field(default=12, ge=1)
+    """Number of encoder layers L."""
     encoder_embed_dim: int = pydantic.Field(default=432, ge=1)
+    """Width d of the encoder."""
     encoder_ffn_embed_dim: int = pydantic.Field(default=816, ge=1)
+    """Width of the feed-forward layers."""
     encoder_attention_heads: int = pydantic.Field(default=12, ge=1)
+    """Number of attention heads."""
     attention_reuse: Literal["none", "alternate"] | tuple[bool, ...] = "alternate"
+    """Attention-map reuse: for each layer, True if it reuses the last computed attention map instead of computing its own;
+    or ``alternate`` (every second layer reuses), or ``none``. This is the OPPOSITE sign of the published ``reuse_pattern``,
+    where True means that a layer computes its own map."""
     reuse_behaviour: Literal["paper", "released"] = "paper"
+    """Treatment of a reused map: ``paper`` applies it as it is; ``released`` applies softmax to it a second time, as the code
+    that trained the released weights does."""
     layer_grad_scale: bool = True
+    """Whether to use the published layer gradient scaling."""
     layer_type: Literal["transformer", "conformer"] = "transformer"
+    """Type of the encoder layers."""
     layer_norm_first: bool = False
+    """Whether Transformer layers normalise before each part instead of after it (pre-norm). The last layer's output is then
+    normalised once more."""
     layer_drop: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    """Probability of skipping a layer during training (LayerDrop)."""
     depthwise_kernel: int = pydantic.Field(default=31, ge=1)
+    """Kernel of a Conformer's depthwise convolution; must be odd."""
     position: Literal["convolution", "relative", "rotary"] = "convolution"
+    """Position encoding: ``convolution`` before the encoder (wav2vec 2.0), or in attention ``relative`` (Transformer-XL) or
+    ``rotary`` (RoFormer). Their published names are ``abs``, ``rel_pos`` and ``rope``."""
     conv_pos: int = pydantic.Field(default=128, ge=1)
+    """Kernel of the position convolution."""
     conv_pos_groups: int = pydantic.Field(default=16, ge=1)
+    """Number of groups of the position convolution."""
     conv_pos_depth: int = pydantic.Field(default=1, ge=1)
+    """Number of position convolutions; more than one are smaller and applied one after another."""
     time_reduction: Literal["fc1", "fc2", "conv1d"] | None = None
+    """Kind of time reduction (see `TimeReduction`). None keeps the frame rate."""
     time_reduction_factor: int = pydantic.Field(default=2, ge=2)
+    """Number of frames that are merged into one."""
     time_reduction_index: int = pydantic.Field(default=0, ge=0)
+    """Number of layers before the time reduction; the layers after it process the reduced frames."""
     heads: Literal["layerwise", "split", "none"] = "layerwise"
+    """Prediction heads: ``layerwise``: each layer's output predicts one teacher layer; ``split`` (DistilHuBERT): the last
+    layer's output predicts several; ``none``: for objectives that compare hidden states."""
     split_heads: int = pydantic.Field(default=3, ge=1)
+    """Number of ``split`` heads."""
     split_dim: int | None = pydantic.Field(default=None, ge=1)
+    """Inner width of each ``split`` head. None takes the encoder's width."""
     feature_grad_mult: float = pydantic.Field(default=1.0, ge=0)
+    """Factor on the front end's gradient; 0 freezes the front end."""
     target_dim: int = pydantic.Field(default=768, ge=1)
+    """Teacher's width D, predicted by each head."""
     dropout: float = pydantic.Field(default=0.1, ge=0, lt=1)
+    """Dropout probability after the encoder's input, attention and feed-forward layers."""
     attention_dropout: float = pydantic.Field(default=0.1, ge=0, lt=1)
+    """Dropout probability of attention maps where they are computed; reused maps have none."""
     activation_dropout: float = pydantic.Field(default=0.1, ge=0, lt=1)
+    """Dropout probability inside feed-forward layers, after the activation."""
     dropout_input: float = pydantic.Field(default=0.05, ge=0, lt=1)
+    """Dropout probability of the projected features."""
 
     @property
     def reuses(self) -> tuple[bool, ...]:
-        """Whether each layer reuses an attention map."""
+        """Whether each layer reuses an attention map, as a tuple of L flags."""
         if self.attention_reuse == "none":
             return (False,) * self.encoder_layers
         if self.attention_reuse == "alternate":
@@ -103,12 +104,12 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     @property
     def num_predictions(self) -> int:
-        """Teacher layers that this student learns from: one for each head, or without heads for each of its layers."""
+        """Number of teacher layers that this student learns from: one per head, or one per encoder layer without heads."""
         return self.split_heads if self.heads == "split" else self.encoder_layers
 
     @property
     def receptive_field(self) -> int:
-        """Samples that one frame sees, which is the shortest waveform with a frame: 400 for the published front ends."""
+        """Number of samples that one frame covers, and so the shortest waveform: 400 for the published front ends."""
         if self.patches is not None:
             return self.patches.min_samples
         samples = 1
@@ -117,15 +118,22 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
         return samples
 
     def num_frames(self, num_samples: Length) -> Length:
-        """Frames, or patches, of audio of so many samples: an int, or an integer tensor of any shape; at least 0."""
+        """Return the number of frames (or patches) of waveforms of these lengths.
+
+        Args:
+            num_samples: int, or integer tensor of any shape.
+
+        Returns:
+            The same type and shape; at least 0.
+        """
         if self.patches is not None:
             return self.patches.num_patches(num_samples)
         return conv_output_length(num_samples, [(kernel, stride) for _, kernel, stride in self.conv_layers])
 
     @pydantic.model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_geometry(self) -> Self:
         if not self.conv_layers or any(min(layer) < 1 for layer in self.conv_layers):
-            raise ValueError("conv_layers needs at least one layer of (channels, kernel, stride), all positive")
+            raise ValueError("conv_layers needs at least one layer (channels, kernel, stride), with positive numbers")
         if self.encoder_embed_dim % self.encoder_attention_heads:
             raise ValueError(
                 f"encoder_embed_dim {self.encoder_embed_dim} is not a multiple of encoder_attention_heads "
@@ -143,22 +151,25 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid"):
         if self.layer_type == "conformer" and self.depthwise_kernel % 2 == 0:
             raise ValueError(f"depthwise_kernel must be odd, not {self.depthwise_kernel}")
         if self.layer_type == "conformer" and self.layer_norm_first:
-            raise ValueError("layer_norm_first is an option of Transformer layers; a Conformer layer has its own norms")
+            raise ValueError(
+                "layer_norm_first applies to Transformer layers only; Conformer layers have their own norms"
+            )
         if len(self.reuses) != self.encoder_layers:
             raise ValueError(
-                f"attention_reuse has {len(self.reuses)} entries, encoder_layers is {self.encoder_layers}; give one for each layer"
+                f"attention_reuse has {len(self.reuses)} entries, but encoder_layers is {self.encoder_layers}; "
+                "give one entry per layer"
             )
         if self.reuses[0]:
             raise ValueError("attention_reuse: the first layer has no attention map to reuse; its entry must be false")
         if self.time_reduction is not None:
             if self.time_reduction_index >= self.encoder_layers:
                 raise ValueError(
-                    f"time_reduction_index {self.time_reduction_index} leaves no layer after it; encoder_layers is "
-                    f"{self.encoder_layers}"
+                    f"time_reduction_index {self.time_reduction_index} leaves no layer after the reduction; it must be below "
+                    f"encoder_layers, {self.encoder_layers}"
                 )
             if self.reuses[self.time_reduction_index]:
                 raise ValueError(
-                    f"attention_reuse: layer {self.time_reduction_index + 1} comes right after the time reduction, where earlier "
-                    "maps have other frames; its entry must be false"
+                    f"attention_reuse: layer {self.time_reduction_index + 1} follows the time reduction, so earlier maps have "
+                    "another number of frames; its entry must be false"
                 )
         return self

@@ -13,7 +13,6 @@ Example:
     ['train.workers']
 """
 
-from collections.abc import Iterator
 from enum import Enum
 
 import pydantic
@@ -42,13 +41,15 @@ def keys_with(model: type[pydantic.BaseModel], effect: FieldEffect) -> list[str]
 
     A section that carries the effect itself stands for all of its keys and is returned as one key.
     """
-    return [key for key, effects in _keys(model) if effect in effects]
+    return [key for key, effects in key_effects(model).items() if effect in effects]
 
 
-def _keys(model: type[pydantic.BaseModel]) -> Iterator[tuple[str, list[object]]]:
+def key_effects(model: type[pydantic.BaseModel]) -> dict[str, set[FieldEffect]]:
+    """Return the effects of each dotted key, in order. Sections are keys too, followed by their own keys."""
+    found: dict[str, set[FieldEffect]] = {}
     for name, field in model.model_fields.items():
-        yield name, field.metadata
+        found[name] = {item for item in field.metadata if isinstance(item, FieldEffect)}
         section = field.annotation
         if isinstance(section, type) and issubclass(section, pydantic.BaseModel):
-            for key, effects in _keys(section):
-                yield f"{name}.{key}", effects
+            found |= {f"{name}.{key}": effects for key, effects in key_effects(section).items()}
+    return found

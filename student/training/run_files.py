@@ -1,6 +1,30 @@
-"""Names of the files that a training writes into its run's folder."""
+"""Names of the files and folders in a run's folder that training and loading a student need."""
 
 METRICS = "metrics.jsonl"
+"""Rows of metrics, one JSON object per line."""
 RESULT = "train.json"
+"""Result of a finished training."""
 TENSORBOARD = "tensorboard"
+"""Folder of TensorBoard's event files."""
+TRACKERS = "trackers.json"
+"""Run ids at Weights & Biases and MLflow, by tracker."""
+RAY = "ray"
+"""Folder of Ray Train's own records."""
 CHECKPOINTS = "checkpoints"
+"""Folder of the training state and of the best students."""
+LAST = "last"
+"""Folder in CHECKPOINTS with the state from which an interrupted training continues."""
+STATE = "state.pt"
+"""Training state, in LAST."""
+BEST = "best"
+"""Link in CHECKPOINTS to the student with the lowest validation loss."""
+
+CONFIG = "config.yaml"
+"""Configuration of the run, written by the job."""
+EXPORT = "export"
+"""Folder of the exported student, written by the job."""
+
+
+def step_folder(step: int) -> str:
+    """Return the name of the folder in CHECKPOINTS that holds the student of an optimiser step."""
+    return f"step-{step:06d}"

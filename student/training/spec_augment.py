@@ -15,27 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class SpecAugment(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """What is done to each utterance, drawn anew each time it is seen; 0 masks or a window of 0 leaves a part out.
-
-    Attributes:
-        time_warp_window: most frames by which a random point is moved; the rest is stretched around it. Default 0: no warp.
-        frequency_masks: bands of feature dimensions that are masked. Default 2.
-        frequency_mask_width: widest band, in dimensions, exclusive. Default 27.
-        time_masks: stretches of frames that are masked. Default 2.
-        time_mask_width: longest stretch, in frames, exclusive. Default 100.
-        time_mask_share: longest stretch as a share of the utterance's frames, so that short ones are not wiped out
-            (the adaptive policy of Park et al. 2020). Default 1: no such bound, as published.
-        fill: what masks become: the ``mean`` of the utterance's features, or ``zero``. Default ``mean``.
-    """
+class SpecAugment(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """SpecAugment policy, drawn anew each time an utterance is used. 0 masks or a window of 0 disables a part."""
 
     time_warp_window: int = pydantic.Field(default=0, ge=0)
+    """Largest shift, in frames, of a random point in time; the frames around it are stretched. 0 disables time warping."""
     frequency_masks: int = pydantic.Field(default=2, ge=0)
+    """Number of masked bands of feature dimensions."""
     frequency_mask_width: int = pydantic.Field(default=27, ge=1)
+    """Upper bound, exclusive, on the width of a band in dimensions."""
     time_masks: int = pydantic.Field(default=2, ge=0)
+    """Number of masked spans of frames."""
     time_mask_width: int = pydantic.Field(default=100, ge=1)
+    """Upper bound, exclusive, on the length of a span in frames."""
     time_mask_share: float = pydantic.Field(default=1.0, gt=0, le=1)
+    """Upper bound on the length of a span as a share of the utterance's frames, which protects short utterances (the
+    adaptive policy of Park et al. 2020). The default 1, as published, sets no such bound."""
     fill: Literal["mean", "zero"] = "mean"
+    """Value of masked entries: the ``mean`` of the utterance's features, or ``zero``."""
 
 
 def spec_augment(x: Tensor, num_frames: Tensor, policy: SpecAugment) -> Tensor:

@@ -1,119 +1,120 @@
-"""How a student is trained: every hyper-parameter of a recipe, with the published value as default."""
+"""Settings of a training: every hyper-parameter of a recipe, with the published value as its default."""
 
 from typing import Annotated, Literal, Self
 
 import pydantic
 
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
+from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT
 from ray_distill.student.training.spec_augment import SpecAugment
 
 _OBJECTIVE_KEYS = {
     "prediction": ("hint_weight", "final_weight", "hint_layers", "cosine_weight"),
     "star": ("relation_weights",),
 }
-"""Keys that the other objective has no use for."""
+"""Keys that the other objective does not use."""
 
 
-class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """Training settings; defaults are ARMHuBERT-S-100h's.
-
-    Attributes:
-        targets: ``cached`` reads them from a cache; ``online`` runs the teacher in the loop (the comparison).
-        epochs: passes over the training split.
-        max_steps: stop after this many optimiser steps, and lay the schedule out over them; None: as epochs say.
-        batch_size: utterances per worker and batch, as published; None when batch_seconds is given.
-        batch_seconds: padded seconds of audio per worker and batch, instead of batch_size.
-        accumulate: batches per optimiser step.
-        workers: Ray Train workers (DDP ranks).
-        use_gpu: one GPU per worker.
-        precision: ``fp32``, ``bf16``, or ``fp16`` with loss scaling, which needs use_gpu.
-        learning_rate: peak; 5e-3 with attention reuse, 5e-4 without (published).
-        warmup_fraction: of all steps, linear from 0; then linear to 0 at the end.
-        betas, eps, weight_decay: AdamW. The published yaml says weight decay 1e-6, but its optimiser's parameter groups
-            override it: 0.01 on everything but biases.
-        objective: ``prediction``: heads predict the teacher's layers (ARMHuBERT, DistilHuBERT); ``star``: temporal relations
-            between frames are learnt (`ray_distill.student.objectives.temporal_relation`), by a student without heads.
-        hint_weight: of ``prediction``: on the sum over layers below the last.
-        final_weight: of ``prediction``: on the last layer.
-        loss: ``mse`` or ``l1``.
-        cosine_weight: of ``prediction``: on DistilHuBERT's second term, ``-log sigmoid(cos)``; 0 (published ARMHuBERT) leaves it out.
-        relation_weights: of ``star``: on layer-wise and on intra-layer relations.
-        hint_layers: of ``prediction``: of the layers below the last, so many drawn anew for each epoch (published
-            ``distil_random_layer``) take part; None: all.
-        count_padding: divide the loss by padded frames too, as the published code does. A cache has no targets for them, so
-            they add no error.
-        spec_augment: a policy (`spec_augment.SpecAugment`), ``{}`` for the published one; None leaves features alone.
-        mask_embedding: ``learned``; ``frozen`` as it was drawn; or ``teacher``: the teacher's, frozen, which needs a student as wide.
-        init_front_end: start from the teacher's convolutions and projection; the student's must have their shapes.
-        init_encoder_layers: start from so many of the teacher's first layers, and its position convolution.
-        max_grad_norm: clip gradients to this norm; None (published) does not clip.
-        max_skipped_steps: a step whose loss or gradient is not finite is left out; the run stops after this many in a row.
-            Ten leave a rare bad batch behind, and do not let a diverged run go on for hours. Under fp16 the steps by which
-            the loss scale is looked for don't count while it can still fall.
-        checkpoint_activations: keep only what each encoder layer gives and compute the rest again in backward: less memory for
-            more time, for batches that would not fit. Changes no number.
-        ema_decay: of an exponential moving average of the weights, as 0.999; it is then what is validated and exported.
-            None (published) keeps none.
-        draw_order: which mask draw an epoch trains with: ``rotate`` takes them in turn, ``in_order`` spreads them over the
-            run, so that draws with policies of their own (masks.policies) make a schedule.
-        validate_every: optimiser steps between validations (one more at the end); each is followed by a checkpoint.
-        checkpoint_every: optimiser steps between checkpoints, besides those; None makes no others.
-        keep_best: students kept of those that were validated.
-        log_every: optimiser steps between metric rows.
-        trackers: of ``wandb`` and ``mlflow``, what metrics are also sent to; see `training.metrics`. Default none.
-        max_failures: how often a failed worker group is started again from the last checkpoint.
-        seed: of initialisation, order and dropout.
-    """
+class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Settings of a training. The defaults are those of ARMHuBERT-S on 100 hours."""
 
     targets: Literal["cached", "online"] = "cached"
+    """Source of the targets: ``cached`` reads them from a cache, ``online`` runs the teacher at each step, for comparison."""
     epochs: int = pydantic.Field(default=200, ge=1)
+    """Passes over the training split."""
     max_steps: int | None = pydantic.Field(default=None, ge=1)
+    """Limit on the number of optimiser steps; the learning-rate schedule then spans these steps. None trains for all epochs."""
     batch_size: int | None = pydantic.Field(default=None, ge=1)
+    """Number of utterances per worker and batch, as published. Give either this or batch_seconds."""
     batch_seconds: float | None = pydantic.Field(default=None, gt=0)
+    """Seconds of audio per worker and batch, padding included. Give either this or batch_size."""
     accumulate: int = pydantic.Field(default=1, ge=1)
+    """Number of batches per optimiser step (gradient accumulation)."""
     workers: int = pydantic.Field(default=1, ge=1)
+    """Number of Ray Train workers (DDP ranks)."""
     use_gpu: bool = False
+    """Whether each worker uses a GPU."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic: ``fp32``, or autocast to ``bf16`` or ``fp16``. ``fp16`` uses loss scaling and needs use_gpu."""
     learning_rate: float = pydantic.Field(default=5e-3, gt=0)
+    """Peak learning rate. Published: 5e-3 with attention reuse, 5e-4 without."""
     warmup_fraction: float = pydantic.Field(default=0.05, ge=0, le=1)
+    """Share of the steps in which the learning rate rises linearly from 0; after them it falls linearly to 0."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's betas."""
     eps: float = 1e-6
+    """AdamW's epsilon."""
     weight_decay: float = 0.01
+    """AdamW's weight decay, not applied to biases. The published yaml says 1e-6, but the parameter groups of its optimiser
+    override that with 0.01."""
     objective: Annotated[Literal["prediction", "star"], CHANGES_LOSS_MEANING] = "prediction"
+    """Training objective: ``prediction`` predicts the teacher's layers with heads (ARMHuBERT, DistilHuBERT); ``star`` matches
+    temporal relations between frames and needs a student without heads (STaR)."""
     hint_weight: Annotated[float, CHANGES_LOSS_MEANING] = 0.1
+    """Weight of the summed losses of all layers but the last. Only with objective ``prediction``."""
     final_weight: Annotated[float, CHANGES_LOSS_MEANING] = 1.0
+    """Weight of the last layer's loss. Only with objective ``prediction``."""
     loss: Annotated[Literal["mse", "l1"], CHANGES_LOSS_MEANING] = "mse"
+    """Error between student and teacher: squared (``mse``) or absolute (``l1``)."""
     cosine_weight: Annotated[float, CHANGES_LOSS_MEANING] = pydantic.Field(default=0.0, ge=0)
+    """Weight of DistilHuBERT's second term, ``-log sigmoid(cos)``. The published ARMHuBERT does not use it (0). Only with
+    objective ``prediction``."""
     relation_weights: Annotated[tuple[float, float], CHANGES_LOSS_MEANING] = (1.0, 1.0)
+    """Weights of the layer-wise and of the intra-layer relations. Only with objective ``star``."""
     hint_layers: int | None = pydantic.Field(default=None, ge=1)
+    """Number of layers below the last that take part in the loss, drawn anew for each epoch (published
+    ``distil_random_layer``). None uses all. Only with objective ``prediction``."""
     count_padding: bool = False
+    """Whether the loss is divided by all frames, padded ones included, as in the published code. A cache has no targets for
+    padded frames, so they add no error."""
     spec_augment: SpecAugment | None = None
+    """SpecAugment policy; ``{}`` is the published one. None disables augmentation."""
     mask_embedding: Literal["learned", "frozen", "teacher"] = "learned"
+    """Mask embedding: ``learned``, ``frozen`` at its random initial value, or ``teacher``: frozen at the teacher's, which needs
+    a student of the teacher's width."""
     init_front_end: bool = False
+    """Whether convolutions and projection start from the teacher's, which must have the same shapes."""
     init_encoder_layers: int = pydantic.Field(default=0, ge=0)
+    """Number of encoder layers, counted from the first, that start from the teacher's, with its position convolution."""
     max_grad_norm: float | None = pydantic.Field(default=None, gt=0)
-    max_skipped_steps: int = pydantic.Field(default=10, ge=1)
-    checkpoint_activations: bool = False
+    """Gradient clipping threshold (norm). None, as published, disables clipping."""
+    max_skipped_steps: Annotated[int, CHANGES_NO_RESULT] = pydantic.Field(default=10, ge=1)
+    """Number of consecutive steps with a loss or gradient that is not finite after which the run stops. Such steps are skipped;
+    ten tolerate a rare bad batch, but end a diverged run soon. Steps by which fp16 searches its loss scale do not count while
+    the scale can still fall."""
+    checkpoint_activations: Annotated[bool, CHANGES_NO_RESULT] = False
+    """Activation checkpointing: recompute each encoder layer in the backward pass instead of storing its activations. Uses less
+    memory and more time; results do not change."""
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights, for example 0.999. The average is then validated and exported.
+    None, as published, disables it."""
     draw_order: Literal["rotate", "in_order"] = "rotate"
+    """Mask draw of each epoch: ``rotate`` cycles through the draws, ``in_order`` spreads them over the run, which turns draws
+    with different policies (masks.policies) into a schedule."""
     validate_every: int = pydantic.Field(default=1000, ge=1)
-    checkpoint_every: int | None = pydantic.Field(default=None, ge=1)
-    keep_best: int = pydantic.Field(default=1, ge=1)
+    """Optimiser steps between validations. A last validation follows the last step; each validation writes a checkpoint."""
+    checkpoint_every: Annotated[int | None, CHANGES_NO_RESULT] = pydantic.Field(default=None, ge=1)
+    """Optimiser steps between additional checkpoints. None writes checkpoints at validations only."""
+    keep_best: Annotated[int, CHANGES_NO_RESULT] = pydantic.Field(default=1, ge=1)
+    """Number of validated students to keep, those with the lowest validation losses."""
     log_every: int = pydantic.Field(default=10, ge=1)
-    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
-    max_failures: int = pydantic.Field(default=2, ge=0)
+    """Optimiser steps between rows of metrics."""
+    trackers: Annotated[tuple[Literal["wandb", "mlflow"], ...], CHANGES_NO_RESULT] = ()
+    """Experiment trackers that also receive the metrics: ``wandb``, ``mlflow``."""
+    max_failures: Annotated[int, CHANGES_NO_RESULT] = pydantic.Field(default=2, ge=0)
+    """Number of times that failed workers are restarted from the last checkpoint."""
     seed: int = pydantic.Field(default=0, ge=0)
+    """Seed of initialisation, data order and dropout."""
 
     @pydantic.model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_combinations(self) -> Self:
         if (self.batch_size is None) == (self.batch_seconds is None):
             raise ValueError("give exactly one of train.batch_size and train.batch_seconds")
         if self.precision == "fp16" and not self.use_gpu:
             raise ValueError("train.precision fp16 needs train.use_gpu true; on a CPU use fp32 or bf16")
         if self.draw_order == "in_order" and self.targets == "online":
             raise ValueError(
-                "train.draw_order in_order needs train.targets cached: online targets never run out of draws"
+                "train.draw_order in_order needs train.targets cached: online targets have no fixed number of draws"
             )
         other = _OBJECTIVE_KEYS["star" if self.objective == "prediction" else "prediction"]
         for key in other:
@@ -125,11 +126,11 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid"):
 
     @property
     def starts_from_teacher(self) -> bool:
-        """Whether some of the student's first weights are the teacher's."""
+        """Whether some of the student's initial weights are the teacher's."""
         return self.init_front_end or self.init_encoder_layers > 0 or self.mask_embedding == "teacher"
 
     def check_student(self, config: StudentConfig) -> None:
-        """Raises ValueError where such a student can't be trained so."""
+        """Raise ValueError if these settings cannot train such a student."""
         if (self.objective == "star") != (config.heads == "none"):
             raise ValueError(
                 f"train.objective {self.objective} does not go with student.heads {config.heads}: star compares hidden states, and "

@@ -150,7 +150,7 @@ def test_job_is_cancelled_and_goes_on(head: Head, checkout: Path, speech_folder:
     names |= set(exported)
     log = head.logs("second")
     # Readable where people look: each stage's line, what was reused, the summary.
-    for text in ("12 utterances", "all shards are there, reused", f"{count} steps in", "export", "report at"):
+    for text in ("12 utterances", "all shards exist, reused", f"{count} steps in", "export", "report at"):
         assert text in log, log
     assert "Traceback" not in log
     assert {path: path.stat().st_mtime_ns for path in written} == written, "shards were made again"

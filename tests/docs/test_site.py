@@ -119,8 +119,8 @@ def test_command_reference_has_commands_and_options(pages: dict[Path, Page], sit
     text = pages[site / "reference" / "commands" / "index.html"].text
     for name in (
         "ray-distill",
-        "ray-distill-cache verify",
-        "ray-distill-cache repair",
+        "ray-distill cache verify",
+        "ray-distill cache repair",
         "ray-distill plan-cluster",
         "ray-distill export",
         "make demo",

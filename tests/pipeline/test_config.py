@@ -1,9 +1,26 @@
 from pathlib import Path
 
+import pydantic
 import pytest
 import yaml
 
-from ray_distill.pipeline.config import ConfigError, dump_config, load_config
+from ray_distill.pipeline.ablation.definition import AblationSettings, ProbeSection
+from ray_distill.pipeline.config import (
+    CacheSection,
+    Config,
+    ConfigError,
+    CorpusSection,
+    TeacherSection,
+    dump_config,
+    load_config,
+)
+from ray_distill.student.training.field_effects import (
+    CHANGES_LOSS_MEANING,
+    CHANGES_NO_RESULT,
+    SAME_IN_ABLATION,
+    key_effects,
+    keys_with,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "configs" / "demo.yaml"
@@ -73,3 +90,41 @@ def test_the_dumped_configuration_loads_again(tmp_path: Path) -> None:
 def test_student_follows_the_teacher() -> None:
     student = load_config(DEMO).resolve_student(6, 192)
     assert (student.encoder_layers, student.target_dim) == (6, 192)
+
+
+CHANGES_RESULT = {
+    "": "student",
+    "corpus": "path train_splits validation_splits validation_fraction min_seconds max_seconds",
+    "masks": "policies draws seed",
+    "masks.policy": "selection mask_prob mask_length mask_other no_overlap min_space",
+    "cache": "targets",
+    "train": "targets epochs max_steps batch_size batch_seconds accumulate workers use_gpu precision learning_rate warmup_fraction "
+    "betas eps weight_decay hint_layers count_padding spec_augment mask_embedding init_front_end init_encoder_layers max_grad_norm "
+    "ema_decay draw_order validate_every log_every seed",
+}
+"""Keys without an effect, by section: they change a run's result, keep the loss's meaning, and may differ within an ablation."""
+
+
+def test_the_effects_of_every_key_are_decided() -> None:
+    effects = key_effects(Config)
+    sections = {key.rpartition(".")[0] for key in effects if "." in key}
+    plain = {key for key, found in effects.items() if not found and key not in sections}
+    decided = {f"{section}.{name}".lstrip(".") for section, names in CHANGES_RESULT.items() for name in names.split()}
+    assert plain == decided, "decide the effects of a new key (field_effects.py): annotate it, or list it above"
+    assert keys_with(Config, CHANGES_NO_RESULT) == [
+        *("runs", "cache.actors", "cache.gpus_per_actor", "cache.cpus_per_actor", "cache.verify"),
+        *("train.max_skipped_steps", "train.checkpoint_activations", "train.checkpoint_every", "train.keep_best"),
+        *("train.trackers", "train.max_failures"),
+    ]
+    assert keys_with(Config, CHANGES_LOSS_MEANING) == [
+        *("teacher.layers", "train.objective", "train.hint_weight", "train.final_weight", "train.loss"),
+        *("train.cosine_weight", "train.relation_weights"),
+    ]
+    shared = [f"cache.{name}" for name in CacheSection.model_fields if name != "targets"]
+    assert keys_with(Config, SAME_IN_ABLATION) == ["name", "runs", "corpus", "teacher.checkpoint", *shared]
+
+
+@pytest.mark.parametrize("model", [Config, CorpusSection, TeacherSection, CacheSection, AblationSettings, ProbeSection])
+def test_every_key_is_described(model: type[pydantic.BaseModel]) -> None:
+    for name, field in model.model_fields.items():
+        assert field.description, name

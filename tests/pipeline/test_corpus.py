@@ -89,10 +89,10 @@ def test_a_split_alone_lends_some_of_its_own_for_validation(librispeech: Path, t
     [
         (
             {"train_splits": ["train-clean-100"]},
-            "no split 'train-clean-100'; it has dev-clean, test-clean, train-clean-5",
+            "no split 'train-clean-100'; its splits are dev-clean, test-clean, train-clean-5",
         ),
         ({"validation_splits": ["dev"]}, "no split 'dev'"),
-        ({"train_splits": ["dev-clean"], "validation_splits": ["dev-clean"]}, "both for training and for validation"),
+        ({"train_splits": ["dev-clean"], "validation_splits": ["dev-clean"]}, "used for both training and validation"),
         ({"train_splits": []}, "left for the train split"),
     ],
 )
@@ -103,7 +103,9 @@ def test_wrong_splits(librispeech: Path, tmp_path: Path, splits: dict[str, list[
 
 def test_no_split_for_training(librispeech: Path, tmp_path: Path) -> None:
     shutil.rmtree(librispeech / "train-clean-5")
-    with pytest.raises(ValueError, match="starts with 'train'; name one of dev-clean, test-clean"):
+    with pytest.raises(
+        ValueError, match="starts with 'train'; set corpus.train_splits to some of dev-clean, test-clean"
+    ):
         index_corpus(librispeech, output=tmp_path / "index")
 
 
@@ -129,7 +131,7 @@ def test_a_folder_of_anything(folder: Path, tmp_path: Path) -> None:
     }
     assert len(ids(index, "validation")) == 1
     assert all(u.num_samples == pytest.approx(8000, abs=2500) for u in index.utterances)
-    with pytest.raises(ValueError, match="has no splits, so there is no 'train'"):
+    with pytest.raises(ValueError, match="has no splits, so 'train' can't be one"):
         index_corpus(folder, train_splits=["train"], output=tmp_path / "other")
 
 
@@ -192,11 +194,11 @@ def test_manifest_of_paths_alone(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("m.csv", "file\na.wav\n", "no column 'path'; it has file"),
+        ("m.csv", "file\na.wav\n", "no column 'path'; its columns are file"),
         ("m.csv", "path,id\na.wav,\n", "row 1 of the manifest .* has no id"),
         ("m.csv", "path,id\na.wav\n", "can't be read"),
         ("m.csv", "", "can't be read"),
-        ("m.csv", "path\n", "holds no audio"),
+        ("m.csv", "path\n", "contains no audio"),
         ("m.parquet", "path\na.wav\n", "can't be read"),
         ("m.txt", "path\na.wav\n", "neither a folder of audio nor a .csv or .parquet manifest"),
     ],
@@ -212,7 +214,7 @@ def test_nothing_there_and_no_audio(tmp_path: Path) -> None:
         index_corpus(tmp_path / "nowhere", output=tmp_path / "index")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match="holds no audio"):
+    with pytest.raises(ValueError, match="contains no audio"):
         index_corpus(tmp_path / "texts", output=tmp_path / "index")
 
 

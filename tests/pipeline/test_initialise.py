@@ -10,6 +10,7 @@ from rich.console import Console
 from ray_distill.pipeline.config import ConfigError, load_config
 from ray_distill.pipeline.initialise import initial_tensors, write_initial
 from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.train import prepare_training
 from ray_distill.student import Student, StudentConfig
 from ray_distill.student.checkpoints import load_tensors
 from ray_distill.student.training.train_settings import TrainSettings
@@ -85,18 +86,34 @@ def test_only_what_was_asked_for(teacher: Teacher) -> None:
     ("student", "train", "message"),
     [
         ({"conv_bias": True, "conv_norm": "layer_norm"}, {"init_encoder_layers": 4}, "4 is more than the student's 3"),
-        ({"conv_layers": (*HUBERT_CONV[:6], (9, 2, 2))}, {"init_front_end": True}, r"make student\.conv_layers"),
-        ({"encoder_ffn_embed_dim": 7}, {"init_encoder_layers": 1}, r"layers\.0\.up\.weight is .* has as \(7, 48\)"),
+        ({"conv_layers": (*HUBERT_CONV[:6], (9, 2, 2))}, {"init_front_end": True}, r"give student\.conv_layers"),
+        (
+            {"encoder_ffn_embed_dim": 7},
+            {"init_encoder_layers": 1},
+            r"layers\.0\.up\.weight has the shape .* student's has \(7, 48\)",
+        ),
         ({"attention_reuse": "alternate"}, {"init_encoder_layers": 2}, "compute their own attention maps"),
         ({"layer_type": "conformer"}, {"init_encoder_layers": 1}, "must be Transformer layers"),
-        ({"encoder_embed_dim": 96}, {"mask_embedding": "teacher"}, r"the teacher's mask_embedding is \(48,\)"),
-        ({"encoder_attention_heads": 2}, {"init_encoder_layers": 1}, "encoder_attention_heads is 2, .* layers need 4"),
-        ({"layer_norm_first": True}, {"init_encoder_layers": 1}, "layer_norm_first is True, the .* need False"),
-        ({"position": "rotary"}, {"init_encoder_layers": 1}, "student.position is rotary, the .* need convolution"),
-        ({"conv_pos_depth": 2}, {"init_encoder_layers": 1}, "position.conv.* which the student does not have"),
-        ({"conv_norm": "layer_norm"}, {"init_front_end": True}, r"conv_blocks\.1\.norm\.weight is not the teacher's"),
-        ({"conv_bias": True}, {"init_front_end": True}, r"conv_blocks\.0\.conv\.bias is not the teacher's to give"),
-        ({"patches": PatchGeometry()}, {"init_front_end": True}, "does not have"),
+        (
+            {"encoder_embed_dim": 96},
+            {"mask_embedding": "teacher"},
+            r"the teacher's mask_embedding has the shape \(48,\)",
+        ),
+        ({"encoder_attention_heads": 2}, {"init_encoder_layers": 1}, "encoder_attention_heads is 2, .* must be 4"),
+        ({"layer_norm_first": True}, {"init_encoder_layers": 1}, "layer_norm_first is True, .* must be False"),
+        ({"position": "rotary"}, {"init_encoder_layers": 1}, "student.position is rotary, .* must be convolution"),
+        ({"conv_pos_depth": 2}, {"init_encoder_layers": 1}, "position.conv.* but the student has none"),
+        (
+            {"conv_norm": "layer_norm"},
+            {"init_front_end": True},
+            r"has conv_blocks\.1\.norm\.weight, but the teacher does not",
+        ),
+        (
+            {"conv_bias": True},
+            {"init_front_end": True},
+            r"has conv_blocks\.0\.conv\.bias, but the teacher does not",
+        ),
+        ({"patches": PatchGeometry()}, {"init_front_end": True}, "but the student has none"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -126,7 +143,8 @@ def test_first_weights_that_nothing_was_trained_from_do_not_hold_a_run(tmp_path:
     for more in ("train.seed=1", "train.seed=2"):
         config = load_config(CONFIGS / "demo.yaml", [*overrides, "train.mask_embedding=teacher", more])
         run = Run(config, Console(quiet=True))
-        run.training(1)
+        with run.folder.begin(config):
+            prepare_training(run, 1)
     written = load_tensors(tmp_path / "demo" / "initial.safetensors")
     assert written.keys() == {"mask_embedding"}
     assert torch.equal(written["mask_embedding"], run.teacher.weights["mask_embedding"])

@@ -4,20 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
+from ray_distill.command_line import application
 from ray_distill.pipeline.config import load_config
-from ray_distill.pipeline.model_profile import HUBERT_BASE, Profile, command, profile_student, profile_teacher
+from ray_distill.pipeline.model_profile import HUBERT_BASE, Profile, profile_student, profile_teacher
 from ray_distill.student import Student, StudentConfig, save_student
 from ray_distill.teacher_cache.frames import conv_output_length, num_frames
 from ray_distill.teacher_cache.teachers import load_teacher
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SECONDS = 10.0
-
-app = typer.Typer()
-app.command()(command)
 
 
 def by_hand(config: StudentConfig, seconds: float) -> dict[str, int]:
@@ -93,15 +90,17 @@ def test_the_published_shares_of_hubert_base(hubert_base: Profile) -> None:
 
 def test_command(tmp_path: Path) -> None:
     config = REPOSITORY / "configs" / "demo.yaml"
-    result = CliRunner().invoke(app, [str(config), "--seconds", "1", "--output", str(tmp_path / "counts.json")])
+    result = CliRunner().invoke(
+        application, ["profile", str(config), "--seconds", "1", "--output", str(tmp_path / "counts.json")]
+    )
     assert result.exit_code == 0, result.output
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts["teacher_name"] == "random:4x64"
     share = counts["student"]["total_macs"] / counts["teacher"]["total_macs"]
     assert f"{share:.1%}" in result.output
-    result = CliRunner().invoke(app, [str(tmp_path / "nothing")])
+    result = CliRunner().invoke(application, ["profile", str(tmp_path / "nothing")])
     assert result.exit_code == 2 and "is not a student" in result.output
-    result = CliRunner().invoke(app, [str(config), "--seconds", "0.01"])
+    result = CliRunner().invoke(application, ["profile", str(config), "--seconds", "0.01"])
     assert result.exit_code == 2 and "one frame" in result.output
 
 
@@ -111,7 +110,7 @@ def test_a_run_is_compared_with_its_own_teacher(tmp_path: Path) -> None:
     (run / "config.yaml").write_text("name: one\nteacher: {checkpoint: 'random:2x32'}\ntrain: {}\n")
     for model in (run, run / "export"):
         result = CliRunner().invoke(
-            app, [str(model), "--seconds", "1", "--output", str(tmp_path / "new" / "counts.json")]
+            application, ["profile", str(model), "--seconds", "1", "--output", str(tmp_path / "new" / "counts.json")]
         )
         assert result.exit_code == 0, result.output
         assert json.loads((tmp_path / "new" / "counts.json").read_text())["teacher_name"] == "random:2x32"
@@ -126,5 +125,7 @@ def test_an_output_that_cant_be_written_is_told_before_counting(
     monkeypatch.setattr("ray_distill.pipeline.model_profile.profile_student", never)
     (tmp_path / "file").write_text("")
     for output, message in ((tmp_path / "file" / "counts.json", "nothing can be written"), (tmp_path, "is a folder")):
-        result = CliRunner().invoke(app, [str(REPOSITORY / "configs" / "demo.yaml"), "--output", str(output)])
+        result = CliRunner().invoke(
+            application, ["profile", str(REPOSITORY / "configs" / "demo.yaml"), "--output", str(output)]
+        )
         assert result.exit_code == 2 and message in result.output and result.output.count("\n") == 1

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import yaml
-from typer import Typer
 from typer.testing import CliRunner
 
+from ray_distill.command_line import application
 from ray_distill.pipeline.config import ConfigError, load_config
-from ray_distill.pipeline.published_config import DROPPED, command, import_config
+from ray_distill.pipeline.published_config import DROPPED, import_config
 from ray_distill.student.training.spec_augment import SpecAugment
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -136,14 +136,14 @@ def test_a_mask_schedule_becomes_policies_of_draws(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"train__delete_projections": True}, "train.delete_projections is True.*convert --without-heads"),
-        ({"train__distil_random_layer": 0}, "train.distil_random_layer is 0, but there are 1 to 11"),
+        ({"train__distil_random_layer": 0}, "train.distil_random_layer is 0, but it must be between 1 and 11"),
         ({"train__distil_random_layer": 12}, "train.distil_random_layer is 12"),
-        ({"distiller__update_teacher_mask": True}, "update_teacher_mask is True.*train.mask_embedding teacher"),
+        ({"distiller__update_teacher_mask": True}, "update_teacher_mask is True.*train.mask_embedding=teacher"),
         ({"distiller__activation_fn": "relu"}, "distiller.activation_fn is 'relu'"),
         ({"distiller__enable_tr_layer": True, "distiller__tr_layer_type": "fc3"}, "time_reduction"),
         ({"train__specaug": True, "specaug__adaptive": True}, "specaug.adaptive is True"),
         ({"train__specaug": True, "specaug__freq_mask_width_range": [2, 20]}, "ranges must start at 0"),
-        ({"train__wrong": 1}, "train.wrong is no key"),
+        ({"train__wrong": 1}, "train.wrong is not a key"),
         ({"optimizer__lr": "fast"}, "learning_rate"),
     ],
 )
@@ -244,17 +244,15 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
     tree = published()
     del tree["data"]["libri_root"]
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
-    with pytest.raises(ConfigError, match=r"lacks data\.libri_root"):
+    with pytest.raises(ConfigError, match=r"lacks the key data\.libri_root"):
         import_config(tmp_path / "x.yaml")
 
 
 def test_the_command_writes_a_configuration_that_loads(tmp_path: Path) -> None:
-    app = Typer()
-    app.command()(command)
     output = tmp_path / "ours.yaml"
-    result = CliRunner().invoke(app, [str(write(tmp_path)), "--output", str(output)])
+    result = CliRunner().invoke(application, ["import-config", str(write(tmp_path)), "--output", str(output)])
     assert result.exit_code == 0, result.output
     assert "dropped optimizer.weight_decay" in result.output
     assert load_config(output).name == "ArmHuBERT-S-960h"
-    again = CliRunner().invoke(app, [str(write(tmp_path)), "--output", str(output)])
-    assert again.exit_code == 2 and "is there already" in again.output
+    again = CliRunner().invoke(application, ["import-config", str(write(tmp_path)), "--output", str(output)])
+    assert again.exit_code == 2 and "exists already" in again.output

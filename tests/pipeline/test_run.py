@@ -1,13 +1,19 @@
-"""A run's folder: what it takes for its own, and what it reports when the cache is gone."""
+"""Runs: the results that a folder accepts, the lock, caches shared with other runs, and a report without a cache."""
 
 import json
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from ray_distill.pipeline.config import ConfigError, load_config
 from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.cache import cache_targets, check_cache
+from ray_distill.pipeline.stages.index import index_audio
+from ray_distill.pipeline.stages.plan import plan_cache
+from ray_distill.pipeline.stages.report import report_run
+from ray_distill.pipeline.stages.train import initial_student
 from ray_distill.student import Student, save_student
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.storage.cache import Cache, grow_cache
@@ -17,9 +23,16 @@ from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
 
-def begin(folder: Path, *overrides: str) -> Run:
+def make(folder: Path, *overrides: str) -> Run:
     paths = ("teacher.checkpoint=random:2x64", f"cache.path={folder / 'cache'}", f"runs={folder / 'runs'}")
     return Run(load_config(DEMO, [*paths, *overrides]), Console(quiet=True))
+
+
+def begin(folder: Path, *overrides: str) -> Run:
+    """A run whose folder has its configuration."""
+    run = make(folder, *overrides)
+    with run.folder.begin(run.config):
+        return run
 
 
 def build(run: Run) -> None:
@@ -28,81 +41,125 @@ def build(run: Run) -> None:
     build_cache(run.cache.location, run.spec, plan, "random:2x64", teacher_name="random:2x64", workers=None)
 
 
+@pytest.mark.parametrize(
+    ("override", "section"),
+    [
+        ("train.max_failures=9", None),
+        ("train.trackers=[mlflow]", None),
+        ("cache.actors=7", None),
+        ("cache.verify=false", None),
+        ("train.seed=9", "train"),
+        ("train.log_every=9", "train"),
+        ("cache.shard_minutes=9", "cache"),
+        ("masks.policy.mask_prob=0.5", "masks"),
+        ("student.conv_pos=64", "student"),
+    ],
+)
+def test_only_keys_that_change_no_result_may_differ(tmp_path: Path, override: str, section: str | None) -> None:
+    run = begin(tmp_path)
+    begin(tmp_path, override)  # Nothing has been made yet.
+    begin(tmp_path)
+    # A version that lacked this key has not recorded it.
+    tree = yaml.safe_load(run.folder.config_file.read_text())
+    del tree["train"]["ema_decay"]
+    run.folder.config_file.write_text(yaml.safe_dump(tree))
+    run.folder.metrics_file.write_text("")
+    begin(tmp_path)
+    if section is None:
+        begin(tmp_path, override)
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"holds a run with another .*\(sections that differ: {section}\); choose"
+        ):
+            begin(tmp_path, override)
+        assert run.folder.config() == run.config, "the refused configuration is not stored"
+
+
+def test_files_without_a_run_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "thesis.tex").write_text("years of work")
+    with pytest.raises(
+        ConfigError, match=r"runs/demo contains files but no run \(no config.yaml\); choose another name"
+    ):
+        begin(tmp_path)
+    assert (tmp_path / "runs" / "demo" / "thesis.tex").read_text() == "years of work"
+
+
 @pytest.mark.parametrize("text", ["", "name: [", "- a list\n", "name: demo\n", "\udcff"])
 def test_a_damaged_configuration_beside_results_is_named(tmp_path: Path, text: str) -> None:
     run = begin(tmp_path)
-    (run.folder / "metrics.jsonl").write_text("")
+    run.folder.metrics_file.write_text("")
     begin(tmp_path)
-    (run.folder / "config.yaml").write_bytes(text.encode(errors="surrogateescape"))
+    run.folder.config_file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=r"demo/config.yaml is damaged, .* choose another name=\.\.\."):
         begin(tmp_path)
 
 
 def test_a_kill_leaves_the_old_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = begin(tmp_path)
-    before = (run.folder / "config.yaml").read_text()
+    before = run.folder.config_file.read_text()
     write = Path.write_text
 
     def killed(path: Path, text: str) -> int:
-        write(path, text[:100])
+        done = write(path, text[:100])
+        if "config.yaml" not in path.name:
+            return done
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", killed)
         with pytest.raises(KeyboardInterrupt):
             begin(tmp_path, "train.seed=1")
-    assert (run.folder / "config.yaml").read_text() == before
+    assert run.folder.config_file.read_text() == before
 
 
 def test_a_report_without_the_cache_says_so(tmp_path: Path, speech_folder: Path) -> None:
     run = begin(tmp_path, f"corpus.path={speech_folder}")
-    run.index()
-    student, _ = run.first_student()
-    save_student(Student(student), run.folder / "export", {})
+    index_audio(run)
+    student, _ = initial_student(run)
+    save_student(Student(student), run.folder.export, {})
     keys = ("steps", "skipped_steps", "seconds", "first_validation_loss", "best_validation_loss")
-    (run.folder / "train.json").write_text(json.dumps(dict.fromkeys(keys, 1)))
-    summary = run.report()
+    run.folder.result_file.write_text(json.dumps(dict.fromkeys(keys, 1)))
+    summary = report_run(run)
     assert summary["cache_bytes"] is None
-    page = (run.folder / "report.html").read_text()
-    assert f"The cache at {tmp_path / 'cache'} is gone" in page and 'href="summary.json"' in page
+    page = run.folder.report.read_text()
+    assert f"The cache at {tmp_path / 'cache'} no longer exists" in page and 'href="summary.json"' in page
 
 
 def test_another_run_that_adds_to_the_cache_stops_nobody(
     tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ray_distill.pipeline.stages.init_ray", lambda: pytest.fail("something is built"))
+    monkeypatch.setattr("ray_distill.pipeline.stages.cache.init_ray", lambda: pytest.fail("something is built"))
     run = begin(tmp_path, f"corpus.path={speech_folder}", "cache.codec=fp16")
-    run.index()
+    index_audio(run)
     build(run)
     more = run.spec.masks.model_copy(update={"draws": run.spec.masks.draws + 1})
     cache = grow_cache(Cache.open(run.cache), run.spec.model_copy(update={"masks": more}), {})
     assert cache.missing()
-    run.cache_targets()  # Nothing of its own is missing.
-    run.check_cache()
+    cache_targets(run)  # The run lacks nothing itself.
+    check_cache(run)
     (tmp_path / "cache" / "masked" / "draw=0" / "part-00000.parquet").unlink()
-    with pytest.raises(CacheError, match="the cache is not sound: .*draw=0/part-00000.parquet is missing; `python"):
-        run.check_cache()
+    with pytest.raises(CacheError, match="is damaged: .*draw=0/part-00000.parquet is missing; .*`ray-distill"):
+        check_cache(run)
 
 
 def test_a_cache_of_another_machines_precision_is_read_but_not_added_to(tmp_path: Path, speech_folder: Path) -> None:
     settings = (f"corpus.path={speech_folder}", "cache.codec=fp16")
     run = begin(tmp_path, *settings, "cache.gpus_per_actor=1")
-    run.index()
+    index_audio(run)
     assert run.spec.precision == "fp16"
     build(run)
     for more in ((), ("cache.precision=fp16",)):
         again = begin(tmp_path, *settings, f"name=again{len(more)}", "cache.gpus_per_actor=0", *more)
-        again.index()
-        again.plan()
-        again.cache_targets()
-        again.check_cache()
+        index_audio(again)
+        plan_cache(again)
+        cache_targets(again)
+        check_cache(again)
     again = begin(tmp_path, *settings, "name=draws", "masks.draws=9")
-    again.index()
-    for stage in (again.plan, again.cache_targets):
-        with pytest.raises(
-            ConfigError, match="precision fp16 needs cache.gpus_per_actor; .* the cache at .* is of that"
-        ):
-            stage()
+    index_audio(again)
+    for stage in (plan_cache, cache_targets):
+        with pytest.raises(ConfigError, match="precision fp16 needs cache.gpus_per_actor; .* the cache at .* has that"):
+            stage(again)
     elsewhere = begin(tmp_path, *settings, "name=elsewhere", f"cache.path={tmp_path / 'other'}")
-    elsewhere.index()
+    index_audio(elsewhere)
     assert elsewhere.spec.precision == "fp32"

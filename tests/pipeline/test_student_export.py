@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 import yaml
 from typer.testing import CliRunner
 
-from ray_distill.pipeline.student_export import command, open_student
+from ray_distill.command_line import application
+from ray_distill.pipeline.student_export import open_student
 from ray_distill.student import Student, StudentConfig, save_student
 from ray_distill.teacher_cache.storage.cache import Cache
 
@@ -23,9 +23,6 @@ TINY = StudentConfig(
     conv_pos_groups=2,
     target_dim=32,
 )
-
-app = typer.Typer()
-app.command()(command)
 
 
 @pytest.fixture
@@ -108,7 +105,9 @@ def test_a_published_checkpoint_is_of_no_run(run_folder: Path, monkeypatch: pyte
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
 def test_a_damaged_record_is_one_sentence(run_folder: Path, tmp_path: Path, name: str) -> None:
     (run_folder / name).write_text("name: [")
-    result = CliRunner().invoke(app, [str(run_folder), "--format", "s3prl", "--output", str(tmp_path / "x")])
+    result = CliRunner().invoke(
+        application, ["export", str(run_folder), "--format", "s3prl", "--output", str(tmp_path / "x")]
+    )
     assert result.exit_code == 2 and name in result.output and result.output.count("\n") == 1
 
 
@@ -118,7 +117,9 @@ def test_formats(run_folder: Path, tmp_path: Path) -> None:
         ("huggingface", "hf", "hf/model.safetensors"),
         ("torch", "student.pt2", "student.pt2"),
     ):
-        result = CliRunner().invoke(app, [str(run_folder), "--format", form, "--output", str(tmp_path / output)])
+        result = CliRunner().invoke(
+            application, ["export", str(run_folder), "--format", form, "--output", str(tmp_path / output)]
+        )
         assert result.exit_code == 0, result.output
         assert (tmp_path / file).is_file()
 
@@ -129,7 +130,7 @@ def test_formats(run_folder: Path, tmp_path: Path) -> None:
         (["nowhere", "--format", "s3prl", "--output", "x"], "is not a student"),
         (["MODEL", "--format", "s3prl", "--output", "my-student"], "Python name"),
         (["MODEL", "--format", "s3prl", "--int8", "--output", "x"], "--int8"),
-        (["RUN", "--format", "s3prl", "--output", "x"], "has no export"),
+        (["RUN", "--format", "s3prl", "--output", "x"], "has no export yet"),
     ],
 )
 def test_mistakes(run_folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -137,6 +138,6 @@ def test_mistakes(run_folder: Path, tmp_path: Path, arguments: list[str], messag
     if arguments[0] == "RUN":
         model.rename(tmp_path / "moved")
     places = {"MODEL": str(model), "RUN": str(run_folder)}
-    result = CliRunner().invoke(app, [places.get(a, a) for a in arguments])
+    result = CliRunner().invoke(application, ["export", *(places.get(a, a) for a in arguments)])
     assert result.exit_code == 2
     assert message in result.output and result.output.count("\n") == 1

@@ -7,7 +7,10 @@ import transformers
 from rich.console import Console
 
 from ray_distill.pipeline.config import ConfigError, load_config
-from ray_distill.pipeline.stages import Run, _absolute_spec
+from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.cache import absolute_checkpoint
+from ray_distill.pipeline.stages.index import index_audio
+from ray_distill.pipeline.stages.plan import plan_cache
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
@@ -27,12 +30,12 @@ def test_a_corrected_command_goes_on(ast: Path, tmp_path: Path, speech_folder: P
     def run(*overrides: str) -> Run:
         paths = (f"corpus.path={speech_folder}", f"cache.path={tmp_path / 'cache'}", f"runs={tmp_path / 'runs'}")
         begun = Run(load_config(DEMO, [*paths, *overrides]), Console(quiet=True))
-        begun.index()
-        begun.plan()
+        index_audio(begun)
+        plan_cache(begun)
         return begun
 
     with pytest.raises(
-        ConfigError, match=f"ast has no mask embedding.*teacher.checkpoint=mean-mask:{ast} for a stand-in"
+        ConfigError, match=f"ast has no mask embedding.*teacher.checkpoint=mean-mask:{ast} for a substitute embedding"
     ):
         run(f"teacher.checkpoint={ast}")
     stand_in = f"teacher.checkpoint=mean-mask:{ast}"
@@ -43,7 +46,7 @@ def test_a_corrected_command_goes_on(ast: Path, tmp_path: Path, speech_folder: P
     with pytest.raises(ConfigError, match=r"1 utterances are shorter; set corpus.min_seconds=0.7 "):
         begun = run(stand_in, "corpus.max_seconds=2.02")
         begun.teacher.min_samples = 11_200
-        begun.plan()
+        plan_cache(begun)
     begun = run(stand_in, "corpus.max_seconds=2.02")
     assert len(begun.corpus.utterances) == 11 and len(begun.corpus.skipped) == 1
     student = begun.config.resolve_student(2, 32, begun.teacher.patches)
@@ -52,6 +55,6 @@ def test_a_corrected_command_goes_on(ast: Path, tmp_path: Path, speech_folder: P
 
 def test_workers_find_a_teacher_with_options(ast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ast.parent)
-    assert _absolute_spec("layer-norm:mean-mask:ast") == f"layer-norm:mean-mask:{ast}"
-    assert _absolute_spec("ast") == str(ast)
-    assert _absolute_spec("random:2x32") == "random:2x32"
+    assert absolute_checkpoint("layer-norm:mean-mask:ast") == f"layer-norm:mean-mask:{ast}"
+    assert absolute_checkpoint("ast") == str(ast)
+    assert absolute_checkpoint("random:2x32") == "random:2x32"

@@ -1,4 +1,4 @@
-"""Ablations on paper: what a file means, what is refused, and what the report says of runs that are there."""
+"""Ablations on paper: what a file means and what is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import yaml
 
 from ray_distill.pipeline.ablation import definition
 from ray_distill.pipeline.ablation.definition import ProbeSection, load_ablation
-from ray_distill.pipeline.ablation.sweep import cores, room
+from ray_distill.pipeline.ablation.sweep import cores_per_worker, count_concurrent_runs
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.student.training.prefetch import TrainingPlan
 from ray_distill.student.training.train_settings import TrainSettings
@@ -74,12 +74,15 @@ def test_one_cache_has_what_all_runs_need(tmp_path: Path) -> None:
         ({"variants": {"a": {"train.batch_size": 3}}}, "variant a: .*exactly one of train.batch_size"),
         ({"variants": {"a": {"cache.codec": "int8"}}}, "cache.codec: can't differ between runs"),
         ({"variants": {"a": {"corpus.path": "x"}}}, "corpus.path: can't differ between runs"),
-        ({"variants": {"a": {"train.seed": 3}}}, "train.seed: give the seeds of all variants as `seeds`"),
-        ({"set": {"train.seed": 3}}, "train.seed: give the seeds of all variants as `seeds`"),
-        ({"set": {"name": "other"}}, "name: runs are named after their variants"),
+        (
+            {"variants": {"a": {"train.seed": 3}}},
+            "train.seed: can't be set here; give the seeds of all variants as `seeds`",
+        ),
+        ({"set": {"train.seed": 3}}, "train.seed: can't be set here; give the seeds of all variants as `seeds`"),
+        ({"set": {"name": "other"}}, "name: can't be set here; runs are named after their variants"),
         (
             {"variants": {"a": {}, "b": {"teacher": {"checkpoint": "other.pt"}}}},
-            r"teacher: is a section; name its keys, with dots, as in teacher\.KEY",
+            r"teacher: is a section; name one of its keys, as in teacher\.KEY",
         ),
         ({"variants": {"a": {}, "b": {"student": {"attention_reuse": "none"}}}}, "student: is a section"),
         ({"grid": {"train": [{"loss": "l1"}]}}, "train: is a section"),
@@ -87,9 +90,12 @@ def test_one_cache_has_what_all_runs_need(tmp_path: Path) -> None:
         ({"variants": {"a": {}, "b": {"teacher.checkpoint": "other.pt"}}}, "teacher.checkpoint: can't differ"),
         (
             {"variants": {"a": {"train.targets": "online"}}},
-            "train.targets: all runs of an ablation train from one cache",
+            "train.targets: can't differ between runs; all runs of an ablation train from one cache",
         ),
-        ({"set": {"train.targets": "online"}}, "train.targets: all runs of an ablation train from one cache"),
+        (
+            {"set": {"train.targets": "online"}},
+            "train.targets: must be cached; all runs of an ablation train from one cache",
+        ),
         ({"variants": {"a": {}, "b": {}}}, "variants a and b are the same configuration"),
         ({"variants": {"a/b": {}}}, "'a/b' can't name a folder"),
         ({"variants": {}}, "give variants, a grid, or both"),
@@ -98,13 +104,13 @@ def test_one_cache_has_what_all_runs_need(tmp_path: Path) -> None:
         ({"grid": {"masks.policy": [{"mask_prob": 1}]}, "variants": {}}, "can't be a part of a name"),
         (
             {"variants": {"a": {}, "b": {"masks.policy.mask_prob": 0.2}}},
-            "variant b: masks: its mask draw 0 has another",
+            "variant b: masks: mask draw 0 has another",
         ),
         (
             {"variants": {"a": {}, "b": {"masks.seed": 9}}},
-            "variant b: masks: its mask draw 0 has another policy or seed",
+            "variant b: masks: mask draw 0 has another policy or seed",
         ),
-        ({"variants": {"a": {"cache.targets": "composite_only"}, "b": {}}}, "composite_only keeps no clean targets"),
+        ({"variants": {"a": {"cache.targets": "composite_only"}, "b": {}}}, "composite_only stores no clean targets"),
         ({"variants": {"a": {"train.objective": "star", "student.heads": "none"}, "b": {}}}, "give `probe` too"),
         ({"seeds": [1, 1]}, "seeds: 1 is given twice"),
         ({"seed": [1]}, "seed: unknown key; allowed here: base"),
@@ -121,9 +127,9 @@ def test_what_can_not_be_is_refused_with_its_key(tmp_path: Path, changes: dict[s
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("masks.draws=3", "masks.draws: is what the ablation varies"),
+        ("masks.draws=3", "masks.draws: is varied by the ablation"),
         ("masks={draws: 3}", "masks: is a section"),
-        ("train.seed=3", "train.seed: give the seeds of all variants as `seeds`"),
+        ("train.seed=3", "train.seed: can't be set here; give the seeds of all variants as `seeds`"),
         ("name=a/b", "name: String should match pattern"),
     ],
 )
@@ -163,14 +169,16 @@ def test_shipped_ablations_are_sound() -> None:
 def test_room_on_machines_and_clusters() -> None:
     two_cores, gpus = [{"CPU": 2.0}], [{"CPU": 0.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 4.0}]
     one = TrainSettings(batch_size=1)
-    assert cores(two_cores, one) == 2 and room(two_cores, one, 2) == 1, "one machine, one run after another"
-    assert room(two_cores, one, 1) == 2
-    assert cores(two_cores, TrainSettings(batch_size=1, workers=2)) == 1
-    assert cores(two_cores, TrainSettings(batch_size=1, workers=3)) == 1
+    assert cores_per_worker(two_cores, one) == 2 and count_concurrent_runs(two_cores, one, 2) == 1, (
+        "one run at a time on one machine"
+    )
+    assert count_concurrent_runs(two_cores, one, 1) == 2
+    assert cores_per_worker(two_cores, TrainSettings(batch_size=1, workers=2)) == 1
+    assert cores_per_worker(two_cores, TrainSettings(batch_size=1, workers=3)) == 1
     on_gpu = TrainSettings(batch_size=1, workers=2, use_gpu=True)
-    assert cores(gpus, on_gpu) == 1 and room(gpus, on_gpu, 1) == 4
-    assert room(gpus, on_gpu, 8) == 2, "cores run out before GPUs"
-    assert room(two_cores, on_gpu, 1) == 0
+    assert cores_per_worker(gpus, on_gpu) == 1 and count_concurrent_runs(gpus, on_gpu, 1) == 4
+    assert count_concurrent_runs(gpus, on_gpu, 8) == 2, "cores run out before GPUs"
+    assert count_concurrent_runs(two_cores, on_gpu, 1) == 0
 
 
 def test_passes_count_the_last_epoch_by_its_share() -> None:

@@ -1,4 +1,4 @@
-"""What an ablation does on its own side of Ray: which work is left, what it needs, and when a run counts as reported."""
+"""The part of an ablation outside of Ray: the work that is left, the resources it needs, and when a run counts as reported."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -11,14 +11,18 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+from ray_distill.command_line import Command
 from ray_distill.pipeline.ablation.definition import load_ablation
-from ray_distill.pipeline.ablation.sweep import Ablating, Job, Probing, _is_reported, command
-from ray_distill.pipeline.config import ConfigError
+from ray_distill.pipeline.ablation.sweep import Job, Probing, Sweep, _is_reported
+from ray_distill.pipeline.commands.ablate import ablate
+from ray_distill.pipeline.config import ConfigError, dump_config
 from ray_distill.pipeline.probing.probe_record import read_probes
+from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.train import initial_student
 from ray_distill.student import Student, save_student
 
-Start = Callable[..., Ablating]
+Start = Callable[..., Sweep]
 BASE: dict[str, Any] = {
     "name": "base",
     "corpus": {"path": "corpus"},
@@ -38,23 +42,23 @@ BASE: dict[str, Any] = {
 
 @pytest.fixture
 def start(tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """An ablation of two runs on a machine of two cores without a GPU; Ray is not started, and what is for Tune is left there."""
+    """An ablation of two runs on a machine with two cores and no GPU. Ray is not started, and jobs for Tune are not run."""
     files = sorted(speech_folder.rglob("*.flac"))
     rows = [f"{file},{'low' if n % 2 else 'high'},{'test' if n > 7 else 'train'}" for n, file in enumerate(files)]
     (tmp_path / "pitch.csv").write_text("\n".join(["path,label,split", *rows]))
 
-    def make(**changes: Any) -> Ablating:
+    def make(**changes: Any) -> Sweep:
         tree = {"name": "two", "base": BASE, "seeds": [0], "variants": {"a": {}, "b": {"train.loss": "l1"}}} | changes
         path = tmp_path / "two.yaml"
         path.write_text(yaml.safe_dump(tree))
         ablation = load_ablation(path, [f"runs={tmp_path / 'runs'}", f"cache.path={tmp_path / 'cache'}"])
-        return Ablating(ablation, Console(quiet=True))
+        return Sweep(ablation, Console(quiet=True))
 
     def unwanted(run: Run) -> None:
         raise AssertionError("corpus and cache are for runs that are not trained")
 
-    for stage in ("index", "plan", "cache_targets", "check_cache"):
-        monkeypatch.setattr(Run, stage, unwanted)
+    for stage in ("index_audio", "plan_cache", "cache_targets", "check_cache"):
+        monkeypatch.setattr(f"ray_distill.pipeline.ablation.sweep.{stage}", unwanted)
     monkeypatch.setattr("ray_distill.pipeline.ablation.sweep.init_ray", lambda: None)
     monkeypatch.setattr("ray_distill.pipeline.ablation.sweep.node_resources", lambda: [{"CPU": 2.0}])
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -62,10 +66,11 @@ def start(tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def finish(run: Run) -> None:
-    """What a training leaves."""
-    student, _ = run.first_student()
-    save_student(Student(student), run.folder / "checkpoints" / "best", {})
-    (run.folder / "train.json").write_text("{}")
+    """Write what a training leaves."""
+    student, _ = initial_student(run)
+    save_student(Student(student), run.folder.best, {})
+    run.folder.config_file.write_text(dump_config(run.config))
+    run.folder.result_file.write_text("{}")
 
 
 def test_a_probe_of_a_finished_ablation_needs_neither_cache_nor_gpu(
@@ -75,37 +80,39 @@ def test_a_probe_of_a_finished_ablation_needs_neither_cache_nor_gpu(
         finish(run)
     left: dict[str, Job] = {}
 
-    def probe(self: Ablating, jobs: Mapping[str, Job], concurrent: int) -> dict[str, str]:
+    def probe(self: Sweep, jobs: Mapping[str, Job], concurrent: int) -> dict[str, str]:
         left.update(jobs)
         for job in jobs.values():
             job()
         return {}
 
-    monkeypatch.setattr(Ablating, "_train", probe)
-    monkeypatch.setattr(Probing, "of_others", lambda *arguments: None)
-    for stage in ("export", "report"):
-        monkeypatch.setattr(Run, stage, lambda run: None)
+    monkeypatch.setattr(Sweep, "_train", probe)
+    monkeypatch.setattr(Probing, "probe_baselines", lambda *arguments: None)
+    for stage in ("export_best", "report_run"):
+        monkeypatch.setattr(f"ray_distill.pipeline.ablation.sweep.{stage}", lambda run: None)
     probing = {"manifest": "pitch.csv", "epochs": 1}
-    ablating = start(probe=probing, cpus_per_worker=16)
-    assert ablating.work() == {}
+    sweep = start(probe=probing, cpus_per_worker=16)
+    assert sweep.run() == {}
     assert left.keys() == {"a-seed0", "b-seed0"}
     for name, job in left.items():
         assert job.training is None and job.resources["CPU"] == 1 and "GPU" not in job.resources
-        [probed] = read_probes(ablating.runs[name].folder)
+        [probed] = read_probes(sweep.runs[name].folder.path)
         assert probed.student is not None and probed.student.source == "student"
     left.clear()
-    assert start(probe=probing).work() == {} and not left, "the same is not probed again"
-    start(probe=probing | {"epochs": 2}).work()
+    assert start(probe=probing).run() == {} and not left, "the same is not probed again"
+    start(probe=probing | {"epochs": 2}).run()
     assert left.keys() == {"a-seed0", "b-seed0"}, "other settings have other figures"
-    assert len(read_probes(ablating.runs["a-seed0"].folder)) == 2
+    assert len(read_probes(sweep.runs["a-seed0"].folder.path)) == 2
 
 
 @pytest.mark.parametrize("concurrent", [None, 1])
-def test_room_is_asked_for_what_is_left_to_train(start: Start, concurrent: int | None) -> None:
-    ablating = start(concurrent=concurrent)
-    finish(ablating.runs["a-seed0"])
-    with pytest.raises(ConfigError, match="^b-seed0: its 1 workers need 1 cores each and a GPU; Ray has 2 cores and 0"):
-        ablating.work()
+def test_only_runs_that_are_left_to_train_need_resources(start: Start, concurrent: int | None) -> None:
+    sweep = start(concurrent=concurrent)
+    finish(sweep.runs["a-seed0"])
+    with pytest.raises(
+        ConfigError, match="^b-seed0: 1 worker with 1 core and 1 GPU each can't run; Ray has 2 cores and 0"
+    ):
+        sweep.run()
 
 
 def test_a_run_is_reported_when_summary_and_page_are_there_and_young(tmp_path: Path) -> None:
@@ -117,15 +124,15 @@ def test_a_run_is_reported_when_summary_and_page_are_there_and_young(tmp_path: P
 
     write("train.json", 10)
     write("summary.json", 20)
-    assert not _is_reported(tmp_path), "it was killed between the two"
+    assert not _is_reported(RunFolder(tmp_path)), "it was killed between the two"
     write("report.html", 20)
-    assert _is_reported(tmp_path)
+    assert _is_reported(RunFolder(tmp_path))
     write("probes/pitch/probe.json", 30)
-    assert not _is_reported(tmp_path)
+    assert not _is_reported(RunFolder(tmp_path))
 
 
 def test_units_without_a_probe_are_refused(tmp_path: Path) -> None:
     app = typer.Typer()
-    app.command()(command)
+    app.command(cls=Command)(ablate)
     done = CliRunner().invoke(app, ["--config", str(tmp_path / "none.yaml"), "--units", "words"])
-    assert done.exit_code == 2 and "--units is of --probe, which is not given" in " ".join(done.output.split())
+    assert done.exit_code == 2 and "--units needs --probe" in " ".join(done.output.split())

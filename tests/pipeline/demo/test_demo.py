@@ -36,7 +36,7 @@ def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.Co
 
 def test_demo_runs_and_reuses(tmp_path: Path, speech_folder: Path) -> None:
     (speech_folder / "train-tones" / "broken.flac").write_bytes(b"this is not audio")
-    demo = [str(REPOSITORY / "pipeline" / "demo.py"), "teacher.checkpoint=random:2x32", *SMALL]
+    demo = [str(REPOSITORY / "pipeline" / "run.py"), "demo", "teacher.checkpoint=random:2x32", *SMALL]
     first = run(demo, tmp_path, CORPUS=str(speech_folder))
     assert first.returncode == 0, first.stdout + first.stderr
     assert "RANDOM weights" in first.stdout
@@ -67,10 +67,10 @@ def test_demo_runs_and_reuses(tmp_path: Path, speech_folder: Path) -> None:
 
     other = run([*demo, "train.max_steps=7"], tmp_path, CORPUS=str(speech_folder))
     assert other.returncode == 2
-    assert "another configuration (sections that differ: train)" in other.stdout
+    assert "another configuration (sections that differ: train)" in other.stderr
     codec = run([*demo, "cache.codec=fp32", "name=second"], tmp_path, CORPUS=str(speech_folder))
     assert codec.returncode == 2
-    assert "codec: 'pca' -> 'fp32'" in codec.stdout
+    assert "codec: 'pca' -> 'fp32'" in codec.stderr
 
 
 def test_online_targets_need_no_cache(tmp_path: Path, speech_folder: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_corrected_command_is_not_refused(tmp_path: Path, speech_folder: Path)
         (["train.epoch=3"], "train.epoch: unknown key; allowed here: "),
         (["--stages", "bake"], "unknown stage 'bake'; stages are index, plan, cache, train, export, report"),
         (["corpus.path=/nowhere/at/all"], "/nowhere/at/all"),
-        (["--stages", "plan"], "holds no complete corpus index; run the index stage first"),
+        (["--stages", "plan"], "has no complete corpus index; run the index stage first"),
         (["teacher.checkpoint=/nowhere.pt", "--stages", "plan"], "there is no teacher '/nowhere.pt'"),
         (["--stages", "export"], "no finished training to export"),
     ],
@@ -121,5 +121,5 @@ def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], message
     ]
     done = run(command, tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert message in " ".join(done.stdout.split())
+    assert message in done.stderr and done.stderr.count("\n") == 1
     assert "Traceback" not in done.stdout + done.stderr

@@ -10,6 +10,8 @@ from rich.console import Console
 from ray_distill.pipeline.config import ConfigError, load_config
 from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, plan_cost
 from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.index import index_audio
+from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
@@ -48,8 +50,8 @@ def test_what_the_plan_says(tmp_path: Path, cache_spec: Make, source_utterances:
     spec = cache_spec(TEACHER, codec="pca", masks=MaskDraws(draws=5))
     plan = plan_cost(source_utterances, spec, teacher, str(tmp_path))
     text = " ".join(cost_lines(plan))
-    assert "5 mask draws" in text and "reads all their bytes" in text
-    assert "6 teacher passes" in text and "paid for after 3 epochs" in text
+    assert "5 mask draws" in text and "still reads all of them" in text
+    assert "6 teacher passes" in text and "pays off after 3 epochs" in text
     console = Console(width=200, record=True)
     console.print(cost_table(plan))
     table = console.export_text()
@@ -60,7 +62,7 @@ def test_what_the_plan_says(tmp_path: Path, cache_spec: Make, source_utterances:
     )
     assert columns.masked_fraction == 0
     assert columns.pays_after == 1
-    assert "reads all their bytes" not in " ".join(cost_lines(columns))
+    assert "still reads all of them" not in " ".join(cost_lines(columns))
 
 
 def test_a_disk_that_is_too_small_is_refused(
@@ -73,13 +75,13 @@ def test_a_disk_that_is_too_small_is_refused(
         f"teacher.checkpoint={TEACHER}",
     ]
     run = Run(load_config(DEMO, overrides), Console(quiet=True))
-    run.index()
-    run.plan()
+    index_audio(run)
+    plan_cache(run)
     monkeypatch.setattr(Store, "free_bytes", lambda store: 10_000)
     with pytest.raises(
-        ConfigError, match=r"cache.path: .*cache has 0.0 GB free, the cache needs about .* choose another disk"
+        ConfigError, match=r"cache.path: .*cache has 0.0 GB free, but the cache needs about .* choose another disk"
     ):
-        run.plan()
+        plan_cache(run)
     assert not (tmp_path / "cache").exists()
 
 

@@ -11,12 +11,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from ray_distill.command_line import application
 from ray_distill.pipeline.planning.cluster_plan import (
     RESULTS,
     Cluster,
     ClusterError,
-    app,
-    first_to_saturate,
+    bottleneck,
     load_cluster,
     origins,
     plan_cluster,
@@ -163,7 +163,7 @@ def test_write_requests_are_those_of_an_upload(size: int, monkeypatch: pytest.Mo
 )
 def test_what_is_short_saturates_first(change: dict[str, float], stage: str, part: str) -> None:
     plan = plan_cluster(round_numbers(**change), 960)
-    assert first_to_saturate(plan.build_hours if stage == "build" else plan.epoch_hours) == part
+    assert bottleneck(plan.build_hours if stage == "build" else plan.epoch_hours) == part
 
 
 def test_no_draws_is_one_pass() -> None:
@@ -178,9 +178,9 @@ def test_shipped_clusters_plan_and_say_what_is_assumed(path: Path) -> None:
     cluster = load_cluster(path)
     measured, assumed = origins(cluster)
     assert measured and assumed
-    shown = CliRunner().invoke(app, ["--cluster", str(path)], env={"COLUMNS": "160"})
+    shown = CliRunner().invoke(application, ["plan-cluster", "--cluster", str(path)], env={"COLUMNS": "160"})
     assert shown.exit_code == 0, shown.output
-    for text in ("960 h", "60,000 h", "1,000,000 h", "saturates first", "Lower bounds"):
+    for text in ("960 h", "60,000 h", "1,000,000 h", "bottleneck", "Lower bounds"):
         assert text in shown.output
     small, large = (plan_cluster(cluster, hours) for hours in (960, 960_000))
     assert large.cache_bytes == pytest.approx(1000 * small.cache_bytes)
@@ -192,7 +192,7 @@ def test_measured_numbers_are_the_files(tmp_path: Path) -> None:
     rows = json.loads((RESULTS / "cache_build.json").read_text())["rows"]
     bare = next(row for row in rows if row["way"] == "bare teacher")["audio_per_second"]
     assert cluster.build.number("teacher_audio_per_second", RESULTS) == pytest.approx(3 * bare)
-    with pytest.raises(ClusterError, match=r"there is no result .*; give --results"):
+    with pytest.raises(ClusterError, match=r"there is no benchmark result .*; set --results"):
         plan_cluster(cluster, 1, tmp_path)
 
 
@@ -207,10 +207,10 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         path.write_text(yaml.safe_dump(tree | change))
         with pytest.raises(ClusterError, match=message):
             load_cluster(path)
-    shown = CliRunner().invoke(app, ["--cluster", str(tmp_path / "none.yaml")])
-    assert shown.exit_code == 2 and "there is no cluster at" in shown.output
+    shown = CliRunner().invoke(application, ["plan-cluster", "--cluster", str(tmp_path / "none.yaml")])
+    assert shown.exit_code == 2 and "there is no cluster description at" in shown.output
     with pytest.raises(ClusterError, match="hours must be above 0"):
         plan_cluster(round_numbers(), 0)
     changed = tree | {"build": tree["build"] | {"share_of_teacher": {"file": "cache_build.json", "key": "none"}}}
-    with pytest.raises(ClusterError, match="has no 'none'"):
+    with pytest.raises(ClusterError, match="has no key 'none'"):
         plan_cluster(Cluster.model_validate(changed), 1)

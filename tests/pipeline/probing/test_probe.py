@@ -7,12 +7,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ray_distill.pipeline.probing.probe import command
+from ray_distill.command_line import Command
+from ray_distill.pipeline.commands.probe import probe
 from ray_distill.pipeline.probing.probe_record import distinct_titles, probe_folder, probe_settings, read_probes
 from ray_distill.student import Student, StudentConfig, save_student
 
 app = typer.Typer()
-app.command()(command)
+app.command(cls=Command)(probe)
 
 
 def test_command_and_report(tones: Path, tmp_path: Path) -> None:
@@ -45,12 +46,12 @@ def test_command_and_report(tones: Path, tmp_path: Path) -> None:
         (["nowhere.csv", "--teacher", "random:2x32"], "can't be read"),
         (["FIRST", "--no-log-mel"], "nothing to probe"),
         (["FIRST", "--student", "nowhere"], "is not a student"),
-        (["FIRST", "--units", "bytes"], "characters or words"),
+        (["FIRST", "--units", "bytes"], "is not one of 'characters', 'words'"),
     ],
 )
 def test_mistakes(tones: Path, arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, [str(tones / "first.csv") if a == "FIRST" else a for a in arguments])
-    assert result.exit_code == 2 and message in result.output
+    assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
 
 
 def never(*_: object, **__: object) -> None:
@@ -61,7 +62,7 @@ def never(*_: object, **__: object) -> None:
     ("options", "message"),
     [
         (["--output", "FILE/probe"], "nothing can be written into"),
-        (["--device", "cuda:99"], "--device cuda:99 can't be used here"),
+        (["--device", "cuda:99"], "--device cuda:99 can't be used on this machine"),
         (["--student", "MODEL", "--student", "MODEL"], "given twice"),
     ],
 )
@@ -69,7 +70,7 @@ def test_what_would_fail_afterwards_is_told_before_the_work(
     tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("ray_distill.pipeline.probing.probe.run_probes", never)
+    monkeypatch.setattr("ray_distill.pipeline.probing.linear_probe.run_probes", never)
     given = [o.replace("FILE", str(tmp_path / "file")).replace("MODEL", str(tmp_path / "model")) for o in options]
     result = CliRunner().invoke(app, [str(tones / "first.csv"), *given])
     assert result.exit_code == 2 and message in result.output and result.output.count("\n") == 1
@@ -81,7 +82,7 @@ def test_another_probes_record_is_not_replaced(tones: Path, tmp_path: Path, monk
     for _ in range(2):  # The same again is no loss.
         assert CliRunner().invoke(app, arguments).exit_code == 0
     before = (tmp_path / "probe" / "probe.json").read_text()
-    monkeypatch.setattr("ray_distill.pipeline.probing.probe.run_probes", never)
+    monkeypatch.setattr("ray_distill.pipeline.probing.linear_probe.run_probes", never)
     for other in ([*arguments, "--seed", "1"], [*arguments, "--teacher", "random:2x32"]):
         result = CliRunner().invoke(app, other)
         assert result.exit_code == 2 and "other settings or sources" in result.output

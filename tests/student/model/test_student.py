@@ -304,7 +304,7 @@ def test_defaults_are_armhubert_s() -> None:
     [
         ({"encoder_attention_heads": 5}, "432 is not a multiple of encoder_attention_heads 5"),
         ({"conv_pos_groups": 7}, "432 is not a multiple of conv_pos_groups 7"),
-        ({"attention_reuse": (False, True)}, "attention_reuse has 2 entries, encoder_layers is 12"),
+        ({"attention_reuse": (False, True)}, "attention_reuse has 2 entries, but encoder_layers is 12"),
         ({"attention_reuse": (True,) * 12}, "first layer has no attention map to reuse"),
         ({"conv_layers": ()}, "conv_layers needs at least one layer"),
         ({"conv_layers": ((8, 0, 5),)}, "all positive"),
@@ -313,9 +313,12 @@ def test_defaults_are_armhubert_s() -> None:
         ({"reuse_behaviour": "both"}, "'paper' or 'released'"),
         ({"position": "rotary", "encoder_attention_heads": 48}, "heads of even width, not 9"),
         ({"layer_type": "conformer", "depthwise_kernel": 4}, "depthwise_kernel must be odd, not 4"),
-        ({"layer_type": "conformer", "layer_norm_first": True}, "layer_norm_first is an option of Transformer layers"),
-        ({"time_reduction": "fc1", "time_reduction_index": 12}, "leaves no layer after it; encoder_layers is 12"),
-        ({"time_reduction": "fc1", "time_reduction_index": 1}, "layer 2 comes right after the time reduction"),
+        ({"layer_type": "conformer", "layer_norm_first": True}, "layer_norm_first applies to Transformer layers only"),
+        (
+            {"time_reduction": "fc1", "time_reduction_index": 12},
+            "leaves no layer after the reduction; it must be below encoder_layers, 12",
+        ),
+        ({"time_reduction": "fc1", "time_reduction_index": 1}, "layer 2 follows the time reduction"),
     ],
 )
 def test_impossible_students_are_refused(values: dict[str, object], message: str) -> None:

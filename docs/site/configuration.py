@@ -1,0 +1,94 @@
+"""The page of the configuration: every key of a run's YAML file, with type, default and meaning."""
+
+import json
+from collections.abc import Container
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pydantic
+from pydantic_core import to_jsonable_python
+
+INTRODUCTION = """\
+# Configuration
+
+A run is one YAML file, and `section.key=value` on the command line changes a key. Unknown keys and impossible combinations are
+refused before any work begins. The folder `configs/` contains the published recipes. None is `null` in YAML.
+
+<style>.md-typeset td:nth-child(-n+2) code { white-space: nowrap; }</style>
+"""
+TYPES = {str: "text", int: "integer", float: "number", bool: "`true` or `false`", Path: "path", NoneType: "`null`"}
+CHANGEABLE = " Can be changed for a run that has results."
+
+
+def configuration() -> str:
+    """Return the page as Markdown."""
+    from ray_distill.pipeline.config import Config
+    from ray_distill.student.model.student_config import StudentConfig
+
+    sections = {name: model for name, field in Config.model_fields.items() if (model := _section(field.annotation))}
+    sections["student"] = StudentConfig
+    lines = [INTRODUCTION, *_table("", Config, leave_out=sections)]
+    for name in (name for name in Config.model_fields if name in sections):
+        lines += [f"## {name}", "", f"{Config.model_fields[name].description or ''}", "", *_table(name, sections[name])]
+    return "\n".join(lines).replace("``", "`") + "\n"
+
+
+def _table(section: str, model: type[pydantic.BaseModel], leave_out: Container[str] = ()) -> list[str]:
+    """Return the table of a section's keys, followed by the tables of the sections inside it."""
+    from ray_distill.student.training.field_effects import CHANGES_NO_RESULT
+
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    inner = []
+    for name, field in model.model_fields.items():
+        if name in leave_out:
+            continue
+        key = f"{section}.{name}".lstrip(".")
+        if not field.description:
+            raise ValueError(f"{model.__name__}.{name} has no description; write a docstring under the field")
+        meaning = " ".join(field.description.split()) + (CHANGEABLE if CHANGES_NO_RESULT in field.metadata else "")
+        default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+        cells = (f"`{key}`", _type(field.annotation), default, meaning)
+        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+        if (nested := _section(field.annotation)) is not None:
+            inner += [f"### {key}", "", *_table(key, nested)]
+    return [*lines, "", *inner]
+
+
+def _section(kind: Any) -> type[pydantic.BaseModel] | None:
+    """Return the model of a type that is a section, or may be one. None for other types."""
+    for part in get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,):
+        if isinstance(part, type) and issubclass(part, pydantic.BaseModel):
+            return part
+    return None
+
+
+def _type(kind: Any) -> str:
+    """Return a type in words, with values as code."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Literal, Union, UnionType):
+        *words, last = _choices(kind)
+        return f"{', '.join(words)} or {last}" if words else last
+    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
+        item = _type(arguments[0])
+        return f"list of {item}{'s' if item in ('integer', 'number', 'section') else ''}"
+    if origin is tuple:
+        return f"[{', '.join(_type(argument) for argument in arguments)}]"
+    return "section" if _section(kind) or origin is dict else TYPES[kind]
+
+
+def _choices(kind: Any) -> list[str]:
+    """Return the alternatives of a type in words, those of nested unions included."""
+    if get_origin(kind) is Literal:
+        return [f"`{value}`" for value in get_args(kind)]
+    if get_origin(kind) in (Union, UnionType):
+        return [word for argument in get_args(kind) for word in _choices(argument)]
+    return [_type(kind)]
+
+
+def _default(value: Any) -> str:
+    """Return a default as YAML."""
+    if isinstance(value, pydantic.BaseModel):
+        return "see below"
+    plain = to_jsonable_python(value)
+    return f"`{plain if isinstance(plain, str) else json.dumps(plain)}`"

@@ -1,0 +1,84 @@
+"""``ray-distill ablate``: train and compare a grid of students."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ray_distill.pipeline.recipes import complete_recipe, find_recipe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ray_distill.pipeline.ablation.definition import Ablation
+
+
+def ablate(
+    config: Annotated[
+        Path,
+        typer.Option(
+            parser=find_recipe,
+            metavar="RECIPE",
+            autocompletion=complete_recipe("ablations"),
+            help="YAML file of the ablation, or the name of one in configs/, such as ablations/smoke.",
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes of all runs, as in train.epochs=3.")
+    ] = None,
+    probe: Annotated[
+        Path | None,
+        typer.Option(help="Manifest to probe the students on, in place of the file's own; see `probe --help`."),
+    ] = None,
+    units: Annotated[
+        Literal["characters", "words"] | None,
+        typer.Option(help="Units of the transcripts of --probe. Default: characters."),
+    ] = None,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Check the file, show the runs, and start nothing.")
+    ] = False,
+    only_report: Annotated[
+        bool, typer.Option("--report", help="Write the report from the present results, without training.")
+    ] = False,
+) -> None:
+    """Train a grid of students from one cache and compare them.
+
+    Each variant is trained with several seeds. Running the same command again resumes the ablation.
+    """
+    from rich.console import Console
+
+    from ray_distill.pipeline.ablation.definition import ProbeSection, load_ablation
+    from ray_distill.pipeline.ablation.sweep import Sweep
+    from ray_distill.pipeline.config import ConfigError
+
+    # The stream itself: Tune's tables are later redirected by replacing sys.stdout.
+    console = Console(file=sys.stdout)
+    if units is not None and probe is None:
+        raise ConfigError("--units needs --probe; the probe of the ablation's file has its own key `units`")
+    section = None if probe is None else ProbeSection(manifest=probe, units=units or "characters")
+    ablation = load_ablation(config, overrides or [], section)
+    if only_list:
+        console.print(runs_table(ablation))
+        return
+    sweep = Sweep(ablation, console)
+    failures = {} if only_report else sweep.run()
+    sweep.report(failures)
+    if failures:
+        console.print(
+            f"{len(failures)} of {len(ablation.runs)} runs failed; run the same command to try them again", style="red"
+        )
+        raise typer.Exit(1)
+
+
+def runs_table(ablation: "Ablation") -> "Table":
+    """Return a table of the variants of an ablation, with their changes and seeds."""
+    from rich.table import Table
+
+    table = Table(title=f"{ablation.settings.name}: {len(ablation.runs)} runs")
+    for column in ("variant", "changes", "seeds"):
+        table.add_column(column)
+    for variant in ablation.variants:
+        changes = "\n".join(f"{key}={value}" for key, value in variant.changes.items()) or "(none)"
+        table.add_row(variant.name, changes, ", ".join(map(str, ablation.settings.seeds)))
+    return table

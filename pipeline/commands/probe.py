@@ -1,0 +1,92 @@
+"""``ray-distill probe``: linear probes on frozen features."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+def probe(
+    manifest: Annotated[
+        Path,
+        typer.Argument(help="CSV file with the columns path and label, or path and transcript; optionally split."),
+    ],
+    student: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a run or of an exported student; may be repeated.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Teacher, as in configurations: a checkpoint, torchaudio:NAME, ...")
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a run: probes its student and stores the result there, for the run's report."),
+    ] = None,
+    log_mel: Annotated[bool, typer.Option(help="Also probe log-mel bands.")] = True,
+    units: Annotated[
+        Literal["characters", "words"],
+        typer.Option(help="Units of transcripts: characters, or words separated by spaces (also for phones)."),
+    ] = "characters",
+    epochs: Annotated[int, typer.Option(help="Number of passes over the training utterances.", min=1)] = 20,
+    seed: Annotated[int, typer.Option(help="Random seed of the probes.")] = 0,
+    device: Annotated[str, typer.Option(help="Device of the teacher and the students: cpu, cuda.")] = "cpu",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for probe.json and probe.html. Default: ./probe, or a new folder in RUN/probes."),
+    ] = None,
+) -> None:
+    """Compare features of teacher and students by linear probes.
+
+    The features stay frozen. Log-mel bands are the baseline.
+    """
+    from rich.console import Console
+
+    from ray_distill.pipeline.files import check_room
+    from ray_distill.pipeline.probing.feature_source import FeatureSource
+    from ray_distill.pipeline.probing.linear_probe import run_probes
+    from ray_distill.pipeline.probing.probe_record import (
+        probe_folder,
+        probe_settings,
+        refuse_other_results,
+        write_outcomes,
+    )
+    from ray_distill.pipeline.probing.task import read_task
+    from ray_distill.pipeline.reports.probe_page import outcome_table
+    from ray_distill.pipeline.student_export import open_student
+    from ray_distill.teacher_cache.device import check_device
+    from ray_distill.teacher_cache.teachers import load_teacher
+
+    console = Console(soft_wrap=True, highlight=False)
+    check_device(device)
+    task = read_task(manifest, units)
+    settings = probe_settings(manifest, units, epochs, seed)
+    folder = output or (probe_folder(run, manifest.stem, settings) if run else Path("probe"))
+    check_room(folder)
+    places = [*(student or []), *([run] if run else [])]
+    if len(set(places)) < len(places):
+        raise ValueError("the same student is given twice; give each --student and --run once")
+    sources = []
+    if teacher is not None:
+        sources.append(FeatureSource.of_teacher(load_teacher(teacher, device)))
+    opened = [open_student(place) for place in places]
+    names = student_names(places, [origin for _, origin in opened])
+    origins = {name: origin for name, (_, origin) in zip(names, opened, strict=True)}
+    for name, (loaded, _) in zip(names, opened, strict=True):
+        sources.append(FeatureSource.of_student(loaded.to(device), name))
+    run_student = len(sources) - 1 if run else None
+    if log_mel:
+        sources.append(FeatureSource.log_mel())
+    if not sources:
+        raise ValueError("nothing to probe; give --teacher, --student or --run")
+    if output or not run:
+        refuse_other_results(folder, settings, sources)
+    outcomes = run_probes(task, sources, epochs=epochs, seed=seed, on_progress=console.print)
+    Console().print(outcome_table(outcomes))
+    write_outcomes(folder, outcomes, task, manifest.stem, origins, settings, run_student)
+    console.print(f"probe   {folder / 'probe.html'}")
+
+
+def student_names(places: Sequence[Path], origins: Sequence[Any]) -> list[str]:
+    """Return a name for each student: that of its run or folder, with the path where two names are equal."""
+    names = [f"student {origin.get('run') or path.name}" for path, origin in zip(places, origins, strict=True)]
+    return [name if names.count(name) == 1 else f"{name} ({path})" for name, path in zip(names, places, strict=True)]

@@ -1,0 +1,170 @@
+"""The plan of a run, made without starting or writing anything."""
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ray_distill.pipeline.config import Config, ConfigError
+from ray_distill.pipeline.corpus import count_files
+from ray_distill.pipeline.run_folder import RunFolder
+from ray_distill.pipeline.stages import Run
+from ray_distill.student import Student
+from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
+from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.teachers import Teacher
+from ray_distill.teacher_cache.teachers.header import load_header
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The plan of a run.
+
+    Attributes:
+        name: Name of the run.
+        facts: Main facts of the resolved configuration, by name.
+        stages: What each selected stage would do, by name.
+    """
+
+    name: str
+    facts: dict[str, str]
+    stages: dict[str, str]
+
+
+def plan_run(config: Config, stages: list[str]) -> RunPlan:
+    """Check a run's configuration, corpus, teacher and cache, and say what its stages would do.
+
+    Audio files are found but not decoded, and the teacher's weights are not read, so the run can still fail later: where files
+    are damaged, or where the cache belongs to other teacher weights or another corpus.
+
+    Args:
+        config: Configuration of the run.
+        stages: Names of the stages to plan.
+
+    Raises:
+        ValueError: The corpus, the teacher, the cache or the run's folder can't be used with this configuration.
+    """
+    teacher = load_header(config.teacher.checkpoint)
+    run = Run(config, Console(quiet=True), teacher)
+    folder = run.folder
+    folder.refuse_other_config(config)
+    counts = count_files(config.corpus.path, config.corpus.train_splits, config.corpus.validation_splits)
+    cache = Cache.open(config.cache.location) if Cache.exists(Store(config.cache.location)) else None
+    train = config.train
+    batch = f"{train.batch_size} utterances" if train.batch_size else f"{train.batch_seconds:g} s of audio"
+    facts = {
+        "run folder": str(folder.path),
+        "corpus": f"{config.corpus.path.absolute()}: {_listed(counts)}",
+        "teacher": _teacher_facts(run, teacher),
+        "student": _student_facts(config, teacher),
+        "masks": f"{config.masks.draws} draws, mask_prob {config.masks.policy.mask_prob:g}"
+        if config.masks.draws
+        else "none",
+        "cache": f"{config.cache.location}: {config.cache.codec}, {config.cache.targets}",
+        "training": f"{train.max_steps or train.epochs} {'steps' if train.max_steps else 'epochs'}, {train.targets} targets, "
+        f"batches of {batch}, {train.workers} workers, peak learning rate {train.learning_rate:g}",
+    }
+    if train.targets == "online":
+        del facts["cache"]
+    actions = {
+        "index": _index_action(folder),
+        "plan": "estimate the size of the cache"
+        if train.targets == "cached"
+        else "check the lengths of the utterances",
+        "cache": _cache_action(config, cache, teacher),
+        "train": _train_action(folder),
+        "export": f"{'update' if folder.export.is_dir() else 'write'} {folder.export}",
+        "report": f"write {folder.report}",
+    }
+    return RunPlan(config.name, facts, {stage: action for stage, action in actions.items() if stage in stages})
+
+
+def _listed(counts: dict[str, int]) -> str:
+    """Return the numbers of files as a text, such as ``900 train files, 40 validation files``."""
+    return ", ".join(f"{count:,} {split} files" for split, count in counts.items())
+
+
+def _teacher_facts(run: Run, header: Teacher | None) -> str:
+    config = run.config
+    if header is None:
+        if config.masks.draws and "mean-mask:" not in config.teacher.checkpoint:
+            raise ConfigError(
+                f"masks.draws: {config.teacher.checkpoint} has no mask embedding, so it has no masked targets; set masks.draws=0 "
+                f"for clean targets, or teacher.checkpoint=mean-mask:{config.teacher.checkpoint} for a substitute embedding"
+            )
+        return f"{config.teacher.checkpoint} (not checked, since it would be downloaded)"
+    teacher = run.teacher  # Checks the layers and the mask embedding.
+    weights = ", RANDOM weights" if run.teacher_is_random else ""
+    return (
+        f"{teacher.name}: {teacher.num_parameters:,} parameters{weights}, {teacher.num_layers} layers of width {teacher.dim}, "
+        f"{len(run.layers)} used"
+    )
+
+
+def _student_facts(config: Config, teacher: Teacher | None) -> str:
+    if teacher is None:
+        return "not resolved, since it depends on the teacher"
+    layers = len(config.teacher.layers or range(teacher.num_layers))
+    settings = config.resolve_student(layers, teacher.dim, teacher.patches)
+    with torch.device("meta"):
+        student = Student(settings)
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    return f"{parameters:,} parameters, {settings.encoder_layers} layers of width {settings.encoder_embed_dim}"
+
+
+def _index_action(folder: RunFolder) -> str:
+    if (folder.corpus / "index.parquet").is_file():
+        return f"reuse the index in {folder.corpus} unless files have changed"
+    return f"decode all files, and write the index to {folder.corpus}"
+
+
+def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) -> str:
+    if config.train.targets == "online":
+        return "nothing, since targets are online"
+    if cache is None:
+        return f"build the cache at {config.cache.location}"
+    # The fingerprints of the teacher and the corpus are unknown without weights and samples; take the cache's for granted.
+    values = cache.spec.model_dump() | {
+        "masks": config.masks,
+        "codec": config.cache.codec,
+        "targets": config.cache.targets,
+        "shard_seconds": config.cache.shard_minutes * 60,
+        "batch_seconds": config.cache.batch_seconds,
+        "audio": config.cache.audio,
+    }
+    if teacher is not None:
+        layers = config.teacher.layers or range(1, teacher.num_layers + 1)
+        values |= {"num_layers": teacher.num_layers, "dim": teacher.dim, "layers": tuple(layers)}
+    if config.cache.precision is not None:
+        values["precision"] = config.cache.precision
+    needed = CacheSpec.model_validate(values)
+    present = f"the cache at {config.cache.location} ({cache_bytes(cache) / 1e6:,.1f} MB)"
+    if not cache.covers(needed):
+        layers = sorted(set(needed.layers) - set(cache.spec.layers))
+        draws = max(0, needed.masks.draws - cache.spec.masks.draws)
+        additions = [f"layers {', '.join(map(str, layers))}"] if layers else []
+        additions += [f"{draws} mask draws"] if draws else []
+        return f"add {' and '.join(additions)} to {present}"
+    if missing := sum(map(len, cache.missing(needed).values())):
+        return f"write {missing} missing files of {present}"
+    return f"reuse {present} if it belongs to the same teacher weights and audio"
+
+
+def _train_action(folder: RunFolder) -> str:
+    if folder.is_trained:
+        return "nothing, since the training is finished"
+    if folder.checkpoints.is_dir():
+        return f"resume from the last checkpoint in {folder.checkpoints}"
+    return f"train from the first step, with checkpoints in {folder.checkpoints}"
+
+
+def print_plan(plan: RunPlan, console: Console) -> None:
+    """Print a plan as two tables, and that nothing was started."""
+    for title, rows in ((f"run {plan.name}", plan.facts), ("stages", plan.stages)):
+        table = Table(show_header=False, title=title)
+        for name, text in rows.items():
+            table.add_row(name, text)
+        console.print(table)
+    console.print("Dry run: the configuration, corpus and teacher can be used; nothing was started or written.")

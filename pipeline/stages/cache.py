@@ -1,0 +1,88 @@
+"""The cache stage: run the teacher over the corpus once, and check what it stored."""
+
+from pathlib import Path
+
+from ray_distill.pipeline.ray_session import init_ray, quiet_ray, require_resources
+from ray_distill.pipeline.stages.run import Run
+from ray_distill.teacher_cache.build.build_cache import Progress, Workers, build_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
+from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.storage.shard_plan import plan_shards
+from ray_distill.teacher_cache.teachers import split_options
+
+_SHOWN_PROBLEMS = 3
+"""Number of a cache's problems that an error message lists."""
+
+
+def cache_targets(run: Run) -> None:
+    """Build the cache, or add the layers and mask draws that it lacks.
+
+    Raises:
+        ConfigError: The teacher can't run at the cache's precision, or Ray has no resources for its workers.
+        CacheError: The cache was made for something else, or can't be built.
+    """
+    if run.config.train.targets == "online":
+        run.say("cache   targets are online: skipped")
+        return
+    settings = run.config.cache
+    complete = Cache.exists(run.cache) and Cache.open(run.cache).covers(run.spec)
+    if complete and not Cache.open(run.cache).missing(run.spec):
+        detail = "all shards exist, reused"
+    else:
+        run.check_precision()
+        with quiet_ray(run.folder.ray_log), run.progress("cache", "utterances") as update:
+            init_ray()
+            keys = "cache.cpus_per_actor, cache.gpus_per_actor"
+            require_resources(keys, 1, settings.cpus_per_actor, settings.gpus_per_actor, run.say)
+
+            def show(progress: Progress) -> None:
+                note = (
+                    f"{progress.seconds_done / 3600:.2f} of {progress.seconds / 3600:.2f} h, "
+                    f"{progress.audio_per_second / 60:.2f} h of audio/min, teachers busy {progress.busy:.0%}"
+                )
+                update(progress.utterances_done, progress.utterances, note)
+
+            report = build_cache(
+                run.cache.location,
+                run.spec,
+                plan_shards(run.utterances, run.spec.shard_seconds, run.teacher.num_frames),
+                absolute_checkpoint(run.config.teacher.checkpoint),
+                teacher_name=run.teacher.name,
+                workers=Workers(settings.actors, settings.gpus_per_actor, settings.cpus_per_actor),
+                on_progress=show,
+            )
+        detail = (
+            f"{report.written} shards written in {report.elapsed:.0f} s "
+            f"({report.seconds / max(report.elapsed, 1e-9) / 60:.2f} h of audio per minute)"
+        ) + (f", {report.reused} reused" if report.reused else "")
+    size = cache_bytes(Cache.open(run.cache))
+    run.say(
+        f"cache   {detail}: {size / 1e6:.1f} MB, {size / run.seconds / 1e3:.1f} kB per second of audio, "
+        f"at {run.cache.location}"
+    )
+
+
+def check_cache(run: Run) -> None:
+    """Check that the cache has the layers and mask draws that the run reads, and that their files are intact.
+
+    Raises:
+        CacheError: A layer or draw is missing, or a file is damaged.
+    """
+    if not Cache.open(run.cache).covers(run.spec):
+        raise CacheError(
+            f"the cache at {run.cache.location} lacks layers or draws that this run needs; run the cache stage"
+        )
+    problems = verify_cache(run.cache, checksums=run.config.cache.verify, needed=run.spec)
+    if problems:
+        more = len(problems) - _SHOWN_PROBLEMS
+        raise CacheError(
+            f"the cache at {run.cache.location} is damaged: {'; '.join(problem.text for problem in problems[:_SHOWN_PROBLEMS])}"
+            f"{f' and {more} more problems' if more > 0 else ''}; repair it with `ray-distill cache repair {run.cache.location}`"
+        )
+
+
+def absolute_checkpoint(checkpoint: str) -> str:
+    """Return a teacher's checkpoint with an absolute path, because workers have other working directories."""
+    options, spec = split_options(checkpoint)
+    return options + str(Path(spec).absolute()) if Path(spec).exists() else checkpoint

@@ -1,0 +1,58 @@
+"""The plan stage: what the cache will cost, before anything is built."""
+
+import math
+
+import torch
+
+from ray_distill.pipeline.config import ConfigError
+from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, plan_cost
+from ray_distill.pipeline.stages.run import Run
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.teachers import load_teacher
+
+
+def plan_cache(run: Run) -> None:
+    """Print what the cache will cost in bytes and teacher time.
+
+    Raises:
+        ConfigError: The disk is too small for the cache, the teacher can't take an utterance because of its length, or it can't
+            run at the cache's precision.
+    """
+    _check_lengths(run)
+    if run.config.train.targets == "online":
+        run.say("plan    targets are online: no cache is needed")
+        return
+    if Cache.exists(run.cache) and Cache.open(run.cache).covers(run.spec):
+        run.say(f"plan    the cache at {run.cache.location} has all layers and draws that are needed")
+        return
+    run.check_precision()
+    teacher = run.teacher
+    if run.config.cache.gpus_per_actor and torch.cuda.is_available():
+        teacher = load_teacher(run.config.teacher.checkpoint, "cuda")
+    cost = plan_cost(run.utterances, run.spec, teacher, run.cache.location)
+    run.console.print(cost_table(cost))
+    for line in cost_lines(cost):
+        run.say(f"plan    {line}")
+    needed = cost.total_bytes(run.spec.codec, run.spec.targets) - cost.there_bytes
+    if cost.free_bytes is not None and needed > cost.free_bytes:
+        raise ConfigError(
+            f"cache.path: {run.cache.location} has {cost.free_bytes / 1e9:.1f} GB free, but the cache needs about "
+            f"{needed / 1e9:.1f} GB more; choose another disk, a smaller codec, fewer layers or fewer draws"
+        )
+
+
+def _check_lengths(run: Run) -> None:
+    """Raise a ConfigError if an utterance is too short or too long for the teacher."""
+    teacher, samples = run.teacher, [utterance.num_samples for utterance in run.utterances]
+    least, most = teacher.min_samples, teacher.max_samples or max(samples)
+    # The suggested limits are rounded inwards.
+    for key, limit, what, wrong in (
+        ("min_seconds", math.ceil(least / SAMPLE_RATE * 1000) / 1000, "shorter", sum(n < least for n in samples)),
+        ("max_seconds", math.floor(most / SAMPLE_RATE * 100) / 100, "longer", sum(n > most for n in samples)),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"corpus.{key}: {teacher.name} takes audio of {least / SAMPLE_RATE:g} to {most / SAMPLE_RATE:g} s, and {wrong} "
+                f"utterances are {what}; set corpus.{key}={limit:g} to skip them"
+            )

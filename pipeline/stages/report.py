@@ -1,0 +1,143 @@
+"""The report stage: a summary and a page of the run's results."""
+
+import json
+from typing import Any
+
+from rich.table import Table
+
+from ray_distill.pipeline.config import ConfigError
+from ray_distill.pipeline.files import write_text
+from ray_distill.pipeline.reports.feature_maps import FeatureMaps, feature_maps
+from ray_distill.pipeline.reports.run_report import write_run_report
+from ray_distill.pipeline.stages.run import Run
+from ray_distill.student import Student, load_student
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
+from ray_distill.teacher_cache.targets.online_targets import OnlineReader
+from ray_distill.teacher_cache.targets.target_batch import TargetReader
+
+
+def report_run(run: Run) -> dict[str, Any]:
+    """Write the run's summary and HTML report, and return the summary.
+
+    A run that has metrics but no export yet gets a page of what is recorded so far, and no summary.
+
+    Raises:
+        ConfigError: The run has no export.
+    """
+    folder = run.folder
+    exported, metrics = folder.export.is_dir(), folder.metrics()
+    no_export = f"the run {run.config.name} has no export to report on; run the export stage first"
+    if not exported and not metrics:
+        raise ConfigError(no_export)
+    if exported:
+        student = load_student(folder.export)
+    else:
+        student = Student(run.config.resolve_student(len(run.layers), run.teacher.dim, run.teacher.patches))
+    summary = _summarise(run, student)
+    if exported:
+        write_text(folder.summary_file, json.dumps(summary, indent=2) + "\n")
+    maps = _feature_maps(run, student if exported else None)
+    write_run_report(folder, summary=summary, facts=_facts(run, summary), maps=maps)
+    if not exported:
+        raise ConfigError(f"{no_export} ({folder.report} shows what is recorded so far)")
+    run.say(f"report  {folder.report}")
+    return summary
+
+
+def _summarise(run: Run, student: Student) -> dict[str, Any]:
+    """Return the summary of the run."""
+    online = run.config.train.targets == "online"
+    size = cache_bytes(Cache.open(run.cache)) if not online and Cache.exists(run.cache) else None
+    return {
+        "name": run.config.name,
+        "hours": run.corpus.hours,
+        "utterances": len(run.utterances),
+        "skipped_files": len(run.corpus.skipped),
+        "teacher": run.teacher.name,
+        "teacher_is_random": run.teacher_is_random,
+        "teacher_parameters": run.teacher.num_parameters,
+        "student_parameters": sum(p.numel() for p in student.parameters()),
+        "targets": run.config.train.targets,
+        "cache_bytes": size,
+        "cache_bytes_per_second": None if size is None else size / run.seconds,
+        "training": run.folder.result(),
+        "cache": None if online else run.cache.location,
+        "export": str(run.folder.export),
+        "run": str(run.folder.path),
+        "report": str(run.folder.report),
+    }
+
+
+def _feature_maps(run: Run, student: Student | None) -> FeatureMaps | str:
+    """Return features of the exported student and of the teacher, or a sentence on why the report has none."""
+    if student is None:
+        return "No student is exported yet."
+    if run.config.train.targets == "cached" and not Cache.exists(run.cache):
+        return f"The cache at {run.cache.location} no longer exists, so the teacher's features can't be shown."
+    if student.config.heads == "none":
+        return "A student without heads predicts no features that could be shown beside the teacher's."
+    return feature_maps(student, _validation_reader(run))
+
+
+def _validation_reader(run: Run) -> TargetReader:
+    if run.config.train.targets == "cached":
+        return CacheReader(run.cache.location, "validation", run.layers)
+    members = [utterance for utterance in run.utterances if utterance.split == "validation"]
+    return OnlineReader(members, run.teacher, run.config.masks, run.layers)
+
+
+def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
+    """Return what the report's header states, by name."""
+    train, masks = run.config.train, run.config.masks
+    batch = f"{train.batch_size} utterances" if train.batch_size else f"{train.batch_seconds:g} s of audio"
+    policy = "one policy per draw" if masks.policies else f"mask_prob {masks.policy.mask_prob:g}"
+    layers = f"layers {', '.join(map(str, run.layers))} of width {run.teacher.dim}"
+    facts = {
+        "corpus": f"{summary['hours']:.2f} h, {summary['utterances']:,} utterances, {summary['skipped_files']} files skipped",
+        "teacher": f"{summary['teacher']}, {summary['teacher_parameters']:,} parameters, {layers}",
+        "student": f"{summary['student_parameters']:,} parameters, heads included",
+        "masks": f"{masks.draws} draws, {policy}, seed {masks.seed}" if masks.draws else "none",
+        "training": f"{train.targets} targets, batches of {batch}, {train.accumulate} per step and worker, "
+        f"{train.workers} workers, {train.precision}, {train.loss}, peak learning rate {train.learning_rate:g}",
+    }
+    if summary["cache_bytes"] is not None:
+        facts["cache"] = (
+            f"{run.spec.codec}, {run.spec.targets}, {summary['cache_bytes'] / 1e6:,.1f} MB at {summary['cache']}"
+        )
+    return facts | ({"model": summary["export"]} if run.folder.export.is_dir() else {})
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Return the short table that a run ends with."""
+    trained = summary["training"]
+    table = Table(show_header=False, title=f"run {summary['name']}")
+    random = " (RANDOM weights: features are meaningless)" if summary["teacher_is_random"] else ""
+    table.add_row(
+        "audio",
+        f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {summary['skipped_files']} files skipped",
+    )
+    if summary["cache_bytes"] is not None:
+        table.add_row(
+            "cache",
+            f"{summary['cache_bytes_per_second'] / 1e3:.1f} kB per second of audio, {summary['cache_bytes'] / 1e6:.1f} MB",
+        )
+    table.add_row(
+        "training loss",
+        f"{trained['first_loss']:.4f} first, {trained['last_loss']:.4f} last ({trained['steps']} steps)",
+    )
+    table.add_row(
+        "validation loss", f"{trained['first_validation_loss']:.4f} first, {trained['last_validation_loss']:.4f} last"
+    )
+    table.add_row("teacher", f"{summary['teacher']}: {summary['teacher_parameters']:,} parameters{random}")
+    table.add_row("student", f"{summary['student_parameters']:,} parameters")
+    for key, name in (
+        ("features", "features over HTTP"),
+        ("cache", "cache at"),
+        ("export", "model at"),
+        ("run", "run at"),
+        ("report", "report at"),
+    ):
+        if summary.get(key):
+            table.add_row(name, str(summary[key]))
+    return table

@@ -1,0 +1,195 @@
+"""A run: its configuration, and what its stages share."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Literal, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from ray_distill.pipeline.config import Config, ConfigError
+from ray_distill.pipeline.corpus import CorpusIndex
+from ray_distill.pipeline.run_folder import RunFolder
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.teachers import Teacher, load_teacher, split_options
+
+
+class ProgressUpdate(Protocol):
+    """Function that moves a progress bar."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+class Run:
+    """The state of a run that its stages share. Teacher, corpus and cache are opened when a stage first needs them.
+
+    Args:
+        config: Configuration.
+        console: Console for progress and messages.
+        teacher: Teacher of the configuration on the CPU, if it is already loaded. Default: None.
+
+    Attributes:
+        config: Configuration.
+        console: Console for progress and messages.
+        folder: Folder of the run.
+        cache: Location of the cache.
+
+    Raises:
+        ConfigError: A path is relative inside a Ray job.
+    """
+
+    def __init__(self, config: Config, console: Console, teacher: Teacher | None = None) -> None:
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+            _refuse_relative_paths(config)
+        self.config = config
+        self.console = console
+        self.folder = RunFolder(config.folder.absolute())
+        self.cache = Store(config.cache.location)
+        self._given_teacher = teacher
+
+    def say(self, text: str) -> None:
+        """Print one line for the user."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher, on the CPU.
+
+        Raises:
+            ConfigError: It lacks a layer or the mask embedding that the configuration needs.
+        """
+        teacher = self._given_teacher or load_teacher(self.config.teacher.checkpoint, "cpu")
+        if self._given_teacher is None and self.teacher_is_random:
+            self.say(
+                "[yellow]The teacher has RANDOM weights: this run only shows that everything works, and its features are "
+                "meaningless. Choose a real teacher for real features.[/yellow]"
+            )
+        for layer in self.layers_of(teacher):
+            if not 1 <= layer <= teacher.num_layers:
+                raise ConfigError(
+                    f"teacher.layers: there is no layer {layer}; {teacher.name} has layers 1 to {teacher.num_layers}"
+                )
+        if self.config.masks.draws and not teacher.has_mask_embedding:
+            raise ConfigError(
+                f"masks.draws: {teacher.name} has no mask embedding, so it has no masked targets; set masks.draws=0 for clean "
+                f"targets, teacher.checkpoint=mean-mask:{self.config.teacher.checkpoint} for a substitute embedding, or use a "
+                "checkpoint with a mask embedding"
+            )
+        return teacher
+
+    @property
+    def teacher_is_random(self) -> bool:
+        """Whether the teacher has random weights."""
+        return split_options(self.config.teacher.checkpoint)[1].startswith("random:")
+
+    def layers_of(self, teacher: Teacher) -> tuple[int, ...]:
+        """Return the layers of a teacher to learn from, counted from 1."""
+        return tuple(self.config.teacher.layers or range(1, teacher.num_layers + 1))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Teacher layers to learn from, counted from 1."""
+        return self.layers_of(self.teacher)
+
+    @cached_property
+    def corpus(self) -> CorpusIndex:
+        """The corpus index that the index stage made."""
+        return CorpusIndex.load(self.folder.corpus)
+
+    @property
+    def utterances(self) -> list[Utterance]:
+        """All utterances of the corpus index."""
+        return self.corpus.utterances
+
+    @property
+    def seconds(self) -> float:
+        """Duration of all utterances, in seconds."""
+        return sum(utterance.num_samples for utterance in self.utterances) / SAMPLE_RATE
+
+    @cached_property
+    def spec(self) -> CacheSpec:
+        """Specification of the cache that the run needs."""
+        cache = self.config.cache
+        return CacheSpec(
+            teacher=self.teacher.fingerprint,
+            num_layers=self.teacher.num_layers,
+            dim=self.teacher.dim,
+            layers=self.layers,
+            masks=self.config.masks,
+            codec=cache.codec,
+            targets=cache.targets,
+            corpus=self.corpus.fingerprint,
+            shard_seconds=cache.shard_minutes * 60,
+            batch_seconds=cache.batch_seconds,
+            precision=self.precision,
+            audio=cache.audio,
+        )
+
+    @cached_property
+    def precision(self) -> Literal["fp32", "fp16", "bf16"]:
+        """Precision of the teacher in the cache that the run needs."""
+        settings = self.config.cache
+        if settings.precision is not None:
+            return settings.precision
+        if Cache.exists(self.cache):  # It may have been built on another kind of machine.
+            return Cache.open(self.cache).spec.precision
+        return "fp16" if settings.gpus_per_actor else "fp32"
+
+    def check_precision(self) -> None:
+        """Check that the teacher can run at the cache's precision.
+
+        Raises:
+            ConfigError: The precision is fp16, and the teacher runs on CPU.
+        """
+        if self.precision == "fp16" and not self.config.cache.gpus_per_actor:
+            existing = f"; the cache at {self.cache.location} has that precision" if Cache.exists(self.cache) else ""
+            raise ConfigError(
+                f"cache.precision fp16 needs cache.gpus_per_actor; use fp32 or bf16 on CPUs, or set cache.gpus_per_actor{existing}"
+            )
+
+    @contextmanager
+    def progress(self, name: str, unit: str) -> Iterator[ProgressUpdate]:
+        """Show a progress bar while the block runs.
+
+        Args:
+            name: Name of the stage.
+            unit: Plural noun of what is counted.
+
+        Yields:
+            A function that moves the bar.
+        """
+        columns = (
+            TextColumn(f"{name:7s}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(name, total=None, note="")
+
+            def update(done: int, total: int, note: str = "") -> None:
+                bar.update(task, completed=done, total=total, note=note)
+
+            yield update
+
+
+def _refuse_relative_paths(config: Config) -> None:
+    """Raise a ConfigError if a path depends on the working directory, which in a Ray job is a temporary copy."""
+    for key, path, absolute in (
+        ("runs", config.runs, config.runs.is_absolute()),
+        ("cache.path", config.cache.path, config.cache.is_absolute),
+        ("corpus.path", config.corpus.path, config.corpus.path.is_absolute()),
+    ):
+        if not absolute:
+            raise ConfigError(
+                f"{key}: {path} is relative, but a Ray job runs in a copy of its folder; give an absolute path"
+            )

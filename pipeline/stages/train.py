@@ -1,0 +1,112 @@
+"""The train stage: train the student from the cache, or with the teacher in the loop."""
+
+import os
+import threading
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from ray_distill.pipeline.initialise import initial_tensors, write_initial
+from ray_distill.pipeline.ray_session import init_ray, quiet_ray, require_resources
+from ray_distill.pipeline.run_folder import RunFolder
+from ray_distill.pipeline.stages.cache import absolute_checkpoint, check_cache
+from ray_distill.pipeline.stages.run import ProgressUpdate, Run
+from ray_distill.student import StudentConfig
+from ray_distill.student.training.ray_training import train_on_ray
+
+
+def train_student(run: Run) -> None:
+    """Train the student, from its last checkpoint if it has one. Do nothing if its training is finished.
+
+    Raises:
+        ConfigError: Ray has no resources for the workers.
+        CacheError: The cache lacks something or is damaged.
+        TrainingError: The workers can't be started, or failed too often.
+        FloatingPointError: The loss diverged.
+    """
+    finished = run.folder.result()
+    if finished is not None:
+        run.say(f"train   finished before ({finished['steps']} steps), reused")
+        return
+    settings = run.config.train
+    if settings.targets == "cached":
+        check_cache(run)
+    training = prepare_training(run, max(1, (os.cpu_count() or 1) // settings.workers))
+    with quiet_ray(run.folder.ray_log), run.progress("train", "steps") as update:
+        init_ray()
+        require_resources("train.workers, train.use_gpu", settings.workers, 1, float(settings.use_gpu), run.say)
+        done = threading.Event()
+        watcher = threading.Thread(target=_show_metrics, args=(run.folder, update, done), daemon=True)
+        watcher.start()
+        try:
+            training()
+        finally:
+            done.set()
+            watcher.join()
+    result = run.folder.result()
+    assert result is not None, "a training that returns has written its result"
+    run.say(
+        f"train   {result['steps']} steps in {result['seconds']:.0f} s: training loss {result['first_loss']:.4f} -> "
+        f"{result['last_loss']:.4f}, validation {result['first_validation_loss']:.4f} -> {result['last_validation_loss']:.4f}"
+    )
+
+
+def prepare_training(
+    run: Run, cpu_threads: int, reserved_cpus: int = 1, *, in_process: bool = False
+) -> Callable[[], None]:
+    """Return the training as a function that can be sent to another node, and write the initial weights that it reads.
+
+    Args:
+        run: The run.
+        cpu_threads: PyTorch threads of a worker without a GPU.
+        reserved_cpus: Cores that Ray reserves for each worker. Default: 1.
+        in_process: Whether a single worker trains in the process that calls the function, which then must have the resources.
+            Default: False, which starts Ray Train workers; Ray must be initialised where the function is called.
+
+    Raises:
+        ConfigError: The student can't start from the teacher's weights as configured.
+    """
+    settings = run.config.train
+    cached = settings.targets == "cached"
+    config, tensors = initial_student(run)
+    initial = None
+    if tensors:
+        initial = run.folder.initial_weights
+        write_initial(initial, tensors)
+    return partial(
+        train_on_ray,
+        config,
+        settings,
+        run.folder.path,
+        layers=run.layers,
+        cache=run.cache.location if cached else None,
+        teacher=absolute_checkpoint(run.config.teacher.checkpoint),
+        masks=run.config.masks,
+        utterances=[] if cached else run.utterances,
+        cache_targets=run.config.cache.targets,
+        initial=initial,
+        cpu_threads=cpu_threads,
+        reserved_cpus=reserved_cpus,
+        in_process=in_process,
+    )
+
+
+def initial_student(run: Run) -> tuple[StudentConfig, dict[str, Tensor]]:
+    """Return the student's configuration, and its initial weights that are copied from the teacher, by name.
+
+    Raises:
+        ConfigError: The student's configuration is impossible, or it can't start from the teacher's weights as configured.
+    """
+    config = run.config.resolve_student(len(run.layers), run.teacher.dim, run.teacher.patches)
+    settings = run.config.train
+    return config, initial_tensors(run.teacher, config, settings) if settings.starts_from_teacher else {}
+
+
+def _show_metrics(folder: RunFolder, update: ProgressUpdate, done: threading.Event) -> None:
+    """Move the progress bar to the last logged step, once a second."""
+    while not done.wait(1.0):
+        for row in reversed(folder.metrics()):
+            if row["kind"] == "train":
+                update(row["step"], row["steps"], f"loss {row['loss']:.4f}")
+                break

@@ -1,0 +1,139 @@
+"""The application ``ray-distill``: every command of the product, and the one place that reports a user's mistake.
+
+``python -m ray_distill``, ``python pipeline/run.py``, ``python -m teacher_cache``, ``python -m serve`` and the console scripts enter
+here. The modules of the commands import only typer and light modules at their top, so that ``--help`` needs neither PyTorch nor Ray.
+"""
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from ray_distill import __version__
+from ray_distill.pipeline.commands.ablate import ablate
+from ray_distill.pipeline.commands.convert import convert
+from ray_distill.pipeline.commands.demo import demo
+from ray_distill.pipeline.commands.export import export
+from ray_distill.pipeline.commands.import_config import import_config
+from ray_distill.pipeline.commands.plan_cluster import plan_cluster
+from ray_distill.pipeline.commands.probe import probe
+from ray_distill.pipeline.commands.profile import profile
+from ray_distill.pipeline.commands.run import run
+from ray_distill.teacher_cache.commands import info, repair, verify
+
+MISTAKES = (ValueError, OSError, FloatingPointError)
+"""Exceptions that mean a mistake of the user; any other exception is our own and keeps its traceback."""
+
+TRACEBACK = "RAY_DISTILL_TRACEBACK"
+"""Environment variable that, if set to 1, makes a user's mistake show its traceback too."""
+
+
+class _Sentences:
+    """Mixin for a command that reports a user's mistake as one sentence on standard error, with exit code 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)  # type: ignore[misc]  # The mixin stands before a command.
+        except MISTAKES as error:
+            if os.environ.get(TRACEBACK) == "1":
+                raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            typer.secho(f"error: {' '.join(lines) or type(error).__name__}", err=True, fg="red")
+            sys.exit(2)
+
+
+class Command(_Sentences, TyperCommand):
+    """A command; a user's mistake is one sentence on standard error, with exit code 2."""
+
+
+class Group(_Sentences, TyperGroup):
+    """A group of commands; a user's mistake is one sentence on standard error, with exit code 2."""
+
+
+class _Application(Group):
+    """The group of all commands, whose default command is ``run``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {"--help", *(name for parameter in self.params for name in parameter.opts)}
+        if args and args[0].split("=")[0] not in own and (args[0].startswith("-") or "=" in args[0]):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"ray-distill {__version__}")
+        raise typer.Exit
+
+
+application = typer.Typer(
+    cls=_Application, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"max_content_width": 120}
+)
+
+
+@application.callback(
+    epilog="`ray-distill --config RECIPE` is short for `ray-distill run --config RECIPE`. A mistake is reported in one sentence, "
+    f"with exit code 2; {TRACEBACK}=1 shows its traceback as well."
+)
+def _describe(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Distil a speech encoder into a small student from cached teacher features."""
+
+
+_PANELS: dict[str, dict[str, Any]] = {
+    "Job": {
+        "run": run,
+        "demo": demo,
+        "ablate": ablate,
+        "import-config": import_config,
+        "plan-cluster": plan_cluster,
+    },
+    "Students": {"export": export, "convert": convert, "profile": profile, "probe": probe},
+}
+for _panel, _commands in _PANELS.items():
+    for _name, _function in _commands.items():
+        application.command(_name, cls=Command, rich_help_panel=_panel)(_function)
+
+_cache = typer.Typer(cls=Group, no_args_is_help=True, help="Show, check or repair a teacher cache.")
+for _function in (info, verify, repair):
+    _cache.command(cls=Command)(_function)
+application.add_typer(_cache, name="cache", rich_help_panel="Teacher cache")
+
+
+@application.command(
+    cls=Command,
+    rich_help_panel="Service",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def serve(context: typer.Context) -> None:
+    """Serve the features of a student over HTTP."""
+    from ray_distill.serve.__main__ import serve
+
+    service = typer.Typer(pretty_exceptions_enable=False)
+    service.command(cls=Command)(serve)
+    service(context.args, prog_name=context.command_path)
+
+
+def main() -> None:
+    """Run ``ray-distill`` with the arguments of this process."""
+    application()
+
+
+def main_cache() -> None:
+    """Run ``ray-distill cache`` with the arguments of this process."""
+    _run_alone("cache")
+
+
+def main_serve() -> None:
+    """Run ``ray-distill serve`` with the arguments of this process."""
+    _run_alone("serve")
+
+
+def _run_alone(name: str) -> None:
+    typer.main.get_group(application).commands[name].main()

@@ -1,0 +1,108 @@
+"""``ray-distill cache info|verify|repair``: show a cache, check it, rebuild what is damaged.
+
+Only typer is imported at the top, so that ``--help`` is fast; each function imports what it needs.
+"""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Location = Annotated[
+    str, typer.Argument(metavar="CACHE", help="Folder of the cache, or a URI such as s3://bucket/prefix.")
+]
+TeacherSpec = Annotated[
+    str | None, typer.Option(help="Checkpoint of the teacher. Default: the one that the cache was made with.")
+]
+Device = Annotated[str, typer.Option(help="Device of the teacher: cpu, cuda.")]
+
+
+def info(cache: Location) -> None:
+    """Show teacher, layers, codec, masks and size of a cache."""
+    from ray_distill.teacher_cache.maintenance.info import info_table
+
+    _console().print(info_table(cache))
+
+
+def verify(
+    cache: Location,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Check only sizes and records, without reading every byte.")
+    ] = False,
+    deep: Annotated[int, typer.Option(min=0, help="Number of utterances to run the teacher on again.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for choosing the utterances of --deep.")] = 0,
+    teacher: TeacherSpec = None,
+    device: Device = "cpu",
+) -> None:
+    """Check the files of a cache, and with --deep its features.
+
+    Every file is compared with its commit record; --deep compares features with those of the teacher. The exit code is 1 if the
+    cache is damaged.
+    """
+    from rich.table import Table
+
+    from ray_distill.teacher_cache.device import check_device
+    from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
+    from ray_distill.teacher_cache.storage.cache import Cache
+    from ray_distill.teacher_cache.storage.store import Store
+    from ray_distill.teacher_cache.teachers import load_teacher
+
+    console = _console()
+    check_device(device)
+    problems = verify_cache(cache, checksums=not fast)
+    for problem in problems:
+        console.print(problem.text, style="red", markup=False)
+    good = not problems
+    if good and deep:
+        loaded = load_teacher(teacher or Cache.open(Store(cache)).record["teacher_spec"], device)
+        table = Table(
+            "pass", "layer", "relative error", "allowed", title=f"up to {deep} utterances compared with the teacher"
+        )
+        for check in verify_deep(cache, loaded, sample=deep, seed=seed):
+            name = "clean" if check.draw is None else f"draw {check.draw}"
+            style = None if check.good else "red"
+            table.add_row(name, str(check.layer), f"{check.error:.4f}", f"{check.allowed:.4f}", style=style)
+            good &= check.good
+        console.print(table)
+    if not good:
+        console.print(f"{cache} is damaged; run `ray-distill cache repair {cache}` to rebuild the damaged parts")
+        raise typer.Exit(1)
+    sizes_only = fast and not deep
+    console.print(f"{cache} {'has files of the right sizes (their bytes were not read)' if sizes_only else 'is sound'}")
+
+
+def repair(
+    cache: Location,
+    teacher: TeacherSpec = None,
+    device: Device = "cpu",
+    corpus_moved: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="OLD NEW", help="Folder of the corpus when the cache was built, and the same folder's place now."
+        ),
+    ] = None,
+) -> None:
+    """Rebuild damaged records and damaged or missing shards.
+
+    Rebuilt shards have the same bytes as the originals.
+    """
+    from ray_distill.teacher_cache.device import check_device
+    from ray_distill.teacher_cache.maintenance.repair import repair_cache
+
+    console = _console()
+    check_device(device)
+    done = repair_cache(cache, teacher, device, corpus_moved)
+    for sentence in done:
+        console.print(sentence, markup=False)
+    if not done:
+        console.print(f"{cache} is sound; nothing to repair")
+    else:
+        console.print(f"{cache}: {len(done)} {'repair' if len(done) == 1 else 'repairs'} made")
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(soft_wrap=True, highlight=False)

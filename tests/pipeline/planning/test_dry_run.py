@@ -1,0 +1,135 @@
+"""The dry run: what it checks, what it says, and that it writes nothing."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ray_distill.command_line import application
+from ray_distill.pipeline.config import Config, ConfigError, load_config
+from ray_distill.pipeline.planning.dry_run import plan_run
+from ray_distill.pipeline.stages import STAGES, Run
+from ray_distill.pipeline.stages.train import initial_student
+from ray_distill.student import Student
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+
+DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
+Make = Callable[..., CacheSpec]
+OF_THE_CACHE = (
+    "teacher.checkpoint=random:2x32",
+    "masks={draws: 2, seed: 3, policy: {mask_prob: 0.5, mask_length: 4}}",
+    "cache.codec=fp32",
+    "cache.shard_minutes=0.08333333333333333",
+    "cache.batch_seconds=6",
+)
+"""Settings of the cache that the fixture make_cache builds."""
+
+
+def configure(folder: Path, *overrides: str) -> Config:
+    paths = (f"corpus.path={folder / 'corpus'}", f"cache.path={folder / 'cache'}", f"runs={folder / 'runs'}")
+    return load_config(DEMO, [*paths, *overrides])
+
+
+def test_a_new_run_is_planned_and_nothing_is_written(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["run", "--config", "demo", f"corpus.path={speech_folder}", "--dry-run"]
+    shown = CliRunner().invoke(application, arguments, env={"COLUMNS": "300"})
+    assert shown.exit_code == 0, shown.output
+    for text in (
+        "9 train files, 3 validation files",
+        "random:4x64: 264,652 parameters, RANDOM weights, 4 layers of width 64, 4 used",
+        "190,496 parameters",
+        f"build the cache at {tmp_path / 'caches' / 'demo'}",
+        "train from the first step",
+        "nothing was started or written",
+    ):
+        assert text in shown.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_students_size_is_that_of_the_run(tmp_path: Path, speech_folder: Path) -> None:
+    plan = plan_run(configure(tmp_path), list(STAGES))
+    settings, _ = initial_student(Run(configure(tmp_path), Console(quiet=True)))
+    assert plan.facts["student"].startswith(f"{sum(p.numel() for p in Student(settings).parameters()):,} parameters")
+
+
+def test_only_selected_stages_are_planned(tmp_path: Path, speech_folder: Path) -> None:
+    assert list(plan_run(configure(tmp_path), ["report", "index"]).stages) == ["index", "report"]
+
+
+def test_finished_work_is_reused(tmp_path: Path, make_cache: Make) -> None:
+    make_cache(tmp_path / "cache")
+    config = configure(tmp_path, *OF_THE_CACHE)
+    assert plan_run(config, ["cache"]).stages["cache"].startswith(f"reuse the cache at {tmp_path / 'cache'}")
+    more = configure(tmp_path, *OF_THE_CACHE, "masks.draws=5")
+    assert plan_run(more, ["cache"]).stages["cache"].startswith("add 3 mask draws to the cache at")
+    next((tmp_path / "cache" / "commits").rglob("*.json")).unlink()
+    assert plan_run(config, ["cache"]).stages["cache"].startswith("write 1 missing files of the cache at")
+    run = tmp_path / "runs" / "demo"
+    (run / "checkpoints").mkdir(parents=True)
+    assert plan_run(config, ["train"]).stages["train"].startswith("resume from the last checkpoint in")
+    (run / "train.json").write_text("{}")
+    assert plan_run(config, ["train"]).stages["train"] == "nothing, since the training is finished"
+
+
+def test_online_targets_need_no_cache(tmp_path: Path, speech_folder: Path) -> None:
+    plan = plan_run(configure(tmp_path, "train.targets=online"), list(STAGES))
+    assert "cache" not in plan.facts and plan.stages["cache"] == "nothing, since targets are online"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["corpus.path=/nowhere/at/all"], "there is no corpus at /nowhere/at/all"),
+        (["corpus.train_splits=[none]"], "has no split 'none'"),
+        (["teacher.checkpoint=/nowhere.pt"], "there is no teacher '/nowhere.pt'"),
+        (["teacher.checkpoint=torchaudio:HUBERT"], "no pre-trained bundle 'HUBERT'"),
+        (["teacher.checkpoint=torchaudio:HUBERT_BASE"], "has no mask embedding"),
+        (["teacher.layers=[5]"], "there is no layer 5; random:4x64 has layers 1 to 4"),
+    ],
+)
+def test_mistakes_are_found(tmp_path: Path, speech_folder: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_run(configure(tmp_path, *overrides), list(STAGES))
+
+
+def test_a_folder_without_audio_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "notes.txt").write_text("no audio")
+    with pytest.raises(ValueError, match="no audio"):
+        plan_run(configure(tmp_path), list(STAGES))
+
+
+def test_a_cache_with_another_codec_is_refused(tmp_path: Path, make_cache: Make) -> None:
+    make_cache(tmp_path / "cache")
+    with pytest.raises(CacheError, match="codec: 'fp32' -> 'int8'"):
+        plan_run(configure(tmp_path, *OF_THE_CACHE, "cache.codec=int8"), list(STAGES))
+
+
+def test_a_damaged_checkpoint_is_refused_by_its_header(tmp_path: Path, speech_folder: Path, shared: Path) -> None:
+    checkpoint = tmp_path / "teacher.pt"
+    shutil.copy(shared / "teacher" / "hubert_small.pt", checkpoint)
+    config = configure(tmp_path, f"teacher.checkpoint={checkpoint}")
+    assert "6 layers of width 192" in plan_run(config, ["index"]).facts["teacher"]
+    torch.save({"model": {}}, checkpoint)
+    with pytest.raises(ValueError, match=r"teacher\.pt has neither 'cfg' nor 'args'"):
+        plan_run(config, ["index"])
+    checkpoint.write_bytes(b"PK\x03\x04 and nothing else")
+    with pytest.raises(ValueError, match="is not a readable PyTorch checkpoint"):
+        plan_run(config, ["index"])
+
+
+def test_the_folder_of_another_run_is_refused(tmp_path: Path, speech_folder: Path) -> None:
+    config = configure(tmp_path)
+    with Run(config, Console(quiet=True)).folder.begin(config):
+        config.folder.joinpath("metrics.jsonl").write_text("")
+    assert plan_run(config, ["index"]).name == "demo"
+    with pytest.raises(ConfigError, match=r"another configuration \(sections that differ: train\)"):
+        plan_run(configure(tmp_path, "train.seed=9"), ["index"])

@@ -1,0 +1,94 @@
+"""Work that does not fit on Ray's nodes: refused on a local Ray, announced on a cluster, which may grow."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ray_distill.pipeline.config import ConfigError, load_config
+from ray_distill.pipeline.ray_session import count_fitting_workers, describe_resources
+from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.cache import cache_targets
+from ray_distill.pipeline.stages.train import train_student
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+Start = Callable[..., tuple[Run, io.StringIO]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """A run on a machine with two cores, and its output. Ray is not started, and the training only writes its result."""
+
+    def make(*overrides: str) -> tuple[Run, io.StringIO]:
+        paths = ("teacher.checkpoint=random:2x64", f"cache.path={tmp_path / 'cache'}", f"runs={tmp_path / 'runs'}")
+        said = io.StringIO()
+        run = Run(load_config(DEMO, [*paths, *overrides]), Console(file=said, width=1000))
+
+        def training() -> None:
+            losses = ("first_loss", "last_loss", "first_validation_loss", "last_validation_loss")
+            result = ", ".join(f'"{key}": 1' for key in ("steps", "seconds", *losses))
+            run.folder.result_file.write_text(f"{{{result}}}")
+
+        monkeypatch.setattr("ray_distill.pipeline.stages.train.prepare_training", lambda run, threads: training)
+        return run, said
+
+    for stage in ("cache", "train"):
+        monkeypatch.setattr(f"ray_distill.pipeline.stages.{stage}.init_ray", lambda: None)
+    monkeypatch.setattr("ray_distill.pipeline.ray_session.node_resources", lambda: [{"CPU": 2.0}])
+    monkeypatch.setattr("ray_distill.pipeline.stages.train.check_cache", lambda run: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return make
+
+
+def test_workers_that_fit_are_trained(start: Start) -> None:
+    run, said = start("train.workers=2")
+    train_student(run)
+    assert "wait" not in said.getvalue() and run.folder.is_trained
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("train.workers=3",),
+            "3 workers with 1 core each are needed{but} Ray has 2 cores and 0 GPUs on 1 machine",
+        ),
+        (
+            ("train.use_gpu=true",),
+            "2 workers with 1 core and 1 GPU each are needed{but} Ray has 2 cores and 0 GPUs on 1 machine",
+        ),
+    ],
+)
+def test_workers_that_fit_nowhere(
+    start: Start, overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = start(*overrides)
+    with pytest.raises(
+        ConfigError, match=f"train.workers, train.use_gpu: {message.format(but=', but')} and can't grow"
+    ):
+        train_student(run)
+    assert not run.folder.result_file.exists()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # Others' machines may join.
+    run, said = start(*overrides)
+    train_student(run)
+    assert f"wait    waiting for resources: {message.format(but=';')}" in said.getvalue()
+    assert run.folder.is_trained
+
+
+@pytest.mark.parametrize("override", ["cache.gpus_per_actor=0.5", "cache.cpus_per_actor=3"])
+def test_cache_actors_that_fit_nowhere(start: Start, override: str) -> None:
+    run, _ = start(override)
+    with pytest.raises(
+        ConfigError, match="cache.cpus_per_actor, cache.gpus_per_actor: a worker with .* is needed, but Ray has 2"
+    ):
+        cache_targets(run)
+
+
+def test_workers_fit_on_one_machine_each() -> None:
+    nodes = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 3.0}, {}]
+    assert count_fitting_workers(nodes, 2, 0) == 3
+    assert count_fitting_workers(nodes, 1, 1) == 1 and count_fitting_workers(nodes, 1, 0.5) == 2
+    assert count_fitting_workers(nodes, 5, 0) == 0
+    assert describe_resources(nodes) == "Ray has 7 cores and 1 GPU on 3 machines"

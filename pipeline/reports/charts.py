@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 HEIGHT = 220
 """Height of a line chart's plotting area, in pixels."""
+_MARGIN = 6
+"""Space between the outermost points and the edge, in pixels, so that a point there is not cut in half."""
 _ROW_HEIGHT = 26
 """Height of a group's row in a dot chart, in pixels."""
 
@@ -110,13 +112,13 @@ def line_chart(
 
     low, high = min(values), max(values)
     if y_scale == "auto" and low > 0 and high / low > 10:
-        scale = alt.Scale(type="log", nice=False)
+        scale = alt.Scale(type="log", nice=False, padding=_MARGIN)
     elif low < high:
-        scale = alt.Scale(zero=False)
+        scale = alt.Scale(zero=False, padding=_MARGIN)
     else:  # A scale needs an extent.
         margin = 0.1 * abs(low) or 0.1
         scale = alt.Scale(domain=[low - margin, high + margin])
-    x = alt.X(field=x_title, type="quantitative", scale=alt.Scale(zero=False, nice=False))
+    x = alt.X(field=x_title, type="quantitative", scale=alt.Scale(zero=False, nice=False, padding=_MARGIN))
     y = alt.Y(field="value", type="quantitative", title=y_title, scale=scale, axis=alt.Axis(tickCount=5))
     labels = [one.label for one in series]
     legend = alt.Legend(symbolType="stroke") if len(series) > 1 else None
@@ -178,7 +180,13 @@ def dot_chart(title: str, groups: Mapping[str, Mapping[str, float]], colors: Seq
         margin = 0.1 * abs(values[0]) or 0.1
         extent = {"domain": [values[0] - margin, values[0] + margin]}
     axis = alt.Axis(grid=True, tickCount=6)
-    x = alt.X(field="value", type="quantitative", title=None, scale=alt.Scale(zero=False, **extent), axis=axis)
+    x = alt.X(
+        field="value",
+        type="quantitative",
+        title=None,
+        scale=alt.Scale(zero=False, padding=_MARGIN, **extent),
+        axis=axis,
+    )
     order = list(groups)
     y = alt.Y(field="group", type="nominal", title=None, sort=order, scale=alt.Scale(domain=order))
     color = alt.Color(field="group", type="nominal", legend=None, scale=alt.Scale(domain=order, range=list(colors)))
@@ -251,10 +259,10 @@ def _describe_lines(series: Sequence[Series], y_title: str, x_title: str) -> str
         (first_x, first), (last_x, last) = known[0], known[-1]
         least, most = min(y for _, y in known), max(y for _, y in known)
         if one.mark == "points":
-            sentences.append(f"{one.label}: {len(known)} points from {first_x:,g} to {last_x:,g}.")
+            sentences.append(f"{one.label}: {len(known)} points from {first_x:,.12g} to {last_x:,.12g}.")
         elif len(known) == 1:
-            sentences.append(f"{one.label}: {first:.4g} at {first_x:,g}.")
+            sentences.append(f"{one.label}: {first:.4g} at {first_x:,.12g}.")
         else:
-            ends = f"{first:.4g} at {first_x:,g}, {last:.4g} at {last_x:,g}"
+            ends = f"{first:.4g} at {first_x:,.12g}, {last:.4g} at {last_x:,.12g}"
             sentences.append(f"{one.label}: {ends}, between {least:.4g} and {most:.4g}.")
     return " ".join(sentences)

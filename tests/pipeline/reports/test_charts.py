@@ -30,9 +30,9 @@ def test_a_line_has_its_values() -> None:
 def test_the_y_axis_is_logarithmic_over_more_than_a_factor_of_ten() -> None:
     assert y_scale(0.01, 1.0, 100.0)["type"] == "log"
     for values in ((1.0, 9.0), (0.0, 100.0), (-1.0, 100.0)):
-        assert y_scale(*values) == {"zero": False}
+        assert y_scale(*values) == {"zero": False, "padding": 6}
     chart = line_chart("t", [Series("a", [1, 2], [0.1, 100.0], "red")], "y", y_scale="linear")
-    assert chart.spec is not None and chart.spec["layer"][0]["encoding"]["y"]["scale"] == {"zero": False}
+    assert chart.spec is not None and chart.spec["layer"][0]["encoding"]["y"]["scale"] == {"zero": False, "padding": 6}
 
 
 def test_equal_values_have_an_axis_around_them() -> None:

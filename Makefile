@@ -16,11 +16,12 @@ $(STAMP): requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
 	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -r requirements.txt
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo:
 	@test -f $(STAMP) && ! test requirements.txt -nt $(STAMP) && echo "setup   $(VENV) is there, reused" || $(MAKE) --no-print-directory setup
-	@$(BIN)/python pipeline/demo/demo.py $(ARGS)
+	@$(BIN)/python -m ray_distill demo $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What pyproject.toml can't say: the top-level folders are installed inside ``ray_distill``, and ``configs/`` as its recipes."""
+"""The packages, which pyproject.toml can't express: folders are installed inside ``ray_distill``, and ``configs/`` as recipes."""
 
 from setuptools import find_packages, setup
 

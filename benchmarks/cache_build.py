@@ -33,13 +33,13 @@ from result_file import REPOSITORY, RESULTS, write_result
 from small_speech import TRAIN, shared_data, utterances
 
 from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
-from ray_distill.teacher_cache.build.shard_writer import hidden_states
 from ray_distill.teacher_cache.frames import num_frames
-from ray_distill.teacher_cache.masks import MaskPolicy
-from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
+from ray_distill.teacher_cache.precision import Precision
+from ray_distill.teacher_cache.source_audio import load_waveform
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
-from ray_distill.teacher_cache.targets.online_targets import load_source, masks_of
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -70,16 +70,16 @@ class Bench:
             batch_seconds=BATCH_SECONDS,
             precision="fp16" if device == "cuda" else "fp32",
         )
-        self.waveforms = [load_source(u) for u in members]
+        self.waveforms = [load_waveform(u) for u in members]
 
-    def passes(self, precision: str, rows: list[int], keep: Callable[[torch.Tensor], None]) -> None:
+    def passes(self, precision: Precision, rows: list[int], keep: Callable[[torch.Tensor], None]) -> None:
         """The clean pass and all masked ones over a batch."""
         padded, lengths = (x.to(self.device) for x in pad_waveforms([self.waveforms[i] for i in rows]))
         ids, frames = [self.members[i].id for i in rows], [num_frames(len(self.waveforms[i])) for i in rows]
-        keep(hidden_states(self.teacher, precision, padded, lengths, None))
+        keep(self.teacher(padded, lengths, precision=precision))
         for draw in range(MASKS.draws):
-            mask = masks_of(MASKS, draw, ids, frames).to(self.device)
-            keep(hidden_states(self.teacher, precision, padded, lengths, mask))
+            mask = MASKS.frame_mask(draw, ids, frames).to(self.device)
+            keep(self.teacher(padded, lengths, mask, precision=precision))
 
     def bare(self, folder: Path) -> tuple[float, float]:
         """Nothing but the teacher. Returns, as all ways do, seconds of audio per second, and the seconds before that."""
@@ -125,7 +125,7 @@ class Bench:
         for number in range(0, len(self.members), PORT_BATCH):
             rows = list(range(number, min(number + PORT_BATCH, len(self.members))))
             for i in rows:
-                load_source(self.members[i])  # What `passes` has in memory, this way reads at this point.
+                load_waveform(self.members[i])  # What `passes` has in memory, this way reads at this point.
             values: list[list[bytes]] = []
             keep = values.append
             self.passes("fp32", rows, lambda x, keep=keep: keep([row.numpy().tobytes() for row in x.cpu()]))  # type: ignore[misc]

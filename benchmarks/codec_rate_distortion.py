@@ -32,10 +32,9 @@ from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.build.codec_fit import SAMPLE_FRAMES
 from ray_distill.teacher_cache.codecs import ColumnCodec, fit_codec, open_codec, relative_error
-from ray_distill.teacher_cache.masks import MaskPolicy
-from ray_distill.teacher_cache.storage.cache_spec import MaskDraws
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
+from ray_distill.teacher_cache.source_audio import load_waveform
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
-from ray_distill.teacher_cache.targets.online_targets import load_source, masks_of
 from ray_distill.teacher_cache.targets.target_batch import Batch, CodedTargets, pad_waveforms
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -92,7 +91,7 @@ def _encode(codecs: Sequence[ColumnCodec], frames: Tensor) -> list[Tensor]:
 def load_split(teacher: str, name: str, seconds: float) -> Split:
     """Runs a teacher over a part of the speech."""
     members = utterances(name, seconds)
-    waveforms = [load_source(u) for u in members]
+    waveforms = [load_waveform(u) for u in members]
     if teacher == "whisper":
         model = load_teacher(str(whisper_folder(WHISPER[0])))
         clean = [model.hidden_states(*pad_waveforms([waveform]))[0].transpose(0, 1).clone() for waveform in waveforms]
@@ -102,7 +101,7 @@ def load_split(teacher: str, name: str, seconds: float) -> Split:
     for waveform in waveforms:
         clean.append(model.hidden_states(*pad_waveforms([waveform]))[0].transpose(0, 1).clone())
     for draw in range(MASKS.draws if name == TRAIN else 0):
-        masks.append([masks_of(MASKS, draw, [u.id], [len(x)])[0] for u, x in zip(members, clean, strict=True)])
+        masks.append([MASKS.frame_mask(draw, [u.id], [len(x)])[0] for u, x in zip(members, clean, strict=True)])
         composites.append([])
         for waveform, mask, x in zip(waveforms, masks[-1], clean, strict=True):
             masked = model.hidden_states(*pad_waveforms([waveform]), mask[None])[0].transpose(0, 1)

@@ -25,8 +25,8 @@ from memory import resident_bytes
 from result_file import RESULTS, write_result
 
 from ray_distill.serve import create_app
-from ray_distill.serve.api.admission import Limits
 from ray_distill.serve.decoding import silence_decoders
+from ray_distill.serve.settings import Limits
 from ray_distill.student import Student
 from tests.serve.conftest import TINY
 from tests.serve.test_damaged_audio import FORMATS, mutate

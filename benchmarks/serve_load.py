@@ -40,10 +40,10 @@ from small_speech import HELD_OUT, TRAIN, shared_data
 
 from ray_distill.pipeline.config import load_config
 from ray_distill.serve.decoding import decode
-from ray_distill.serve.inference.backends import BackendOptions, Wanted
+from ray_distill.serve.inference.backends import LayerRequest
 from ray_distill.serve.inference.batch_selection import choose_batch
-from ray_distill.serve.inference.engine import BatchLimits
 from ray_distill.serve.inference.models import open_backend
+from ray_distill.serve.settings import BackendOptions, BatchLimits
 from ray_distill.student import Student, StudentConfig, save_student
 
 SERVICE_CORE, GENERATOR_CORE = 0, 1
@@ -133,13 +133,13 @@ def print_offline(model: str, runtime: Any, batch_seconds: float) -> None:
     """Runs in a process of its own."""
     files = [bytes.fromhex(item) for item in json.load(sys.stdin)]
     backend = open_backend(Path(model), BackendOptions(runtime=runtime))
-    backend.run([Wanted(np.zeros(16_000, np.float32), None, "student")])
+    backend.run([LayerRequest(np.zeros(16_000, np.float32), None, "student")])
     began = time.perf_counter()
     waveforms = sorted((decode(file, 60.0) for file in files), key=len)
     total = sum(len(waveform) for waveform in waveforms) / 16_000
     while waveforms:
         chosen = set(choose_batch([len(waveform) for waveform in waveforms], int(batch_seconds * 16_000)))
-        backend.run([Wanted(waveforms[index], backend.num_layers, "student") for index in sorted(chosen)])
+        backend.run([LayerRequest(waveforms[index], backend.num_layers, "student") for index in sorted(chosen)])
         waveforms = [waveform for index, waveform in enumerate(waveforms) if index not in chosen]
     print(total / (time.perf_counter() - began))
 
@@ -214,7 +214,7 @@ def load(
         str, typer.Option(help="Offered load, in parts of the offline throughput.")
     ] = "0.3,0.6,0.8,1,1.5,3",
     seconds: Annotated[float, typer.Option(help="Of each point.")] = 60,
-    queue_seconds: Annotated[float, typer.Option(help="Of the service.")] = BatchLimits.queue_seconds,
+    queue_seconds: Annotated[float, typer.Option(help="Of the service.")] = BatchLimits().queue_seconds,
     batch_seconds: Annotated[float | None, typer.Option(help="Of the service. Default: its own.")] = None,
     offline_seconds: Annotated[float, typer.Option(help="Of the offline batches.")] = 30,
     litserve: Annotated[

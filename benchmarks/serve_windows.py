@@ -17,8 +17,8 @@ from result_file import RESULTS, write_result
 from small_speech import HELD_OUT, utterances
 
 from ray_distill.pipeline.student_export import open_student
-from ray_distill.serve.inference.backends import TorchBackend, Wanted
-from ray_distill.serve.inference.windows import LongAudio
+from ray_distill.serve.inference.backends import LayerRequest, TorchBackend
+from ray_distill.serve.inference.windows import split_windows
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
 
@@ -47,13 +47,13 @@ def main(
     lengths = []
     for waveform in recordings(seconds):
         lengths.append(len(waveform) / SAMPLE_RATE)
-        (whole,) = backend.run([Wanted(waveform, None, "student")])
+        (whole,) = backend.run([LayerRequest(waveform, None, "student")])
         scale = np.sqrt((whole**2).sum(-1).mean(-1))[:, None]
         for setting, errors in found.items():
             window_seconds, overlap_seconds = map(float, setting.split(":"))
             stitched = np.empty_like(whole)
-            for window in LongAudio(10 * seconds, window_seconds, overlap_seconds).windows(len(waveform)):
-                (part,) = backend.run([Wanted(waveform[window.samples], None, "student")])
+            for window in split_windows(len(waveform), window_seconds, overlap_seconds):
+                (part,) = backend.run([LayerRequest(waveform[window.samples], None, "student")])
                 start = window.samples.start // FRAME_SAMPLES
                 stitched[:, window.frames] = part[:, window.frames.start - start : window.frames.stop - start]
             errors.append(np.linalg.norm(stitched - whole, axis=-1) / scale)

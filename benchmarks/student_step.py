@@ -1,7 +1,7 @@
 """What a training step of the student costs, against a straightforward implementation of the same network.
 
 ``python benchmarks/student_step.py`` first shows that both give the same numbers, then times them in turns (medians of several
-rounds) and takes the peak memory of one step, each in a fresh process. Ours is `student.Distiller`; the other is
+rounds) and takes the peak memory of one step, each in a fresh process. Ours is `LayerDistiller`; the other is
 `published_student.py` beside this file, on the same weights. Where CUDA is available it runs there, in fp32 and bf16.
 """
 
@@ -27,7 +27,7 @@ from result_file import RESULTS, write_result
 from torch import Tensor
 
 from ray_distill.student import Student, StudentConfig
-from ray_distill.student.objectives.layer_loss import Distiller
+from ray_distill.student.objectives.layer_prediction import LayerDistiller
 from ray_distill.teacher_cache.frames import num_frames
 
 NAMES = ("published", "ours")
@@ -63,7 +63,7 @@ class Bench:
         torch.manual_seed(0)
         self.case = case
         self.student = Student(SMALL if case.small else StudentConfig()).to(case.device)
-        self.distiller, self.published = Distiller(self.student), PublishedStudent(self.student)
+        self.distiller, self.published = LayerDistiller(self.student), PublishedStudent(self.student)
         samples = int(16_000 * case.seconds)
         frames, config = num_frames(samples), self.student.config
         self.waveforms = torch.randn(case.batch, samples, device=case.device) * 0.1

@@ -35,9 +35,10 @@ from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.codecs import DEFAULT_CODEC
 from ray_distill.teacher_cache.frames import num_frames
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
-from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 

@@ -11,8 +11,10 @@ from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT, SAME_IN_ABLATION
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.codecs import DEFAULT_CODEC, check_codec
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
-from ray_distill.teacher_cache.storage.cache_spec import MaskDraws, Targets
+from ray_distill.teacher_cache.precision import Precision
+from ray_distill.teacher_cache.storage.cache_spec import Targets
 
 
 class ConfigError(ValueError):
@@ -61,7 +63,7 @@ class CacheSection(_Section):
     ``layer-pca:STEP`` set the quantisation step."""
     targets: Targets = "clean_and_masked"
     """Targets to store: ``clean_and_masked``, ``composite_only`` or ``clean_only``; see `CacheSpec`."""
-    precision: Annotated[Literal["fp32", "fp16", "bf16"] | None, SAME_IN_ABLATION] = None
+    precision: Annotated[Precision | None, SAME_IN_ABLATION] = None
     """Precision of the teacher's forward passes; ``fp16`` needs GPUs. None takes the precision of an existing cache, or else
     ``fp16`` on GPUs and ``fp32`` on CPUs."""
     audio: Annotated[Literal["flac", "pcm"], SAME_IN_ABLATION] = "flac"

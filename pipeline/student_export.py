@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from ray_distill.pipeline.run_folder import RunFolder
-from ray_distill.student import load_student
+from ray_distill.student.checkpoints import load_student, student_folder
 from ray_distill.student.exporters.origin import Origin
 from ray_distill.student.model.student import Student
 from ray_distill.student.training.run_files import CHECKPOINTS
@@ -34,10 +34,7 @@ def open_student(model: Path, model_config: Path | None = None) -> tuple[Student
     Raises:
         ValueError: There is no such student, or it or a file of its run is damaged.
     """
-    if RunFolder(model).config_file.is_file() and not (model / "config.json").is_file():
-        if not RunFolder(model).export.is_dir():
-            raise ValueError(f"the run {model} has no export yet; run its export stage, or give one of its checkpoints")
-        model = RunFolder(model).export
+    model = student_folder(model)
     student = load_student(model, model_config)
     origin: Origin = {"commit": _commit(), "student": student.config.model_dump(mode="json")}
     if (model / "config.json").is_file():

@@ -1,7 +1,7 @@
-"""Distil a speech encoder into a student a quarter of its size, with the teacher run only once.
+"""Distil a speech encoder into a student a quarter of its size, running the teacher only once.
 
-In the repository the sub-packages lie in the top-level folders beside this one: ``ray_distill.student`` is ``student/``. An installed
-wheel holds them inside ``ray_distill/``.
+In the repository, the sub-packages are the top-level folders beside this one: ``ray_distill.student`` is ``student/``. An installed
+wheel contains them in ``ray_distill/``.
 """
 
 from pathlib import Path

@@ -21,6 +21,7 @@ from ray_distill.pipeline.commands.plan_cluster import plan_cluster
 from ray_distill.pipeline.commands.probe import probe
 from ray_distill.pipeline.commands.profile import profile
 from ray_distill.pipeline.commands.run import run
+from ray_distill.serve.command import serve
 from ray_distill.teacher_cache.commands import info, repair, verify
 
 MISTAKES = (ValueError, OSError, FloatingPointError)
@@ -68,9 +69,7 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-application = typer.Typer(
-    cls=_Application, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"max_content_width": 120}
-)
+application = typer.Typer(cls=_Application, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @application.callback(
@@ -94,6 +93,7 @@ _PANELS: dict[str, dict[str, Any]] = {
         "plan-cluster": plan_cluster,
     },
     "Students": {"export": export, "convert": convert, "profile": profile, "probe": probe},
+    "Service": {"serve": serve},
 }
 for _panel, _commands in _PANELS.items():
     for _name, _function in _commands.items():
@@ -103,21 +103,6 @@ _cache = typer.Typer(cls=Group, no_args_is_help=True, help="Show, check or repai
 for _function in (info, verify, repair):
     _cache.command(cls=Command)(_function)
 application.add_typer(_cache, name="cache", rich_help_panel="Teacher cache")
-
-
-@application.command(
-    cls=Command,
-    rich_help_panel="Service",
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-)
-def serve(context: typer.Context) -> None:
-    """Serve the features of a student over HTTP."""
-    from ray_distill.serve.__main__ import serve
-
-    service = typer.Typer(pretty_exceptions_enable=False)
-    service.command(cls=Command)(serve)
-    service(context.args, prog_name=context.command_path)
 
 
 def main() -> None:

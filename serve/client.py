@@ -1,4 +1,4 @@
-"""A client of the service, sync and async. Copy it: it needs httpx and NumPy only."""
+"""Clients of the service, synchronous and asynchronous. The file needs only httpx and NumPy, and may be copied."""
 
 import io
 import time
@@ -16,9 +16,11 @@ Space = Literal["student", "teacher"]
 
 
 class RefusedError(Exception):
-    """The service refused; ``status`` and ``error_type`` are in docs/serving.md.
+    """The service refused a request.
 
-    ``retry_after``: seconds after which to ask again, or None where that would not help.
+    Attributes:
+        status, error_type: HTTP status and type of the error; docs/serving.md lists them.
+        retry_after: Seconds after which the request may be repeated, or None if repeating it would not help.
     """
 
     def __init__(self, response: httpx.Response) -> None:
@@ -30,7 +32,7 @@ class RefusedError(Exception):
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Of a ``Retry-After``: seconds or, as proxies may say, a date. None for none and for what is neither."""
+    """Return the seconds in a ``Retry-After`` header, which proxies may also send as a date; None if it is neither or missing."""
     if retry_after is None:
         return None
     with suppress(ValueError):
@@ -59,7 +61,13 @@ def _vectors(response: httpx.Response) -> Array:
 
 
 class Client:
-    """
+    """A synchronous client.
+
+    Args:
+        address: Address of the service, such as ``http://127.0.0.1:8000``.
+        api_key: API key. Default: none is sent.
+        timeout: Longest wait for the service, in seconds. Default 60.
+
     Example:
         >>> with Client("http://127.0.0.1:8000") as client:
         ...     (features,) = client.features([Path("speech.flac").read_bytes()], layer=3)
@@ -76,17 +84,35 @@ class Client:
         self._http.close()
 
     def features(self, files: Sequence[bytes], layer: int | str = "last", space: Space = "student") -> list[Array]:
-        """(T, d) float32 for each file, or (L, T, d) where layer is ``all``; RefusedError where the service refuses."""
+        """Return the features of each file: (T, d) float32, or (L, T, d) for layer ``all``.
+
+        Args:
+            files: Contents of audio files.
+            layer: Transformer layer counted from 1, ``last`` or ``all``. Default ``last``.
+            space: ``student`` for hidden states, ``teacher`` for the predictions of the teacher's layers. Default ``student``.
+
+        Raises:
+            RefusedError: the service refused the request.
+        """
         request = _request("/v1/features", files, layer=layer, space=space, format="npz")
         return _arrays(self._http.request(**request))
 
     def embeddings(self, files: Sequence[bytes], layer: int | str = "last", pooling: str = "mean") -> Array:
-        """(N, d) float32, (N, 2 d) for ``mean_std``; RefusedError where the service refuses."""
+        """Return one vector per file: (N, d) float32, or (N, 2 d) for pooling ``mean_std``.
+
+        Args:
+            files: Contents of audio files.
+            layer: Transformer layer counted from 1, or ``last``. Default ``last``.
+            pooling: ``mean``, ``max`` or ``mean_std``. Default ``mean``.
+
+        Raises:
+            RefusedError: the service refused the request.
+        """
         return _vectors(self._http.request(**_request("/v1/embeddings", files, layer=layer, pooling=pooling)))
 
 
 class AsyncClient:
-    """`Client`, awaited."""
+    """An asynchronous client; see `Client`."""
 
     def __init__(self, address: str, api_key: str | None = None, timeout: float = 60.0) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
@@ -101,10 +127,10 @@ class AsyncClient:
     async def features(
         self, files: Sequence[bytes], layer: int | str = "last", space: Space = "student"
     ) -> list[Array]:
-        """As `Client.features`."""
+        """Return the features of each file; see `Client.features`."""
         request = _request("/v1/features", files, layer=layer, space=space, format="npz")
         return _arrays(await self._http.request(**request))
 
     async def embeddings(self, files: Sequence[bytes], layer: int | str = "last", pooling: str = "mean") -> Array:
-        """As `Client.embeddings`."""
+        """Return one vector per file; see `Client.embeddings`."""
         return _vectors(await self._http.request(**_request("/v1/embeddings", files, layer=layer, pooling=pooling)))

@@ -1,8 +1,93 @@
-"""The console command ``ray-distill-serve``: ``python -m serve``."""
+"""The command ``serve``: its options are made from the settings.
 
-import runpy
+Nothing heavy is imported before the options are read, so that ``--help`` answers at once and mistakes are reported early.
+"""
+
+import inspect
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ray_distill.serve.settings import ServeSettings, options
+
+_LOG = logging.getLogger(__name__)
+_COMMAND_LINE_TYPES: dict[str, Any] = {
+    "api_keys": Path | None,
+    "cors_origins": list[str] | None,
+    "more": list[str] | None,
+}
+"""Types on the command line of settings whose own types Typer doesn't know."""
 
 
-def main() -> None:
-    """Starts the service with the command line's arguments."""
-    runpy.run_module("ray_distill.serve", run_name="__main__")
+def serve(**values: Any) -> None:
+    """Serve the features of a distilled student over HTTP.
+
+    The running service describes its interface at /docs. Each option can also be set by an environment variable, such as
+    RAY_DISTILL_SERVE_MAX_SECONDS for --max-seconds; the command line has precedence.
+    """
+    given = {option.field_name: values[option.name] for option in options() if values[option.name] is not None}
+    settings = ServeSettings(**given)
+
+    from ray_distill.serve.inference.model_files import check_model_path
+
+    for path in (settings.model, *settings.more.values()):
+        check_model_path(path, settings.runtime)
+    # Uvicorn shuts down, then raises the signal again; without this handler a requested stop would look like a crash.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    _configure_logging()
+    _LOG.info("Importing PyTorch and the service")
+
+    from ray_distill.serve.server import run
+
+    run(settings)
+
+
+def _configure_logging() -> None:
+    """Write one JSON line per request to standard output, and all other messages to standard error in Uvicorn's format."""
+    for name, stream, text in (
+        ("ray_distill.serve", sys.stderr, "%(levelname)s:     %(message)s"),
+        ("ray_distill.serve.requests", sys.stdout, "%(message)s"),
+    ):
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(logging.Formatter(text))
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """Return the options of the command as Typer reads them from a signature."""
+    parameters = []
+    for option in options():
+        field = option.field
+        flag = f"{option.flag}/--no-{option.flag[2:]}" if field.annotation is bool else option.flag
+        bounds = {name: getattr(item, name) for item in field.metadata for name in ("ge", "le") if hasattr(item, name)}
+        settings = typer.Option(
+            flag,
+            envvar=option.environment_variable,
+            show_envvar=False,
+            help=field.description,
+            min=bounds.get("ge"),
+            max=bounds.get("le"),
+            rich_help_panel=option.group,
+        )
+        kind = _COMMAND_LINE_TYPES.get(option.field_name, field.annotation)
+        default = None if option.field_name in _COMMAND_LINE_TYPES else field.default
+        parameters.append(
+            inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.is_required() else default,
+                annotation=Annotated[kind, settings],
+            )
+        )
+    return parameters
+
+
+serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _parameters()}

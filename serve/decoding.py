@@ -1,4 +1,4 @@
-"""Untrusted bytes become a waveform, or a refusal that says why."""
+"""Decode untrusted bytes into a waveform, or refuse them with a reason."""
 
 import ctypes
 import io
@@ -10,7 +10,7 @@ from ray_distill.teacher_cache.audio import AudioError, load_audio
 
 
 def decode(audio: bytes, max_seconds: float) -> Array:
-    """Decodes wav, flac, ogg (Vorbis, Opus) or mp3, block by block and never beyond ``max_seconds``.
+    """Decode wav, flac, ogg (Vorbis, Opus) or mp3, in blocks and never beyond ``max_seconds``.
 
     Returns:
         (S,) float32 at 16 kHz in [-1, 1], channels averaged; S >= 400.
@@ -21,21 +21,21 @@ def decode(audio: bytes, max_seconds: float) -> Array:
     try:
         return load_audio(io.BytesIO(audio), max_seconds=max_seconds)
     except AudioError as error:
-        # The loader's own words are for files with names, and quote the decoder's.
+        # The loader's own messages name a file and quote the decoder.
         messages: dict[ErrorType, str] = {
-            "empty": "The audio file holds no samples.",
+            "empty": "The audio file contains no samples.",
             "too_short": "The audio is too short: one frame needs at least 400 samples at 16 kHz (25 ms).",
-            "too_long": f"The audio is longer than the {max_seconds:g} seconds allowed.",
-            "undecodable": "The body can't be decoded as audio, or is damaged: send a whole wav, flac, ogg or mp3 file.",
+            "too_long": f"The audio is longer than the limit of {max_seconds:g} seconds.",
+            "undecodable": "The body can't be decoded as audio or is damaged; send a complete wav, flac, ogg or mp3 file.",
         }
         raise ServiceError(error.reason, messages[error.reason]) from error
 
 
 def silence_decoders() -> None:
-    """Drops what decoders in C print to standard error: clients could fill the log with damaged mp3.
+    """Discard what C libraries print to standard error, where clients could fill the log with damaged mp3 files.
 
-    libsndfile gives its libmpg123 no word to be quiet. So C's ``stderr`` becomes /dev/null; Python's, crash reports and
-    whatever writes to the file descriptor are as before. Only with glibc, where it may be assigned to.
+    libsndfile has no option that silences libmpg123, so C's ``stderr`` is redirected to /dev/null. Python's standard error, crash
+    reports and direct writes to the file descriptor are unaffected. Only glibc allows the assignment; elsewhere nothing changes.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -6,70 +6,57 @@
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.serve import Application
 
-from ray_distill.serve.api.admission import Limits
 from ray_distill.serve.app import create_app
 from ray_distill.serve.decoding import silence_decoders
-from ray_distill.serve.inference.backends import BackendOptions
-from ray_distill.serve.inference.engine import BatchLimits
-
-_GROUPS: dict[str, Any] = {"limits": Limits, "batch": BatchLimits, "backend": BackendOptions}
+from ray_distill.serve.settings import ServeSettings
 
 
 def build(arguments: dict[str, Any]) -> Application:
-    """The application for ``serve run``, ``serve build`` and a RayService's ``import_path``.
+    """Build the application for ``serve run``, ``serve build`` and a RayService's ``import_path``.
 
     Args:
-        arguments: keywords of `app.create_app`, of which ``limits``, ``batch`` and ``backend`` are tables; ``model`` must
-            be there.
+        arguments: Settings by name, or in the tables ``limits``, ``batch`` and ``backend``; see `ServeSettings`. ``model`` is
+            required; ``host``, ``port`` and ``leave_seconds`` have no effect here, since Ray Serve listens.
 
     Raises:
-        ValueError: no model is named, or a table doesn't fit.
+        ValueError: the model is missing, or a setting is wrong.
     """
-    if "model" not in arguments:
-        raise ValueError("no model is named; give args: {model: /data/runs/NAME/export}")
-    given = dict(arguments)
-    for name in _GROUPS.keys() & given.keys():
-        try:
-            given[name] = TypeAdapter(_GROUPS[name]).validate_python(given[name])
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, (name, *first["loc"])))
-            raise ValueError(f"{place} is wrong: {first['msg'].lower()}") from error
-    return _deployment(given.get("library_loaded", 4)).bind(**given)
+    settings = ServeSettings(**arguments)
+    return _deployment(settings.library_loaded).bind(settings)
 
 
 def _deployment(library_loaded: int) -> Any:
-    # More may be ongoing than the application admits, so that it is the application that refuses, in its own words.
+    # Ray Serve lets more requests through than the application admits, so that the application refuses them with its own errors.
     @serve.deployment(name="FeatureService", max_ongoing_requests=320, graceful_shutdown_timeout_s=40)
     @serve.ingress()
     class FeatureService:
-        """One replica: `ray_distill.serve.app.create_app`, built where it runs."""
+        """One replica: an application made by `ray_distill.serve.app.create_app` in the replica's process."""
 
-        def __init__(self, **arguments: Any) -> None:
-            self._arguments = arguments
+        def __init__(self, settings: ServeSettings) -> None:
+            self._settings = settings
 
         def __serve_build_asgi_app__(self) -> FastAPI:
             silence_decoders()
-            app = create_app(**self._arguments)
+            app = create_app(self._settings.model, self._settings, more=self._settings.more)
             self._models = app.state.models
             self._models.load = self._load
             return app
 
         def check_health(self) -> None:
-            """Ray Serve replaces a replica whose inference has stopped."""
+            """Raise if inference has stopped, so that Ray Serve replaces the replica."""
             if not all(model.engine.alive for model in self._models):
-                raise RuntimeError("a model takes no work")
+                raise RuntimeError("Inference of a model has stopped or keeps failing.")
 
         @serve.multiplexed(max_num_models_per_replica=library_loaded)  # type: ignore[untyped-decorator]
         async def _load(self, name: str) -> str:
-            """Ray Serve notes what is loaded where, with the same rule of which goes first as `models.Models`.
+            """Load a model of the library and let Ray Serve record where it is loaded.
 
-            Requests whose header ``serve_multiplexed_model_id`` names it then come to replicas that have it. The ``model`` parameter
-            chooses what is run, as without Ray.
+            Ray Serve evicts models by the same rule as `Models`. It then routes requests whose header
+            ``serve_multiplexed_model_id`` names the model to replicas that have loaded it. The ``model`` parameter selects the model
+            that runs, as it does without Ray.
             """
             await self._models.load_from_library(name)
             return name

@@ -1,4 +1,4 @@
-"""The process around the application: what SIGTERM and SIGHUP do."""
+"""The process around the application: starting it, and what SIGTERM and SIGHUP do."""
 
 import logging
 import math
@@ -9,39 +9,55 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from ray_distill.serve.app import create_app
+from ray_distill.serve.decoding import silence_decoders
+from ray_distill.serve.settings import ServeSettings
+
+_LOG = logging.getLogger(__name__)
 _SENDING_SECONDS = 10
 
 
-class Server(uvicorn.Server):  # type: ignore[misc]
-    """Uvicorn that leaves a balancer time to look elsewhere, and takes new models without a restart.
+def run(settings: ServeSettings) -> None:
+    """Serve until a signal stops the process.
 
-    SIGTERM: /readyz says 503 from then on; ``leave_seconds`` later no more connections are accepted, open requests are
-    answered, and it ends. SIGINT, or a second SIGTERM: without those seconds; a second SIGINT: at once. SIGHUP:
+    Raises:
+        ValueError: a setting is impossible, or a model can't be read.
+    """
+    silence_decoders()
+    app = create_app(settings.model, settings, more=settings.more)
+    Server(app, settings.host, settings.port, settings.leave_seconds).run()
+
+
+class Server(uvicorn.Server):  # type: ignore[misc]
+    """A Uvicorn server that gives load balancers time to react, and reloads models without a restart.
+
+    On SIGTERM, /readyz starts to answer 503; after ``leave_seconds`` the server accepts no new connections, finishes the open
+    requests and stops. SIGINT or a second SIGTERM skips the wait; a second SIGINT stops at once. SIGHUP calls
     `ray_distill.serve.inference.models.Models.reload`.
 
     Args:
-        app: of `serve.create_app`.
-        host, port: where to listen.
-        leave_seconds: how long requests are taken after SIGTERM. Default 0.
+        app: Application made by `create_app`.
+        host, port: Address to listen on.
+        leave_seconds: Time after SIGTERM in which requests are still accepted. Default 0.
     """
 
     def __init__(self, app: FastAPI, host: str, port: int, leave_seconds: float = 0.0) -> None:
-        # Every open request has its answer by then, and some time to be sent it.
-        drain = math.ceil(app.state.admission.limits.deadline_seconds + _SENDING_SECONDS)
-        super().__init__(uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=drain, access_log=False))
+        # By then every open request has its response, and some time to send it.
+        timeout = math.ceil(app.state.admission.limits.deadline_seconds + _SENDING_SECONDS)
+        super().__init__(uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=timeout, access_log=False))
         self._state = app.state
         self._leave_seconds = leave_seconds
 
     def run(self) -> None:
-        """Serves until it is told to end."""
+        """Serve until a signal stops the server."""
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self._state.models.reload, daemon=True).start())
         super().run()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by Uvicorn on SIGINT and SIGTERM."""
-        if sig == signal.SIGTERM and not self._state.leaving:
-            self._state.leaving = True
-            logging.getLogger("serve").info("leaving: answering for %g seconds more", self._leave_seconds)
+        """Handle SIGINT and SIGTERM; called by Uvicorn."""
+        if sig == signal.SIGTERM and not self._state.draining:
+            self._state.draining = True
+            _LOG.info("Stopping: requests are accepted for %g more seconds", self._leave_seconds)
             timer = threading.Timer(self._leave_seconds, super().handle_exit, (sig, frame))
             timer.daemon = True
             timer.start()

@@ -1,4 +1,4 @@
-"""The released ARMHuBERT and MaskHuBERT checkpoints: Lightning ``.ckpt`` with the yaml that S3PRL is given."""
+"""The released ARMHuBERT and MaskHuBERT checkpoints: a Lightning ``.ckpt`` with the yaml that S3PRL uses."""
 
 import ast
 import re
@@ -8,12 +8,12 @@ from typing import Any, Literal
 import yaml
 from torch import Tensor
 
-from ray_distill.student.checkpoints import fill
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.weights import load_weights
 from ray_distill.teacher_cache.untrusted import load_untrusted
 
-_KEYS = (
+_NAME_PATTERNS = (
     (r"mask_emb", r"mask_embedding"),
     (r"feature_extractor\.conv_layers\.(\d+)\.0\.(weight|bias)", r"conv_blocks.\1.conv.\2"),
     (r"feature_extractor\.conv_layers\.(\d+)\.2\.(weight|bias)", r"conv_blocks.\1.norm.\2"),
@@ -36,79 +36,90 @@ _KEYS = (
     (r"proj_head\.(\d+)\.lin_proj\.(weight|bias)", r"heads.\1.\2"),
     (r"proj_head\.(\d+)\.upsampler\.(weight|bias)", r"upsamplers.\1.expand.\2"),
 )
-_SPLIT_KEYS = (
+_SPLIT_NAME_PATTERNS = (
     (r"proj_head\.0\.(weight|bias)", r"split.\1"),
     (r"proj_head\.2\.layer\.(weight|bias)", r"heads.0.\1"),
 )
 
-_ONLY = {"activation_fn": "gelu", "crop_seq_to_multiple": 1}
-"""Options of the published yaml whose other values this student does not have."""
+_SUPPORTED_VALUES = {"activation_fn": "gelu", "crop_seq_to_multiple": 1}
+"""Options of the published yaml of which only one value is supported."""
 
-_MOST_LAYERS = 1000
+_MAX_LIST_LENGTH = 1000
 
 
 def load_published(checkpoint: Path, config: Path) -> Student:
-    """Loads a published checkpoint, in eval mode, with the released reuse behaviour (second softmax, batch order right).
+    """Load a published checkpoint in eval mode, with the released reuse behaviour (second softmax, correct batch order).
+
+    Args:
+        checkpoint: The Lightning ``.ckpt``.
+        config: Its yaml.
 
     Raises:
-        ValueError: a yaml or checkpoint that can't be read, or that uses an option this student does not have.
+        ValueError: the yaml or the checkpoint can't be read, or uses an option that this student does not support.
     """
-    described = published_config(config)
-    for refused, why in (
+    student_config = published_config(config)
+    for unsupported, why in (
         (
-            described.layer_type == "conformer",
-            "the published code can neither build Conformer layers with reuse nor run them without",
+            student_config.layer_type == "conformer",
+            "the published code can neither build Conformer layers with reuse nor run them without reuse",
         ),
-        (described.layer_norm_first, "the published layer_norm_first leaves the last layer's output as it is"),
-        (described.time_reduction == "fc2", "the published forward pass does not run fc2"),
-        (described.time_reduction_index > 0, "behind a tr_layer_index above 0 the published heads give two lengths"),
+        (student_config.layer_norm_first, "the published layer_norm_first does not normalise the last layer's output"),
+        (student_config.time_reduction == "fc2", "the published forward pass does not run fc2"),
+        (
+            student_config.time_reduction_index > 0,
+            "with tr_layer_index above 0 the published heads return frames of two lengths",
+        ),
     ):
-        if refused:
-            raise ValueError(f"{config}: such a checkpoint can't be loaded, since {why}")
-    student = Student(described)
+        if unsupported:
+            raise ValueError(f"{config}: the checkpoint can't be loaded, because {why}")
+    student = Student(student_config)
     loaded = load_untrusted(checkpoint)
     if not isinstance(loaded.get("state_dict"), dict):
         raise ValueError(f"{checkpoint} is not a Lightning checkpoint: it has no state_dict")
     prefix = "student_model."
     tensors = {name[len(prefix) :]: t for name, t in loaded["state_dict"].items() if name.startswith(prefix)}
     if not tensors:
-        raise ValueError(f"{checkpoint} holds no student: none of its tensors' names starts with {prefix!r}")
-    fill(student, _converted(tensors, described, checkpoint), checkpoint)
+        raise ValueError(f"{checkpoint} holds no student: no tensor has a name that starts with {prefix!r}")
+    load_weights(student, _convert_tensors(tensors, student_config, checkpoint), checkpoint)
     return student.eval()
 
 
-def _converted(tensors: dict[str, Any], config: StudentConfig, origin: Path) -> dict[str, Any]:
-    """The tensors by our names."""
+def _convert_tensors(tensors: dict[str, Any], config: StudentConfig, origin: Path) -> dict[str, Any]:
+    """Return the tensors by our names."""
     last = config.encoder_layers - 1
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if match := re.fullmatch(r"upsampler\.(weight|bias)", name):
-            if config.heads == "split":  # Heads for each layer have their own; this one is not used.
+            if config.heads == "split":  # Layer-wise heads have their own upsamplers; this one is unused.
                 found[f"upsamplers.{last}.expand.{match[1]}"] = tensor
         elif name == "proj_head.2.weight" and isinstance(tensor, Tensor) and tensor.ndim == 3:
             found |= {f"heads.{number}.weight": part.t() for number, part in enumerate(tensor)}
         elif name == "proj_head.2.bias" and isinstance(tensor, Tensor) and tensor.ndim == 4:
             found |= {f"heads.{number}.bias": part for number, part in enumerate(tensor[0, 0])}
         else:
-            found[_rename(name, config, origin)] = tensor
+            found[_convert_name(name, config, origin)] = tensor
     return found
 
 
-def _rename(name: str, config: StudentConfig, origin: Path) -> str:
+def _convert_name(name: str, config: StudentConfig, origin: Path) -> str:
     if config.time_reduction is not None and (match := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)):
-        # The published reduction stands among the layers, and is counted as one.
+        # The published reduction is one of the layers, and is counted among them.
         number = int(match[1])
         if number == config.time_reduction_index:
             return f"reduction.reduce.{match[2]}"
         name = f"encoder.layers.{number - (number > config.time_reduction_index)}.{match[2]}"
-    for pattern, ours in (*_KEYS, *(_SPLIT_KEYS if config.heads == "split" else ())):
+    for pattern, ours in (*_NAME_PATTERNS, *(_SPLIT_NAME_PATTERNS if config.heads == "split" else ())):
         if match := re.fullmatch(pattern, name):
             return match.expand(ours)
     raise ValueError(f"{origin} has a tensor that no student has: {name!r}")
 
 
 def published_config(path: Path) -> StudentConfig:
-    """The student that a published yaml describes in its ``distiller`` section; ValueError where it can't be read."""
+    """Return the architecture that a published yaml describes in its ``distiller`` section.
+
+    Raises:
+        ValueError: the yaml is missing, can't be read, or describes a student that is not supported.
+    """
     if not path.is_file():
         raise ValueError(f"there is no yaml at {path}")
     try:
@@ -118,7 +129,7 @@ def published_config(path: Path) -> StudentConfig:
             raise TypeError("distiller is not a mapping")
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a published configuration: it has no readable 'distiller' section") from error
-    for key, value in _ONLY.items():
+    for key, value in _SUPPORTED_VALUES.items():
         if options.get(key, value) != value:
             raise ValueError(f"{path}: distiller.{key} is {options[key]!r}; only {value!r} is supported")
     try:
@@ -132,7 +143,7 @@ def published_config(path: Path) -> StudentConfig:
             "rope": "rotary",
         }
         if options.get("layer_type", "transformer") == "transformer":
-            positions = dict.fromkeys(positions, "convolution")  # The key is of Conformer layers only.
+            positions = dict.fromkeys(positions, "convolution")  # The key only applies to Conformer layers.
         return StudentConfig(
             conv_layers=tuple(tuple(layer) for layer in literal_list(options["conv_feature_layers"])),
             conv_norm=norms[options.get("extractor_mode", "default")],
@@ -187,22 +198,25 @@ def _heads(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def literal_list(text: Any) -> list[Any]:
-    """The value of a list expression such as ``[(128, 10, 5)] + [(256, 3, 2)] * 4``, without eval.
+    """Return the value of a list expression such as ``[(128, 10, 5)] + [(256, 3, 2)] * 4``, without eval.
+
+    Args:
+        text: The expression, or a sequence, which is returned as a list.
 
     Raises:
-        TypeError: anything but lists of literals, added, or repeated up to a small total length.
+        TypeError: the expression is not a sum of lists of literals, repeated up to a small total length.
     """
-    return list(_list(ast.parse(text, mode="eval").body, text)) if isinstance(text, str) else list(text)
+    return list(_evaluate(ast.parse(text, mode="eval").body, text)) if isinstance(text, str) else list(text)
 
 
-def _list(node: ast.expr, text: str) -> list[Any]:
+def _evaluate(node: ast.expr, text: str) -> list[Any]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _list(node.left, text) + _list(node.right, text)
+        return _evaluate(node.left, text) + _evaluate(node.right, text)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and isinstance(node.right, ast.Constant):
-        items, times = _list(node.left, text), node.right.value
-        # The bound keeps a hostile yaml from filling the memory.
-        if not isinstance(times, int) or len(items) * times > _MOST_LAYERS:
-            raise TypeError(f"{text!r} repeats a list by something else than a small number")
+        items, times = _evaluate(node.left, text), node.right.value
+        # Without a bound, a hostile yaml could fill the memory.
+        if not isinstance(times, int) or len(items) * times > _MAX_LIST_LENGTH:
+            raise TypeError(f"{text!r} does not repeat a list by a small number")
         return items * times
     if not isinstance(node, ast.List):
         raise TypeError(f"{text!r} is not a sum of lists")

@@ -1,19 +1,78 @@
-"""The teacher, run once: load a teacher, draw masks, cache its layer outputs in Parquet shards, read them back.
+"""Cache a teacher's layer outputs once, and read them back to train students.
 
-``load_teacher`` and ``Teacher`` are imported on first use, so that the small pure modules (frames, audio, masks) stay light.
+The names below are imported when they are first used, so importing this package loads neither PyTorch nor a teacher.
+
+Example:
+    >>> from ray_distill.teacher_cache import CacheReader, load_teacher
+    >>> teacher = load_teacher("random:4x96")
+    >>> reader = CacheReader("caches/demo", "train")
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_distill.teacher_cache.teachers import Teacher, load_teacher
+    from ray_distill.teacher_cache.audio import AudioError, load_audio
+    from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
+    from ray_distill.teacher_cache.maintenance.repair import repair_cache
+    from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
+    from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy, draw_mask
+    from ray_distill.teacher_cache.reader import CacheReader
+    from ray_distill.teacher_cache.storage.cache import Cache
+    from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+    from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
+    from ray_distill.teacher_cache.targets.online_targets import OnlineReader
+    from ray_distill.teacher_cache.targets.target_batch import Batch, CachedUtterance
+    from ray_distill.teacher_cache.teachers import Teacher, TeacherError, load_teacher
 
-__all__ = ["Teacher", "load_teacher"]
+__all__ = [
+    "AudioError",
+    "Batch",
+    "Cache",
+    "CacheError",
+    "CacheReader",
+    "CacheSpec",
+    "CachedUtterance",
+    "MaskDraws",
+    "MaskPolicy",
+    "OnlineReader",
+    "Teacher",
+    "TeacherError",
+    "Utterance",
+    "Workers",
+    "build_cache",
+    "draw_mask",
+    "load_audio",
+    "load_teacher",
+    "plan_shards",
+    "repair_cache",
+    "verify_cache",
+    "verify_deep",
+]
+
+_MODULES = {
+    "audio": ("AudioError", "load_audio"),
+    "build.build_cache": ("Workers", "build_cache"),
+    "maintenance.repair": ("repair_cache",),
+    "maintenance.verify": ("verify_cache", "verify_deep"),
+    "masks": ("MaskDraws", "MaskPolicy", "draw_mask"),
+    "reader": ("CacheReader",),
+    "storage.cache": ("Cache",),
+    "storage.cache_spec": ("CacheError", "CacheSpec"),
+    "storage.shard_plan": ("Utterance", "plan_shards"),
+    "targets.online_targets": ("OnlineReader",),
+    "targets.target_batch": ("Batch", "CachedUtterance"),
+    "teachers": ("Teacher", "TeacherError", "load_teacher"),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from ray_distill.teacher_cache import teachers
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    return value
 
-        return getattr(teachers, name)
-    raise AttributeError(f"module 'teacher_cache' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -1,4 +1,4 @@
-"""Audio of any rate and channel count becomes 16 kHz mono; what can't be used is refused with the reason."""
+"""Decoding of audio files of any rate and channel count to 16 kHz mono."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -13,10 +13,10 @@ from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 
 Reason = Literal["undecodable", "empty", "too_short", "too_long"]
 
-# Outside these a header lies, or the memory that resampling needs grows without bound.
+# Rates outside this range mean a damaged header, or need too much memory for resampling.
 _RATES = (2_000, 768_000)
 _MAX_CHANNELS = 64
-# Values decoded at once, over all channels: what a header claims is never allocated before it is there.
+# Number of values decoded at a time, over all channels. A length in a header allocates no memory before it is read.
 _BLOCK_VALUES = 1 << 20
 
 
@@ -33,27 +33,28 @@ class AudioError(ValueError):
 
 
 def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) -> np.ndarray:
-    """Decodes wav, flac, ogg or mp3 to what teachers and students hear.
+    """Decode a wav, flac, ogg or mp3 file to the waveform that teachers and students take.
 
-    Untrusted bytes are fine: they are only decoded, in blocks, and without ``max_seconds`` memory is bounded by what the
-    file really holds. A wav file shorter than its header says (a stream, or cut short) gives what it holds.
+    Untrusted files are safe: they are decoded in blocks, and memory is limited by ``max_seconds``, or by the real content of
+    the file. A wav file shorter than its header says (a stream, or a truncated file) is decoded as far as it goes.
 
     Args:
-        source: a path, or a seekable binary file.
-        max_seconds: refuse longer audio; from the header where it has a length, and while decoding in any case.
+        source: Path, or a seekable binary file.
+        max_seconds: Maximum duration. It is checked in the header, if that has a length, and while decoding. Default: no
+            limit.
 
     Returns:
-        (S,) float32 at 16 kHz, channels averaged, clipped to [-1, 1]; S >= 400.
+        (S,) float32 at 16 kHz, averaged over channels and clipped to [-1, 1], with S >= 400.
 
     Raises:
-        AudioError: its ``reason`` says which of four ways the audio can't be used, its message one sentence why.
+        AudioError: If the audio can't be used; see its ``reason``.
     """
     name = str(source) if isinstance(source, (str, Path)) else "the audio"
     samples, rate = _decode(source, name, max_seconds)
     if len(samples) == 0:
-        raise AudioError("empty", f"{name} holds no samples")
+        raise AudioError("empty", f"{name} has no samples")
     if not np.isfinite(samples).all():
-        raise AudioError("undecodable", f"{name} holds samples that are not finite numbers")
+        raise AudioError("undecodable", f"{name} has samples that are not finite numbers")
     waveform: np.ndarray = np.clip(_resample(samples, rate), -1.0, 1.0)
     if len(waveform) < RECEPTIVE_FIELD:
         raise AudioError(
@@ -63,25 +64,25 @@ def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) 
 
 
 def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None) -> tuple[np.ndarray, int]:
-    """(N,) float32 mean of the channels, and the rate in Hz."""
+    """Return the (N,) float32 mean of the channels and the rate in Hz."""
     try:
         if _num_bytes(source) == 0:
             raise AudioError("empty", f"{name} is an empty file")
         file = soundfile.SoundFile(source)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
-        detail = "it doesn't say what format it is" if isinstance(error, TypeError) else _detail(error)
+        detail = "unknown format" if isinstance(error, TypeError) else _detail(error)
         raise AudioError("undecodable", f"{name} can't be decoded as audio ({detail})") from error
     with file:
-        # soundfile seeks after each read of a seekable file, which fails in streams of FLAC that don't say their length.
+        # soundfile seeks after each read of a seekable file. That fails in FLAC streams of unknown length.
         file.seekable = lambda: False
         rate, channels = file.samplerate, file.channels
         if not _RATES[0] <= rate <= _RATES[1] or not 1 <= channels <= _MAX_CHANNELS:
             raise AudioError(
                 "undecodable",
-                f"{name} claims {channels} channels at {rate} Hz; up to {_MAX_CHANNELS} channels at {_RATES[0]} to {_RATES[1]} Hz "
-                "can be used",
+                f"{name} has {channels} channels at {rate} Hz according to its header; the limits are {_MAX_CHANNELS} channels and "
+                f"{_RATES[0]} to {_RATES[1]} Hz",
             )
-        # MP3 headers give an estimate, streams of FLAC and Ogg the largest number there is.
+        # MP3 headers have an estimate, and FLAC and Ogg streams the largest possible number.
         length_known = file.format in ("WAV", "WAVEX", "FLAC") and file.frames < 2**62
         limit = None if max_seconds is None else int(max_seconds * rate)
         too_long = AudioError("too_long", f"{name} is longer than the {max_seconds} s allowed")
@@ -99,7 +100,7 @@ def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None)
             raise AudioError("undecodable", f"{name} is damaged ({_detail(error)})") from error
         if length_known and count < file.frames:
             raise AudioError(
-                "undecodable", f"{name} is damaged (its header says {file.frames} samples, it holds {count})"
+                "undecodable", f"{name} is damaged (its header says {file.frames} samples, but it has {count})"
             )
     return np.concatenate(blocks), rate
 
@@ -114,16 +115,16 @@ def _num_bytes(source: Path | str | BinaryIO) -> int:
 
 
 def _detail(error: Exception) -> str:
-    # soundfile's own messages repeat the path, or the address of the file object.
+    # The full messages of soundfile repeat the path or the address of the file object.
     text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
     return str(text).rstrip(".")
 
 
 def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """(N,) at rate → (S,) at 16 kHz.
+    """Resample (N,) samples to 16 kHz.
 
-    torchaudio tabulates p x q values for the ratio p / q in lowest terms: fine for every usual rate, gigabytes for 44,101 Hz.
-    So unusual ratios are rounded, by at most 1 in 10,000 or so; every rate recorders use is exact.
+    torchaudio tabulates p x q values for the ratio p / q in lowest terms, which would be gigabytes for 44,101 Hz. Unusual
+    ratios are therefore rounded, by about 1 in 10,000 at most. All rates of common recorders are exact.
     """
     if rate == SAMPLE_RATE:
         return samples

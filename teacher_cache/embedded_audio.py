@@ -1,44 +1,55 @@
-"""The audio a cache embeds: 16-bit samples of exactly what the teacher heard, as FLAC or plain."""
+"""Audio embedded in a cache: 16-bit samples, exactly as the teacher received them, as FLAC or PCM."""
 
 import io
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import soundfile
 
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
+AudioFormat = Literal["flac", "pcm"]
+
 _SCALE = 32768.0
 
 
 def quantize(waveform: np.ndarray) -> np.ndarray:
-    """(S,) float32 in [-1, 1] → the nearest 16-bit values, as float32.
+    """Round a waveform, (S,) float32 in [-1, 1], to 16-bit values and return it as float32.
 
-    Teachers hear this, so that the embedded audio is lossless with respect to the targets. Audio that came from 16-bit
-    files at 16 kHz (LibriSpeech) is unchanged.
+    Teachers receive the rounded waveform, so the embedded audio is lossless with respect to the targets. Audio from 16-bit
+    files at 16 kHz (LibriSpeech) does not change.
     """
     return (np.clip(np.round(waveform * _SCALE), -_SCALE, _SCALE - 1) / _SCALE).astype(np.float32)
 
 
 def to_flac(waveform: np.ndarray) -> bytes:
-    """(S,) float32 as `quantize` gives it → FLAC bytes at 16 kHz, mono, 16 bits."""
+    """Encode a waveform, (S,) float32 from `quantize`, as 16-bit mono FLAC at 16 kHz."""
     buffer = io.BytesIO()
-    samples = np.clip(np.round(waveform * _SCALE), -_SCALE, _SCALE - 1).astype(np.int16)
-    soundfile.write(buffer, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(buffer, _to_int16(waveform), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
 
 
-def from_flac(data: bytes) -> np.ndarray:
-    """FLAC bytes of `to_flac` → (S,) float32, equal to what was quantised."""
+def from_flac(data: bytes | memoryview) -> np.ndarray:
+    """Decode the bytes of `to_flac` to the same (S,) float32 waveform."""
     samples, _ = soundfile.read(io.BytesIO(data), dtype="int16")
     waveform: np.ndarray = samples.astype(np.float32) / np.float32(_SCALE)
     return waveform
 
 
 def to_pcm(waveform: np.ndarray) -> bytes:
-    """(S,) float32 as `quantize` gives it → little-endian 16-bit samples."""
-    return np.clip(np.round(waveform * _SCALE), -_SCALE, _SCALE - 1).astype("<i2").tobytes()
+    """Encode a waveform, (S,) float32 from `quantize`, as little-endian 16-bit samples."""
+    return _to_int16(waveform).astype("<i2").tobytes()
 
 
 def from_pcm(data: bytes | memoryview) -> np.ndarray:
-    """Samples of `to_pcm` → (S,) float32, equal to what was quantised."""
+    """Decode the bytes of `to_pcm` to the same (S,) float32 waveform."""
     return np.frombuffer(data, "<i2").astype(np.float32) / np.float32(_SCALE)
+
+
+ENCODERS: dict[AudioFormat, Callable[[np.ndarray], bytes]] = {"flac": to_flac, "pcm": to_pcm}
+DECODERS: dict[AudioFormat, Callable[[bytes | memoryview], np.ndarray]] = {"flac": from_flac, "pcm": from_pcm}
+
+
+def _to_int16(waveform: np.ndarray) -> np.ndarray:
+    return np.clip(np.round(waveform * _SCALE), -_SCALE, _SCALE - 1).astype(np.int16)

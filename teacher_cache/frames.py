@@ -1,4 +1,4 @@
-"""Frame arithmetic: how samples become frames, which frames are padding, and normalisation that ignores padding."""
+"""Frame arithmetic: numbers of frames, padding masks, and normalisation that ignores padding."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -8,43 +8,43 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SAMPLE_RATE = 16_000
-"""Samples per second of every waveform in this product."""
+"""Sampling rate of all waveforms in Hz."""
 
 FRAME_SAMPLES = 320
-"""Samples between the starts of neighbouring frames (20 ms)."""
+"""Number of samples between the starts of neighbouring frames (20 ms)."""
 
 RECEPTIVE_FIELD = 400
-"""Samples one frame sees (25 ms); shorter audio has no frame."""
+"""Number of samples in the receptive field of a frame (25 ms). Shorter audio has no frames."""
 
 Length = TypeVar("Length", int, Tensor)
 
 
 def num_frames(num_samples: Length) -> Length:
-    """Frames of a waveform under HuBERT's convolutions: ``(num_samples - 400) // 320 + 1``, at least 0.
+    """Return HuBERT's number of frames of a waveform: ``(num_samples - 400) // 320 + 1``, at least 0.
 
-    The seven convolutions of HuBERT, WavLM and wav2vec 2.0 (kernels 10,3,3,3,3,2,2; strides 5,2,2,2,2,2,2) give exactly
-    this, and the published students' front ends (with extra kernel-1 layers) too.
+    This is exact for the seven convolutions of HuBERT, WavLM and wav2vec 2.0 (kernels 10,3,3,3,3,2,2; strides 5,2,2,2,2,2,2)
+    and for the published students, which add layers with kernel size 1.
 
     Args:
-        num_samples: an int, or an integer tensor of any shape.
+        num_samples: An int, or an integer tensor of any shape.
     """
     frames = (num_samples - RECEPTIVE_FIELD) // FRAME_SAMPLES + 1
     return frames.clamp(min=0) if isinstance(frames, Tensor) else max(frames, 0)
 
 
 def conv_output_length(length: Length, kernels_and_strides: Sequence[tuple[int, int]]) -> Length:
-    """Output length of a stack of unpadded 1-d convolutions, given as (kernel, stride) pairs; at least 0."""
+    """Return the output length of unpadded 1-d convolutions, given as (kernel, stride) pairs. It is at least 0."""
     for kernel, stride in kernels_and_strides:
         length = (length - kernel) // stride + 1
     return length.clamp(min=0) if isinstance(length, Tensor) else max(length, 0)
 
 
 def padding_mask(lengths: Tensor, max_length: int) -> Tensor:
-    """(B, max_length) bool, True at positions at or beyond each row's length.
+    """Return a (B, max_length) bool tensor that is True at padding.
 
     Args:
         lengths: (B,) integer tensor of real lengths.
-        max_length: width of the padded batch.
+        max_length: Length of the padded batch.
     """
     return torch.arange(max_length, device=lengths.device) >= lengths[:, None]
 
@@ -52,20 +52,20 @@ def padding_mask(lengths: Tensor, max_length: int) -> Tensor:
 def group_norm_over_real(
     x: Tensor, lengths: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
 ) -> Tensor:
-    """GroupNorm with one group per channel whose statistics count real positions only.
+    """Apply a GroupNorm with one group per channel whose statistics use real positions only.
 
-    ``torch.nn.GroupNorm(C, C)``, as in the first convolution of HuBERT Base, averages over padding too, so an utterance's
-    features depend on what it is batched with. Here they do not. With no padding the two agree to rounding.
+    ``torch.nn.GroupNorm(C, C)``, as in the first convolution of HuBERT Base, also averages over padding, so the features of an
+    utterance depend on its batch. Here they do not. Without padding the two agree up to rounding.
 
     Args:
-        x: (B, C, T) float; padded positions may hold anything finite.
-        lengths: (B,) integer tensor, real positions of each row, each at least 1.
+        x: (B, C, T) float. Values at padding must be finite.
+        lengths: (B,) integer tensor, number of real positions of each row, at least 1.
         weight: (C,) scale, or None.
         bias: (C,) shift, or None.
-        eps: added to the variance; PyTorch's default.
+        eps: Value added to the variance. Default 1e-5, PyTorch's.
 
     Returns:
-        (B, C, T), of x's dtype; padded positions hold finite values of no meaning.
+        (B, C, T) of x's dtype. Values at padding are finite and meaningless.
     """
     channels = x.new_ones(x.shape[1], dtype=torch.float32)
     scale = channels if weight is None else weight
@@ -75,14 +75,14 @@ def group_norm_over_real(
 
 
 def _row_by_row(x: Tensor) -> bool:
-    """Whether to cut rows to their lengths, and not to mask: a GPU would have to wait for the lengths."""
+    """Return whether to slice rows to their lengths instead of masking. On a GPU, slicing would synchronise with the CPU."""
     return x.device.type == "cpu"
 
 
 def _moments(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean over real positions, (B, C, 1) each, of a (B, C, T) tensor: float64 of that, else float32.
+    """Return the (B, C, 1) variance and mean of a (B, C, T) tensor over real positions.
 
-    Half precision can't hold a sum over thousands of positions.
+    They are float64 for float64 input and float32 otherwise, because half precision can't sum thousands of positions.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     if not _row_by_row(x):
@@ -95,14 +95,14 @@ def _moments(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         values = row[:, :length].to(wide)
         mean = values.mean(-1, keepdim=True)
         centred = values - mean
-        mean = mean + centred.mean(-1, keepdim=True)  # What rounding left.
+        mean = mean + centred.mean(-1, keepdim=True)  # Correct for rounding.
         moments.append(torch.stack([centred.square_().mean(-1, keepdim=True), mean]))
     variance, mean = torch.stack(moments, 1)
     return variance, mean
 
 
 class _GroupNormOverReal(torch.autograd.Function):
-    """Keeps x alone for backward, no mask, no float32 copy and nothing centred."""
+    """Autograd function that saves only x for backward, without a mask, a float32 copy or a centred copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -121,7 +121,7 @@ class _GroupNormOverReal(torch.autograd.Function):
         normalised = ((gradient * values).sum(-1, keepdim=True) - mean * plain) / deviation
         scale = weight.to(mean.dtype)[:, None] / deviation
         grad_x = gradient * scale
-        # Through the statistics, which only real positions take part in: slope * x + offset.
+        # The gradient through the statistics is slope * x + offset, at real positions only.
         slope = -scale / deviation * normalised / lengths[:, None, None]
         offset = -scale * plain / lengths[:, None, None] - slope * mean
         if not _row_by_row(x):

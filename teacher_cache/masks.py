@@ -1,38 +1,37 @@
-"""Random span masks: fairseq's four policies, drawn for one utterance at a time from (seed, draw, utterance id)."""
+"""Random span masks with fairseq's four policies, drawn per utterance from (seed, draw, utterance id)."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import numpy as np
 import pydantic
+import torch
 
 MIN_MASKS = 2
-"""Spans at least, as HuBERT and wav2vec 2.0 ask of fairseq's ``compute_mask_indices`` (``min_masks=2``)."""
+"""Minimum number of spans: HuBERT and wav2vec 2.0 call fairseq's ``compute_mask_indices`` with ``min_masks=2``."""
 
 
-class MaskPolicy(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """How spans are drawn; names follow fairseq's ``mask_*`` options.
-
-    Attributes:
-        selection: span lengths: ``static`` (mask_length), ``uniform`` (integers from mask_other to 2 x mask_length, both
-            included), ``normal`` (mean mask_length, standard deviation mask_other, at least 1), ``poisson`` (mean
-            mask_length). Default ``static``.
-        mask_prob: expected number of span frames over frames, before overlaps. Default 0.8.
-        mask_length: see selection, in frames of 20 ms. Default 10.
-        mask_other: see selection. Default 0.
-        no_overlap: whether spans keep apart. Default False.
-        min_space: unmasked frames at least between spans, with no_overlap. Default 1.
-    """
+class MaskPolicy(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """How mask spans are drawn. Names follow fairseq's ``mask_*`` options."""
 
     selection: Literal["static", "uniform", "normal", "poisson"] = "static"
+    """Distribution of span lengths: ``static`` (always mask_length), ``uniform`` (integers from mask_other to
+    2 x mask_length, both included), ``normal`` (mean mask_length, standard deviation mask_other, at least 1) or
+    ``poisson`` (mean mask_length)."""
     mask_prob: float = pydantic.Field(default=0.8, ge=0, le=1, allow_inf_nan=False)
+    """Expected number of frames in all spans divided by the number of frames, before spans overlap. 0 masks nothing."""
     mask_length: int = pydantic.Field(default=10, ge=1)
+    """Span length in frames of 20 ms; see ``selection``."""
     mask_other: float = pydantic.Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Second parameter of the distribution of span lengths; see ``selection``."""
     no_overlap: bool = False
+    """Whether spans must not overlap."""
     min_space: int = pydantic.Field(default=1, ge=0)
+    """Minimum number of unmasked frames between spans. Only used with ``no_overlap``."""
 
     @pydantic.model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_span_lengths(self) -> Self:
         if self.selection == "uniform" and self.mask_other > 2 * self.mask_length:
             raise ValueError(
                 f"mask_other {self.mask_other:g} is above 2 x mask_length {2 * self.mask_length}, so no uniform span length "
@@ -40,25 +39,67 @@ class MaskPolicy(pydantic.BaseModel, frozen=True, extra="forbid"):
             )
         if self.selection == "uniform" and self.mask_other != int(self.mask_other):
             raise ValueError(
-                f"mask_other {self.mask_other:g} is no whole number of frames, as uniform span lengths need"
+                f"mask_other {self.mask_other:g} is not a whole number of frames, which uniform span lengths need"
             )
         return self
 
 
-def draw_mask(policy: MaskPolicy, seed: int, draw: int, utterance_id: str, num_frames: int) -> np.ndarray:
-    """One mask of one utterance; equal arguments give equal masks on every machine, in any order.
+class MaskDraws(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Random masks that training applies."""
 
-    In distribution this is fairseq's ``compute_mask_indices`` for a batch of one with ``min_masks=2``, as HuBERT and wav2vec
-    2.0 call it. Where fairseq raises or would mask everything, ours differs: at least one frame stays unmasked (a mask over
-    everything loses one frame, chosen at random), a single frame is never masked, and with no_overlap an utterance in which
-    no span fits has no mask. A mask_prob of 0 means no mask, as in fairseq's models.
+    policy: MaskPolicy = MaskPolicy()
+    """How spans are drawn."""
+    policies: tuple[MaskPolicy, ...] = ()
+    """Policies of the first draws, one each, where they differ from ``policy``; for example a schedule of mask_prob."""
+    draws: int = pydantic.Field(default=1, ge=0)
+    """Number of independent masks per utterance. 0 trains without masks."""
+    seed: int = 0
+    """Seed of all draws."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_policies(self) -> Self:
+        if len(self.policies) > self.draws:
+            raise ValueError(
+                f"there are {len(self.policies)} policies for {self.draws} draws; give at most one policy per draw"
+            )
+        return self
+
+    def policy_of(self, draw: int) -> MaskPolicy:
+        """Return the policy of a 0-based draw."""
+        return self.policies[draw] if draw < len(self.policies) else self.policy
+
+    def frame_mask(self, draw: int, ids: Sequence[str], num_frames: Sequence[int]) -> torch.Tensor:
+        """Return the masks of a padded batch under one draw.
+
+        Args:
+            draw: Number of the draw, 0-based.
+            ids: B utterance ids.
+            num_frames: Number of real frames of each utterance.
+
+        Returns:
+            (B, T) bool, True at masked frames, False at padding. T is the largest of ``num_frames``.
+        """
+        frame_mask = torch.zeros(len(ids), max(num_frames), dtype=torch.bool)
+        policy = self.policy_of(draw)
+        for row, utterance_id, count in zip(frame_mask, ids, num_frames, strict=True):
+            row[:count] = torch.from_numpy(draw_mask(policy, self.seed, draw, utterance_id, count))
+        return frame_mask
+
+
+def draw_mask(policy: MaskPolicy, seed: int, draw: int, utterance_id: str, num_frames: int) -> np.ndarray:
+    """Return one mask of one utterance. Equal arguments give equal masks on every machine and in any order.
+
+    The distribution is that of fairseq's ``compute_mask_indices`` for a batch of one with ``min_masks=2``, as HuBERT and
+    wav2vec 2.0 call it. The two differ where fairseq raises an error or would mask everything: here at least one frame stays
+    unmasked (a mask over all frames loses one, chosen at random), a single frame is never masked, and with no_overlap an
+    utterance that no span fits into has no mask. A mask_prob of 0 means no mask, as in fairseq's models.
 
     Args:
-        policy: how spans are drawn.
-        seed: of the run's masks.
-        draw: number of the draw, 0-based.
-        utterance_id: the utterance.
-        num_frames: T, at least 0.
+        policy: How spans are drawn.
+        seed: Seed of all masks of the run.
+        draw: Number of the draw, 0-based.
+        utterance_id: Identifier of the utterance.
+        num_frames: Number of frames T, at least 0.
 
     Returns:
         (T,) bool, True at masked frames.
@@ -68,7 +109,7 @@ def draw_mask(policy: MaskPolicy, seed: int, draw: int, utterance_id: str, num_f
         return mask
     digest = hashlib.sha256(f"{seed}/{draw}/{utterance_id}".encode()).digest()
     rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
-    # Probabilistic rounding, as fairseq's.
+    # fairseq rounds probabilistically too.
     count = max(MIN_MASKS, int(policy.mask_prob * num_frames / policy.mask_length + rng.random()))
     lengths = _span_lengths(policy, count, rng)
     if lengths.sum() == 0:
@@ -95,7 +136,7 @@ def _span_lengths(policy: MaskPolicy, count: int, rng: np.random.Generator) -> n
 def _place_freely(
     policy: MaskPolicy, lengths: np.ndarray, num_frames: int, rng: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """Distinct starts, so chosen that the shortest span fits; longer ones are cut at the end."""
+    """Draw distinct starts at which the shortest span fits. Longer spans are cut at the end of the utterance."""
     shortest = int(lengths.min())
     if num_frames - shortest <= len(lengths):
         shortest = num_frames - len(lengths) - 1
@@ -107,13 +148,13 @@ def _place_freely(
 def _place_apart(
     policy: MaskPolicy, lengths: np.ndarray, num_frames: int, rng: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """Longest first: each span goes into a free stretch chosen by its size, and splits it."""
+    """Place the longest spans first. Each goes into a free stretch, drawn in proportion to its size, and splits it."""
     free = [(0, num_frames)]
     spans: list[tuple[int, int]] = []
     shortest = int(lengths.min())
     for length in sorted((int(length) for length in lengths), reverse=True):
         sizes = np.array([end - start if end - start >= length + policy.min_space else 0 for start, end in free])
-        # A stretch exactly as long as the span leaves no start to draw from.
+        # In a stretch exactly as long as the span, the range of starts below would be empty.
         sizes[[end - start <= length for start, end in free]] = 0
         if sizes.sum() == 0:
             break

@@ -1,5 +1,6 @@
-"""Targets for training from a finished cache: random access, one row group per utterance."""
+"""Targets for training from a finished cache, with random access: one row group per utterance."""
 
+import operator
 import os
 import threading
 from collections import OrderedDict
@@ -7,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -16,48 +17,61 @@ import torch
 from torch import Tensor
 
 from ray_distill.teacher_cache.codecs import ColumnCodec
-from ray_distill.teacher_cache.embedded_audio import from_flac, from_pcm
-from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, column_name
+from ray_distill.teacher_cache.embedded_audio import DECODERS
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.masks import draw_mask
+from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, column_name, damage_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, Targets
 from ray_distill.teacher_cache.storage.store import Store
-from ray_distill.teacher_cache.targets.online_targets import masks_of
-from ray_distill.teacher_cache.targets.target_batch import Batch, CodedTargets, pad_waveforms
+from ray_distill.teacher_cache.targets.target_batch import Batch, CachedUtterance, CodedTargets, pad_waveforms
 
 _OPEN_FILES = 256
-"""Files kept open on a disk."""
+"""Maximum number of idle open files on a local disk."""
 _OPEN_REMOTE_FILES = 1024
-"""And in an object store, where opening one takes two requests. The footer of each is tens of kilobytes."""
+"""The same for an object store, where opening a file takes two requests. Each footer has tens of kilobytes."""
 _REMOTE_THREADS = 32
-"""Reading an object store is waiting: so many requests are in flight."""
+"""Default number of threads for an object store, where they mostly wait for requests."""
 _REMOTE_BATCHES = 4
-"""Batches read at a time from one: a batch of six utterances alone would not keep the threads busy."""
+"""Batches to read at a time from an object store, because a single batch of six utterances can't use all threads."""
 _COMMIT_THREADS = 16
 
 
 class CacheReader:
-    """Utterances of one split with their targets, in any order. Safe to use from several threads.
+    """Utterances of one split of a cache with their targets. Safe to use from several threads.
+
+    A reader is a map-style dataset: ``len(reader)``, ``reader[i]`` and iteration give single utterances as
+    `CachedUtterance`. `read` gives padded batches, which training uses.
+
+    Args:
+        location: Location of the cache, a path or a URI.
+        split: ``train`` or ``validation``.
+        layers: 1-based layers to read. Default all cached layers.
+        draws: Number of cached mask draws to use. Default all.
+        threads: Number of threads that read and decode. Default up to 4 (limited by the number of cores) for a local
+            cache, 32 for an object store.
+        targets: Kind of targets. ``clean_only`` reads no masked pass from a ``clean_and_masked`` cache, so that targets are
+            clean at unmasked frames too. Default the cache's own kind.
+
+    Attributes:
+        cache: The opened cache.
+        ids: Utterance ids, in index order.
+        num_samples: (N,) int64 numbers of samples.
+        num_frames: (N,) int64 numbers of frames.
+        layers: 1-based layers of the targets.
+        dim: Width D of the teacher.
+        draws: Number of mask draws.
+        bytes_read: Number of bytes read from shard files so far.
+        batches_at_once: Number of `read` calls that a prefetcher should keep in flight.
+
+    Raises:
+        CacheError: If the cache is missing or incomplete, a file does not have its committed size, or the split, a layer or a
+            draw does not exist.
 
     Example:
         >>> reader = CacheReader("caches/demo", "train")
-        >>> batch = reader.read([0, 1, 2], draw=0).to("cpu")
+        >>> reader[0].targets.shape  # (L, T, D)
+        >>> batch = reader.read([0, 1, 2], draw=0).to("cuda")
         >>> batch.targets.shape  # (B, L, T, D)
-
-    Args:
-        location: of the cache, a path or a URI.
-        split: ``train`` or ``validation``.
-        layers: 1-based layers to read; default all that are cached.
-        draws: how many of the cached mask draws to use; default all.
-        threads: that read and unpack utterances. Default for a local cache 4, or as many as there are cores; for an object
-            store, where they wait for requests, 32.
-        targets: ``clean_only`` reads no masked pass where there is one: under a mask draw the targets are then clean at
-            unmasked frames too. Default what the cache was made for.
-
-    Attributes:
-        bytes_read: from the shards, so far.
-        batches_at_once: reads that whoever reads ahead should have under way.
-
-    Raises:
-        CacheError: no cache, an unfinished one, a file whose size is not the committed one, an unknown split, layer or draw.
     """
 
     def __init__(
@@ -73,13 +87,15 @@ class CacheReader:
         spec = self.cache.spec
         self._targets = targets or spec.targets
         if self._targets != spec.targets and (spec.targets, targets) != ("clean_and_masked", "clean_only"):
-            raise CacheError(f"the cache at {location} has targets {spec.targets}, {targets} are wanted")
+            raise CacheError(f"the cache at {self.cache.store.location} has targets {spec.targets}, not {targets}")
         self.layers = tuple(layers) if layers is not None else spec.layers
         missing = sorted(set(self.layers) - set(spec.layers))
         if missing:
-            raise CacheError(f"the cache at {location} has no layer {missing[0]}; it has layers {list(spec.layers)}")
+            raise CacheError(
+                f"the cache at {self.cache.store.location} has no layer {missing[0]}; it has layers {list(spec.layers)}"
+            )
         if draws is not None and draws > spec.masks.draws:
-            raise CacheError(f"the cache at {location} has {spec.masks.draws} mask draws, {draws} are wanted")
+            raise CacheError(f"the cache at {self.cache.store.location} has {spec.masks.draws} mask draws, not {draws}")
         self.dim = spec.dim
         self._split = split
         self.draws: int | None = spec.masks.draws if draws is None else draws
@@ -87,7 +103,7 @@ class CacheReader:
         shards = [shard for shard in self.cache.shards if shard.split == split]
         if not shards:
             splits = sorted({shard.split for shard in self.cache.shards})
-            raise CacheError(f"the cache at {location} has no split {split!r}; it has {splits}")
+            raise CacheError(f"the cache at {self.cache.store.location} has no split {split!r}; it has {splits}")
         self.ids = [utterance.id for shard in shards for utterance in shard.utterances]
         self.num_samples = np.array([u.num_samples for shard in shards for u in shard.utterances])
         self.num_frames = np.array([frames for shard in shards for frames in shard.num_frames])
@@ -97,20 +113,61 @@ class CacheReader:
             for number, layer_set in enumerate(self.cache.layer_sets)
             if set(layer_set.layers) & set(self.layers)
         }
+        self._codecs = [codec for codecs in self._sets.values() for codec in codecs]
         self._files: dict[tuple[int, str, int | None, int], ShardFile] = {}
         for shard in shards:
             for file in self.cache.files(shard):
                 part = file.part
-                audio = part.kind == "clean" and part.layer_set == 0
-                wanted = part.draw is None or (part.draw < self.draws and self._targets != "clean_only")
-                if audio or (wanted and part.layer_set in self._sets):
+                needed = part.draw is None or (part.draw < self.draws and self._targets != "clean_only")
+                if part.has_audio or (needed and part.layer_set in self._sets):
                     self._files[shard.number, part.kind, part.draw, part.layer_set] = file
         self._check_files()
         remote = self.cache.store.local is None
         self.batches_at_once = _REMOTE_BATCHES if remote else 1
         default = _REMOTE_THREADS if remote else min(4, os.cpu_count() or 1)
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads or default, "cache-reader")
-        self._open = _OpenFiles(self.cache.store, _OPEN_REMOTE_FILES if remote else _OPEN_FILES)
+        self._open = _ParquetFilePool(self.cache.store, _OPEN_REMOTE_FILES if remote else _OPEN_FILES)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: SupportsIndex) -> CachedUtterance:
+        """Return one utterance with its targets under mask draw 0, or those of the clean pass if the split has no masks.
+
+        Raises:
+            IndexError: If the index is out of range. Negative indices count from the end.
+            CacheError: If a file is damaged.
+        """
+        position = operator.index(index)
+        if not -len(self) <= position < len(self):
+            raise IndexError(
+                f"index {position} is out of range for the {len(self)} utterances of split {self._split!r}"
+            )
+        position %= len(self)
+        draw = 0 if self.draws and self._split == "train" else None
+        waveform, codes, mask = self._read_row(position, draw)
+        columns = tuple((codec, torch.tensor(values)[None]) for codec, values in zip(self._codecs, codes, strict=True))
+        return CachedUtterance(
+            id=self.ids[position],
+            waveform=torch.from_numpy(waveform),
+            targets=CodedTargets(self.layers, columns).decode()[0],
+            frame_mask=None if mask is None else torch.tensor(mask),
+        )
+
+    def __iter__(self) -> Iterator[CachedUtterance]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        hours = self.num_samples.sum() / SAMPLE_RATE / 3600
+        return (
+            f"CacheReader({self.cache.store.location!r}, split={self._split!r}, utterances={len(self)}, hours={hours:.2f}, "
+            f"layers={self.layers}, dim={self.dim}, draws={self.draws}, targets={self._targets!r})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = (self._split, self.layers, self.draws, self._threads, self._targets)
+        return CacheReader, (self.cache.store.location, *arguments)
 
     def _check_files(self) -> None:
         store = self.cache.store
@@ -122,27 +179,29 @@ class CacheReader:
         with ThreadPoolExecutor(_COMMIT_THREADS) as pool:
             for file, record in zip(files, pool.map(self.cache.commit_of, files), strict=True):
                 if record is None or sizes.get(file.name) != record["bytes"]:
-                    raise CacheError(
-                        f"{store.at(file.name)} is missing or not as committed; `python -m teacher_cache repair` rebuilds it"
-                    )
+                    raise damage_error(store, file.name, "is missing or does not have its committed size")
 
     def read(self, indices: Sequence[int], draw: int | None) -> Batch:
-        """See TargetReader. CacheError where the draw is not cached, or a file turns out damaged."""
+        """Return a padded batch; see `TargetReader.read`.
+
+        Raises:
+            CacheError: If the draw is not cached or a file is damaged.
+        """
         spec = self.cache.spec
         if draw is not None and not 0 <= draw < (self.draws or 0):
-            have = f"draws 0 to {self.draws - 1}" if self.draws else "none"
-            raise CacheError(f"mask draw {draw} is not in the cache at {self.cache.store.location}; it has {have}")
+            present = f"draws 0 to {self.draws - 1}" if self.draws else "no draws"
+            raise CacheError(f"mask draw {draw} is not in the cache at {self.cache.store.location}; it has {present}")
         if draw is None and spec.masks.draws and self._targets == "composite_only" and self._split == "train":
             raise CacheError(
-                f"the cache at {self.cache.store.location} has no clean targets of the training split: it is composite_only"
+                f"the cache at {self.cache.store.location} has no clean targets for the training split, because its targets "
+                "are composite_only"
             )
         rows = list(self._pool.map(self._read_row, indices, [draw] * len(indices)))
         waveforms, lengths = pad_waveforms([waveform for waveform, *_ in rows])
         frames = torch.from_numpy(self.num_frames[list(indices)])
         width = int(frames.max())
-        codecs = [codec for group in self._sets.values() for codec in group]
         columns: list[tuple[ColumnCodec, Tensor]] = []
-        for n, codec in enumerate(codecs):
+        for n, codec in enumerate(self._codecs):
             codes = torch.zeros(len(indices), width, codec.bytes_per_frame, dtype=torch.uint8)
             for b, (_, values, _) in enumerate(rows):
                 codes[b, : len(values[n])] = torch.from_numpy(values[n])
@@ -157,14 +216,13 @@ class CacheReader:
         return Batch(ids, waveforms, lengths, frames, CodedTargets(self.layers, tuple(columns)), frame_mask)
 
     def _read_row(self, index: int, draw: int | None) -> tuple[np.ndarray, list[np.ndarray], np.ndarray | None]:
-        """One utterance: (S,) waveform, each column's codes (T, bytes_per_frame), (T,) mask."""
+        """Return the (S,) waveform, the (T, bytes_per_frame) codes of each column and the (T,) mask of an utterance."""
         spec = self.cache.spec
         composite = self._targets == "composite_only" and draw is not None
         first = self._columns(index, "clean", None, 0, ["audio"], [] if composite or 0 not in self._sets else None)
-        unpack = from_flac if spec.audio == "flac" else from_pcm
-        waveform = unpack(first[0].as_buffer())
+        waveform = DECODERS[spec.audio](first[0].as_buffer())
         if len(waveform) != self.num_samples[index]:
-            raise self._damaged(self._file(index, "clean", None, 0), "the audio has another length")
+            raise self._damaged(self._file(index, "clean", None, 0), "the audio does not have the planned length")
         codes: list[np.ndarray] = []
         mask: np.ndarray | None = None
         count = int(self.num_frames[index])
@@ -177,7 +235,7 @@ class CacheReader:
             clean = first[1:] if number == 0 else self._columns(index, "clean", None, number, [], None)
             arrays = self._codes(index, "clean", None, number, clean, count)
             if draw is not None and self._targets == "clean_only":
-                mask = masks_of(spec.masks, draw, [self.ids[index]], [count])[0].numpy()
+                mask = draw_mask(spec.masks.policy_of(draw), spec.masks.seed, draw, self.ids[index], count)
             elif draw is not None:
                 mask_value, *values = self._columns(index, "masked", draw, number, ["mask"], None)
                 mask = _to_bool(mask_value)
@@ -197,7 +255,8 @@ class CacheReader:
             data = np.frombuffer(value.as_buffer(), np.uint8)
             if len(data) != frames * codec.bytes_per_frame:
                 raise self._damaged(
-                    self._file(index, kind, draw, number), f"row {self._places[index][1]} has another size"
+                    self._file(index, kind, draw, number),
+                    f"row {self._places[index][1]} does not have the planned size",
                 )
             size = codec.bytes_per_frame
             arrays.append(data.reshape(size, frames).T if codec.planar else data.reshape(frames, size))
@@ -209,7 +268,7 @@ class CacheReader:
     def _columns(
         self, index: int, kind: str, draw: int | None, number: int, extra: list[str], features: list[str] | None
     ) -> list[Any]:
-        """Scalars of one row: the extra columns, then the set's (or no) features."""
+        """Return the values of one row: the extra columns, then the feature columns (default all of the layer set)."""
         file = self._file(index, kind, draw, number)
         if features is None:
             features = [column_name(codec.layers) for codec in self._sets[number]]
@@ -223,21 +282,19 @@ class CacheReader:
         except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
             raise self._damaged(file, str(error).split("\n")[0]) from error
         if found != self.ids[index]:
-            raise self._damaged(file, f"it holds {found!r} where the plan has {self.ids[index]!r}")
+            raise self._damaged(file, f"it holds utterance {found!r} in place of {self.ids[index]!r}")
         return values[1:]
 
-    def _damaged(self, file: ShardFile, why: str) -> CacheError:
-        return CacheError(
-            f"{self.cache.store.at(file.name)} is damaged ({why}); `python -m teacher_cache repair` rebuilds it"
-        )
+    def _damaged(self, file: ShardFile, reason: str) -> CacheError:
+        return damage_error(self.cache.store, file.name, f"is damaged ({reason})")
 
 
-class _OpenFiles:
-    """Shard files that stay open, each used by one thread at a time; those not used for longest are closed.
+class _ParquetFilePool:
+    """Pool of open Parquet files. One thread uses a file at a time, and the least recently used files are closed.
 
     Args:
-        store: of the cache.
-        limit: files kept open beyond those in use.
+        store: Store of the cache.
+        limit: Maximum number of idle open files.
     """
 
     def __init__(self, store: Store, limit: int) -> None:
@@ -249,7 +306,7 @@ class _OpenFiles:
 
     @contextmanager
     def use(self, name: str) -> Iterator[pq.ParquetFile]:
-        """An open file for this thread alone. One whose use fails is not kept."""
+        """Yield an open file that no other thread uses. A file is not returned to the pool after an error."""
         with self._lock:
             idle = self._idle.get(name, [])
             file = idle.pop() if idle else None
@@ -258,7 +315,7 @@ class _OpenFiles:
                 if not idle:
                     del self._idle[name]
         if file is None:
-            # Over a network all columns of a row group come in one request.
+            # Over a network, pre-buffering reads all columns of a row group in one request.
             remote = self._store.local is None
             file = pq.ParquetFile(self._store.open(name), page_checksum_verification=True, pre_buffer=remote)
         yield file

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms as Whisper and AST hear them, of padded batches: every mel frame comes from its own samples.
+"""Log-mel spectrograms of padded batches, as Whisper and AST compute them. A mel frame depends on its own samples only.
 
 Shapes: B utterances, S samples, N mel frames (10 ms), M mel bands.
 """
@@ -14,10 +14,10 @@ from torchaudio.functional import melscale_fbanks
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
 MEL_HOP = 160
-"""Samples between mel frames (10 ms)."""
+"""Number of samples between mel frames (10 ms)."""
 
 MEL_WINDOW = 400
-"""Samples of a mel frame (25 ms)."""
+"""Number of samples of a mel frame (25 ms)."""
 
 _KALDI_FFT = 512
 _KALDI_PREEMPHASIS = 0.97
@@ -25,17 +25,17 @@ _KALDI_FLOOR = torch.finfo(torch.float32).eps
 
 
 def whisper_log_mel(waveforms: Tensor, bands: int = 80) -> Tensor:
-    """Whisper's log-mel spectrogram, as of an utterance followed by silence.
+    """Return Whisper's log-mel spectrogram of utterances followed by silence.
 
-    What transformers' ``WhisperFeatureExtractor`` gives for an utterance shorter than its 30 s. Values are at most 8 below an
-    utterance's own largest, then (x + 4) / 4.
+    It equals that of transformers' ``WhisperFeatureExtractor`` for an utterance shorter than 30 s. Values are clipped to 8 below
+    the maximum of the utterance and scaled to (x + 4) / 4.
 
     Args:
         waveforms: (B, S) float32 at 16 kHz, zeros at padding, S > 200.
-        bands: mel bands M; Whisper's first two versions have 80, its third 128.
+        bands: Number of mel bands M: 80 in Whisper's first two versions, 128 in the third. Default 80.
 
     Returns:
-        (B, N, M) float32 with N = (S + 200) // 160 + 1: all frames that any sample touches.
+        (B, N, M) float32 with N = (S + 200) // 160 + 1, all frames that overlap with any sample.
     """
     half = MEL_WINDOW // 2
     with torch.autocast(waveforms.device.type, enabled=False):
@@ -49,11 +49,13 @@ def whisper_log_mel(waveforms: Tensor, bands: int = 80) -> Tensor:
 
 
 def kaldi_fbank(waveforms: Tensor, bands: int = 128) -> Tensor:
-    """Kaldi's log mel filter banks with a Hann window and no dither, as ``torchaudio.compliance.kaldi.fbank`` of each row.
+    """Return Kaldi's log-mel filter bank values, with a Hann window and no dither.
+
+    They equal ``torchaudio.compliance.kaldi.fbank`` of each row.
 
     Args:
         waveforms: (B, S) float32 at 16 kHz in [-1, 1], S >= 400.
-        bands: mel bands M from 20 Hz to 8 kHz; AST has 128.
+        bands: Number of mel bands M from 20 Hz to 8 kHz. Default 128, AST's.
 
     Returns:
         (B, N, M) float32 with N = (S - 400) // 160 + 1.
@@ -70,14 +72,14 @@ def kaldi_fbank(waveforms: Tensor, bands: int = 128) -> Tensor:
 
 @cache
 def _whisper_banks(bands: int) -> Tensor:
-    """(201, M)."""
+    """Return the (201, M) filter bank."""
     banks: Tensor = melscale_fbanks(MEL_WINDOW // 2 + 1, 0.0, SAMPLE_RATE / 2, bands, SAMPLE_RATE, "slaney", "slaney")
     return banks
 
 
 @cache
 def _kaldi_banks(bands: int) -> Tensor:
-    """(257, M); the last row is zero, as Kaldi leaves the Nyquist frequency out."""
+    """Return the (257, M) filter bank. Its last row is zero, because Kaldi leaves out the Nyquist frequency."""
     banks, _ = get_mel_banks(bands, _KALDI_FFT, SAMPLE_RATE, 20.0, SAMPLE_RATE / 2, 100.0, -500.0, 1.0)
     padded: Tensor = F.pad(banks, (0, 1)).T.contiguous()
     return padded

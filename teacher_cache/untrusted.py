@@ -1,8 +1,8 @@
-"""Reading checkpoints of others without running anything that is pickled in them.
+"""Loading of untrusted checkpoints without running code from their pickles.
 
-PyTorch's weights-only unpickler does the reading. Published checkpoints also hold a few harmless objects (a fairseq
-dictionary, an omegaconf configuration, Lightning's bookkeeping); those come back as inert `StandIn`s, so the classes
-need not be installed and none of their code runs. Every other global is refused.
+PyTorch's weights-only unpickler loads them. Published checkpoints also contain a few harmless objects (a fairseq dictionary, an
+omegaconf configuration, Lightning's state). These become inert `StandIn` objects, so their classes need not be installed and
+none of their code runs. Any other global is an error.
 """
 
 import pickletools
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch._utils import IMPORT_MAPPING, NAME_MAPPING  # What its unpickler renames by.
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING  # Tables by which torch's unpickler renames globals.
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLES_IN_LEGACY_FILE = 5  # magic number, protocol, system info, object, storage keys
@@ -37,7 +37,7 @@ _HARMLESS_GLOBALS = {
     *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "object", "str", "tuple")),
 }
 _DICTIONARIES = (".defaultdict", ".AttributeDict")
-# What torch's own weights-only unpickler may know; whether it does, it decides itself.
+# Globals that torch's weights-only unpickler may allow; torch itself decides.
 _TORCH_ROOTS = {"torch", "_codecs"}
 _TORCH_GLOBALS = {
     "collections.OrderedDict",
@@ -47,65 +47,65 @@ _TORCH_GLOBALS = {
     "builtins.set",
 }
 
-# torch's list of safe globals belongs to the whole process.
+# torch has one list of safe globals for the whole process.
 _lock = threading.Lock()
 
 
 class UntrustedCheckpointError(ValueError):
-    """The checkpoint cannot be read safely: it is damaged, of another format, or names a global that is not allowed."""
+    """A checkpoint that can't be loaded safely: it is damaged, has another format, or names a global that is not allowed."""
 
 
 class StandIn:
-    """What an object of a class that we don't load becomes: its pickled parts, and no behaviour.
+    """Replacement of an object whose class is not loaded. It has the pickled data and no behaviour.
 
     Attributes:
-        args: what its class would have been called with.
-        state: what its ``__setstate__`` or ``__dict__`` would have been given; None if nothing.
+        args: Arguments with which the class would have been called.
+        state: State for ``__setstate__`` or ``__dict__``, or None.
     """
 
     args: tuple[Any, ...]
     state: Any
 
     def __new__(cls, *args: Any) -> "StandIn":
-        """Any arguments are taken and kept, as the class stood in for might take them."""
+        """Store any arguments, because the replaced class may take them."""
         self = super().__new__(cls)
         self.args, self.state = args, None
         return self
 
     def __init__(self, *args: Any) -> None:
-        """Nothing: `__new__` has kept the arguments, and unpickling may skip this."""
+        """Do nothing: `__new__` has stored the arguments, and unpickling may skip this method."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
 class _DictionaryStandIn:
-    """Gives an ordered dictionary in place of a subclass of dict: torch sets items on no other class."""
+    """Replacement of a subclass of dict. It creates an OrderedDict, because torch sets items on no other class."""
 
-    def __new__(cls, *_: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]  # Another class is the purpose.
+    def __new__(cls, *_: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]  # It returns another class on purpose.
         return OrderedDict()
 
 
 def load_untrusted(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint written by ``torch.save``, on the CPU, executing nothing that is in it.
+    """Load a checkpoint written by ``torch.save`` to the CPU without executing code in it.
 
     Args:
-        path: the file, in PyTorch's zip format or the older one.
+        path: File in PyTorch's zip format or the older one.
 
     Returns:
-        The dictionary in the file. Objects of classes that are known to be harmless are `StandIn`s; `plain` turns
-        configurations among them into dictionaries.
+        The dictionary in the file. Objects of harmless classes are `StandIn` objects; `plain` converts configurations among
+        them to dictionaries.
 
     Raises:
-        UntrustedCheckpointError: the file does not exist, is damaged, holds no dictionary, or names a global that is
-            neither PyTorch's own nor known to be harmless; the message names the global.
+        UntrustedCheckpointError: If the file does not exist, is damaged, has no dictionary, or names a global that is
+            neither PyTorch's nor known to be harmless. The message names the global.
     """
     path = Path(path)
     if not path.is_file():
         raise UntrustedCheckpointError(f"{path} is not a file; a checkpoint written by torch.save is needed")
     try:
         found = _globals(path)
-    except Exception as error:  # Damaged bytes can make the parsers raise anything.
+    except Exception as error:  # The parsers can raise anything for damaged bytes.
         raise UntrustedCheckpointError(f"{path} is not a readable PyTorch checkpoint: {_one_line(error)}") from error
     refused = sorted(name for name in found if not _is_harmless(name) and not _may_be_torch(name))
     if refused:
@@ -118,7 +118,7 @@ def load_untrusted(path: Path) -> dict[str, Any]:
     try:
         with _lock, torch.serialization.safe_globals(stand_ins):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # As above.
+    except Exception as error:  # See above.
         unsupported = re.search(r"GLOBAL ([\w.]+)", str(error))
         if unsupported:
             raise UntrustedCheckpointError(
@@ -126,21 +126,21 @@ def load_untrusted(path: Path) -> dict[str, Any]:
             ) from error
         raise UntrustedCheckpointError(f"{path} is not a readable PyTorch checkpoint: {_one_line(error)}") from error
     if not isinstance(checkpoint, dict):
-        raise UntrustedCheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary of a checkpoint")
+        raise UntrustedCheckpointError(f"{path} has a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
     return checkpoint
 
 
 def plain(value: Any) -> Any:
-    """Configurations in a checkpoint as plain dictionaries, lists and values.
+    """Convert a configuration in a checkpoint to plain dictionaries, lists and values.
 
-    Undoes ``argparse.Namespace``, omegaconf's containers and nodes (``_content``, ``_val``), enumerations (their value)
-    and dictionary subclasses.
+    It converts ``argparse.Namespace``, omegaconf's containers and nodes (``_content``, ``_val``), enumerations (to their value)
+    and subclasses of dict.
 
     Args:
-        value: anything `load_untrusted` returned.
+        value: Any part of a result of `load_untrusted`.
 
     Raises:
-        UntrustedCheckpointError: nested deeper than any configuration is.
+        UntrustedCheckpointError: If it is nested deeper than any configuration.
     """
     return _plain(value, 0)
 
@@ -173,13 +173,13 @@ def _may_be_torch(name: str) -> bool:
 
 
 def _globals(path: Path) -> set[str]:
-    """Every global named in the file's pickles, dotted. Parses opcodes only; nothing is built."""
+    """Return the dotted names of all globals in the file's pickles. This only parses opcodes and creates no objects."""
     with path.open("rb") as file:
         if file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:
             with zipfile.ZipFile(path) as archive:
                 pickles = [name for name in archive.namelist() if name.split("/")[-1] == "data.pkl"]
                 if not pickles:
-                    raise ValueError("the archive holds no data.pkl")
+                    raise ValueError("the archive has no data.pkl")
                 with archive.open(pickles[0]) as pickle:
                     return _globals_of_pickle(pickle)
         file.seek(0)
@@ -187,7 +187,7 @@ def _globals(path: Path) -> set[str]:
         for _ in range(_PICKLES_IN_LEGACY_FILE):
             found |= _globals_of_pickle(file)
             if any(not _is_harmless(name) and not _may_be_torch(name) for name in found):
-                break  # Refused already; what follows need not be a checkpoint.
+                break  # The file will be refused, and the rest may not be a checkpoint.
         return found
 
 
@@ -199,7 +199,7 @@ def _globals_of_pickle(pickle: Any) -> set[str]:
         if opcode.name in ("GLOBAL", "INST"):
             found.add(_current_name(*str(argument).split(" ", 1)))
         elif opcode.name == "STACK_GLOBAL":
-            # Protocol 4, which torch refuses anyhow: the name is for the message.
+            # torch refuses protocol 4 in any case. The name is for the message.
             found.add(_current_name(*strings[-2:]) if len(strings) > 1 else "an unnamed global")
         elif opcode.name.startswith("EXT"):
             found.add("a copyreg extension")
@@ -209,7 +209,7 @@ def _globals_of_pickle(pickle: Any) -> set[str]:
 
 
 def _current_name(module: str, name: str) -> str:
-    """The dotted name after the renaming of Python 2's names, which protocol 2 writes under Python 3 too."""
+    """Return the dotted name in Python 3 of a global. Protocol 2 uses the names of Python 2."""
     if (module, name) in NAME_MAPPING:
         module, name = NAME_MAPPING[(module, name)]
     return f"{IMPORT_MAPPING.get(module, module)}.{name}"

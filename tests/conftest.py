@@ -12,8 +12,8 @@ import torch
 
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.build.build_cache import build_cache
-from ray_distill.teacher_cache.masks import MaskPolicy
-from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.teachers import load_teacher
 

@@ -50,9 +50,63 @@ def test_data_flows_one_way(package: str) -> None:
                 }, f"{path} imports ray"
 
 
-@pytest.mark.parametrize(
-    "module", ["student", "serve", "ray_distill.teacher_cache.masks", "ray_distill.teacher_cache.teachers"]
-)
+def product_imports() -> dict[str, set[str]]:
+    """The modules of the product that each of its modules imports, at module level and inside functions alike.
+
+    Imports for type checkers alone (``if TYPE_CHECKING``) never run and do not count.
+    """
+    paths = {
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in PACKAGES
+        for path in (REPOSITORY / package).rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        tree = ast.parse(path.read_text())
+        checks = [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ]
+        unused = {inner for check in checks for inner in ast.walk(check)}
+        found: set[str] = set()
+        for node in set(ast.walk(tree)) - unused:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.removeprefix("ray_distill.") for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                parent = f"{module.rpartition('.')[0]}." if node.level else ""
+                source = parent + node.module.removeprefix("ray_distill.")
+                # `from package import name` imports a module of that name, or what the package itself defines.
+                inside = {f"{source}.{alias.name}" for alias in node.names} & paths.keys()
+                found |= inside or {source}
+        graph[module] = found & paths.keys() - {module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of two or more modules that import each other, directly or through others."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = graph[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    reach = {module: reached(module) for module in graph}
+    groups = {frozenset(other for other in reach[m] if m in reach[other]) for m in graph if m in reach[m]}
+    return sorted(sorted(group) for group in groups)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    graph = product_imports()
+    assert graph["student.checkpoints"] > {"student.published", "student.weights"}
+    assert circles(graph) == []
+
+
+@pytest.mark.parametrize("module", ["student", "serve", "teacher_cache.masks", "teacher_cache.teachers"])
 def test_models_and_service_work_without_ray_and_parquet(module: str) -> None:
-    code = f"import sys, ray_distill.{module}; assert not {{'ray', 'pyarrow'}} & set(sys.modules), 'heavy import'"
+    # `import *` also imports what a package loads on first use.
+    code = f"import sys; from ray_distill.{module} import *; assert not {{'ray', 'pyarrow'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)

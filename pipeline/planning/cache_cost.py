@@ -10,15 +10,14 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ray_distill.teacher_cache.build.shard_writer import hidden_states
 from ray_distill.teacher_cache.codecs import check_codec, fit_codec, open_codec
 from ray_distill.teacher_cache.embedded_audio import to_flac
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.source_audio import load_waveform
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
-from ray_distill.teacher_cache.targets.online_targets import load_source, masks_of
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher
 
@@ -108,14 +107,14 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
     if spec.masks.draws:
         step = max(1, len(utterances) // _MASKS_SAMPLED)
         chosen, counts = utterances[::step], frames[::step]
-        masked = float(masks_of(spec.masks, 0, [u.id for u in chosen], counts).sum()) / sum(counts)
+        masked = float(spec.masks.frame_mask(0, [u.id for u in chosen], counts).sum()) / sum(counts)
     sample: list[Utterance] = []
     # Utterances at even distances over the corpus, until there is enough audio.
     for utterance in utterances[:: max(1, len(utterances) // 20)]:
         sample.append(utterance)
         if sum(u.num_samples for u in sample) > _SECONDS_SAMPLED * SAMPLE_RATE:
             break
-    waveforms = [load_source(u) for u in sample]
+    waveforms = [load_waveform(u) for u in sample]
     seconds = sum(len(w) for w in waveforms) / SAMPLE_RATE
     per_second = 32_000.0 if spec.audio == "pcm" else sum(len(to_flac(w)) for w in waveforms) / seconds
     hidden, audio_per_second = _timed(teacher, spec, [pad_waveforms([w]) for w in waveforms])
@@ -139,11 +138,10 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
 
 def _timed(teacher: Teacher, spec: CacheSpec, batches: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], float]:
     """Return each utterance's (T, L, D) on the CPU, and seconds of audio per second, after one batch to warm up."""
-    layers = [layer - 1 for layer in spec.layers]
 
     def run(padded: Tensor, lengths: Tensor) -> Tensor:
-        states = hidden_states(teacher, spec.precision, padded.to(teacher.device), lengths.to(teacher.device), None)
-        return states[0, layers].transpose(0, 1).cpu()
+        states = teacher(padded, lengths, layers=spec.layers, precision=spec.precision)
+        return states[0].transpose(0, 1).cpu()
 
     run(*batches[0])
     started = time.perf_counter()

@@ -7,13 +7,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_distill.pipeline.config import Config, ConfigError
-from ray_distill.pipeline.corpus import count_files
+from ray_distill.pipeline.corpus import INDEX, count_files
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.student import Student
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
-from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import Teacher
 from ray_distill.teacher_cache.teachers.header import load_header
 
@@ -46,33 +45,31 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     Raises:
         ValueError: The corpus, the teacher, the cache or the run's folder can't be used with this configuration.
     """
+    RunFolder(config.folder.absolute()).refuse_other_config(config)
+    counts = count_files(config.corpus.path, config.corpus.train_splits, config.corpus.validation_splits)
     teacher = load_header(config.teacher.checkpoint)
     run = Run(config, Console(quiet=True), teacher)
-    folder = run.folder
-    folder.refuse_other_config(config)
-    counts = count_files(config.corpus.path, config.corpus.train_splits, config.corpus.validation_splits)
-    cache = Cache.open(config.cache.location) if Cache.exists(Store(config.cache.location)) else None
-    train = config.train
+    folder, train = run.folder, config.train
+    cached = train.targets == "cached"
+    cache = Cache.open(run.cache) if cached and Cache.exists(run.cache) else None
+    masks = f"{config.masks.draws} draws, mask_prob {config.masks.policy.mask_prob:g}" if config.masks.draws else "none"
+    length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs} epochs"
     batch = f"{train.batch_size} utterances" if train.batch_size else f"{train.batch_seconds:g} s of audio"
     facts = {
         "run folder": str(folder.path),
         "corpus": f"{config.corpus.path.absolute()}: {_listed(counts)}",
         "teacher": _teacher_facts(run, teacher),
         "student": _student_facts(config, teacher),
-        "masks": f"{config.masks.draws} draws, mask_prob {config.masks.policy.mask_prob:g}"
-        if config.masks.draws
-        else "none",
+        "masks": masks,
         "cache": f"{config.cache.location}: {config.cache.codec}, {config.cache.targets}",
-        "training": f"{train.max_steps or train.epochs} {'steps' if train.max_steps else 'epochs'}, {train.targets} targets, "
+        "training": f"{length}, {train.targets} targets, "
         f"batches of {batch}, {train.workers} workers, peak learning rate {train.learning_rate:g}",
     }
-    if train.targets == "online":
+    if not cached:
         del facts["cache"]
     actions = {
         "index": _index_action(folder),
-        "plan": "estimate the size of the cache"
-        if train.targets == "cached"
-        else "check the lengths of the utterances",
+        "plan": "estimate the size of the cache" if cached else "check the lengths of the utterances",
         "cache": _cache_action(config, cache, teacher),
         "train": _train_action(folder),
         "export": f"{'update' if folder.export.is_dir() else 'write'} {folder.export}",
@@ -87,6 +84,7 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 def _teacher_facts(run: Run, header: Teacher | None) -> str:
+    """Describe the teacher, after checking that it has the layers and the mask embedding that the run needs."""
     config = run.config
     if header is None:
         if config.masks.draws and "mean-mask:" not in config.teacher.checkpoint:
@@ -104,6 +102,7 @@ def _teacher_facts(run: Run, header: Teacher | None) -> str:
 
 
 def _student_facts(config: Config, teacher: Teacher | None) -> str:
+    """Describe the size of the student, which may depend on the teacher."""
     if teacher is None:
         return "not resolved, since it depends on the teacher"
     layers = len(config.teacher.layers or range(teacher.num_layers))
@@ -115,12 +114,14 @@ def _student_facts(config: Config, teacher: Teacher | None) -> str:
 
 
 def _index_action(folder: RunFolder) -> str:
-    if (folder.corpus / "index.parquet").is_file():
+    """Say what the index stage would do."""
+    if (folder.corpus / INDEX).is_file():
         return f"reuse the index in {folder.corpus} unless files have changed"
     return f"decode all files, and write the index to {folder.corpus}"
 
 
 def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) -> str:
+    """Say what the cache stage would do, after checking that an existing cache can serve the run."""
     if config.train.targets == "online":
         return "nothing, since targets are online"
     if cache is None:
@@ -153,6 +154,7 @@ def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) 
 
 
 def _train_action(folder: RunFolder) -> str:
+    """Say what the train stage would do."""
     if folder.is_trained:
         return "nothing, since the training is finished"
     if folder.checkpoints.is_dir():

@@ -8,27 +8,27 @@ from ray_distill.pipeline.ablation.definition import Ablation
 from ray_distill.pipeline.reports.ablation_results import RunResult
 from ray_distill.student.training.prefetch import TrainingPlan
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
-from ray_distill.teacher_cache.storage.build_statistics import TeacherWork, teacher_work
+from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, total_teacher_time
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.store import Store
 
 
-def teacher_hours(work: TeacherWork, train_seconds: float, passes: Mapping[bool, float]) -> tuple[float, float] | None:
+def teacher_hours(time: TeacherTime, train_seconds: float, passes: Mapping[bool, float]) -> tuple[float, float] | None:
     """Return the teacher hours of training with the teacher in the loop, and those of building the cache.
 
     Args:
-        work: Teacher time recorded while the cache was built.
+        time: Teacher time recorded while the cache was built.
         train_seconds: Seconds of audio in the training split.
         passes: Epochs of all runs together: those with a masked pass beside the clean one (True) and those without (False).
 
     Returns:
         None if the cache was built by a version that recorded no teacher time, or if a needed pass was not recorded.
     """
-    clean, masked = work.clean.rate, work.masked.rate
+    clean, masked = time.clean.rate, time.masked.rate
     if clean is None or (passes[True] and masked is None):
         return None
     online = (sum(passes.values()) * clean + passes[True] * (masked or 0.0)) * train_seconds
-    return online / 3600, work.seconds / 3600
+    return online / 3600, time.seconds / 3600
 
 
 def teacher_time_sentences(ablation: Ablation, results: Sequence[RunResult]) -> str:
@@ -46,13 +46,13 @@ def teacher_time_sentences(ablation: Ablation, results: Sequence[RunResult]) -> 
             masked = planned.config.masks.draws > 0 and planned.config.cache.targets != "clean_only"
             passes[masked] += TrainingPlan(samples, planned.config.train, planned.config.train.workers).passes
     seconds = float(samples.sum()) / SAMPLE_RATE
-    work = teacher_work(store)
-    hours = teacher_hours(work, seconds, passes)
+    time = total_teacher_time(store)
+    hours = teacher_hours(time, seconds, passes)
     if hours is None:
         return "The teacher hours saved are unknown, because the version that built this cache did not record its teacher time."
     online, built = hours
-    rates = f"{work.clean.rate:.3g} teacher seconds per second of audio for a clean pass"
-    rates += f" and {work.masked.rate:.3g} for a masked pass" if work.masked.rate is not None else ""
+    rates = f"{time.clean.rate:.3g} teacher seconds per second of audio for a clean pass"
+    rates += f" and {time.masked.rate:.3g} for a masked pass" if time.masked.rate is not None else ""
     outcome = "saved" if online > built else "spent, not saved"
     return (
         f"Teacher hours {outcome}: {_duration(abs(online - built))}. With the teacher in the loop, the {finished} finished runs "

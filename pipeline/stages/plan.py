@@ -21,6 +21,7 @@ def plan_cache(run: Run) -> None:
     """
     _check_lengths(run)
     if run.config.train.targets == "online":
+        run.check_precision()
         run.say("plan    targets are online: no cache is needed")
         return
     if Cache.exists(run.cache) and Cache.open(run.cache).covers(run.spec):

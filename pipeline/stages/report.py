@@ -84,7 +84,7 @@ def _validation_reader(run: Run) -> TargetReader:
     if run.config.train.targets == "cached":
         return CacheReader(run.cache.location, "validation", run.layers)
     members = [utterance for utterance in run.utterances if utterance.split == "validation"]
-    return OnlineReader(members, run.teacher, run.config.masks, run.layers)
+    return OnlineReader(members, run.teacher, run.config.masks, run.layers, precision=run.precision)
 
 
 def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:

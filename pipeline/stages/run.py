@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -13,6 +13,7 @@ from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.pipeline.corpus import CorpusIndex
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
@@ -132,8 +133,8 @@ class Run:
         )
 
     @cached_property
-    def precision(self) -> Literal["fp32", "fp16", "bf16"]:
-        """Precision of the teacher in the cache that the run needs."""
+    def precision(self) -> Precision:
+        """Precision of the teacher's arithmetic."""
         settings = self.config.cache
         if settings.precision is not None:
             return settings.precision
@@ -142,16 +143,20 @@ class Run:
         return "fp16" if settings.gpus_per_actor else "fp32"
 
     def check_precision(self) -> None:
-        """Check that the teacher can run at the cache's precision.
+        """Check that the teacher can run at the configured precision, in the cache's actors or in the training's workers.
 
         Raises:
             ConfigError: The precision is fp16, and the teacher runs on CPU.
         """
-        if self.precision == "fp16" and not self.config.cache.gpus_per_actor:
-            existing = f"; the cache at {self.cache.location} has that precision" if Cache.exists(self.cache) else ""
+        if self.precision != "fp16":
+            return
+        existing = f"; the cache at {self.cache.location} has that precision" if Cache.exists(self.cache) else ""
+        if self.config.train.targets == "online" and not self.config.train.use_gpu:
             raise ConfigError(
-                f"cache.precision fp16 needs cache.gpus_per_actor; use fp32 or bf16 on CPUs, or set cache.gpus_per_actor{existing}"
+                f"cache.precision fp16 needs train.use_gpu for online targets; use fp32 or bf16 on CPUs{existing}"
             )
+        if self.config.train.targets == "cached" and not self.config.cache.gpus_per_actor:
+            raise ConfigError(f"cache.precision fp16 needs cache.gpus_per_actor; use fp32 or bf16 on CPUs{existing}")
 
     @contextmanager
     def progress(self, name: str, unit: str) -> Iterator[ProgressUpdate]:

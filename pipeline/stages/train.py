@@ -85,6 +85,7 @@ def prepare_training(
         masks=run.config.masks,
         utterances=[] if cached else run.utterances,
         cache_targets=run.config.cache.targets,
+        precision="fp32" if cached else run.precision,
         initial=initial,
         cpu_threads=cpu_threads,
         reserved_cpus=reserved_cpus,

@@ -1,1 +1,1 @@
-"""The HTTP side of the service: requests, answers, errors, limits."""
+"""The HTTP side of the service: requests, responses, errors and admission."""

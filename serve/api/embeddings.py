@@ -4,34 +4,34 @@ import numpy as np
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
-from ray_distill.serve.api.formats import base64_pieces
+from ray_distill.serve.api.formats import base64_chunks
 from ray_distill.serve.api.parameters import EmbeddingsQuery, Pooling
-from ray_distill.serve.api.request_handler import Answered
+from ray_distill.serve.api.request_handler import RequestResult
 from ray_distill.serve.inference.backends import Array
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
 
 
-def pool(features: Array, how: Pooling) -> Array:
-    """(T, d) → (d,), or (2 d,) for ``mean_std``; the standard deviation divides by T."""
-    if how == "max":
+def pool(features: Array, pooling: Pooling) -> Array:
+    """Pool (T, d) features over frames to (d,), or to (2 d,) for ``mean_std``; the standard deviation divides by T."""
+    if pooling == "max":
         return np.asarray(features.max(0))
     mean = features.mean(0)
-    return np.concatenate([mean, features.std(0)]) if how == "mean_std" else np.asarray(mean)
+    return np.concatenate([mean, features.std(0)]) if pooling == "mean_std" else np.asarray(mean)
 
 
-def embeddings_answer(query: EmbeddingsQuery, answered: Answered) -> Response:
-    """The answer to ``/v1/embeddings``; ``usage`` counts frames as tokens."""
+def embeddings_response(query: EmbeddingsQuery, result: RequestResult) -> Response:
+    """Return the response of ``/v1/embeddings``; ``usage`` counts frames as tokens."""
     data = []
-    for index, item in enumerate(answered.features):
+    for index, item in enumerate(result.features):
         vector = pool(item.array, query.pooling)
-        value = b"".join(base64_pieces(vector)).decode() if query.encoding_format == "base64" else vector.tolist()
+        value = b"".join(base64_chunks(vector)).decode() if query.encoding_format == "base64" else vector.tolist()
         data.append({"object": "embedding", "index": index, "embedding": value})
-    frames = sum(len(item.array) for item in answered.features)
+    frames = sum(len(item.array) for item in result.features)
     body = {
         "object": "list",
-        "model": answered.model.name,
-        "revision": answered.model.revision,
-        "layer": answered.layer,
+        "model": result.model.name,
+        "revision": result.model.revision,
+        "layer": result.layer,
         "space": query.space,
         "pooling": query.pooling,
         "dtype": "float32",
@@ -40,4 +40,4 @@ def embeddings_answer(query: EmbeddingsQuery, answered: Answered) -> Response:
         "data": data,
         "usage": {"prompt_tokens": frames, "total_tokens": frames},
     }
-    return JSONResponse(body, headers=answered.headers())
+    return JSONResponse(body, headers=result.headers())

@@ -1,4 +1,4 @@
-"""What the service answers when it can't give features: one JSON shape, one status for each type of error."""
+"""Errors of the service: one JSON shape, and one HTTP status for each type of error."""
 
 from typing import Literal, get_args
 
@@ -56,19 +56,19 @@ assert set(STATUS) == set(get_args(ErrorType))
 
 
 class ErrorResponse(BaseModel):
-    """The body of every answer that is not a success."""
+    """The body of every error response."""
 
-    error: str = Field(description="One sentence for people.")
-    error_type: ErrorType = Field(description="A word for programs; each always comes with the same status.")
+    error: str = Field(description="What is wrong, in one sentence.")
+    error_type: ErrorType = Field(description="Type of the error, for programs; each type has a fixed status.")
 
 
 class ServiceError(Exception):
-    """A request the service refuses; becomes an ``ErrorResponse`` with the status of its type.
+    """A request that the service refuses; it becomes an ``ErrorResponse`` with the status of its type.
 
     Args:
-        error_type: a word of ``STATUS``.
-        message: one sentence, fit for the client.
-        headers: sent with the answer, such as Retry-After.
+        error_type: Key of ``STATUS``.
+        message: One sentence that the client may see.
+        headers: Headers of the response, such as Retry-After. Default: none.
     """
 
     def __init__(self, error_type: ErrorType, message: str, headers: dict[str, str] | None = None) -> None:
@@ -78,6 +78,6 @@ class ServiceError(Exception):
         self.headers = headers or {}
 
     def response(self) -> JSONResponse:
-        """The answer to send."""
+        """Return the response to send."""
         body = ErrorResponse(error=self.message, error_type=self.error_type)
         return JSONResponse(body.model_dump(), STATUS[self.error_type], self.headers)

@@ -1,4 +1,4 @@
-"""The forms in which features are sent: JSON, base64, npy, npz, safetensors, Arrow."""
+"""Formats of features in responses: JSON, base64, npy, npz, safetensors and Arrow."""
 
 import base64
 import io
@@ -13,76 +13,80 @@ from fastapi import Response
 
 from ray_distill.serve.api.errors import ServiceError
 from ray_distill.serve.api.parameters import MEDIA_TYPES, Format
-from ray_distill.serve.api.streaming_response import PIECE_BYTES, answer_in_pieces
+from ray_distill.serve.api.streaming_response import CHUNK_BYTES, streaming_response
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
 
 Values = npt.NDArray[np.floating[Any]]
 TIMESTAMPS = "frame i covers seconds [0.02 i, 0.02 i + 0.025)"
-_BASE64_BYTES = 3 * 2**16  # a multiple of three: no padding within
-_JSON_FRAMES = 256  # frames a piece of JSON: a long answer is never text as a whole
-_MEDIA_TYPE = {form: media_type for media_type, form in MEDIA_TYPES.items() if media_type != "application/octet-stream"}
+_BASE64_BYTES = 3 * 2**16  # A multiple of three, so that chunks are encoded without padding.
+_JSON_FRAMES = 256  # Frames per chunk, so that a long response is never held as text.
+_MEDIA_TYPE = {name: media_type for media_type, name in MEDIA_TYPES.items() if media_type != "application/octet-stream"}
 
 
-def check_form(form: Format, num_files: int) -> None:
-    """ServiceError ``bad_parameter`` where several files are wanted as one npy."""
-    if form == "npy" and num_files > 1:
-        raise ServiceError("bad_parameter", "An npy file holds one array: ask for npz, safetensors or arrow.")
+def check_format(format: Format, num_files: int) -> None:
+    """Raise ServiceError ``bad_parameter`` if the format can't hold the features of several files."""
+    if format == "npy" and num_files > 1:
+        raise ServiceError(
+            "bad_parameter", "An npy file holds one array: use npz, safetensors or arrow for several files."
+        )
 
 
-def render(arrays: list[Values], dtype: str, many: bool, form: Format, about: dict[str, Any]) -> Response:
-    """The answer to ``/v1/features``; beside the arrays it holds at most their bytes once more.
+def features_response(
+    arrays: list[Values], dtype: str, is_list: bool, format: Format, metadata: dict[str, Any]
+) -> Response:
+    """Return the response of ``/v1/features``. It needs at most the memory of the arrays once more.
 
     Args:
-        arrays: one a file, (T, d) or (L, T, d), float32; emptied.
-        dtype: of the answer's values, float32 or float16.
-        many: whether JSON gives a list even for one file.
-        form: which form.
-        about: model, revision, layer, space: goes into JSON, safetensors' metadata and Arrow's schema, and headers.
+        arrays: Features of each file, (T, d) or (L, T, d), float32. The list is emptied.
+        dtype: Data type of the values in the response, ``float32`` or ``float16``.
+        is_list: Whether JSON has a list even for one file.
+        format: Format of the response.
+        metadata: Model, revision, layer and space, for JSON, the metadata of safetensors and Arrow, and the headers.
     """
     arrays = [arrays.pop(0).astype(dtype, copy=False) for _ in range(len(arrays))]
-    about = about | {
+    metadata = metadata | {
         "dtype": str(arrays[0].dtype),
         "frame_seconds": FRAME_SAMPLES / SAMPLE_RATE,
         "frame_rate": SAMPLE_RATE / FRAME_SAMPLES,
         "timestamps": TIMESTAMPS,
     }
     headers = {
-        f"x-{key.replace('_', '-')}": str(value).encode("ascii", "replace").decode() for key, value in about.items()
+        f"x-{key.replace('_', '-')}": str(value).encode("ascii", "replace").decode() for key, value in metadata.items()
     }
     headers["x-shape"] = ";".join(",".join(map(str, array.shape)) for array in arrays)
-    if form in ("json", "base64"):
-        return answer_in_pieces(_json_answer(arrays, many, form, about), "application/json", headers)
+    if format in ("json", "base64"):
+        return streaming_response(_json_chunks(arrays, is_list, format, metadata), "application/json", headers)
     names = [str(index) for index in range(len(arrays))]
-    text = {key: str(value) for key, value in about.items()}
+    text = {key: str(value) for key, value in metadata.items()}
     buffer = io.BytesIO()
     whole: memoryview
-    if form == "npy":
+    if format == "npy":
         np.save(buffer, arrays[0], allow_pickle=False)
-    elif form == "npz":
+    elif format == "npz":
         np.savez(buffer, allow_pickle=False, **dict(zip(names, arrays, strict=True)))
-    elif form == "arrow":
+    elif format == "arrow":
         _write_arrow(buffer, arrays, text)
-    if form == "safetensors":
+    if format == "safetensors":
         whole = memoryview(safetensors.numpy.save(dict(zip(names, arrays, strict=True)), metadata=text))
     else:
         whole = buffer.getbuffer()
-    pieces = (bytes(whole[start : start + PIECE_BYTES]) for start in range(0, len(whole), PIECE_BYTES))
-    return answer_in_pieces(pieces, _MEDIA_TYPE[form], headers | {"content-length": str(len(whole))})
+    chunks = (bytes(whole[start : start + CHUNK_BYTES]) for start in range(0, len(whole), CHUNK_BYTES))
+    return streaming_response(chunks, _MEDIA_TYPE[format], headers | {"content-length": str(len(whole))})
 
 
-def base64_pieces(array: Values) -> Iterator[bytes]:
-    """Little-endian values in C order."""
+def base64_chunks(array: Values) -> Iterator[bytes]:
+    """Yield base64 of the little-endian values in C order."""
     values = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
     for start in range(0, len(values), _BASE64_BYTES):
         yield base64.b64encode(values[start : start + _BASE64_BYTES].tobytes())
 
 
-def _write_arrow(file: BinaryIO, arrays: list[Values], about: dict[str, str]) -> None:
-    """One row a file: ``shape``, and ``features`` as the flat values in C order."""
-    import pyarrow as pa  # Heavy, and only this form needs it.
+def _write_arrow(file: BinaryIO, arrays: list[Values], metadata: dict[str, str]) -> None:
+    """Write one row per file: ``shape``, and ``features`` as the flat values in C order."""
+    import pyarrow as pa  # Imported here because only this format needs it.
 
     kind = pa.float16() if arrays[0].dtype == np.float16 else pa.float32()
-    schema = pa.schema([("shape", pa.list_(pa.int64())), ("features", pa.large_list(kind))], metadata=about)
+    schema = pa.schema([("shape", pa.list_(pa.int64())), ("features", pa.large_list(kind))], metadata=metadata)
     offsets = np.cumsum([0] + [array.size for array in arrays])
     flat = pa.array(np.concatenate([array.ravel() for array in arrays]), kind)
     columns = [
@@ -93,35 +97,35 @@ def _write_arrow(file: BinaryIO, arrays: list[Values], about: dict[str, str]) ->
         writer.write_table(pa.table(columns, schema=schema))
 
 
-def _json_answer(arrays: list[Values], many: bool, form: Format, about: dict[str, Any]) -> Iterator[bytes]:
-    yield orjson.dumps(about)[:-1]
-    yield b',"data":[' if many else b","
+def _json_chunks(arrays: list[Values], is_list: bool, format: Format, metadata: dict[str, Any]) -> Iterator[bytes]:
+    yield orjson.dumps(metadata)[:-1]
+    yield b',"data":[' if is_list else b","
     for index, array in enumerate(arrays):
         own = {"num_frames": array.shape[-2], "dim": array.shape[-1], "shape": list(array.shape)}
-        if many:
+        if is_list:
             yield (b"," if index else b"") + orjson.dumps({"index": index} | own)[:-1] + b',"features":'
         else:
             yield orjson.dumps(own)[1:-1] + b',"features":'
-        if form == "base64":
+        if format == "base64":
             yield b'"'
-            yield from base64_pieces(array)
+            yield from base64_chunks(array)
             yield b'"'
         else:
-            yield from _nested_pieces(array)
-        yield b"}" if many else b""
-    yield b"]}" if many else b"}"
+            yield from _nested_chunks(array)
+        yield b"}" if is_list else b""
+    yield b"]}" if is_list else b"}"
 
 
-def _nested_pieces(features: Values) -> Iterator[bytes]:
-    """The shortest decimals that are read as the same float32 (every float16 is one)."""
+def _nested_chunks(features: Values) -> Iterator[bytes]:
+    """Yield JSON lists of the shortest decimals that parse to the same float32; every float16 is exact in float32."""
     yield b"["
     if features.ndim == 3:
         for index, layer in enumerate(features):
             yield b"," if index else b""
-            yield from _nested_pieces(layer)
+            yield from _nested_chunks(layer)
     else:
         for start in range(0, len(features), _JSON_FRAMES):
             values = np.ascontiguousarray(features[start : start + _JSON_FRAMES], np.float32)
-            piece = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-            yield b"," + piece if start else piece
+            chunk = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+            yield b"," + chunk if start else chunk
     yield b"]"

@@ -1,4 +1,4 @@
-"""What OpenAPI can't learn from the code: bodies of several kinds, and parameters that may come in two places."""
+"""The parts of the OpenAPI schema that FastAPI can't derive: bodies of several types, and parameters in two places."""
 
 from typing import Any
 
@@ -7,8 +7,10 @@ from pydantic import BaseModel
 from ray_distill.serve.api.parameters import MEDIA_TYPES
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-BINARY_ANSWERS: dict[str, Any] = {media_type: _BINARY for media_type in MEDIA_TYPES if media_type != "application/json"}
-"""The forms of features other than JSON, as OpenAPI's ``content``."""
+BINARY_RESPONSES: dict[str, Any] = {
+    media_type: _BINARY for media_type in MEDIA_TYPES if media_type != "application/json"
+}
+"""Formats of features other than JSON, as OpenAPI's ``content``."""
 _RAW_TYPES = ("audio/wav", "audio/flac", "audio/ogg", "audio/mpeg", "application/octet-stream")
 _FORM = {
     "type": "object",
@@ -18,7 +20,7 @@ _FORM = {
 
 
 def describe(query: type[BaseModel]) -> dict[str, Any]:
-    """``requestBody`` and ``parameters`` of a route that takes audio and these parameters."""
+    """Return ``requestBody`` and ``parameters`` of a route that accepts audio and these parameters."""
     properties: dict[str, Any] = query.model_json_schema()["properties"]
     base64 = {"type": "string", "contentEncoding": "base64"}
     body = {
@@ -33,8 +35,8 @@ def describe(query: type[BaseModel]) -> dict[str, Any]:
         ],
         "requestBody": {
             "required": True,
-            "description": "Audio files: wav, flac, ogg (Vorbis, Opus) or mp3, of any rate and channel count. They are "
-            "averaged to mono and resampled to 16 kHz.",
+            "description": "Audio files: wav, flac, ogg (Vorbis, Opus) or mp3, with any sample rate and number of channels. "
+            "Channels are averaged, and the audio is resampled to 16 kHz.",
             "content": {
                 **dict.fromkeys(_RAW_TYPES, _BINARY),
                 "multipart/form-data": {"schema": _FORM},

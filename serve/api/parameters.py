@@ -1,4 +1,4 @@
-"""What a request may ask for: the parameters of each route, checked."""
+"""Parameters of requests, and their checks."""
 
 from typing import Any, Literal, TypeVar
 
@@ -11,47 +11,54 @@ Pooling = Literal["mean", "max", "mean_std"]
 
 
 class CommonQuery(BaseModel):
-    """Parameters of every route that takes audio; one it doesn't know is refused."""
+    """Parameters of every route that accepts audio; unknown parameters are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str | None = Field(None, description="Name of a model of /v1/models; the first by default.")
+    model: str | None = Field(None, description="Name of a model in /v1/models. Default: the first one.")
     space: Literal["student", "teacher"] = Field(
         "student",
-        description="The student's hidden states, or its heads' projections: its guess of the teacher's layers.",
+        description="student: hidden states of the student. teacher: its predictions of the teacher's layers.",
     )
     timeout: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="Seconds after which to give up with 504."
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Time limit of the request, in seconds; after it the response is 504.",
     )
 
 
 class FeaturesQuery(CommonQuery):
-    """Parameters of ``/v1/features``, in the query or beside ``input`` in a JSON body."""
+    """Parameters of ``/v1/features``, in the query string or beside ``input`` in a JSON body."""
 
     layer: int | Literal["last", "all"] = Field(
-        "last", description="Transformer layer, counted from 1; or 'last', or 'all' for every layer at once."
+        "last", description="Transformer layer counted from 1, 'last', or 'all' for every layer at once."
     )
-    format: Format | None = Field(None, description="Form of the answer; without it the Accept header decides.")
-    dtype: Literal["float32", "float16"] = Field("float32", description="Type of the values.")
+    format: Format | None = Field(None, description="Format of the response. Default: chosen by the Accept header.")
+    dtype: Literal["float32", "float16"] = Field("float32", description="Data type of the values.")
 
 
 class EmbeddingsQuery(CommonQuery):
-    """Parameters of ``/v1/embeddings``, in the query or beside ``input`` in a JSON body."""
+    """Parameters of ``/v1/embeddings``, in the query string or beside ``input`` in a JSON body."""
 
-    layer: int | Literal["last"] = Field("last", description="Transformer layer, counted from 1; or 'last'.")
-    pooling: Pooling = Field("mean", description="Over frames; 'mean_std' is the mean, then the standard deviation.")
-    encoding_format: Literal["float", "base64"] = Field("float", description="As OpenAI's: base64 of float32 values.")
-    user: str | None = Field(None, description="Accepted for OpenAI's clients, and ignored.")
+    layer: int | Literal["last"] = Field("last", description="Transformer layer counted from 1, or 'last'.")
+    pooling: Pooling = Field(
+        "mean", description="How frames are pooled; 'mean_std' is the mean followed by the standard deviation."
+    )
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="Numbers, or base64 of little-endian float32 values, as in OpenAI's API."
+    )
+    user: str | None = Field(None, description="Ignored; accepted for clients of OpenAI's API.")
 
 
 Query = TypeVar("Query", bound=CommonQuery)
 
 
 def parse_parameters(kind: type[Query], query: dict[str, str], members: dict[str, Any]) -> Query:
-    """The parameters of a request; a JSON body's members win over the query.
+    """Return the parameters of a request; members of a JSON body have precedence over the query string.
 
     Raises:
-        ServiceError: ``bad_parameter``, or ``bad_layer`` where the layer is wrong.
+        ServiceError: ``bad_parameter``, or ``bad_layer`` if the layer is wrong.
     """
     try:
         return kind.model_validate({**query, **members})
@@ -64,7 +71,11 @@ def parse_parameters(kind: type[Query], query: dict[str, str], members: dict[str
 
 
 def choose_layer(layer: int | str, num_layers: int) -> int | None:
-    """1-based number of a layer, None for all; ServiceError ``bad_layer`` where the model lacks it."""
+    """Return the number of a layer counted from 1, or None for all.
+
+    Raises:
+        ServiceError: ``bad_layer`` if the model has no such layer.
+    """
     if layer == "all":
         return None
     if layer == "last":
@@ -75,8 +86,8 @@ def choose_layer(layer: int | str, num_layers: int) -> int | None:
 
 
 def _bad_layer(layer: object, num_layers: int | None = None) -> ServiceError:
-    numbers = "a number, counted from 1" if num_layers is None else f"a number from 1 to {num_layers}"
-    message = f"There is no layer {str(layer)[:40]!r}: use {numbers}, 'last', or for features 'all'."
+    numbers = "a number counted from 1" if num_layers is None else f"a number from 1 to {num_layers}"
+    message = f"The model has no layer {str(layer)[:40]!r}: use {numbers}, 'last', or 'all' (for features only)."
     return ServiceError("bad_layer", message)
 
 
@@ -90,8 +101,8 @@ MEDIA_TYPES: dict[str, Format] = {
 }
 
 
-def format_accepted(accept: str) -> Format:
-    """The form an Accept header prefers (RFC 9110, 12.5.1); JSON where it names none of ours."""
+def accepted_format(accept: str) -> Format:
+    """Return the format that an Accept header prefers (RFC 9110, section 12.5.1); JSON if it names no supported type."""
     best: Format = "json"
     best_quality = 0.0
     for item in accept.split(","):

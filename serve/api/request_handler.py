@@ -1,8 +1,8 @@
-"""One request from body to features: decoding, inference, deadline, and a client that leaves."""
+"""The handling of one request from body to features: decoding, inference, deadline and disconnected clients."""
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from ray_distill.serve.api.admission import Held, Limits
+from ray_distill.serve.api.admission import HeldBytes
 from ray_distill.serve.api.errors import ServiceError
-from ray_distill.serve.api.observation import Metrics
+from ray_distill.serve.api.observability import Metrics
 from ray_distill.serve.api.parameters import Query, choose_layer, parse_parameters
 from ray_distill.serve.api.request_body import is_json, read_body
 from ray_distill.serve.decoding import decode
@@ -20,24 +20,32 @@ from ray_distill.serve.inference.backends import Array, Backend, Space
 from ray_distill.serve.inference.engine import EngineClosedError, Features
 from ray_distill.serve.inference.models import Models, ServedModel
 from ray_distill.serve.inference.windows import features_in_windows
+from ray_distill.serve.settings import Limits
 from ray_distill.teacher_cache.frames import SAMPLE_RATE, num_frames
 
-DECODERS = min(4, len(os.sched_getaffinity(0)))
-"""Audio files decoded at once: bounds the memory of decoding, and no more than cores, which inference needs too."""
+NUM_DECODERS = min(4, len(os.sched_getaffinity(0)))
+"""Number of audio files decoded at once. It bounds the memory of decoding and the cores that decoding takes from inference."""
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Features of each file of a request, of one model and layer (None: all)."""
+class RequestResult:
+    """Features of all files of a request.
+
+    Attributes:
+        model: Model that computed them.
+        layer: Layer counted from 1, or None for all layers.
+        features: Features of each file.
+        is_list: Whether a JSON response has a list even for one file.
+    """
 
     model: ServedModel
     layer: int | None
     features: list[Features]
-    many: bool
+    is_list: bool
 
     def headers(self) -> dict[str, str]:
-        """Seconds in queue and inference, the longest of the request's files; in how many windows each was run."""
+        """Return the longest queue and inference times of the files in seconds, and the number of windows of each file."""
         return {
             "x-queue-time": f"{max(item.queue_seconds for item in self.features):.6f}",
             "x-inference-time": f"{max(item.inference_seconds for item in self.features):.6f}",
@@ -45,43 +53,43 @@ class Answered:
         }
 
 
-class Asker:
-    """Answers requests for features under limits.
+class RequestHandler:
+    """Computes the features that requests ask for, within limits.
 
     Args:
-        models: what is served.
-        limits: of a request.
-        metrics: told of each utterance.
+        models: Models to choose from.
+        limits: Limits of a request.
+        metrics: Metrics that record each utterance.
     """
 
     def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
         self.models, self.limits = models, limits
         self._metrics = metrics
-        # Threads of their own: one that a request no longer waits for still counts, until it is done.
-        self._decoders = ThreadPoolExecutor(DECODERS, "decoder")
+        # Decoders have their own threads: a decoder whose request has been cancelled still counts until it is done.
+        self._decoders = ThreadPoolExecutor(NUM_DECODERS, "decoder")
 
     def close(self) -> None:
-        """Ends its threads."""
+        """Stop the decoder threads."""
         self._decoders.shutdown(cancel_futures=True)
 
-    async def answer(
+    async def handle(
         self,
         request: Request,
-        held: Held,
+        held: HeldBytes,
         kind: type[Query],
         check: Callable[[Query, int], None] = lambda query, num_files: None,
-    ) -> tuple[Query, Answered]:
-        """Features for every file of a request, and its parameters.
+    ) -> tuple[Query, RequestResult]:
+        """Return the parameters of a request and the features of its files.
 
         Args:
-            request: admitted.
-            held: what it holds: grows with its body, audio and answer.
-            kind: of its parameters.
-            check: refuses parameters for so many files, before any is decoded.
+            request: Admitted request.
+            held: Memory that the request holds; it grows with the body, the audio and the response.
+            kind: Class of the parameters.
+            check: Called with the parameters and the number of files before any file is decoded; it may refuse them.
 
         Raises:
-            ServiceError: any of its types but ``internal``.
-            ClientDisconnect: the client left; what it waited for is cancelled.
+            ServiceError: any type but ``internal``.
+            ClientDisconnect: the client disconnected; its work is cancelled.
         """
         limit = self.limits.deadline_seconds
         try:
@@ -93,100 +101,110 @@ class Asker:
                         deadline.reschedule(deadline.when() - limit + timeout)  # type: ignore[operator]
                         limit = timeout
 
-                # Parameters in the query are checked before anything is read; a JSON body may name another model.
+                # The query string is checked before the body is read; a JSON body may name another model.
                 early = parse_parameters(kind, dict(request.query_params), {})
                 shorten(early.timeout)
                 engine = (await self.models.find(early.model)).engine
                 if early.model or not is_json(request):
                     engine.check_room()
-                files, members, many = await read_body(request, self.limits.max_bytes, held)
+                files, members, is_list = await read_body(request, self.limits.max_bytes, held)
                 query = parse_parameters(kind, dict(request.query_params), members)
                 shorten(query.timeout)
                 check(query, len(files))
-                return query, await _unless_client_leaves(request, self._features(query, files, many, held))
+                return query, await _unless_disconnected(request, self._features(query, files, is_list, held))
         except TimeoutError as error:
-            raise ServiceError("deadline", f"There was no answer within {limit:g} seconds.") from error
+            raise ServiceError("deadline", f"The request did not finish within {limit:g} seconds.") from error
 
-    async def _features(self, query: Any, files: list[bytes], many: bool, held: Held) -> Answered:
-        # Before decoding: a full queue or a wrong layer must not cost any.
+    async def _features(self, query: Any, files: list[bytes], is_list: bool, held: HeldBytes) -> RequestResult:
+        # These checks come before decoding, so that a full queue or a wrong layer costs nothing.
         engine = (await self.models.find(query.model)).engine
         engine.check_room()
-        layer, dim = _chosen(query, engine.backend)
-        # The features, and the answer that is made of them.
+        layer, dim = _resolve_layer(query, engine.backend)
+        # Memory of a frame: the features, and the response that is made of them.
         frame_bytes = 2 * 4 * dim * (engine.backend.num_layers if layer is None else 1)
-        waveforms: list[Array] = []
-        room = self.limits.request_seconds
         body_bytes = held.count
-        for file in files:
-            seconds = self.limits.longest_seconds
-            waveform = await asyncio.get_running_loop().run_in_executor(self._decoders, decode, file, seconds)
-            room -= len(waveform) / SAMPLE_RATE
-            if room < 0:
-                limit = f"{self.limits.request_seconds:g}"
-                message = f"The files hold more than the {limit} seconds of audio that a request may have; send fewer at once."
-                raise ServiceError("too_long", message)
-            held.take(waveform.nbytes + num_frames(len(waveform)) * frame_bytes)
-            waveforms.append(waveform)
-        files.clear()
-        held.give_back(body_bytes)
+        waveforms = await self._decode(files, frame_bytes, held)
+        held.release(body_bytes)
         while True:
             model = await self.models.find(query.model)
-            layer, _ = _chosen(query, model.engine.backend)
+            layer, _ = _resolve_layer(query, model.engine.backend)
             try:
-                features = await self._together(model, waveforms, layer, query.space)
+                features = await self._run(model, waveforms, layer, query.space)
             except EngineClosedError:
                 if await self.models.find(query.model) is model:
                     raise ServiceError("not_ready", "The service is stopping.") from None
-                continue  # Replaced between look-up and queue.
+                continue  # The model was replaced after it was looked up.
             for item in features:
                 self._metrics.record_features(item)
-            return Answered(model, layer, features, many)
+            return RequestResult(model, layer, features, is_list)
 
-    async def _together(
-        self, model: ServedModel, waveforms: list[Array], layer: int | None, space: Space
-    ) -> list[Features]:
-        # The first is refused where the queue is full; together they may be more than it ever holds.
-        def run(waveform: Array, first: bool) -> Coroutine[Any, Any, Features]:
-            if self.limits.long_audio and len(waveform) > self.limits.max_seconds * SAMPLE_RATE:
-                return features_in_windows(model.engine, waveform, self.limits.long_audio, layer, space)
-            return (model.engine.features if first else model.engine.patient_features)(waveform, layer, space)
+    async def _decode(self, files: list[bytes], frame_bytes: int, held: HeldBytes) -> list[Array]:
+        """Return the waveforms of files; the list of files is emptied."""
+        waveforms: list[Array] = []
+        remaining_seconds = self.limits.request_seconds
+        for file in files:
+            limit = self.limits.longest_seconds
+            waveform = await asyncio.get_running_loop().run_in_executor(self._decoders, decode, file, limit)
+            remaining_seconds -= len(waveform) / SAMPLE_RATE
+            if remaining_seconds < 0:
+                message = (
+                    f"The files contain more than the limit of {self.limits.request_seconds:g} seconds of audio per request; "
+                    "send them in several requests."
+                )
+                raise ServiceError("too_long", message)
+            held.acquire(waveform.nbytes + num_frames(len(waveform)) * frame_bytes)
+            waveforms.append(waveform)
+        files.clear()
+        return waveforms
+
+    async def _run(self, model: ServedModel, waveforms: list[Array], layer: int | None, space: Space) -> list[Features]:
+        async def run(waveform: Array, is_first: bool) -> Features:
+            if self.limits.long_audio == "windows" and len(waveform) > self.limits.max_seconds * SAMPLE_RATE:
+                return await features_in_windows(model.engine, waveform, self.limits, layer, space)
+            # A full queue refuses the first file; the others wait, since together they may exceed the queue's size.
+            return await model.engine.features(waveform, layer, space, wait_for_room=not is_first)
 
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(run(waveform, not index)) for index, waveform in enumerate(waveforms)]
         except ExceptionGroup as errors:
-            raise _first(errors) from None
+            raise _first_exception(errors) from None
         return [task.result() for task in tasks]
 
 
-def _chosen(query: Any, backend: Backend) -> tuple[int | None, int]:
-    """The layer (None: all) and width that a request wants of a model."""
+def _resolve_layer(query: Any, backend: Backend) -> tuple[int | None, int]:
+    """Return the layer that a request selects (None for all) and the dimension of its features."""
     layer = choose_layer(query.layer, backend.num_layers)
     dim = backend.dim if query.space == "student" else backend.teacher_dim
     if dim is None:
-        raise ServiceError("bad_parameter", "Parameter 'space' is wrong: this model has no heads, so no teacher space.")
+        message = (
+            "Parameter 'space' is wrong: this model has no heads that predict the teacher's layers; use 'student'."
+        )
+        raise ServiceError("bad_parameter", message)
     return layer, dim
 
 
-def _first(error: BaseException) -> BaseException:
+def _first_exception(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
-async def _unless_client_leaves(request: Request, work: Awaitable[Result]) -> Result:
-    async def left() -> None:
+async def _unless_disconnected(request: Request, work: Awaitable[Result]) -> Result:
+    """Return the result of ``work``; cancel it and raise ClientDisconnect if the client disconnects first."""
+
+    async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.create_task(left())
+    result, disconnection = asyncio.ensure_future(work), asyncio.create_task(disconnected())
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        await asyncio.wait((result, disconnection), return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
             raise ClientDisconnect
-        return working.result()
+        return result.result()
     finally:
-        for task in (working, leaving):
+        for task in (result, disconnection):
             task.cancel()
             with suppress(asyncio.CancelledError):
                 if not task.done():

@@ -1,4 +1,4 @@
-"""The JSON answers, as OpenAPI describes them."""
+"""JSON responses, as OpenAPI describes them."""
 
 from typing import Literal
 
@@ -6,34 +6,36 @@ from pydantic import BaseModel, Field
 
 
 class FeaturesResponse(BaseModel):
-    """Features of one audio file. Several files: ``data`` lists num_frames, dim, shape and features of each instead."""
+    """Features of one audio file. For several files, ``data`` lists num_frames, dim, shape and features of each."""
 
     model: str = Field(description="Name of the model.")
-    revision: str = Field(description="First 12 hexadecimal digits of the SHA-256 of its weights.")
-    layer: int | Literal["all"] = Field(description="The layer given, counted from 1, or 'all'.")
-    space: Literal["student", "teacher"] = Field(description="Hidden states, or the heads' projections.")
-    dtype: Literal["float32", "float16"] = Field(description="Type of the values.")
-    frame_seconds: float = Field(description="Seconds between the starts of neighbouring frames; each sees 25 ms.")
-    frame_rate: float = Field(description="Frames a second.")
-    timestamps: str = Field(description="Which seconds a frame covers.")
-    num_frames: int = Field(description="Frames T = (samples at 16 kHz - 400) // 320 + 1.")
-    dim: int = Field(description="Width d of a frame's vector.")
+    revision: str = Field(description="First 12 hexadecimal digits of the SHA-256 hash of its weights.")
+    layer: int | Literal["all"] = Field(description="Layer of the features, counted from 1, or 'all'.")
+    space: Literal["student", "teacher"] = Field(
+        description="student: hidden states; teacher: predictions of the teacher's layers."
+    )
+    dtype: Literal["float32", "float16"] = Field(description="Data type of the values.")
+    frame_seconds: float = Field(description="Seconds between the starts of neighbouring frames; a frame covers 25 ms.")
+    frame_rate: float = Field(description="Frames per second.")
+    timestamps: str = Field(description="The seconds that frame i covers.")
+    num_frames: int = Field(description="Number of frames T = (samples at 16 kHz - 400) // 320 + 1.")
+    dim: int = Field(description="Dimension d of a frame's vector.")
     shape: list[int] = Field(description="[T, d], or [L, T, d] for all layers.")
     features: list[list[float]] | list[list[list[float]]] | str = Field(
-        description="Nested as in shape, the exact values; or base64 of them, little-endian in C order."
+        description="Exact values as lists nested according to shape, or base64 of the little-endian values in C order."
     )
 
 
 class Embedding(BaseModel):
-    """One file's vector."""
+    """The vector of one file."""
 
     object: Literal["embedding"]
-    index: int = Field(description="Place of the file in the request, from 0.")
+    index: int = Field(description="Position of the file in the request, counted from 0.")
     embedding: list[float] | str = Field(description="The vector, or base64 of its little-endian float32 values.")
 
 
 class EmbeddingsResponse(BaseModel):
-    """Pooled features, one vector a file."""
+    """Pooled features, one vector per file."""
 
     object: Literal["list"]
     model: str
@@ -45,27 +47,29 @@ class EmbeddingsResponse(BaseModel):
     shape: list[int]
     frame_rate: float
     data: list[Embedding]
-    usage: dict[str, int] = Field(description="Frames, counted as tokens.")
+    usage: dict[str, int] = Field(description="Number of frames, counted as tokens.")
 
 
 class ModelRecord(BaseModel):
-    """One model."""
+    """A model."""
 
-    id: str = Field(description="Its name; NAME@REVISION asks for this revision or none.")
+    id: str = Field(description="Name of the model; NAME@REVISION selects exactly this revision.")
     object: Literal["model"] = "model"
     owned_by: str = "local"
-    revision: str = Field(description="First 12 hexadecimal digits of the SHA-256 of its weights.")
+    revision: str = Field(description="First 12 hexadecimal digits of the SHA-256 hash of its weights.")
     layers: int
-    dim: int = Field(description="Width of hidden states.")
-    teacher_dim: int | None = Field(description="Width of projections; null: it has none.")
-    parameters: int = Field(description="Parameters of the student, heads included.")
+    dim: int = Field(description="Dimension of the hidden states.")
+    teacher_dim: int | None = Field(
+        description="Dimension of the predictions of the teacher's layers; null if the model makes none."
+    )
+    parameters: int = Field(description="Number of parameters, heads included.")
     runtime: Literal["torch", "onnx"]
-    device: str = Field(description="Where inference runs.")
+    device: str = Field(description="Device that runs the model.")
 
 
 class ModelList(BaseModel):
-    """The models, the default first."""
+    """The models; the default is first."""
 
     object: Literal["list"] = "list"
     data: list[ModelRecord]
-    library: list[str] = Field(description="Further models, loaded when first asked for.")
+    library: list[str] = Field(description="Further models, each loaded when a request first names it.")

@@ -1,4 +1,7 @@
-"""Answers leave in pieces, and a client that doesn't take them is given up: what it is sent is held until it does."""
+"""Responses that are sent in chunks, and a time limit for clients that stop reading.
+
+The memory of a response is held until the client has read it.
+"""
 
 import asyncio
 import logging
@@ -9,63 +12,65 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-PIECE_BYTES = 2**18
-_LOG = logging.getLogger("serve.sending")
+CHUNK_BYTES = 2**18
+_LOG = logging.getLogger(__name__)
 
 
-def answer_in_pieces(pieces: Iterator[bytes], media_type: str, headers: dict[str, str]) -> Response:
-    """An answer whose body is made while it is sent, in a thread, and never held as a whole; a short one is made here.
+def streaming_response(chunks: Iterator[bytes], media_type: str, headers: dict[str, str]) -> Response:
+    """Return a response whose body is made in a thread while it is sent, and never held as a whole.
+
+    A body of at most one chunk becomes a plain response.
 
     Args:
-        pieces: of the body, of any size; joined to at least 256 KiB.
-        media_type, headers: as `Response`.
+        chunks: Body in chunks of any size; they are joined to at least 256 KiB.
+        media_type, headers: As in `fastapi.Response`.
     """
-    first, more = _next(pieces)
+    first, more = _next_chunk(chunks)
     if not more:
         return Response(first, media_type=media_type, headers=headers)
 
-    async def rest() -> AsyncIterator[bytes]:
+    async def body() -> AsyncIterator[bytes]:
         yield first
         more = True
         while more:
-            piece, more = await anyio.to_thread.run_sync(_next, pieces)
-            yield piece
+            chunk, more = await anyio.to_thread.run_sync(_next_chunk, chunks)
+            yield chunk
 
-    return StreamingResponse(rest(), media_type=media_type, headers=headers)
+    return StreamingResponse(body(), media_type=media_type, headers=headers)
 
 
-def _next(pieces: Iterator[bytes]) -> tuple[bytes, bool]:
-    """At least PIECE_BYTES, and whether there may be more."""
+def _next_chunk(chunks: Iterator[bytes]) -> tuple[bytes, bool]:
+    """Return at least CHUNK_BYTES, and whether more may follow."""
     joined = bytearray()
-    for piece in pieces:
-        joined += piece
-        if len(joined) >= PIECE_BYTES:
+    for chunk in chunks:
+        joined += chunk
+        if len(joined) >= CHUNK_BYTES:
             return bytes(joined), True
     return bytes(joined), False
 
 
-class PatientSending:
-    """ASGI middleware: a client that takes nothing of its answer for ``seconds`` is disconnected."""
+class SendTimeoutMiddleware:
+    """ASGI middleware that disconnects a client which reads nothing of its response for ``seconds``."""
 
     def __init__(self, app: ASGIApp, seconds: float) -> None:
         self._app, self._seconds = app, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        stalled = False
+        timed_out = False
 
-        async def sent(message: Message) -> None:
-            nonlocal stalled
+        async def send_in_time(message: Message) -> None:
+            nonlocal timed_out
             try:
                 async with asyncio.timeout(self._seconds):
                     await send(message)
             except TimeoutError:
-                stalled = True
+                timed_out = True
                 raise
 
         try:
-            await self._app(scope, receive, sent)
+            await self._app(scope, receive, send_in_time)
         except Exception:
-            if not stalled:
+            if not timed_out:
                 raise
-            # The server closes the connection of an answer that has no end.
-            _LOG.info('{"message": "gave up a client that does not take its answer"}')
+            # The server closes the connection of an incomplete response.
+            _LOG.info("Disconnected a client that read nothing of its response for %g seconds", self._seconds)

@@ -1,1 +1,1 @@
-"""The model side of the service: backends, the batching engine, loaded models, windows."""
+"""The model side of the service: backends, the batching engine, loaded models and windows of long audio."""

@@ -1,20 +1,20 @@
-"""Which of the waiting utterances are run together: the oldest, and those most like it in length."""
+"""Choice of the utterances that form a batch: the oldest, and those closest to it in length."""
 
 from collections.abc import Sequence
 
-LEAST_FILLED = 0.8
-"""A row shorter than this part of its batch's longest waits for a better batch: it would be mostly padding."""
+MIN_FILL = 0.8
+"""Least length of a row as a fraction of the longest in its batch. Shorter utterances wait for a batch with less padding."""
 
 
 def choose_batch(lengths: Sequence[int], budget: int) -> list[int]:
-    """Indices of the next batch, the oldest first.
+    """Return the indices of the next batch, the oldest utterance first.
 
-    The oldest is always in it, so nobody starves. The others join in order of likeness, while the padded batch (rows times
-    longest) stays within the budget. A single utterance over the budget runs alone.
+    The oldest utterance is always included, so none starves. Others are added by similarity of length as long as the padded batch
+    (rows times longest) stays within the budget. An utterance longer than the budget runs alone.
 
     Args:
-        lengths: samples of each waiting utterance, oldest first; at least one.
-        budget: samples of a padded batch.
+        lengths: Samples of each waiting utterance, oldest first; at least one.
+        budget: Samples of a padded batch.
     """
     first = lengths[0]
     chosen, shortest, longest = [0], first, first
@@ -22,7 +22,7 @@ def choose_batch(lengths: Sequence[int], budget: int) -> list[int]:
         low, high = min(shortest, lengths[index]), max(longest, lengths[index])
         if (len(chosen) + 1) * high > budget:
             break
-        if low >= LEAST_FILLED * high:
+        if low >= MIN_FILL * high:
             chosen.append(index)
             shortest, longest = low, high
     return chosen

@@ -1,4 +1,4 @@
-"""Run a model for the service: requests that wait together are batched, in one thread, off the event loop."""
+"""The batching engine: it runs a model in one thread, and batches the utterances that wait together."""
 
 import asyncio
 import math
@@ -12,48 +12,32 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ray_distill.serve.api.errors import ServiceError
-from ray_distill.serve.inference.backends import Array, Backend, Space, Wanted
+from ray_distill.serve.inference.backends import Array, Backend, LayerRequest, Space
 from ray_distill.serve.inference.batch_selection import choose_batch
+from ray_distill.serve.settings import BatchLimits
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 
-_SILENCE = [Wanted(np.zeros(count, np.float32), None, "student") for count in (RECEPTIVE_FIELD, 2 * SAMPLE_RATE)]
+_SILENCE = [LayerRequest(np.zeros(count, np.float32), None, "student") for count in (RECEPTIVE_FIELD, 2 * SAMPLE_RATE)]
 
 _NICENESS = 10
-_RETRY_SECONDS = 0.05  # between attempts of what waits for room in the queue
-_FAILED_BATCHES = 3  # one after another: inference is broken, not a request
+_RETRY_SECONDS = 0.05  # Time between attempts of an utterance that waits for room in the queue.
+_MAX_FAILED_BATCHES = 3  # After so many failures in a row, inference is considered broken rather than a request.
 
 
 class EngineClosedError(Exception):
-    """The engine takes no more work, because another has taken its place or the service stops."""
-
-
-@dataclass(frozen=True)
-class BatchLimits:
-    """Bounds of batches and of the queue.
-
-    Attributes:
-        batch_seconds: audio of a batch, padding included. Default None: 8 on a CPU, where long clips gain nothing from company
-            and wait for each other, else 30.
-        wait_seconds: how long the oldest request may wait for others to fill its batch, when inference is idle. Default 2 ms.
-        queue_seconds: audio that may wait; more is refused. One utterance is always taken by an empty queue. Default 300.
-    """
-
-    batch_seconds: float | None = None
-    wait_seconds: float = 0.002
-    queue_seconds: float = 300.0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_seconds", "queue_seconds"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a number greater than 0, not {value}.")
-        if not 0 <= self.wait_seconds < math.inf:
-            raise ValueError(f"wait_seconds must be a number, 0 or greater, not {self.wait_seconds}.")
+    """The engine accepts no more work, because it has been replaced or the service is stopping."""
 
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """What one batch was: utterances, seconds of real and of padded audio, seconds of inference."""
+    """Measurements of one batch.
+
+    Attributes:
+        size: Number of utterances.
+        real_seconds: Audio without padding.
+        padded_seconds: Audio with padding.
+        inference_seconds: Duration of inference.
+    """
 
     size: int
     real_seconds: float
@@ -63,7 +47,14 @@ class BatchRecord:
 
 @dataclass(frozen=True)
 class Features:
-    """One utterance's features, (T, d) or (L, T, d) float32, the seconds it queued and its batch ran, in how many windows."""
+    """Features of one utterance.
+
+    Attributes:
+        array: (T, d) float32, or (L, T, d) for all layers.
+        queue_seconds: Time in the queue.
+        inference_seconds: Inference time of the batch.
+        windows: Number of windows in which the utterance ran. Default 1.
+    """
 
     array: Array
     queue_seconds: float
@@ -72,22 +63,22 @@ class Features:
 
 
 @dataclass(eq=False)
-class _Job(Wanted):
+class _Job(LayerRequest):
     future: "Future[Features]" = field(default_factory=Future)
     queued: float = field(default_factory=time.monotonic)
 
 
 class FeatureEngine:
-    """A model and the one thread that runs it.
+    """A model and the thread that runs it.
 
     Example:
         >>> engine = FeatureEngine(TorchBackend(load_student("runs/demo/export")))
         >>> features = await engine.features(waveform)  # .array is (L, T, d)
 
     Args:
-        backend: the model; warmed up here.
-        limits: of batches and queue.
-        on_batch: called in the inference thread after each batch.
+        backend: Model to run; it is warmed up here.
+        limits: Bounds of batches and of the queue. Default: ``BatchLimits()``.
+        on_batch: Called in the inference thread after each batch. Default: nothing is called.
     """
 
     def __init__(
@@ -105,77 +96,83 @@ class FeatureEngine:
         self._queued_samples = 0
         self._closed = False
         self._failed_batches = 0
-        self._speed = 10.0  # audio seconds per second, measured as it goes; only Retry-After needs it
+        self._speed = 10.0  # Seconds of audio per second, a moving average for Retry-After.
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
 
     @property
     def queued_seconds(self) -> float:
-        """Audio that waits, in seconds."""
+        """Audio in the queue, in seconds."""
         return self._queued_samples / SAMPLE_RATE
 
     @property
     def alive(self) -> bool:
-        """Whether it takes and answers work; not once its last three batches failed."""
-        return self._thread.is_alive() and not self._closed and self._failed_batches < _FAILED_BATCHES
+        """Whether the engine accepts and completes work; False after three failed batches in a row."""
+        return self._thread.is_alive() and not self._closed and self._failed_batches < _MAX_FAILED_BATCHES
 
     def check_room(self) -> None:
-        """Refuses early, before a body is read.
+        """Refuse a request before its body is read if the queue is full.
 
         Raises:
-            ServiceError: ``overloaded``, with Retry-After, where the queue is full already.
+            ServiceError: ``overloaded``, with Retry-After.
         """
         if self.queued_seconds >= self.limits.queue_seconds:
             raise self._overloaded()
 
-    async def features(self, waveform: Array, layer: int | None = None, space: Space = "student") -> Features:
-        """The student's features for one utterance; they depend on nothing else, neighbours in the batch included.
+    async def features(
+        self,
+        waveform: Array,
+        layer: int | None = None,
+        space: Space = "student",
+        *,
+        wait_for_room: bool = False,
+    ) -> Features:
+        """Return the features of one utterance; they do not depend on the rest of its batch.
 
-        A caller that is cancelled while it waits for its turn is dropped without inference.
+        If the caller is cancelled while the utterance is in the queue, the utterance is removed and never runs.
 
         Args:
             waveform: (S,) float32, 16 kHz, in [-1, 1], at least 400 samples.
-            layer: 1-based Transformer layer, or None for all.
-            space: ``student`` for hidden states, ``teacher`` for the heads' projections.
-
-        Returns:
-            Features of (T, d) float32, or (L, T, d) for all layers; T counts real frames only.
+            layer: Transformer layer counted from 1, or None for all layers. Default None.
+            space: ``student`` for hidden states, ``teacher`` for predictions of the teacher's layers. Default ``student``.
+            wait_for_room: Whether to wait while the queue is full, for the further utterances of an admitted request. Default
+                False: refuse.
 
         Raises:
             ServiceError: ``overloaded``.
-            EngineClosedError: after ``close``.
+            EngineClosedError: ``close`` was called.
         """
-        assert layer is None or 1 <= layer <= self.backend.num_layers
-        job = _Job(waveform, layer, space)
+        while True:
+            try:
+                return await self._queue(_Job(waveform, layer, space))
+            except ServiceError:
+                if not wait_for_room:
+                    raise
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _queue(self, job: _Job) -> Features:
+        assert job.layer is None or 1 <= job.layer <= self.backend.num_layers
         with self._changed:
             if self._closed:
                 raise EngineClosedError
             room = self.limits.queue_seconds * SAMPLE_RATE - self._queued_samples
-            if self._waiting and len(waveform) > room:
+            if self._waiting and len(job.waveform) > room:
                 raise self._overloaded()
             self._waiting.append(job)
-            self._queued_samples += len(waveform)
+            self._queued_samples += len(job.waveform)
             self._changed.notify()
         try:
             return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
             with self._changed:
-                if job in self._waiting:  # Frees its room now, not when its turn comes.
+                if job in self._waiting:  # Frees the room in the queue at once.
                     self._waiting.remove(job)
                     self._queued_samples -= len(job.waveform)
             raise
 
-    async def patient_features(self, waveform: Array, layer: int | None = None, space: Space = "student") -> Features:
-        """As `features`, but waits where the queue is full: for what belongs to a request that was let in already."""
-        while True:
-            try:
-                return await self.features(waveform, layer, space)
-            except ServiceError:
-                await asyncio.sleep(_RETRY_SECONDS)
-
     def close(self) -> None:
-        """Finish what is queued and stop the thread."""
+        """Complete the queued work and stop the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -183,26 +180,28 @@ class FeatureEngine:
 
     def _overloaded(self) -> ServiceError:
         seconds = max(1, math.ceil(self.queued_seconds / self._speed))
-        message = f"The service is overloaded: {self.queued_seconds:.0f} seconds of audio wait; ask again later."
+        message = (
+            f"The service is overloaded: {self.queued_seconds:.0f} seconds of audio are in the queue; try again later."
+        )
         return ServiceError("overloaded", message, {"retry-after": str(min(seconds, 60))})
 
     def _work(self) -> None:
-        # Linux gives threads priorities of their own: inference leaves the core to the event loop, which answers and refuses others
-        # in the meantime. PyTorch's threads are started by this one, and inherit it.
+        # On Linux each thread has its own priority. A lower one lets the event loop respond to other requests during inference.
+        # PyTorch's threads are started by this thread and inherit its priority.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while batch := self._next_batch():
             error = self._run(batch)
             if error is None:
                 continue
             self._failed_batches += 1
-            # One whose fault it was must not cost the others of its batch their answers.
+            # Run the utterances one by one, so that one faulty utterance does not fail the others of its batch.
             for job in batch:
                 own = error if len(batch) == 1 else self._run([job])
                 if own is not None:
                     job.future.set_exception(own)
 
     def _run(self, batch: list[_Job]) -> Exception | None:
-        """Answers the jobs; or answers none, and gives back why the backend failed."""
+        """Complete all jobs, or complete none and return the error of the backend."""
         started = time.monotonic()
         try:
             arrays = self.backend.run(batch)
@@ -220,7 +219,7 @@ class FeatureEngine:
         return None
 
     def _next_batch(self) -> list[_Job]:
-        """Waits for work; empty once closed and done."""
+        """Wait for the next batch; return an empty list when the engine is closed and its queue is empty."""
         budget = int(self.batch_seconds * SAMPLE_RATE)
         with self._changed:
             while True:
@@ -228,9 +227,9 @@ class FeatureEngine:
                     self._changed.wait()
                 if not self._waiting:
                     return []
-                patience = self._waiting[0].queued + self.limits.wait_seconds - time.monotonic()
-                if patience > 0 and self._queued_samples < budget and not self._closed:
-                    self._changed.wait(patience)
+                remaining = self._waiting[0].queued + self.limits.wait_seconds - time.monotonic()
+                if remaining > 0 and self._queued_samples < budget and not self._closed:
+                    self._changed.wait(remaining)
                     continue
                 chosen = choose_batch([len(job.waveform) for job in self._waiting], budget)
                 batch = [self._waiting[index] for index in chosen]

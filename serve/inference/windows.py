@@ -1,64 +1,45 @@
-"""Audio too long to run whole: overlapping windows, whose features are put together again."""
+"""Long audio in overlapping windows, whose features are joined."""
 
 import asyncio
 import itertools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from ray_distill.serve.inference.backends import Array, Space
 from ray_distill.serve.inference.engine import FeatureEngine, Features
+from ray_distill.serve.settings import Limits
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD, SAMPLE_RATE, num_frames
 
 
 class Window(NamedTuple):
-    """Samples that are run, and the frames that are kept of them; all counted from the start of the audio."""
+    """Samples of a window and the frames that are kept of it, both counted from the start of the audio."""
 
     samples: slice
     frames: slice
 
 
-@dataclass(frozen=True)
-class LongAudio:
-    """How audio is run that is too long to be run whole.
+def split_windows(num_samples: int, window_seconds: float, overlap_seconds: float) -> list[Window]:
+    """Split audio into windows that contain every frame once, in order.
 
-    Attributes:
-        max_seconds: longest audio accepted. Default 600.
-        window_seconds: audio of a window. Default 30.
-        overlap_seconds: audio that neighbouring windows share, at least; each gives the frames of its half. Default 4.
+    All windows have the same length, so the last one overlaps by more. They start at multiples of 320 samples, so that frames of a
+    window are frames of the audio.
+
+    Args:
+        num_samples: Length of the audio in samples, at least 400.
+        window_seconds: Length of a window.
+        overlap_seconds: Least overlap of neighbouring windows, at most half of a window. Each contributes the frames of its half.
     """
-
-    max_seconds: float = 600.0
-    window_seconds: float = 30.0
-    overlap_seconds: float = 4.0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.window_seconds < self.max_seconds < float("inf"):
-            raise ValueError(
-                f"A window must be at least 1 second and shorter than the longest audio, not {self.window_seconds:g} "
-                f"seconds of {self.max_seconds:g}."
-            )
-        if not 0 <= self.overlap_seconds <= self.window_seconds / 2:
-            raise ValueError(f"Windows must overlap by 0 seconds to half of one, not by {self.overlap_seconds:g}.")
-
-    def windows(self, num_samples: int) -> list[Window]:
-        """Windows that give every frame once, in order. All are equally long: the last overlaps by more.
-
-        Starts are multiples of 320 samples, so that frames of a window are frames of the audio.
-        """
-        total = num_frames(num_samples)
-        size = min(_frames(self.window_seconds), total)
-        hop = size - min(_frames(self.overlap_seconds), size - 1)
-        starts = [*range(0, total - size, hop), total - size]
-        # Each hands over to the next in the middle of what they share.
-        ends = [(start + size + following) // 2 for start, following in itertools.pairwise(starts)]
-        return [
-            Window(
-                slice(start * FRAME_SAMPLES, (start + size - 1) * FRAME_SAMPLES + RECEPTIVE_FIELD), slice(first, end)
-            )
-            for start, first, end in zip(starts, [0, *ends], [*ends, total], strict=True)
-        ]
+    total = num_frames(num_samples)
+    size = min(_frames(window_seconds), total)
+    hop = size - min(_frames(overlap_seconds), size - 1)
+    starts = [*range(0, total - size, hop), total - size]
+    # A window ends in the middle of its overlap with the next one.
+    ends = [(start + size + following) // 2 for start, following in itertools.pairwise(starts)]
+    return [
+        Window(slice(start * FRAME_SAMPLES, (start + size - 1) * FRAME_SAMPLES + RECEPTIVE_FIELD), slice(first, end))
+        for start, first, end in zip(starts, [0, *ends], [*ends, total], strict=True)
+    ]
 
 
 def _frames(seconds: float) -> int:
@@ -66,24 +47,33 @@ def _frames(seconds: float) -> int:
 
 
 async def features_in_windows(
-    engine: FeatureEngine, waveform: Array, long_audio: LongAudio, layer: int | None = None, space: Space = "student"
+    engine: FeatureEngine, waveform: Array, limits: Limits, layer: int | None = None, space: Space = "student"
 ) -> Features:
-    """As `FeatureEngine.features`, of audio of any length; see docs/serving.md for how they differ from the whole's.
+    """Compute the features of audio of any length in windows of ``limits.window_seconds``.
 
-    The first window is refused where the queue is full; the others wait for room. Seconds in the queue are the longest of a
-    window, those of inference the sum.
+    They differ from the features of the audio as a whole; docs/serving.md has measurements. A full queue refuses the first window;
+    the others wait for room. The queue time is the longest of a window, the inference time the sum.
+
+    Args:
+        engine: Engine that runs the windows.
+        waveform: (S,) float32, 16 kHz, in [-1, 1], at least 400 samples.
+        limits: Length and overlap of windows.
+        layer: Transformer layer counted from 1, or None for all layers.
+        space: ``student`` for hidden states, ``teacher`` for predictions of the teacher's layers.
+
+    Raises:
+        ExceptionGroup: with the errors of `FeatureEngine.features`.
     """
-    windows = long_audio.windows(len(waveform))
-    # As many at once as fill a batch, and one to come.
-    room = asyncio.Semaphore(1 + int(engine.batch_seconds // long_audio.window_seconds))
+    windows = split_windows(len(waveform), limits.window_seconds, limits.overlap_seconds)
+    # Enough windows at once to fill a batch, and one more.
+    semaphore = asyncio.Semaphore(1 + int(engine.batch_seconds // limits.window_seconds))
     array: Array | None = None
     queue_seconds, inference_seconds = 0.0, 0.0
 
     async def run(number: int, window: Window) -> None:
         nonlocal array, queue_seconds, inference_seconds
-        async with room:
-            run_window = engine.features if number == 0 else engine.patient_features
-            found = await run_window(waveform[window.samples], layer, space)
+        async with semaphore:
+            found = await engine.features(waveform[window.samples], layer, space, wait_for_room=number > 0)
         if array is None:
             shape = (*found.array.shape[:-2], windows[-1].frames.stop, found.array.shape[-1])
             array = np.empty(shape, np.float32)

@@ -1,7 +1,7 @@
-"""The page at ``/``: hear, see and compare the features of audio files in a browser.
+"""The page at ``/``, which plays audio files, and shows and compares their features in a browser.
 
-Static files without a build step and without anything from elsewhere; their numbers come from ``/v1/features``, which the page
-asks as any client does.
+It consists of static files, without a build step and without external resources. Like any client, it gets features from
+``/v1/features``.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _MEDIA_TYPES = {
     ".svg": "image/svg+xml",
 }
 _HEADERS = {
-    # Nothing but this service's own files, no inline script or style, no strings made into markup, in nobody's frame.
+    # Only files of this service, no inline scripts or styles, no markup made from strings, and no embedding in frames.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'",
@@ -28,21 +28,21 @@ _HEADERS = {
     "permissions-policy": "microphone=(self), camera=(), geolocation=()",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    # A new release is seen at once; an unchanged file costs a 304.
+    # Browsers see a new release at once; an unchanged file is answered with 304.
     "cache-control": "no-cache",
 }
 
 
 def add_page(app: FastAPI) -> None:
-    """Adds ``/`` and the files it names under ``/page/``; anyone may read them, with or without an API key."""
-    answers = {
+    """Add ``/`` and the files under ``/page/`` that it uses. They can be read without an API key."""
+    contents = {
         path.name: (path.read_bytes(), _MEDIA_TYPES[path.suffix])
         for path in sorted(_FOLDER.iterdir())
         if path.suffix in _MEDIA_TYPES
     }
 
-    def answer(name: str, request: Request) -> Response:
-        content, media_type = answers[name]
+    def respond(name: str, request: Request) -> Response:
+        content, media_type = contents[name]
         headers = _HEADERS | {"etag": f'"{hashlib.sha256(content).hexdigest()[:16]}"'}
         if request.headers.get("if-none-match") == headers["etag"]:
             return Response(status_code=304, headers=headers)
@@ -50,10 +50,10 @@ def add_page(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
-        return answer("index.html", request)
+        return respond("index.html", request)
 
     @app.get("/page/{name}", include_in_schema=False)
     async def page_file(name: str, request: Request) -> Response:
-        if name not in answers:
-            raise ServiceError("not_found", f"There is no {name[:80]!r} in the page; it begins at /.")
-        return answer(name, request)
+        if name not in contents:
+            raise ServiceError("not_found", f"The page has no file {name[:80]!r}; the page is at /.")
+        return respond(name, request)

@@ -1,29 +1,29 @@
-// The page: two clips, the layer that is looked at, and their comparison.
+// The page: two clips, the selected layer, and their comparison.
 
 import { Features } from "./npy.js";
 import { divergingPalette, drawMatrix, drawScale, drawWaveform, outlineRow } from "./pictures.js";
-import { getFeatures, getLimits, getModels, hasKey, query, Refused, setKey } from "./service.js";
+import { getFeatures, getLimits, getModels, hasKey, query, ServiceError, setKey } from "./service.js";
 import { changes, cosine, frameSimilarity, meanBestMatch, meanVector, quantiles } from "./similarity.js";
 import { BANDS, decodeForDisplay, logMel, Recording, SAMPLE_RATE } from "./sound.js";
 
-const FRAME = 0.02, FRAME_SEES = 0.025; // seconds
+const FRAME_SHIFT = 0.02, FRAME_LENGTH = 0.025; // seconds
 const $ = (id) => document.getElementById(id);
-/** `chosen` is the space and the model of what is shown; `wanted` gives what the controls say, which may yet be refused. */
-const state = { layer: 0, layers: 0, limits: {}, models: [], chosen: { space: $("space").value, model: "" } };
-const wanted = () => ({ space: $("space").value, model: state.models.length > 1 ? $("model").value : "" });
+/** `shown` is the space and the model of the features on the page; `selection` reads those of the controls, which may be refused. */
+const state = { layer: 0, layers: 0, limits: {}, models: [], shown: { space: $("space").value, model: "" } };
+const selection = () => ({ space: $("space").value, model: state.models.length > 1 ? $("model").value : "" });
 const seconds = (value) => `${value.toFixed(2)} s`;
 const number = (value) => value.toFixed(Math.abs(value) < 10 ? 3 : 1).replace("-", "−");
 
 const tagged = (tag, textContent, className = "") => Object.assign(document.createElement(tag), { textContent, className });
 
-// ---- What goes wrong ----
+// ---- Errors ----
 
 function showError(error) {
   if (error.name === "AbortError") return;
   if (error.status === 401) {
     $("key-form").hidden = false;
     $("key").focus();
-    if (!hasKey()) return; // The field says it all.
+    if (!hasKey()) return; // The form explains what is needed.
   }
   $("alert-text").textContent = error.message;
   $("alert-kind").textContent = error.kind ?? "";
@@ -33,32 +33,32 @@ function showError(error) {
 
 const clearError = () => { $("alert").hidden = true; };
 
-/** Runs what a user asked for; failures are shown, never thrown away. */
-const attempt = (action) => async (...given) => {
+/** Wraps an action of the user so that its errors are shown. */
+const attempt = (action) => async (...args) => {
   clearError();
   try {
-    await action(...given);
+    await action(...args);
   } catch (error) {
     showError(error);
-    if (!(error instanceof Refused) && error.name !== "AbortError") console.error(error);
+    if (!(error instanceof ServiceError) && error.name !== "AbortError") console.error(error);
   }
 };
 
 // ---- One clip ----
 
-/** Adds what every picture needs of each layer: means over frames, changes from frame to frame, and the largest of these. */
-function analysed(features) {
+/** Adds to each layer what the pictures need: its mean over frames, the changes between frames, and the largest of these. */
+function analyse(features) {
   const layers = Array.from({ length: features.layers }, (_, k) => features.layer(k + 1));
-  const means = layers.map((values) => meanVector(values, features.dim)), moves = layers.map((values) => changes(values, features.dim));
-  return Object.assign(features, { means, changes: moves, tops: moves.map((row) => quantiles(row, 0, 0.99)[1] || 1) });
+  const means = layers.map((values) => meanVector(values, features.dim)), changesByLayer = layers.map((values) => changes(values, features.dim));
+  return Object.assign(features, { means, changes: changesByLayer, tops: changesByLayer.map((row) => quantiles(row, 0, 0.99)[1] || 1) });
 }
 
 class Clip {
   constructor(letter) {
     this.letter = letter;
     this.file = this.features = this.samples = this.recording = null;
-    this.next = null; // A file that is to be shown, while the service is asked.
-    this.told = "";
+    this.next = null; // The file that will be shown after the response of the service.
+    this.summary = "";
     this.audio = new Audio();
     this.element = $("clip").content.cloneNode(true).firstElementChild;
     this.element.id = `clip-${letter.toLowerCase()}`;
@@ -75,7 +75,7 @@ class Clip {
     const { element, part } = this, input = part("choose").querySelector("input");
     input.addEventListener("change", attempt(async () => {
       const [file] = input.files;
-      input.value = ""; // The same file may be chosen again.
+      input.value = ""; // Allows the same file to be chosen again.
       if (file) await this.open(file);
     }));
     part("record").addEventListener("click", attempt(() => this.record()));
@@ -101,25 +101,25 @@ class Clip {
     });
   }
 
-  /** Shows an audio file and asks for its features. */
+  /** Requests the features of an audio file and shows them. */
   async open(file) {
     const limit = state.limits.max_bytes;
     if (limit && file.size > limit) {
-      throw new Refused(`${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MiB; the service takes ${(limit / 2 ** 20).toFixed(0)} MiB.`, "too_large", 413);
+      throw new ServiceError(`${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MiB, but the service accepts at most ${(limit / 2 ** 20).toFixed(0)} MiB.`, "too_large", 413);
     }
     this.audio.pause();
     this.next = file;
     try {
-      while (this.next === file) { // Until it is shown, or another takes its place.
+      while (this.next === file) { // Until the file is shown or replaced by another.
         if (switching) {
           await Promise.allSettled([switching]);
           continue;
         }
         try {
-          this.show(await this.load(file, state.chosen));
+          this.show(await this.load(file, state.shown));
           refresh();
         } catch (error) {
-          if (error.name !== "AbortError") throw error; // A change of space or model takes the file along.
+          if (error.name !== "AbortError") throw error; // A change of space or model aborts the request; the file is then sent again.
         }
       }
     } finally {
@@ -127,41 +127,41 @@ class Clip {
     }
   }
 
-  /** The service's answer to a file, and its sound; nothing is shown of it yet. */
-  async load(file, chosen) {
+  /** Returns the features and samples of a file, without showing them yet. */
+  async load(file, selected) {
     this.request?.abort();
     const request = (this.request = new AbortController());
     this.element.classList.add("busy");
-    this.part("status").textContent = "Asking the service…";
+    this.part("status").textContent = "Computing features…";
     try {
-      const answer = await getFeatures(file, { ...chosen, layer: "all", format: "npy", dtype: "float16" }, request.signal);
-      const header = (name) => answer.headers.get(`x-${name}`), milliseconds = (name) => (1000 * Number(header(name))).toFixed(0);
-      const features = analysed(new Features(await answer.arrayBuffer()));
+      const response = await getFeatures(file, { ...selected, layer: "all", format: "npy", dtype: "float16" }, request.signal);
+      const header = (name) => response.headers.get(`x-${name}`), milliseconds = (name) => (1000 * Number(header(name))).toFixed(0);
+      const features = analyse(new Features(await response.arrayBuffer()));
       features.origin = `${header("model")}@${header("revision")} ${header("space")}`;
-      const told = `${features.frames} frames × ${features.dim} values, ${features.layers} layers · ${milliseconds("inference-time")} ms of inference after ` +
+      const summary = `${features.frames} frames × ${features.dim} values, ${features.layers} layers · ${milliseconds("inference-time")} ms of inference after ` +
         `${milliseconds("queue-time")} ms in the queue`;
       const samples = file === this.file ? this.samples : await decodeForDisplay(file);
       request.signal.throwIfAborted();
-      return { file, features, samples, told };
+      return { file, features, samples, summary };
     } finally {
-      if (request === this.request) { // Else a later one goes on.
-        this.part("status").textContent = this.told;
+      if (request === this.request) { // Otherwise a later request is running.
+        this.part("status").textContent = this.summary;
         this.element.classList.remove("busy");
       }
     }
   }
 
-  /** Shows what `load` gave. */
-  show({ file, features, samples, told }) {
+  /** Shows the result of `load`. */
+  show({ file, features, samples, summary }) {
     const before = this.file;
-    Object.assign(this, { file, features, samples, told, values: null });
-    this.part("status").textContent = told;
+    Object.assign(this, { file, features, samples, summary, values: null });
+    this.part("status").textContent = summary;
     if (this.next === file) this.next = null;
     if (file === before) return;
     URL.revokeObjectURL(this.audio.src);
     this.audio.src = URL.createObjectURL(file);
-    // Without samples the frames tell the length, to within one.
-    this.duration = samples ? samples.length / SAMPLE_RATE : (features.frames - 1) * FRAME + FRAME_SEES;
+    // Without samples, the number of frames gives the duration to within one frame.
+    this.duration = samples ? samples.length / SAMPLE_RATE : (features.frames - 1) * FRAME_SHIFT + FRAME_LENGTH;
     this.mel = samples && logMel(samples);
     this.peak = samples?.reduce((most, value) => Math.max(most, Math.abs(value)), 0.01);
     this.element.classList.remove("empty");
@@ -172,7 +172,7 @@ class Clip {
     this.seek(0);
   }
 
-  /** The layer that is looked at, or the last of a clip with fewer (the service's model may have been replaced between two clips). */
+  /** The selected layer, or the last one of a clip with fewer layers (the model may have been replaced between two clips). */
   get layer() {
     return Math.min(state.layer, this.features.layers);
   }
@@ -180,7 +180,7 @@ class Clip {
   async record() {
     const button = this.part("record");
     let file = null;
-    button.disabled = true; // Until the microphone is on, or off.
+    button.disabled = true; // Until the microphone has started or stopped.
     try {
       if (this.recording) file = await this.endRecording(button);
       else await this.beginRecording(button);
@@ -211,13 +211,13 @@ class Clip {
     return recording.stop();
   }
 
-  /** Downloads exact float32 values from the service. */
+  /** Downloads the exact float32 values from the service. */
   async save(layer, button) {
     button.disabled = true;
     try {
-      const answer = await getFeatures(this.file, { ...state.chosen, layer, format: "npy" });
+      const response = await getFeatures(this.file, { ...state.shown, layer, format: "npy" });
       const link = document.createElement("a");
-      link.href = URL.createObjectURL(await answer.blob());
+      link.href = URL.createObjectURL(await response.blob());
       link.download = `${this.file.name.replace(/\.[^.]*$/, "")}.${layer === "all" ? "all-layers" : `layer-${layer}`}.npy`;
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
@@ -232,17 +232,17 @@ class Clip {
     this.mark(at);
   }
 
-  /** Moves the cursor with the sound. */
+  /** Moves the cursor during playback. */
   follow() {
     this.part("time").value = this.audio.currentTime;
     this.mark(this.audio.currentTime);
     if (!this.audio.paused) requestAnimationFrame(() => this.follow());
   }
 
-  /** Puts the cursor at a time and says what is there. */
+  /** Moves the cursor to a time and shows the values there. */
   mark(at) {
     if (!this.values) return;
-    const { frames, dim } = this.features, frame = Math.max(0, Math.min(frames - 1, Math.floor(at / FRAME)));
+    const { frames, dim } = this.features, frame = Math.max(0, Math.min(frames - 1, Math.floor(at / FRAME_SHIFT)));
     this.part("pictures").style.setProperty("--at", at / this.duration);
     this.part("time").setAttribute("aria-valuetext", `${seconds(at)}, frame ${frame}`);
     this.part("of-layers").textContent = `layer ${this.layer}: ${number(this.features.changes[this.layer - 1][frame])}`;
@@ -252,12 +252,12 @@ class Clip {
 
   draw() {
     if (!this.features) return;
-    const { frames, dim, layers } = this.features, { part, duration, letter, layer } = this, span = [0, (frames * FRAME) / duration];
+    const { frames, dim, layers } = this.features, { part, duration, letter, layer } = this, span = [0, (frames * FRAME_SHIFT) / duration];
     part("clip-title").replaceChildren(`Clip ${letter}`, tagged("small", `${this.file.name} · ${seconds(duration)}`));
     part("last-layer").textContent = layers;
     part("last-dim").textContent = dim - 1;
     part("features-title").textContent = `Layer ${layer}`;
-    part("features-title").append(tagged("small", "each value against its own mean and deviation"));
+    part("features-title").append(tagged("small", "standardised in each dimension"));
     part("save").textContent = `Download layer ${layer}`;
     part("ticks").replaceChildren(...[0, 0.25, 0.5, 0.75, 1].map((share) => tagged("span", seconds(share * duration))));
 
@@ -269,20 +269,20 @@ class Clip {
       const until = Math.min(1, (columns * 0.01) / duration);
       drawMatrix(part("spectrogram"), BANDS, columns, (row, column) => (values[(BANDS - 1 - row) * columns + column] - low) / (high - low), "magma", [0, until]);
     } else {
-      for (const name of ["waveform", "spectrogram"]) part(name).width = part(name).width; // Clears it.
+      for (const name of ["waveform", "spectrogram"]) part(name).width = part(name).width; // Clears the canvas.
     }
-    part("waveform").setAttribute("aria-label", this.samples ? `Waveform of ${this.file.name}` : "This browser can't decode this file for display");
-    part("spectrogram").setAttribute("aria-label", this.samples ? `Spectrogram of ${this.file.name}` : "This browser can't decode this file for display");
+    part("waveform").setAttribute("aria-label", this.samples ? `Waveform of ${this.file.name}` : "This browser can't decode the file for display");
+    part("spectrogram").setAttribute("aria-label", this.samples ? `Spectrogram of ${this.file.name}` : "This browser can't decode the file for display");
 
     this.values = this.features.layer(layer);
     const { changes, tops } = this.features;
     const context = drawMatrix(part("layers"), layers, frames, (row, column) => changes[row][column] / tops[row], "viridis", span);
     outlineRow(context, layer - 1, layers);
-    part("layers").setAttribute("aria-label", `How much neighbouring frames differ, for each of ${layers} layers; layer ${layer} is chosen`);
+    part("layers").setAttribute("aria-label", `Difference between neighbouring frames for each of ${layers} layers; layer ${layer} is selected`);
 
     const mean = this.features.means[layer - 1], deviation = new Float64Array(dim);
     this.values.forEach((value, i) => { deviation[i % dim] += (value - mean[i % dim]) ** 2 / frames; });
-    const scale = deviation.map((square) => 1 / (6 * Math.sqrt(square) || 1)); // Three deviations to each side.
+    const scale = deviation.map((square) => 1 / (6 * Math.sqrt(square) || 1)); // The colours cover three standard deviations on each side.
     drawMatrix(part("features"), dim, frames, (row, column) => 0.5 + (this.values[column * dim + row] - mean[row]) * scale[row], divergingPalette(), span);
     part("features").setAttribute("aria-label", `Values of layer ${layer}: ${dim} dimensions in ${frames} frames`);
     this.mark(Number(part("time").value));
@@ -309,7 +309,7 @@ function compare() {
     const meter = Object.assign(document.createElement("meter"), { min: 0, max: 1, value: Math.max(0, value), ariaHidden: "true" });
     button.append(tagged("span", "Layer ", "unseen"), String(k + 1), meter, number(value));
     button.addEventListener("click", () => {
-      focused = k; // The list is made anew.
+      focused = k; // The list is rebuilt, so the new button gets the focus.
       chooseLayer(k + 1);
     });
     item.append(button);
@@ -324,36 +324,36 @@ function compare() {
   const canvas = $("matrix");
   canvas.style.aspectRatio = `${Math.min(3, Math.max(0.75, columns / rows))}`;
   drawMatrix(canvas, rows, columns, (row, column) => (values[row * columns + column] - low) / (high - low || 1), "viridis");
-  canvas.setAttribute("aria-label", `Cosine of each frame of clip A with each of clip B at layer ${state.layer}, from ${number(low)} to ${number(high)}`);
+  canvas.setAttribute("aria-label", `Cosine similarity of each frame of clip A with each frame of clip B at layer ${state.layer}, from ${number(low)} to ${number(high)}`);
   drawScale($("matrix-scale"), "viridis");
   $("matrix-low").textContent = number(low);
   $("matrix-high").textContent = number(high);
-  $("matrix-about").textContent = `cosine at layer ${state.layer}${stride > 1 ? `, one frame in ${stride}` : ""}`;
+  $("matrix-about").textContent = `cosine similarity at layer ${state.layer}${stride > 1 ? `, one frame in ${stride}` : ""}`;
   $("matrix-a").textContent = seconds(a.duration);
   $("matrix-b").textContent = seconds(b.duration);
-  $("best-match").textContent = `The best match of a frame of A among B's, whatever its time: ${number(meanBestMatch(found))} on average.`;
+  $("best-match").textContent = `Highest similarity of a frame of A with any frame of B: ${number(meanBestMatch(found))} on average.`;
   matrix = found;
 }
 
 let matrix = null, cell = [0, 0], focused = null;
 
-/** Says what a cell of the matrix is, and marks its times in both clips. */
+/** Shows the value of a cell of the matrix, and marks its times in both clips. */
 function readMatrix(column, row) {
   cell = [Math.max(0, Math.min(matrix.columns - 1, column)), Math.max(0, Math.min(matrix.rows - 1, row))];
-  const [timeA, timeB] = cell.map((index) => index * matrix.stride * FRAME);
+  const [timeA, timeB] = cell.map((index) => index * matrix.stride * FRAME_SHIFT);
   $("matrix-readout").textContent = `A ${seconds(timeA)} · B ${seconds(timeB)}: ${number(matrix.values[cell[1] * matrix.columns + cell[0]])}`;
   clips[0].mark(timeA);
   clips[1].mark(timeB);
 }
 
-// ---- What is looked at ----
+// ---- Layer, space and model ----
 
-let due = 0;
+let scheduled = 0;
 
-/** Draws everything before the next picture of the screen, once however often it is asked. */
+/** Draws everything before the next repaint of the screen, once for any number of calls. */
 function redraw() {
-  due ||= requestAnimationFrame(() => {
-    due = 0;
+  scheduled ||= requestAnimationFrame(() => {
+    scheduled = 0;
     for (const clip of clips) clip.draw();
     compare();
   });
@@ -367,7 +367,7 @@ function chooseLayer(layer) {
   showCommand();
 }
 
-/** After features have come: the controls and the pictures follow. */
+/** Updates the controls and the pictures for new features. */
 function refresh() {
   const loaded = clips.filter((clip) => clip.features);
   $("clips").classList.toggle("some", loaded.length > 0);
@@ -380,35 +380,35 @@ function refresh() {
   chooseLayer(before === state.layers ? state.layer : state.layers);
 }
 
-let switching = null; // What the last change of space or model waits for.
+let switching = null; // The requests of the last change of space or model.
 
-/** Asks for all clips anew; where one is refused, everything stays as it was. */
-const askAgain = attempt(async () => {
-  const chosen = wanted(), files = clips.map((clip) => clip.next ?? clip.file), members = clips.filter((_, i) => files[i]);
-  const mine = (switching = Promise.all(clips.flatMap((clip, i) => (files[i] ? clip.load(files[i], chosen) : []))));
+/** Requests the features of all clips again. If one request is refused, nothing changes. */
+const reloadClips = attempt(async () => {
+  const selected = selection(), files = clips.map((clip) => clip.next ?? clip.file), members = clips.filter((_, i) => files[i]);
+  const requests = (switching = Promise.all(clips.flatMap((clip, i) => (files[i] ? clip.load(files[i], selected) : []))));
   try {
-    const found = await mine;
-    state.chosen = chosen;
+    const found = await requests;
+    state.shown = selected;
     members.forEach((clip, i) => clip.show(found[i]));
     refresh();
   } catch (error) {
-    if (mine === switching) { // Else a later change goes on.
+    if (requests === switching) { // Otherwise a later change is running.
       for (const clip of members) clip.request.abort();
-      showChosen();
+      showSelection();
     }
     throw error;
   } finally {
-    if (mine === switching) switching = null;
+    if (requests === switching) switching = null;
   }
 });
 
-function showChosen() {
-  for (const [name, value] of Object.entries(state.chosen)) if (value) $(name).value = value;
+function showSelection() {
+  for (const [name, value] of Object.entries(state.shown)) if (value) $(name).value = value;
 }
 
 function showCommand() {
   const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`, { file } = clips.find((clip) => clip.file);
-  const address = new URL(`v1/features?${query({ layer: state.layer, ...state.chosen, format: "npy" })}`, location.href);
+  const address = new URL(`v1/features?${query({ layer: state.layer, ...state.shown, format: "npy" })}`, location.href);
   const key = hasKey() ? ` -H "Authorization: Bearer $KEY"` : "";
   $("command").textContent = `curl${key} --data-binary @${quoted(file.name)} ${quoted(address.href)} -o features.npy`;
 }
@@ -424,8 +424,8 @@ async function start() {
   $("key-form").hidden = true;
   $("model").replaceChildren(...state.models.map(({ id }) => new Option(id, id)));
   $("model-field").hidden = state.models.length < 2;
-  state.chosen.model ||= wanted().model;
-  showChosen();
+  state.shown.model ||= selection().model;
+  showSelection();
   const [{ id, layers, dim, revision }] = state.models;
   $("model-line").textContent = state.models.length > 1 ? `${state.models.length} models` : `${id} · ${layers} layers × ${dim} · revision ${revision}`;
 }
@@ -440,10 +440,10 @@ $("key-form").addEventListener("submit", (event) => {
 });
 $("settings").addEventListener("submit", (event) => event.preventDefault());
 $("layer").addEventListener("input", () => chooseLayer(Number($("layer").value)));
-$("space").addEventListener("change", askAgain);
-$("model").addEventListener("change", askAgain);
+$("space").addEventListener("change", reloadClips);
+$("model").addEventListener("change", reloadClips);
 $("centred").addEventListener("change", compare);
-$("copy").hidden = !navigator.clipboard; // Which pages over plain http lack.
+$("copy").hidden = !navigator.clipboard; // Pages over plain http have no clipboard.
 $("copy").addEventListener("click", attempt(async () => {
   await navigator.clipboard.writeText($("command").textContent);
   $("copy").textContent = "Copied";
@@ -459,7 +459,7 @@ $("matrix").addEventListener("keydown", (event) => {
   readMatrix(cell[0] + step[0], cell[1] + step[1]);
 });
 
-// Files may be dropped anywhere: on a clip for that clip, elsewhere for the first free one.
+// Files may be dropped anywhere: on a clip to load that clip, elsewhere to load the first empty one.
 const clipUnder = (event) => clips.find((clip) => clip.element.contains(event.target)) ?? clips.find((clip) => !clip.file) ?? clips[1];
 addEventListener("dragover", (event) => {
   event.preventDefault();

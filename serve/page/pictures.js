@@ -1,16 +1,16 @@
-// Drawing into canvases. Positions in time are shares of the clip's length, so that all pictures of a clip line up.
+// Drawing on canvases. Times are fractions of the clip's duration, so that all pictures of a clip are aligned.
 
 const PALETTES = {
-  // matplotlib's magma and viridis, at nine points.
+  // Nine points of matplotlib's magma and viridis.
   magma: ["000004", "1c1044", "4f127b", "812581", "b5367a", "e55064", "fb8761", "fec287", "fcfdbf"],
   viridis: ["440154", "472c7a", "3b518b", "2c718e", "21908d", "27ad81", "5cc863", "aadc32", "fde725"],
-  // Blue below, red above; the middle is the page's own ground, light or dark.
+  // Blue for low and red for high values; the middle is the background of the page, light or dark.
   diverging: ["08306b", "2171b5", "9ecae1", "f7f7f7", "fcae91", "cb181d", "67000d"],
   divergingDark: ["a6dcff", "4aa3df", "1f5078", "14181f", "7a3a22", "e0703c", "ffd2ae"],
 };
 const tables = {};
 
-/** 256 colours, packed as ImageData has them. */
+/** Returns 256 colours in the layout of ImageData. */
 function table(name) {
   return (tables[name] ??= Uint32Array.from({ length: 256 }, (_, i) => {
     const points = PALETTES[name], at = (i / 255) * (points.length - 1), low = Math.min(Math.floor(at), points.length - 2);
@@ -23,20 +23,20 @@ function table(name) {
 export const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
 export const divergingPalette = () => (isDark() ? "divergingDark" : "diverging");
 
-/** Fits the canvas to its place on the screen, clears it, and gives its context. */
-function prepared(canvas) {
+/** Resizes the canvas to its size on the screen, clears it, and returns its context. */
+function prepare(canvas) {
   canvas.width = Math.max(1, Math.round(canvas.clientWidth * devicePixelRatio));
   canvas.height = Math.max(1, Math.round(canvas.clientHeight * devicePixelRatio));
   return canvas.getContext("2d");
 }
 
 /**
- * A matrix as an image.
- * @param {(row: number, column: number) => number} value in [0, 1] from first to last colour; row 0 is at the top
- * @param {[number, number]} span shares of the canvas' width between which the columns lie
+ * Draws a matrix as an image.
+ * @param {(row: number, column: number) => number} value in [0, 1], from the first to the last colour; row 0 is at the top
+ * @param {[number, number]} span start and end of the columns, as fractions of the width of the canvas
  */
 export function drawMatrix(canvas, rows, columns, value, palette, span = [0, 1]) {
-  const context = prepared(canvas), colours = table(palette);
+  const context = prepare(canvas), colours = table(palette);
   const image = new ImageData(columns, rows), pixels = new Uint32Array(image.data.buffer);
   for (let row = 0; row < rows; row++) {
     for (let column = 0; column < columns; column++) {
@@ -46,16 +46,19 @@ export function drawMatrix(canvas, rows, columns, value, palette, span = [0, 1])
   const source = new OffscreenCanvas(columns, rows);
   source.getContext("2d").putImageData(image, 0, 0);
   const left = span[0] * canvas.width, width = (span[1] - span[0]) * canvas.width;
-  // Sharp where cells are larger than pixels, averaged where they are smaller.
+  // Cells larger than pixels are drawn sharply, smaller ones are averaged.
   context.imageSmoothingEnabled = columns > width || rows > canvas.height;
   context.imageSmoothingQuality = "high";
   context.drawImage(source, left, 0, width, canvas.height);
   return context;
 }
 
-/** @param {number} peak the value at the top; minus it is at the bottom */
+/**
+ * Draws a waveform.
+ * @param {number} peak value at the top; its negative is at the bottom
+ */
 export function drawWaveform(canvas, samples, peak) {
-  const context = prepared(canvas), { width, height } = canvas;
+  const context = prepare(canvas), { width, height } = canvas;
   context.fillStyle = getComputedStyle(canvas).color;
   for (let x = 0; x < width; x++) {
     let low = peak, high = -peak;
@@ -69,7 +72,7 @@ export function drawWaveform(canvas, samples, peak) {
   }
 }
 
-/** A frame around one row. */
+/** Outlines one row of a matrix. */
 export function outlineRow(context, row, rows) {
   const { width, height } = context.canvas, line = 2 * devicePixelRatio;
   context.strokeStyle = "#fff";
@@ -77,7 +80,7 @@ export function outlineRow(context, row, rows) {
   context.strokeRect(line / 2, (row * height) / rows + line / 2, width - line, height / rows - line);
 }
 
-/** From the first to the last colour. */
+/** Draws all colours of a palette, from the first to the last. */
 export function drawScale(canvas, palette) {
   drawMatrix(canvas, 1, 256, (_, column) => column / 255, palette);
 }

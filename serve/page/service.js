@@ -1,7 +1,7 @@
-// Talks to the service as any client does: /v1/features, /v1/models, /info.
+// Requests to the service: /v1/features, /v1/models and /info.
 
-/** What the service refuses, or why it can't be reached. */
-export class Refused extends Error {
+/** An error response of the service, or the reason why it can't be reached. */
+export class ServiceError extends Error {
   constructor(message, kind, status = 0) {
     super(message);
     this.kind = kind;
@@ -11,42 +11,42 @@ export class Refused extends Error {
 
 let key = "";
 
-/** Sent as the bearer token from now on. */
+/** Sets the API key, which later requests send as a bearer token. */
 export function setKey(value) {
   key = value.trim();
 }
 
-/** Whether a key was given. */
+/** Returns whether an API key is set. */
 export const hasKey = () => key !== "";
 
-async function ask(path, options = {}) {
+async function send(path, options = {}) {
   const headers = { ...options.headers, ...(key && { authorization: `Bearer ${key}` }) };
-  let answer;
+  let response;
   try {
-    answer = await fetch(path, { ...options, headers });
+    response = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refused("The service can't be reached: it may be down, or the connection was cut.", "unreachable");
+    throw new ServiceError("The service can't be reached: it may be down, or the connection was interrupted.", "unreachable");
   }
-  if (answer.ok) return answer;
-  const { error, error_type: kind } = await answer.json().catch(() => ({}));
-  const after = answer.headers.get("retry-after");
-  const wait = answer.status === 429 && after ? ` Try again in ${after} s.` : "";
-  throw new Refused((error ?? `The service answered with status ${answer.status}.`) + wait, kind ?? `status ${answer.status}`, answer.status);
+  if (response.ok) return response;
+  const { error, error_type: kind } = await response.json().catch(() => ({}));
+  const after = response.headers.get("retry-after");
+  const wait = response.status === 429 && after ? ` Try again in ${after} s.` : "";
+  throw new ServiceError((error ?? `The service responded with status ${response.status}.`) + wait, kind ?? `status ${response.status}`, response.status);
 }
 
-export const getModels = async () => (await (await ask("v1/models")).json()).data;
+export const getModels = async () => (await (await send("v1/models")).json()).data;
 
-export const getLimits = async () => (await (await ask("info")).json()).limits ?? {};
+export const getLimits = async () => (await (await send("info")).json()).limits ?? {};
 
-/** The query of `wanted`, without what is the service's default. */
-export function query(wanted) {
-  const given = Object.entries(wanted).filter(([name, value]) => value && !(name === "space" && value === "student"));
-  return new URLSearchParams(given).toString();
+/** Returns parameters as a query string, without the defaults of the service. */
+export function query(parameters) {
+  const nonDefault = Object.entries(parameters).filter(([name, value]) => value && !(name === "space" && value === "student"));
+  return new URLSearchParams(nonDefault).toString();
 }
 
-/** The answer to one audio file; its `.npy` is the body. */
-export function getFeatures(audio, wanted, signal) {
-  // Bytes say what they are; browsers' guesses from file names are sometimes wrong.
-  return ask(`v1/features?${query(wanted)}`, { method: "POST", body: audio, headers: { "content-type": "application/octet-stream" }, signal });
+/** Returns the response with the features of one audio file. */
+export function getFeatures(audio, parameters, signal) {
+  // The service detects the format from the content; browsers guess it from file names, sometimes wrongly.
+  return send(`v1/features?${query(parameters)}`, { method: "POST", body: audio, headers: { "content-type": "application/octet-stream" }, signal });
 }

@@ -1,6 +1,6 @@
-// Cosines of frames and of clips.
+// Cosine similarities of frames and of clips.
 
-/** Rows of [frames, dim] at every `stride`-th frame, less `mean` if given, scaled to length 1. */
+/** Returns every `stride`-th row of [frames, dim], minus `mean` if given, scaled to unit length. */
 function unitRows(values, dim, stride, mean) {
   const rows = Math.ceil(values.length / dim / stride), unit = new Float32Array(rows * dim);
   for (let row = 0; row < rows; row++) {
@@ -16,7 +16,7 @@ function unitRows(values, dim, stride, mean) {
   return unit;
 }
 
-/** Mean over frames of [frames, dim]. */
+/** Returns the mean of [frames, dim] over frames. */
 export function meanVector(values, dim) {
   const mean = new Float64Array(dim), frames = values.length / dim;
   for (let i = 0; i < values.length; i++) mean[i % dim] += values[i] / frames;
@@ -33,7 +33,7 @@ export function cosine(a, b) {
   return aa && bb ? dot / Math.sqrt(aa * bb) : 0;
 }
 
-/** 1 - cosine of each frame with the one before; 0 for the first. */
+/** Returns 1 minus the cosine similarity of each frame with the previous one; 0 for the first frame. */
 export function changes(values, dim) {
   const unit = unitRows(values, dim, 1), frames = values.length / dim, found = new Float32Array(frames);
   for (let t = 1; t < frames; t++) {
@@ -45,8 +45,8 @@ export function changes(values, dim) {
 }
 
 /**
- * Cosine of each frame of B (rows) with each of A (columns), at most `most` of each.
- * @param {boolean} centred whether the mean of all frames of both is subtracted first
+ * Returns the cosine similarity of each frame of B (rows) with each frame of A (columns), with at most `most` rows and columns.
+ * @param {boolean} centred whether the mean of all frames of both clips is subtracted first
  */
 export function frameSimilarity(a, b, dim, centred, most = 600) {
   const framesA = a.length / dim, framesB = b.length / dim;
@@ -68,7 +68,7 @@ export function frameSimilarity(a, b, dim, centred, most = 600) {
   return { values, rows, columns, stride };
 }
 
-/** Mean over A's frames of the best match among B's. */
+/** Returns the highest similarity of each frame of A with any frame of B, averaged over the frames of A. */
 export function meanBestMatch({ values, rows, columns }) {
   let sum = 0;
   for (let column = 0; column < columns; column++) {
@@ -79,7 +79,7 @@ export function meanBestMatch({ values, rows, columns }) {
   return sum / columns;
 }
 
-/** Values below which `low` and `high` of all finite ones are. */
+/** Returns the quantiles `low` and `high` of the finite values. */
 export function quantiles(values, low, high) {
   const sorted = Float32Array.from(values).filter(Number.isFinite).sort();
   const at = (share) => sorted[Math.round(share * (sorted.length - 1))] ?? 0;

@@ -4,7 +4,7 @@ export const SAMPLE_RATE = 16000;
 export const BANDS = 80;
 const WINDOW = 400, HOP = 160, FFT = 512;
 
-/** A file's audio at 16 kHz, channels averaged; null where this browser can't decode it (the service may). */
+/** Returns the audio of a file at 16 kHz, channels averaged, or null if this browser can't decode it. */
 export async function decodeForDisplay(blob) {
   const context = new OfflineAudioContext(1, 1, SAMPLE_RATE);
   let audio;
@@ -20,7 +20,7 @@ export async function decodeForDisplay(blob) {
   return samples;
 }
 
-/** A mono WAV file of 16 bits. */
+/** Returns samples as a 16-bit mono WAV file. */
 export function toWav(samples, rate) {
   const view = new DataView(new ArrayBuffer(44 + 2 * samples.length));
   const text = (at, letters) => [...letters].forEach((letter, i) => view.setUint8(at + i, letter.charCodeAt(0)));
@@ -40,17 +40,17 @@ export function toWav(samples, rate) {
   return new Blob([view], { type: "audio/wav" });
 }
 
-/** A recording under way; `stop` gives it as a WAV file, since browsers record in containers that few programs read. */
+/** A recording in progress. `stop` returns a WAV file, since browsers record in formats that few programs can read. */
 export class Recording {
   static async start(onLevel) {
     if (!navigator.mediaDevices?.getUserMedia) {
-      throw new Error("This browser gives the microphone to pages over https or on localhost only.");
+      throw new Error("This browser allows recording only on pages over https or on localhost.");
     }
     let stream;
     try {
       stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1, autoGainControl: false } });
     } catch (error) {
-      const why = { NotAllowedError: "its use was not allowed", NotFoundError: "there is none" }[error.name] ?? error.message;
+      const why = { NotAllowedError: "permission was denied", NotFoundError: "none was found" }[error.name] ?? error.message;
       throw new Error(`The microphone can't be used: ${why}.`);
     }
     return new Recording(stream, onLevel);
@@ -63,7 +63,7 @@ export class Recording {
       this.recorder = new MediaRecorder(stream);
       this.pieces = [];
       this.recorder.addEventListener("dataavailable", (event) => this.pieces.push(event.data));
-      // It also ends by itself, when the microphone is unplugged.
+      // The recorder also stops if the microphone is unplugged.
       this.ended = new Promise((resolve) => this.recorder.addEventListener("stop", resolve));
       this.recorder.start();
       this.context = new AudioContext();
@@ -80,7 +80,7 @@ export class Recording {
     }
   }
 
-  /** Leaves the microphone. */
+  /** Releases the microphone. */
   release() {
     this.stream.getTracks().forEach((track) => track.stop());
     this.context?.close();
@@ -107,7 +107,7 @@ function melFilters() {
   return Array.from({ length: BANDS }, (_, band) => {
     const [low, middle, high] = edges.slice(band, band + 3), first = Math.floor(low), weights = [];
     for (let bin = first; bin <= Math.min(FFT / 2, Math.ceil(high)); bin++) {
-      // At least a trace of the nearest bin, since low bands are narrower than one.
+      // The nearest bin always has some weight, since low bands are narrower than one bin.
       const weight = Math.min((bin - low) / (middle - low), (high - bin) / (high - middle));
       weights.push(Math.max(weight, bin === Math.round(middle) ? 0.05 : 0));
     }
@@ -141,7 +141,7 @@ function fft(real, imaginary) {
   }
 }
 
-/** Log-mel power in dB, [BANDS, columns], of windows of 25 ms every 10 ms. */
+/** Returns log-mel power in dB, [BANDS, columns], for windows of 25 ms every 10 ms. */
 export function logMel(samples) {
   const columns = Math.max(1, Math.floor((samples.length - WINDOW) / HOP) + 1), values = new Float32Array(BANDS * columns);
   const hann = Float32Array.from({ length: WINDOW }, (_, i) => 0.5 - 0.5 * Math.cos((2 * Math.PI * i) / WINDOW));

@@ -1,1 +1,1 @@
-"""The student's architecture, in plain PyTorch."""
+"""Architecture of the student, in plain PyTorch."""

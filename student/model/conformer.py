@@ -12,7 +12,7 @@ from ray_distill.student.model.student_config import StudentConfig
 
 
 class FeedForward(nn.Module):
-    """LayerNorm, linear, swish, linear."""
+    """Feed-forward module: LayerNorm, linear, swish, linear."""
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
@@ -23,16 +23,16 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BTd: Tensor) -> Tensor:
-        """(B, T, d) → (B, T, d)."""
+        """Map (B, T, d) to (B, T, d)."""
         y: Tensor = self.dropout(self.down(self.activation_dropout(F.silu(self.up(self.norm(x_BTd))))))
         return y
 
 
 class Convolution(nn.Module):
-    """The convolution module.
+    """Convolution module.
 
-    After the depthwise convolution stands LayerNorm, where the paper has BatchNorm: its statistics would make an utterance's
-    features in training depend on its batch, and a step on how it is spread over ranks.
+    The depthwise convolution is followed by LayerNorm. The paper has BatchNorm, whose statistics would make an utterance's
+    features in training depend on its batch, and a step on the number of ranks.
     """
 
     def __init__(self, config: StudentConfig) -> None:
@@ -45,18 +45,18 @@ class Convolution(nn.Module):
         self.out = nn.Linear(width, width)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x_BTd: Tensor, attended: Tensor | None) -> Tensor:
-        """(B, T, d) → (B, T, d); ``attended`` as `Attention.forward` takes it."""
+    def forward(self, x_BTd: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Map (B, T, d) to (B, T, d); ``attention_mask`` as for `Attention.forward`."""
         x = F.glu(self.gate(self.norm(x_BTd))).transpose(1, 2)
-        if attended is not None:
-            x = x.masked_fill(~attended[:, 0], 0)
+        if attention_mask is not None:
+            x = x.masked_fill(~attention_mask[:, 0], 0)
         x = self.depthwise_norm(self.depthwise(x).transpose(1, 2))
         y: Tensor = self.dropout(self.out(F.silu(x)))
         return y
 
 
 class ConformerLayer(nn.Module):
-    """Half a feed-forward, attention, convolution, half a feed-forward, LayerNorm."""
+    """Conformer layer: half a feed-forward module, attention, convolution, half a feed-forward module, LayerNorm."""
 
     def __init__(self, config: StudentConfig, reuses: bool) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ class ConformerLayer(nn.Module):
         self.final_norm = nn.LayerNorm(width)
 
     def forward(
-        self, x_BTd: Tensor, attended: Tensor | None, shared: AttentionMap | None
+        self, x_BTd: Tensor, attention_mask: Tensor | None, previous_map: AttentionMap | None
     ) -> tuple[Tensor, AttentionMap]:
-        """As `Attention.forward`."""
+        """Return the output (B, T, d) and the attention map; see `Attention.forward`."""
         x = x_BTd + 0.5 * self.first(x_BTd)
-        mixed, shared = self.attention(self.attention_norm(x), attended, shared)
+        mixed, previous_map = self.attention(self.attention_norm(x), attention_mask, previous_map)
         x = x + self.dropout(mixed)
-        x = x + self.convolution(x, attended)
-        return self.final_norm(x + 0.5 * self.second(x)), shared
+        x = x + self.convolution(x, attention_mask)
+        return self.final_norm(x + 0.5 * self.second(x)), previous_map

@@ -1,4 +1,4 @@
-"""The front end's convolutions, channels last: GELU and convolution in one step that keeps only what stands before the GELU.
+"""Convolutions of the front end, channels last: GELU and convolution in one step that saves only the input of the GELU.
 
 Shape suffixes: B batch, S positions, C channels.
 """
@@ -10,22 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 1024
-"""Output positions computed at a time on a CPU, so that what the matrix products share stays in its caches."""
+_BLOCK_POSITIONS = 1024
+"""Number of output positions that are computed at a time on a CPU, so that the operands fit into its caches."""
 
 
 def gelu_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *, gelu: bool) -> Tensor:
-    """``conv1d(gelu(x))``, unpadded, channels last. Backward computes the GELU again instead of having kept it.
+    """Return ``conv1d(gelu(x))``, unpadded, channels last. Backward computes the GELU again.
 
     Args:
-        x: (B, S, C) float, S at least the kernel.
-        weight: (C', C, kernel), as `torch.nn.Conv1d` holds it.
-        bias: (C',), or None.
-        stride: of the convolution.
-        gelu: False leaves the GELU out.
+        x: (B, S, C) float, with S at least the kernel.
+        weight: (C', C, kernel) float, as in `torch.nn.Conv1d`.
+        bias: (C',) float, or None.
+        stride: Stride of the convolution.
+        gelu: Whether to apply the GELU.
 
     Returns:
-        (B, (S - kernel) // stride + 1, C') of the weight's dtype, or autocast's.
+        (B, (S - kernel) // stride + 1, C') in the dtype of the weight, or of autocast.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -34,18 +34,23 @@ def gelu_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int
 
 
 class _GeluConvolution(torch.autograd.Function):
+    """GELU and convolution that save only x and the weight, and on a CPU work block by block in its caches.
+
+    BENCH_CONVOLUTION
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, gelu: bool) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.gelu = stride, gelu
-        return (_forward_by_products if x.device.type == "cpu" else _forward_by_library)(x, weight, stride, gelu)
+        return (_forward_matmul if x.device.type == "cpu" else _forward_conv2d)(x, weight, stride, gelu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        compute = _backward_by_products if x.device.type == "cpu" else _backward_by_library
+        compute = _backward_matmul if x.device.type == "cpu" else _backward_conv2d
         grad_x, grad_weight = compute(
             x, weight, gradient.contiguous(), ctx.stride, ctx.gelu, needs_x=ctx.needs_input_grad[0]
         )
@@ -53,11 +58,11 @@ class _GeluConvolution(torch.autograd.Function):
 
 
 def _gelu_backward(gradient: Tensor, x: Tensor) -> None:
-    """In place: the gradient with respect to gelu(x) becomes the one with respect to x."""
+    """Turn the gradient of gelu(x) into the gradient of x, in place."""
     torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="none", grad_input=gradient)
 
 
-# On a GPU: the library's 2-d convolution in channels_last, whose fast kernels take this layout as it is.
+# On a GPU: a 2-d convolution in channels_last, whose fast kernels use this layout without a copy.
 
 
 def _as_image(x_BSC: Tensor) -> Tensor:
@@ -68,19 +73,19 @@ def _kernel_as_image(weight: Tensor) -> Tensor:
     return weight[:, :, None].contiguous(memory_format=torch.channels_last)
 
 
-def _forward_by_library(x: Tensor, weight: Tensor, stride: int, gelu: bool) -> Tensor:
+def _forward_conv2d(x: Tensor, weight: Tensor, stride: int, gelu: bool) -> Tensor:
     activated = F.gelu(x) if gelu else x
     y = F.conv2d(_as_image(activated), _kernel_as_image(weight), stride=(1, stride))
     return y[:, :, 0].transpose(1, 2).contiguous()
 
 
-def _backward_by_library(
+def _backward_conv2d(
     x: Tensor, weight: Tensor, gradient: Tensor, stride: int, gelu: bool, *, needs_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     activated = F.gelu(x) if gelu else x
-    image, kernel, wanted = _as_image(activated), _kernel_as_image(weight), [needs_x, True, False]
+    image, kernel, needed = _as_image(activated), _kernel_as_image(weight), [needs_x, True, False]
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        _as_image(gradient), image, kernel, None, [1, stride], [0, 0], [1, 1], False, [0, 0], 1, wanted
+        _as_image(gradient), image, kernel, None, [1, stride], [0, 0], [1, 1], False, [0, 0], 1, needed
     )
     if needs_x:
         grad_x = grad_x[:, :, 0].transpose(1, 2).contiguous()
@@ -89,39 +94,39 @@ def _backward_by_library(
     return grad_x, grad_weight[:, :, 0]
 
 
-# On a CPU: a sum of matrix products. Taps [j, j + stride) of all windows of an utterance are the rows of one matrix, without
-# a copy: window t's lie at position t * stride + j.
+# On a CPU: a sum of matrix products. Taps [j, j + stride) of all windows of an utterance form the rows of a matrix without a
+# copy: those of window t start at position t * stride + j.
 
 
-def _pieces(kernel: int, stride: int) -> list[tuple[int, int]]:
-    """(first tap, taps) of each product; no piece is longer than the stride, so that its rows don't overlap."""
+def _tap_groups(kernel: int, stride: int) -> list[tuple[int, int]]:
+    """Return (first tap, number of taps) of each product; at most ``stride`` taps, so that rows do not overlap."""
     return [(first, min(stride, kernel - first)) for first in range(0, kernel, stride)]
 
 
-def _windows(x_SC: Tensor, first: int, taps: int, stride: int, count: int) -> Tensor:
-    """(count, taps * C): row t is positions t * stride + first and on."""
+def _window_rows(x_SC: Tensor, first: int, taps: int, stride: int, count: int) -> Tensor:
+    """Return a view (count, taps * C) of x; row t holds ``taps`` positions from t * stride + first on."""
     channels = x_SC.shape[1]
     offset = x_SC.storage_offset() + first * channels
     return x_SC.as_strided((count, taps * channels), (stride * channels, 1), offset)
 
 
-def _forward_by_products(x: Tensor, weight: Tensor, stride: int, gelu: bool) -> Tensor:
+def _forward_matmul(x: Tensor, weight: Tensor, stride: int, gelu: bool) -> Tensor:
     outputs, _, kernel = weight.shape
     taps_first = weight.permute(2, 1, 0).contiguous()
     count = (x.shape[1] - kernel) // stride + 1
     y = x.new_empty(x.shape[0], count, outputs)
     for x_SC, y_SC in zip(x, y, strict=True):
-        for begin in range(0, count, _BLOCK):
-            block = y_SC[begin : begin + _BLOCK]
-            seen = x_SC[begin * stride : (begin + len(block) - 1) * stride + kernel]
-            activated = F.gelu(seen) if gelu else seen
-            for first, taps in _pieces(kernel, stride):
-                rows = _windows(activated, first, taps, stride, len(block))
+        for begin in range(0, count, _BLOCK_POSITIONS):
+            block = y_SC[begin : begin + _BLOCK_POSITIONS]
+            inputs = x_SC[begin * stride : (begin + len(block) - 1) * stride + kernel]
+            activated = F.gelu(inputs) if gelu else inputs
+            for first, taps in _tap_groups(kernel, stride):
+                rows = _window_rows(activated, first, taps, stride, len(block))
                 block.addmm_(rows, taps_first[first : first + taps].flatten(0, 1), beta=min(first, 1))
     return y
 
 
-def _backward_by_products(
+def _backward_matmul(
     x: Tensor, weight: Tensor, gradient: Tensor, stride: int, gelu: bool, *, needs_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     _, _, kernel = weight.shape
@@ -130,21 +135,21 @@ def _backward_by_products(
     grad_x = torch.zeros_like(x) if needs_x else None
     for row, (x_SC, gradient_SC) in enumerate(zip(x, gradient, strict=True)):
         finished = 0
-        for begin in range(0, len(gradient_SC), _BLOCK):
-            block = gradient_SC[begin : begin + _BLOCK]
-            seen = slice(begin * stride, (begin + len(block) - 1) * stride + kernel)
-            activated = F.gelu(x_SC[seen]) if gelu else x_SC[seen]
-            for first, taps in _pieces(kernel, stride):
-                piece = slice(first, first + taps)
-                rows = _windows(activated, first, taps, stride, len(block))
-                grad_taps[piece].flatten(0, 1).addmm_(rows.t(), block)
+        for begin in range(0, len(gradient_SC), _BLOCK_POSITIONS):
+            block = gradient_SC[begin : begin + _BLOCK_POSITIONS]
+            span = slice(begin * stride, (begin + len(block) - 1) * stride + kernel)
+            activated = F.gelu(x_SC[span]) if gelu else x_SC[span]
+            for first, taps in _tap_groups(kernel, stride):
+                group = slice(first, first + taps)
+                rows = _window_rows(activated, first, taps, stride, len(block))
+                grad_taps[group].flatten(0, 1).addmm_(rows.t(), block)
                 if grad_x is not None:
-                    rows = _windows(grad_x[row, seen], first, taps, stride, len(block))
-                    rows.addmm_(block, taps_first[piece].flatten(0, 1).t())
+                    rows = _window_rows(grad_x[row, span], first, taps, stride, len(block))
+                    rows.addmm_(block, taps_first[group].flatten(0, 1).t())
             if grad_x is not None and gelu:
-                # The next block adds to positions from its own first one on.
+                # The next block adds only to positions from its own first one on.
                 last = begin + len(block) == len(gradient_SC)
-                done = slice(finished, len(x_SC) if last else seen.start + len(block) * stride)
+                done = slice(finished, len(x_SC) if last else span.start + len(block) * stride)
                 _gelu_backward(grad_x[row, done], x_SC[done])
                 finished = done.stop
     return grad_x, grad_taps.permute(2, 1, 0)

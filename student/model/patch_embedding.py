@@ -1,4 +1,4 @@
-"""A student's front end for a teacher that sees patches of a spectrogram (AST): one convolution over the log-mel spectrogram.
+"""Front end for teachers with spectrogram patches (AST): one convolution over the log-mel spectrogram.
 
 Shape suffixes: B batch, S samples, R rows of patches, T patches (column by column), d width.
 """
@@ -6,24 +6,29 @@ Shape suffixes: B batch, S samples, R rows of patches, T patches (column by colu
 import torch
 from torch import Tensor, nn
 
-from ray_distill.teacher_cache.patch_geometry import PatchGeometry, by_column
+from ray_distill.teacher_cache.patch_geometry import PatchGeometry, flatten_by_column
 
 
 class PatchEmbedding(nn.Module):
-    """Patches of the teacher's own geometry, so that each has a target."""
+    """Embedding of patches with the teacher's geometry, so that each patch has a target.
+
+    Args:
+        geometry: Geometry of the patches.
+        width: Width d of the encoder.
+    """
 
     def __init__(self, geometry: PatchGeometry, width: int) -> None:
         super().__init__()
         self.geometry = geometry
         strides = geometry.frequency_stride, geometry.time_stride
         self.conv = nn.Conv2d(1, width, geometry.patch_size, strides)
-        # The encoder's position convolution runs along time; that a patch is of high or low frequency, masked or not, is told here.
+        # The position convolution of the encoder runs along time; this embedding gives the frequency of a patch, masked or not.
         self.rows = nn.Parameter(torch.empty(geometry.rows, width).normal_(0.0, 0.02))
 
     def forward(self, waveforms_BS: Tensor, lengths_B: Tensor) -> Tensor:
-        """(B, S) at 16 kHz, (B,) → (B, T, d)."""
-        return by_column(self.conv(self.geometry.spectrogram(waveforms_BS, lengths_B)))
+        """Map waveforms (B, S) at 16 kHz and lengths (B,) to patches (B, T, d)."""
+        return flatten_by_column(self.conv(self.geometry.spectrogram(waveforms_BS, lengths_B)))
 
-    def with_rows(self, x_BTd: Tensor) -> Tensor:
-        """(B, T, d) with each patch's row added."""
+    def add_row_embedding(self, x_BTd: Tensor) -> Tensor:
+        """Return (B, T, d) with the embedding of its row added to each patch."""
         return x_BTd + self.rows.repeat(x_BTd.shape[1] // len(self.rows), 1)

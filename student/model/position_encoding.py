@@ -1,4 +1,4 @@
-"""How a student's encoder knows the order of frames: a convolution before it, or relative or rotary positions in attention.
+"""Position encodings: a convolution before the encoder, or relative or rotary positions in attention.
 
 Shape suffixes: B batch, T frames, d width, H heads, h width of a head.
 """
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 
 class PositionConv(nn.Module):
-    """Convolutional position embedding with weight normalisation over the kernel, as in wav2vec 2.0."""
+    """Convolutional position embedding with weight normalisation over the kernel, as in wav2vec 2.0.
+
+    Args:
+        width: Width d.
+        kernel: Kernel of the convolution.
+        groups: Groups of the convolution.
+    """
 
     def __init__(self, width: int, kernel: int, groups: int) -> None:
         super().__init__()
@@ -22,15 +28,21 @@ class PositionConv(nn.Module):
         self.surplus = 1 - kernel % 2
 
     def forward(self, x_BTd: Tensor, padded_BT1: Tensor | None = None) -> Tensor:
-        """(B, T, d) → (B, T, d); padded frames must be zeros."""
+        """Map (B, T, d) to (B, T, d); padded frames must be zeros."""
         x = self.conv(x_BTd.transpose(1, 2))
         return F.gelu(x[..., : x.shape[-1] - self.surplus]).transpose(1, 2)
 
 
 class DeepPositionConv(nn.Module):
-    """Several smaller convolutions one after another, as in data2vec and the published ``pos_conv_depth``.
+    """A sequence of smaller position convolutions, as in data2vec and the published ``pos_conv_depth``.
 
-    Each has kernel ``max(3, kernel // depth)`` and is followed by a normalisation over the width, without weights, and GELU.
+    Each has kernel ``max(3, kernel // depth)`` and is followed by LayerNorm without weights and GELU.
+
+    Args:
+        width: Width d.
+        kernel: Kernel that is divided among the convolutions.
+        groups: Groups of each convolution.
+        depth: Number of convolutions.
     """
 
     def __init__(self, width: int, kernel: int, groups: int, depth: int) -> None:
@@ -42,11 +54,11 @@ class DeepPositionConv(nn.Module):
         self.surplus = 1 - kernel % 2
 
     def forward(self, x_BTd: Tensor, padded_BT1: Tensor | None = None) -> Tensor:
-        """(B, T, d) → (B, T, d).
+        """Map (B, T, d) to (B, T, d).
 
         Args:
-            x_BTd: padded frames must be zeros.
-            padded_BT1: (B, T, 1) bool, True at padding, which must not leak from one convolution into the next; None: none is.
+            x_BTd: (B, T, d) float; padded frames must be zeros.
+            padded_BT1: (B, T, 1) bool, True at padding, which is zeroed after each convolution; None if nothing is padded.
         """
         x = x_BTd
         for conv in self.convs:
@@ -59,7 +71,13 @@ class DeepPositionConv(nn.Module):
 
 
 def relative_table(frames: int, width: int, like: Tensor) -> Tensor:
-    """(2T - 1, d) sinusoids of the distances T - 1 down to -(T - 1), of like's device and dtype (Transformer-XL, appendix B)."""
+    """Return sinusoids (2T - 1, d) of the distances T - 1 down to -(T - 1) (Transformer-XL, appendix B).
+
+    Args:
+        frames: T.
+        width: d.
+        like: Tensor with the device and dtype of the result.
+    """
     distances = torch.arange(frames - 1, -frames, -1, device=like.device, dtype=torch.float32)
     angles = distances[:, None] * _frequencies(width, like)
     table = torch.empty(len(distances), width, device=like.device)
@@ -67,21 +85,28 @@ def relative_table(frames: int, width: int, like: Tensor) -> Tensor:
     return table.to(like.dtype)
 
 
-def by_distance(scores: Tensor) -> Tensor:
-    """(B, H, T, 2T - 1) scores of each query and distance, as `relative_table` has them → (B, H, T, T) of query i and key j.
+def relative_shift(scores: Tensor) -> Tensor:
+    """Turn scores by query and distance into scores by query and key, by Transformer-XL's relative shift.
 
-    Entry (i, j) is the one of distance i - j: Transformer-XL's shift, which needs no index.
+    Args:
+        scores: (B, H, T, 2T - 1) float, with distances in the order of `relative_table`.
+
+    Returns:
+        (B, H, T, T) float; entry (i, j) is the score of query i and distance i - j.
     """
     batch, heads, frames, distances = scores.shape
     shifted = F.pad(scores, (1, 0)).view(batch, heads, distances + 1, frames)[:, :, 1:]
     return shifted.reshape(batch, heads, frames, distances)[..., :frames]
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding (RoFormer): pairs (k, k + h/2) of each head turned by the frame's number times a frequency.
+def apply_rotary(x: Tensor) -> Tensor:
+    """Apply rotary position embedding (RoFormer): rotate pairs (k, k + h/2) by the frame's number times a frequency.
 
     Args:
-        x: (B, H, T, h) queries or keys, h even.
+        x: (B, H, T, h) float, queries or keys, with even h.
+
+    Returns:
+        (B, H, T, h) float.
     """
     width = x.shape[-1]
     angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * _frequencies(width, x)
@@ -91,5 +116,5 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def _frequencies(width: int, like: Tensor) -> Tensor:
-    """(ceil(width / 2),) float32: 10000^(-2k / width)."""
+    """Return the frequencies 10000^(-2k / width), (ceil(width / 2),) float32, on like's device."""
     return torch.exp(torch.arange(0, width, 2, device=like.device, dtype=torch.float32) * (-math.log(10_000.0) / width))

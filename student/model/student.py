@@ -1,4 +1,4 @@
-"""The ARMHuBERT student: convolutional front end, Transformer with attention-map reuse, one head per layer.
+"""The student network (ARMHuBERT): convolutional front end, encoder with attention-map reuse, prediction heads.
 
 Shape suffixes: B batch, S samples, C channels, T frames, L layers, P predictions, d student width, D teacher width.
 """
@@ -18,18 +18,18 @@ from ray_distill.student.model.dropout import Dropout
 from ray_distill.student.model.patch_embedding import PatchEmbedding
 from ray_distill.student.model.position_encoding import DeepPositionConv, PositionConv
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.model.time_reduction import TimeReduction, Upsampler, repeated
+from ray_distill.student.model.time_reduction import TimeReduction, Upsampler, repeat_frames
 from ray_distill.teacher_cache.frames import conv_output_length, group_norm_over_real, padding_mask
 
 
 class StudentOutput(NamedTuple):
-    """What a student gives for a batch; values at padded frames are finite and mean nothing.
+    """Output of a student for a batch. Values at padded frames are finite and meaningless.
 
     Attributes:
-        hidden_states: (B, L, T, d) float, output of each encoder layer. After a time reduction each reduced frame stands at all
-            the frames it was made from.
-        projections: (B, P, T, D) float, what each head gives: its guess of a layer of the teacher. P is L with a head for each
-            layer, 0 without heads.
+        hidden_states: (B, L, T, d) float, output of each encoder layer; `layer` selects one. After a time reduction, each
+            reduced frame is repeated for all the frames it was made from.
+        projections: (B, P, T, D) float, output of each head: its prediction of a teacher layer. P is L with one head per
+            layer, and 0 without heads.
         num_frames: (B,) int64, real frames.
     """
 
@@ -37,8 +37,26 @@ class StudentOutput(NamedTuple):
     projections: Tensor
     num_frames: Tensor
 
+    def layer(self, number: int) -> Tensor:
+        """Return the output (B, T, d) of encoder layer ``number``, from 1 to L.
+
+        Layers are numbered everywhere as in the teacher and in Hugging Face's ``hidden_states``: k is the output of layer k
+        and 0 the encoder's input, which only exported students return. Layer k has index k - 1 in ``hidden_states`` here.
+
+        Raises:
+            ValueError: no such layer.
+        """
+        if not 1 <= number <= self.hidden_states.shape[1]:
+            raise ValueError(f"the student has layers 1 to {self.hidden_states.shape[1]}, not {number}")
+        return self.hidden_states[:, number - 1]
+
 
 class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is scaled.
+
+    BENCH_SCALE
+    """
+
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale  # type: ignore[attr-defined]
@@ -50,16 +68,24 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """x, with the gradient that flows back through it multiplied by ``scale``."""
+    """Return x, with the gradient that flows back through it multiplied by ``scale``."""
     scaled: Tensor = _ScaleGradient.apply(x, scale)  # type: ignore[no-untyped-call]
     return scaled
 
 
 class ConvBlock(nn.Module):
-    """GELU (but for the first block), one unpadded convolution, its normalisation if any.
+    """GELU (except in the first block), unpadded convolution, and normalisation if any.
 
-    The published order is convolution, normalisation, GELU; the last block's GELU is the student's to apply. Shifted so, each
-    convolution is one step with the GELU before it, which need not be kept for backward.
+    The published order is convolution, normalisation, GELU. Here the GELU is moved into the next block, and the last GELU
+    into the student, so that GELU and convolution are one step, which does not save the GELU's output for backward.
+
+    Args:
+        inputs: Input channels C.
+        channels: Output channels C'.
+        kernel, stride: Kernel and stride of the convolution.
+        bias: Whether the convolution has a bias.
+        norm: ``group_norm``, ``layer_norm`` or None.
+        first: Whether this is the first block, which has no GELU.
     """
 
     def __init__(
@@ -76,7 +102,7 @@ class ConvBlock(nn.Module):
             self.norm = nn.LayerNorm(channels)
 
     def forward(self, x_BSC: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, C), (B,) → (B, S', C'), (B,)."""
+        """Map (B, S, C) and lengths (B,) to (B, S', C') and lengths (B,)."""
         x = gelu_convolution(x_BSC, self.conv.weight, self.conv.bias, self.stride, gelu=not self.first)
         lengths = conv_output_length(lengths_B, [(self.kernel, self.stride)])
         if isinstance(self.norm, nn.GroupNorm):
@@ -88,7 +114,7 @@ class ConvBlock(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Transformer layer, normalised after each part, or before it (``layer_norm_first``)."""
+    """Transformer layer, normalised after each part, or before it with ``layer_norm_first``."""
 
     def __init__(self, config: StudentConfig, reuses: bool) -> None:
         super().__init__()
@@ -103,35 +129,42 @@ class EncoderLayer(nn.Module):
         self.activation_dropout = Dropout(config.activation_dropout)
 
     def forward(
-        self, x_BTd: Tensor, attended: Tensor | None, shared: AttentionMap | None
+        self, x_BTd: Tensor, attention_mask: Tensor | None, previous_map: AttentionMap | None
     ) -> tuple[Tensor, AttentionMap]:
-        """As `Attention.forward`."""
-        mixed, shared = self.attention(self.attention_norm(x_BTd) if self.norm_first else x_BTd, attended, shared)
+        """Return the output (B, T, d) and the attention map; see `Attention.forward`."""
+        mixed, previous_map = self.attention(
+            self.attention_norm(x_BTd) if self.norm_first else x_BTd, attention_mask, previous_map
+        )
         x = x_BTd + self.dropout(mixed)
         if not self.norm_first:
             x = self.attention_norm(x)
         inner = self.activation_dropout(F.gelu(self.up(self.final_norm(x) if self.norm_first else x)))
         x = x + self.dropout(self.down(inner))
-        return x if self.norm_first else self.final_norm(x), shared
+        return x if self.norm_first else self.final_norm(x), previous_map
 
 
 class Student(nn.Module):
     """The student network.
 
+    Weights are initialised as published: convolutions Kaiming normal; position convolution normal with standard deviation
+    sqrt(4 / (kernel * width)); linear layers inside the encoder normal(0, 0.02) with zero bias; projection and heads by
+    PyTorch's default; mask embedding uniform(0, 1).
+
+    Args:
+        config: Architecture.
+
+    Attributes:
+        config: Architecture.
+        checkpoint_activations: Whether training recomputes each encoder layer in the backward pass instead of storing its
+            activations, which takes less memory and more time. Default False.
+
     Example:
         >>> student = Student(StudentConfig())
         >>> out = student(torch.randn(2, 16_000), torch.tensor([16_000, 12_000]))
-        >>> out.projections.shape
-        torch.Size([2, 12, 49, 768])
-
-    Initialisation as published: convolutions Kaiming normal; position convolution normal with standard deviation
-    sqrt(4 / (kernel * width)); linear layers inside the encoder normal(0, 0.02) with zero bias; projection and heads
-    PyTorch's default; mask embedding uniform(0, 1).
-
-    Attributes:
-        config: what it is.
-        checkpoint_activations: where gradients are wanted, keep only what each encoder layer gives, and compute the rest
-            again in backward: for batches that would not fit. Default False.
+        >>> out.hidden_states.shape, out.projections.shape
+        (torch.Size([2, 12, 49, 432]), torch.Size([2, 12, 49, 768]))
+        >>> out.layer(9).shape
+        torch.Size([2, 49, 432])
     """
 
     def __init__(self, config: StudentConfig) -> None:
@@ -189,7 +222,7 @@ class Student(nn.Module):
         self.upsamplers = nn.ModuleDict()
         if config.time_reduction is not None:
             self.reduction = TimeReduction(width, config.time_reduction, config.time_reduction_factor)
-            # By the layer whose output they bring back to 20 ms frames: those that a head sees.
+            # One for each layer that a head uses, by its index.
             layers = {
                 "layerwise": range(config.time_reduction_index, config.encoder_layers),
                 "split": [config.encoder_layers - 1],
@@ -199,67 +232,92 @@ class Student(nn.Module):
                 self.upsamplers[str(layer)] = Upsampler(width, config.time_reduction_factor)
 
     def without_heads(self) -> "Student":
-        """The same student for inference alone: its hidden states, no projections (published ``delete_projections``)."""
+        """Return a copy without heads, for inference (published ``delete_projections``)."""
         config = self.config.model_copy(update={"heads": "none"})
         student = Student(config)
-        kept = student.state_dict().keys()
-        student.load_state_dict({name: tensor for name, tensor in self.state_dict().items() if name in kept})
+        names = student.state_dict().keys()
+        student.load_state_dict({name: tensor for name, tensor in self.state_dict().items() if name in names})
         return student.train(self.training)
 
+    def extra_repr(self) -> str:
+        config = self.config
+        front_end = "patches" if config.patches is not None else f"{len(config.conv_layers)} convolutions"
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return (
+            f"{front_end}, {config.encoder_layers} {config.layer_type} layers of width {config.encoder_embed_dim} "
+            f"({sum(config.reuses)} reuse attention maps), {len(self.heads)} heads of width {config.target_dim}, "
+            f"{parameters:,} parameters"
+        )
+
     def num_frames(self, lengths: Tensor) -> Tensor:
-        """Real frames of waveforms of these lengths; same shape, at least 0."""
+        """Return the number of real frames of waveforms of these lengths; same shape, at least 0."""
         return self.config.num_frames(lengths)
 
-    def forward(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None = None) -> StudentOutput:
-        """Hidden states and the heads' projections of a padded batch.
+    def forward(
+        self, waveforms: Tensor, lengths: Tensor | None = None, frame_mask: Tensor | None = None
+    ) -> StudentOutput:
+        """Return the hidden states and the heads' projections of a padded batch.
 
         Args:
-            waveforms: (B, S) float32 at 16 kHz; padding may hold anything finite.
-            lengths: (B,) int64, real samples.
-            frame_mask: (B, T) bool, True where a frame becomes the mask embedding; None masks nothing.
+            waveforms: (B, S) float, 16 kHz, in [-1, 1]; padding may hold any finite values.
+            lengths: (B,) integer, real samples of each row. Default None: S for all rows.
+            frame_mask: (B, T) bool, True where a frame is replaced by the mask embedding. Default None: no masking.
+
+        Returns:
+            Hidden states (B, L, T, d), projections (B, P, T, D) and the number of real frames (B,); see `StudentOutput`.
 
         Raises:
-            ValueError: shapes that don't fit, or a waveform too short for one frame.
+            ValueError: a shape or dtype that does not fit, or a waveform too short for one frame.
         """
-        layers, seen, num_frames = self.layer_outputs(waveforms, lengths, frame_mask)
-        return StudentOutput(torch.stack(layers, dim=1), self.project(seen, layers[0]), num_frames)
+        layers, head_inputs, num_frames = self.layer_outputs(waveforms, lengths, frame_mask)
+        return StudentOutput(torch.stack(layers, dim=1), self.project(head_inputs, layers[0]), num_frames)
 
-    def project(self, seen: Sequence[Tensor], like: Tensor) -> Tensor:
-        """(B, P, T, D) of what each head sees, (B, T, .); P is 0 without heads, of like's batch, frames and type."""
+    def project(self, head_inputs: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Return the projections (B, P, T, D) of the heads' inputs, (B, T, .) each.
+
+        Without heads P is 0, and batch size, number of frames and dtype are those of ``like``, (B, T, .).
+        """
         if not self.heads:
             return like.new_empty(len(like), 0, like.shape[1], self.config.target_dim)
-        return torch.stack([head(x) for head, x in zip(self.heads, seen, strict=True)], dim=1)
+        return torch.stack([head(x) for head, x in zip(self.heads, head_inputs, strict=True)], dim=1)
 
-    def encode(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, L, T, d) and num_frames (B,), without the heads: what the service needs."""
+    def encode(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the hidden states (B, L, T, d) and num_frames (B,), without computing projections; see `forward`."""
         layers, _, num_frames = self.layer_outputs(waveforms, lengths)
         return torch.stack(layers, dim=1), num_frames
 
     def layer_outputs(
         self,
         waveforms: Tensor,
-        lengths: Tensor,
+        lengths: Tensor | None = None,
         frame_mask: Tensor | None = None,
         augment: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """As `forward`, one by one: each layer's output (B, T, d), what each head sees (B, T, .), and real frames (B,).
+        """Return each layer's output (B, T, d), each head's input (B, T, .), and the number of real frames (B,).
 
-        With a head for each layer, what it sees differs from the layer's output in its gradient only (``layer_grad_scale``), or, after
-        a time reduction, in how it is brought back to T frames. Without heads it is the layer's output.
+        With one head per layer, a head's input is the layer's output with a scaled gradient (``layer_grad_scale``); after a
+        time reduction, its T frames also come from an `Upsampler`. Without heads it is the layer's output.
 
         Args:
-            waveforms, lengths, frame_mask: as `forward` takes them.
-            augment: changes the projected features (B, T, d), given with the real frames (B,), before masking.
+            waveforms, lengths, frame_mask: As for `forward`.
+            augment: Function of the projected features (B, T, d) and the number of real frames (B,) that returns augmented
+                features; applied before masking. Default None: no augmentation.
+
+        Raises:
+            ValueError: as for `forward`.
         """
-        if waveforms.ndim != 2 or lengths.shape != waveforms.shape[:1]:
-            raise ValueError(
-                f"waveforms must be (B, S) and lengths (B,), not {tuple(waveforms.shape)} and {tuple(lengths.shape)}"
-            )
+        if lengths is None and waveforms.ndim == 2:
+            lengths = torch.full(waveforms.shape[:1], waveforms.shape[1], device=waveforms.device)
+        if lengths is None or waveforms.ndim != 2 or lengths.shape != waveforms.shape[:1]:
+            given = None if lengths is None else tuple(lengths.shape)
+            raise ValueError(f"waveforms must be (B, S) and lengths (B,), not {tuple(waveforms.shape)} and {given}")
         if not waveforms.is_floating_point() or lengths.is_floating_point():
-            raise ValueError(f"waveforms must be float and lengths int, not {waveforms.dtype} and {lengths.dtype}")
-        samples = lengths.tolist()  # On a GPU, the one wait that the checks and the choice of a padding mask cost.
+            raise ValueError(f"waveforms must be float and lengths integer, not {waveforms.dtype} and {lengths.dtype}")
+        samples = (
+            lengths.tolist()
+        )  # The only synchronisation with a GPU: for the checks, and to see whether anything is padded.
         if not samples:
-            raise ValueError("the batch holds no waveform; give at least one")
+            raise ValueError("the batch has no waveforms; give at least one")
         if min(samples) < self.config.receptive_field or max(samples) > waveforms.shape[1]:
             raise ValueError(
                 f"lengths must be from {self.config.receptive_field} samples (one frame) to the batch's "
@@ -285,7 +343,7 @@ class Student(nn.Module):
                 )
             x = torch.where(frame_mask[..., None], self.mask_embedding.to(x.dtype), x)
         if self.patches is not None:
-            x = self.patches.with_rows(x)
+            x = self.patches.add_row_embedding(x)
         padded = None
         if min(samples) < waveforms.shape[1]:
             padded = padding_mask(num_frames, x.shape[1])[..., None]
@@ -293,48 +351,55 @@ class Student(nn.Module):
         if self.position is not None:
             x = x + self.position(x, padded)
         x = self.encoder_dropout(x if self.config.layer_norm_first else self.encoder_norm(x))
-        layers, seen = self._encoder(x, padded, num_frames)
-        return layers, seen, num_frames
+        layers, head_inputs = self._encode(x, padded, num_frames)
+        return layers, head_inputs, num_frames
 
-    def _encoder(self, x: Tensor, padded: Tensor | None, num_frames: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The layers' outputs, and what heads see; ``padded`` is (B, T, 1) bool or None."""
+    def _encode(self, x: Tensor, padded: Tensor | None, num_frames: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the layers' outputs and the heads' inputs.
+
+        Args:
+            x: (B, T, d) float, input of the encoder.
+            padded: (B, T, 1) bool, True at padding; None if nothing is padded.
+            num_frames: (B,) integer, real frames.
+        """
         config, count, frames = self.config, self.config.encoder_layers, x.shape[1]
-        attended = _attended(padded)
-        layers, heads = [], []
-        shared: AttentionMap | None = None
+        attention_mask = _attention_mask(padded)
+        layers, head_inputs = [], []
+        previous_map: AttentionMap | None = None
         for number, layer in enumerate(self.layers):
             if self.reduction is not None and number == config.time_reduction_index:
                 x = self.reduction(x, padded)
                 if padded is not None:
-                    attended = _attended(padding_mask(self.reduction.num_frames(num_frames), x.shape[1])[..., None])
-            given = x
+                    reduced_frames = self.reduction.num_frames(num_frames)
+                    attention_mask = _attention_mask(padding_mask(reduced_frames, x.shape[1])[..., None])
+            layer_input = x
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, shared = checkpoint(layer, x, attended, shared, use_reentrant=False)
+                x, previous_map = checkpoint(layer, x, attention_mask, previous_map, use_reentrant=False)
             else:
-                x, shared = layer(x, attended, shared)
+                x, previous_map = layer(x, attention_mask, previous_map)
             if config.layer_drop and self.training:
-                # Every parameter stays in the graph, as distributed training demands; the map is there for later layers.
-                x = torch.where(torch.rand((), device=x.device) < config.layer_drop, given, x)
+                # The layer is always computed: DDP needs all parameters in the graph, and later layers may reuse its map.
+                x = torch.where(torch.rand((), device=x.device) < config.layer_drop, layer_input, x)
             if config.layer_norm_first and number == count - 1:
                 x = self.encoder_norm(x)
-            seen = x
+            head_input = x
             if config.layer_grad_scale:
-                # The published rule: layer i of N passes on g of its gradient, the head's part takes a further 1 - g.
+                # Published: the gradient of layer i of N is scaled by g, and the head's part of it by a further 1 - g.
                 scale = (count - number) / (count - number + 1)
                 x = scale_gradient(x, scale)
-                seen = scale_gradient(x, 1 - scale)
+                head_input = scale_gradient(x, 1 - scale)
             reduced = self.reduction is not None and number >= config.time_reduction_index
-            layers.append(repeated(x, config.time_reduction_factor, frames) if reduced else x)
+            layers.append(repeat_frames(x, config.time_reduction_factor, frames) if reduced else x)
             if str(number) in self.upsamplers:
-                seen = self.upsamplers[str(number)](seen, frames)
+                head_input = self.upsamplers[str(number)](head_input, frames)
             elif reduced:
-                seen = repeated(seen, config.time_reduction_factor, frames)
-            heads.append(seen)
+                head_input = repeat_frames(head_input, config.time_reduction_factor, frames)
+            head_inputs.append(head_input)
         if self.split is not None:
-            heads = list(F.gelu(self.split(heads[-1])).chunk(config.split_heads, -1))
-        return layers, heads
+            head_inputs = list(F.gelu(self.split(head_inputs[-1])).chunk(config.split_heads, -1))
+        return layers, head_inputs
 
 
-def _attended(padded: Tensor | None) -> Tensor | None:
-    """(B, T, 1) bool, True at padding, to (B, 1, 1, T) bool, False there."""
+def _attention_mask(padded: Tensor | None) -> Tensor | None:
+    """Turn padding (B, T, 1) bool, True at padding, into an attention mask (B, 1, 1, T) bool, False at padding."""
     return None if padded is None else ~padded[:, None, None, :, 0]

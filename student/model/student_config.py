@@ -1,6 +1,7 @@
 """Architecture of a student: every choice, with ARMHuBERT-S's value as its default."""
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Any, Literal, Self
 
 import pydantic
 
@@ -92,6 +93,12 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     dropout_input: float = pydantic.Field(default=0.05, ge=0, lt=1)
     """Dropout probability of the projected features."""
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield the fields that differ from their defaults, which the representation shows."""
+        for name, field in type(self).model_fields.items():
+            if (value := getattr(self, name)) != field.default:
+                yield name, value
+
     @property
     def reuses(self) -> tuple[bool, ...]:
         """Whether each layer reuses an attention map, as a tuple of L flags."""
@@ -133,7 +140,9 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     @pydantic.model_validator(mode="after")
     def _check_geometry(self) -> Self:
         if not self.conv_layers or any(min(layer) < 1 for layer in self.conv_layers):
-            raise ValueError("conv_layers needs at least one layer (channels, kernel, stride), with positive numbers")
+            raise ValueError(
+                "conv_layers needs at least one layer (channels, kernel, stride), and all numbers must be positive"
+            )
         if self.encoder_embed_dim % self.encoder_attention_heads:
             raise ValueError(
                 f"encoder_embed_dim {self.encoder_embed_dim} is not a multiple of encoder_attention_heads "

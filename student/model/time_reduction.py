@@ -1,4 +1,4 @@
-"""Fewer frames inside the encoder: the published time-reduction layer, and how its frames become 20 ms frames again.
+"""Time reduction: the published layer that merges frames inside the encoder, and its inverses.
 
 Shape suffixes: B batch, T frames, R reduced frames, d width.
 """
@@ -12,12 +12,17 @@ Kind = Literal["fc1", "fc2", "conv1d"]
 
 
 class TimeReduction(nn.Module):
-    """Each ``factor`` neighbouring frames become one.
+    """Merge groups of ``factor`` neighbouring frames into one frame each.
 
-    ``fc1``: a linear layer over their concatenation. ``fc2``: two, with GELU between. ``conv1d``: a convolution with kernel and stride
-    ``factor``, the same map as ``fc1`` with another initialisation. The last group is filled up with zeros, so there are
-    ceil(T / factor) reduced frames; the published ``fc1`` adds a whole group of zeros where T is a multiple already, and
-    its ``fc2`` can't be run.
+    ``fc1`` is a linear layer over the concatenated frames. ``fc2`` is two linear layers with GELU between them. ``conv1d`` is
+    a convolution with kernel and stride ``factor``: the same map as ``fc1`` with another initialisation. The last group is
+    padded with zeros, which gives ceil(T / factor) reduced frames. The published ``fc1`` adds a whole group of zeros if T is
+    already a multiple, and the published ``fc2`` fails when it is run.
+
+    Args:
+        width: Width d.
+        kind: ``fc1``, ``fc2`` or ``conv1d``.
+        factor: Number of frames in a group.
     """
 
     def __init__(self, width: int, kind: Kind, factor: int) -> None:
@@ -32,16 +37,16 @@ class TimeReduction(nn.Module):
         else:
             self.reduce = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, width))
         for module in self.reduce.modules():
-            if isinstance(module, nn.Linear):  # As everything linear in the encoder.
+            if isinstance(module, nn.Linear):  # As all linear layers in the encoder.
                 nn.init.normal_(module.weight, 0.0, 0.02)
                 nn.init.zeros_(module.bias)
 
     def forward(self, x_BTd: Tensor, padded_BT1: Tensor | None) -> Tensor:
-        """(B, T, d) → (B, R, d).
+        """Map (B, T, d) to (B, R, d).
 
         Args:
-            x_BTd: encoder frames; padding may hold anything finite.
-            padded_BT1: (B, T, 1) bool, True at padding; None: none is.
+            x_BTd: (B, T, d) float, with any finite values at padding.
+            padded_BT1: (B, T, 1) bool, True at padding; None if nothing is padded.
         """
         x = x_BTd if padded_BT1 is None else x_BTd.masked_fill(padded_BT1, 0)
         x = F.pad(x, (0, 0, 0, -x.shape[1] % self.factor))
@@ -53,23 +58,23 @@ class TimeReduction(nn.Module):
         return reduced
 
     def num_frames(self, frames: Tensor) -> Tensor:
-        """Reduced frames that hold at least one real frame."""
+        """Return the number of reduced frames with at least one real frame, for numbers of frames of any shape."""
         return (frames + self.factor - 1) // self.factor
 
 
 class Upsampler(nn.Module):
-    """A learnt inverse for a prediction head, as published: a transposed convolution with kernel and stride ``factor``."""
+    """A learned inverse before a prediction head, as published: a transposed convolution with kernel and stride ``factor``."""
 
     def __init__(self, width: int, factor: int) -> None:
         super().__init__()
         self.expand = nn.ConvTranspose1d(width, width, factor, factor)
 
     def forward(self, x_BRd: Tensor, frames: int) -> Tensor:
-        """(B, R, d) → (B, frames, d)."""
+        """Map (B, R, d) to (B, frames, d)."""
         y: Tensor = self.expand(x_BRd.transpose(1, 2)).transpose(1, 2)
         return y[:, :frames]
 
 
-def repeated(x_BRd: Tensor, factor: int, frames: int) -> Tensor:
-    """(B, R, d) → (B, frames, d): each reduced frame stands for all the frames it was made from."""
+def repeat_frames(x_BRd: Tensor, factor: int, frames: int) -> Tensor:
+    """Map (B, R, d) to (B, frames, d) by repeating each reduced frame for all the frames it was made from."""
     return x_BRd.repeat_interleave(factor, 1)[:, :frames]

@@ -1,1 +1,1 @@
-"""Training objectives: what a student is asked to match."""
+"""Training objectives: what a student learns from the teacher's layers, and how the loss is computed."""

@@ -1,1 +1,1 @@
-"""The training loop and what it needs: settings, optimiser, data prefetch, checkpoints, metrics, Ray Train."""
+"""Training: settings, training loop, optimiser, prefetch of batches, checkpoints, metrics and Ray Train."""

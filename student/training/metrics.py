@@ -1,4 +1,4 @@
-"""What a training says of itself: rows of JSON, TensorBoard, and Weights & Biases or MLflow where configured."""
+"""Metrics of a training: rows of JSON, TensorBoard, and Weights & Biases or MLflow where configured."""
 
 import importlib
 import json
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ray_distill.student.training import run_files
 from ray_distill.student.training.rank import Rank
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 
 def cosine_row(sums: Tensor, layers: Sequence[int]) -> dict[str, float]:
-    """`DistillationLoss.cosines` as means for a row; a kind of frame that did not occur is left out."""
+    """Return `DistillationLoss.cosines` as means for a row, without the kinds of frames that do not occur."""
     row: dict[str, float] = {}
     for kind, (*cosines, frames) in zip(("masked", "unmasked"), sums.tolist(), strict=True):
         if frames:
@@ -30,13 +31,17 @@ def cosine_row(sums: Tensor, layers: Sequence[int]) -> dict[str, float]:
     return row
 
 
-class Window:
-    """What one rank sums up between two training rows.
+class MetricWindow:
+    """Sums of one rank between two training rows.
+
+    Args:
+        reader: Reader of the training split.
+        rank: This process.
 
     Attributes:
-        loss: () float64, this rank's share of the losses, of steps whose loss was finite.
-        waited: seconds spent waiting for the reader.
-        cosines: of the step that a row is written at, as `DistillationLoss.cosines`.
+        loss: () float64, sum of this rank's losses over steps with a finite loss.
+        waited: Seconds spent waiting for the reader.
+        cosines: `DistillationLoss.cosines` of the step at which the row is written.
     """
 
     def __init__(self, reader: TargetReader, rank: Rank) -> None:
@@ -57,22 +62,22 @@ class Window:
         return getattr(self._reader, "bytes_read", None)
 
     def count(self, num_samples: np.ndarray) -> None:
-        """A batch of utterances of these lengths went through the student."""
+        """Count a batch of utterances with these lengths (B,)."""
         self._real += int(num_samples.sum())
         self._padded += int(num_samples.max()) * len(num_samples)
 
     def leave_out(self, seconds: float) -> None:
-        """Time that was not training, such as a validation."""
+        """Exclude time that was not spent training, such as a validation."""
         self._started += seconds
 
     def take_loss(self) -> float:
-        """The loss of all ranks, and start it anew. Every rank must call it."""
+        """Return the summed loss of all ranks and reset it. Every rank must call this."""
         total = float(self._rank.sum(self.loss))
         self.loss.zero_()
         return total
 
     def close(self) -> dict[str, float]:
-        """The fields of a row, the same on every rank, and a new window. Every rank must call it."""
+        """Return the fields of a row, the same on every rank, and start a new window. Every rank must call this."""
         elapsed = time.monotonic() - self._started
         read = self._bytes_read()
         read_here = 0 if read is None or self._read is None else read - self._read
@@ -92,7 +97,7 @@ class Window:
 
 
 class Tracker(Protocol):
-    """A service that rows are also sent to. ``id`` is what it calls this run, by which it goes on after a restart."""
+    """An experiment tracker. ``id`` is its name for this run, with which a restart continues the same run."""
 
     id: str
 
@@ -102,7 +107,7 @@ class Tracker(Protocol):
 
 
 class WeightsAndBiases:
-    """Weights & Biases. Project, entity and mode are taken from its own environment variables (``WANDB_PROJECT``, ...)."""
+    """Weights & Biases, configured by its own environment variables for project, entity and mode (``WANDB_PROJECT``, ...)."""
 
     package = "wandb"
 
@@ -120,7 +125,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """MLflow. Server and experiment are taken from its own environment variables (``MLFLOW_TRACKING_URI``, ...)."""
+    """MLflow, configured by its own environment variables for server and experiment (``MLFLOW_TRACKING_URI``, ...)."""
 
     package = "mlflow"
 
@@ -144,7 +149,7 @@ TRACKERS: dict[str, type[WeightsAndBiases] | type[MLflow]] = {"wandb": WeightsAn
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises ValueError where a tracker's package is not installed."""
+    """Raise ValueError if the package of a tracker is not installed."""
     for name in names:
         _import(TRACKERS[name].package)
 
@@ -154,32 +159,35 @@ def _import(package: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ValueError(
-            f"train.trackers has {package}, which is not installed; `pip install {package}`, or leave it out"
+            f"train.trackers has {package}, which is not installed; `pip install {package}`, or remove it from train.trackers"
         ) from error
 
 
 class Metrics:
-    """A run's record, kept by rank 0: each row goes to ``metrics.jsonl``, TensorBoard and the trackers.
+    """The metrics of a run, written by rank 0: each row goes to ``metrics.jsonl``, TensorBoard and the trackers.
 
-    Rows have ``kind`` and ``step`` (optimiser steps done). ``train``: loss (mean since the last row), learning_rate,
-    gradient_norm (before clipping), audio_hours_per_minute, data_wait (share of the time), padding_waste (share of the
-    samples), skipped_steps (so far), cosine_KIND_layer_NN (of this step alone). ``validation``: loss, layer_NN (unweighted),
-    cosine_unmasked_layer_NN. ``skipped``: why a step was left out.
+    Rows have ``kind`` and ``step`` (optimiser steps done). The other fields depend on the kind:
 
-    After a restart, rows beyond the checkpoint are dropped, not repeated.
+    - ``train``: loss (mean since the last row), learning_rate, gradient_norm (before clipping), audio_hours_per_minute,
+      data_wait (share of the time), padding_waste (share of the samples), skipped_steps (so far), cosine_KIND_layer_NN (of
+      this step only).
+    - ``validation``: loss, layer_NN (unweighted), cosine_unmasked_layer_NN.
+    - ``skipped``: cause of a skipped step, and its utterances.
+
+    After a restart, rows beyond the checkpoint are dropped and written again.
 
     Args:
-        folder: of the run.
-        done: optimiser steps of the checkpoint that the run goes on from; None where it starts.
-        trackers: names in TRACKERS.
-        configuration: what the trackers show as this run's.
-        enabled: False makes this one do nothing.
+        folder: Folder of the run.
+        resumed_step: Optimiser steps of the checkpoint from which the run continues; None for a new run.
+        trackers: Names in TRACKERS. Default none.
+        configuration: Configuration shown by the trackers.
+        enabled: Whether to write anything; False on all ranks but 0.
     """
 
     def __init__(
         self,
         folder: Path,
-        done: int | None,
+        resumed_step: int | None,
         trackers: Sequence[str] = (),
         configuration: dict[str, Any] | None = None,
         *,
@@ -188,13 +196,13 @@ class Metrics:
         self._enabled = enabled
         if not enabled:
             return
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / run_files.METRICS
         folder.mkdir(parents=True, exist_ok=True)
-        first = 0 if done is None else done + 1
+        first = 0 if resumed_step is None else resumed_step + 1
         self._drop_rows_from(first)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
-        ids_path = folder / "trackers.json"
-        ids = json.loads(ids_path.read_text()) if ids_path.is_file() and done is not None else {}
+        self._board = SummaryWriter(str(folder / run_files.TENSORBOARD), purge_step=first)
+        ids_path = folder / run_files.TRACKERS
+        ids = json.loads(ids_path.read_text()) if ids_path.is_file() and resumed_step is not None else {}
         self._trackers: list[Tracker] = [
             TRACKERS[name](folder, ids.get(name), configuration or {}) for name in trackers
         ]
@@ -205,17 +213,17 @@ class Metrics:
 
     def _drop_rows_from(self, step: int) -> None:
         text = self._path.read_text() if self._path.is_file() else ""
-        # A kill while a row was written leaves a piece of it, without the line's end.
-        kept = [row for row in text.splitlines(keepends=True) if row.endswith("\n") and json.loads(row)["step"] < step]
+        # A process killed while writing leaves an incomplete row without a line end.
+        rows = [row for row in text.splitlines(keepends=True) if row.endswith("\n") and json.loads(row)["step"] < step]
         temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_text("".join(rows))
         temporary.replace(self._path)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds a row.
+        """Write a row.
 
         Raises:
-            OSError: it can't be written, in one sentence.
+            OSError: the row can't be written.
         """
         if not self._enabled:
             return
@@ -232,8 +240,8 @@ class Metrics:
             self._board.flush()
         except OSError as error:
             raise OSError(
-                f"the metrics of step {row['step']} can't be written to {self._path.parent} ({error.strerror or error}); the "
-                "same command goes on from the last checkpoint once this is put right"
+                f"the metrics of step {row['step']} can't be written to {self._path.parent} ({error.strerror or error}); once "
+                "this is put right, the same command continues from the last checkpoint"
             ) from error
         for tracker in self._trackers:
             tracker.log(numbers, row["step"])

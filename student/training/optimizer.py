@@ -7,9 +7,9 @@ from ray_distill.student.training.train_settings import TrainSettings
 
 
 def schedule_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
-    """Learning-rate factor of optimiser step ``step`` (0-based): linear warm-up from 0, then linear decay to 0.
+    """Return the learning-rate factor of a 0-based optimiser step: linear warm-up from 0, then linear decay to 0.
 
-    As in the published recipe's ``get_linear_schedule_with_warmup``: step 0 has factor 0.
+    As in the published recipe's ``get_linear_schedule_with_warmup``, step 0 has factor 0.
     """
     warmup = int(total_steps * warmup_fraction)
     if step < warmup:
@@ -18,7 +18,7 @@ def schedule_factor(step: int, total_steps: int, warmup_fraction: float) -> floa
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW, fused on a GPU, with weight decay on everything but biases, as the published parameter groups have it."""
+    """Return AdamW, fused on a GPU, with weight decay on all parameters but biases, as in the published parameter groups."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
         [

@@ -1,4 +1,4 @@
-"""What a rank reads at each step of a training, and the thread that reads it ahead."""
+"""The batches of each rank and optimiser step, and the thread that prefetches them."""
 
 import contextlib
 import queue
@@ -17,19 +17,24 @@ from ray_distill.teacher_cache.targets.batch_sampler import plan_epoch
 from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
 
 PREFETCH = 4
-"""Batches read ahead by a background thread."""
+"""Number of batches that the background thread reads ahead."""
 
 
 class TrainingPlan:
-    """Which batch every rank reads at every step: a pure function of lengths, settings and world size.
+    """The batch that each rank reads at each step: a pure function of lengths, settings and world size.
 
-    Batches are dealt to micro steps and ranks in one order, so the utterances of an optimiser step depend on
-    ``workers * accumulate`` only, not on how that product is made up.
+    Batches are assigned to accumulation steps and ranks in one order, so the utterances of an optimiser step depend only on
+    the product ``workers * accumulate``, not on its factors.
+
+    Args:
+        num_samples: (N,) integer, lengths of the utterances.
+        settings: Settings of the training.
+        world_size: Number of ranks.
 
     Attributes:
-        epochs: passes that are begun.
-        total_steps: optimiser steps.
-        passes: passes, the last one by the share of its steps that are taken.
+        epochs: Number of epochs that are at least begun.
+        total_steps: Number of optimiser steps.
+        passes: Number of epochs, where an incomplete last one counts by the share of its steps.
     """
 
     def __init__(self, num_samples: np.ndarray, settings: TrainSettings, world_size: int) -> None:
@@ -38,7 +43,7 @@ class TrainingPlan:
         self._world_size = world_size
         self._epoch = -1
         self._steps: list[list[list[list[int]]]] = []
-        # Under a budget of seconds the number of batches depends on the epoch's shuffle, so each is planned once here.
+        # With batch_seconds the number of batches depends on the epoch's shuffle, so each epoch is planned once here.
         starts = [0]
         limit = settings.max_steps
         while len(starts) <= settings.epochs and (limit is None or starts[-1] < limit):
@@ -61,34 +66,39 @@ class TrainingPlan:
         )
 
     def step(self, step: int) -> tuple[int, list[list[list[int]]]]:
-        """(epoch, batches[micro][rank]) of a 0-based optimiser step."""
+        """Return the epoch of a 0-based optimiser step, and its utterances' indices by accumulated batch and rank."""
         epoch = int(np.searchsorted(self._starts, step, side="right")) - 1
         if epoch != self._epoch:
             self._epoch, self._steps = epoch, self._plan(epoch)
         return epoch, self._steps[step - self._starts[epoch]]
 
     def draw(self, epoch: int, draws: int | None) -> int | None:
-        """The mask draw of an epoch, of ``draws`` that there are (see TargetReader); None is the clean pass."""
+        """Return the mask draw of an epoch, or None for the clean pass.
+
+        Args:
+            epoch: 0-based epoch.
+            draws: Number of mask draws, as `TargetReader.draws`: 0 without masks, None if unlimited.
+        """
         if draws == 0:
             return None
         if draws is None:
-            return epoch  # The teacher in the loop never repeats one.
+            return epoch  # Online targets never repeat a draw.
         if self._settings.draw_order == "in_order":
             return epoch * draws // self.epochs
         return epoch % draws
 
 
 @dataclass(frozen=True)
-class Micro:
-    """One rank's share of one of the batches of an optimiser step.
+class MicroBatch:
+    """A rank's batch of one accumulation step.
 
     Attributes:
-        step, epoch: 0-based.
-        last_of_step: whether the optimiser steps after it.
-        step_frames: frames that the loss is divided by: the real ones of the whole step (all ranks, all accumulated batches),
-            or with the padded ones.
-        num_samples: (B,) lengths of its utterances, on the host.
-        batch: as read.
+        step, epoch: Optimiser step and epoch, 0-based.
+        last_of_step: Whether the optimiser steps after this batch.
+        step_frames: Number of frames that the loss is divided by: the real frames of the whole step (all ranks, all
+            accumulated batches), or all frames with ``count_padding``.
+        num_samples: (B,) integer, lengths of the utterances, on the host.
+        batch: The batch, as read.
     """
 
     step: int
@@ -107,25 +117,33 @@ def micro_batches(
     accumulate: int,
     *,
     count_padding: bool = False,
-) -> Iterator[Micro]:
-    """A rank's batches from optimiser step ``first_step`` on. What comes before is skipped without being read.
+) -> Iterator[MicroBatch]:
+    """Yield a rank's batches from optimiser step ``first_step`` on; earlier batches are skipped without being read.
 
-    One background thread plans epochs and reads, at most PREFETCH batches ahead, so neither the end of an epoch nor the disk is
-    waited for while it keeps up; for a GPU it puts batches into page-locked memory. What it raises is raised here. Of a reader
-    that says so (``batches_at_once``: one that waits for a network), several batches are read at a time.
+    A background thread plans epochs and reads at most PREFETCH batches ahead, so that training waits neither for the disk nor
+    at the end of an epoch while the thread keeps up. For a GPU it copies batches into page-locked memory. Its exceptions are
+    raised here. A reader with ``batches_at_once`` (for storage behind a network) reads several batches in parallel.
+
+    Args:
+        plan: Batches of the training.
+        reader: Reader of the training split.
+        rank: This process.
+        first_step: First optimiser step, 0-based.
+        accumulate: Number of batches per optimiser step.
+        count_padding: Whether ``step_frames`` counts padded frames. Default False.
     """
     frames = reader.num_frames
-    ahead: queue.Queue[Micro | BaseException | None] = queue.Queue(PREFETCH)
+    ahead: queue.Queue[MicroBatch | BaseException | None] = queue.Queue(PREFETCH)
     stopped = threading.Event()
 
-    def put(item: Micro | BaseException | None) -> None:
+    def put(item: MicroBatch | BaseException | None) -> None:
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
                 ahead.put(item, timeout=0.1)
                 return
 
-    def planned() -> Iterator[tuple[Callable[[Batch], Micro], list[int], int | None]]:
-        """Each batch's place in the training, its utterances and its mask draw."""
+    def planned() -> Iterator[tuple[Callable[[Batch], MicroBatch], list[int], int | None]]:
+        """Yield for each batch the constructor of its `MicroBatch`, its utterances and its mask draw."""
         for step in range(first_step, plan.total_steps):
             epoch, micros = plan.step(step)
             counted = [frames[indices] for micro in micros for indices in micro]
@@ -134,31 +152,31 @@ def micro_batches(
             for number, micro in enumerate(micros):
                 indices = micro[rank.index]
                 last = number == accumulate - 1
-                yield partial(Micro, step, epoch, last, step_frames, reader.num_samples[indices]), indices, draw
+                yield partial(MicroBatch, step, epoch, last, step_frames, reader.num_samples[indices]), indices, draw
 
     def read() -> None:
         try:
             at_once = getattr(reader, "batches_at_once", 1)
-            with ThreadPoolExecutor(at_once, "feed-read") as pool:
-                under_way: deque[tuple[Callable[[Batch], Micro], Future[Batch]]] = deque()
-                for place, indices, draw in planned():
-                    under_way.append((place, pool.submit(reader.read, indices, draw)))
-                    if len(under_way) == at_once:
-                        put(finished(*under_way.popleft()))
+            with ThreadPoolExecutor(at_once, "prefetch-read") as pool:
+                pending: deque[tuple[Callable[[Batch], MicroBatch], Future[Batch]]] = deque()
+                for make, indices, draw in planned():
+                    pending.append((make, pool.submit(reader.read, indices, draw)))
+                    if len(pending) == at_once:
+                        put(finished(*pending.popleft()))
                     if stopped.is_set():
                         pool.shutdown(cancel_futures=True)
                         return
-                while under_way:
-                    put(finished(*under_way.popleft()))
+                while pending:
+                    put(finished(*pending.popleft()))
             put(None)
-        except BaseException as error:  # Whatever it is, the training must hear of it.
+        except BaseException as error:  # Raised again in the training's thread.
             put(error)
 
-    def finished(place: Callable[[Batch], Micro], reading: "Future[Batch]") -> Micro:
+    def finished(make: Callable[[Batch], MicroBatch], reading: "Future[Batch]") -> MicroBatch:
         batch = reading.result()
-        return place(batch.pinned() if rank.device.type == "cuda" else batch)
+        return make(batch.pinned() if rank.device.type == "cuda" else batch)
 
-    thread = threading.Thread(target=read, name="feed", daemon=True)
+    thread = threading.Thread(target=read, name="prefetch", daemon=True)
     thread.start()
     try:
         while (item := ahead.get()) is not None:

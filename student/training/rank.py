@@ -1,4 +1,4 @@
-"""This process among the others of a training."""
+"""This process's rank in a distributed training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,20 +10,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rank:
-    """One of ``world_size`` processes that train together. ``device`` is where its student lives."""
+    """One of ``world_size`` processes that train together, with its student on ``device``. Default: a single process on the CPU."""
 
     index: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, in place. Every rank must call it."""
+        """Sum a tensor over all ranks, in place, and return it. Every rank must call this."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on every rank. Every rank must call it, and waits for the others."""
+        """Return the values of all ranks, in rank order. Every rank must call this, and waits for the others."""
         values = [value]
         if self.world_size > 1:
             values = [None] * self.world_size

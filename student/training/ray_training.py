@@ -8,24 +8,26 @@ from typing import Any
 import torch
 
 from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.training import run_files
 from ray_distill.student.training.metrics import check_trackers
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import CheckpointError
 from ray_distill.student.training.training_loop import train
+from ray_distill.teacher_cache.masks import MaskDraws
+from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.reader import CacheReader
-from ray_distill.teacher_cache.storage.cache_spec import MaskDraws, Targets
+from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
-from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 _LOG = logging.getLogger(__name__)
 _START_TRIES = 30
-"""How often Ray waits a minute for the workers' cores and GPUs: long enough for a cluster to grow, and not for ever."""
+"""Number of minutes that Ray waits for the workers' cores and GPUs: long enough for a cluster to grow, but bounded."""
 
 
 class TrainingError(ValueError):
-    """Workers that could not be had, or failed too often; the message is for the user."""
+    """Workers could not be started, or failed too often."""
 
 
 def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, TargetReader]:
@@ -35,6 +37,7 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
             CacheReader(job["cache"], "train", layers, job["masks"]["draws"], targets=job["cache_targets"]),
             CacheReader(job["cache"], "validation", layers),
         )
+    from ray_distill.teacher_cache.targets.online_targets import OnlineReader
     from ray_distill.teacher_cache.teachers import load_teacher
 
     teacher = load_teacher(job["teacher"], device)
@@ -47,30 +50,31 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
             masks,
             layers,
             job["cache_targets"] or "clean_and_masked",
+            job["precision"],
         )
         for split in ("train", "validation")
     }
     return by_split["train"], by_split["validation"]
 
 
-class _RowMetrics:
-    """The last row of a training, for the exporter of the node of rank 0. Ray puts ``ray_`` before each name.
+class _RayMetrics:
+    """Ray metrics with the last row of a training, exported by the node of rank 0. Ray prefixes each name with ``ray_``.
 
     Args:
-        run: name of the run, a tag of each value.
+        run: Name of the run, the ``run`` tag of each metric.
     """
 
     def __init__(self, run: str) -> None:
         from ray.util.metrics import Gauge
 
-        # Kind and field of a row; the metric, what it is, and the factor between the two.
+        # (kind, field) of a row: (name of the metric, description, factor from field to metric).
         fields = {
             ("train", "step"): ("step", "Optimiser steps done", 1),
             ("train", "steps"): ("steps", "Optimiser steps of the whole training", 1),
             ("train", "loss"): ("loss", "Loss per frame, mean since the last row", 1),
-            ("train", "learning_rate"): ("learning_rate", "Of the last step", 1),
-            ("train", "gradient_norm"): ("gradient_norm", "Before clipping", 1),
-            ("train", "skipped_steps"): ("skipped_steps", "Steps left out because something was not finite", 1),
+            ("train", "learning_rate"): ("learning_rate", "Learning rate of the last step", 1),
+            ("train", "gradient_norm"): ("gradient_norm", "Gradient norm before clipping", 1),
+            ("train", "skipped_steps"): ("skipped_steps", "Steps skipped because a loss or gradient was not finite", 1),
             ("train", "audio_hours_per_minute"): ("audio_seconds_per_second", "Audio trained on, all ranks", 60),
             ("train", "data_wait"): (
                 "data_wait_share",
@@ -88,14 +92,14 @@ class _RowMetrics:
         self._tags = {"run": run}
 
     def set(self, row: dict[str, Any]) -> None:
-        """A row of ``metrics.jsonl``."""
+        """Set the metrics from a row of ``metrics.jsonl``."""
         for (kind, field), (gauge, factor) in self._fields.items():
             if row["kind"] == kind and field in row:
                 gauge.set(row[field] * factor, self._tags)
 
 
 def _worker(job: dict[str, Any]) -> Exception | None:
-    """Trains; returns what went wrong where starting again would only end the same."""
+    """Train, and return the error if a restart would only repeat it."""
     import ray.train
     import ray.train.torch
 
@@ -111,7 +115,7 @@ def _worker(job: dict[str, Any]) -> Exception | None:
             job,
             rank,
             wrap=lambda distiller: ray.train.torch.prepare_model(distiller, move_to_device=False),
-            on_row=_RowMetrics(Path(job["folder"]).name).set if rank.index == 0 else lambda row: None,
+            on_row=_RayMetrics(Path(job["folder"]).name).set if rank.index == 0 else lambda row: None,
             on_validation=lambda row: ray.train.report(row),
         )
     except (FloatingPointError, CheckpointError) as error:
@@ -145,28 +149,33 @@ def train_on_ray(
     masks: MaskDraws,
     utterances: list[Utterance],
     cache_targets: Targets | None = None,
+    precision: Precision = "fp32",
     initial: Path | None = None,
     cpu_threads: int = 1,
     reserved_cpus: int = 1,
     in_process: bool = False,
 ) -> None:
-    """Trains on ``settings.workers`` Ray Train workers; Ray must be initialised. Goes on from the run's last checkpoint.
+    """Train on ``settings.workers`` Ray Train workers, continuing from the run's last checkpoint. Ray must be initialised.
 
     Args:
-        config, settings, folder: as in `training_loop.train`; the folder must be reachable from every node.
-        layers: 1-based teacher layers to learn from.
-        cache: location of the cache, for cached targets.
-        teacher, masks, utterances: for online targets.
-        cache_targets: which targets to read or compute, as `CacheSpec.targets`; default what the cache was made
-            for, online ``clean_and_masked``.
-        initial: as `ray_distill.student.training.training_loop.train` takes it.
-        cpu_threads: PyTorch threads of a worker without a GPU.
-        reserved_cpus: cores that Ray sets aside for each worker.
-        in_process: a single worker is this process, which has its cores and GPU already, and restarts are the caller's.
+        config, settings, folder: As for `training_loop.train`; the folder must be reachable from every node.
+        layers: Teacher layers to learn from; layer k is the output of Transformer layer k, from 1.
+        cache: Location of the cache; only used with cached targets.
+        teacher: Teacher checkpoint; only used with online targets.
+        masks: Mask draws.
+        utterances: Utterances of both splits; only used with online targets.
+        cache_targets: Targets to read or compute, as `CacheSpec.targets`. Default: those that the cache was made for, and
+            ``clean_and_masked`` online.
+        precision: Precision of the teacher's arithmetic; only used with online targets. Default: ``fp32``.
+        initial: As for `training_loop.train`.
+        cpu_threads: Number of PyTorch threads of a worker without a GPU.
+        reserved_cpus: Number of cores that Ray reserves for each worker.
+        in_process: Whether a single worker runs in this process, which already has its cores and GPU. The caller then
+            handles restarts.
 
     Raises:
-        TrainingError: Ray has no room for the workers, or they failed more than ``settings.max_failures`` times.
-        ValueError, FloatingPointError, OSError: as `training_loop.train` does, from whichever worker it came.
+        TrainingError: Ray cannot start the workers, or they failed more than ``settings.max_failures`` times.
+        ValueError, FloatingPointError, OSError: as `training_loop.train`, from any worker.
     """
     import ray.train
     import ray.train.torch
@@ -179,6 +188,7 @@ def train_on_ray(
         "layers": layers,
         "cache": cache,
         "cache_targets": cache_targets,
+        "precision": precision,
         "teacher": teacher,
         "masks": masks.model_dump(mode="json"),
         "utterances": [vars(u) for u in utterances] if settings.targets == "online" else [],
@@ -198,10 +208,10 @@ def train_on_ray(
             use_gpu=settings.use_gpu,
             resources_per_worker={"CPU": reserved_cpus} | ({"GPU": 1} if settings.use_gpu else {}),
         ),
-        # Our own checkpoints carry the progress; a name of its own keeps Ray from resuming some other run's state.
+        # Progress is in our own checkpoints; a unique name keeps Ray from resuming the state of another run.
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex[:12],
-            storage_path=str(folder / "ray"),
+            storage_path=str(folder / run_files.RAY),
             failure_config=ray.train.FailureConfig(
                 max_failures=settings.max_failures, controller_failure_limit=_START_TRIES
             ),
@@ -210,15 +220,15 @@ def train_on_ray(
     try:
         problem = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
-        problem = _reason(error, settings)
+        problem = _explain(error, settings)
         if isinstance(problem, TrainingError):
-            _LOG.error("the training failed", exc_info=error)  # The sentence leaves out what a developer needs.
+            _LOG.error("the training failed", exc_info=error)  # The message to the user has no traceback.
     if problem is not None:
         raise problem
 
 
-def _reason(error: Exception, settings: TrainSettings) -> Exception:
-    """What Ray Train raised, for the user: what a worker raised where that is for the user, else a TrainingError."""
+def _explain(error: Exception, settings: TrainSettings) -> Exception:
+    """Return the error to show for an error of Ray Train: a worker's own ValueError or OSError, or else a TrainingError."""
     import ray.exceptions
     import ray.train
 
@@ -226,9 +236,9 @@ def _reason(error: Exception, settings: TrainSettings) -> Exception:
         cause = getattr(error, "controller_failure", error)
         return TrainingError(
             f"Ray could not start the training's {settings.workers} workers ({_first_sentence(cause)}); change train.workers or "
-            "train.use_gpu, or see to machines with room for them"
+            "train.use_gpu, or add machines with enough free cores and GPUs"
         )
-    # Ray wraps what the workers raised: one rank's reason, and perhaps the broken connections of the others.
+    # Ray wraps the workers' errors: the cause on one rank, and often broken connections on the others.
     causes = [
         getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", failure)
         for failure in error.worker_failures.values()
@@ -239,13 +249,13 @@ def _reason(error: Exception, settings: TrainSettings) -> Exception:
     died = next((cause for cause in causes if isinstance(cause, ray.exceptions.RayActorError)), None)
     memory = next((cause for cause in causes if isinstance(cause, (torch.OutOfMemoryError, MemoryError))), None)
     if memory is None and died is not None:
-        why = "a worker's process died, as when the machine's memory runs out"
+        why = "a worker's process died, for example because the machine ran out of memory"
     else:
         why = f"a worker failed: {_first_sentence(memory or causes[0])}"
-    hint = "; where memory was short, lower train.batch_size or train.batch_seconds" if memory or died else ""
+    hint = "; if memory ran out, lower train.batch_size or train.batch_seconds" if memory or died else ""
     return TrainingError(
-        f"the training was broken off {settings.max_failures + 1} times (train.max_failures is {settings.max_failures}), the last "
-        f"time since {why}{hint}; the same command goes on from the last checkpoint"
+        f"the training failed {settings.max_failures + 1} times (train.max_failures is {settings.max_failures}), the last time "
+        f"because {why}{hint}; the same command continues from the last checkpoint"
     )
 
 

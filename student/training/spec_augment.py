@@ -1,8 +1,8 @@
-"""SpecAugment (Park et al. 2019) on the student's features: time warp, masks over frequency (feature dimensions) and time.
+"""SpecAugment (Park et al. 2019) on the student's features: time warping, and masks over frequency (feature dimensions) and time.
 
-The published configuration has it, with these defaults, but its forward pass never applies it. Here it is applied in training, to
-the front end's features projected to the encoder's width, before masked frames take the mask embedding. The published code fills with
-the mean of a padded batch, here each utterance has its own.
+The published configuration has it, with these defaults, but the published forward pass never applies it. Here it is applied
+in training to the projected features of the front end, before masked frames are replaced by the mask embedding. The published
+code fills masks with the mean of a padded batch; here each utterance has its own mean.
 """
 
 from collections.abc import Callable
@@ -36,19 +36,19 @@ class SpecAugment(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute
 
 
 def spec_augment(x: Tensor, num_frames: Tensor, policy: SpecAugment) -> Tensor:
-    """Augmented features; gradients flow through. Random numbers come from PyTorch's default generator of the CPU.
+    """Return augmented features. Gradients flow through; random numbers come from PyTorch's default CPU generator.
 
     Args:
         x: (B, T, d) float.
-        num_frames: (B,) integer, real frames of each row, at least 1; what lies beyond stays as it is.
-        policy: what to do.
+        num_frames: (B,) integer, real frames of each row, at least 1; padded frames are unchanged.
+        policy: SpecAugment policy.
 
     Returns:
-        (B, T, d).
+        (B, T, d) float.
     """
     rows = []
     for row, frames in zip(x, num_frames.tolist(), strict=True):
-        real = _warped(row[:frames], policy.time_warp_window)
+        real = _warp_time(row[:frames], policy.time_warp_window)
         keep = torch.ones(frames, 1, dtype=torch.bool), torch.ones(1, x.shape[2], dtype=torch.bool)
         longest = min(policy.time_mask_width, int(policy.time_mask_share * frames) + 1)
         for axis, count, width in (
@@ -57,8 +57,8 @@ def spec_augment(x: Tensor, num_frames: Tensor, policy: SpecAugment) -> Tensor:
         ):
             line = keep[axis].view(-1)
             for _ in range(count):
-                size = min(_integer(0, width), len(line))
-                first = _integer(0, len(line) - size + 1)
+                size = min(_random_integer(0, width), len(line))
+                first = _random_integer(0, len(line) - size + 1)
                 line[first : first + size] = False
         filling = real.mean() if policy.fill == "mean" else real.new_zeros(())
         real = torch.where((keep[0] & keep[1]).to(x.device), real, filling)
@@ -67,28 +67,28 @@ def spec_augment(x: Tensor, num_frames: Tensor, policy: SpecAugment) -> Tensor:
 
 
 def augmentation(policy: SpecAugment | None, training: bool) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """What `Student.layer_outputs` takes as ``augment``: nothing without a policy, and outside training."""
+    """Return the ``augment`` argument of `Student.layer_outputs`: None without a policy or outside training."""
     return partial(spec_augment, policy=policy) if policy is not None and training else None
 
 
-def _warped(x: Tensor, window: int) -> Tensor:
-    """(T, d): what stood before a random frame is stretched to end up to ``window`` frames earlier or later."""
+def _warp_time(x: Tensor, window: int) -> Tensor:
+    """Stretch x (T, d) so that a random frame moves by up to ``window`` frames."""
     frames = len(x)
     if window == 0 or frames <= 2 * window:
         return x
-    centre = _integer(window, frames - window)
-    moved = _integer(centre - window, centre + window) + 1
+    centre = _random_integer(window, frames - window)
+    moved = _random_integer(centre - window, centre + window) + 1
     parts = (x[:centre], moved), (x[centre:], frames - moved)
-    return torch.cat([_stretched(part, size) for part, size in parts])
+    return torch.cat([_resample(part, size) for part, size in parts])
 
 
-def _stretched(x: Tensor, frames: int) -> Tensor:
-    """(T, d) → (frames, d), linear in time: SpecAugment's bicubic image warp is meant for spectrograms."""
+def _resample(x: Tensor, frames: int) -> Tensor:
+    """Resample (T, d) to (frames, d), linearly: SpecAugment's bicubic image warp is meant for spectrograms."""
     if frames == 0:
         return x[:0]
     return F.interpolate(x.t()[None], frames, mode="linear", align_corners=False)[0].t()
 
 
-def _integer(low: int, high: int) -> int:
-    """From low to high, exclusive; low where there is nothing between."""
+def _random_integer(low: int, high: int) -> int:
+    """Draw an integer from low to high, exclusive; low if the range is empty."""
     return int(torch.randint(low, max(high, low + 1), ()))

@@ -5,18 +5,17 @@ from typing import Annotated, Literal, Self
 import pydantic
 
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT
+from ray_distill.student.objectives.objective import Objective
+from ray_distill.student.objectives.objective_keys import ObjectiveKeys, objective_of
+from ray_distill.student.training.field_effects import CHANGES_NO_RESULT
 from ray_distill.student.training.spec_augment import SpecAugment
 
-_OBJECTIVE_KEYS = {
-    "prediction": ("hint_weight", "final_weight", "hint_layers", "cosine_weight"),
-    "star": ("relation_weights",),
-}
-"""Keys that the other objective does not use."""
 
+class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Settings of a training. The defaults are those of ARMHuBERT-S on 100 hours.
 
-class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """Settings of a training. The defaults are those of ARMHuBERT-S on 100 hours."""
+    The keys of all objectives are fields too: ``objective``, ``loss``, ``hint_weight`` and so on.
+    """
 
     targets: Literal["cached", "online"] = "cached"
     """Source of the targets: ``cached`` reads them from a cache, ``online`` runs the teacher at each step, for comparison."""
@@ -47,23 +46,6 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     weight_decay: float = 0.01
     """AdamW's weight decay, not applied to biases. The published yaml says 1e-6, but the parameter groups of its optimiser
     override that with 0.01."""
-    objective: Annotated[Literal["prediction", "star"], CHANGES_LOSS_MEANING] = "prediction"
-    """Training objective: ``prediction`` predicts the teacher's layers with heads (ARMHuBERT, DistilHuBERT); ``star`` matches
-    temporal relations between frames and needs a student without heads (STaR)."""
-    hint_weight: Annotated[float, CHANGES_LOSS_MEANING] = 0.1
-    """Weight of the summed losses of all layers but the last. Only with objective ``prediction``."""
-    final_weight: Annotated[float, CHANGES_LOSS_MEANING] = 1.0
-    """Weight of the last layer's loss. Only with objective ``prediction``."""
-    loss: Annotated[Literal["mse", "l1"], CHANGES_LOSS_MEANING] = "mse"
-    """Error between student and teacher: squared (``mse``) or absolute (``l1``)."""
-    cosine_weight: Annotated[float, CHANGES_LOSS_MEANING] = pydantic.Field(default=0.0, ge=0)
-    """Weight of DistilHuBERT's second term, ``-log sigmoid(cos)``. The published ARMHuBERT does not use it (0). Only with
-    objective ``prediction``."""
-    relation_weights: Annotated[tuple[float, float], CHANGES_LOSS_MEANING] = (1.0, 1.0)
-    """Weights of the layer-wise and of the intra-layer relations. Only with objective ``star``."""
-    hint_layers: int | None = pydantic.Field(default=None, ge=1)
-    """Number of layers below the last that take part in the loss, drawn anew for each epoch (published
-    ``distil_random_layer``). None uses all. Only with objective ``prediction``."""
     count_padding: bool = False
     """Whether the loss is divided by all frames, padded ones included, as in the published code. A cache has no targets for
     padded frames, so they add no error."""
@@ -116,12 +98,7 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
             raise ValueError(
                 "train.draw_order in_order needs train.targets cached: online targets have no fixed number of draws"
             )
-        other = _OBJECTIVE_KEYS["star" if self.objective == "prediction" else "prediction"]
-        for key in other:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"train.{key} does nothing with train.objective {self.objective}: it belongs to the other objective; leave it out"
-                )
+        objective_of(self)
         return self
 
     @property
@@ -130,14 +107,10 @@ class TrainSettings(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
         return self.init_front_end or self.init_encoder_layers > 0 or self.mask_embedding == "teacher"
 
     def check_student(self, config: StudentConfig) -> None:
-        """Raise ValueError if these settings cannot train such a student."""
-        if (self.objective == "star") != (config.heads == "none"):
-            raise ValueError(
-                f"train.objective {self.objective} does not go with student.heads {config.heads}: star compares hidden states, and "
-                "needs heads none; prediction needs heads"
-            )
-        if self.hint_layers is not None and self.hint_layers >= config.num_predictions:
-            raise ValueError(
-                f"train.hint_layers is {self.hint_layers}, but there are {config.num_predictions - 1} layers below the last to draw "
-                "from; give fewer, or leave it out to learn from all"
-            )
+        """Raise ValueError if the objective cannot train such a student."""
+        self.chosen_objective.check_student(config)
+
+    @property
+    def chosen_objective(self) -> Objective:
+        """Settings of the objective named by ``objective``."""
+        return objective_of(self)

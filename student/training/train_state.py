@@ -1,4 +1,4 @@
-"""A run's checkpoints: the state it goes on from, and its best students."""
+"""Checkpoints of a run: the state from which it continues, and its best students."""
 
 import io
 import os
@@ -13,11 +13,12 @@ import torch
 
 from ray_distill.student.checkpoints import save_student
 from ray_distill.student.model.student import Student
+from ray_distill.student.training import run_files
 from ray_distill.student.training.rank import Rank
 
 
 class CheckpointError(OSError):
-    """A checkpoint that can't be written; the message is for the user."""
+    """A checkpoint can't be written."""
 
 
 @dataclass
@@ -25,15 +26,16 @@ class TrainState:
     """Progress of a training.
 
     Attributes:
-        step: optimiser steps done, skipped ones included.
-        seconds: wall time.
-        loss_sum, loss_steps: of the steps since the last training row that had a finite loss, all ranks together.
-        first_loss, last_loss: of training rows; None until there is one.
-        gradient_norm: before clipping, at the last step that was taken.
-        skipped_steps: steps whose loss or gradient was not finite.
-        skipped_in_a_row: up to now, leaving out those by which fp16 looks for its loss scale.
-        first_validation_loss, last_validation_loss: None until measured.
-        best: (validation loss, step) of the students that are kept, best first.
+        step: Optimiser steps done, skipped ones included.
+        seconds: Wall-clock time.
+        loss_sum, loss_steps: Sum of the losses of all ranks, and number of steps, over the steps with a finite loss since
+            the last training row.
+        first_loss, last_loss: Losses of the first and last training rows; None before the first.
+        gradient_norm: Gradient norm before clipping, at the last step that was not skipped.
+        skipped_steps: Number of steps with a loss or gradient that was not finite.
+        skipped_in_a_row: Number of consecutive skipped steps up to now, except those in which fp16 searches its loss scale.
+        first_validation_loss, last_validation_loss: Validation losses; None before the first validation.
+        best: (validation loss, step) of the kept students, best first.
     """
 
     step: int = 0
@@ -51,7 +53,7 @@ class TrainState:
 
 
 class Stateful(Protocol):
-    """What a checkpoint holds: a student, an optimiser, a loss scaler, an average of weights."""
+    """A part of a checkpoint: a student, an optimiser, a loss scaler or an average of weights."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -61,14 +63,14 @@ class Stateful(Protocol):
 class Checkpoints:
     """The checkpoints of a run.
 
-    ``last/state.pt`` is all that a run needs to go on as if it had not stopped. ``step-000123/`` hold the best students
-    (see `save_student`), and ``best`` is a link to the best of them. Whatever is replaced stays until what replaces it is
-    safe on the disk.
+    ``last/state.pt`` holds everything that a run needs to continue as if it had not stopped. Folders such as
+    ``step-000123/`` hold the best students (see `save_student`), and ``best`` is a link to the best of them. A file is only
+    replaced once its replacement is on the disk (fsync).
 
     Args:
-        folder: of the checkpoints.
-        parts: what there is to keep, by name; the same on every rank.
-        rank: this process. Only rank 0 writes; a failure is raised on all.
+        folder: Folder of the checkpoints.
+        parts: Parts to save, by name; the same names on every rank.
+        rank: This process. Only rank 0 writes; its errors are raised on all ranks.
     """
 
     def __init__(self, folder: Path, parts: Mapping[str, Stateful], rank: Rank) -> None:
@@ -77,14 +79,17 @@ class Checkpoints:
         self._rank = rank
 
     def load(self) -> TrainState:
-        """Restores all parts and this rank's random state from ``last``; a fresh TrainState where there is none.
+        """Restore all parts and this rank's random state from ``last``.
 
-        Random states are restored only where the world size is the one of the checkpoint.
+        Random states are restored only if the world size is that of the checkpoint.
+
+        Returns:
+            The progress of the training; a new TrainState if no checkpoint exists.
 
         Raises:
-            ValueError: the checkpoint can't be read, or was made with other parts.
+            ValueError: the checkpoint can't be read, or was made with other settings.
         """
-        path = self._folder / "last" / "state.pt"
+        path = self._folder / run_files.LAST / run_files.STATE
         if not path.is_file():
             return TrainState()
         try:
@@ -96,7 +101,7 @@ class Checkpoints:
         except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"{path} is not a checkpoint of this training ({' '.join(str(error).split())[:200]}); remove "
-                f"{self._folder} to start again, or choose another run"
+                f"{self._folder} to start again, or give the run another name"
             ) from error
         if len(random) == self._rank.world_size:
             mine = random[self._rank.index]
@@ -106,10 +111,10 @@ class Checkpoints:
         return state
 
     def save(self, state: TrainState) -> None:
-        """Writes ``last``, with every rank's random state.
+        """Write ``last``, with the random state of every rank.
 
         Raises:
-            CheckpointError: it can't be written; the one before is untouched.
+            CheckpointError: it can't be written; the previous one is unchanged.
         """
         device = self._rank.device
         mine = {
@@ -119,55 +124,55 @@ class Checkpoints:
         everyone = self._rank.gather(mine)
 
         def write() -> None:
-            buffer = io.BytesIO()  # torch.save's own error on a full disk says nothing of the disk.
+            buffer = io.BytesIO()  # torch.save's own error does not mention a full disk.
             parts = {name: part.state_dict() for name, part in self._parts.items()}
             torch.save({"parts": parts, "state": asdict(state), "random": everyone}, buffer)
-            temporary = self._folder / "last" / ".state.pt.tmp"
+            temporary = self._folder / run_files.LAST / f".{run_files.STATE}.tmp"
             temporary.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(buffer.getbuffer())
             _sync(temporary)
-            temporary.replace(temporary.with_name("state.pt"))
+            temporary.replace(temporary.with_name(run_files.STATE))
             _sync(temporary.parent)
 
         self._on_rank_0(write, state.step)
 
     def save_best(self, student: Student, state: TrainState, loss: float, keep: int) -> None:
-        """Keeps this student where its validation loss is among the ``keep`` lowest, and enters it in ``state.best``.
+        """Save the student if its validation loss is among the ``keep`` lowest, and add it to ``state.best``.
 
-        Students that fall behind stay on the disk until `remove_old`.
+        Students that are no longer among the best stay on the disk until `remove_old`.
 
         Raises:
-            CheckpointError: it can't be written; those before are untouched.
+            CheckpointError: it can't be written; the previous ones are unchanged.
         """
         best = sorted([*state.best, (loss, state.step)])[:keep]
         if (loss, state.step) not in best:
             return
 
         def write() -> None:
-            name = f"step-{state.step:06d}"
+            name = run_files.step_folder(state.step)
             temporary = self._folder / f".{name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             save_student(student, temporary, {"step": state.step, "validation_loss": loss})
             for path in (*temporary.iterdir(), temporary):
                 _sync(path)
-            # There only where a run was killed right after this save, before `last` told of it.
+            # Exists only if a run was killed after this rename and before `last` was written.
             shutil.rmtree(self._folder / name, ignore_errors=True)
             temporary.rename(self._folder / name)
-            link = self._folder / ".best.tmp"
+            link = self._folder / f".{run_files.BEST}.tmp"
             link.unlink(missing_ok=True)
-            link.symlink_to(f"step-{best[0][1]:06d}")
-            link.replace(self._folder / "best")
+            link.symlink_to(run_files.step_folder(best[0][1]))
+            link.replace(self._folder / run_files.BEST)
             _sync(self._folder)
 
         self._on_rank_0(write, state.step)
         state.best = best
 
     def remove_old(self, state: TrainState) -> None:
-        """Removes the students that are not in ``state.best``; to be called once ``last`` tells of those that are."""
+        """Remove the students that are not in ``state.best``. To be called after `save` has written that list."""
         if self._rank.index == 0:
-            kept = {f"step-{step:06d}" for _, step in state.best}
+            best = {run_files.step_folder(step) for _, step in state.best}
             for path in self._folder.glob("step-*"):
-                if path.name not in kept:
+                if path.name not in best:
                     shutil.rmtree(path)
 
     def _on_rank_0(self, write: Callable[[], None], step: int) -> None:
@@ -177,8 +182,8 @@ class Checkpoints:
                 write()
             except OSError as error:
                 problem = (
-                    f"the checkpoint of step {step} can't be written to {self._folder} ({error.strerror or error}); the one "
-                    "before it is kept, and the same command goes on from there once this is put right"
+                    f"the checkpoint of step {step} can't be written to {self._folder} ({error.strerror or error}); the "
+                    "previous checkpoint is unchanged, and once this is put right, the same command continues from it"
                 )
         problem = self._rank.gather(problem)[0]
         if problem is not None:

@@ -15,28 +15,38 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ray_distill.student.checkpoints import fill, load_tensors
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.objectives.layer_loss import DistillationLoss, Distiller
-from ray_distill.student.objectives.temporal_relation import RelationDistiller
-from ray_distill.student.training.metrics import Metrics, Window, cosine_row
+from ray_distill.student.training import run_files
+from ray_distill.student.training.metrics import Metrics, MetricWindow
 from ray_distill.student.training.optimizer import make_optimizer, schedule_factor
-from ray_distill.student.training.prefetch import Micro, TrainingPlan, micro_batches
+from ray_distill.student.training.prefetch import MicroBatch, TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import Checkpoints, Stateful
+from ray_distill.student.training.validation import batch_loss, make_distiller, validate
+from ray_distill.student.weights import load_tensors, load_weights
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
-from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
-from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
+from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 MIN_LOSS_SCALE = 1e-4
-"""Where fp16's loss scale stops being looked for; fairseq's ``--min-loss-scale``."""
+"""Loss scale of fp16 below which the search for it ends; fairseq's ``--min-loss-scale``."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished training says of itself: losses are per frame, weighted as in training; hours are of audio."""
+    """Result of a finished training, stored as ``train.json``. Losses are per frame, weighted as in training.
+
+    Attributes:
+        steps: Optimiser steps, skipped ones included.
+        skipped_steps: Steps that were skipped because a loss or gradient was not finite.
+        first_loss, last_loss: Losses of the first and of the last training row.
+        first_validation_loss, last_validation_loss: Validation losses before the first and after the last step.
+        best_validation_loss: Lowest validation loss.
+        best_step: Optimiser steps done at the lowest validation loss.
+        seconds: Wall-clock time.
+        cache_fingerprint: Fingerprint of the cache that the targets were read from; None for online targets.
+    """
 
     steps: int
     skipped_steps: int
@@ -48,84 +58,6 @@ class TrainResult:
     best_step: int
     seconds: float
     cache_fingerprint: str | None = None
-    """Of the cache that the targets were read from; None for online targets."""
-
-
-def forward(
-    model: nn.Module,
-    batch: Batch,
-    settings: TrainSettings,
-    normalizer: float | None = None,
-    *,
-    hints: list[bool] | None = None,
-    cosines: bool = False,
-) -> DistillationLoss:
-    """What `distiller_of` gives (perhaps in DDP) says of a batch on its device, in the settings' precision."""
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
-    with nullcontext() if dtype is None else torch.autocast(batch.waveforms.device.type, dtype):
-        loss: DistillationLoss = model(
-            batch.waveforms, batch.lengths, batch.frame_mask, batch.targets, normalizer, hints=hints, cosines=cosines
-        )
-    return loss
-
-
-def distiller_of(student: Student, settings: TrainSettings) -> Distiller | RelationDistiller:
-    """The student with the settings' loss."""
-    if settings.objective == "star":
-        layer_weight, intra_weight = settings.relation_weights
-        return RelationDistiller(
-            student,
-            kind=settings.loss,
-            layer_weight=layer_weight,
-            intra_weight=intra_weight,
-            spec_augment=settings.spec_augment,
-        )
-    return Distiller(
-        student,
-        kind=settings.loss,
-        hint_weight=settings.hint_weight,
-        final_weight=settings.final_weight,
-        cosine_weight=settings.cosine_weight,
-        spec_augment=settings.spec_augment,
-    )
-
-
-def hints_of(epoch: int, layers: int, settings: TrainSettings) -> list[bool] | None:
-    """Which of the ``layers`` below the last take part in an epoch: a pure function of the seed; None: all."""
-    if settings.hint_layers is None:
-        return None
-    chosen = np.random.default_rng((settings.seed, epoch)).permutation(layers)[: settings.hint_layers]
-    return [layer in chosen for layer in range(layers)]
-
-
-@torch.no_grad()
-def validate(student: Student, reader: TargetReader, settings: TrainSettings, rank: Rank) -> dict[str, float]:
-    """The unmasked student against the clean pass, over the whole validation split, per real frame.
-
-    Returns:
-        ``loss`` (weighted), ``layer_NN`` (unweighted) and ``cosine_unmasked_layer_NN``, the same on every rank.
-    """
-    distiller = distiller_of(student, settings).eval()
-    order = np.argsort(-reader.num_samples, kind="stable").tolist()
-    if settings.batch_size is not None:
-        batches = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
-    else:
-        assert settings.batch_seconds is not None
-        batches = cut_by_seconds(order, reader.num_samples, settings.batch_seconds)
-    losses = torch.zeros(len(reader.layers) + 1, dtype=torch.float64, device=rank.device)
-    cosines = torch.zeros(2, len(reader.layers) + 1, dtype=torch.float64, device=rank.device)
-    for indices in batches[rank.index :: rank.world_size]:
-        batch = reader.read(indices, None).to(rank.device)
-        loss = forward(distiller, batch, settings, 1.0, cosines=True)
-        losses += torch.cat([loss.total[None], loss.per_layer]).double()
-        assert loss.cosines is not None
-        cosines += loss.cosines
-    distiller.train()
-    rank.sum(losses)
-    rank.sum(cosines)
-    total, *layers = (losses / cosines[1, -1]).tolist()
-    named = {f"layer_{layer:02d}": loss for layer, loss in zip(reader.layers, layers, strict=True)}
-    return {"loss": total} | named | cosine_row(cosines, reader.layers)
 
 
 def train(
@@ -142,35 +74,36 @@ def train(
     on_validation: Callable[[dict[str, Any]], None] = lambda row: None,
     cache_fingerprint: str | None = None,
 ) -> TrainResult:
-    """Trains a student, or goes on from ``folder/checkpoints/last``.
+    """Train a student, or continue from ``folder/checkpoints/last``.
 
     The loss of an optimiser step is the sum over all its frames (all ranks, all accumulated batches) divided by their
-    number, so that the result does not depend on how a batch is spread over ranks.
+    number, so the result does not depend on how a batch is spread over ranks.
 
     Args:
-        config: of the student; its layers and target_dim must be the readers'.
-        settings: of the training.
-        train_reader: targets of the training split.
-        validation_reader: targets of the validation split.
-        folder: run folder; gets ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` (see `Checkpoints`) and ``train.json``
-            (the result, written when training is finished).
-        rank: this process.
-        initial: a safetensors file of tensors that the student starts from, by name, such as the teacher's; others are drawn.
-        wrap: puts the student, with its loss, in DDP.
-        on_row: called on every rank with each row of ``metrics.jsonl`` (see `Metrics`).
-        on_validation: called on every rank, equally often, after each validation.
-        cache_fingerprint: of the readers' cache, for the result; default None: they have none.
+        config: Architecture of the student; its layers and target_dim must be the readers'.
+        settings: Settings of the training.
+        train_reader: Targets of the training split.
+        validation_reader: Targets of the validation split.
+        folder: Run folder; receives ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` (see `Checkpoints`) and, at the end
+            of the training, ``train.json`` with the result.
+        rank: This process. Default: the only one.
+        initial: Safetensors file of initial weights by name, such as the teacher's; all others are random. Default None.
+        wrap: Function that wraps the module with student and loss in DDP. Default: no wrapping.
+        on_row: Function called on every rank with each row of ``metrics.jsonl`` (see `Metrics`).
+        on_validation: Function called on every rank, equally often, after each validation.
+        cache_fingerprint: Fingerprint of the readers' cache, for the result. Default None: the readers have no cache.
 
     Raises:
-        ValueError: the student doesn't fit the targets, the checkpoint not the training, or a tracker is not installed.
-        FloatingPointError: ``settings.max_skipped_steps`` steps in a row, or a validation, gave no finite loss.
+        ValueError: the student does not fit the targets, the checkpoint does not fit the training, or a tracker is not
+            installed.
+        FloatingPointError: the loss of ``settings.max_skipped_steps`` consecutive steps, or of a validation, is not finite.
         OSError: a checkpoint or the metrics can't be written.
     """
     if config.num_predictions != len(train_reader.layers) or config.target_dim != train_reader.dim:
         raise ValueError(
             f"the student predicts {config.num_predictions} layers of width {config.target_dim}, the targets have "
-            f"{len(train_reader.layers)} layers of width {train_reader.dim}; set student.encoder_layers (of split heads, "
-            "student.split_heads) and student.target_dim to match, or choose teacher.layers"
+            f"{len(train_reader.layers)} layers of width {train_reader.dim}; set student.encoder_layers (student.split_heads "
+            "with split heads) and student.target_dim to match, or choose other teacher.layers"
         )
     settings.check_student(config)
     for reader in (train_reader, validation_reader):
@@ -179,33 +112,33 @@ def train(
     with loop.metrics:
         result = replace(loop.run(), cache_fingerprint=cache_fingerprint)
     if rank.index == 0:
-        temporary = folder / ".train.json.tmp"
+        temporary = folder / f".{run_files.RESULT}.tmp"
         temporary.write_text(json.dumps(asdict(result), indent=2) + "\n")
-        temporary.replace(folder / "train.json")
+        temporary.replace(folder / run_files.RESULT)
     return result
 
 
 def _check_frames(config: StudentConfig, reader: TargetReader) -> None:
-    """ValueError where the student would make other frames of an utterance than the teacher did."""
+    """Raise ValueError if the student and the targets differ in the number of frames of an utterance."""
     ours = config.num_frames(torch.as_tensor(reader.num_samples)).numpy()
     if (wrong := np.flatnonzero(ours != reader.num_frames)).size:
         first = wrong[0]
         raise ValueError(
-            f"the student makes {ours[first]} frames of an utterance of {reader.num_samples[first]} samples, the targets have "
-            f"{reader.num_frames[first]}; set student.patches to the teacher's, or give the student other student.conv_layers"
+            f"the student makes {ours[first]} frames of an utterance of {reader.num_samples[first]} samples, but the targets "
+            f"have {reader.num_frames[first]}; set student.patches to the teacher's, or change student.conv_layers"
         )
 
 
 @dataclass(frozen=True)
-class _Share:
-    """What one batch of this rank added to a step: its loss, and the seconds of each utterance."""
+class _BatchRecord:
+    """One batch of this rank in the current step: its loss, and the seconds of each utterance by id."""
 
     loss: Tensor
     seconds: dict[str, float]
 
 
 class _Loop:
-    """A training under way; see `train` for the arguments."""
+    """A training in progress; see `train` for the arguments."""
 
     def __init__(
         self,
@@ -225,11 +158,11 @@ class _Loop:
         torch.manual_seed(settings.seed)
         self.student = Student(config).to(rank.device)
         if initial is not None:
-            fill(self.student, load_tensors(initial), initial, whole=False)
+            load_weights(self.student, load_tensors(initial), initial, strict=False)
         self.student.checkpoint_activations = settings.checkpoint_activations
-        # Without masks nothing reaches the mask embedding, and DDP would wait for its gradient.
+        # Without masks the mask embedding is unused, and DDP would wait for its gradient.
         self.student.mask_embedding.requires_grad_(train_reader.draws != 0 and settings.mask_embedding == "learned")
-        # Ranks start from equal weights but drop different units.
+        # Ranks start from the same weights, but draw different dropout masks.
         torch.manual_seed(settings.seed * 1_000_003 + 1 + rank.index)
         self.optimizer = make_optimizer(self.student, settings)
         self.scaler = GradScaler(rank.device.type, enabled=settings.precision == "fp16")
@@ -244,17 +177,18 @@ class _Loop:
             self.average = AveragedModel(self.student, multi_avg_fn=average)
             parts["average"] = self.average
         self.plan = TrainingPlan(train_reader.num_samples, settings, rank.world_size)
-        self.checkpoints = Checkpoints(folder / "checkpoints", parts, rank)
+        self.checkpoints = Checkpoints(folder / run_files.CHECKPOINTS, parts, rank)
         self.state = self.checkpoints.load()
         self.started = time.monotonic() - self.state.seconds
-        self.model = wrap(distiller_of(self.student, settings))
-        self.window = Window(train_reader, rank)
-        self.shares: list[_Share] = []
+        self.distiller = make_distiller(self.student, settings)
+        self.model = wrap(self.distiller)
+        self.window = MetricWindow(train_reader, rank)
+        self.step_batches: list[_BatchRecord] = []
         configuration = {f"student.{key}": value for key, value in config.model_dump(mode="json").items()} | {
             f"train.{key}": value for key, value in settings.model_dump(mode="json").items()
         }
-        done = None if self.is_fresh() else self.state.step
-        self.metrics = Metrics(folder, done, settings.trackers, configuration, enabled=rank.index == 0)
+        resumed_step = None if self.is_fresh() else self.state.step
+        self.metrics = Metrics(folder, resumed_step, settings.trackers, configuration, enabled=rank.index == 0)
 
     def run(self) -> TrainResult:
         settings, state, total_steps = self.settings, self.state, self.plan.total_steps
@@ -283,7 +217,7 @@ class _Loop:
                     self.checkpoint()
             mark = time.monotonic()
         if state.first_loss is None or state.last_loss is None:
-            raise FloatingPointError("no step of this training gave a finite loss; check the targets and the waveforms")
+            raise FloatingPointError("no step of this training had a finite loss; check the targets and the waveforms")
         assert state.first_validation_loss is not None and state.last_validation_loss is not None
         return TrainResult(
             state.step,
@@ -297,33 +231,33 @@ class _Loop:
         )
 
     def is_fresh(self) -> bool:
-        """Whether nothing is done yet: a run begins with a validation."""
+        """Return whether the training starts from the beginning, that is, without a first validation."""
         return self.state.first_validation_loss is None
 
     def is_logged(self, step: int) -> bool:
-        """Whether a row is written when ``step`` optimiser steps are done."""
+        """Return whether a row of metrics is written after ``step`` optimiser steps."""
         return step % self.settings.log_every == 0 or step in (1, self.plan.total_steps)
 
-    def backward(self, micro: Micro) -> None:
-        """Forward and backward of one batch; ranks exchange gradients at the last one of a step only."""
+    def backward(self, micro: MicroBatch) -> None:
+        """Run forward and backward for one batch; ranks exchange gradients only at the last batch of a step."""
         batch = micro.batch.to(self.rank.device)
         self.window.count(micro.num_samples)
+        self.distiller.set_epoch(micro.epoch)
         exchange = micro.last_of_step or self.rank.world_size == 1
         with nullcontext() if exchange else self.model.no_sync():  # type: ignore[operator]
             logged = self.is_logged(micro.step + 1)
-            hints = hints_of(micro.epoch, len(self.train_reader.layers) - 1, self.settings)
-            loss = forward(self.model, batch, self.settings, micro.step_frames, hints=hints, cosines=logged)
-            # DDP averages gradients over ranks; the sum is wanted. A loss that is not finite need not have such gradients
-            # (L1 has not): times NaN they tell every rank, at no cost.
+            loss = batch_loss(self.model, batch, self.settings, micro.step_frames, cosines=logged)
+            # DDP averages gradients over ranks, but their sum is needed. If a loss is not finite, its gradients may still
+            # be (with L1 they are); the factor then makes them NaN, which informs every rank at no cost.
             factor = self.rank.world_size + 0 * loss.total.detach()
             self.scaler.scale(loss.total * factor).backward()  # type: ignore[no-untyped-call]
         seconds = dict(zip(batch.ids, (micro.num_samples / SAMPLE_RATE).tolist(), strict=True))
-        self.shares.append(_Share(loss.total.detach(), seconds))
+        self.step_batches.append(_BatchRecord(loss.total.detach(), seconds))
         if loss.cosines is not None:
             self.window.cosines += loss.cosines
 
-    def step(self, micro: Micro) -> None:
-        """One optimiser step, or none where loss or gradient is not finite: the norm is the same on every rank."""
+    def step(self, micro: MicroBatch) -> None:
+        """Take an optimiser step, or skip it if a loss or gradient is not finite; the norm is the same on every rank."""
         settings, state = self.settings, self.state
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(micro.step)
@@ -343,21 +277,21 @@ class _Loop:
             self.skip(micro)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.shares.clear()
+        self.step_batches.clear()
 
     def learning_rate(self, step: int) -> float:
-        """Of a 0-based optimiser step."""
+        """Return the learning rate of a 0-based optimiser step."""
         return self.settings.learning_rate * schedule_factor(step, self.plan.total_steps, self.settings.warmup_fraction)
 
     def count_loss(self) -> None:
-        for share in self.shares:
-            self.window.loss += share.loss
+        for record in self.step_batches:
+            self.window.loss += record.loss
         self.state.loss_steps += 1
 
-    def skip(self, micro: Micro) -> None:
-        """Counts and records a step that is left out; stops the run where there are too many in a row."""
+    def skip(self, micro: MicroBatch) -> None:
+        """Count and record a skipped step; raise FloatingPointError after too many in a row."""
         state, limit = self.state, self.settings.max_skipped_steps
-        in_loss, seconds = self.blame()
+        in_loss, seconds = self.find_suspects()
         searching = self.scaler.is_enabled() and not in_loss and self.scaler.get_scale() > MIN_LOSS_SCALE
         cause = "loss scale" if searching else "loss" if in_loss else "gradient"
         state.skipped_steps += 1
@@ -381,20 +315,24 @@ class _Loop:
             some = ", ".join(list(seconds)[:8]) + (", ..." if len(seconds) > 8 else "")
             raise FloatingPointError(
                 f"the {cause} was not finite in {limit} steps in a row, up to step {state.step} (learning rate "
-                f"{row['learning_rate']:.3g}), there from utterances {some} (the longest is {longest}, {seconds[longest]:.1f} s); "
-                "lower train.learning_rate, set train.max_grad_norm, or check what the cache holds of them"
+                f"{row['learning_rate']:.3g}); the last of these steps had utterances {some} (the longest is {longest}, "
+                f"{seconds[longest]:.1f} s); lower train.learning_rate, set train.max_grad_norm, or check these utterances in the "
+                "cache"
             )
 
-    def blame(self) -> tuple[bool, dict[str, float]]:
-        """Whether a loss of this step is not finite, and the seconds of the utterances that may be why; from all ranks."""
-        bad = [share for share in self.shares if not share.loss.isfinite()]
-        mine = {name: seconds for share in bad or self.shares for name, seconds in share.seconds.items()}
+    def find_suspects(self) -> tuple[bool, dict[str, float]]:
+        """Return whether a loss of this step is not finite, and the seconds of the utterances that may be the cause.
+
+        The utterances of all ranks are returned: those of batches without a finite loss, or else all of the step's.
+        """
+        bad = [record for record in self.step_batches if not record.loss.isfinite()]
+        mine = {name: seconds for record in bad or self.step_batches for name, seconds in record.seconds.items()}
         everyone: list[tuple[bool, dict[str, float]]] = self.rank.gather((bool(bad), mine))
         in_loss = any(bad for bad, _ in everyone)
         return in_loss, {k: v for bad, theirs in everyone if bad == in_loss for k, v in theirs.items()}
 
-    def log(self, micro: Micro) -> None:
-        """A training row; none where no step since the last one had a finite loss."""
+    def log(self, micro: MicroBatch) -> None:
+        """Write a training row, unless no step since the last row had a finite loss."""
         state = self.state
         state.loss_sum += self.window.take_loss()
         fields = self.window.close()
@@ -420,12 +358,12 @@ class _Loop:
         self.write(row | fields | {"skipped_steps": state.skipped_steps})
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds a row to the run's record, and hands it on."""
+        """Write a row of metrics and pass it to ``on_row``."""
         self.metrics.write(row)
         self.on_row(row)
 
     def validate(self) -> None:
-        """Validates, keeps the student where it is among the best, and makes a checkpoint."""
+        """Validate, keep the student if it is among the best, and write a checkpoint."""
         began = time.monotonic()
         state, settings = self.state, self.settings
         student = self.student if self.average is None else cast(Student, self.average.module)
@@ -449,7 +387,7 @@ class _Loop:
         self.on_validation(row)
 
     def checkpoint(self) -> None:
-        """Makes ``last`` the state after this step."""
+        """Save the state after this step as ``last``."""
         began = time.monotonic()
         self.state.loss_sum += self.window.take_loss()
         self.state.seconds = began - self.started

@@ -1,1 +1,1 @@
-"""Building a cache: the codec's fit, the shard writer, and the Ray Data job around them."""
+"""Building a cache: fitting the codec, decoding shards, and writing them."""

@@ -1,4 +1,4 @@
-"""Building a cache with Ray Data: shards decoded on CPUs, one teacher per actor, features straight from it into the shard."""
+"""Building a cache with Ray Data: CPU tasks decode shards, and actors with one teacher each write the features."""
 
 import json
 import time
@@ -12,45 +12,43 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ray_distill.teacher_cache.build.codec_fit import fit_to_teacher
-from ray_distill.teacher_cache.build.shard_writer import (
-    ShardAudio,
-    ShardWriter,
-    decode_shard,
-    shard_from_json,
-    shard_to_json,
-)
+from ray_distill.teacher_cache.build.codec_fit import fit_codec_to_corpus
+from ray_distill.teacher_cache.build.shard_audio import ShardAudio, load_shard_audio
+from ray_distill.teacher_cache.build.shard_writer import ShardWriter, open_writer, shard_from_json, shard_to_json
 from ray_distill.teacher_cache.codecs import is_learned
 from ray_distill.teacher_cache.embedded_audio import to_pcm
-from ray_distill.teacher_cache.storage.build_statistics import TeacherWork, write_build
+from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, write_build_statistics
 from ray_distill.teacher_cache.storage.cache import (
     COPIES,
     Cache,
+    check_location,
     create_cache,
     grow_cache,
-    refuse_strangers,
     state_name,
 )
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
-from ray_distill.teacher_cache.storage.lock import building, full_disk
-from ray_distill.teacher_cache.storage.shard_plan import Shard, moved
+from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
+from ray_distill.teacher_cache.storage.shard_plan import Shard, with_paths
 from ray_distill.teacher_cache.storage.store import Store
-from ray_distill.teacher_cache.teachers import Teacher, load_teacher
+from ray_distill.teacher_cache.teachers import load_teacher
 
-_FAILURES_SHOWN = 5
+_SHOWN_FAILURES = 5
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a build is.
+    """Progress of a build. Numbers of shards, utterances and seconds include those of earlier builds.
 
     Attributes:
-        shards_done, shards: with those that were there before.
-        utterances_done, utterances: likewise.
-        seconds_done, seconds: of audio, likewise.
-        audio_per_second: seconds of audio cached per second of wall time, in this build.
-        busy: share of the build's time in which teachers worked, averaged over the actors.
-        elapsed: wall seconds of this build.
+        shards_done: Number of finished shards.
+        shards: Number of all shards.
+        utterances_done: Number of utterances in finished shards.
+        utterances: Number of all utterances.
+        seconds_done: Seconds of audio in finished shards.
+        seconds: Seconds of all audio.
+        audio_per_second: Seconds of audio cached per second of wall time, in this build.
+        busy: Fraction of the build's wall time in which teachers worked, averaged over the actors.
+        elapsed: Wall time of this build in seconds.
     """
 
     shards_done: int
@@ -66,7 +64,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did: shards written now, shards that were there already, wall seconds, seconds of audio written."""
+    """Result of a build.
+
+    Attributes:
+        written: Number of shards written.
+        reused: Number of shards that were finished before.
+        elapsed: Wall time in seconds.
+        seconds: Seconds of audio in the written shards.
+        busy: Seconds in which teachers and codecs worked, summed over the actors.
+    """
 
     written: int
     reused: int
@@ -77,12 +83,12 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class Workers:
-    """Who builds: Ray actors, each with a teacher.
+    """Ray actors that build a cache, with one teacher each.
 
     Attributes:
-        actors: teachers that run side by side.
-        gpus_per_actor: GPUs each takes; 0 runs on the CPU.
-        cpus_per_actor: cores each takes. A cache keeps to the number of PyTorch threads that it was begun with.
+        actors: Number of actors.
+        gpus_per_actor: Number of GPUs per actor. 0 runs the teachers on CPUs.
+        cpus_per_actor: Number of cores per actor. A cache keeps the number of PyTorch threads it was created with.
     """
 
     actors: int = 1
@@ -91,7 +97,7 @@ class Workers:
 
     @property
     def device(self) -> str:
-        """Where the teachers compute."""
+        """Device of the teachers."""
         return "cuda" if self.gpus_per_actor else "cpu"
 
 
@@ -105,49 +111,52 @@ def build_cache(
     workers: Workers | None = Workers(),
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> BuildReport:
-    """Begins a cache, or goes on with it, or adds to it: writes whatever the spec needs and is not there.
+    """Create, resume or extend a cache: write all files that the specification needs and that are missing.
 
     Args:
-        location: of the cache, reachable from every node: an absolute path or a URI.
-        spec: what is needed.
-        plan: of `plan_shards`. A cache that is there keeps its own, but audio is looked for where this one says.
-        teacher_spec: for `load_teacher`, on every node.
-        teacher_name: for people, kept in ``cache.json``.
-        workers: Ray Data actors; Ray must be initialised. None does it all in this process, without Ray.
-        on_progress: called after every shard.
+        location: Location of the cache, an absolute path or a URI that every node can reach.
+        spec: Specification of the cache.
+        plan: Table from `plan_shards`. An existing cache keeps its own plan, but takes the paths of audio files from this one.
+        teacher_spec: Specification of the teacher for `load_teacher` on every node.
+        teacher_name: Name of the teacher for people to read, stored in ``cache.json``.
+        workers: Ray Data actors; Ray must be initialised. None builds in this process, without Ray.
+        on_progress: Called after every shard.
+
+    Returns:
+        Numbers of shards and times of this build.
 
     Raises:
-        CacheError: the teacher lacks a layer, the location holds something else, another builder is at work, the disk is full,
-            or files changed since the index (all others are cached first).
+        CacheError: If the teacher lacks a layer, the location holds something else, another process builds the cache, the
+            disk is full, or audio files changed since they were indexed (all others are cached first).
     """
-    wrong = [layer for layer in spec.layers if not 1 <= layer <= spec.num_layers]
-    if wrong:
-        raise CacheError(f"there is no layer {wrong[0]}; the teacher has layers 1 to {spec.num_layers}")
+    unknown = [layer for layer in spec.layers if not 1 <= layer <= spec.num_layers]
+    if unknown:
+        raise CacheError(f"there is no layer {unknown[0]}; the teacher has layers 1 to {spec.num_layers}")
     store = Store(location)
-    refuse_strangers(store)
-    with building(store) as check:
+    check_location(store)
+    with cache_lock(store) as check_lock:
         store.remove_leftovers()
-        cache = _prepared(store, spec, plan, teacher_spec, teacher_name, workers, check)
-        _remove_states_of_no_set(cache)
-        # The corpus may lie elsewhere now than when the cache was begun; that the audio is the same, its SHA-256 says.
-        shards = moved(cache.shards, dict(zip(plan["id"].to_pylist(), plan["path"].to_pylist(), strict=True)))
-        report = _write_missing(cache, shards, teacher_spec, workers, on_progress, check)
+        cache = _create_or_grow(store, spec, plan, teacher_spec, teacher_name, workers, check_lock)
+        _remove_unused_states(cache)
+        # The corpus may have moved since the cache was created. The SHA-256 of each waveform shows that it is the same.
+        shards = with_paths(cache.shards, dict(zip(plan["id"].to_pylist(), plan["path"].to_pylist(), strict=True)))
+        report = _write_missing(cache, shards, teacher_spec, workers, on_progress, check_lock)
         store.remove_leftovers()
     return report
 
 
-def _prepared(
+def _create_or_grow(
     store: Store,
     spec: CacheSpec,
     plan: pa.Table,
     teacher_spec: str,
     teacher_name: str,
     workers: Workers | None,
-    check: Callable[[], None],
+    check_lock: Callable[[], None],
 ) -> Cache:
     if not Cache.exists(store):
         state = _fit(spec, spec.layers, plan, teacher_spec, workers)
-        check()
+        check_lock()
         return create_cache(
             store,
             spec,
@@ -162,12 +171,12 @@ def _prepared(
         return cache
     new = tuple(sorted(set(spec.layers) - set(cache.spec.layers)))
     state = _fit(spec, new, plan, teacher_spec, workers) if new else {}
-    check()
+    check_lock()
     return grow_cache(cache, spec, state)
 
 
-def _remove_states_of_no_set(cache: Cache) -> None:
-    """A builder killed before it wrote ``cache.json`` leaves a codec's state; what is built now may need none."""
+def _remove_unused_states(cache: Cache) -> None:
+    """Remove codec states of builds that were killed before they wrote ``cache.json``."""
     known = {state_name(number) for number, chosen in enumerate(cache.layer_sets) if chosen.state is not None}
     for name in (*cache.store.names("codec"), *cache.store.names(f"{COPIES}/codec")):
         if name.removeprefix(f"{COPIES}/") not in known and Path(name).name.startswith("set="):
@@ -182,20 +191,20 @@ def _fit(
     if workers is None:
         teacher = load_teacher(teacher_spec)
         try:
-            return fit_to_teacher(spec, layers, plan, teacher)
+            return fit_codec_to_corpus(spec, layers, plan, teacher)
         except (ValueError, torch.OutOfMemoryError) as error:
             raise CacheError(f"the codec could not be fitted: {_fit_failure(error)}") from error
     import ray
 
     def fit() -> Mapping[str, Tensor] | str:
-        # Ray would wrap an exception in its traceback, and can't carry every one.
+        # Ray would wrap an exception in a traceback, and can't pickle every exception.
         try:
-            return fit_to_teacher(spec, layers, plan, load_teacher(teacher_spec, workers.device))
+            return fit_codec_to_corpus(spec, layers, plan, load_teacher(teacher_spec, workers.device))
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
             return _fit_failure(error)
 
     task = ray.remote(num_cpus=workers.cpus_per_actor, num_gpus=workers.gpus_per_actor, max_retries=3)(fit)
-    with _ray_in_one_sentence():
+    with _ray_errors_as_cache_errors():
         state: Mapping[str, Tensor] | str = ray.get(task.remote())
     if isinstance(state, str):
         raise CacheError(f"the codec could not be fitted: {state}")
@@ -204,25 +213,25 @@ def _fit(
 
 def _fit_failure(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
-        # Not for cache.batch_seconds: here it takes one at a time.
-        return "the teacher ran out of memory with one utterance; keep other work off its device, or lower corpus.max_seconds"
+        # cache.batch_seconds would not help, because the fit runs one utterance at a time.
+        return "the teacher ran out of memory with one utterance; stop other work on its device, or lower corpus.max_seconds"
     return str(error)
 
 
 @contextmanager
-def _ray_in_one_sentence() -> Iterator[None]:
-    """What Ray says of workers that failed, as a CacheError."""
+def _ray_errors_as_cache_errors() -> Iterator[None]:
+    """Turn Ray's errors about failed workers into a CacheError of one sentence."""
     import ray.exceptions
 
     try:
         yield
     except ray.exceptions.RayError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        # Of an error in a task it is a traceback, whose last line says what; of one of Ray's own the first line does.
+        # An error in a task is a traceback, whose last line has the message. Ray's own errors have it in their first line.
         line = lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0]
         raise CacheError(
-            f"the cache stage was broken off, since a worker failed ({line}); what is finished stays: once the cause is "
-            "removed, run the same command again"
+            f"the cache stage stopped because a worker failed ({line}); finished files are kept: remove the cause and "
+            "run the same command again"
         ) from error
 
 
@@ -232,29 +241,29 @@ def _write_missing(
     teacher_spec: str,
     workers: Workers | None,
     on_progress: Callable[[Progress], None],
-    check: Callable[[], None],
+    check_lock: Callable[[], None],
 ) -> BuildReport:
-    """Writes all files without a commit record."""
+    """Write all files without a commit record."""
     started = time.monotonic()
     missing = cache.missing()
     todo = [shard for shard in shards if shard.number in missing]
-    there = [shard for shard in shards if shard.number not in missing]
-    utterances_there, seconds_there = sum(len(shard.utterances) for shard in there), sum(s.seconds for s in there)
+    finished = [shard for shard in shards if shard.number not in missing]
+    utterances_before, seconds_before = sum(len(s.utterances) for s in finished), sum(s.seconds for s in finished)
     actors = 1 if workers is None else min(workers.actors, len(todo))
     written = utterances = 0
     seconds = busy = 0.0
     failures: list[str] = []
-    work = TeacherWork()
-    # Closed whatever happens, so that no actor writes on after the claim is given up.
+    teacher_time = TeacherTime()
+    # Closing stops the actors, so that none of them writes after the lock is released.
     with closing(_records(cache, todo, teacher_spec, workers)) as records:
         for record in records:
-            check()
+            check_lock()
             if record.get("refused"):
                 raise CacheError(record["refused"])
             if record["full"]:
-                raise full_disk(cache.store, record["failures"][-1])
+                raise disk_full_error(cache.store, record["failures"][-1])
             busy += record["busy"]
-            work.add(TeacherWork.of(record))
+            teacher_time.add(TeacherTime.from_columns(record))
             if record["failures"]:
                 failures += record["failures"]
                 continue
@@ -264,11 +273,11 @@ def _write_missing(
             elapsed = time.monotonic() - started
             on_progress(
                 Progress(
-                    len(there) + written,
+                    len(finished) + written,
                     len(shards),
-                    utterances_there + utterances,
+                    utterances_before + utterances,
                     cache.record["utterances"],
-                    seconds_there + seconds,
+                    seconds_before + seconds,
                     cache.record["seconds"],
                     seconds / elapsed,
                     busy / elapsed / actors,
@@ -276,34 +285,24 @@ def _write_missing(
                 )
             )
     elapsed = time.monotonic() - started
-    if work.seconds:
+    if teacher_time.seconds:
         device = "cpu" if workers is None else workers.device
-        write_build(cache.store, work, device=device, actors=actors, elapsed=elapsed)
-    refuse_failures(failures)
-    return BuildReport(written, len(there), elapsed, seconds, busy)
+        write_build_statistics(cache.store, teacher_time, device=device, actors=actors, elapsed=elapsed)
+    raise_failures(failures)
+    return BuildReport(written, len(finished), elapsed, seconds, busy)
 
 
-def refuse_failures(failures: list[str]) -> None:
-    """CacheError of the first few sentences, where there are any."""
+def raise_failures(failures: list[str]) -> None:
+    """Raise CacheError with the first few of some failures, if there are any."""
     if failures:
-        more = f" and {len(failures) - _FAILURES_SHOWN} more" if len(failures) > _FAILURES_SHOWN else ""
+        more = f" and {len(failures) - _SHOWN_FAILURES} more" if len(failures) > _SHOWN_FAILURES else ""
         raise CacheError(
-            f"{len(failures)} utterances could not be cached: {'; '.join(failures[:_FAILURES_SHOWN])}{more}"
+            f"{len(failures)} utterances could not be cached: {'; '.join(failures[:_SHOWN_FAILURES])}{more}"
         )
 
 
-@contextmanager
-def writer_here(cache: Cache, teacher: str | Teacher, device: str = "cpu") -> Iterator[ShardWriter]:
-    """A writer in this process, with the cache's number of PyTorch threads while the block runs."""
-    threads = torch.get_num_threads()
-    try:
-        yield ShardWriter(cache.store.location, teacher, device)
-    finally:
-        torch.set_num_threads(threads)
-
-
 class _ShardMetrics:
-    """What an actor wrote, for the exporter of its node. Ray puts ``ray_`` before each name, and ``_total`` after a counter's."""
+    """Metrics of an actor, exported by its Ray node. Ray adds the prefix ``ray_``, and the suffix ``_total`` to counters."""
 
     def __init__(self) -> None:
         from ray.util.metrics import Counter, Histogram
@@ -319,7 +318,7 @@ class _ShardMetrics:
         self._shard = Histogram("distill_cache_shard_seconds", about, boundaries=[1, 3, 10, 30, 100, 300, 1000])
 
     def count(self, record: Mapping[str, Any], seconds: float) -> None:
-        """A shard's record, and how long it took. One that was there already, as a retried task finds it, counts for nothing."""
+        """Count the record of a shard. A shard that a retried task found finished does not count."""
         if failed := len(record["failures"]):
             self._failures.inc(failed)
         elif record["bytes"]:
@@ -329,7 +328,7 @@ class _ShardMetrics:
 
 
 class _ShardWriterActor:
-    """`ShardWriter` in a Ray Data actor. What it raises for the user comes back in a record: Ray would try again and again."""
+    """`ShardWriter` in a Ray Data actor. It returns a user's mistake as a record, because Ray would retry after an exception."""
 
     def __init__(self, location: str, teacher_spec: str, device: str) -> None:
         self._metrics = _ShardMetrics()
@@ -357,7 +356,7 @@ def _records(
     if not shards:
         return
     if workers is None:
-        with writer_here(cache, teacher_spec) as writer:
+        with open_writer(cache, teacher_spec) as writer:
             for shard in shards:
                 yield writer.write(shard)
         return
@@ -371,7 +370,7 @@ def _records(
     def decode(row: dict[str, Any]) -> dict[str, Any]:
         shard = shard_from_json(row["shard"])
         try:
-            decoded = decode_shard(Cache.open(location), shard)
+            decoded = load_shard_audio(Cache.open(location), shard)
         except (ValueError, OSError) as error:
             decoded = ShardAudio([], [], [f"shard {shard.number}: {error}"])
         return {
@@ -381,7 +380,7 @@ def _records(
             "failures": json.dumps(decoded.failures),
         }
 
-    with _ray_in_one_sentence():
+    with _ray_errors_as_cache_errors():
         dataset = ray.data.from_items(
             [{"shard": shard_to_json(shard)} for shard in shards], override_num_blocks=len(shards)
         ).map(decode, num_cpus=1)
@@ -390,7 +389,7 @@ def _records(
             fn_constructor_args=(location, teacher_spec, workers.device),
             batch_size=1,
             batch_format="pyarrow",
-            # Two shards at a time in one actor: one is at the teacher while the other is unpacked, written or synced.
+            # An actor takes two shards at a time: the teacher runs on one while the other is unpacked, written or synced.
             compute=ray.data.ActorPoolStrategy(
                 size=min(workers.actors, len(shards)),
                 max_concurrent_calls_per_actor=2,

@@ -1,9 +1,9 @@
-"""Codecs: how layer outputs become bytes in a shard, and targets on the training device again.
+"""Codecs, which encode layer outputs to bytes in a shard and decode them on the training device.
 
-A codec's name stands in ``cache.json``. It codes each layer by itself (``fp32``, ``fp16``, ``int8``, ``layer-pca``), with one
-column per layer, or all of them together (``pca``), with one column for all. Every codec has a fixed number of bytes per frame
-until Parquet compresses them, so frames can be picked and mixed before they are decoded. What `fit_codec` learnt (bases, scales)
-is the codec's state: a dict of tensors, kept beside the shards.
+``cache.json`` has the codec's name. ``fp32``, ``fp16``, ``int8`` and ``layer-pca`` encode each layer separately, with one column
+per layer; ``pca`` encodes all layers together in one column. Every codec uses a fixed number of bytes per frame (before Parquet
+compresses them), so frames can be selected and combined before they are decoded. The parameters that `fit_codec` learns (bases,
+scales) are the codec's state, a dict of tensors stored beside the shards.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ray_distill.teacher_cache.codecs.pca import DEFAULT_STEP, PcaCodec
 from ray_distill.teacher_cache.codecs.raw import RawCodec
 
 CODECS = ("fp32", "fp16", "int8", "pca", "layer-pca")
-"""Known names. ``pca`` and ``layer-pca`` take a quantisation step, as in ``pca:0.5``; without one it is DEFAULT_STEP."""
+"""Names of codecs. ``pca`` and ``layer-pca`` take a quantisation step, as in ``pca:0.5``; the default is DEFAULT_STEP."""
 
 DEFAULT_CODEC = "pca"
 
@@ -25,16 +25,16 @@ State = dict[str, Tensor]
 
 
 class ColumnCodec(Protocol):
-    """Codes one column of a shard: some layers, side by side. Deterministic; works on any device.
+    """Codec of one column of a shard, which holds one or more layers. It is deterministic and runs on any device.
 
     Attributes:
         layers: 1-based layers in the column.
-        dim: width D of each.
-        bytes_per_frame: of one frame of all of them, before compression.
-        compression: Parquet's for the column: ``none`` or ``zstd``.
-        planar: whether a value holds all frames' first bytes, then all second ones, ... (better to compress) instead of
-            one frame after the other.
-        error: (len(layers),) relative RMS error to expect of each layer, as `relative_error` has it.
+        dim: Width D of each layer.
+        bytes_per_frame: Number of bytes per frame of all layers, before compression.
+        compression: Parquet compression of the column: ``none`` or ``zstd``.
+        planar: Whether a value has the first bytes of all frames, then the second bytes, and so on, which compresses
+            better. Otherwise it has one frame after the other.
+        error: (len(layers),) expected relative RMS error of each layer, as defined by `relative_error`.
     """
 
     @property
@@ -51,16 +51,20 @@ class ColumnCodec(Protocol):
     def error(self) -> Tensor: ...
 
     def encode(self, frames: Tensor) -> Tensor:
-        """(T, layers, D) float32 → (T, bytes_per_frame) uint8, on the same device. ValueError where a value does not fit."""
+        """Encode (T, layers, D) float32 to (T, bytes_per_frame) uint8 on the same device.
+
+        Raises:
+            ValueError: If a value can't be represented.
+        """
         ...
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(..., bytes_per_frame) uint8 → (..., layers, D) float32, on the same device."""
+        """Decode (..., bytes_per_frame) uint8 to (..., layers, D) float32 on the same device."""
         ...
 
 
 def check_codec(name: str) -> str:
-    """The name, if it is a codec's; ValueError names the known ones otherwise."""
+    """Return the name of a codec unchanged. ValueError if it is unknown."""
     kind, colon, step = name.partition(":")
     if kind not in CODECS or (colon and not kind.endswith("pca")):
         raise ValueError(
@@ -77,25 +81,25 @@ def check_codec(name: str) -> str:
 
 
 def is_joint(name: str) -> bool:
-    """Whether the codec has one column for all its layers."""
+    """Return whether the codec has one column for all its layers."""
     return name.partition(":")[0] == "pca"
 
 
 def is_learned(name: str) -> bool:
-    """Whether the codec needs to be fitted to a sample of the teacher's outputs."""
+    """Return whether the codec must be fitted to a sample of the teacher's outputs."""
     return not name.startswith("fp")
 
 
 def fit_codec(name: str, sample: Tensor, held_out: Tensor) -> State:
-    """Learns a codec's state; equal arguments give equal states on one machine.
+    """Fit a codec and return its state. Equal arguments give equal states on one machine.
 
     Args:
-        name: of the codec.
-        sample: (N, L, D) float32 frames to learn from; N at least 2.
-        held_out: (M, L, D) frames of other utterances, on which the error to expect is measured.
+        name: Name of the codec.
+        sample: (N, L, D) float32 frames to fit to, N at least 2.
+        held_out: (M, L, D) float32 frames of other utterances, on which the expected error is measured.
 
     Returns:
-        The state; empty for codecs that learn nothing.
+        The state. Empty for ``fp32`` and ``fp16``.
     """
     kind, _, step = check_codec(name).partition(":")
     if not is_learned(name):
@@ -117,16 +121,16 @@ def fit_codec(name: str, sample: Tensor, held_out: Tensor) -> State:
 
 
 def open_codec(name: str, layers: Sequence[int], dim: int, state: State) -> tuple[ColumnCodec, ...]:
-    """The codecs of a set of layers, one for each column.
+    """Return the codecs of a set of layers, one per column.
 
     Args:
-        name: of the codec.
-        layers: 1-based layers, as in the sample that the state was fitted to.
-        dim: the teacher's width D.
-        state: of `fit_codec`.
+        name: Name of the codec.
+        layers: 1-based layers, in the order of the sample that the state was fitted to.
+        dim: Width D of the teacher.
+        state: State from `fit_codec`.
 
     Raises:
-        ValueError: an unknown name, or a state made for other layers or another width.
+        ValueError: If the name is unknown, or the state is that of other layers or another width.
     """
     kind = check_codec(name).partition(":")[0]
     if not is_learned(name):
@@ -155,7 +159,10 @@ def open_codec(name: str, layers: Sequence[int], dim: int, state: State) -> tupl
 
 
 def relative_error(frames: Tensor, decoded: Tensor) -> Tensor:
-    """(L,): each layer's RMS error over the RMS of its deviation from the mean. Both (N, L, D)."""
+    """Return the (L,) RMS errors of decoded frames, each divided by the RMS deviation of the layer from its mean.
+
+    Both arguments are (N, L, D).
+    """
     spread = (frames - frames.mean(0)).double().square().sum((0, 2))
     return (
         ((frames - decoded).double().square().sum((0, 2)) / spread.clamp(min=torch.finfo(torch.float32).tiny))

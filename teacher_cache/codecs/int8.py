@@ -1,20 +1,20 @@
-"""Eight bits a value, with a scale for every channel."""
+"""A codec with eight bits per value and a scale per channel."""
 
 import torch
 from torch import Tensor
 
 _HEADROOM = 1.1
-"""How far beyond the sample's largest deviation a channel's range goes. A few channels of SSL teachers are 70 times the others."""
-_STILL = 1e-3
-"""A channel that moves less than this share of the layer's usual range in the sample gets that range: it may move elsewhere."""
+"""Range of a channel, relative to its largest deviation in the sample. A few channels of SSL teachers are 70 times the others."""
+_CONSTANT = 1e-3
+"""A channel with less than this fraction of the layer's RMS range gets that range, because it may vary in other audio."""
 
 
 class Int8Codec:
-    """``value = code * scale[d] + mean[d]``, code a signed byte; frame after frame, as `RawCodec`.
+    """Codec with ``value = code * scale[d] + mean[d]`` for a signed byte ``code``. Frames are stored one after the other.
 
     Args:
-        layers: the one layer, 1-based.
-        state: ``mean`` and ``scale`` (1, D) float32, ``error`` (1,).
+        layers: The single layer, 1-based.
+        state: ``mean`` and ``scale``, (1, D) float32, and ``error``, (1,) float32.
     """
 
     planar = False
@@ -29,15 +29,15 @@ class Int8Codec:
 
     @staticmethod
     def fit(sample: Tensor) -> dict[str, Tensor]:
-        """Mean and range of every channel. sample: (N, 1, D)."""
+        """Return the mean and scale of every channel of an (N, 1, D) sample."""
         mean = sample.double().mean(0).float()
         reach = (sample - mean).abs().amax(0) * _HEADROOM
         usual = reach.square().mean().sqrt()
-        reach = torch.where(reach < _STILL * usual, usual, reach)
+        reach = torch.where(reach < _CONSTANT * usual, usual, reach)
         return {"mean": mean, "scale": (reach / 127).clamp(min=torch.finfo(torch.float32).tiny)}
 
     def encode(self, frames: Tensor) -> Tensor:
-        """See ColumnCodec. Values beyond the range are clipped; ValueError where one is not finite."""
+        """See `ColumnCodec.encode`. Values outside the range are clipped. ValueError if a value is not finite."""
         mean, scale = self._mean.to(frames.device), self._scale.to(frames.device)
         if not bool(frames.isfinite().all()):
             raise ValueError(f"a hidden state of layer {self.layers[0]} is not finite")
@@ -45,6 +45,6 @@ class Int8Codec:
         return codes.clamp(-127, 127).to(torch.int8)[:, 0].contiguous().view(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """See ColumnCodec."""
+        """See `ColumnCodec.decode`."""
         mean, scale = self._mean.to(codes.device), self._scale.to(codes.device)
         return torch.addcmul(mean, codes.view(torch.int8).float().unsqueeze(-2), scale)

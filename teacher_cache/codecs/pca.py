@@ -1,29 +1,29 @@
-"""Principal components of one layer or of several together, quantised with one step: transform coding.
+"""Transform coding: principal components of one or more layers, quantised with one step size.
 
-Neighbouring layers say mostly the same, so the components of all layers stacked into one vector take far fewer bytes than each
-layer's own. With one step for all components the error is spread evenly, and components smaller than the noise are left out: the
-reverse water-filling of rate-distortion theory (Cover and Thomas, Elements of Information Theory, section 10.3.3).
+Neighbouring layers are strongly correlated, so the components of all layers in one vector need far fewer bytes than those of
+each layer. One step size for all components spreads the error evenly, and components smaller than the quantisation noise are
+left out. This is the reverse water-filling of rate-distortion theory (Cover and Thomas, Elements of Information Theory, section
+10.3.3).
 """
 
 import torch
 from torch import Tensor
 
 DEFAULT_STEP = 0.5
-_KEPT = 0.3
-"""Components whose standard deviation is below this share of the step would round to zero almost always: left out."""
-_MOST = 2048
-"""Components at most."""
+_MIN_DEVIATION = 0.3
+"""Minimum standard deviation of a component, relative to the step. Smaller components would almost always round to zero."""
+_MAX_COMPONENTS = 2048
 _ITERATIONS = 3
 _OVERSAMPLING = 32
 _HEADROOM = 1.25
-"""How far beyond the sample's largest coefficient the range goes before codes are clipped."""
+"""Range of a coefficient, relative to its largest value in the sample. Larger coefficients are clipped."""
 
 
 class PcaCodec:
-    """Coefficients ``c = basis (x - mean) / spread`` as integers ``round(c / step)``.
+    """Codec of coefficients ``c = basis (x - mean) / spread`` as integers ``round(c / step)``.
 
-    ``spread`` is each layer's RMS deviation, so that every layer is kept equally well relative to itself. The first ``wide``
-    components take two bytes (little-endian), the others one; a value is planar: byte b of all frames, then byte b + 1 of all.
+    ``spread`` is the RMS deviation of each layer, so that all layers have a similar relative error. The first ``wide`` components
+    have two bytes (little-endian), the others one. Values are planar: byte b of all frames, then byte b + 1 of all frames.
 
     Args:
         layers: 1-based layers of the column.
@@ -60,19 +60,19 @@ class PcaCodec:
 
     @staticmethod
     def fit(sample: Tensor, step: float) -> dict[str, Tensor]:
-        """Components of a sample (N, L, D), by subspace iteration with a fixed seed; what the step leaves out is not kept."""
+        """Return the components of an (N, L, D) sample that are not too small for the step. The seed is fixed."""
         count, layers, dim = sample.shape
         mean = sample.double().mean(0).float()
         centred = sample - mean
         spread = centred.double().square().mean((0, 2)).sqrt().float().clamp(min=torch.finfo(torch.float32).tiny)
         centred = (centred / spread[:, None]).reshape(count, layers * dim)
-        kept = min(_MOST, layers * dim, count - 1)
+        kept = min(_MAX_COMPONENTS, layers * dim, count - 1)
         vectors = _leading_vectors(centred, kept)
         coefficients = centred @ vectors
         deviation = coefficients.double().square().mean(0).sqrt()
-        kept = max(1, int((deviation > _KEPT * step).sum()))
+        kept = max(1, int((deviation > _MIN_DEVIATION * step).sum()))
         reach = coefficients[:, :kept].abs().amax(0) * _HEADROOM / step
-        # Two bytes for every component up to the last that needs them: deviations fall, so these are few.
+        # All components up to the last one that needs two bytes have two. They are few, as components are sorted by size.
         wide = int((reach > 127).nonzero().max()) + 1 if bool((reach > 127).any()) else 0
         return {
             "mean": mean,
@@ -83,18 +83,18 @@ class PcaCodec:
         }
 
     def encode(self, frames: Tensor) -> Tensor:
-        """See ColumnCodec. Coefficients beyond the range are clipped; ValueError where a value is not finite."""
+        """See `ColumnCodec.encode`. Coefficients outside the range are clipped. ValueError if a value is not finite."""
         encoder, _, mean = self._matrices(frames.device)
         codes = ((frames.flatten(1) - mean) @ encoder).round()
         if not bool(codes.isfinite().all()):
             raise ValueError(f"a hidden state of layers {list(self.layers)} is not finite")
         wide = codes[:, : self._wide].clamp(-32767, 32767).to(torch.int16).contiguous().view(torch.uint8)
         narrow = codes[:, self._wide :].clamp(-127, 127).to(torch.int8).contiguous().view(torch.uint8)
-        # Low bytes of all wide components, then their high bytes: planes of a kind compress better side by side.
+        # The low bytes of all wide components come before their high bytes, because similar planes compress better together.
         return torch.cat([wide[:, 0::2], wide[:, 1::2], narrow], dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """See ColumnCodec."""
+        """See `ColumnCodec.decode`."""
         _, decoder, mean = self._matrices(codes.device)
         low = codes[..., : self._wide].float()
         signed = codes[..., self._wide :].contiguous().view(torch.int8).float()
@@ -104,7 +104,10 @@ class PcaCodec:
 
 
 def _leading_vectors(x: Tensor, count: int) -> Tensor:
-    """(F, count): leading right singular vectors of x (N, F), largest first (Halko, Martinsson and Tropp 2011, algorithm 4.4)."""
+    """Return the (F, count) leading right singular vectors of x, (N, F), sorted by singular value, largest first.
+
+    Randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+    """
     generator = torch.Generator().manual_seed(0)
     width = min(count + _OVERSAMPLING, x.shape[1])
     start = torch.randn(x.shape[1], width, generator=generator).to(x.device)

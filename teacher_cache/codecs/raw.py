@@ -1,20 +1,20 @@
-"""Floats as they are."""
+"""Codecs that store floats."""
 
 import torch
 from torch import Tensor
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-# fp16 rounds to 11 bits; what a teacher gives differs a little between machines and batch shapes anyway.
+# fp16 rounds to 11 bits. In fp32, teachers' outputs differ slightly between machines and batch shapes.
 _ERRORS = {"fp32": 1e-5, "fp16": 2**-11}
 
 
 class RawCodec:
-    """Little-endian floats, frame after frame: element (t, d) is number ``t * D + d`` of the value.
+    """Codec of little-endian floats. Element (t, d) is number ``t * D + d`` of a value.
 
     Args:
         name: ``fp32`` or ``fp16``.
-        layer: 1-based.
-        dim: width D.
+        layer: Number of the layer, 1-based.
+        dim: Width D.
     """
 
     planar = False
@@ -27,7 +27,7 @@ class RawCodec:
         self.error = torch.tensor([_ERRORS[name]])
 
     def encode(self, frames: Tensor) -> Tensor:
-        """See ColumnCodec. ValueError where a value is not finite, or beyond 65504 in fp16."""
+        """See `ColumnCodec.encode`. ValueError if a value is not finite or, in fp16, above 65504."""
         stored = frames[:, 0].to(self._dtype)
         if not bool(stored.isfinite().all()):
             what = "beyond the range of fp16; use codec fp32" if bool(frames.isfinite().all()) else "not finite"
@@ -37,5 +37,5 @@ class RawCodec:
         return stored.contiguous().view(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """See ColumnCodec."""
+        """See `ColumnCodec.decode`."""
         return codes.contiguous().view(self._dtype).float().unsqueeze(-2)

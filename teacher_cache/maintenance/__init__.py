@@ -1,1 +1,1 @@
-"""Looking after a finished cache: what it is, whether it is sound, and its repair."""
+"""Maintenance of a cache: showing what it holds, verifying it and repairing it."""

@@ -1,4 +1,4 @@
-"""What a cache is, on one screen."""
+"""A summary of a cache on one screen."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from ray_distill.teacher_cache.storage.store import Store
 
 
 def info_table(location: str | Path) -> Table:
-    """Identity, contents, sizes and completeness of a cache.
+    """Return a table with the identity, contents, sizes and completeness of a cache.
 
     Raises:
-        CacheError: there is no cache, or its records are damaged.
+        CacheError: If there is no cache or its records are damaged.
     """
     cache = Cache.open(Store(location))
     spec, record = cache.spec, cache.record
@@ -52,5 +52,5 @@ def info_table(location: str | Path) -> Table:
         "size", f"{size / 1e6:.1f} MB, {size / max(record['seconds'], 1e-9) / 1e3:.1f} kB per second of audio"
     )
     state = "complete" if finished == total else f"{total - finished} of {total} files are not finished"
-    table.add_row("state", f"{state}; `verify` checks every byte")
+    table.add_row("state", f"{state}; `ray-distill cache verify` checks every byte")
     return table

@@ -1,1 +1,1 @@
-"""A cache on disk: where it lies, what it is, its plan of shards, its records and its lock."""
+"""A cache on disk or in an object store: files, identity, plan of shards, records and lock."""

@@ -1,6 +1,6 @@
-"""What building a cache cost: one small record for each build, beside the shards, in ``builds/``.
+"""Cost of building a cache: one small record per build, stored beside the shards in ``builds/``.
 
-They are measurements, so no two are alike; nothing else reads them, and a cache without them is as good.
+The records are measurements and not part of a cache's identity. Only reports read them, and a cache works without them.
 """
 
 import time
@@ -9,82 +9,93 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ray_distill.teacher_cache.storage.sealed_json import sealed, unsealed
+from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
 from ray_distill.teacher_cache.storage.store import Store
 
 BUILDS = "builds"
 
 
 @dataclass
-class Passes:
-    """Teacher passes of one kind.
+class PassTime:
+    """Time of the clean or of the masked passes of teachers.
 
     Attributes:
-        teacher_seconds: that teachers worked on them, summed over teachers.
-        audio_seconds: that went through them; audio that several draws mask counts once for each.
+        teacher_seconds: Compute time, summed over teachers.
+        audio_seconds: Duration of the audio that was processed. Audio counts once per mask draw.
     """
 
     teacher_seconds: float = 0.0
     audio_seconds: float = 0.0
 
     def add(self, teacher_seconds: float, audio_seconds: float) -> None:
-        """Counts some more."""
+        """Add further passes."""
         self.teacher_seconds += teacher_seconds
         self.audio_seconds += audio_seconds
 
     @property
     def rate(self) -> float | None:
-        """Teacher seconds per second of audio; None where there was none."""
+        """Teacher seconds per second of audio, or None without audio."""
         return self.teacher_seconds / self.audio_seconds if self.audio_seconds else None
 
 
 @dataclass
-class TeacherWork:
-    """The passes of a build, or of all builds of a cache.
+class TeacherTime:
+    """Time of teachers in one or more builds of a cache.
 
     Attributes:
-        clean, masked: with the plain input, and with the mask embedding at masked frames.
+        clean: Passes over the plain input.
+        masked: Passes with the mask embedding at masked frames.
     """
 
-    clean: Passes = field(default_factory=Passes)
-    masked: Passes = field(default_factory=Passes)
+    clean: PassTime = field(default_factory=PassTime)
+    masked: PassTime = field(default_factory=PassTime)
 
     @property
     def seconds(self) -> float:
-        """That teachers worked."""
+        """Teacher seconds of all passes."""
         return self.clean.teacher_seconds + self.masked.teacher_seconds
 
-    def add(self, other: "TeacherWork") -> None:
-        """Counts another's passes too."""
+    def add(self, other: "TeacherTime") -> None:
+        """Add the passes of another build."""
         for mine, theirs in ((self.clean, other.clean), (self.masked, other.masked)):
             mine.add(theirs.teacher_seconds, theirs.audio_seconds)
 
-    def flat(self) -> dict[str, float]:
-        """As columns of a record."""
+    def to_columns(self) -> dict[str, float]:
+        """Return the four numbers as columns of a record."""
         return {f"{kind}_{name}": value for kind, passes in asdict(self).items() for name, value in passes.items()}
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> "TeacherWork":
-        """The reverse of `flat`; other keys of the record are left alone."""
+    def from_columns(cls, record: Mapping[str, Any]) -> "TeacherTime":
+        """Read the columns of `to_columns` from a record, ignoring its other keys."""
         clean, masked = (
-            Passes(record[f"{kind}_teacher_seconds"], record[f"{kind}_audio_seconds"]) for kind in ("clean", "masked")
+            PassTime(record[f"{kind}_teacher_seconds"], record[f"{kind}_audio_seconds"]) for kind in ("clean", "masked")
         )
         return cls(clean, masked)
 
 
-def write_build(store: Store, work: TeacherWork, *, device: str, actors: int, elapsed: float) -> None:
-    """Records a build: what its teachers did, on which device, how many side by side, and its wall seconds."""
+def write_build_statistics(
+    store: Store, teacher_time: TeacherTime, *, device: str, actors: int, elapsed: float
+) -> None:
+    """Record a build.
+
+    Args:
+        store: Store of the cache.
+        teacher_time: Time of its teachers.
+        device: Device of the teachers.
+        actors: Number of teachers that ran in parallel.
+        elapsed: Wall time in seconds.
+    """
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    record = {"finished": now, "device": device, "actors": actors, "elapsed": elapsed} | work.flat()
-    store.write(f"{BUILDS}/{now.replace(':', '')}-{uuid.uuid4().hex[:8]}.json", sealed(record))
+    record = {"finished": now, "device": device, "actors": actors, "elapsed": elapsed} | teacher_time.to_columns()
+    store.write(f"{BUILDS}/{now.replace(':', '')}-{uuid.uuid4().hex[:8]}.json", encode_record(record))
 
 
-def teacher_work(store: Store) -> TeacherWork:
-    """What all recorded builds of a cache did together; a record that is damaged is left out, as is a killed build."""
-    total = TeacherWork()
+def total_teacher_time(store: Store) -> TeacherTime:
+    """Return the teacher time of all recorded builds of a cache. Killed builds and damaged records do not count."""
+    total = TeacherTime()
     for name in store.names(BUILDS):
         try:
-            total.add(TeacherWork.of(unsealed(store.read(name))))
+            total.add(TeacherTime.from_columns(decode_record(store.read(name))))
         except (ValueError, KeyError):
-            continue  # Nothing but this sum depends on it.
+            continue  # A damaged record changes nothing but this sum.
     return total

@@ -1,17 +1,18 @@
-"""A cache on disk: its files, their commit records, its identity and how it grows.
+"""A cache in a store: its files, their commit records, its identity, and how it is created and extended.
 
     CACHE/
-      cache.json                           identity: spec, sets of layers, fingerprint, counts; sealed
-      plan.parquet                         one row per utterance: where it belongs
-      codec/set=0.safetensors              what the codec learnt, where it learns
+      cache.json                           identity: specification, sets of layers, fingerprint, counts; with a checksum
+      plan.parquet                         one row per utterance: its shard and row
+      codec/set=0.safetensors              state of a codec that has one
       clean/part-00000.parquet             id, num_samples, num_frames, audio, layer columns
       masked/draw=0/part-00000.parquet     id, mask, layer columns at unmasked frames
-      commits/clean/part-00000.json        written last, one for each shard file: rows, bytes, SHA-256; sealed
-      builds/...                           one for each build: what its teachers did; measured, so no part of the identity
-      copies/...                           cache.json, plan.parquet and codec states once more, for repair
+      commits/clean/part-00000.json        one per shard file, written after it: rows, bytes, SHA-256; with a checksum
+      builds/...                           one record per build with measured times; not part of the identity
+      copies/...                           copies of cache.json, plan.parquet and codec states, for repair
 
-A file is put in its place whole, and counts only when its commit record is there. So a killed build leaves nothing half done
-that looks whole, and doing a file twice is harmless. Layers and draws added later are files of their own.
+Files are written atomically, and a shard file counts only once its commit record exists. A killed build therefore leaves no
+partial file that looks complete, and writing a file twice is harmless. Layers and draws added later are stored in files of
+their own.
 """
 
 import hashlib
@@ -36,27 +37,15 @@ from ray_distill.teacher_cache.storage.cache_spec import (
     CacheError,
     CacheSpec,
     LayerSet,
-    MaskDraws,
     Part,
     content_key,
     fingerprint,
     parts_of,
 )
-from ray_distill.teacher_cache.storage.lock import CLAIM
-from ray_distill.teacher_cache.storage.sealed_json import sealed, unsealed
-from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterance, plan_shards, shard_numbers, shards_of
+from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
+from ray_distill.teacher_cache.storage.lock import LEASE
+from ray_distill.teacher_cache.storage.shard_plan import Shard, shard_numbers, shards_of
 from ray_distill.teacher_cache.storage.store import Store
-
-__all__ = [
-    "Cache",
-    "CacheError",
-    "CacheSpec",
-    "MaskDraws",
-    "ShardFile",
-    "Utterance",
-    "plan_shards",
-    "shard_numbers",
-]
 
 CACHE_JSON = "cache.json"
 PLAN = "plan.parquet"
@@ -65,19 +54,30 @@ DATA_FOLDERS = ("clean", "masked", "composite", "commits")
 
 
 def column_name(layers: Iterable[int]) -> str:
-    """``layer_01`` for one layer, ``layers_01_02_...`` for several in one column."""
+    """Return the name of a column: ``layer_01`` for one layer, ``layers_01_02_...`` for several."""
     numbers = [f"{layer:02d}" for layer in layers]
     return f"layer{'s' if len(numbers) > 1 else ''}_{'_'.join(numbers)}"
 
 
 def state_name(layer_set: int) -> str:
-    """File of a codec's state."""
+    """Return the name of the file with the codec's state for a set of layers."""
     return f"codec/set={layer_set}.safetensors"
+
+
+def damage_error(store: Store, name: str, damage: str) -> CacheError:
+    """Return the error for a damaged file. ``damage`` is a verb phrase, such as ``is missing``."""
+    return CacheError(f"{store.at(name)} {damage}; `ray-distill cache repair {store.location}` restores it")
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One file of a shard, and the key of what it must hold."""
+    """One file of a shard.
+
+    Attributes:
+        shard: Number of the shard.
+        part: Part of the shard that the file holds.
+        content: Key of the content; see `content_key`.
+    """
 
     shard: int
     part: Part
@@ -85,24 +85,28 @@ class ShardFile:
 
     @property
     def name(self) -> str:
-        """Below the cache's folder."""
+        """Name of the file, relative to the cache."""
         return f"{self.part.folder}/part-{self.shard:05d}.parquet"
 
     @property
     def commit(self) -> str:
-        """Name of its commit record."""
+        """Name of the commit record, relative to the cache."""
         return f"commits/{self.part.folder}/part-{self.shard:05d}.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cache:
-    """An opened cache. Cheap to open; files are looked at only when asked for.
+    """An opened cache. Opening reads ``cache.json`` only; other files are read when they are needed.
 
     Attributes:
-        store: where it lies.
-        spec: what it is.
-        layer_sets: layers cached together.
-        record: the whole of ``cache.json``.
+        store: Store that holds the cache.
+        spec: Specification of the cache.
+        layer_sets: Sets of layers that were cached together.
+        record: Content of ``cache.json``.
+
+    Example:
+        >>> Cache.open("caches/demo")
+        Cache('caches/demo', teacher='random:4x96', layers=(1, 2, 3, 4), codec='pca', ...)
     """
 
     store: Store
@@ -112,12 +116,16 @@ class Cache:
 
     @staticmethod
     def exists(store: Store) -> bool:
-        """Whether there is a cache."""
+        """Return whether the store holds a cache."""
         return store.size(CACHE_JSON) is not None
 
     @classmethod
     def open(cls, location: "str | Path | Store") -> "Cache":
-        """The cache at a location. CacheError where there is none, or ``cache.json`` is damaged or of another version."""
+        """Open the cache at a location.
+
+        Raises:
+            CacheError: If there is no cache, or ``cache.json`` is damaged or of another version.
+        """
         store = location if isinstance(location, Store) else Store(location)
         try:
             data = store.read(CACHE_JSON)
@@ -129,7 +137,7 @@ class Cache:
 
     @classmethod
     def open_copy(cls, store: Store) -> "Cache":
-        """As `open`, from the copy that is kept of ``cache.json``."""
+        """Open a cache from the copy of its ``cache.json``; otherwise the same as `open`."""
         try:
             return cls._from(store, store.read(f"{COPIES}/{CACHE_JSON}"), f"{COPIES}/{CACHE_JSON}")
         except FileNotFoundError:
@@ -138,59 +146,72 @@ class Cache:
     @classmethod
     def _from(cls, store: Store, data: bytes, name: str) -> "Cache":
         try:
-            record = unsealed(data)
+            record = decode_record(data)
         except ValueError as error:
-            raise CacheError(f"{store.at(name)} is damaged ({error}); `repair` restores it") from error
+            raise damage_error(store, name, f"is damaged ({error})") from error
         version = record["spec"].get("schema_version")
         if version != SCHEMA_VERSION:
             raise CacheError(
-                f"the cache at {store.location} has schema version {version}, this program reads version "
-                f"{SCHEMA_VERSION}; build it again or use the program that made it"
+                f"the cache at {store.location} has schema version {version}, but this program reads version "
+                f"{SCHEMA_VERSION}; build the cache again or use the program that built it"
             )
         try:
             spec = CacheSpec.model_validate(record["spec"])
             sets = tuple(LayerSet.model_validate(item) for item in record["sets"])
         except (pydantic.ValidationError, KeyError) as error:
-            raise CacheError(f"{store.at(name)} can't be understood ({error}); build the cache again") from error
+            raise CacheError(f"{store.at(name)} is not valid ({error}); build the cache again") from error
         return cls(store, spec, sets, record)
+
+    def __repr__(self) -> str:
+        spec, record = self.spec, self.record
+        return (
+            f"Cache({self.store.location!r}, teacher={record['teacher_name']!r}, layers={spec.layers}, codec={spec.codec!r}, "
+            f"targets={spec.targets!r}, draws={spec.masks.draws}, utterances={record['utterances']}, "
+            f"hours={record['seconds'] / 3600:.2f}, fingerprint='{self.fingerprint[:8]}...')"
+        )
 
     @property
     def fingerprint(self) -> str:
-        """Two caches with one fingerprint are interchangeable."""
+        """SHA-256 (hex) of the identity. Caches with equal fingerprints are interchangeable."""
         return fingerprint(self.spec, self.layer_sets)
 
     @cached_property
     def plan(self) -> pa.Table:
-        """The plan of shards. CacheError where it is missing or not as ``cache.json`` says."""
-        return pq.read_table(io.BytesIO(self._checked(PLAN, self.record["plan"])))
+        """The plan of shards. CacheError if its file is missing or damaged."""
+        return pq.read_table(io.BytesIO(self._read_checked(PLAN, self.record["plan"])))
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """The plan by shards."""
+        """The shards of the plan, sorted by number."""
         return shards_of(self.plan)
 
-    def _checked(self, name: str, sha256: str) -> bytes:
+    def _read_checked(self, name: str, sha256: str) -> bytes:
         try:
             data = self.store.read(name)
         except FileNotFoundError:
-            raise CacheError(f"{self.store.at(name)} is missing; `repair` restores it") from None
+            raise damage_error(self.store, name, "is missing") from None
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise CacheError(f"{self.store.at(name)} is damaged (SHA-256 differs); `repair` restores it")
+            raise damage_error(self.store, name, "is damaged (SHA-256 differs)")
         return data
 
+    def check_teacher(self, name: str, fingerprint: str) -> None:
+        """Raise CacheError if the cache was made with a teacher of another fingerprint."""
+        if fingerprint != self.spec.teacher:
+            raise CacheError(f"{name} is not the teacher that the cache at {self.store.location} was made with")
+
     def codecs(self, layer_set: int) -> tuple[ColumnCodec, ...]:
-        """The codecs of a set of layers, one for each column. CacheError where the state is missing or damaged."""
+        """Return the codecs of a set of layers, one per column. CacheError if their state is missing or damaged."""
         chosen = self.layer_sets[layer_set]
         state: dict[str, Tensor] = {}
         if chosen.state is not None:
-            state = safetensors.torch.load(self._checked(state_name(layer_set), chosen.state))
+            state = safetensors.torch.load(self._read_checked(state_name(layer_set), chosen.state))
         try:
             return open_codec(self.spec.codec, chosen.layers, self.spec.dim, state)
         except ValueError as error:
             raise CacheError(f"the cache at {self.store.location} can't be decoded: {error}") from error
 
     def files(self, shard: Shard, needed: CacheSpec | None = None) -> list[ShardFile]:
-        """A shard's files, the one with the audio first: all, or those that a need reads."""
+        """Return the files of a shard, or only those that a need reads. The file with the audio is the first."""
         return [
             ShardFile(
                 shard.number,
@@ -202,32 +223,32 @@ class Cache:
         ]
 
     def _reads(self, needed: CacheSpec, part: Part) -> bool:
-        if part.kind == "clean" and part.layer_set == 0:  # The audio.
+        if part.has_audio:
             return True
         if part.draw is not None and (part.draw >= needed.masks.draws or needed.targets == "clean_only"):
             return False
         return bool(set(self.layer_sets[part.layer_set].layers) & set(needed.layers))
 
     def commit_of(self, file: ShardFile) -> dict[str, Any] | None:
-        """A file's commit record; None where it is not finished.
+        """Return the commit record of a file, or None if the file is not finished.
 
         Raises:
-            CacheError: the record is damaged, or of a file with another content.
+            CacheError: If the record is damaged or belongs to a file with other content.
         """
         try:
             data = self.store.read(file.commit)
         except FileNotFoundError:
             return None
         try:
-            record = unsealed(data)
+            record = decode_record(data)
         except ValueError as error:
-            raise CacheError(f"{self.store.at(file.commit)} is damaged ({error}); `repair` restores it") from error
+            raise damage_error(self.store, file.commit, f"is damaged ({error})") from error
         if record["content"] != file.content:
-            raise CacheError(f"{self.store.at(file.commit)} belongs to another file or cache; `repair` restores it")
+            raise damage_error(self.store, file.commit, "belongs to another file or cache")
         return record
 
     def missing(self, needed: CacheSpec | None = None) -> dict[int, list[ShardFile]]:
-        """Files without a commit record, by shard; with a need, of those that it reads."""
+        """Return the files without a commit record by shard number, or only those that a need reads."""
         committed = set(self.store.names("commits"))
         absent = {
             shard.number: [file for file in self.files(shard, needed) if file.commit not in committed]
@@ -236,23 +257,27 @@ class Cache:
         return {number: files for number, files in absent.items() if files}
 
     def covers(self, needed: CacheSpec) -> bool:
-        """Whether all layers and draws that are needed are here, in the spec; CacheError where they can't ever be."""
+        """Return whether the specification has all layers and draws that a need reads.
+
+        Raises:
+            CacheError: If the cache can't serve the need even when extended.
+        """
         differences = self.spec.differences(needed)
         if differences:
             raise CacheError(
                 f"the cache at {self.store.location} was made for something else ({'; '.join(differences)}); "
-                "give cache.path another folder, or the settings the cache was made with"
+                "set cache.path to another folder, or use the settings the cache was made with"
             )
         return set(needed.layers) <= set(self.spec.layers) and needed.masks.draws <= self.spec.masks.draws
 
 
-def refuse_strangers(store: Store) -> None:
-    """CacheError where there is no cache, but there are files that no beginning of one explains."""
-    known = (CACHE_JSON, PLAN, "codec", COPIES, BUILDS, CLAIM)
-    strangers = [name for name in store.names() if name.partition("/")[0] not in known]
-    if strangers and not Cache.exists(store):
+def check_location(store: Store) -> None:
+    """Raise CacheError if a location has no cache but other files, except for those of an interrupted `create_cache`."""
+    known = (CACHE_JSON, PLAN, "codec", COPIES, BUILDS, LEASE)
+    foreign = [name for name in store.names() if name.partition("/")[0] not in known]
+    if foreign and not Cache.exists(store):
         raise CacheError(
-            f"{store.location} holds files (such as {strangers[0]}) but no {CACHE_JSON}; give cache.path an empty or a new folder"
+            f"{store.location} holds files (such as {foreign[0]}) but no {CACHE_JSON}; set cache.path to an empty or new folder"
         )
 
 
@@ -266,22 +291,23 @@ def create_cache(
     state: Mapping[str, Tensor],
     threads: int = 1,
 ) -> Cache:
-    """Begins a cache in an empty folder: plan, codec state, and last ``cache.json``.
+    """Create a cache in an empty location: write the plan, the codec's state and last ``cache.json``.
 
     Args:
-        store: where.
-        spec: its identity.
-        plan: of `plan_shards`.
-        teacher_name: for people.
-        teacher_spec: for `load_teacher`, so that repair finds the teacher again.
-        state: what the codec learnt; empty where it learns nothing.
-        threads: of PyTorch where the teacher runs on a CPU: they decide rounding, so whoever adds or repairs uses as many.
+        store: Store of the cache.
+        spec: Specification of the cache.
+        plan: Table from `plan_shards`.
+        teacher_name: Name of the teacher for people to read.
+        teacher_spec: Specification of the teacher for `load_teacher`, used by repair.
+        state: State of the codec. Empty for a codec without state.
+        threads: Number of PyTorch threads of a teacher on a CPU. It affects rounding, so later builds and repairs use the
+            same number.
 
     Raises:
-        CacheError: the folder holds other files.
+        CacheError: If the location holds other files.
     """
     assert bool(state) == is_learned(spec.codec)
-    refuse_strangers(store)
+    check_location(store)
     buffer = io.BytesIO()
     pq.write_table(plan, buffer, compression="zstd")
     for name in (PLAN, f"{COPIES}/{PLAN}"):
@@ -302,12 +328,15 @@ def create_cache(
 
 
 def grow_cache(cache: Cache, needed: CacheSpec, state: Mapping[str, Tensor]) -> Cache:
-    """Adds the layers and draws of a need to a cache's identity; what is there stays valid, the new files are missing.
+    """Extend a cache's identity by the layers and draws of a need. Existing files stay valid; the new ones are missing.
 
     Args:
-        cache: `Cache.covers` said False.
-        needed: what is wanted.
-        state: of the codec for the layers that are new; empty where there are none, or it learns nothing.
+        cache: A cache for which `Cache.covers` is False.
+        needed: Specification of the need.
+        state: State of the codec for the new layers. Empty without new layers or for a codec without state.
+
+    Returns:
+        The extended cache.
     """
     sets = cache.layer_sets
     new = tuple(sorted(set(needed.layers) - set(cache.spec.layers)))
@@ -327,7 +356,7 @@ def _write_state(store: Store, layer_set: int, state: Mapping[str, Tensor]) -> s
 
 
 def _write_record(store: Store, spec: CacheSpec, sets: tuple[LayerSet, ...], record: dict[str, Any]) -> Cache:
-    data = sealed(
+    data = encode_record(
         record
         | {
             "spec": spec.model_dump(mode="json"),
@@ -341,18 +370,18 @@ def _write_record(store: Store, spec: CacheSpec, sets: tuple[LayerSet, ...], rec
 
 
 def file_record(path: Path, rows: int, content: str) -> dict[str, Any]:
-    """What a commit says of a file at a local path: rows, bytes, SHA-256, content key."""
+    """Return the commit record of a file at a local path: rows, bytes, SHA-256 and content key."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"rows": rows, "bytes": path.stat().st_size, "sha256": digest, "content": content}
 
 
 def write_commit(store: Store, file: ShardFile, record: dict[str, Any]) -> None:
-    """Makes a shard file count. Only after the file itself is in its place."""
-    store.write(file.commit, sealed(record))
+    """Write the commit record of a shard file. Call it only after the file itself was written."""
+    store.write(file.commit, encode_record(record))
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all data files that are there and belong to the cache."""
+    """Return the total size in bytes of the existing shard files of a cache."""
     sizes = cache.store.sizes()
     return sum(sizes.get(file.name, 0) for shard in cache.shards for file in cache.files(shard))

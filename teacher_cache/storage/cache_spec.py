@@ -1,14 +1,16 @@
-"""What a cache is: everything that decides its content, and how it may grow."""
+"""The specification of a cache: what determines its content, and how it may be extended."""
 
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from ray_distill.teacher_cache.codecs import check_codec
-from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.embedded_audio import AudioFormat
+from ray_distill.teacher_cache.masks import MaskDraws
+from ray_distill.teacher_cache.precision import Precision
 
 SCHEMA_VERSION = 2
 
@@ -16,78 +18,51 @@ Targets = Literal["clean_and_masked", "composite_only", "clean_only"]
 
 
 class CacheError(ValueError):
-    """A cache that is not there, not whole, or not what was asked for; the message is for the user."""
+    """A cache that is missing, damaged, incomplete or made for something else. The message is meant for the user."""
 
 
-class MaskDraws(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """Which random masks training sees.
-
-    Attributes:
-        policy: how spans are drawn.
-        policies: of the first draws, one each, where they are to differ: a schedule of mask_prob over draws. Default none.
-        draws: number of independent masks of every utterance; 0 trains without masks. Default 1.
-        seed: of all of them. Default 0.
-    """
-
-    policy: MaskPolicy = MaskPolicy()
-    policies: tuple[MaskPolicy, ...] = ()
-    draws: int = pydantic.Field(default=1, ge=0)
-    seed: int = 0
-
-    def policy_of(self, draw: int) -> MaskPolicy:
-        """The policy of a 0-based draw."""
-        return self.policies[draw] if draw < len(self.policies) else self.policy
-
-    @pydantic.model_validator(mode="after")
-    def _possible(self) -> Self:
-        if len(self.policies) > self.draws:
-            raise ValueError(
-                f"there are {len(self.policies)} policies for {self.draws} draws; give at most one for each"
-            )
-        return self
-
-
-class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """Everything that decides a cache's content, but for what a codec learns.
-
-    Attributes:
-        teacher: the teacher's fingerprint.
-        num_layers: layers the teacher has.
-        dim: the teacher's width D.
-        layers: 1-based layers kept, ascending.
-        masks: mask draws kept.
-        targets: ``clean_and_masked`` (default) keeps the clean pass whole and, for each draw, the masked pass at unmasked
-            frames: what all draws need. ``composite_only`` keeps one ready tensor for each draw: smaller with a single draw.
-            ``clean_only`` keeps the clean pass alone: targets are clean at unmasked frames too, an ablation.
-        codec: name of the codec.
-        corpus: fingerprint of the corpus (ids, samples, splits).
-        shard_seconds: audio per shard the plan aims at.
-        batch_seconds: padded audio per teacher batch (it decides rounding, hence bytes).
-        precision: of the teacher's arithmetic: ``fp32``, ``fp16`` or ``bf16``.
-        audio: ``flac`` or ``pcm``, as the waveforms are embedded: a third smaller, or faster to read.
-        schema_version: of the files.
-    """
+class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Everything that determines the content of a cache, except for the codec's state."""
 
     teacher: str
+    """Fingerprint of the teacher."""
     num_layers: int
+    """Number of layers of the teacher."""
     dim: int
+    """Width D of the teacher."""
     layers: tuple[int, ...]
+    """Cached layers, 1-based, ascending."""
     masks: MaskDraws
+    """Cached mask draws."""
     targets: Targets = "clean_and_masked"
+    """Kind of targets. ``clean_and_masked`` stores the whole clean pass and, per draw, the masked pass at unmasked frames,
+    which is enough for the targets of every draw. ``composite_only`` stores one complete tensor per draw, which is smaller
+    for a single draw. ``clean_only`` stores the clean pass only, so targets are clean at unmasked frames too (an
+    ablation)."""
     codec: Annotated[str, pydantic.AfterValidator(check_codec)]
+    """Name of the codec."""
     corpus: str
+    """Fingerprint of the corpus (ids, samples, splits)."""
     shard_seconds: float
+    """Target duration of the audio per shard, in seconds."""
     batch_seconds: float
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    audio: Literal["flac", "pcm"] = "flac"
+    """Padded audio per teacher batch, in seconds. It affects rounding and so the stored bytes."""
+    precision: Precision = "fp32"
+    """Precision of the teacher's arithmetic: ``fp32``, ``fp16`` or ``bf16``."""
+    audio: AudioFormat = "flac"
+    """Format of the embedded waveforms: ``flac`` is a third smaller, ``pcm`` is faster to read."""
     schema_version: int = SCHEMA_VERSION
+    """Version of the file format."""
 
     def differences(self, needed: "CacheSpec") -> list[str]:
-        """What keeps this cache, even if it grows, from serving a need; one readable phrase each, ``name: has -> needed``.
+        """Return the differences that prevent this cache, even when extended, from serving a need.
 
-        Fewer layers and draws are served as they are, and clean targets where there are masked ones too; more layers and
-        draws can be added. Only of ``composite_only`` draws can't be taken away or added altogether: its clean training
-        targets are there exactly where it has no draws.
+        A cache serves needs with fewer layers or draws, and ``clean_and_masked`` serves ``clean_only``. Missing layers and
+        draws can be added. The exception is ``composite_only``: such a cache has clean training targets only if it has no
+        draws, so a cache with draws and one without can't serve each other.
+
+        Returns:
+            One phrase per difference, ``name: present -> needed``.
         """
         mine, theirs = (
             spec.model_dump(mode="json", exclude={"layers": True, "masks": True}) for spec in (self, needed)
@@ -107,7 +82,7 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid"):
         ]
 
     def grown(self, needed: "CacheSpec") -> "CacheSpec":
-        """This spec with what a need adds: layers, draws."""
+        """Return this specification extended by the layers and draws of a need."""
         masks = self.masks
         if needed.masks.draws > masks.draws:
             policies = tuple(
@@ -119,27 +94,24 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid"):
         return self.model_copy(update={"masks": masks, "layers": layers})
 
 
-class LayerSet(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """Layers that were cached together; those added later are a set of their own, in files of their own.
-
-    Attributes:
-        layers: 1-based, ascending.
-        state: SHA-256 of the codec's state file; None for a codec that learns nothing.
-    """
+class LayerSet(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Layers that were cached together. Layers added later form another set, in separate files."""
 
     layers: tuple[int, ...]
+    """Layers, 1-based, ascending."""
     state: str | None = None
+    """SHA-256 of the codec's state file, or None for a codec without state."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A kind of shard file: one pass (or the composite) of one set of layers.
+    """A kind of shard file: one pass (or the composite of two) of one set of layers.
 
     Attributes:
         kind: ``clean``, ``masked`` or ``composite``.
-        layer_set: number of the set of layers. The clean part of set 0 also holds the audio.
-        draw: 0-based, of the masks; None for ``clean``.
-        features: whether it holds any. False where the clean part of ``composite_only`` carries the audio alone.
+        layer_set: Number of the set of layers. The clean part of set 0 also holds the audio.
+        draw: 0-based mask draw, or None for ``clean``.
+        features: Whether the file holds features. False if the clean part of ``composite_only`` holds the audio only.
     """
 
     kind: Literal["clean", "masked", "composite"]
@@ -148,14 +120,19 @@ class Part:
     features: bool = True
 
     @property
+    def has_audio(self) -> bool:
+        """Whether the file holds the audio too."""
+        return self.kind == "clean" and self.layer_set == 0
+
+    @property
     def folder(self) -> str:
-        """``clean``, ``masked/draw=0``, ``clean/set=1``, ..."""
+        """Folder of the files: ``clean``, ``masked/draw=0``, ``clean/set=1``, ..."""
         draw = "" if self.draw is None else f"/draw={self.draw}"
         return f"{self.kind}{draw}" + (f"/set={self.layer_set}" if self.layer_set else "")
 
 
 def parts_of(spec: CacheSpec, layer_sets: int, split: str) -> list[Part]:
-    """All parts that shards of a split have. The validation split has the clean pass alone: it is validated unmasked."""
+    """Return the parts of the shards of a split. The validation split has the clean pass only, as validation uses no masks."""
     parts = []
     for number in range(layer_sets):
         composite = spec.targets == "composite_only" and split == "train" and spec.masks.draws > 0
@@ -168,16 +145,16 @@ def parts_of(spec: CacheSpec, layer_sets: int, split: str) -> list[Part]:
 
 
 def fingerprint(spec: CacheSpec, layer_sets: tuple[LayerSet, ...]) -> str:
-    """SHA-256 (hex): two caches with one fingerprint are interchangeable."""
+    """Return the SHA-256 (hex) of a cache's identity. Caches with equal fingerprints are interchangeable."""
     return _digest({"spec": spec.model_dump(mode="json"), "sets": [s.model_dump(mode="json") for s in layer_sets]})
 
 
 def content_key(spec: CacheSpec, layer_set: LayerSet, part: Part, shard: int, split: str) -> str:
-    """SHA-256 (hex) of all that decides a file's content: it stays the same when the cache grows by layers or draws."""
+    """Return the SHA-256 (hex) of all that determines a file's content. Adding layers or draws does not change it."""
     tree = spec.model_dump(mode="json", exclude={"layers": True, "masks": True})
     tree |= {"set": layer_set.model_dump(mode="json"), "part": part.folder, "shard": shard, "split": split}
     if spec.targets == "composite_only" and split == "train" and part.kind == "clean" and part.features:
-        # Programs before this key left the features out there, under the same key: repair makes such files again.
+        # Versions before this key wrote such files without features; with the key, repair rebuilds those.
         tree["features"] = True
     if part.draw is not None:
         tree |= {"policy": spec.masks.policy_of(part.draw).model_dump(mode="json"), "seed": spec.masks.seed}

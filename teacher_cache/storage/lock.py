@@ -1,4 +1,4 @@
-"""One builder at a time: a claim on a cache while it is built, grown or repaired."""
+"""The lock of a cache: one process at a time builds, extends or repairs it."""
 
 import fcntl
 import json
@@ -12,78 +12,78 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
-from ray_distill.teacher_cache.storage.store import Store, is_full
+from ray_distill.teacher_cache.storage.store import Store, is_disk_full
 
-CLAIM = "building.json"
-"""In an object store."""
-_BEAT_SECONDS = 10.0
-_DEAD_SECONDS = 45.0
-"""An object store's claim that is not renewed for so long, while somebody watches, was left by a killed builder."""
+LEASE = "building.json"
+"""Name of the lock object in an object store."""
+_LOCK_FILE = ".building.lock"
+_HEARTBEAT_SECONDS = 10.0
+_EXPIRY_SECONDS = 45.0
+"""A lease has expired if nobody renewed it while it was watched for this long: its holder was killed."""
 _SETTLE_SECONDS = 1.0
-_WRITTEN_SECONDS = 2.0
-"""A lock's holder has written who it is by then."""
+_IDENTITY_SECONDS = 2.0
+"""Maximum time between taking a lock file and writing the holder's identity into it."""
 
 
 @contextmanager
-def building(store: Store) -> Iterator[Callable[[], None]]:
-    """Holds the claim while the block runs; a killed builder's claim ends with it.
+def cache_lock(store: Store) -> Iterator[Callable[[], None]]:
+    """Hold the lock of a cache while the block runs. The lock of a killed process is released.
 
-    On a local disk (or a shared one with POSIX locks) it is a lock that the kernel releases. In an object store it is a small
-    object that is renewed every 10 seconds; one that is found there is watched until it is renewed (another builder is at
-    work) or has not been for 45 seconds (its builder was killed). Clocks of different machines are not compared.
+    On a local disk, or a shared one with POSIX locks, it is a file lock that the kernel releases. In an object store it is a
+    lease: a small object that its holder renews every 10 seconds. A process that finds a lease watches it until it is renewed
+    (its holder is alive) or for 45 seconds (its holder was killed). Clocks of different machines are never compared.
 
     Yields:
-        A function that raises CacheError once another builder has taken the claim over, which happens to one that did not
-        reach its object store for long. To be called before each piece of work.
+        A function to call before each piece of work. It raises CacheError if another process has taken over the lease, which
+        happens when this one could not reach the object store for too long.
 
     Raises:
-        CacheError: another builder is at work, and it says which; or the block met a full disk.
+        CacheError: If another process holds the lock, which the message names, or if the disk fills up in the block.
     """
     try:
-        with _local(store) if store.local is not None else _remote(store) as check:
+        with _file_lock(store) if store.local is not None else _lease(store) as check:
             yield check
     except OSError as error:
-        if is_full(error):
-            raise full_disk(store, str(error)) from error
+        if is_disk_full(error):
+            raise disk_full_error(store, str(error)) from error
         raise
 
 
-def full_disk(store: Store, why: str) -> CacheError:
-    """The one sentence for a disk without room."""
-    place = (
-        f"the disk of {store.location}" if store.local is not None else "the disk with the temporary folder (TMPDIR)"
-    )
-    return CacheError(f"{place} is full ({why}); what is finished stays: make room and run again")
+def disk_full_error(store: Store, reason: str) -> CacheError:
+    """Return the error for a full disk."""
+    disk = f"the disk of {store.location}" if store.local is not None else "the disk of the temporary folder (TMPDIR)"
+    return CacheError(f"{disk} is full ({reason}); free some space and run again, finished files are kept")
 
 
 def _identity() -> dict[str, str | int]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-def _who(text: bytes) -> str:
+def _describe(content: bytes) -> str:
     try:
-        owner = json.loads(text)
-        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+        holder = json.loads(content)
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (ValueError, KeyError, TypeError):
         return "another process"
 
 
-def _refused(store: Store, text: bytes) -> CacheError:
+def _locked_error(store: Store, content: bytes) -> CacheError:
     return CacheError(
-        f"the cache at {store.location} is being built by {_who(text)}; wait until it is done, or stop it and run again"
+        f"the cache at {store.location} is being built by {_describe(content)}; wait until it has finished, or stop it and "
+        "run again"
     )
 
 
 @contextmanager
-def _local(store: Store) -> Iterator[Callable[[], None]]:
+def _file_lock(store: Store) -> Iterator[Callable[[], None]]:
     assert store.local is not None
     store.local.mkdir(parents=True, exist_ok=True)
-    path = store.local / ".building.lock"
+    path = store.local / _LOCK_FILE
     with path.open("a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _refused(store, _holder(path)) from None
+            raise _locked_error(store, _wait_for_identity(path)) from None
         file.truncate(0)
         file.write(json.dumps(_identity()).encode())
         try:
@@ -92,74 +92,73 @@ def _local(store: Store) -> Iterator[Callable[[], None]]:
             file.truncate(0)
 
 
-def _holder(path: Path) -> bytes:
-    """What the lock's holder says of itself; it may have got the lock a moment ago, and not have written it yet."""
-    give_up = time.monotonic() + _WRITTEN_SECONDS
+def _wait_for_identity(path: Path) -> bytes:
+    """Return the identity in a lock file. Its holder may have taken the lock a moment ago and not have written it yet."""
+    give_up = time.monotonic() + _IDENTITY_SECONDS
     time.sleep(0.1)
-    while not (text := path.read_bytes()) and time.monotonic() < give_up:
+    while not (content := path.read_bytes()) and time.monotonic() < give_up:
         time.sleep(0.05)
-    return text
+    return content
 
 
 @contextmanager
-def _remote(store: Store) -> Iterator[Callable[[], None]]:
-    mine = uuid.uuid4().hex
+def _lease(store: Store) -> Iterator[Callable[[], None]]:
+    token = uuid.uuid4().hex
     identity = _identity()
-    beats = 0
+    renewals = 0
 
-    def beat() -> None:
-        nonlocal beats
-        beats += 1
-        store.write(CLAIM, json.dumps(identity | {"claim": mine, "beat": beats}).encode())
+    def renew() -> None:
+        nonlocal renewals
+        renewals += 1
+        store.write(LEASE, json.dumps(identity | {"claim": token, "beat": renewals}).encode())
 
-    def other() -> bytes | None:
-        """The claim that lies there, unless it is ours."""
+    def lease_of_another() -> bytes | None:
         try:
-            text = store.read(CLAIM)
+            content = store.read(LEASE)
         except FileNotFoundError:
             return None
-        return None if mine.encode() in text else text
+        return None if token.encode() in content else content
 
-    found = other()
-    dead = time.monotonic() + _DEAD_SECONDS
-    while found is not None and time.monotonic() < dead:
-        time.sleep(_BEAT_SECONDS / 10)
-        now = other()
+    found = lease_of_another()
+    expires = time.monotonic() + _EXPIRY_SECONDS
+    while found is not None and time.monotonic() < expires:
+        time.sleep(_HEARTBEAT_SECONDS / 10)
+        now = lease_of_another()
         if now is not None and now != found:
-            raise _refused(store, now)
+            raise _locked_error(store, now)
         found = now
-    beat()
-    # Two that claimed at once: the one whose claim was written last stays.
+    renew()
+    # If two processes take the lease at once, the last one to write it keeps it.
     time.sleep(_SETTLE_SECONDS)
-    if (text := other()) is not None:
-        raise _refused(store, text)
-    done = threading.Event()
-    taken: list[bytes] = []
+    if (content := lease_of_another()) is not None:
+        raise _locked_error(store, content)
+    released = threading.Event()
+    taken_over: list[bytes] = []
 
-    def keep() -> None:
-        while not taken and not done.wait(_BEAT_SECONDS):
-            # A beat that is lost is made up for by the next; the build itself says when the store can't be reached.
+    def keep_renewing() -> None:
+        while not taken_over and not released.wait(_HEARTBEAT_SECONDS):
+            # The next renewal makes up for a failed one. If the store stays out of reach, the build itself fails.
             with suppress(OSError):
-                if (text := other()) is not None:
-                    taken.append(text)
+                if (content := lease_of_another()) is not None:
+                    taken_over.append(content)
                 else:
-                    beat()
+                    renew()
 
     def check() -> None:
-        if taken:
+        if taken_over:
             raise CacheError(
-                f"the cache at {store.location} was taken over by {_who(taken[0])}, as this builder did not reach it "
-                "for too long; what is finished stays: leave it to the other one"
+                f"the cache at {store.location} was taken over by {_describe(taken_over[0])}, because this process could not "
+                "reach it for too long; let the other process finish, finished files are kept"
             )
 
-    keeper = threading.Thread(target=keep, daemon=True)
-    keeper.start()
+    thread = threading.Thread(target=keep_renewing, daemon=True)
+    thread.start()
     try:
         yield check
     finally:
-        done.set()
-        keeper.join()
-        # A claim that can't be removed counts as left behind.
+        released.set()
+        thread.join()
+        # A lease that can't be removed expires.
         with suppress(OSError):
-            if other() is None:
-                store.remove(CLAIM)
+            if lease_of_another() is None:
+                store.remove(LEASE)

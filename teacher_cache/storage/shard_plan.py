@@ -1,4 +1,4 @@
-"""The plan of shards: which utterance lies where."""
+"""The plan of a cache: the shard and row of every utterance."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -46,19 +46,19 @@ PLAN_SCHEMA = pa.schema(
 def plan_shards(
     utterances: Sequence[Utterance], shard_seconds: float, num_frames: Callable[[int], int] = num_frames
 ) -> pa.Table:
-    """Assigns every utterance a shard and a row in it; a pure function of its arguments.
+    """Assign every utterance to a shard and a row in it. The result depends on the arguments only.
 
-    Utterances of a split are put in a fixed pseudo-random order (by hash of the id, so that every shard has a mix of
-    speakers) and cut into shards of about ``shard_seconds``; a shard holds one split only. Within a shard rows go from
-    the longest to the shortest, so that teacher batches need little padding.
+    Utterances of a split are sorted by the hash of their ids, so that every shard has a mix of speakers, and cut into shards of
+    about ``shard_seconds``. A shard holds one split only. Rows of a shard are sorted from the longest to the shortest
+    utterance, so that teacher batches need little padding.
 
     Args:
-        utterances: of all splits.
-        shard_seconds: audio per shard.
-        num_frames: frames of an utterance of so many samples, as the teacher counts them; default HuBERT's.
+        utterances: Utterances of all splits.
+        shard_seconds: Seconds of audio per shard.
+        num_frames: The teacher's function from a number of samples to a number of frames. Default HuBERT's.
 
     Returns:
-        Table of PLAN_SCHEMA, sorted by shard and row.
+        A table with PLAN_SCHEMA, sorted by shard and row.
     """
     rows: list[tuple[int, int, Utterance]] = []
     shard = 0
@@ -92,19 +92,19 @@ def plan_shards(
 
 
 def shard_numbers(plan: pa.Table) -> list[int]:
-    """All shards of a plan, ascending."""
+    """Return the numbers of all shards of a plan, ascending."""
     return [int(shard) for shard in np.unique(plan["shard"].to_numpy())]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of a plan: rows in their order.
+    """One shard of a plan.
 
     Attributes:
-        number: of the shard.
-        split: of all its utterances.
-        utterances: as indexed.
-        num_frames: of each.
+        number: Number of the shard.
+        split: Split of all its utterances.
+        utterances: Utterances in the order of rows.
+        num_frames: Number of frames of each utterance.
     """
 
     number: int
@@ -114,12 +114,12 @@ class Shard:
 
     @property
     def seconds(self) -> float:
-        """Of audio."""
+        """Seconds of audio."""
         return sum(u.num_samples for u in self.utterances) / SAMPLE_RATE
 
 
 def shards_of(plan: pa.Table) -> list[Shard]:
-    """A plan's shards, by number."""
+    """Return the shards of a plan, sorted by number."""
     shards: list[Shard] = []
     for row in plan.to_pylist():
         if not shards or shards[-1].number != row["shard"]:
@@ -129,8 +129,8 @@ def shards_of(plan: pa.Table) -> list[Shard]:
     return shards
 
 
-def moved(shards: Sequence[Shard], paths: Mapping[str, str]) -> list[Shard]:
-    """The shards with other paths of their audio, by id; whose id is not among them keeps its own."""
+def with_paths(shards: Sequence[Shard], paths: Mapping[str, str]) -> list[Shard]:
+    """Return the shards with new paths of audio files, by utterance id. Other utterances keep their path."""
     return [
         replace(shard, utterances=[replace(u, path=paths.get(u.id, u.path)) for u in shard.utterances])
         for shard in shards

@@ -1,4 +1,4 @@
-"""Where a cache lies: a folder on a local disk, or a prefix in an object store, through pyarrow's file systems."""
+"""Storage of a cache: a folder on a local disk or a prefix in an object store, through pyarrow's file systems."""
 
 import contextlib
 import errno
@@ -21,14 +21,18 @@ _T = TypeVar("_T")
 
 
 class Store:
-    """Whole files under one root. No file is ever seen half written.
+    """Files under one root, written atomically: readers never see a partial file.
 
-    On a local disk a file is written beside its place, synced and renamed into it. An object store shows an object only
-    when its upload is complete, so there a file is written to the local temporary folder first and uploaded whole.
+    On a local disk a file is written under a temporary name, synced and renamed. An object store shows an object only when its
+    upload is complete, so a file is first written to the local temporary folder and then uploaded.
 
     Args:
-        location: a local path, also as ``file:///...``, or a URI that Arrow or fsspec opens (``s3://bucket/prefix``,
+        location: A local path, also as ``file:///...``, or a URI that Arrow or fsspec opens (``s3://bucket/prefix``,
             ``gs://...``). Credentials come from the usual environment variables (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...).
+
+    Attributes:
+        location: The location, absolute for a local path.
+        local: The local folder, or None for an object store.
 
     Example:
         >>> store = Store("caches/demo")
@@ -47,29 +51,32 @@ class Store:
             self._fs, root = _open(self.location)
             self._root = root.rstrip("/")
 
+    def __repr__(self) -> str:
+        return f"Store({self.location!r})"
+
     def at(self, name: str) -> str:
-        """A file's place, for messages."""
+        """Return the full path or URI of a file, for messages."""
         return f"{self.location}/{name}"
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, or None where there is none."""
+        """Return the size of a file in bytes, or None if it does not exist."""
         info = self._fs.get_file_info(f"{self._root}/{name}")
         return int(info.size) if info.type == pafs.FileType.File else None
 
     def read(self, name: str) -> bytes:
-        """A whole file. Raises FileNotFoundError."""
+        """Return the content of a file. Raises FileNotFoundError."""
         with self._fs.open_input_file(f"{self._root}/{name}") as file:
             data: bytes = file.read()
         return data
 
     def open(self, name: str) -> pa.NativeFile:
-        """A file for random access: memory-mapped on a local disk, ranged requests in an object store."""
+        """Open a file for random access: memory-mapped on a local disk, with range requests in an object store."""
         if self.local is not None:
             return pa.memory_map(f"{self._root}/{name}")
         return self._fs.open_input_file(f"{self._root}/{name}")
 
     def sha256(self, name: str) -> str:
-        """SHA-256 (hex) of a file. Raises FileNotFoundError."""
+        """Return the SHA-256 (hex) of a file. Raises FileNotFoundError."""
         digest = hashlib.sha256()
         with self._fs.open_input_stream(f"{self._root}/{name}", buffer_size=0) as file:
             while block := file.read(_COPY_BYTES):
@@ -77,7 +84,7 @@ class Store:
         return digest.hexdigest()
 
     def move(self, name: str, to: str) -> None:
-        """Moves a file to another name."""
+        """Rename a file."""
         if self.local is not None:
             (self.local / to).parent.mkdir(parents=True, exist_ok=True)
             self._fs.move(f"{self._root}/{name}", f"{self._root}/{to}")
@@ -85,7 +92,7 @@ class Store:
             self._with_folder(to, lambda: self._fs.move(f"{self._root}/{name}", f"{self._root}/{to}"))
 
     def _with_folder(self, name: str, write: Callable[[], _T]) -> _T:
-        """Writes a file; where that takes a folder, as with sftp, and unlike in an object store, makes it first."""
+        """Write a file. If the file system (such as sftp, unlike an object store) needs its folder first, create that."""
         try:
             return write()
         except FileNotFoundError:
@@ -93,7 +100,7 @@ class Store:
             return write()
 
     def names(self, prefix: str = "") -> list[str]:
-        """Names of all files under a prefix (a folder's name), sorted; temporaries of writers are left out."""
+        """Return the sorted names of all files in a folder, without temporary files of writers."""
         selector = pafs.FileSelector(f"{self._root}/{prefix}".rstrip("/"), recursive=True, allow_not_found=True)
         found = (
             info.path[len(self._root) + 1 :]
@@ -103,16 +110,16 @@ class Store:
         return sorted(name for name in found if not _is_temporary(name))
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file, by one listing: what a check of a large cache in an object store can afford."""
+        """Return the size in bytes of every file. This takes a single listing, also for a large cache in an object store."""
         selector = pafs.FileSelector(self._root, recursive=True, allow_not_found=True)
         infos = [info for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File]
         return {info.path[len(self._root) + 1 :]: info.size for info in infos if not _is_temporary(info.path)}
 
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
-        """Yields a local path to write to; when the block ends well the file is put in its place, whole and durable."""
+        """Yield a local path to write to. The file appears under its name, synced to disk, when the block ends without an error."""
         if self.local is None:
-            # A file without a name: it ends with the process, however that ends.
+            # An unnamed file disappears with the process, even if it is killed.
             with tempfile.TemporaryFile() as unnamed:
                 path = Path(f"/proc/self/fd/{unnamed.fileno()}")
                 yield path
@@ -135,7 +142,7 @@ class Store:
             temporary.unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
-        """Puts a small file in its place, whole."""
+        """Write a small file."""
         with self.create(name) as path:
             path.write_bytes(data)
 
@@ -147,33 +154,33 @@ class Store:
             with path.open("rb") as source, opened as sink:
                 shutil.copyfileobj(source, sink, _COPY_BYTES)
         except BaseException:
-            # A stream that an error closes leaves what it has as a whole object; what was there before stays.
+            # Closing a stream after an error stores a truncated object, which is deleted. An earlier object stays.
             with contextlib.suppress(OSError):
                 if self.size(name) not in (before, path.stat().st_size):
                     self._fs.delete_file(target)
             raise
 
     def remove(self, name: str) -> None:
-        """Deletes a file; nothing happens where there is none."""
+        """Delete a file if it exists."""
         if self.size(name) is not None:
             self._fs.delete_file(f"{self._root}/{name}")
 
     def remove_leftovers(self) -> None:
-        """Removes temporaries that killed writers left behind. Only while no build is running."""
+        """Delete temporary files of killed writers. Call it only while holding the lock of the cache."""
         if self.local is not None and self.local.is_dir():
             for temporary in self.local.rglob(".*.tmp"):
                 temporary.unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:
-        """Free space on a local disk; None for an object store."""
+        """Return the free space in bytes on a local disk, or None for an object store."""
         if self.local is None:
             return None
         existing = next(folder for folder in [self.local, *self.local.parents] if folder.exists())
         return shutil.disk_usage(existing).free
 
 
-def is_full(error: OSError) -> bool:
-    """Whether an error says that a disk has no room, or a user no quota, left."""
+def is_disk_full(error: OSError) -> bool:
+    """Return whether an error means that the disk is full or the user's quota is used up."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -187,13 +194,13 @@ def _local_path(location: str) -> str:
 
 
 def _open(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Arrow's file system for a URI, or fsspec's where Arrow has none, and the path within it."""
+    """Return the file system for a URI (Arrow's, or fsspec's if Arrow has none) and the path within it."""
     scheme, _, rest = uri.partition("://")
     user, at, _ = rest.partition("/")[0].rpartition("@")
-    # Azure's container@account is none.
+    # Azure writes container@account, which is not a credential.
     if at and (":" in user or scheme not in ("abfs", "abfss")):
         raise ValueError(
-            f"the {scheme}:// location holds credentials, which logs would repeat; give them in the environment "
+            f"the {scheme}:// location holds credentials, which logs would repeat; set them in the environment "
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
         )
     try:

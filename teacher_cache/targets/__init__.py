@@ -1,1 +1,1 @@
-"""Targets for training: the batches, their order, and the teacher in the loop as an alternative to a cache."""
+"""Targets for training: batches, their order within an epoch, and targets computed online without a cache."""

@@ -1,4 +1,4 @@
-"""Which utterances go together: a pure function of lengths, seed, epoch and world size."""
+"""Batches of an epoch, determined by the lengths of utterances, the seed, the epoch and the world size."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,18 @@ import numpy as np
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
 WINDOW_BATCHES = 50
-"""Batches' worth of utterances that are sorted by length together: more saves padding, fewer shuffles better."""
+"""Window in which utterances are sorted by length, in batches. A larger window saves padding, a smaller one shuffles better."""
 LENGTH_NOISE = 0.02
-"""Share of its length by which an utterance may be sorted wrongly, so that it meets others in each epoch."""
+"""Relative noise on lengths before sorting, so that batches differ between epochs."""
 
 
 def cut_by_seconds(order: Sequence[int], num_samples: np.ndarray, batch_seconds: float) -> list[list[int]]:
-    """Cuts ``order`` into consecutive batches whose padded audio (longest x rows) stays within the budget.
+    """Cut ``order`` into consecutive batches whose padded audio (longest utterance x rows) does not exceed a budget.
 
     Args:
-        order: indices into num_samples, in the order to keep.
-        num_samples: (N,) integers.
-        batch_seconds: budget; an utterance longer than it gets a batch of its own.
+        order: Indices into num_samples. Their order is kept.
+        num_samples: (N,) integers, lengths of all utterances.
+        batch_seconds: Budget in seconds. An utterance longer than it forms a batch of its own.
     """
     batches: list[list[int]] = []
     batch: list[int] = []
@@ -43,25 +43,24 @@ def plan_epoch(
     seed: int,
     epoch: int,
 ) -> list[list[list[list[int]]]]:
-    """The batches of one training epoch.
+    """Return the batches of one training epoch.
 
-    Utterances are permuted by ``default_rng((seed, epoch))``, sorted by length (give or take LENGTH_NOISE) within windows of
-    WINDOW_BATCHES batches, cut into batches, and the batches shuffled. The last ``batches mod (world_size * accumulate)`` are
-    left out, so that every rank takes equally many (uneven loops deadlock DDP); being the last of a shuffle, they differ each
-    epoch.
-    Where there are fewer batches than one optimiser step needs, they are repeated to fill it.
+    Utterances are permuted by ``default_rng((seed, epoch))``, sorted by length (with LENGTH_NOISE) within windows of
+    WINDOW_BATCHES batches and cut into batches, which are then shuffled. The last ``batches mod (world_size * accumulate)``
+    batches are left out, because uneven numbers of batches per rank deadlock DDP; the shuffle makes them differ between
+    epochs. If there are fewer batches than one optimiser step needs, they are repeated.
 
     Args:
-        num_samples: (N,) lengths.
-        batch_size: utterances per batch and rank, as published; or None.
-        batch_seconds: seconds of padded audio per batch and rank; or None. Exactly one of the two.
-        world_size: number of ranks.
-        accumulate: batches per rank and optimiser step.
-        seed: of the run.
-        epoch: 0-based.
+        num_samples: (N,) lengths of all utterances.
+        batch_size: Number of utterances per batch and rank, as published, or None.
+        batch_seconds: Seconds of padded audio per batch and rank, or None. Exactly one of the two must be given.
+        world_size: Number of ranks.
+        accumulate: Number of batches per rank and optimiser step.
+        seed: Seed of the run.
+        epoch: Number of the epoch, 0-based.
 
     Returns:
-        ``plan[step][micro][rank]``: list of indices into num_samples, for each optimiser step.
+        ``plan[step][micro][rank]``, a list of indices into num_samples.
     """
     assert (batch_size is None) != (batch_seconds is None)
     rng = np.random.default_rng((seed, epoch))
@@ -71,7 +70,7 @@ def plan_epoch(
     batches: list[list[int]] = []
     for start in range(0, len(order), window):
         members = order[start : start + window]
-        # Exact lengths would make the same batches each epoch where a window holds the whole split.
+        # Without noise, every epoch would have the same batches if a window holds the whole split.
         nearly = num_samples[members] * rng.uniform(1 - LENGTH_NOISE, 1 + LENGTH_NOISE, len(members))
         members = members[np.argsort(nearly, kind="stable")]
         if batch_size is not None:

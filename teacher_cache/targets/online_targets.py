@@ -1,32 +1,30 @@
-"""The teacher in the loop: targets computed anew each time, batch for batch what a cache would give."""
+"""Targets computed by the teacher during training, equal to those of a cache."""
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ray_distill.teacher_cache.audio import load_audio
-from ray_distill.teacher_cache.embedded_audio import quantize
-from ray_distill.teacher_cache.masks import draw_mask
-from ray_distill.teacher_cache.storage.cache_spec import MaskDraws, Targets
+from ray_distill.teacher_cache.masks import MaskDraws
+from ray_distill.teacher_cache.precision import Precision
+from ray_distill.teacher_cache.source_audio import load_waveform
+from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.targets.target_batch import Batch, pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher
 
 
 class OnlineReader:
-    """The same batches as a cache would give, from the teacher itself.
+    """A `TargetReader` that runs the teacher on every batch. Batches equal those of a cache, up to rounding.
 
     Args:
-        utterances: of one split; index order is theirs.
-        teacher: on the device it is to run on.
-        masks: policies and seed of the draws; with ``draws`` 0 there are none, else one more for each epoch.
-        layers: 1-based layers; default all.
-        targets: as `CacheSpec.targets`: ``clean_only`` leaves out the masked pass, the others mean the same here. Default
-            ``clean_and_masked``.
+        utterances: Utterances of one split. They define the order of indices.
+        teacher: Teacher, on the device on which it computes.
+        masks: Policies and seed of the mask draws. Any draw can be read, unless ``masks.draws`` is 0.
+        layers: 1-based layers. Default all.
+        targets: Kind of targets, as in `CacheSpec.targets`. ``clean_only`` skips the masked pass; the other two give the
+            same targets here. Default ``clean_and_masked``.
+        precision: Precision of the teacher's arithmetic, as in `CacheSpec.precision`. Default ``fp32``.
     """
 
     draws: int | None = None
@@ -38,6 +36,7 @@ class OnlineReader:
         masks: MaskDraws,
         layers: Sequence[int] | None = None,
         targets: Targets = "clean_and_masked",
+        precision: Precision = "fp32",
     ) -> None:
         self.utterances = utterances
         self.num_samples = np.array([utterance.num_samples for utterance in utterances])
@@ -47,42 +46,26 @@ class OnlineReader:
         self._teacher = teacher
         self._masks = masks
         self._clean_only = targets == "clean_only"
+        self._precision: Precision = precision
         if masks.draws == 0:
             self.draws = 0
 
+    def __repr__(self) -> str:
+        return f"OnlineReader({len(self.utterances)} utterances, {self._teacher!r}, precision={self._precision!r})"
+
     def read(self, indices: Sequence[int], draw: int | None) -> Batch:
-        """See TargetReader; all tensors are on the teacher's device."""
+        """See `TargetReader.read`. All tensors are on the teacher's device."""
         members = [self.utterances[i] for i in indices]
-        waveforms, lengths = pad_waveforms([load_source(utterance) for utterance in members])
-        device = self._teacher.device
-        waveforms, lengths = waveforms.to(device), lengths.to(device)
-        frames = self._teacher.num_frames(lengths)
-        targets = self._teacher.hidden_states(waveforms, lengths, layers=self.layers)
+        ids = [utterance.id for utterance in members]
+        teacher, layers, precision = self._teacher, self.layers, self._precision
+        waveforms, lengths = pad_waveforms([load_waveform(utterance) for utterance in members])
+        waveforms, lengths = waveforms.to(teacher.device), lengths.to(teacher.device)
+        frames = teacher.num_frames(lengths)
+        targets = teacher(waveforms, lengths, layers=layers, precision=precision)
         frame_mask = None
         if draw is not None:
-            frame_mask = masks_of(self._masks, draw, [u.id for u in members], frames.tolist()).to(device)
+            frame_mask = self._masks.frame_mask(draw, ids, frames.tolist()).to(teacher.device)
             if not self._clean_only:
-                masked = self._teacher.hidden_states(waveforms, lengths, frame_mask, layers=self.layers)
+                masked = teacher(waveforms, lengths, frame_mask, layers, precision=precision)
                 targets = torch.where(frame_mask[:, None, :, None], targets, masked)
-        return Batch([u.id for u in members], waveforms, lengths, frames, targets, frame_mask)
-
-
-def masks_of(masks: MaskDraws, draw: int, ids: Sequence[str], frames: Sequence[int]) -> Tensor:
-    """(B, T) bool: each utterance's own mask of this draw, False at padding."""
-    out = torch.zeros(len(ids), max(frames), dtype=torch.bool)
-    policy = masks.policy_of(draw)
-    for row, utterance_id, count in zip(out, ids, frames, strict=True):
-        row[:count] = torch.from_numpy(draw_mask(policy, masks.seed, draw, utterance_id, count))
-    return out
-
-
-def load_source(utterance: Utterance) -> np.ndarray:
-    """(S,) float32 of an utterance as teachers and students hear it.
-
-    Raises:
-        ValueError: the file can't be decoded, or is not the one that was indexed.
-    """
-    waveform = load_audio(Path(utterance.path))
-    if hashlib.sha256(waveform.tobytes()).hexdigest() != utterance.sha256:
-        raise ValueError(f"{utterance.path} changed since the corpus was indexed; run the index stage again")
-    return quantize(waveform)
+        return Batch(ids, waveforms, lengths, frames, targets, frame_mask)

@@ -1,6 +1,6 @@
-"""What a reader hands to training: utterances with their targets."""
+"""Batches of utterances with their targets, and the interface of readers that provide them to training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,18 +13,24 @@ from ray_distill.teacher_cache.codecs import ColumnCodec
 
 @dataclass(frozen=True)
 class CodedTargets:
-    """Targets as they were read, to be decoded where they are needed.
+    """Encoded targets of a batch, to be decoded on the device that needs them.
 
     Attributes:
-        layers: 1-based layers wanted, in their order.
-        columns: (codec, codes (B, T, bytes_per_frame) uint8) for each column that holds some of them.
+        layers: 1-based layers of the decoded targets, in order.
+        columns: One pair per column that holds some of the layers: the codec and (B, T, bytes_per_frame) uint8 codes.
     """
 
     layers: tuple[int, ...]
     columns: tuple[tuple[ColumnCodec, Tensor], ...]
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (B, L, T, D) of the decoded targets."""
+        codec, codes = self.columns[0]
+        return torch.Size([codes.shape[0], len(self.layers), codes.shape[1], codec.dim])
+
     def decode(self) -> Tensor:
-        """(B, L, T, D) float32, on the codes' device."""
+        """Return the (B, L, T, D) float32 targets on the device of the codes."""
         found: dict[int, Tensor] = {}
         for codec, codes in self.columns:
             decoded = codec.decode(codes)
@@ -33,28 +39,45 @@ class CodedTargets:
             found |= {layer: decoded[..., n, :] for n, layer in enumerate(codec.layers)}
         return torch.stack([found[layer] for layer in self.layers], dim=1)
 
-    def map(self, move: "Move") -> "CodedTargets":
-        """The same with every codes tensor replaced by ``move(codes)``."""
-        return CodedTargets(self.layers, tuple((codec, move(codes)) for codec, codes in self.columns))
+    def map(self, function: Callable[[Tensor], Tensor]) -> "CodedTargets":
+        """Return a copy with a function applied to every tensor of codes."""
+        return CodedTargets(self.layers, tuple((codec, function(codes)) for codec, codes in self.columns))
 
 
-class Move(Protocol):
-    """Something that takes a tensor elsewhere."""
+@dataclass(frozen=True, repr=False)
+class CachedUtterance:
+    """One utterance with its targets.
 
-    def __call__(self, tensor: Tensor, /) -> Tensor: ...
+    Attributes:
+        id: Utterance id.
+        waveform: (S,) float32 at 16 kHz.
+        targets: (L, T, D) float32, as in `Batch.targets`.
+        frame_mask: (T,) bool, True at masked frames, or None for the clean pass.
+    """
+
+    id: str
+    waveform: Tensor
+    targets: Tensor
+    frame_mask: Tensor | None
+
+    def __repr__(self) -> str:
+        return (
+            f"CachedUtterance({self.id!r}, waveform={tuple(self.waveform.shape)}, targets={tuple(self.targets.shape)}, "
+            f"frame_mask={_masked_share(self.frame_mask, self.targets.shape[1])})"
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Batch:
-    """Utterances with their targets, padded to the longest.
+    """Utterances with their targets, padded to the longest utterance.
 
     Attributes:
         ids: B utterance ids.
-        waveforms: (B, S) float32, zeros at padding.
-        lengths: (B,) int64, real samples.
-        num_frames: (B,) int64, real frames.
-        coded: the targets, decoded or not.
-        frame_mask: (B, T) bool, True at masked frames; None for the clean pass.
+        waveforms: (B, S) float32 at 16 kHz, zeros at padding.
+        lengths: (B,) int64, number of real samples.
+        num_frames: (B,) int64, number of real frames.
+        coded: The targets, encoded or decoded.
+        frame_mask: (B, T) bool, True at masked frames, False at padding; None for the clean pass.
     """
 
     ids: list[str]
@@ -68,43 +91,50 @@ class Batch:
     def targets(self) -> Tensor:
         """(B, L, T, D) float32: the clean pass, or under a mask draw the composite ``where(mask, clean, masked)``.
 
-        Values at padding are finite and mean nothing. Decoded at each use of a batch that was not moved by `to`.
+        Values at padding are finite and meaningless. Every access decodes the targets again, unless the batch comes from
+        `to`.
         """
         return self.coded if isinstance(self.coded, Tensor) else self.coded.decode()
 
+    def __repr__(self) -> str:
+        return (
+            f"Batch({len(self.ids)} utterances, waveforms={tuple(self.waveforms.shape)}, targets={tuple(self.coded.shape)}, "
+            f"frame_mask={_masked_share(self.frame_mask, int(self.num_frames.sum()))}, device={str(self.waveforms.device)!r})"
+        )
+
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device, its targets decoded there."""
+        """Return the batch on a device, with its targets decoded there."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
         coded = move(self.coded) if isinstance(self.coded, Tensor) else self.coded.map(move).decode()
-        return replace(self._moved(move), coded=coded)
+        return replace(self._map_inputs(move), coded=coded)
 
     def pinned(self) -> "Batch":
-        """The same batch in page-locked memory, from which copies to a GPU need not wait."""
+        """Return the batch in page-locked memory, from which copies to a GPU are asynchronous."""
         coded = self.coded.pin_memory() if isinstance(self.coded, Tensor) else self.coded.map(Tensor.pin_memory)
-        return replace(self._moved(Tensor.pin_memory), coded=coded)
+        return replace(self._map_inputs(Tensor.pin_memory), coded=coded)
 
-    def _moved(self, move: Move) -> "Batch":
+    def _map_inputs(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,
-            waveforms=move(self.waveforms),
-            lengths=move(self.lengths),
-            num_frames=move(self.num_frames),
-            frame_mask=None if self.frame_mask is None else move(self.frame_mask),
+            waveforms=function(self.waveforms),
+            lengths=function(self.lengths),
+            num_frames=function(self.num_frames),
+            frame_mask=None if self.frame_mask is None else function(self.frame_mask),
         )
 
 
 class TargetReader(Protocol):
-    """What the training loop asks of a source of targets.
+    """Interface of a reader of targets, as the training loop uses it.
 
     Attributes:
-        num_samples: (N,) int64 lengths of the split's utterances, in index order.
-        num_frames: (N,) int64 frames of each, as the teacher counts them.
-        layers: 1-based teacher layers that ``targets`` holds.
-        dim: the teacher's width D.
-        draws: mask draws there are; None where every draw can be had.
+        num_samples: (N,) int64 lengths of the utterances of a split, in index order.
+        num_frames: (N,) int64 numbers of frames, as the teacher counts them.
+        layers: 1-based teacher layers in ``targets``.
+        dim: Width D of the teacher.
+        draws: Number of mask draws, or None if any draw can be read.
     """
 
     num_samples: np.ndarray
@@ -114,14 +144,18 @@ class TargetReader(Protocol):
     draws: int | None
 
     def read(self, indices: Sequence[int], draw: int | None) -> Batch:
-        """The batch of these utterances under mask draw ``draw`` (None: the clean pass)."""
+        """Return the batch of some utterances under a 0-based mask draw, or of the clean pass if ``draw`` is None."""
         ...
 
 
 def pad_waveforms(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """B waveforms (S_i,) → ((B, S) float32 zero-padded, (B,) int64 lengths)."""
+    """Pad B waveforms, (S_i,) float32, with zeros and return (B, S) float32 and their (B,) int64 lengths."""
     lengths = torch.tensor([len(waveform) for waveform in waveforms])
     padded = torch.zeros(len(waveforms), int(lengths.max()))
     for row, waveform in zip(padded, waveforms, strict=True):
         row[: len(waveform)] = torch.from_numpy(waveform)
     return padded, lengths
+
+
+def _masked_share(frame_mask: Tensor | None, num_frames: int) -> str:
+    return "None" if frame_mask is None else f"{int(frame_mask.sum())} of {num_frames} frames"

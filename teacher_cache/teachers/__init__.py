@@ -1,4 +1,4 @@
-"""Teachers: a specification becomes a model whose hidden states can be cached."""
+"""Loading of teachers from checkpoints, Hugging Face folders and torchaudio bundles."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,8 @@ import torch
 
 from ray_distill.teacher_cache.teachers.bundles import load_bundle
 from ray_distill.teacher_cache.teachers.fairseq import load_fairseq
-from ray_distill.teacher_cache.teachers.huggingface import KINDS, load_huggingface
-from ray_distill.teacher_cache.teachers.huggingface_folder import Folder
+from ray_distill.teacher_cache.teachers.huggingface import MODEL_TYPES, load_huggingface
+from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFolder
 from ray_distill.teacher_cache.teachers.random_weights import load_random
 from ray_distill.teacher_cache.teachers.spectrogram_transformer import load_spectrogram_transformer
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
@@ -16,39 +16,40 @@ from ray_distill.teacher_cache.teachers.wavlm import is_wavlm, load_wavlm
 from ray_distill.teacher_cache.teachers.whisper import load_whisper
 from ray_distill.teacher_cache.untrusted import load_untrusted
 
-__all__ = ["FOLDERS", "Teacher", "TeacherError", "load_teacher", "split_options"]
+__all__ = ["HUGGINGFACE_LOADERS", "Teacher", "TeacherError", "load_teacher", "split_options"]
 
 _OPTIONS = ("mean-mask:", "layer-norm:")
 
-FOLDERS: dict[str, Callable[[Folder, str | torch.device], Teacher]] = {
-    **dict.fromkeys(KINDS, load_huggingface),
+HUGGINGFACE_LOADERS: dict[str, Callable[[HuggingFaceFolder, str | torch.device], Teacher]] = {
+    **dict.fromkeys(MODEL_TYPES, load_huggingface),
     "whisper": load_whisper,
     "audio-spectrogram-transformer": load_spectrogram_transformer,
 }
-"""By ``model_type``, what reads a Hugging Face folder."""
+"""Loaders of Hugging Face folders by ``model_type``."""
 
 
 def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
-    """A frozen teacher, ready to use.
+    """Load a frozen teacher.
 
-    Nothing in a checkpoint is executed, and neither fairseq nor transformers is needed.
+    No code in a checkpoint is executed, and neither fairseq nor transformers is needed.
 
     Args:
-        spec: path of a fairseq checkpoint (pre-trained HuBERT or wav2vec 2.0) or of WavLM's own; path of a Hugging
-            Face folder (config.json, model.safetensors) of a kind in FOLDERS; ``torchaudio:NAME`` of a torchaudio bundle,
-            such as ``torchaudio:HUBERT_BASE``; or ``random:LAYERSxDIM``, a HuBERT with seeded random weights. Options
-            stand before it: ``mean-mask:`` puts the mean over an utterance's frames at masked ones, for a teacher without a
-            mask embedding; ``layer-norm:`` normalises each frame of each layer's output (see `Teacher`).
-        device: where it computes; default the CPU.
+        spec: One of: the path of a fairseq checkpoint (pre-trained HuBERT or wav2vec 2.0) or of a WavLM checkpoint; the path
+            of a Hugging Face folder (config.json, model.safetensors) with a ``model_type`` in HUGGINGFACE_LOADERS;
+            ``torchaudio:NAME``, a torchaudio bundle such as ``torchaudio:HUBERT_BASE``; ``random:LAYERSxDIM``, a HuBERT
+            with seeded random weights. It may begin with options: ``mean-mask:`` replaces masked frames by the mean of the
+            utterance's frames, for a teacher without a mask embedding; ``layer-norm:`` normalises each frame of each
+            layer's output (see `Teacher`).
+        device: Device on which the teacher computes. Default the CPU.
 
     Raises:
-        TeacherError: there is no such teacher, or it is of an unsupported kind.
-        UntrustedCheckpointError: the checkpoint is damaged, or names something that could run code. Both are
-            ``ValueError``s of one sentence.
+        TeacherError: If the teacher does not exist or is of an unsupported kind.
+        UntrustedCheckpointError: If the checkpoint is damaged or names something that could run code. Both errors are
+            ``ValueError``s.
 
     Example:
-        >>> load_teacher("random:4x96").dim
-        96
+        >>> load_teacher("random:4x96")
+        Wav2Vec2Teacher('random:4x96', num_layers=4, dim=96, num_parameters=594,272, device='cpu')
     """
     options, spec = split_options(spec)
     teacher = _load(spec, device)
@@ -56,13 +57,13 @@ def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
     teacher.layer_norm = "layer-norm:" in options
     if "mean-mask:" in options:
         if teacher.has_mask_embedding:
-            raise TeacherError(f"{teacher.name} has a mask embedding, so it needs no stand-in; leave mean-mask: out")
+            raise TeacherError(f"{teacher.name} has a mask embedding, so it needs no replacement; leave out mean-mask:")
         teacher.mean_mask = True
     return teacher
 
 
 def split_options(spec: str) -> tuple[str, str]:
-    """The options that a specification begins with, such as ``layer-norm:mean-mask:``, and what they are of."""
+    """Split a specification into its options, such as ``layer-norm:mean-mask:``, and the rest."""
     options = ""
     while found := next((option for option in _OPTIONS if spec.startswith(option)), None):
         options, spec = options + found, spec.removeprefix(found)
@@ -77,15 +78,15 @@ def _load(spec: str, device: str | torch.device) -> Teacher:
         return load_random(rest, device)
     path = Path(spec).expanduser()
     if path.is_dir():
-        folder = Folder(path)
-        if folder.kind not in FOLDERS:
+        folder = HuggingFaceFolder(path)
+        if folder.model_type not in HUGGINGFACE_LOADERS:
             raise TeacherError(
-                f"{path} holds a model of type {folder.kind!r}, but one of {', '.join(FOLDERS)} is needed"
+                f"{path} has a model of type {folder.model_type!r}; the supported types are {', '.join(HUGGINGFACE_LOADERS)}"
             )
-        return FOLDERS[folder.kind](folder, device)
+        return HUGGINGFACE_LOADERS[folder.model_type](folder, device)
     if not path.is_file():
         raise TeacherError(
-            f"there is no teacher {spec!r}: give the path of a checkpoint or of a Hugging Face folder, "
+            f"there is no teacher {spec!r}; give the path of a checkpoint or of a Hugging Face folder, "
             "torchaudio:NAME, or random:LAYERSxDIM"
         )
     checkpoint = load_untrusted(path)

@@ -1,4 +1,4 @@
-"""The hyper-parameters that models built like wav2vec 2.0 differ in, and the torchaudio model they describe."""
+"""Hyper-parameters of models with the architecture of wav2vec 2.0, and the torchaudio model that they define."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchaudio.models import Wav2Vec2Model, wav2vec2_model, wavlm_model
 
-from ray_distill.teacher_cache.teachers.stacked_position_conv import StackedPositions
+from ray_distill.teacher_cache.teachers.stacked_position_conv import StackedPositionConv
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 
 HUBERT_CONVOLUTIONS = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
@@ -16,23 +16,24 @@ HUBERT_CONVOLUTIONS = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a checkpoint's configuration says of its encoder; names follow fairseq.
+    """Hyper-parameters of an encoder. Names follow fairseq.
 
     Attributes:
         conv_layers: (channels, kernel, stride) of each convolution.
-        conv_bias: whether they have biases.
-        conv_layer_norm: layer norm after each convolution (Large), else group norm after the first (Base).
-        dim: encoder width, D.
-        ffn_dim: inner width of the feed-forward blocks.
-        heads: attention heads.
-        layers: Transformer layers, L.
-        layer_norm_first: layer norms before the blocks (Large), else after them (Base).
-        pos_kernel: kernel of the position convolution, in frames.
-        pos_groups: its groups.
-        projected: whether a linear layer leads from the convolutions' width to D; fairseq has none if they are equal.
-        relative_positions: (buckets, maximal distance in frames) of WavLM's gated relative position bias; None for
+        conv_bias: Whether the convolutions have biases.
+        conv_layer_norm: Whether every convolution has a layer norm (Large). Otherwise the first has a group norm (Base).
+        dim: Width D of the encoder.
+        ffn_dim: Inner width of the feed-forward blocks.
+        heads: Number of attention heads.
+        layers: Number of Transformer layers, L.
+        layer_norm_first: Whether layer norms come before the blocks (Large). Otherwise they come after (Base).
+        pos_kernel: Kernel size of the position convolution, in frames.
+        pos_groups: Number of groups of the position convolution.
+        projected: Whether a linear layer projects the convolutions' width to D. fairseq has none if the widths are equal.
+        relative_positions: (buckets, maximum distance in frames) of WavLM's gated relative position bias, or None for
             HuBERT and wav2vec 2.0.
-        pos_depth: position convolutions of data2vec, one after the other; None for wav2vec 2.0's single, weight-normed one.
+        pos_depth: Number of stacked position convolutions of data2vec, or None for the single weight-normalised one of
+            wav2vec 2.0.
     """
 
     conv_layers: list[tuple[int, int, int]]
@@ -51,10 +52,14 @@ class Architecture:
 
 
 def build_model(architecture: Architecture, source: str) -> Wav2Vec2Model:
-    """The torchaudio model, with weights of no meaning. Leaves the global random state as it was.
+    """Build the torchaudio model with untrained weights. The global random state does not change.
+
+    Args:
+        architecture: Hyper-parameters.
+        source: Name of the checkpoint, for messages.
 
     Raises:
-        TeacherError: the numbers don't fit together.
+        TeacherError: If the hyper-parameters are inconsistent.
     """
     arguments: dict[str, Any] = {
         "extractor_mode": "layer_norm" if architecture.conv_layer_norm else "group_norm",
@@ -80,18 +85,18 @@ def build_model(architecture: Architecture, source: str) -> Wav2Vec2Model:
         arguments["encoder_num_buckets"], arguments["encoder_max_distance"] = architecture.relative_positions
     if architecture.layers < 1 or architecture.heads < 1 or architecture.dim % architecture.heads:
         raise TeacherError(
-            f"{source} has {architecture.layers} layers and {architecture.heads} heads of a width of "
-            f"{architecture.dim}; there must be at least one layer, and the heads must divide the width"
+            f"{source} has {architecture.layers} layers of width {architecture.dim} with {architecture.heads} heads; "
+            "it needs at least one layer, and the number of heads must divide the width"
         )
     try:
         with torch.random.fork_rng(devices=[]):
             model = build(**arguments)
             if architecture.pos_depth is not None:
-                model.encoder.transformer.pos_conv_embed = StackedPositions(
+                model.encoder.transformer.pos_conv_embed = StackedPositionConv(
                     architecture.dim, architecture.pos_depth, architecture.pos_kernel, architecture.pos_groups
                 )
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise TeacherError(f"{source} has a configuration that makes no model: {error}") from error
+        raise TeacherError(f"{source} has a configuration from which no model can be built: {error}") from error
     if not architecture.projected:
         model.encoder.feature_projection.projection = nn.Identity()
     return model

@@ -1,4 +1,4 @@
-"""Pre-trained models that torchaudio downloads by name. None of them has a mask embedding."""
+"""Pre-trained models that torchaudio downloads by name. They have no mask embedding."""
 
 import torch
 import torchaudio.pipelines
@@ -9,7 +9,7 @@ from ray_distill.teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2T
 
 
 def bundle_names() -> list[str]:
-    """Names of torchaudio's pre-trained, not fine-tuned, HuBERT, WavLM and wav2vec 2.0 bundles, sorted."""
+    """Return the sorted names of torchaudio's pre-trained HuBERT, WavLM and wav2vec 2.0 bundles, without fine-tuned ones."""
     return sorted(
         name
         for name, bundle in vars(torchaudio.pipelines).items()
@@ -19,24 +19,26 @@ def bundle_names() -> list[str]:
 
 
 def load_bundle(name: str, device: str | torch.device) -> Wav2Vec2Teacher:
-    """A teacher from a torchaudio bundle; its weights are downloaded once and kept in torch.hub's folder.
+    """Load a teacher from a torchaudio bundle. Its weights are downloaded once and stored in torch.hub's folder.
 
     Args:
-        name: one of `bundle_names`, such as ``HUBERT_BASE``.
-        device: where the teacher computes.
+        name: One of `bundle_names`, such as ``HUBERT_BASE``.
+        device: Device on which the teacher computes.
 
     Raises:
-        TeacherError: an unknown name, or the weights can't be downloaded.
+        TeacherError: If the name is unknown or the weights can't be downloaded.
     """
     if name not in bundle_names():
-        raise TeacherError(f"{name!r} is no pre-trained bundle of torchaudio; there are {', '.join(bundle_names())}")
+        raise TeacherError(
+            f"{name!r} is not a pre-trained bundle of torchaudio; these are: {', '.join(bundle_names())}"
+        )
     bundle = getattr(torchaudio.pipelines, name)
     try:
         with torch.random.fork_rng(devices=[]):
             model = bundle.get_model()
     except (OSError, RuntimeError) as error:
-        raise TeacherError(f"the weights of torchaudio's {name} can't be had: {error}") from error
-    # Large models come wrapped in a module that normalises the whole batch as one; ours does it for each utterance.
+        raise TeacherError(f"the weights of torchaudio's {name} can't be downloaded: {error}") from error
+    # torchaudio wraps Large models in a module that normalises the batch as a whole. Ours normalises each utterance.
     normalize = not isinstance(model, Wav2Vec2Model)
     return Wav2Vec2Teacher(
         model.model if normalize else model,

@@ -1,4 +1,4 @@
-"""HuBERT and wav2vec 2.0 checkpoints as fairseq publishes them, read without fairseq."""
+"""HuBERT and wav2vec 2.0 checkpoints of fairseq, read without fairseq."""
 
 import ast
 import re
@@ -18,11 +18,11 @@ from ray_distill.teacher_cache.untrusted import plain
 _PRETRAINED = ("hubert", "wav2vec2")
 _MAX_CONVOLUTIONS = 32
 
-# Of pre-training only; no layer output depends on them.
-_HEADS = re.compile(r"(final_proj|quantizer|project_q|target_glu)\.|label_embs_concat$")
+# Weights for pre-training only. No layer output depends on them.
+_PRETRAINING_WEIGHTS = re.compile(r"(final_proj|quantizer|project_q|target_glu)\.|label_embs_concat$")
 
-# Settings under which fairseq's models are another architecture, with the values that are not.
-_ONLY: dict[str, tuple[Any, ...]] = {
+# Supported values of settings. With other values, fairseq's models have another architecture.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_fn": ("gelu",),
     "layer_type": ("transformer",),
     "pos_conv_depth": (1,),
@@ -32,7 +32,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "extractor_mode": ("default", "layer_norm"),
 }
 
-# fairseq's names (also of WavLM's own checkpoints) to torchaudio's; the first pattern that fits the whole name counts.
+# Names in fairseq's and WavLM's checkpoints, and torchaudio's names. The first pattern that matches the whole name applies.
 _NAMES: tuple[tuple[str, str], ...] = (
     (r"feature_extractor\.conv_layers\.(\d+)\.0\.(weight|bias)", r"feature_extractor.conv_layers.\1.conv.\2"),
     (r"feature_extractor\.conv_layers\.0\.2\.(weight|bias)", r"feature_extractor.conv_layers.0.layer_norm.\1"),
@@ -68,26 +68,26 @@ _PATTERNS = tuple((re.compile(pattern), replacement) for pattern, replacement in
 
 
 def load_fairseq(checkpoint: Mapping[str, Any], name: str, device: str | torch.device) -> Wav2Vec2Teacher:
-    """A pre-trained HuBERT or wav2vec 2.0 from the dictionary of a fairseq checkpoint.
+    """Build a pre-trained HuBERT or wav2vec 2.0 from the dictionary of a fairseq checkpoint.
 
     Args:
-        checkpoint: what `load_untrusted` read: ``cfg`` (or, before 2021, ``args``) and ``model``.
-        name: the file, for messages.
-        device: where the teacher computes.
+        checkpoint: Result of `load_untrusted`, with ``cfg`` (``args`` before 2021) and ``model``.
+        name: Name of the file, for messages.
+        device: Device on which the teacher computes.
 
     Raises:
-        TeacherError: a fine-tuned or other model, or one whose weights don't fit its configuration.
+        TeacherError: If the model is fine-tuned or of another kind, or its weights don't fit its configuration.
     """
     model_cfg, task_cfg = _configuration(checkpoint, name)
     kind = model_cfg.get("_name") or model_cfg.get("arch")
     if kind not in _PRETRAINED:
         raise TeacherError(
-            f"{name} holds a model of kind {kind!r}; a pre-trained, not fine-tuned, one of kind "
-            f"{' or '.join(_PRETRAINED)} is needed"
+            f"{name} has a model of kind {kind!r}; it must be a pre-trained model, not a fine-tuned one, of kind "
+            f"{' or '.join(_PRETRAINED)}"
         )
     sample_rate = task_cfg.get("sample_rate", SAMPLE_RATE)
     if sample_rate != SAMPLE_RATE:
-        raise TeacherError(f"{name} was trained on {sample_rate} Hz audio, but {SAMPLE_RATE} Hz is what teachers get")
+        raise TeacherError(f"{name} was trained on audio at {sample_rate} Hz, but teachers must take {SAMPLE_RATE} Hz")
     architecture = fairseq_architecture(model_cfg, name)
     weights, mask_embedding = torchaudio_weights(checkpoint.get("model"), name)
     model = build_model(architecture, name)
@@ -102,12 +102,12 @@ def load_fairseq(checkpoint: Mapping[str, Any], name: str, device: str | torch.d
 
 
 def fairseq_architecture(cfg: Mapping[str, Any], name: str) -> Architecture:
-    """The architecture in fairseq's terms; what is missing has fairseq's default, that of the Base models.
+    """Return the architecture of a fairseq configuration. Missing settings have fairseq's defaults, the Base models'.
 
     Raises:
-        TeacherError: a setting that makes it another architecture, or a value of the wrong kind.
+        TeacherError: If a setting is not supported or has a value of the wrong kind.
     """
-    for key, allowed in _ONLY.items():
+    for key, allowed in _SUPPORTED.items():
         if key in cfg and cfg[key] not in allowed:
             raise TeacherError(
                 f"{name} has {key} = {cfg[key]!r}, but only {' or '.join(map(repr, allowed))} is supported"
@@ -131,12 +131,12 @@ def fairseq_architecture(cfg: Mapping[str, Any], name: str) -> Architecture:
 
 
 def parse_conv_layers(text: Any, name: str) -> list[tuple[int, int, int]]:
-    """The convolutions of a string such as ``"[(512,10,5)] + [(512,3,2)] * 4"``, which fairseq evaluates as Python.
+    """Parse convolutions such as ``"[(512,10,5)] + [(512,3,2)] * 4"``, a string that fairseq evaluates as Python.
 
-    Only lists of integer triples, ``+`` and ``*`` are understood; nothing is evaluated.
+    Only lists of integer triples, ``+`` and ``*`` are allowed. No code is evaluated.
 
     Raises:
-        TeacherError: anything else.
+        TeacherError: If the text is anything else.
     """
 
     def value(node: ast.expr) -> Any:
@@ -170,19 +170,19 @@ def parse_conv_layers(text: Any, name: str) -> list[tuple[int, int, int]]:
 
 
 def torchaudio_weights(state: Any, name: str) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Weights under torchaudio's names, and the mask embedding, from fairseq's (or WavLM's own) state dict.
+    """Return the weights under torchaudio's names and the mask embedding from the state dict of fairseq or WavLM.
 
     Raises:
-        TeacherError: not a state dict, or a weight of an unknown name.
+        TeacherError: If it is not a state dict or a weight has an unknown name.
     """
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise TeacherError(f"{name} has no weights under its key 'model', as fairseq's checkpoints have")
+        raise TeacherError(f"{name} has no weights under the key 'model', where fairseq's checkpoints have them")
     mask_embedding: Tensor | None = None
     weights: dict[str, Tensor] = {}
     for key, value in state.items():
         if key == "mask_emb":
             mask_embedding = value
-        elif not _HEADS.match(key):
+        elif not _PRETRAINING_WEIGHTS.match(key):
             weights[_torchaudio_name(key, name)] = value
     return weights, mask_embedding
 
@@ -196,14 +196,14 @@ def _torchaudio_name(key: str, name: str) -> str:
 
 
 def _configuration(checkpoint: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configurations of the model and of its task; before 2021 fairseq kept both in one ``args`` namespace."""
+    """Return the configurations of the model and of its task. Before 2021 fairseq had both in one ``args`` namespace."""
     cfg, args = plain(checkpoint.get("cfg")), plain(checkpoint.get("args"))
     if isinstance(cfg, dict) and isinstance(cfg.get("model"), dict):
         task = cfg.get("task")
         return cfg["model"], task if isinstance(task, dict) else {}
     if isinstance(args, dict):
         return args, args
-    raise TeacherError(f"{name} has neither 'cfg' nor 'args', so it is no checkpoint of fairseq's or WavLM's")
+    raise TeacherError(f"{name} has neither 'cfg' nor 'args', so it is not a checkpoint of fairseq or WavLM")
 
 
 def _integer(cfg: Mapping[str, Any], key: str, default: int, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Hugging Face folders of models built like wav2vec 2.0."""
+"""Hugging Face folders of models with the architecture of wav2vec 2.0."""
 
 import re
 from typing import Any
@@ -7,24 +7,24 @@ import torch
 from torch import Tensor
 
 from ray_distill.teacher_cache.teachers.architecture import Architecture, build_model
-from ray_distill.teacher_cache.teachers.huggingface_folder import Folder
+from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFolder
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 from ray_distill.teacher_cache.teachers.wavlm import join_attention_projections
 from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_weights
 
-KINDS = ("hubert", "wavlm", "wav2vec2", "unispeech", "unispeech-sat", "data2vec-audio")
-"""``model_type`` of each."""
-# Added to the variance by transformers' Wav2Vec2FeatureExtractor; fairseq adds 1e-5.
+MODEL_TYPES = ("hubert", "wavlm", "wav2vec2", "unispeech", "unispeech-sat", "data2vec-audio")
+"""Values of ``model_type`` in config.json."""
+# transformers' Wav2Vec2FeatureExtractor adds this to the variance; fairseq adds 1e-5.
 _NORMALIZE_EPS = 1e-7
 
-# Of pre-training only; no layer output depends on them.
-_HEADS = re.compile(
+# Weights for pre-training only. No layer output depends on them.
+_PRETRAINING_WEIGHTS = re.compile(
     r"(quantizer|project_hid|project_q|ctc_proj|speaker_proj|layer_norm_for_extract)\.|label_embeddings_concat$"
 )
 
-# Settings under which transformers' models are another architecture, with the values that are not.
-_ONLY: dict[str, tuple[Any, ...]] = {
+# Supported values of settings. With other values, transformers' models have another architecture.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu",),
     "feat_extract_activation": ("gelu",),
     "feat_extract_norm": ("group", "layer"),
@@ -36,26 +36,26 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-def load_huggingface(folder: Folder, device: str | torch.device) -> Wav2Vec2Teacher:
-    """A pre-trained model of one of KINDS.
+def load_huggingface(folder: HuggingFaceFolder, device: str | torch.device) -> Wav2Vec2Teacher:
+    """Load a pre-trained model of a type in MODEL_TYPES.
 
     Args:
-        folder: with ``preprocessor_config.json`` where it matters whether waveforms are normalised.
-        device: where the teacher computes.
+        folder: Hugging Face folder. ``preprocessor_config.json``, if present, says whether waveforms are normalised.
+        device: Device on which the teacher computes.
 
     Raises:
-        TeacherError: settings of another architecture, or weights that don't fit.
+        TeacherError: If a setting is not supported or the weights don't fit.
     """
-    config, kind = folder.config, folder.kind
-    # A folder without one: transformers normalises by default, as the models with layer norm were trained.
-    normalize = kind == "data2vec-audio" or config.get("feat_extract_norm", "group") == "layer"
+    config, model_type = folder.config, folder.model_type
+    # Models with layer norms were trained on normalised waveforms, which is transformers' default.
+    normalize = model_type == "data2vec-audio" or config.get("feat_extract_norm", "group") == "layer"
     if folder.preprocessor is not None:
         normalize = bool(folder.preprocessor.get("do_normalize", True))
-    folder.require(_ONLY)
-    architecture = _architecture(config, kind, folder.name)
+    folder.require(_SUPPORTED)
+    architecture = _architecture(config, model_type, folder.name)
     weights, mask_embedding = _weights(folder)
     model = build_model(architecture, folder.name)
-    load_weights(model, join_attention_projections(weights) if kind == "wavlm" else weights, folder.name)
+    load_weights(model, join_attention_projections(weights) if model_type == "wavlm" else weights, folder.name)
     return Wav2Vec2Teacher(
         model,
         checked_mask_embedding(mask_embedding, architecture.dim, folder.name),
@@ -65,10 +65,10 @@ def load_huggingface(folder: Folder, device: str | torch.device) -> Wav2Vec2Teac
     )
 
 
-def _architecture(config: dict[str, Any], kind: str, name: str) -> Architecture:
-    """Defaults are those of transformers' configuration classes, the Base models'."""
-    # data2vec has a stack of position convolutions, whose number is what others call their kernel.
-    stacked = kind == "data2vec-audio"
+def _architecture(config: dict[str, Any], model_type: str, name: str) -> Architecture:
+    """Return the architecture. Defaults are those of transformers' configuration classes, the Base models'."""
+    # data2vec has stacked position convolutions, and num_conv_pos_embeddings is their number instead of a kernel size.
+    stacked = model_type == "data2vec-audio"
     try:
         channels = config.get("conv_dim", [512] * 7)
         kernels = config.get("conv_kernel", [10, 3, 3, 3, 3, 2, 2])
@@ -87,27 +87,27 @@ def _architecture(config: dict[str, Any], kind: str, name: str) -> Architecture:
                 config.get("conv_pos_kernel_size", 19) if stacked else config.get("num_conv_pos_embeddings", 128)
             ),
             pos_groups=int(config.get("num_conv_pos_embedding_groups", 16)),
-            relative_positions=relative if kind == "wavlm" else None,
+            relative_positions=relative if model_type == "wavlm" else None,
             pos_depth=int(config.get("num_conv_pos_embeddings", 5)) if stacked else None,
         )
     except (TypeError, ValueError) as error:
         raise TeacherError(f"{name} has a config.json with a value of the wrong kind: {error}") from error
 
 
-def _weights(folder: Folder) -> tuple[dict[str, Tensor], Tensor | None]:
+def _weights(folder: HuggingFaceFolder) -> tuple[dict[str, Tensor], Tensor | None]:
     mask_embedding: Tensor | None = None
     weights: dict[str, Tensor] = {}
     for full_key, value in folder.weights().items():
-        key = full_key.removeprefix(f"{folder.kind.replace('-', '_')}.")
+        key = full_key.removeprefix(f"{folder.model_type.replace('-', '_')}.")
         if key == "masked_spec_embed":
             mask_embedding = value
-        elif not _HEADS.match(key):
+        elif not _PRETRAINING_WEIGHTS.match(key):
             weights[_torchaudio_name(key)] = value
     return weights, mask_embedding
 
 
 def _torchaudio_name(key: str) -> str:
-    """torchaudio's names are transformers', but for where the encoder's parts sit and the newer weight norm."""
+    """Return torchaudio's name of a weight. It differs from transformers' in the encoder's prefix and the weight norm."""
     if key.startswith("feature_projection."):
         return f"encoder.{key}"
     if not key.startswith("encoder."):

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json, model.safetensors, preprocessor_config.json; read without transformers."""
+"""A Hugging Face folder (config.json, model.safetensors, preprocessor_config.json), read without transformers."""
 
 import json
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ from torch import Tensor
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 
 
-class Folder:
-    """What transformers' ``save_pretrained`` wrote. Every reading raises TeacherError where a file is missing or damaged.
+class HuggingFaceFolder:
+    """A folder written by transformers' ``save_pretrained``. TeacherError is raised if a file is missing or damaged.
 
     Args:
-        path: of the folder.
+        path: Path of the folder.
 
     Attributes:
-        path: of the folder.
-        name: its last part, for messages.
+        path: Path of the folder.
+        name: Last part of the path, for messages.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,25 +29,25 @@ class Folder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What config.json says."""
+        """Content of config.json."""
         return _read_json(self.path / "config.json")
 
     @property
-    def kind(self) -> str:
-        """Its ``model_type``, such as ``hubert``."""
+    def model_type(self) -> str:
+        """``model_type`` in config.json, such as ``hubert``."""
         return str(self.config.get("model_type"))
 
     @cached_property
     def preprocessor(self) -> dict[str, Any] | None:
-        """What preprocessor_config.json says, if it is there."""
+        """Content of preprocessor_config.json, or None if there is no such file."""
         path = self.path / "preprocessor_config.json"
         return _read_json(path) if path.exists() else None
 
     def weights(self) -> dict[str, Tensor]:
-        """All tensors, by name."""
+        """Return all tensors by name."""
         path = self.path / "model.safetensors"
         if not path.is_file():
-            raise TeacherError(f"{path} is missing; a Hugging Face folder must hold its weights in this one file")
+            raise TeacherError(f"{path} is missing; a Hugging Face folder must have its weights in this file")
         try:
             state: dict[str, Tensor] = load_file(path)
         except (SafetensorError, OSError) as error:
@@ -55,10 +55,10 @@ class Folder:
         return state
 
     def require(self, allowed: Mapping[str, tuple[Any, ...]]) -> None:
-        """TeacherError where a setting has a value under which the model is another architecture.
+        """Raise TeacherError if a setting in config.json has a value that is not allowed.
 
         Args:
-            allowed: values of settings; one that config.json lacks is taken to be allowed.
+            allowed: Allowed values by setting. A setting that config.json does not have is not checked.
         """
         for key, values in allowed.items():
             if key in self.config and self.config[key] not in values:
@@ -71,9 +71,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise TeacherError(f"{path} is missing; a Hugging Face folder must hold it") from None
+        raise TeacherError(f"{path} is missing; a Hugging Face folder must have it") from None
     except (OSError, ValueError) as error:
         raise TeacherError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
-        raise TeacherError(f"{path} holds a {type(content).__name__}, not a JSON object")
+        raise TeacherError(f"{path} has a {type(content).__name__}, not a JSON object")
     return content

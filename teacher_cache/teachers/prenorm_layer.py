@@ -1,4 +1,4 @@
-"""Transformer layers with layer norms before the blocks, as Whisper's encoder and AST (a ViT) have them.
+"""Transformer layers with layer norms before the blocks, as in Whisper's encoder and AST (a ViT).
 
 Shapes: B utterances, T frames, D width.
 """
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 class PreNormLayer(nn.Module):
-    """One layer; parameters have the names of transformers' Whisper.
+    """One Transformer layer. Parameters have the names of transformers' Whisper.
 
     Args:
-        dim: width, D.
-        heads: attention heads.
-        ffn_dim: inner width of the feed-forward block.
-        biases: which of ``q``, ``k``, ``v`` have a bias; Whisper's keys have none.
-        eps: of the layer norms.
+        dim: Width D.
+        heads: Number of attention heads.
+        ffn_dim: Inner width of the feed-forward block.
+        biases: Those of the projections ``q``, ``k``, ``v`` that have a bias. Whisper's keys have none. Default all.
+        eps: Value added to the variance in layer norms. Default 1e-5.
     """
 
     def __init__(self, dim: int, heads: int, ffn_dim: int, biases: str = "qkv", eps: float = 1e-5) -> None:
@@ -29,7 +29,7 @@ class PreNormLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(dim, eps)
 
     def forward(self, x_BTD: Tensor, attended: Tensor | None) -> Tensor:
-        """(B, T, D) → (B, T, D); attended (B, 1, 1, T) bool, False at padding, or None for all."""
+        """Apply the layer to (B, T, D). ``attended`` is (B, 1, 1, T) bool, False at padding, or None for no padding."""
         attention = self.self_attn
         x = self.self_attn_layer_norm(x_BTD)
         query, key, value = (attention[f"{p}_proj"](x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in "qkv")

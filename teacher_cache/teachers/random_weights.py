@@ -1,4 +1,4 @@
-"""A HuBERT of any size with seeded random weights, for demos and tests: it shows the machinery, and knows no speech."""
+"""A HuBERT of any size with seeded random weights, for demos and tests."""
 
 import re
 
@@ -14,14 +14,14 @@ _SEED = 0
 
 
 def load_random(size: str, device: str | torch.device) -> Wav2Vec2Teacher:
-    """A HuBERT with random weights, the same for the same size on every machine; ``12x768`` is the shape of Base.
+    """Build a HuBERT with random weights, which are the same on every machine. ``12x768`` is the size of Base.
 
     Args:
-        size: LAYERSxDIM, such as ``4x96``; DIM is a multiple of 16.
-        device: where the teacher computes.
+        size: LAYERSxDIM, such as ``4x96``. DIM must be a multiple of 16.
+        device: Device on which the teacher computes.
 
     Raises:
-        TeacherError: a size of another form.
+        TeacherError: If the size has another form.
     """
     match = re.fullmatch(r"([1-9]\d{0,2})x([1-9]\d{0,4})", size)
     if match is None or int(match[2]) % 16:
@@ -49,9 +49,9 @@ def load_random(size: str, device: str | torch.device) -> Wav2Vec2Teacher:
 
 @torch.no_grad()
 def _initialise(model: Wav2Vec2Model, generator: torch.Generator) -> None:
-    """Convolutions and position convolution as in fairseq; linear layers normal(0, 1/sqrt(inputs)).
+    """Initialise convolutions and position convolution as fairseq does, and linear layers with normal(0, 1/sqrt(inputs)).
 
-    fairseq's 0.02 would leave the layers of a small untrained model almost equal, which makes dull targets.
+    With fairseq's standard deviation of 0.02, all layers of a small untrained model would have almost equal outputs.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -60,7 +60,7 @@ def _initialise(model: Wav2Vec2Model, generator: torch.Generator) -> None:
         elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
             module.weight.fill_(1.0)
             module.bias.zero_()
-        elif isinstance(module, nn.Conv1d) and module.bias is not None:  # The position convolution, weight-normed.
+        elif isinstance(module, nn.Conv1d) and module.bias is not None:  # The weight-normalised position convolution.
             std = (4.0 / (module.kernel_size[0] * module.out_channels)) ** 0.5
             module.weight = torch.empty_like(module.weight).normal_(0.0, std, generator=generator)
             module.bias.zero_()

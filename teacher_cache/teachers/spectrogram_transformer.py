@@ -1,4 +1,4 @@
-"""The Audio Spectrogram Transformer (AST) as a teacher: patches of a log-mel spectrogram in place of frames.
+"""The Audio Spectrogram Transformer (AST) as a teacher, with patches of a log-mel spectrogram instead of frames.
 
 Shapes: B utterances, S samples, M mel bands, N mel frames, R rows, C columns, T = C x R patches, D width.
 """
@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ray_distill.teacher_cache.frames import Length
-from ray_distill.teacher_cache.patch_geometry import PatchGeometry, by_column
+from ray_distill.teacher_cache.patch_geometry import PatchGeometry, flatten_by_column
 from ray_distill.teacher_cache.spectrograms import MEL_HOP, MEL_WINDOW
-from ray_distill.teacher_cache.teachers.huggingface_folder import Folder
+from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFolder
 from ray_distill.teacher_cache.teachers.prenorm_layer import PreNormLayer
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
 from ray_distill.teacher_cache.teachers.weights import load_weights
 
-# Part of every fingerprint: raise it when the arithmetic below changes its results.
+# Part of every fingerprint. Increase the number when a change of the arithmetic below changes results.
 _ARITHMETIC = "ast-1"
 
-# Settings under which it is another architecture, with the values that are not.
-_ONLY = {"hidden_act": ("gelu",)}
+# Supported values of settings. With other values the model has another architecture.
+_SUPPORTED = {"hidden_act": ("gelu",)}
 
-# transformers' names to ours, which are those of its Whisper.
+# transformers' names of AST's weights, and ours, which follow transformers' Whisper.
 _NAMES = (
     (r"encoder\.layer\.", "layers."),
     (r"attention\.attention\.(q|k|v)(?:uery|ey|alue)\.", r"self_attn.\1_proj."),
@@ -39,7 +39,7 @@ _NAMES = (
 
 
 class SpectrogramTransformer(nn.Module):
-    """Patch embedding, two tokens of its own, learned positions, Transformer (a DeiT)."""
+    """The network of AST, a DeiT: patch embedding, two extra tokens, learned positions and Transformer layers."""
 
     def __init__(self, geometry: PatchGeometry, columns: int, dim: int, layers: list[PreNormLayer], eps: float) -> None:
         super().__init__()
@@ -49,16 +49,16 @@ class SpectrogramTransformer(nn.Module):
         self.distillation_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.position_embeddings = nn.Parameter(torch.zeros(1, columns * geometry.rows + 2, dim))
         self.layers = nn.ModuleList(layers)
-        # After the last layer, for the classifier; no layer's output depends on it.
+        # Only the classifier uses this layer norm. No layer's output depends on it.
         self.layer_norm = nn.LayerNorm(dim, eps)
 
 
 class SpectrogramTeacher(Teacher):
-    """Outputs of AST's layers at the patches of real audio, column by column (see `PatchGeometry`).
+    """AST's layer outputs at the patches of real audio, column by column (see `PatchGeometry`).
 
-    As published, every utterance is padded to the model's length (10.24 s) and attention sees all of it, the two tokens of the
-    classifier included; so what an utterance gives cannot depend on its batch. Outputs at padding and at the two tokens are left
-    out. Longer audio is refused. There is no mask embedding; with ``mean-mask:``, masked patches become the mean patch.
+    As published, every utterance is padded to the model's length (10.24 s) and attention covers all of it, including the
+    classifier's two tokens, so outputs can't depend on the batch. Outputs at padding and at the two tokens are left out. Longer
+    audio is an error. AST has no mask embedding; with ``mean-mask:``, masked patches become the mean patch.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class SpectrogramTeacher(Teacher):
         name: str,
         device: str | torch.device = "cpu",
     ) -> None:
-        """Wraps a network; `load_teacher` is the usual way to get one.
+        """Wrap a network. Most callers use `load_teacher` instead.
 
         Args:
-            model: with its weights.
-            geometry: of its patches.
-            mel_frames: N, what it was trained on.
-            name: for people to read.
-            device: where to compute.
+            model: Network with its weights.
+            geometry: Geometry of its patches.
+            mel_frames: Number of mel frames N that the model was trained on.
+            name: Name for people to read.
+            device: Device on which the teacher computes.
         """
         self.patches = self._geometry = geometry
         self._mel_frames = mel_frames
@@ -97,13 +97,13 @@ class SpectrogramTeacher(Teacher):
         self._network = model
 
     def num_frames(self, num_samples: Length) -> Length:
-        """Patches of an utterance."""
+        """Return the number of patches of an utterance."""
         return self._geometry.num_patches(num_samples)
 
     def layer_outputs(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None) -> Iterator[Tensor]:
         """See `Teacher.layer_outputs`."""
         network, patches = self._network, self.num_frames(waveforms.shape[1])
-        x_BTD = by_column(network.projection(self._geometry.spectrogram(waveforms, lengths, self._mel_frames)))
+        x_BTD = flatten_by_column(network.projection(self._geometry.spectrogram(waveforms, lengths, self._mel_frames)))
         x_BTD = torch.cat(
             [self.masked(x_BTD[:, :patches], frame_mask, self.num_frames(lengths)), x_BTD[:, patches:]], 1
         )
@@ -111,20 +111,20 @@ class SpectrogramTeacher(Teacher):
         positions_by_row = (
             network.position_embeddings[:, 2:].transpose(1, 2).reshape(1, self.dim, self._geometry.rows, -1)
         )
-        positions = torch.cat([network.position_embeddings[:, :2], by_column(positions_by_row)], 1)
+        positions = torch.cat([network.position_embeddings[:, :2], flatten_by_column(positions_by_row)], 1)
         x_BTD = torch.cat([tokens.expand(len(x_BTD), -1, -1).to(x_BTD.dtype), x_BTD], 1) + positions
         for layer in network.layers:
             x_BTD = layer(x_BTD, None)
             yield x_BTD[:, 2 : 2 + patches]
 
 
-def load_spectrogram_transformer(folder: Folder, device: str | torch.device) -> SpectrogramTeacher:
-    """An AST, pre-trained or fine-tuned; a classifier's weights are ignored.
+def load_spectrogram_transformer(folder: HuggingFaceFolder, device: str | torch.device) -> SpectrogramTeacher:
+    """Load a pre-trained or fine-tuned AST, without the weights of its classifier.
 
     Raises:
-        TeacherError: settings of another architecture, or weights that don't fit.
+        TeacherError: If a setting is not supported or the weights don't fit.
     """
-    folder.require(_ONLY)
+    folder.require(_SUPPORTED)
     config = folder.config
     geometry_keys = ("num_mel_bins", "patch_size", "time_stride", "frequency_stride")
     extractor = folder.preprocessor or {}
@@ -138,13 +138,16 @@ def load_spectrogram_transformer(folder: Folder, device: str | torch.device) -> 
         mel_frames, eps = int(config.get("max_length", 1024)), float(config.get("layer_norm_eps", 1e-12))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise TeacherError(f"{folder.name} has patches that can't be: {first['loc']} {first['msg']}") from error
+        raise TeacherError(
+            f"{folder.name} has an invalid setting of its patches: {first['loc']} {first['msg']}"
+        ) from error
     except (TypeError, ValueError) as error:
         raise TeacherError(f"{folder.name} has a config.json with a value of the wrong kind: {error}") from error
     columns = geometry.columns_of(mel_frames, geometry.time_stride)
     if min(dim, heads, ffn_dim, count, columns) < 1 or dim % heads:
         raise TeacherError(
-            f"{folder.name} has sizes that make no model: {count} layers of width {dim} with {heads} heads, {columns} columns"
+            f"{folder.name} has sizes from which no model can be built: {count} layers of width {dim} with {heads} heads, "
+            f"{columns} columns of patches"
         )
     biases = "qkv" if config.get("qkv_bias", True) else ""
     with torch.random.fork_rng(devices=[]):

@@ -1,17 +1,17 @@
-"""data2vec-audio's position embedding: a stack of convolutions where wav2vec 2.0 has one."""
+"""Position embedding of data2vec-audio: stacked convolutions instead of the single one of wav2vec 2.0."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class StackedPositions(nn.Module):
-    """Convolutions without weight norm, each followed by a layer norm without weights and GELU.
+class StackedPositionConv(nn.Module):
+    """Convolutions without weight norm, each followed by a layer norm without parameters and GELU.
 
     Args:
-        dim: encoder width, D.
-        depth: convolutions.
-        kernel: of each, in frames.
-        groups: of each.
+        dim: Width D of the encoder.
+        depth: Number of convolutions.
+        kernel: Kernel size of each convolution, in frames.
+        groups: Number of groups of each convolution.
     """
 
     def __init__(self, dim: int, depth: int, kernel: int, groups: int) -> None:
@@ -23,7 +23,7 @@ class StackedPositions(nn.Module):
         )
 
     def forward(self, x_BTD: Tensor, padding: Tensor | None) -> Tensor:
-        """(B, T, D) → (B, T, D); padding (B, T) True at padded frames, which each convolution must see as zeros."""
+        """Apply the convolutions to (B, T, D). ``padding`` is (B, T) bool; each convolution reads padded frames as zeros."""
         for convolution in self.convolutions:
             if padding is not None:
                 x_BTD = x_BTD.masked_fill(padding[:, :, None], 0.0)

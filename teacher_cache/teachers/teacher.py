@@ -1,4 +1,4 @@
-"""What a teacher is: the promises that caches rest on, and the checks that every teacher shares.
+"""The interface and the promises of a teacher, which caches rely on, and the checks that all teachers share.
 
 Shapes: B utterances, S samples, T frames, D width, L layers.
 """
@@ -16,45 +16,49 @@ from torch import Tensor, nn
 
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, Length, num_frames, padding_mask
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
+from ray_distill.teacher_cache.precision import Precision, autocast
 
 
 class TeacherError(ValueError):
-    """A teacher that can't be had, or can't do what is asked of it."""
+    """A teacher that can't be loaded, or a request that it can't serve."""
 
 
 class Teacher(ABC):
-    """Layer outputs of a frozen Transformer over audio, one utterance's independent of what it is batched with.
+    """A frozen Transformer over audio whose layer outputs for an utterance do not depend on its batch.
 
-    A teacher of a new kind is a subclass with one method, `layer_outputs`. Whatever it computes, it must promise:
+    A new kind of teacher is a subclass that implements `layer_outputs`. Every teacher must keep these promises:
 
-    - **Batch invariance.** A real frame of one utterance has the same values, to rounding, whatever else is in the batch, in
-      which order, and whatever lies in the padding. What an utterance is normalised by comes from its own real samples.
-    - **Frames.** An utterance of n samples has ``num_frames(n)`` frames: real ones first, padding after them.
-    - **Masks.** At masked frames, and only there, the encoder's input is replaced, before positions are added (`masked`).
-    - **Identity.** All that changes an output, and that names, types and shapes of weights don't tell, is in ``identity``.
-    - **No gradients, no randomness.** No dropout, no dependence on the global random state.
+    - **Batch invariance.** The real frames of an utterance have the same values, up to rounding, whatever else is in the
+      batch, in which order, and whatever the padding holds. Normalisation of an utterance uses its own real samples only.
+    - **Frames.** An utterance of n samples has ``num_frames(n)`` frames. Real frames come first, padding after them.
+    - **Masks.** The encoder's input is replaced at masked frames, and only there, before positions are added (`masked`).
+    - **Identity.** ``identity`` holds everything that changes an output, except for the names, types, shapes and values of
+      the weights.
+    - **No gradients, no randomness.** There is no dropout and no dependence on the global random state.
 
-    `tests/teacher_cache/test_teacher_promises.py` puts every kind through these.
+    ``tests/teacher_cache/teachers/test_teacher_promises.py`` checks them for every kind.
 
     Attributes:
-        name: what it was loaded from, for people to read.
-        num_layers: Transformer layers, L.
-        dim: width of every layer's output, D.
-        num_parameters: weights, mask embedding included.
-        model: the network, for those who count its parts or copy its weights.
-        device: where it computes.
-        min_samples: of an utterance; default 400, one frame of HuBERT.
-        max_samples: of an utterance; default None, any length.
-        patches: how the spectrogram is cut, where there are patches in place of frames, for students that must do the same;
-            default None.
-        mean_mask: whether masked frames become the utterance's mean, where there is no learned mask embedding. Default False.
-        layer_norm: whether each frame of each layer's output is brought to zero mean and unit variance over its channels.
-            Default False. With layer norms before the blocks (Whisper, most Large models) that is what the next block reads,
-            and it tames frames of a thousand times the others' power, which a squared error would hear alone.
+        name: Where the teacher was loaded from, for people to read.
+        num_layers: Number of Transformer layers, L.
+        dim: Width D of every layer's output.
+        num_parameters: Number of weights, including the mask embedding.
+        model: The network, for code that counts its parts or copies its weights.
+        device: Device on which the teacher computes.
+        min_samples: Minimum number of samples of an utterance. Default 400, one frame of HuBERT.
+        max_samples: Maximum number of samples of an utterance. Default None, no limit.
+        patches: How the spectrogram is cut, for teachers with patches instead of frames; their students do the same.
+            Default None.
+        mean_mask: Whether masked frames become the mean of the utterance when there is no learned mask embedding.
+            Default False.
+        layer_norm: Whether each frame of each layer's output is normalised to zero mean and unit variance over its
+            channels. Default False. In models with layer norms before the blocks (Whisper, most Large models) the next block
+            reads this. It also scales down frames with a thousand times the power of others, which would dominate a
+            squared error.
 
     Example:
         >>> teacher = load_teacher("random:4x96")
-        >>> teacher.hidden_states(torch.zeros(1, 16_000), torch.tensor([16_000])).shape
+        >>> teacher(torch.zeros(1, 16_000)).shape
         torch.Size([1, 4, 49, 96])
     """
 
@@ -75,17 +79,17 @@ class Teacher(ABC):
         mask_embedding: Tensor | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        """Freezes the network and moves it; `load_teacher` is the usual way to get a teacher.
+        """Freeze the network and move it to the device. Most callers use `load_teacher` instead.
 
         Args:
-            model: with its weights.
-            name: for people to read.
-            num_layers: L.
-            dim: D.
-            identity: JSON values of which any change makes another teacher: first the name and version of the arithmetic,
-                then the settings that weights' names and shapes don't tell.
-            mask_embedding: (D,) float that takes the place of masked frames, or None if there is none.
-            device: where to compute.
+            model: Network with its weights.
+            name: Name for people to read.
+            num_layers: Number of Transformer layers, L.
+            dim: Width D.
+            identity: JSON values; any change of them makes another teacher. The first is the name and version of the
+                arithmetic, followed by the settings that names and shapes of weights do not show.
+            mask_embedding: (D,) float that replaces masked frames, or None if the model has none.
+            device: Device on which the teacher computes.
         """
         self.name, self.num_layers, self.dim = name, num_layers, dim
         self.device = torch.device(device)
@@ -97,31 +101,52 @@ class Teacher(ABC):
 
     @abstractmethod
     def layer_outputs(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None) -> Iterator[Tensor]:
-        """Outputs of layers 1, 2, ..., one by one, so that layers nobody wants are not computed.
+        """Yield the outputs of layers 1, 2, ... in order. The caller stops after the last layer it needs.
 
-        Runs in inference mode, on arguments that were checked.
+        It runs in inference mode and its arguments have been checked.
 
         Args:
-            waveforms: (B, S) float32 on the teacher's device, zeros at padding, S the longest of lengths.
+            waveforms: (B, S) float32 on the teacher's device, zeros at padding. S is the largest of ``lengths``.
             lengths: (B,) int64 on the teacher's device.
             frame_mask: (B, T) bool on the teacher's device, False at padding, or None; see `masked`.
 
         Yields:
-            (B, T, D) with T = ``num_frames(S)``; values at padding are finite.
+            (B, T, D) with T = ``num_frames(S)``. Values at padding are finite.
         """
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.name!r}, num_layers={self.num_layers}, dim={self.dim}, "
+            f"num_parameters={self.num_parameters:,}, device={str(self.device)!r})"
+        )
+
+    def __call__(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        layers: Sequence[int] | None = None,
+        *,
+        precision: Precision = "fp32",
+    ) -> Tensor:
+        """Return the (B, L, T, D) outputs of the Transformer layers; the same as `hidden_states`."""
+        return self.hidden_states(waveforms, lengths, frame_mask, layers=layers, precision=precision)
+
     def num_frames(self, num_samples: Length) -> Length:
-        """Frames of an utterance; an int, or a tensor of any shape. Default: HuBERT's, of 25 ms every 20 ms."""
+        """Return the number of frames of an utterance, given as an int or as an integer tensor of any shape.
+
+        The default is that of HuBERT: frames of 25 ms every 20 ms.
+        """
         return num_frames(num_samples)
 
     @property
     def has_mask_embedding(self) -> bool:
-        """Whether ``frame_mask`` may be given: there is a learned mask embedding, or a stand-in for it."""
+        """Whether ``frame_mask`` may be given: the teacher has a learned mask embedding or a replacement for it."""
         return self._mask_embedding is not None or self.mean_mask
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Its tensors by the network's names, and ``mask_embedding`` where it has one."""
+        """Tensors by the network's names, and ``mask_embedding`` if the teacher has one."""
         weights = dict(self.model.state_dict())
         if self._mask_embedding is not None:
             weights["mask_embedding"] = self._mask_embedding
@@ -129,7 +154,7 @@ class Teacher(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the weights and of everything else that changes the output; not of name or device."""
+        """SHA-256 (hex) of the weights and everything else that changes an output, but not of the name or the device."""
         options = [name for name in ("mean_mask", "layer_norm") if getattr(self, name)]
         identity = [*self._identity, *options]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
@@ -147,25 +172,28 @@ class Teacher(ABC):
         frame_mask: Tensor | None = None,
         *,
         layers: Sequence[int] | None = None,
+        precision: Precision = "fp32",
     ) -> Tensor:
-        """Outputs of the Transformer layers.
+        """Return the outputs of the Transformer layers.
 
         Args:
-            waveforms: (B, S) float, 16 kHz, in [-1, 1]; what lies beyond each length is ignored.
-            lengths: (B,) integer, real samples of each row, ``min_samples`` <= length <= S. Default: S for all.
-            frame_mask: (B, T) bool with T = ``num_frames(S)``, True where the mask embedding takes the place of the input.
+            waveforms: (B, S) float, 16 kHz, in [-1, 1]. Samples beyond each length are ignored.
+            lengths: (B,) integer, number of real samples of each row, ``min_samples`` <= length <= S. Default: S for all.
+            frame_mask: (B, T) bool with T = ``num_frames(S)``, True where the mask embedding replaces the input.
                 Default: no masking.
-            layers: 1-based layers to return, in this order; later ones than the last of them are not computed.
+            layers: 1-based layers to return, in this order. Layers above the largest of them are not computed.
                 Default: all.
+            precision: Precision of the arithmetic, whatever autocast the caller has set: ``fp32``, ``fp16`` or ``bf16``.
+                Default ``fp32``.
 
         Returns:
-            (B, L, T, D) float32 on the teacher's device, without gradients: layer k is the output of Transformer layer
-            k, as fairseq's layer hook and torchaudio's ``extract_features`` give it, or that normalised (``layer_norm``).
+            (B, L, T, D) float32 on the teacher's device, without gradients. Layer k is the output of Transformer layer k,
+            the same as in fairseq's layer hook and torchaudio's ``extract_features``, normalised if ``layer_norm`` is set.
             Values at padded frames are finite and meaningless.
 
         Raises:
-            TeacherError: shapes that don't fit, audio shorter than a frame or longer than ``max_samples``, an unknown layer,
-                or a mask where there is no mask embedding.
+            TeacherError: If shapes don't fit, audio is shorter than a frame or longer than ``max_samples``, a layer does not
+                exist, or a mask is given to a teacher without a mask embedding.
         """
         lengths = self._checked_lengths(waveforms, lengths)
         wanted = self._checked_layers(layers)
@@ -175,16 +203,16 @@ class Teacher(ABC):
             self._check_frame_mask(frame_mask, batch, frames)
         longest = int(lengths.max())
         real_frames = self.num_frames(longest)
-        # Filled in inference mode but made outside it, so that a loss may use it: autograd refuses inference tensors.
+        # Created outside inference mode so that a loss can use it: autograd refuses inference tensors.
         out = torch.empty(batch, len(wanted), frames, self.dim, device=self.device)
         out[:, :, real_frames:] = 0.0
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(self.device, precision):
             lengths = lengths.to(self.device)
             x_BS = waveforms[:, :longest].to(self.device).float()
             x_BS = x_BS.masked_fill(padding_mask(lengths, longest), 0.0)
             mask: Tensor | None = None
             if frame_mask is not None:
-                # What a mask says of padding counts for nothing.
+                # Values of the mask at padding are ignored.
                 padding = padding_mask(self.num_frames(lengths), real_frames)
                 mask = frame_mask[:, :real_frames].to(self.device) & ~padding
             for number, x_BTD in enumerate(self.layer_outputs(x_BS, lengths, mask), start=1):
@@ -198,12 +226,12 @@ class Teacher(ABC):
         return out
 
     def masked(self, x_BTD: Tensor, frame_mask: Tensor | None, frame_counts: Tensor) -> Tensor:
-        """The encoder's input with the mask embedding, or the mean of each utterance's real frames, at masked frames.
+        """Replace the encoder's input at masked frames by the mask embedding or by the mean of the utterance's real frames.
 
         Args:
-            x_BTD: (B, T, D) before positions are added.
+            x_BTD: (B, T, D) input of the encoder before positions are added.
             frame_mask: (B, T) bool, or None for no masking.
-            frame_counts: (B,) real frames.
+            frame_counts: (B,) number of real frames.
         """
         if frame_mask is None:
             return x_BTD
@@ -227,18 +255,18 @@ class Teacher(ABC):
         integer = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
         if lengths.shape != (batch,) or not integer:
             raise TeacherError(
-                f"lengths must be an integer tensor of shape ({batch},), one length for each waveform, not "
+                f"lengths must be an integer tensor of shape ({batch},), one length per waveform, not "
                 f"{lengths.dtype} of shape {tuple(lengths.shape)}"
             )
         shortest, longest = int(lengths.min()), int(lengths.max())
         if shortest < self.min_samples or longest > width:
             raise TeacherError(
-                f"lengths run from {shortest} to {longest} samples, but each must be at least {self.min_samples} (one "
+                f"lengths range from {shortest} to {longest} samples, but each must be at least {self.min_samples} (one "
                 f"frame) and at most {width}, the width of waveforms"
             )
         if self.max_samples is not None and longest > self.max_samples:
             raise TeacherError(
-                f"an utterance has {longest} samples, but {self.name} takes at most {self.max_samples}; leave longer ones out"
+                f"an utterance has {longest} samples, but {self.name} takes at most {self.max_samples}; leave out longer utterances"
             )
         return lengths.long()
 
@@ -247,18 +275,18 @@ class Teacher(ABC):
             return list(range(1, self.num_layers + 1))
         if not layers or not all(1 <= layer <= self.num_layers for layer in layers):
             raise TeacherError(
-                f"layers {list(layers)} must be one or more of 1 to {self.num_layers}, those {self.name} has"
+                f"layers must be one or more of 1 to {self.num_layers}, the layers of {self.name}, not {list(layers)}"
             )
         return list(layers)
 
     def _check_frame_mask(self, frame_mask: Tensor, batch: int, frames: int) -> None:
         if not self.has_mask_embedding:
             raise TeacherError(
-                f"{self.name} has no mask embedding, so it can't give masked targets: use the model's original "
-                "checkpoint, a stand-in (mean-mask:CHECKPOINT), or targets that need no mask"
+                f"{self.name} has no mask embedding, so it can't compute masked targets; use the model's original "
+                "checkpoint, the mean of the utterance as a replacement (mean-mask:CHECKPOINT), or targets that need no mask"
             )
         if frame_mask.shape != (batch, frames) or frame_mask.dtype != torch.bool:
             raise TeacherError(
-                f"frame_mask must be a bool tensor of shape ({batch}, {frames}), one value for each frame, not "
+                f"frame_mask must be a bool tensor of shape ({batch}, {frames}), one value per frame, not "
                 f"{frame_mask.dtype} of shape {tuple(frame_mask.shape)}"
             )

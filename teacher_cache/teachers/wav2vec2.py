@@ -1,6 +1,8 @@
-"""Teachers built like wav2vec 2.0: convolutions over the waveform, position convolution, Transformer.
+"""Teachers with the architecture of wav2vec 2.0: convolutions over the waveform, position convolution, Transformer.
 
-HuBERT, WavLM, UniSpeech(-SAT) and data2vec-audio are. Shapes: B utterances, S samples, T frames (20 ms), C channels, D width.
+These are wav2vec 2.0, HuBERT, WavLM, UniSpeech, UniSpeech-SAT and data2vec-audio.
+
+Shapes: B utterances, S samples, T frames (20 ms), C channels, D width.
 """
 
 from collections.abc import Iterator
@@ -20,27 +22,27 @@ from ray_distill.teacher_cache.frames import (
     group_norm_over_real,
     padding_mask,
 )
-from ray_distill.teacher_cache.teachers.stacked_position_conv import StackedPositions
+from ray_distill.teacher_cache.teachers.stacked_position_conv import StackedPositionConv
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
 
-# Part of every fingerprint: raise it when the arithmetic below changes its results.
+# Part of every fingerprint. Increase the number when a change of the arithmetic below changes results.
 _ARITHMETIC = "teacher-1"
 
 NORMALIZE_EPS = 1e-5
-"""Added to the variance when waveforms are normalised: fairseq's and torchaudio's (``layer_norm`` of the waveform)."""
+"""Value that fairseq and torchaudio add to the variance when they normalise waveforms (``layer_norm`` of the waveform)."""
 
 
 class Wav2Vec2Teacher(Teacher):
-    """A model of torchaudio's ``Wav2Vec2Model``, run so that the batch doesn't matter.
+    """A torchaudio ``Wav2Vec2Model`` whose outputs do not depend on the batch.
 
-    Three differences from torchaudio's own forward pass: GroupNorm statistics count real positions only, waveforms are
-    normalised one utterance at a time over real samples, and masked frames can be replaced by the learned mask embedding
-    (after the projection to the encoder's width, as in fairseq).
+    The forward pass differs from torchaudio's in three points: GroupNorm statistics use real positions only, each waveform is
+    normalised over its own real samples, and masked frames can be replaced by the learned mask embedding (after the projection
+    to the encoder's width, as in fairseq).
 
     Attributes:
-        heads: attention heads of each layer.
-        layer_norm_first: whether layers are normalised before each part (Large), else after it (Base).
-        strides: of the convolutions.
+        heads: Number of attention heads per layer.
+        layer_norm_first: Whether layer norms come before the blocks (Large). Otherwise they come after (Base).
+        strides: Strides of the convolutions.
     """
 
     def __init__(
@@ -52,18 +54,18 @@ class Wav2Vec2Teacher(Teacher):
         normalize_eps: float | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        """Wraps a torchaudio model; `load_teacher` is the usual way to get one.
+        """Wrap a torchaudio model. Most callers use `load_teacher` instead.
 
         Args:
-            model: the encoder, with its weights.
-            mask_embedding: (D,) float, or None if there is none.
-            name: for people to read.
-            normalize_eps: None for models fed raw waveforms (Base); else waveforms are normalised to zero mean and
-                unit variance first (most Large models), with this added to the variance.
-            device: where to compute.
+            model: Encoder with its weights.
+            mask_embedding: (D,) float, or None if the model has none.
+            name: Name for people to read.
+            normalize_eps: Value added to the variance when waveforms are normalised to zero mean and unit variance (most
+                Large models), or None for models that take raw waveforms (Base).
+            device: Device on which the teacher computes.
 
         Raises:
-            TeacherError: its frames are not 400 samples wide and 320 apart.
+            TeacherError: If frames are not 400 samples wide and 320 samples apart.
         """
         self._normalize_eps = normalize_eps
         self._convolutions: list[ConvLayerBlock] = list(model.feature_extractor.conv_layers)
@@ -85,9 +87,9 @@ class Wav2Vec2Teacher(Teacher):
         self.heads: int = attention.num_heads
         self.layer_norm_first: bool = self._layers[0].layer_norm_first  # type: ignore[assignment]
         positions: Any = transformer.pos_conv_embed
-        depth = len(positions.convolutions) if isinstance(positions, StackedPositions) else None
+        depth = len(positions.convolutions) if isinstance(positions, StackedPositionConv) else None
         position: Any = positions.conv if depth is None else positions.convolutions[0]
-        # What the weights' names and shapes don't tell.
+        # Settings that names and shapes of the weights do not show.
         architecture = {
             "convolutions": kernels_and_strides,
             "norms": [type(layer.layer_norm).__name__ for layer in self._convolutions],
@@ -119,15 +121,15 @@ class Wav2Vec2Teacher(Teacher):
         attention_mask: Tensor | None = None
         key_padding: Tensor | None = None
         if padding is not None:
-            # Before the position convolution, which would else carry padding into real frames.
+            # Otherwise the position convolution would carry padding into real frames.
             x_BTD = x_BTD.masked_fill(padding[:, :, None], 0.0)
             if isinstance(self._layers[0].attention, WavLMSelfAttention):
-                # Added to the position bias, so of its type.
+                # It is added to the position bias, so it needs its dtype.
                 key_padding = torch.zeros_like(padding, dtype=x_BTD.dtype).masked_fill(padding, -torch.inf)
             else:
                 attention_mask = ~padding[:, None, None, :].expand(batch, 1, frames, frames)
         positions = transformer.pos_conv_embed
-        stacked = isinstance(positions, StackedPositions)
+        stacked = isinstance(positions, StackedPositionConv)
         x_BTD = x_BTD + (positions(x_BTD, padding) if stacked else positions(x_BTD))
         if transformer.layer_norm_first:
             x_BTD = transformer.layer_norm(x_BTD)
@@ -139,10 +141,10 @@ class Wav2Vec2Teacher(Teacher):
             yield x_BTD
 
     def _features(self, x_BS: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised waveforms through the convolutions: (B, T, C), and each row's real frames (B,)."""
+        """Return the (B, T, C) outputs of the convolutions and the (B,) numbers of real frames."""
         x = x_BS[:, None, :]
         if self._normalize_eps is not None:
-            # One channel, so GroupNorm over it is layer_norm over the utterance.
+            # With one channel, GroupNorm is a layer norm over the utterance.
             x = group_norm_over_real(x, lengths, None, None, self._normalize_eps)
         for layer in self._convolutions:
             x = layer.conv(x)

@@ -1,4 +1,4 @@
-"""WavLM's own checkpoints: ``{"cfg", "model"}``, with fairseq's weight names and a flat configuration."""
+"""WavLM checkpoints as published: ``{"cfg", "model"}`` with fairseq's weight names and a flat configuration."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,26 +16,28 @@ from ray_distill.teacher_cache.untrusted import plain
 
 
 def is_wavlm(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint has WavLM's flat configuration rather than fairseq's nested one."""
+    """Return whether a checkpoint has WavLM's flat configuration instead of fairseq's nested one."""
     cfg = plain(checkpoint.get("cfg"))
     return isinstance(cfg, dict) and "relative_position_embedding" in cfg and "model" not in cfg
 
 
 def load_wavlm(checkpoint: Mapping[str, Any], name: str, device: str | torch.device) -> Wav2Vec2Teacher:
-    """A WavLM from the dictionary of its own checkpoint.
+    """Build a WavLM from the dictionary of its checkpoint.
 
     Args:
-        checkpoint: what `load_untrusted` read: ``cfg`` and ``model``.
-        name: the file, for messages.
-        device: where the teacher computes.
+        checkpoint: Result of `load_untrusted`, with ``cfg`` and ``model``.
+        name: Name of the file, for messages.
+        device: Device on which the teacher computes.
 
     Raises:
-        TeacherError: without gated relative positions, or with weights that don't fit the configuration.
+        TeacherError: If the model has no gated relative positions, or its weights don't fit its configuration.
     """
     cfg = plain(checkpoint["cfg"])
     for key in ("relative_position_embedding", "gru_rel_pos"):
         if not cfg.get(key):
-            raise TeacherError(f"{name} has {key} = {cfg.get(key)!r}, but only WavLMs where it is True are supported")
+            raise TeacherError(
+                f"{name} has {key} = {cfg.get(key)!r}, but only WavLM models with {key} = True are supported"
+            )
     # Defaults of WavLM's own configuration class.
     buckets, distance = cfg.get("num_buckets", 320), cfg.get("max_distance", 1280)
     architecture = dataclasses.replace(fairseq_architecture(cfg, name), relative_positions=(buckets, distance))
@@ -52,7 +54,7 @@ def load_wavlm(checkpoint: Mapping[str, Any], name: str, device: str | torch.dev
 
 
 def join_attention_projections(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with each WavLM layer's query, key and value projections joined, as torchaudio holds them."""
+    """Return the weights with the query, key and value projections of each layer joined, as in torchaudio's WavLM."""
     joined = dict(weights)
     for key in weights:
         prefix, separator, kind = key.rpartition(".attention.q_proj.")

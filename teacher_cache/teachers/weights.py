@@ -1,4 +1,4 @@
-"""Weights of a checkpoint into a model, complete or refused."""
+"""Loading of a checkpoint's weights into a model, with a check that they are complete."""
 
 from torch import Tensor, nn
 
@@ -6,16 +6,16 @@ from ray_distill.teacher_cache.teachers.teacher import TeacherError
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Loads a complete state dict into the model, in float32.
+    """Load a complete state dict into a model, in float32.
 
     Raises:
-        TeacherError: weights are missing, left over or of another shape; the message names some of them.
+        TeacherError: If weights are missing, unexpected or of another shape. The message names some of them.
     """
     expected = model.state_dict()
     problems = {
         "lacks weights that its configuration needs": sorted(expected.keys() - weights.keys()),
         "has weights that its configuration doesn't know": sorted(weights.keys() - expected.keys()),
-        "has weights of other shapes than its configuration says": sorted(
+        "has weights whose shapes don't fit its configuration": sorted(
             key for key in expected.keys() & weights.keys() if expected[key].shape != weights[key].shape
         ),
     }
@@ -27,10 +27,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 
 def checked_mask_embedding(mask_embedding: Tensor | None, dim: int, source: str) -> Tensor | None:
-    """The mask embedding, if it has the encoder's width.
+    """Return the mask embedding unchanged.
 
     Raises:
-        TeacherError: it is there and not of shape (dim,).
+        TeacherError: If it is not None and not of shape (dim,).
     """
     if mask_embedding is not None and mask_embedding.shape != (dim,):
         raise TeacherError(f"{source} has a mask embedding of shape {tuple(mask_embedding.shape)}, not ({dim},)")

@@ -1,4 +1,4 @@
-"""Whisper's encoder as a teacher: log-mel in, frames of 20 ms, no mask embedding.
+"""Whisper's encoder as a teacher: log-mel input, frames of 20 ms, no mask embedding.
 
 Shapes: B utterances, S samples, N mel frames (10 ms), T frames (20 ms), M mel bands, D width.
 """
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, num_frames, padding_mask
 from ray_distill.teacher_cache.spectrograms import whisper_log_mel
-from ray_distill.teacher_cache.teachers.huggingface_folder import Folder
+from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFolder
 from ray_distill.teacher_cache.teachers.prenorm_layer import PreNormLayer
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
 from ray_distill.teacher_cache.teachers.weights import load_weights
 
-# Part of every fingerprint: raise it when the arithmetic below changes its results.
+# Part of every fingerprint. Increase the number when a change of the arithmetic below changes results.
 _ARITHMETIC = "whisper-1"
 
 _PREFIXES = ("model.encoder.", "encoder.")
 
-# Settings under which it is another architecture, with the values that are not.
-_ONLY = {"activation_function": ("gelu",), "scale_embedding": (False,)}
+# Supported values of settings. With other values the model has another architecture.
+_SUPPORTED = {"activation_function": ("gelu",), "scale_embedding": (False,)}
 
 
 class WhisperEncoder(nn.Module):
-    """Two convolutions, learned positions, Transformer; parameters have transformers' names."""
+    """Two convolutions, learned positions and Transformer layers. Parameters have transformers' names."""
 
     def __init__(self, bands: int, dim: int, layers: int, heads: int, ffn_dim: int, positions: int) -> None:
         super().__init__()
@@ -34,26 +34,26 @@ class WhisperEncoder(nn.Module):
         self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
         self.embed_positions = nn.Embedding(positions, dim)
         self.layers = nn.ModuleList(PreNormLayer(dim, heads, ffn_dim, biases="qv") for _ in range(layers))
-        # After the last layer, for the decoder; no layer's output depends on it.
+        # Only the decoder uses this layer norm. No layer's output depends on it.
         self.layer_norm = nn.LayerNorm(dim)
 
 
 class WhisperTeacher(Teacher):
     """Outputs of the layers of Whisper's encoder, before its final layer norm.
 
-    Whisper pads all audio with silence to 30 s and attends to all of it. Here real frames attend to real frames only: what
-    enters the first layer is the same, a short utterance costs a fraction, and features of speech change little (measured in
-    ``benchmarks/whisper.py``). Frames are cropped to HuBERT's number, at most one less than Whisper's own. Audio for which
-    Whisper has no positions (over 30 s) is refused.
+    Whisper pads all audio with silence to 30 s and attends to all of it. Here real frames attend to real frames only. The
+    input of the first layer is the same, short utterances are much cheaper, and features of speech change little (measured in
+    ``benchmarks/whisper.py``). Frames are cropped to HuBERT's number, which is at most one less than Whisper's. Audio longer
+    than Whisper's positions (30 s) is an error.
     """
 
     def __init__(self, encoder: WhisperEncoder, *, name: str, device: str | torch.device = "cpu") -> None:
-        """Wraps an encoder; `load_teacher` is the usual way to get one.
+        """Wrap an encoder. Most callers use `load_teacher` instead.
 
         Args:
-            encoder: with its weights.
-            name: for people to read.
-            device: where to compute.
+            encoder: Encoder with its weights.
+            name: Name for people to read.
+            device: Device on which the teacher computes.
         """
         positions, dim = encoder.embed_positions.weight.shape
         self.max_samples = positions * FRAME_SAMPLES
@@ -77,7 +77,7 @@ class WhisperTeacher(Teacher):
     def layers_of_mel(
         self, mel_BNM: Tensor, frame_counts: Tensor, frame_mask: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """As `layer_outputs`, of spectrograms (B, N, M) and real frames (B,); T is the most of them."""
+        """Yield the layer outputs for (B, N, M) spectrograms with (B,) numbers of real frames. T is the largest of these."""
         encoder = self._encoder
         x = F.gelu(encoder.conv1(mel_BNM.transpose(1, 2)))
         x_BTD = F.gelu(encoder.conv2(x)).transpose(1, 2)[:, : int(frame_counts.max())]
@@ -91,13 +91,13 @@ class WhisperTeacher(Teacher):
             yield x_BTD
 
 
-def load_whisper(folder: Folder, device: str | torch.device) -> WhisperTeacher:
-    """The encoder of a Whisper of any size and version; the decoder's weights are ignored.
+def load_whisper(folder: HuggingFaceFolder, device: str | torch.device) -> WhisperTeacher:
+    """Load the encoder of a Whisper of any size and version, without the weights of its decoder.
 
     Raises:
-        TeacherError: settings of another architecture, or weights that don't fit.
+        TeacherError: If a setting is not supported or the weights don't fit.
     """
-    folder.require(_ONLY)
+    folder.require(_SUPPORTED)
     config = folder.config
     try:
         sizes = {
@@ -111,7 +111,7 @@ def load_whisper(folder: Folder, device: str | torch.device) -> WhisperTeacher:
     except (KeyError, TypeError, ValueError) as error:
         raise TeacherError(f"{folder.name} has a config.json without a usable value: {error}") from error
     if min(sizes.values()) < 1 or sizes["dim"] % sizes["heads"]:
-        raise TeacherError(f"{folder.name} has sizes that make no model: {sizes}")
+        raise TeacherError(f"{folder.name} has sizes from which no model can be built: {sizes}")
     with torch.random.fork_rng(devices=[]):
         encoder = WhisperEncoder(**sizes)
     weights = {

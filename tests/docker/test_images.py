@@ -165,7 +165,7 @@ def test_dashboard_has_three_parts_of_panels_with_queries() -> None:
 def test_dashboard_reads_metrics_the_service_has() -> None:
     from prometheus_client import generate_latest
 
-    from ray_distill.serve.api.observation import Metrics
+    from ray_distill.serve.api.observability import Metrics
 
     known = set()
     for family in text_string_to_metric_families(generate_latest(Metrics().registry).decode()):

@@ -1,4 +1,4 @@
-"""The wheel, installed where the repository is not: its commands, its recipes, its citation."""
+"""The wheel, installed away from the repository: its commands, its recipes, its citation."""
 
 import json
 import os
@@ -15,14 +15,13 @@ from check_jsonschema.cli import main as check_jsonschema
 from click.testing import CliRunner
 
 import ray_distill
-from ray_distill.pipeline.recipes import with_recipes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as a release is, from a copy of what git knows: a stale build/ of the repository must not get in."""
+    """Build the wheel as for a release, from a copy of the files that Git knows, so that a stale build/ is left out."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
@@ -38,12 +37,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(output), str(source)]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return next(output.glob("*.whl"))  # Made from the sdist, which so is seen to hold all that is needed.
+    return next(output.glob("*.whl"))  # It is built from the sdist, so the sdist is complete too.
 
 
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of a new environment with the wheel; its dependencies are this environment's."""
+    """Return the bin folder of a new environment with the wheel, which uses the dependencies of this environment."""
     home = tmp_path_factory.mktemp("clean")
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
@@ -83,25 +82,51 @@ def test_commands_work_from_anywhere(installed: Path, tmp_path: Path, speech_fol
     for name in ("ray-distill", "ray-distill-cache", "ray-distill-serve"):
         shown = run([str(installed / name), "--help"], tmp_path)
         assert shown.returncode == 0, shown.stdout + shown.stderr
-        assert "Usage: " + name in shown.stdout
+        assert f"Usage: {name} " in shown.stdout
+    module = run([str(installed / "python"), "-m", "ray_distill", "--version"], tmp_path)
+    assert module.stdout == f"ray-distill {ray_distill.__version__}\n", module.stderr
     where = run([str(installed / "python"), "-c", "import ray_distill; print(ray_distill.__file__)"], tmp_path).stdout
     assert Path(where).is_relative_to(installed.parent), "the repository was imported, not the wheel"
-    command = [str(installed / "ray-distill"), "--config", "demo", f"corpus.path={speech_folder}"]
-    done = run([*command, "teacher.checkpoint=random:2x32", "--stages", "index,plan"], tmp_path)
+    command = [str(installed / "ray-distill"), "run", "--config", "demo", f"corpus.path={speech_folder}"]
+    command.append("teacher.checkpoint=random:2x32")
+    planned = run([*command, "--dry-run"], tmp_path)
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    assert "9 train files, 3 validation files" in planned.stdout
+    assert not (tmp_path / "runs").exists()
+    done = run([*command, "--stages", "index,plan"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "12 utterances" in done.stdout and "2 mask draws" in done.stdout
-    info = run([str(installed / "ray-distill-cache"), "info", str(tmp_path / "none")], tmp_path)
-    assert info.returncode != 0 and "there is no teacher cache at" in " ".join((info.stdout + info.stderr).split())
-    served = run([str(installed / "ray-distill-serve"), "--model", str(tmp_path / "none")], tmp_path)
-    assert served.returncode == 2 and "There is no model folder" in served.stderr
+    listed = run([str(installed / "ray-distill"), "ablate", "--config", "ablations/smoke", "--list"], tmp_path)
+    assert listed.returncode == 0 and "variant" in listed.stdout, listed.stdout + listed.stderr
 
 
-def test_recipes_are_known_by_name() -> None:
-    demo = str(REPOSITORY / "configs" / "demo.yaml")
-    for name in ("demo", "demo.yaml", "configs/demo.yaml"):
-        assert Path(with_recipes(["--config", name])[1]).read_text() == Path(demo).read_text()
-    assert with_recipes(["--config=demo", "name=demo"]) == [f"--config={demo}", "name=demo"]
-    assert with_recipes(["--config", "nothing-of-this-name"]) == ["--config", "nothing-of-this-name"]
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["ray-distill", "--config", "nothing"], "there is no configuration file at nothing"),
+        (["ray-distill", "plan-cluster", "--cluster", "clusters/this-machine"], "there is no benchmark result"),
+        (["ray-distill-cache", "info", "none"], "there is no teacher cache at"),
+        (["ray-distill-serve", "--model", "none"], "There is no model folder"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_sentence(installed: Path, tmp_path: Path, command: list[str], message: str) -> None:
+    done = run([str(installed / command[0]), *command[1:]], tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_completion_knows_commands_and_recipes(installed: Path, tmp_path: Path) -> None:
+    for words, expected in (("ray-distill ab", "ablate"), ("ray-distill run --config armw", "armwavlm-s-100")):
+        variables = {
+            "_RAY_DISTILL_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        }
+        environment = [f"{name}={value}" for name, value in variables.items()]
+        shown = run(["env", *environment, str(installed / "ray-distill")], tmp_path)
+        assert shown.returncode == 0 and expected in shown.stdout.split(), shown.stdout + shown.stderr
 
 
 def test_citation_is_valid_and_of_this_version() -> None:

@@ -1,4 +1,4 @@
-"""Three kinds of corpus, every broken file listed, and an index that is reused while it is right."""
+"""Corpora: the three kinds, the list of broken files, and the reuse of an index that is still valid."""
 
 import csv
 import errno
@@ -142,7 +142,7 @@ def test_the_held_out_part_is_a_matter_of_ids(tmp_path: Path) -> None:
     assert len(held_out) == 4
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert ids(index_corpus(tmp_path / "b", validation_fraction=0.2, output=tmp_path / "j"), "validation") == held_out
-    # Losing a file to damage doesn't leave validation empty.
+    # Damage to a held-out file does not leave the validation split empty.
     (tmp_path / "a" / f"{held_out[0]}.wav").write_bytes(b"RIFF")
     again = index_corpus(tmp_path / "a", validation_fraction=0.01, output=tmp_path / "i")
     assert len(ids(again, "validation")) == 1 and again.skipped[0].reason == "undecodable"
@@ -281,7 +281,7 @@ def test_reuse_without_decoding(folder: Path, tmp_path: Path, monkeypatch: pytes
         for changed in ({"max_seconds": 30.0}, {"validation_fraction": 0.4}):
             with pytest.raises(AssertionError, match="decoded again"):
                 index_corpus(folder, output=tmp_path / "index", **changed)
-    # Touched, replaced, added, removed: found each time.
+    # Files that were touched, replaced, added or removed are noticed.
     os.utime(folder / "sub-0" / "clip0.wav", ns=(1, 1))
     assert not index_corpus(folder, output=tmp_path / "index").reused
     write(folder / "sub-0" / "clip0.wav", pitch=999)
@@ -291,7 +291,7 @@ def test_reuse_without_decoding(folder: Path, tmp_path: Path, monkeypatch: pytes
     assert len(index_corpus(folder, output=tmp_path / "index").utterances) == 6
     (folder / "new.wav").unlink()
     assert index_corpus(folder, output=tmp_path / "index").fingerprint == changed_audio.fingerprint
-    # A lost part is made again.
+    # A missing file of the index is written again.
     (tmp_path / "index" / "index.parquet").unlink()
     with pytest.raises(ValueError, match="run the index stage"):
         CorpusIndex.load(tmp_path / "index")
@@ -320,7 +320,7 @@ def test_folders_that_cannot_be_read_are_said(
 
     def guarded(folder: str) -> object:
         if Path(folder) in closed:
-            raise PermissionError(errno.EACCES, "Permission denied", str(folder))  # Root may read anything.
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))  # Root can read every folder.
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", guarded)

@@ -1,4 +1,4 @@
-"""First weights from the teacher: which tensors, and what does not fit."""
+"""Initial weights from the teacher: the tensors that are copied, and students that they do not fit."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from ray_distill.pipeline.initialise import initial_tensors, write_initial
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.train import prepare_training
 from ray_distill.student import Student, StudentConfig
-from ray_distill.student.checkpoints import load_tensors
 from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.weights import load_tensors
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
@@ -27,7 +27,7 @@ def teacher() -> Teacher:
 
 
 def like(teacher: Teacher, **changes: Any) -> StudentConfig:
-    """A student of the teacher's shapes."""
+    """A student with the teacher's shapes."""
     weights = teacher.weights
     convolutions = tuple(
         (
@@ -133,7 +133,7 @@ def test_other_strides_are_other_convolutions(teacher: Teacher) -> None:
 def test_the_distilhubert_recipe_fits_a_hubert_base() -> None:
     config = load_config(CONFIGS / "distilhubert-960.yaml")
     assert config.train.starts_from_teacher
-    base = load_teacher("random:2x768")  # Of Base's shapes, but for its number of layers.
+    base = load_teacher("random:2x768")  # The shapes of HuBERT Base, with fewer layers.
     tensors = initial_tensors(base, config.resolve_student(3, 768), config.train)
     assert {name.partition(".")[0] for name in tensors} >= {"conv_blocks", "projection", "position", "layers"}
 

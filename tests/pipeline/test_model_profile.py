@@ -1,4 +1,4 @@
-"""Counts of parameters and MACs: against formulas written by hand, and the published ratios."""
+"""Counts of parameters and MACs compared with explicit formulas and with the published ratios."""
 
 import json
 from pathlib import Path
@@ -18,14 +18,14 @@ SECONDS = 10.0
 
 
 def by_hand(config: StudentConfig, seconds: float) -> dict[str, int]:
-    """MACs by the rule, from the configuration alone."""
+    """Return the MACs according to the counting rule, calculated from the configuration."""
     length, channels, convolutions = int(16_000 * seconds), 1, 0
     for outputs, kernel, stride in config.conv_layers:
         length = conv_output_length(length, [(kernel, stride)])
         convolutions += channels * outputs * kernel * length
         channels = outputs
     d, frames = config.encoder_embed_dim, length
-    # The position convolution's even kernel gives one frame more, which is cut off.
+    # The position convolution has an even kernel, so it computes one more frame, which is cut off.
     position = config.conv_pos * d * d // config.conv_pos_groups * (frames + 1 - config.conv_pos % 2)
     own = sum(not reuses for reuses in config.reuses)
     count = config.encoder_layers
@@ -116,11 +116,9 @@ def test_a_run_is_compared_with_its_own_teacher(tmp_path: Path) -> None:
         assert json.loads((tmp_path / "new" / "counts.json").read_text())["teacher_name"] == "random:2x32"
 
 
-def test_an_output_that_cant_be_written_is_told_before_counting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_output_is_reported_before_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
-        raise AssertionError("the work has begun")
+        raise AssertionError("counting has started")
 
     monkeypatch.setattr("ray_distill.pipeline.model_profile.profile_student", never)
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""Published yamls become our configurations."""
+"""Conversion of published YAML files to configurations."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def published(**changes: Any) -> dict[str, dict[str, Any]]:
-    """The keys and values of the published ARMHuBERT-S recipe for 960 h; changes are section__key."""
+    """Return the published ARMHuBERT-S recipe for 960 h; changes are given as section__key."""
     tree: dict[str, dict[str, Any]] = {
         "teacher": {
             "teacher_model": "./hubert_base_ls960.pt",
@@ -117,7 +117,7 @@ def test_the_published_recipe_is_the_one_in_configs(tmp_path: Path) -> None:
     assert config.masks == shipped.masks
     assert config.corpus == shipped.corpus
     students = [c.resolve_student(12, 768).model_dump() for c in (config, shipped)]
-    for student in students:  # `alternate` and its twelve entries are one thing.
+    for student in students:  # `alternate` is short for its twelve entries.
         student.pop("attention_reuse")
     assert students[0] == students[1]
     assert config.resolve_student(12, 768).reuses == shipped.resolve_student(12, 768).reuses
@@ -147,12 +147,14 @@ def test_a_mask_schedule_becomes_policies_of_draws(tmp_path: Path) -> None:
         ({"optimizer__lr": "fast"}, "learning_rate"),
     ],
 )
-def test_what_would_be_another_training_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_options_that_would_change_the_training_are_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
         import_config(write(tmp_path, **changes))
 
 
-def test_every_option_arrives(tmp_path: Path) -> None:
+def test_every_option_is_converted(tmp_path: Path) -> None:
     config, _ = import_config(
         write(
             tmp_path,
@@ -211,7 +213,7 @@ def test_the_published_spec_augment_is_the_default(tmp_path: Path) -> None:
     config, dropped = import_config(write(tmp_path, train__specaug=True, **changes))
     assert config.train.spec_augment == SpecAugment()
     assert not any("replace_with_zero" in sentence for sentence in dropped)
-    # Left out, keys have the defaults of the published code, which are others.
+    # Missing keys have the defaults of the published code, which differ.
     bare, _ = import_config(write(tmp_path, train__specaug=True))
     assert bare.train.spec_augment == SpecAugment(time_warp_window=5, frequency_mask_width=20, fill="zero")
 
@@ -237,7 +239,7 @@ def test_conformers_and_split_heads(tmp_path: Path, published_name: str, ours: s
     student = config.resolve_student(3, 768)
     assert (student.layer_type, student.position, student.depthwise_kernel) == ("conformer", ours, 15)
     assert (student.heads, student.split_heads, student.split_dim, student.encoder_layers) == ("split", 3, 256, 12)
-    assert config.train.hint_layers is None  # Both layers below the last.
+    assert config.train.hint_layers is None  # All layers below the last, here two.
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

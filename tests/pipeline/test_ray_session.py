@@ -70,7 +70,7 @@ def test_workers_that_fit_nowhere(
     ):
         train_student(run)
     assert not run.folder.result_file.exists()
-    monkeypatch.setenv("RAY_ADDRESS", "auto")  # Others' machines may join.
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # Other machines may join a cluster.
     run, said = start(*overrides)
     train_student(run)
     assert f"wait    waiting for resources: {message.format(but=';')}" in said.getvalue()

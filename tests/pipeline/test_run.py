@@ -163,3 +163,15 @@ def test_a_cache_of_another_machines_precision_is_read_but_not_added_to(tmp_path
     elsewhere = begin(tmp_path, *settings, "name=elsewhere", f"cache.path={tmp_path / 'other'}")
     index_audio(elsewhere)
     assert elsewhere.spec.precision == "fp32"
+
+
+def test_online_targets_in_fp16_need_a_gpu(tmp_path: Path, speech_folder: Path) -> None:
+    run = begin(tmp_path, f"corpus.path={speech_folder}", "train.targets=online", "cache.precision=fp16")
+    index_audio(run)
+    with pytest.raises(
+        ConfigError, match="cache.precision fp16 needs train.use_gpu for online targets; use fp32 or bf16 on"
+    ):
+        plan_cache(run)
+    run = begin(tmp_path, f"corpus.path={speech_folder}", "train.targets=online", "cache.precision=bf16", "name=bf16")
+    index_audio(run)
+    plan_cache(run)

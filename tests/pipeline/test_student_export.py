@@ -1,4 +1,4 @@
-"""The export command: what it takes, what it says of origin, how it refuses."""
+"""The export of a student: its inputs, its record of origin, its formats, and mistakes."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ TINY = StudentConfig(
 
 @pytest.fixture
 def run_folder(tmp_path: Path, make_cache) -> Path:  # type: ignore[no-untyped-def]
-    """A run's folder with what its export reads."""
+    """Return the folder of a run with the files that an export reads."""
     make_cache(tmp_path / "cache")
     run = tmp_path / "runs" / "tiny"
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def test_origin_of_a_run(run_folder: Path) -> None:
     assert origin["metrics"] == {"step": 12, "validation_loss": 0.5, "steps": 12, "last_loss": 0.4}
     assert origin["configuration"]["train"]["loss"] == "mse" and origin["student"]["encoder_layers"] == 2
     assert origin["commit"]
-    # Of the exported folder alone it is the same, and of one that left its run, what is left.
+    # The exported folder gives the same origin; a copy outside the run does not know its run.
     assert open_student(run_folder / "export")[1] == origin
     moved = run_folder.parent.parent / "elsewhere" / "deep" / "student"
     moved.parent.mkdir(parents=True)
@@ -65,38 +65,40 @@ def test_origin_of_a_run(run_folder: Path) -> None:
     assert "run" not in open_student(moved)[1]
 
 
-def test_a_cache_that_is_gone(run_folder: Path) -> None:
+def test_a_removed_cache_has_no_fingerprint(run_folder: Path) -> None:
     (run_folder.parent.parent / "cache" / "cache.json").unlink()
     assert open_student(run_folder)[1]["cache_fingerprint"] is None
 
 
-def test_the_fingerprint_is_of_the_cache_that_was_trained_from(
+def test_the_fingerprint_belongs_to_the_training_cache(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # Where a relative path of the configuration may lead to another cache, or none.
+    monkeypatch.chdir(tmp_path)  # A relative path in the configuration now leads to no cache, or to another one.
     text = (run_folder / "config.yaml").read_text()
     (run_folder / "config.yaml").write_text(text.replace(str(tmp_path / "cache"), "caches/relative"))
     assert open_student(run_folder)[1]["cache_fingerprint"] == Cache.open(tmp_path / "cache").fingerprint
-    (run_folder / "train.json").write_text(json.dumps({"steps": 12, "cache_fingerprint": "f00"}))  # Before it grew.
+    (run_folder / "train.json").write_text(
+        json.dumps({"steps": 12, "cache_fingerprint": "f00"})
+    )  # The fingerprint before the cache grew.
     origin = open_student(run_folder)[1]
     assert origin["cache_fingerprint"] == "f00" and origin["metrics"]["steps"] == 12
 
 
 @pytest.mark.parametrize("text", ["lr: 3\n", "- a\n", "name: other\nteacher: big\ntrain: {}\n", ""])
-def test_another_programs_config_yaml_is_no_run(tmp_path: Path, text: str) -> None:
+def test_a_config_yaml_of_another_program_is_not_a_run(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     for place in ("export", "student", "checkpoints/best"):
         save_student(Student(TINY), tmp_path / place)
         assert "run" not in open_student(tmp_path / place)[1]
 
 
-def test_only_a_runs_own_places_are_of_the_run(run_folder: Path) -> None:
+def test_only_exports_and_checkpoints_belong_to_a_run(run_folder: Path) -> None:
     for place, of_run in (("checkpoints/best", True), ("student", False), ("a/b", False)):
         save_student(Student(TINY), run_folder / place)
         assert ("run" in open_student(run_folder / place)[1]) == of_run, place
 
 
-def test_a_published_checkpoint_is_of_no_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_published_checkpoint_belongs_to_no_run(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray_distill.pipeline.student_export.load_student", lambda *_: Student(TINY))
     (run_folder / "export" / "student.ckpt").write_bytes(b"")
     assert "run" not in open_student(run_folder / "export" / "student.ckpt", run_folder / "published.yaml")[1]
@@ -130,7 +132,7 @@ def test_formats(run_folder: Path, tmp_path: Path) -> None:
         (["nowhere", "--format", "s3prl", "--output", "x"], "is not a student"),
         (["MODEL", "--format", "s3prl", "--output", "my-student"], "Python name"),
         (["MODEL", "--format", "s3prl", "--int8", "--output", "x"], "--int8"),
-        (["RUN", "--format", "s3prl", "--output", "x"], "has no export yet"),
+        (["RUN", "--format", "s3prl", "--output", "x"], "has no exported student"),
     ],
 )
 def test_mistakes(run_folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

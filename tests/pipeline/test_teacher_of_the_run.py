@@ -1,4 +1,4 @@
-"""Teachers that are not HuBERTs, as a run meets them: what is refused, and that a corrected command goes on."""
+"""Runs with a teacher other than HuBERT: configurations that are refused, and the same run after a correction."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
 @pytest.fixture(scope="module")
 def ast(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny AST with random weights that takes 0.175 to 2.025 s."""
+    """A tiny AST with random weights that takes audio of 0.175 to 2.025 s."""
     folder = tmp_path_factory.mktemp("teacher") / "ast"
     config = transformers.ASTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_length=200

@@ -1,4 +1,4 @@
-"""A real student, small enough for tests, served in this process and under Ray Serve."""
+"""A small student, served in this process and under Ray Serve."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from ray_distill.serve import create_app
-from ray_distill.serve.api.admission import Limits
+from ray_distill.serve.settings import Limits
 from ray_distill.student import Student, StudentConfig, save_student
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,21 +41,21 @@ TINY = StudentConfig(
 
 @pytest.fixture(scope="session")
 def student() -> Student:
-    """Three layers, 16 wide, seeded random weights."""
+    """A student with three layers of dimension 16 and seeded random weights."""
     torch.manual_seed(0)
     return Student(TINY).eval()
 
 
 @pytest.fixture(scope="session")
 def other() -> Student:
-    """Another revision of it."""
+    """Another revision of the student."""
     torch.manual_seed(1)
     return Student(TINY).eval()
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of three runs, of which two may be loaded at once."""
+    """A folder of three runs, of which two can be loaded at once."""
     folder = tmp_path_factory.mktemp("library")
     for number in range(3):
         torch.manual_seed(10 + number)
@@ -70,7 +70,7 @@ def app_client(student: Student, other: Student, library: Path) -> Iterator[Test
     app = create_app(
         student, name="tiny", more={"other": other}, library=library, library_loaded=LIBRARY_LOADED, limits=limits
     )
-    # A failure of the service must come out as its answer, as it would for a user.
+    # Errors of the service must become responses, as they do for users.
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 
@@ -79,7 +79,7 @@ def app_client(student: Student, other: Student, library: Path) -> Iterator[Test
 def ray_client(
     student: Student, other: Student, library: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
-    """The same application under Ray Serve, by the file of docs/serving.md, with what differs here put in."""
+    """The same application under Ray Serve, deployed with the file in docs/serving.md, with paths and sizes for the tests."""
     folder = tmp_path_factory.mktemp("ray")
     for name, model in (("tiny", student), ("other", other)):
         save_student(model, folder / "runs" / name / "export", None)
@@ -94,13 +94,13 @@ def ray_client(
 
 @pytest.fixture(scope="session", params=["app", pytest.param("ray", marks=pytest.mark.ray)])
 def client(request: pytest.FixtureRequest) -> Any:
-    """Both, in turn: a test that asks for it says nothing of where it runs."""
+    """Both clients in turn, so that a test runs against both."""
     return request.getfixturevalue(f"{request.param}_client")
 
 
 @contextmanager
 def ray_serve(folder: Path, model: str, **arguments: Any) -> Iterator[str]:
-    """``serve run`` of the file in docs/serving.md; its address, once it answers."""
+    """Run the file in docs/serving.md with ``serve run``; yield the address when the service is ready."""
     import yaml
 
     text = (REPOSITORY / "docs" / "serving.md").read_text()
@@ -117,7 +117,7 @@ def ray_serve(folder: Path, model: str, **arguments: Any) -> Iterator[str]:
     application["deployments"][0]["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
     file = folder / "features.yaml"
     file.write_text(yaml.safe_dump(tree))
-    # A short name: sockets of Ray lie below it.
+    # The path must be short, because Ray puts sockets below it.
     with tempfile.TemporaryDirectory(prefix="rs", ignore_cleanup_errors=True) as scratch:
         environment = os.environ | {
             "RAY_TMPDIR": scratch,
@@ -129,11 +129,11 @@ def ray_serve(folder: Path, model: str, **arguments: Any) -> Iterator[str]:
         command = [str(Path(sys.executable).parent / "serve"), "run", "--address", "local", str(file)]
         log = folder / "serve.log"
         address = f"http://127.0.0.1:{port}"
-        # Ray gives its own processes fixed times to start, which a busy machine may exceed.
+        # Ray has fixed timeouts for starting its processes, which a busy machine may exceed.
         for last in (False, False, True):
             with log.open("w") as output:
                 process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
-            if _answers(process, address):
+            if _is_ready(process, address):
                 break
             process.kill()
             process.wait()
@@ -145,8 +145,8 @@ def ray_serve(folder: Path, model: str, **arguments: Any) -> Iterator[str]:
             process.wait(120)
 
 
-def _answers(process: subprocess.Popen[bytes], address: str) -> bool:
-    """Waits until it is ready; False where it ended before, or takes five minutes."""
+def _is_ready(process: subprocess.Popen[bytes], address: str) -> bool:
+    """Wait until the service is ready; return False if it exits first or needs more than five minutes."""
     give_up = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < give_up:
         with contextlib.suppress(httpx.TransportError):

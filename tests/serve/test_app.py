@@ -1,4 +1,4 @@
-"""The HTTP interface, around a real student of a tiny configuration with random weights."""
+"""The HTTP interface, with a student of a tiny configuration and random weights."""
 
 import asyncio
 import io
@@ -14,9 +14,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from ray_distill.serve import create_app
-from ray_distill.serve.api.admission import Limits
-from ray_distill.serve.inference.backends import BackendOptions
-from ray_distill.serve.inference.engine import BatchLimits
+from ray_distill.serve.settings import BackendOptions, BatchLimits, Limits
 from ray_distill.student import Student
 from ray_distill.teacher_cache.audio import load_audio
 
@@ -27,7 +25,7 @@ FORM_HEAD = b'--cut\r\ncontent-disposition: form-data; name="file"; filename="a"
 
 
 def sound(seconds: float, rate: int = 16_000, channels: int = 1, seed: int = 0) -> np.ndarray:
-    """A few harmonics of a gliding tone, with noise: (S, channels)."""
+    """Return a few harmonics of a gliding tone with noise, (S, channels)."""
     generator = np.random.default_rng(seed)
     time = np.arange(round(seconds * rate)) / rate
     phase = 2 * np.pi * np.cumsum(120 + 40 * np.sin(3 * time + seed)) / rate
@@ -53,7 +51,7 @@ def assert_close(left: np.ndarray, right: np.ndarray, relative: float = 1e-4) ->
 
 
 def assert_refused(response: httpx.Response, status: int, reason: str) -> str:
-    """The message, once the answer is shown to be the one error shape."""
+    """Check that a response has the common error shape; return its message."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     body: dict[str, Any] = response.json()
@@ -93,7 +91,7 @@ def test_every_kind_of_audio_gives_the_students_features(
 
 @pytest.mark.parametrize("layer", ["1", "2", "3", "last", "all", None])
 def test_json_and_npy_are_equal_for_every_layer(client: httpx.Client, layer: str | None) -> None:
-    audio = encode(sound(7.0))  # more frames than one piece of a JSON answer holds
+    audio = encode(sound(7.0))  # More frames than one chunk of a JSON response.
     query = {} if layer is None else {"layer": layer}
     array = read_npy(client.post("/v1/features", content=audio, params=query | {"format": "npy"}))
     answer = client.post("/v1/features", content=audio, params=query | {"format": "json"}).json()
@@ -165,16 +163,16 @@ def test_the_answer_is_the_students_in_a_padded_batch(client: httpx.Client, stud
 
 def test_concurrent_requests_get_the_same_as_alone(client: httpx.Client) -> None:
     files = [encode(sound(0.2 + 0.31 * seed, seed=seed)) for seed in range(8)]
-    files[3] = b"not audio"  # one user's mistake must not touch the others
+    files[3] = b"not audio"  # One user's mistake must not affect the others.
 
-    def ask(file: bytes) -> httpx.Response:
+    def post(file: bytes) -> httpx.Response:
         return client.post("/v1/features?layer=all&format=npy", content=file)
 
-    alone = [ask(file) for file in files]
+    alone = [post(file) for file in files]
     assert len({response.content for response in alone}) == len(files)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(3):
-            for number, (response, before) in enumerate(zip(pool.map(ask, files), alone, strict=True)):
+            for number, (response, before) in enumerate(zip(pool.map(post, files), alone, strict=True)):
                 if number == 3:
                     assert_refused(response, 400, "undecodable")
                 else:
@@ -213,7 +211,7 @@ def test_too_short_audio_is_refused(client: httpx.Client) -> None:
 
 
 def test_too_long_audio_is_refused(client: httpx.Client) -> None:
-    hour = encode(np.zeros((8000 * 3600, 1)), 8000, "FLAC")  # an hour of silence in a small file
+    hour = encode(np.zeros((8000 * 3600, 1)), 8000, "FLAC")  # An hour of silence in a small file.
     assert len(hour) < MAX_BYTES
     assert "20" in assert_refused(client.post("/v1/features", content=hour), 413, "too_long")
     assert client.post("/v1/features?format=npy", content=encode(sound(MAX_SECONDS))).status_code == 200

@@ -1,4 +1,4 @@
-"""Seeded mutations of audio in every accepted format: an answer or a refusal, never a failure of the service.
+"""Seeded mutations of audio in every accepted format are decoded or refused, and never make the service fail.
 
 ``python -m tests.serve.test_damaged_audio 20000`` runs more cases.
 """
@@ -18,7 +18,7 @@ FORMATS = [("WAV", None), ("FLAC", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("
 
 
 def mutate(audio: bytes, rng: np.random.Generator) -> bytes:
-    """A few bytes overwritten (most in the header), a piece cut out, doubled, or the end cut off."""
+    """Overwrite a few bytes, mostly in the header; then possibly cut out or double a part, or cut off the end."""
     data = bytearray(audio)
     for _ in range(rng.integers(1, 6)):
         reach = 100 if rng.random() < 0.6 else len(data)
@@ -35,7 +35,7 @@ def mutate(audio: bytes, rng: np.random.Generator) -> bytes:
 
 
 def run(cases: int, seed: int = 0) -> Counter[str]:
-    """Outcomes of this many mutations, formats in turn."""
+    """Return the outcomes of ``cases`` mutations, with the formats in turn."""
     rng = np.random.default_rng(seed)
     sources = []
     for name, subtype in FORMATS:

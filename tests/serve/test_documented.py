@@ -1,4 +1,4 @@
-"""The lines of docs/serving.md and the Python client, against a running service."""
+"""The command lines in docs/serving.md and the Python client, against a running service."""
 
 import asyncio
 import re
@@ -71,11 +71,11 @@ def test_the_client_sync_and_async(address: str, speech: Path) -> None:
             client.features(files, layer=9)
     assert (refused.value.status, refused.value.error_type) == (422, "bad_layer")
 
-    async def awaited() -> tuple[list[np.ndarray], np.ndarray]:
+    async def both() -> tuple[list[np.ndarray], np.ndarray]:
         async with AsyncClient(address) as client:
             return await client.features(files, layer="all"), await client.embeddings(files, pooling="mean_std")
 
-    again, vectors_again = asyncio.run(awaited())
+    again, vectors_again = asyncio.run(both())
     assert [item.shape for item in features] == [(3, 49, 16)] * 2 and vectors.shape == (2, 32)
     np.testing.assert_allclose(again[0], features[0], atol=1e-5 * np.abs(features[0]).max())
     np.testing.assert_allclose(vectors_again, vectors, atol=1e-4)

@@ -1,7 +1,8 @@
-"""``python -m serve`` as its users start and stop it."""
+"""Starting, stopping and reloading the service as a process."""
 
 import io
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ COMMAND = [sys.executable, "-m", "serve"]
 
 @pytest.fixture(scope="module")
 def export(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's export folder with a tiny student in it."""
+    """The export folder of a run, with a tiny student."""
     folder = tmp_path_factory.mktemp("runs") / "tiny" / "export"
     save_student(student, folder, None)
     return folder
@@ -34,7 +35,7 @@ def export(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def service(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """The process and its address, once it listens."""
+    """Start the service; yield the process and its address when it listens."""
     command = [*COMMAND, *arguments, "--port", "0"]
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -80,34 +81,34 @@ def test_it_serves_until_sigterm_and_exits_cleanly(export: Path) -> None:
         assert process.stderr is not None
         log = process.stderr.read()
         assert process.wait(timeout=30) == 0
-    # Decoders in C print nothing there either.
+    # Decoders in C print nothing there.
     assert all(line.startswith("INFO:") for line in log.splitlines()), log
 
 
-def test_no_request_is_lost_when_it_leaves_under_load_and_reloads_before(student: Student, tmp_path: Path) -> None:
-    """As behind a balancer: clients go on until /readyz says 503. Models are replaced meanwhile."""
+def test_no_request_is_lost_while_it_reloads_and_stops_under_load(student: Student, tmp_path: Path) -> None:
+    """As behind a load balancer, clients send requests until /readyz answers 503. The model is replaced meanwhile."""
     model = tmp_path / "tiny"
     save_student(student, model, None)
     body = tone()
     statuses: list[int] = []
     revisions: set[str] = set()
-    leaving = threading.Event()
+    draining = threading.Event()
 
     def client_loop(address: str) -> None:
         with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
-            while not leaving.is_set():
+            while not draining.is_set():
                 answer = client.post("/v1/features?format=npy", content=body)
                 statuses.append(answer.status_code)
                 revisions.add(client.get("/info").json()["models"][0]["revision"])
 
-    def balancer(address: str) -> None:
+    def load_balancer(address: str) -> None:
         with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
             while client.get("/readyz").status_code == 200:
                 time.sleep(0.05)
-        leaving.set()
+        draining.set()
 
     with service("--model", str(model), "--leave-seconds", "3") as (process, address), ThreadPoolExecutor(7) as pool:
-        running = [pool.submit(client_loop, address) for _ in range(6)] + [pool.submit(balancer, address)]
+        running = [pool.submit(client_loop, address) for _ in range(6)] + [pool.submit(load_balancer, address)]
         while len(statuses) < 30:
             time.sleep(0.02)
         torch.manual_seed(9)
@@ -120,24 +121,24 @@ def test_no_request_is_lost_when_it_leaves_under_load_and_reloads_before(student
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         for client in running:
-            client.result(timeout=60)  # Raises what the client met, such as a reset connection.
+            client.result(timeout=60)  # Raises errors of the client, such as a reset connection.
         assert process.wait(timeout=60) == 0
     assert set(statuses) == {200}
 
 
-def test_open_requests_are_answered_though_no_more_are_taken(export: Path) -> None:
-    """SIGTERM while a body is still arriving: it is answered."""
+def test_open_requests_are_answered_after_no_more_are_accepted(export: Path) -> None:
+    """A request whose body is still arriving at SIGTERM is answered."""
     body = tone()
     with service("--model", str(export)) as (process, address):
-        said = threading.Event()
+        listening_ended = threading.Event()
 
         def slowly() -> Iterator[bytes]:
             yield body[:1000]
-            # Its own, and the one for metrics.
+            # This request and the one for metrics.
             while "serve_open_requests 2.0" not in httpx.get(f"{address}/metrics", trust_env=False).text:
                 time.sleep(0.05)
             process.send_signal(signal.SIGTERM)
-            assert said.wait(30)
+            assert listening_ended.wait(30)
             yield body[1000:]
 
         with ThreadPoolExecutor(1) as pool:
@@ -148,9 +149,38 @@ def test_open_requests_are_answered_though_no_more_are_taken(export: Path) -> No
                     time.sleep(0.05)
                 except httpx.TransportError:
                     break
-            said.set()
+            listening_ended.set()
             assert answer.result().status_code == 200
         assert process.wait(timeout=60) == 0
+
+
+def test_a_start_reports_each_step(export: Path) -> None:
+    command = [*COMMAND, "--model", str(export), "--port", "0"]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        steps = (
+            "Importing PyTorch",
+            f"Loading the model tiny from {export}",
+            "Warming up the model tiny",
+            "running on http://",
+        )
+        lines = iter(process.stderr)
+        try:
+            for step in steps[:3]:
+                assert step in next(lines)
+            assert any(steps[3] in line for line in lines)
+        finally:
+            process.kill()
+
+
+def test_help_needs_little_time() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([*COMMAND, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "--max-seconds" in done.stdout
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1.5
 
 
 def test_a_missing_model_folder_is_one_sentence(tmp_path: Path) -> None:

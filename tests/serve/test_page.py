@@ -1,4 +1,4 @@
-"""The page at ``/`` in headless Chromium, as a user meets it; and what its files are sent with."""
+"""The page at ``/`` in headless Chromium, and the headers of its files."""
 
 import base64
 import io
@@ -21,12 +21,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from ray_distill.serve import create_app
-from ray_distill.serve.api.admission import Limits
+from ray_distill.serve.settings import Limits
 from ray_distill.student import Student
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FOLDER = Path(__file__).resolve().parents[2] / "serve" / "page"
-# How much of a canvas is not of its commonest colour: 0 for one that nothing was drawn into.
+# Fraction of a canvas that does not have its most common colour; 0 for an empty canvas.
 VARIED = """canvas => {
     const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data, counts = new Map();
     const pixels = new Uint32Array(data.buffer);
@@ -75,17 +75,17 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Any]:
-    """Opens the page; the test fails where the browser's console had an error, such as a breach of the page's policy."""
-    complaints: list[str] = []
+    """Return a function that opens the page; the test fails if the console has errors, such as violations of the page's policy."""
+    errors: list[str] = []
     contexts = []
 
     def opened(address: str, **options: Any) -> Any:
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        # Refusals are in the console as well; everything else there is ours.
-        page.on("console", lambda line: None if "Failed to load" in line.text else complaints.append(line.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        # Chromium logs error responses as well; all other messages are errors of the page.
+        page.on("console", lambda line: None if "Failed to load" in line.text else errors.append(line.text))
         page.goto(address)
         shows(page, "#clip-a .limits", "wav, flac, ogg")
         return page
@@ -93,12 +93,12 @@ def open_page(browser: Any) -> Iterator[Any]:
     yield opened
     for context in contexts:
         context.close()
-    assert complaints == []
+    assert errors == []
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two sweeps that grow louder, of 1.2 s at 16 kHz and 0.8 s at 44.1 kHz in stereo."""
+    """Two sweeps of rising volume, 1.2 s at 16 kHz and 0.8 s at 44.1 kHz in stereo."""
     folder = tmp_path_factory.mktemp("clips")
     for name, rate, length in (("rising.wav", 16_000, 1.2), ("falling.flac", 44_100, 0.8)):
         t = np.arange(int(rate * length)) / rate
@@ -108,7 +108,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def shows(page: Any, selector: str, text: str) -> None:
-    """Waits until it is visible and has this text. (Not by `wait_for_function`, which the page's policy refuses.)"""
+    """Wait until an element is visible and contains the text. The page's policy does not allow `wait_for_function`."""
     from playwright.sync_api import expect
 
     expect(page.locator(selector)).to_contain_text(text)
@@ -169,10 +169,10 @@ def test_two_clips_from_drop_to_download(
         assert not page.is_visible("#comparison")
         page.click("#clip-a .play")
         page.wait_for_selector("#clip-a .play[aria-label=Pause]")
-        page.wait_for_selector("#clip-a .play[aria-label=Play]")  # At its end, after 1.2 s.
+        page.wait_for_selector("#clip-a .play[aria-label=Play]")  # At the end, after 1.2 s.
         assert float(page.input_value("#clip-a .time")) == pytest.approx(1.2, abs=0.05)
 
-        # By keyboard, then by a click on the picture of layers.
+        # First by keyboard, then by a click on the picture of layers.
         before = page.locator("#clip-a canvas.features").evaluate("canvas => canvas.toDataURL()")
         page.focus("#layer")
         page.keyboard.press("ArrowLeft")
@@ -221,16 +221,14 @@ def npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def test_a_file_on_its_way_is_kept_when_the_space_changes(
-    app: FastAPI, open_page: Any, clips: tuple[Path, Path]
-) -> None:
+def test_a_pending_file_is_kept_when_the_space_changes(app: FastAPI, open_page: Any, clips: tuple[Path, Path]) -> None:
     with served(app) as address:
         page = open_page(address)
         load(page, "a", clips[0])
         held: list[Any] = []
         page.route("**/v1/features*", lambda route: held.append(route))
         page.set_input_files("#clip-a input[type=file]", clips[1])
-        shows(page, "#clip-a .status", "Asking")
+        shows(page, "#clip-a .status", "Computing features")
         page.wait_for_timeout(200)
         assert len(held) == 1
         page.unroute("**/v1/features*")
@@ -251,7 +249,7 @@ def test_a_space_that_is_refused_for_one_clip_changes_nothing(
 
         def refuse_the_flac(route: Any) -> None:
             if route.request.post_data_buffer.startswith(b"fLaC"):
-                page.wait_for_timeout(300)  # The other clip's answer is there.
+                page.wait_for_timeout(300)  # The response for the other clip has arrived.
                 body = json.dumps({"error": "There is no room.", "error_type": "overloaded"})
                 route.fulfill(status=503, content_type="application/json", body=body)
             else:
@@ -262,7 +260,7 @@ def test_a_space_that_is_refused_for_one_clip_changes_nothing(
         shows(page, "#alert", "There is no room.")
         assert page.input_value("#space") == "student"
         page.focus("#layer")
-        page.keyboard.press("ArrowLeft")  # Everything is drawn again.
+        page.keyboard.press("ArrowLeft")  # Redraws everything.
         for letter in "ab":
             shows(page, f"#clip-{letter} .features-title", "Layer 2")
             assert page.inner_text(f"#clip-{letter} .last-dim") == "15"
@@ -274,7 +272,7 @@ def test_a_space_that_is_refused_for_one_clip_changes_nothing(
 
 
 def test_a_clip_with_fewer_layers_shows_its_last(app: FastAPI, open_page: Any, clips: tuple[Path, Path]) -> None:
-    """The service took new weights between two clips."""
+    """The service loaded new weights between two clips."""
     shallow = npy(np.random.default_rng(0).normal(size=(2, 39, 16)).astype(np.float16))
     headers = {"x-model": "tiny", "x-revision": "other", "x-space": "student"}
     with served(app) as address:
@@ -287,7 +285,7 @@ def test_a_clip_with_fewer_layers_shows_its_last(app: FastAPI, open_page: Any, c
         assert varied(page, "#clip-b canvas.features") > 0.1 and not page.is_visible("#comparison")
 
 
-def test_errors_are_the_services_own_words(
+def test_errors_of_the_service_are_shown(
     app: FastAPI, open_page: Any, clips: tuple[Path, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "letter.txt").write_text("Dear Sir or Madam")
@@ -297,7 +295,7 @@ def test_errors_are_the_services_own_words(
         load(page, "a", clips[0])
         for name, words, kind in (
             ("letter.txt", "can't be decoded as audio", "undecodable"),
-            ("long.wav", "longer than the 5 seconds", "too_long"),
+            ("long.wav", "longer than the limit of 5 seconds", "too_long"),
         ):
             page.set_input_files("#clip-b input[type=file]", tmp_path / name)
             shows(page, "#alert-kind", kind)
@@ -306,12 +304,12 @@ def test_errors_are_the_services_own_words(
         page.click("#alert-close")
         assert not page.is_visible("#alert")
         load(page, "b", clips[1])
-        shows(page, "#comparison", "How alike")
+        shows(page, "#comparison", "Similarity of the two clips")
     page.set_input_files("#clip-b input[type=file]", clips[0])
     shows(page, "#alert-kind", "unreachable")
 
 
-def test_a_key_is_asked_for_only_where_the_service_wants_one(
+def test_a_key_is_requested_only_if_the_service_needs_one(
     app: FastAPI, student: Student, open_page: Any, clips: tuple[Path, Path]
 ) -> None:
     with served(app) as address:
@@ -330,7 +328,7 @@ def test_a_key_is_asked_for_only_where_the_service_wants_one(
 
 
 def test_the_microphone_becomes_a_clip(app: FastAPI, open_page: Any) -> None:
-    """Chromium's own stand-in for a microphone, which beeps."""
+    """Chromium has a fake microphone, which beeps."""
     with served(app) as address:
         page = open_page(address, permissions=["microphone"])
         page.click("#clip-a .record")
@@ -346,7 +344,7 @@ STREAMS = """() => {
     const devices = navigator.mediaDevices, ask = devices.getUserMedia.bind(devices);
     window.streams = [];
     devices.getUserMedia = async (wanted) => {
-        await new Promise((resolve) => setTimeout(resolve, 500)); // As long as a person takes to allow it.
+        await new Promise((resolve) => setTimeout(resolve, 500)); // Time in which a user grants permission.
         streams.push(await ask(wanted));
         return streams.at(-1);
     };
@@ -366,7 +364,7 @@ def test_a_double_click_opens_one_microphone(app: FastAPI, open_page: Any) -> No
         assert page.evaluate(TRACKS) == ["ended"]
 
 
-def test_the_microphone_is_left_whatever_happens(app: FastAPI, open_page: Any) -> None:
+def test_the_microphone_is_always_released(app: FastAPI, open_page: Any) -> None:
     with served(app) as address:
         page = open_page(address, permissions=["microphone"])
         page.evaluate(STREAMS)
@@ -395,7 +393,7 @@ def test_it_fits_a_phone(app: FastAPI, open_page: Any, clips: tuple[Path, Path],
         page = open_page(address, viewport={"width": 360, "height": 740}, color_scheme=scheme)
         load(page, "a", clips[0])
         load(page, "b", clips[1])
-        shows(page, "#comparison", "How alike")
+        shows(page, "#comparison", "Similarity of the two clips")
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         lightness = sum(json.loads("[" + colour[4:-1] + "]"))

@@ -67,6 +67,18 @@ def test_round_trip(saved: tuple[Student, Path]) -> None:
     assert torch.equal(load_student(folder)(*inputs).projections, student.eval()(*inputs).projections)
 
 
+def test_a_run_stands_for_its_export(saved: tuple[Student, Path], tmp_path: Path) -> None:
+    student, folder = saved
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("name: run\n")
+    with pytest.raises(ValueError, match="has no exported student; run its export stage first"):
+        load_student(run)
+    folder.rename(run / "export")
+    for place in (run, str(run), run / "export"):
+        assert torch.equal(load_student(place).mask_embedding, student.mask_embedding)
+
+
 def test_both_files_can_be_read_by_whom_the_umask_allows(saved: tuple[Student, Path]) -> None:
     # A service in a container may be another user; safetensors' own save_file writes mode 0600.
     modes = {path.name: path.stat().st_mode for path in saved[1].iterdir()}
@@ -119,7 +131,7 @@ def test_damaged_files_are_refused(saved: tuple[Student, Path]) -> None:
 
 
 def test_a_published_checkpoint_needs_its_yaml(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="its yaml must be given as config"):
+    with pytest.raises(ValueError, match="give the path of its yaml as config"):
         load_student(tmp_path / "student.ckpt")
     with pytest.raises(ValueError, match="there is no yaml at"):
         load_student(tmp_path / "student.ckpt", tmp_path / "absent.yaml")
@@ -184,7 +196,7 @@ def test_published_yaml(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"conv_feature_layers": "__import__('os').system('touch witness')"}, "is not a sum of lists"),
-        ({"conv_feature_layers": "[(8, 10, 5)] * 1000 * 1000 * 1000"}, "something else than a small number"),
+        ({"conv_feature_layers": "[(8, 10, 5)] * 1000 * 1000 * 1000"}, "does not repeat a list by a small number"),
         ({"conv_feature_layers": "[(8, 10, open('witness', 'w'))]"}, "does not describe a student"),
         ({"conv_feature_layers": " + ".join(["[(8,1,1)]"] * 5000)}, "does not describe a student"),
         ({"conv_feature_layers": "[(8, 10"}, "does not describe a student"),

@@ -151,8 +151,8 @@ def test_a_deep_position_convolution(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"layer_type": "conformer"}, "can neither build Conformer layers with reuse nor run them without"),
-        ({"layer_norm_first": True}, "leaves the last layer's output as it is"),
+        ({"layer_type": "conformer"}, "can neither build Conformer layers with reuse nor run them without reuse"),
+        ({"layer_norm_first": True}, "does not normalise the last layer's output"),
         ({"enable_tr_layer": True, "tr_layer_type": "fc2"}, "does not run fc2"),
         ({"enable_tr_layer": True, "tr_layer_index": 2}, "give two lengths"),
     ],

@@ -1,4 +1,4 @@
-"""Any audio becomes 16 kHz mono, and whatever can't is refused with one of four reasons."""
+"""Decoding of audio to 16 kHz mono, and the four reasons of errors."""
 
 import contextlib
 import io
@@ -55,7 +55,7 @@ def test_every_format_rate_and_channel_count(kind: str, rate: int) -> None:
 
 @pytest.mark.parametrize("rate", [2_000, 11_025, 22_255, 44_101, 96_000, 191_999, 352_800, 768_000])
 def test_unusual_rates(rate: int) -> None:
-    """Prime-like ratios would need gigabytes if they were resampled exactly."""
+    """Exact resampling with ratios of large coprime numbers would need gigabytes."""
     waveform = load_audio(io.BytesIO(encode(tone(0.5, rate), rate, subtype="FLOAT")))
     assert len(waveform) == pytest.approx(8_000, abs=3)
     spectrum = np.abs(np.fft.rfft(waveform * np.hanning(len(waveform))))
@@ -70,7 +70,7 @@ def test_channels_are_averaged_and_loud_floats_clipped() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_samples_that_are_no_numbers_are_refused(bad: float) -> None:
+def test_samples_that_are_not_finite_are_an_error(bad: float) -> None:
     samples = tone(0.5, 16_000)
     samples[4000] = bad
     assert refused(encode(samples, 16_000, subtype="FLOAT")).reason == "undecodable"
@@ -121,7 +121,7 @@ def test_too_long(kind: str) -> None:
     assert len(load_audio(io.BytesIO(data), max_seconds=3.5)) >= 47_000
 
 
-def test_exactly_the_longest_is_allowed() -> None:
+def test_the_maximum_length_is_allowed() -> None:
     assert len(load_audio(io.BytesIO(encode(tone(2.0, 16_000), 16_000)), max_seconds=2.0)) == 32_000
     assert refused(encode(tone(2.001, 16_000), 16_000), max_seconds=2.0).reason == "too_long"
 
@@ -147,8 +147,8 @@ def test_impossible_channel_counts_and_rates(channels: int, rate: int) -> None:
     assert refused(wav_header(channels, rate, 100_000) + bytes(100_000)).reason == "undecodable"
 
 
-def test_a_wav_claiming_gigabytes_costs_what_it_holds() -> None:
-    """Streams say 0xFFFFFFFF, as they can't know; liars say anything. Neither may cost memory."""
+def test_a_wav_header_with_gigabytes_allocates_the_real_size_only() -> None:
+    """Streams have the length 0xFFFFFFFF, and damaged headers any length. Neither may allocate memory."""
     samples = (tone(0.5, 16_000) * 32768).astype("<i2").tobytes()
     tracemalloc.start()
     waveform = load_audio(io.BytesIO(wav_header(1, 16_000, 0xFFFFFFFF) + samples), max_seconds=40)
@@ -158,9 +158,9 @@ def test_a_wav_claiming_gigabytes_costs_what_it_holds() -> None:
     assert peak < 20e6
 
 
-def test_a_flac_whose_header_lies_about_its_length() -> None:
+def test_a_flac_with_a_wrong_length_in_its_header() -> None:
     data = bytearray(encode(tone(0.5, 16_000), 16_000, "FLAC"))
-    # STREAMINFO's 36-bit number of samples: the low 4 bits of byte 21 and the next four bytes.
+    # The 36-bit number of samples in STREAMINFO is in the low 4 bits of byte 21 and the next four bytes.
     data[22:26] = struct.pack(">I", 4_000_000_000)
     tracemalloc.start()
     assert refused(bytes(data)).reason == "undecodable"

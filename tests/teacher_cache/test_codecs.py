@@ -1,4 +1,4 @@
-"""Codecs: what they keep, what they say of themselves, what they refuse."""
+"""Codecs: accuracy, stated errors and sizes, and error messages."""
 
 import re
 
@@ -16,7 +16,7 @@ NAMES = ("fp32", "fp16", "int8", "pca:0.2", "layer-pca:0.2")
 
 
 def features(count: int, seed: int, *, loud: bool = False) -> Tensor:
-    """(count, LAYERS, DIM) of low rank, each layer much like the one below; ``loud``: two channels 70 times the others."""
+    """Return (count, LAYERS, DIM) features of low rank with similar layers. ``loud``: two channels are 70 times larger."""
     mixing = torch.randn(6, DIM, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     changes = 0.2 * torch.randn(count, LAYERS, 6, generator=generator)
@@ -33,7 +33,7 @@ def fitted(name: str, *, loud: bool = False) -> tuple[ColumnCodec, ...]:
 
 
 def coded(codecs: tuple[ColumnCodec, ...], frames: Tensor) -> Tensor:
-    """Encoded and decoded, all layers."""
+    """Encode and decode the frames of all layers."""
     parts = [codec.decode(codec.encode(frames[:, [n - 1 for n in codec.layers]])) for codec in codecs]
     return torch.cat(parts, 1)
 
@@ -79,7 +79,7 @@ def test_bytes_per_frame() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_happens_where_the_codes_are(name: str) -> None:
-    """The meta device stands for a GPU: it refuses to compute with a tensor that stayed on the CPU."""
+    """The meta device replaces a GPU: it can't compute with a tensor on the CPU."""
     columns = tuple(
         (codec, torch.zeros(2, 7, codec.bytes_per_frame, dtype=torch.uint8, device="meta")) for codec in fitted(name)
     )
@@ -126,15 +126,15 @@ def test_fitting_twice_gives_the_same_bytes(name: str) -> None:
         ),
     ],
 )
-def test_a_few_loud_channels_cost_the_others_nothing(name: str) -> None:
+def test_a_few_loud_channels_do_not_affect_the_others(name: str) -> None:
     frames = features(400, 9, loud=True)
     decoded = coded(fitted(name, loud=True), frames)
     assert (relative_error(frames[..., QUIET], decoded[..., QUIET]) < 0.1).all()
 
 
 @pytest.mark.parametrize("name", ["pca:0.2", "layer-pca:0.2"])
-def test_no_channel_errs_more_than_rounding_to_the_step_explains(name: str) -> None:
-    """Loud or not, in units of the layer's RMS deviation: what the published loss, a mean square over channels, asks for."""
+def test_the_error_of_every_channel_is_explained_by_the_step(name: str) -> None:
+    """This holds for loud channels too, in units of the layer's RMS deviation, which the published loss depends on."""
     frames = features(400, 9, loud=True)
     decoded = coded(fitted(name, loud=True), frames)
     spread = (frames - frames.mean(0)).square().mean((0, 2)).sqrt()
@@ -142,7 +142,7 @@ def test_no_channel_errs_more_than_rounding_to_the_step_explains(name: str) -> N
     assert (errors < 1.1 * 0.2 / 12**0.5).all()
 
 
-def test_a_smaller_step_costs_more_and_errs_less() -> None:
+def test_a_smaller_step_has_more_bytes_and_less_error() -> None:
     frames = features(400, 10)
     sizes, errors = [], []
     for name in ("pca:1", "pca:0.3", "pca:0.1", "pca:0.02"):
@@ -155,32 +155,32 @@ def test_a_smaller_step_costs_more_and_errs_less() -> None:
     assert sizes[1] < LAYERS * DIM  # Fewer bytes than values, before any compression.
 
 
-def test_layers_that_say_the_same_share_their_components() -> None:
+def test_equal_layers_share_their_components() -> None:
     together, apart = fitted("pca:1"), fitted("layer-pca:1")
     assert len(together) == 1
     assert len(apart) == LAYERS
     assert together[0].bytes_per_frame <= 0.7 * sum(codec.bytes_per_frame for codec in apart)
 
 
-def test_what_is_far_beyond_the_sample_is_clipped_and_not_wrapped() -> None:
+def test_values_far_outside_the_sample_are_clipped_and_do_not_wrap() -> None:
     for name in ("int8", "pca:0.2", "layer-pca:0.2"):
         frames = features(5, 11) * 1000
         decoded = coded(fitted(name), frames)
         assert torch.cosine_similarity(decoded.flatten(), frames.flatten(), 0) > 0.4
 
 
-def test_int8_keeps_a_channel_that_the_sample_did_not_move() -> None:
+def test_int8_encodes_a_channel_that_is_constant_in_the_sample() -> None:
     def frames(count: int, seed: int) -> Tensor:
         return 1 + torch.randn(count, 1, 8, generator=torch.Generator().manual_seed(seed))
 
     sample, held_out = frames(900, 1), frames(300, 2)
-    for still in (0.3, 0.3 + 1e-6 * sample[:, 0, 0]):  # Constant, and all but constant.
+    for still in (0.3, 0.3 + 1e-6 * sample[:, 0, 0]):  # A constant and an almost constant channel.
         sample[:, 0, 4] = still
         (codec,) = open_codec("int8", (1,), 8, fit_codec("int8", sample, held_out))
         decoded = codec.decode(codec.encode(held_out))
-        assert (decoded - held_out)[..., 4].abs().max() < 0.03, "it moves as the others do after all"
+        assert (decoded - held_out)[..., 4].abs().max() < 0.03, "the channel varies like the others in held-out frames"
         assert codec.decode(codec.encode(sample))[..., 4] == pytest.approx(0.3, abs=0.03)
-    constant = torch.full((9, 1, 8), 0.3)  # Nothing is known of such a layer; it is coded, to its bounds.
+    constant = torch.full((9, 1, 8), 0.3)  # Such a layer has no range, and is still encoded.
     (codec,) = open_codec("int8", (1,), 8, fit_codec("int8", constant, constant))
     assert codec.decode(codec.encode(held_out)).isfinite().all()
 

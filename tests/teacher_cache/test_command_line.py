@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from ray_distill.command_line import application
 from ray_distill.teacher_cache.maintenance.verify import DEEP_TOLERANCE, verify_cache, verify_deep
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.storage.cache import Cache, file_record, write_commit
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.teachers import load_teacher
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -29,7 +30,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 
 def alter_values(root: Path, layer: str, folder: str = "clean") -> None:
-    """Another teacher's numbers in one layer of one shard, committed as if they were right."""
+    """Replace one layer of one shard by other numbers, with a matching commit record."""
     cache = Cache.open(root)
     files = [file for shard in cache.shards if shard.split == "train" for file in cache.files(shard)]
     file = next(file for file in files if file.part.folder == folder)
@@ -131,23 +132,23 @@ def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
     shard = root / "masked" / "draw=0" / "part-00000.parquet"
     sound = shard.read_bytes()
     shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    assert run("verify", root, "--fast")[0] == 0  # Its size is right.
+    assert run("verify", root, "--fast")[0] == 0  # Its size is unchanged.
     code, text = run("verify", root)
     assert code == 1
-    assert f"{shard} is not as committed (SHA-256 differs)" in text
+    assert f"{shard} does not match its commit record (SHA-256 differs)" in text
     code, text = run("repair", root)
     assert code == 0
-    assert f"{shard} made again" in text and "1 repair made" in text
+    assert f"{shard} rebuilt" in text and "1 repair made" in text
     assert shard.read_bytes() == sound
     assert "nothing to repair" in run("repair", root)[1]
 
     shard.unlink()
     code, text = run("repair", root, "--corpus-moved", "/old", "/new")
-    assert code == 2 and "no audio of the cache lay below /old" in text
+    assert code == 2 and "no audio file of the cache was below /old" in text
     assert run("repair", root)[0] == 0
 
     shutil.rmtree(root / "clean")
-    assert "files are not finished" not in run("info", root)[1]  # The commits are there; only a check can tell.
+    assert "files are not finished" not in run("info", root)[1]  # The commit records exist; only `verify` notices.
     assert run("verify", root, "--fast")[0] == 1
 
     alter = tmp_path / "altered"

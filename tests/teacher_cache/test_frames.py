@@ -1,4 +1,4 @@
-"""Normalisation over real positions: against the formula, with gradients, on rows and on masks."""
+"""Normalisation over real positions: values and gradients, with slicing and with masking."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_values_and_gradients_are_those_of_each_row_alone(
         gradient[row, :, length:] = 0
     found_gradients = torch.autograd.grad(found, (x, weight, bias), gradient)
     alone = [F.group_norm(x[row : row + 1, :, :length], 5, weight, bias) for row, length in enumerate(LENGTHS[:2])]
-    # PyTorch refuses a single position; its variance is zero, so what is left of it is the bias.
+    # PyTorch refuses a single position. Its variance is zero, so the output is the bias.
     alone.append(bias[None, :, None] + 0 * x[2:, :, :1])
     for row, (length, expected) in enumerate(zip(LENGTHS, alone, strict=True)):
         torch.testing.assert_close(found[row, :, :length], expected[0])
@@ -47,7 +47,7 @@ def test_values_and_gradients_are_those_of_each_row_alone(
 
 @pytest.mark.parametrize("row_by_row", [True, False])
 def test_gradients_of_padded_positions_too(monkeypatch: pytest.MonkeyPatch, row_by_row: bool) -> None:
-    # They depend on real ones through the statistics.
+    # Padded positions of the output depend on real positions through the statistics.
     monkeypatch.setattr(frames, "_row_by_row", lambda x: row_by_row)
     torch.autograd.gradcheck(lambda *args: group_norm_over_real(args[0], torch.tensor(LENGTHS), *args[1:]), inputs())
 

@@ -1,4 +1,4 @@
-"""Masks: determined by their names alone, never everything, and distributed as fairseq's."""
+"""Masks are determined by their arguments, never cover all frames, and have fairseq's distribution."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import pydantic
 import pytest
 
-from ray_distill.teacher_cache.masks import MaskPolicy, draw_mask
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy, draw_mask
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location(
@@ -42,7 +42,7 @@ def positions(mask: np.ndarray) -> str:
     return "".join("x" if masked else "." for masked in mask)
 
 
-def test_equal_names_give_equal_masks_and_others_do_not() -> None:
+def test_equal_arguments_give_equal_masks_and_others_do_not() -> None:
     policy = MaskPolicy()
     first = draw_mask(policy, 1, 2, "84-121123-0001", 300)
     assert first.shape == (300,) and first.dtype == bool
@@ -56,6 +56,15 @@ def test_equal_names_give_equal_masks_and_others_do_not() -> None:
         assert (first != other).any()
 
 
+def test_the_mask_of_a_batch_has_each_utterances_own_mask() -> None:
+    masks = MaskDraws(policy=MaskPolicy(mask_prob=0.5), policies=(MaskPolicy(mask_length=3),), draws=2, seed=7)
+    for draw, policy in ((0, masks.policies[0]), (1, masks.policy)):
+        batch = masks.frame_mask(draw, ["a", "b"], [60, 90])
+        assert batch.shape == (2, 90) and not batch[0, 60:].any()
+        np.testing.assert_array_equal(batch[0, :60].numpy(), draw_mask(policy, 7, draw, "a", 60))
+        np.testing.assert_array_equal(batch[1].numpy(), draw_mask(policy, 7, draw, "b", 90))
+
+
 def test_order_and_global_random_state_do_not_matter() -> None:
     policy = MaskPolicy(selection="uniform", mask_prob=0.4, no_overlap=True)
     names = [f"utterance-{n}" for n in range(20)]
@@ -67,7 +76,7 @@ def test_order_and_global_random_state_do_not_matter() -> None:
 
 
 def test_masks_are_frozen() -> None:
-    """A mask of today is a mask of tomorrow, on any machine: caches depend on it. Non-ASCII ids included."""
+    """Masks must never change, because caches depend on them. This includes ids that are not ASCII."""
     apart = MaskPolicy(selection="uniform", mask_prob=0.4, no_overlap=True)
     assert positions(draw_mask(MaskPolicy(), 0, 0, "84-121123-0001", 60)) == FROZEN[0]
     assert positions(draw_mask(apart, 7, 1, "日本語/été", 60)) == FROZEN[1]
@@ -77,7 +86,7 @@ def test_masks_are_frozen() -> None:
 
 def test_another_process_draws_the_same() -> None:
     code = (
-        "from ray_distill.teacher_cache.masks import MaskPolicy, draw_mask;"
+        "from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy, draw_mask;"
         "print(''.join('x' if m else '.' for m in draw_mask(MaskPolicy(), 3, 1, 'id', 200)))"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True, text=True)
@@ -85,7 +94,7 @@ def test_another_process_draws_the_same() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_never_everything_is_masked(policy: MaskPolicy) -> None:
+def test_some_frames_stay_unmasked(policy: MaskPolicy) -> None:
     for num_frames in (0, 1, 2, 3, 5, 9, 10, 11, 12, 20, 21, 50, 199, 200, 201):
         for draw in range(30):
             mask = draw_mask(policy, 0, draw, "short", num_frames)
@@ -133,11 +142,11 @@ def _inner_gaps(mask: np.ndarray) -> list[int]:
         ({"mask_length": 0}, "greater than or equal to 1"),
         ({"min_space": -1}, "greater than or equal to 0"),
         ({"selection": "uniform", "mask_other": 21}, "above 2 x mask_length 20"),
-        ({"selection": "uniform", "mask_other": 1.5}, "no whole number"),
+        ({"selection": "uniform", "mask_other": 1.5}, "not a whole number"),
         ({"mask_probability": 0.5}, "Extra inputs"),
     ],
 )
-def test_impossible_policies_are_refused(wrong: dict[str, Any], message: str) -> None:
+def test_invalid_policies_are_errors(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(pydantic.ValidationError, match=message):
         MaskPolicy(**wrong)
 
@@ -151,22 +160,22 @@ def our_statistics(case: str) -> dict[str, list[int]]:
 
 
 def assert_same_distribution(ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> None:
-    """Kolmogorov-Smirnov at 1 in 1000 for the histograms, 4.5 standard errors at most for each of the positions.
+    """Apply a Kolmogorov-Smirnov test at 1 in 1000 to the histograms and allow 4.5 standard errors at each position.
 
-    Runs count as one sample a mask, since those of one mask depend on each other.
+    All runs of a mask count as one sample, because they depend on each other.
     """
     n, m = sum(ours["masked"]), sum(theirs["masked"])
     error = np.sqrt(1 / n + 1 / m)
     for histogram in ("runs", "masked"):
         a, b = (np.cumsum(s[histogram]) / np.sum(s[histogram]) for s in (ours, theirs))
         assert np.abs(a - b).max() < 1.95 * error, histogram
-    # How many runs a mask has.
+    # Number of runs per mask.
     assert sum(ours["runs"]) / n == pytest.approx(sum(theirs["runs"]) / m, rel=0.02)
     a, b = np.array(ours["positions"]) / n, np.array(theirs["positions"]) / m
     pooled = (np.array(ours["positions"]) + np.array(theirs["positions"])) / (n + m)
     deviation = np.abs(a - b) / np.maximum(np.sqrt(pooled * (1 - pooled)) * error, 1e-9)
     assert deviation.max() < 4.5
-    # Over all positions: too small a deviation everywhere would hide behind the maximum.
+    # Test all positions together, because the maximum would hide small deviations everywhere.
     assert np.sum(np.array(ours["positions"])) / n == pytest.approx(np.sum(theirs["positions"]) / m, rel=0.02)
 
 

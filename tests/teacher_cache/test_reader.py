@@ -1,5 +1,6 @@
-"""A cache written without Ray, read back, held against the teacher itself."""
+"""A cache that was built without Ray: reading it, and its targets compared with those of the teacher."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +12,10 @@ import torch
 
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_deep
-from ray_distill.teacher_cache.masks import MaskPolicy, draw_mask
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy, draw_mask
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache, file_record, write_commit
-from ray_distill.teacher_cache.storage.cache_spec import (
-    CacheError,
-    CacheSpec,
-    LayerSet,
-    MaskDraws,
-    content_key,
-    parts_of,
-)
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, content_key, parts_of
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.teachers import load_teacher
@@ -67,12 +61,104 @@ def test_cached_equals_online(tmp_path: Path, make_cache: Make, source_utterance
     assert cached.bytes_read > 0
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cached_and_online_targets_have_the_same_precision(
+    tmp_path: Path, make_cache: Make, source_utterances: list[Utterance], precision: str
+) -> None:
+    # Batches of one utterance on both sides, so that nothing rounds differently.
+    make_cache(tmp_path / "cache", precision=precision, batch_seconds=0.1)
+    cached = CacheReader(tmp_path / "cache", "train")
+    by_id = {u.id: u for u in source_utterances}
+    members, masks, teacher = [by_id[i] for i in cached.ids], cached.cache.spec.masks, load_teacher(TEACHER)
+    computed = OnlineReader(members, teacher, masks, precision=precision)
+    other = OnlineReader(members, teacher, masks, precision="bf16" if precision == "fp32" else "fp32")
+    for draw in (None, 0, 1):
+        expected = cached.read([4], draw).targets
+        assert torch.equal(computed.read([4], draw).targets, expected)
+        with torch.autocast("cpu", torch.bfloat16):  # The caller's autocast changes nothing.
+            assert torch.equal(computed.read([4], draw).targets, expected)
+        assert not torch.equal(other.read([4], draw).targets, expected)
+    assert all(check.good for check in verify_deep(tmp_path / "cache", teacher))
+
+
+def test_deep_verification_allows_for_the_rounding_of_half_precision(tmp_path: Path, make_cache: Make) -> None:
+    make_cache(tmp_path / "cache", precision="bf16")
+    teacher = load_teacher(TEACHER)
+    assert all(check.good for check in verify_deep(tmp_path / "cache", teacher))
+    assert teacher.fingerprint == CacheReader(tmp_path / "cache", "train").cache.spec.teacher
+    teacher.model.encoder.transformer.layers[0].final_layer_norm.weight.mul_(
+        1.1
+    )  # The fingerprint is not computed again.
+    checks = verify_deep(tmp_path / "cache", teacher)
+    assert not any(check.good for check in checks if check.layer == 1)
+
+
+def test_a_reader_is_a_dataset(tmp_path: Path, make_cache: Make, cache: Path) -> None:
+    reader = CacheReader(cache, "train", layers=[2])
+    assert len(reader) == len(reader.ids) == 9
+    for index in (0, 8, -1, np.int64(3)):
+        item, batch = reader[index], reader.read([int(index) % 9], 0)
+        assert item.id == batch.ids[0]
+        assert torch.equal(item.waveform, batch.waveforms[0]) and item.waveform.dtype == torch.float32
+        assert torch.equal(item.targets, batch.targets[0]) and item.targets.shape == (1, len(item.frame_mask), 32)
+        assert torch.equal(item.frame_mask, batch.frame_mask[0]) and item.frame_mask.dtype == torch.bool
+    assert [item.id for item in reader] == reader.ids
+    assert torch.equal(reader[-2].targets, reader[7].targets)
+    for index in (9, -10):
+        with pytest.raises(IndexError, match=f"index {index} is out of range for the 9 utterances of split 'train'"):
+            reader[index]
+    with pytest.raises(TypeError):
+        reader[0:2]  # type: ignore[index]
+    validation = CacheReader(cache, "validation")
+    assert validation[0].frame_mask is None
+    assert torch.equal(validation[0].targets, validation.read([0], None).targets[0])
+    copy = pickle.loads(pickle.dumps(reader))
+    assert copy.layers == (2,) and torch.equal(copy[5].targets, reader[5].targets)
+    for kind in ("composite_only", "clean_only"):
+        make_cache(tmp_path / kind, targets=kind, codec="pca")
+        other = CacheReader(tmp_path / kind, "train")
+        assert torch.equal(other[1].targets, other.read([1], 0).targets[0])
+
+
+def test_a_reader_works_in_the_workers_of_a_data_loader(cache: Path) -> None:
+    reader = CacheReader(cache, "train")
+    reader.read([0, 1, 2], 0)  # Starts threads, which a forked process does not have.
+    loader = torch.utils.data.DataLoader(reader, batch_size=None, num_workers=1, timeout=60)
+    for item, expected in zip(loader, reader, strict=True):
+        assert item.id == expected.id and torch.equal(item.targets, expected.targets)
+
+
+def test_what_a_notebook_shows(cache: Path) -> None:
+    reader = CacheReader(cache, "train")
+    assert repr(reader) == (
+        f"CacheReader({str(cache)!r}, split='train', utterances=9, hours=0.00, layers=(1, 2), dim=32, draws=2, "
+        "targets='clean_and_masked')"
+    )
+    opened = reader.cache
+    assert repr(opened) == (
+        f"Cache({str(cache)!r}, teacher='random:2x32', layers=(1, 2), codec='fp32', targets='clean_and_masked', draws=2, "
+        f"utterances=12, hours=0.00, fingerprint='{opened.fingerprint[:8]}...')"
+    )
+    batch, item = reader.read([0, 1], 0), reader[0]
+    masked, frames = int(batch.frame_mask.sum()), batch.num_frames.tolist()
+    shown = (
+        f"Batch(2 utterances, waveforms={tuple(batch.waveforms.shape)}, targets=(2, 2, {max(frames)}, 32), "
+        f"frame_mask={masked} of {sum(frames)} frames, device='cpu')"
+    )
+    assert repr(batch) == repr(batch.to("cpu")) == shown
+    assert "frame_mask=None" in repr(reader.read([0, 1], None))
+    assert repr(item) == (
+        f"CachedUtterance({item.id!r}, waveform=({len(item.waveform)},), targets=(2, {frames[0]}, 32), "
+        f"frame_mask={int(item.frame_mask.sum())} of {frames[0]} frames)"
+    )
+
+
 def test_online_targets_may_be_clean_only(tmp_path: Path, cache: Path, source_utterances: list[Utterance]) -> None:
     cached = CacheReader(cache, "train", targets="clean_only")
     by_id = {u.id: u for u in source_utterances}
     members, masks = [by_id[i] for i in cached.ids], cached.cache.spec.masks
     teacher = load_teacher(TEACHER)
-    teacher._mask_embedding = None  # A masked pass would be refused.
+    teacher._mask_embedding = None  # A masked pass would be an error.
     ours, theirs = cached.read([3, 0], 1), OnlineReader(members, teacher, masks, targets="clean_only").read([3, 0], 1)
     assert torch.equal(ours.frame_mask, theirs.frame_mask) and ours.frame_mask.any()
     frames = real(ours)
@@ -141,7 +227,7 @@ def test_composite_only_gives_the_same_targets(tmp_path: Path, make_cache: Make,
         assert torch.equal(a.waveforms, b.waveforms)
     ours, theirs = CacheReader(tmp_path / "composite", "validation"), CacheReader(cache, "validation")
     assert torch.equal(ours.read([0], None).targets, theirs.read([0], None).targets)
-    with pytest.raises(CacheError, match="has no clean targets of the training split"):
+    with pytest.raises(CacheError, match="has no clean targets for the training split"):
         CacheReader(tmp_path / "composite", "train").read([0], None)
     sizes = [
         sum(path.stat().st_size for path in (tmp_path / name).rglob("*.parquet")) for name in ("composite", "cache")
@@ -160,7 +246,7 @@ def test_clean_only_masks_the_student_but_not_the_targets(tmp_path: Path, make_c
     assert torch.equal(served.read([3], 1).frame_mask, ours.read([3], 1).frame_mask)
     assert torch.equal(served.read([3], 1).targets, ours.read([3], 1).targets)
     assert Cache.open(cache).covers(Cache.open(tmp_path / "clean").spec)
-    with pytest.raises(CacheError, match="has targets clean_only, clean_and_masked are wanted"):
+    with pytest.raises(CacheError, match="has targets clean_only, not clean_and_masked"):
         CacheReader(tmp_path / "clean", "train", targets="clean_and_masked")
 
 
@@ -177,20 +263,20 @@ def test_draws_may_have_policies_of_their_own(tmp_path: Path, make_cache: Make) 
         MaskDraws(policies=[*policies, MaskPolicy()], draws=2)
 
 
-def test_what_is_not_there_is_said(cache: Path) -> None:
+def test_errors_name_what_does_not_exist(cache: Path) -> None:
     with pytest.raises(CacheError, match="no split 'test'; it has"):
         CacheReader(cache, "test")
     with pytest.raises(CacheError, match="mask draw 2 is not in the cache at .*; it has draws 0 to 1"):
         CacheReader(cache, "train").read([0], 2)
     with pytest.raises(CacheError, match="mask draw 1 is not in the cache at .*; it has draws 0 to 0"):
         CacheReader(cache, "train", draws=1).read([0], 1)
-    with pytest.raises(CacheError, match="has 2 mask draws, 3 are wanted"):
+    with pytest.raises(CacheError, match="has 2 mask draws, not 3"):
         CacheReader(cache, "train", draws=3)
     with pytest.raises(CacheError, match="no teacher cache"):
         CacheReader(cache / "elsewhere", "train")
 
 
-def test_a_codec_state_that_does_not_fit_is_refused(tmp_path: Path, make_cache: Make) -> None:
+def test_a_codec_state_that_does_not_fit_is_an_error(tmp_path: Path, make_cache: Make) -> None:
     from ray_distill.teacher_cache.codecs import open_codec
 
     make_cache(tmp_path / "cache", codec="pca")
@@ -221,21 +307,23 @@ def test_a_composite_cache_without_draws_that_lacks_its_features_is_repaired(tmp
     cache = Cache.open(root)
     sound = {file.name: (root / file.name).read_bytes() for shard in cache.shards for file in cache.files(shard)}
     for shard in cache.shards:
-        if shard.split == "train":  # As programs before the key "features" wrote it.
+        if shard.split == "train":  # Versions before the key "features" wrote such files.
             (file,) = cache.files(shard)
             bare = replace(file.part, features=False)
             key = content_key(cache.spec, cache.layer_sets[0], bare, shard.number, shard.split)
             table = pq.read_table(root / file.name).drop_columns(["layer_01", "layer_02"])
             pq.write_table(table, root / file.name, row_group_size=1)
             write_commit(cache.store, file, file_record(root / file.name, table.num_rows, key))
-    with pytest.raises(CacheError, match="belongs to another file or cache; `repair` restores it"):
+    with pytest.raises(
+        CacheError, match=f"belongs to another file or cache; `ray-distill cache repair {root}` restores it"
+    ):
         CacheReader(root, "train")
     repair_cache(root)
     assert {name: (root / name).read_bytes() for name in sound} == sound
 
 
 def test_files_of_composite_caches_with_draws_keep_their_key() -> None:
-    """Cached by programs before the key "features": recorded then."""
+    """The expected keys were recorded with a version before the key "features"."""
     spec = CacheSpec(
         teacher="t",
         num_layers=2,

@@ -1,4 +1,4 @@
-"""Checkpoints of others: read without executing, refused when they could."""
+"""Untrusted checkpoints are loaded without running code, and refused if they could run any."""
 
 import argparse
 import os
@@ -35,7 +35,7 @@ def test_malicious_pickle_is_refused_and_does_nothing(tmp_path: Path, zip_format
         with pytest.raises(UntrustedCheckpointError, match=r"refused: its pickle names (posix|nt)\.system"):
             load(path)
     assert not touched.exists()
-    torch.load(path, weights_only=False)  # The trap itself works.
+    torch.load(path, weights_only=False)  # This shows that the pickle runs its command.
     assert touched.exists()
 
 
@@ -111,7 +111,7 @@ def test_other_files_give_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UntrustedCheckpointError, match="not a file"):
         load_untrusted(tmp_path)
     torch.save([1, 2], path)
-    with pytest.raises(UntrustedCheckpointError, match="holds a list, not a dictionary"):
+    with pytest.raises(UntrustedCheckpointError, match="has a list, not the dictionary"):
         load_untrusted(path)
     path.write_bytes(pickle.dumps({"a": 1}, protocol=2))
     with pytest.raises(UntrustedCheckpointError, match="not a readable"):

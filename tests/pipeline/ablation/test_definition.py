@@ -1,4 +1,4 @@
-"""Ablations on paper: what a file means and what is refused."""
+"""Ablations without training: the runs that a file defines, and files that are refused."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""An ablation carried out: one cache, runs side by side or one after another, failures apart, nothing done twice."""
+"""A whole ablation: runs share one cache, a failed run does not stop the others, and finished work is reused."""
 
 import csv
 import json
@@ -75,7 +75,7 @@ def test_an_ablation_from_end_to_end(tmp_path: Path, speech_folder: Path) -> Non
     page = (runs / "report.html").read_text()
     assert "Teacher hours" in page and "teacher seconds per second of audio" in page and "diverges-seed0 failed" in page
     spec = json.loads((tmp_path / "cache" / "cache.json").read_text())["spec"]
-    assert spec["layers"] == [1, 2] and spec["masks"]["draws"] == 2, "what all runs need together"
+    assert spec["layers"] == [1, 2] and spec["masks"]["draws"] == 2, "one cache serves all runs"
 
     built = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.parquet")}
     trained = {file: file.stat().st_mtime_ns for file in runs.glob("*/train.json")}

@@ -99,9 +99,9 @@ def test_a_probe_of_a_finished_ablation_needs_neither_cache_nor_gpu(
         [probed] = read_probes(sweep.runs[name].folder.path)
         assert probed.student is not None and probed.student.source == "student"
     left.clear()
-    assert start(probe=probing).run() == {} and not left, "the same is not probed again"
+    assert start(probe=probing).run() == {} and not left, "a finished probe is not repeated"
     start(probe=probing | {"epochs": 2}).run()
-    assert left.keys() == {"a-seed0", "b-seed0"}, "other settings have other figures"
+    assert left.keys() == {"a-seed0", "b-seed0"}, "other settings are another probe"
     assert len(read_probes(sweep.runs["a-seed0"].folder.path)) == 2
 
 
@@ -124,7 +124,7 @@ def test_a_run_is_reported_when_summary_and_page_are_there_and_young(tmp_path: P
 
     write("train.json", 10)
     write("summary.json", 20)
-    assert not _is_reported(RunFolder(tmp_path)), "it was killed between the two"
+    assert not _is_reported(RunFolder(tmp_path)), "the report is missing, as after a kill"
     write("report.html", 20)
     assert _is_reported(RunFolder(tmp_path))
     write("probes/pitch/probe.json", 30)

@@ -1,4 +1,4 @@
-"""The demo itself, at a reduced size: every stage, the service, and the same once more."""
+"""The demo at a reduced size: every stage, the service, and a second run that reuses the work of the first."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The demo corpus is speech of several voices, the same every time."""
+"""The demo corpus contains speech of several voices and is reproducible."""
 
 import importlib.util
 import subprocess
@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @needs_espeak
-def test_it_is_a_corpus_of_the_size_asked_for(demo: Path, tmp_path: Path) -> None:
+def test_it_is_a_corpus_of_the_requested_size(demo: Path, tmp_path: Path) -> None:
     index = index_corpus(demo, output=tmp_path / "index")
     assert index.skipped == []
     assert 1.0 <= index.hours * 60 <= 1.6
@@ -51,7 +51,7 @@ def test_it_is_16_bit_flac_of_speech_not_silence(demo: Path) -> None:
         voices.setdefault(path.parts[-3], []).append(samples)
         assert 1.0 < len(samples) / 16_000 < 8.0
         assert 0.03 < samples.std() < 0.3
-        # Speech comes and goes: loud syllables and gaps between them.
+        # Speech alternates between loud syllables and gaps.
         level = samples[: len(samples) // 400 * 400].reshape(-1, 400).std(1)
         assert np.percentile(level, 90) > 5 * np.percentile(level, 5)
     spectra = []
@@ -68,7 +68,7 @@ def test_it_is_16_bit_flac_of_speech_not_silence(demo: Path) -> None:
 
 
 @needs_espeak
-def test_every_process_speaks_the_same(tmp_path: Path) -> None:
+def test_every_process_synthesises_the_same_corpus(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from ray_distill.pipeline.demo.demo_corpus import make_demo_corpus;"
         "make_demo_corpus(Path(sys.argv[1]), 1.0)"
@@ -79,7 +79,7 @@ def test_every_process_speaks_the_same(tmp_path: Path) -> None:
 
 
 @needs_espeak
-def test_what_is_there_is_kept_and_what_is_half_done_is_made_again(tmp_path: Path) -> None:
+def test_a_complete_corpus_is_kept_and_an_incomplete_one_is_replaced(tmp_path: Path) -> None:
     folder = make_demo_corpus(tmp_path / "d", minutes=0.1)
     names = set(contents(folder))
     first = folder / min(names)
@@ -90,7 +90,7 @@ def test_what_is_there_is_kept_and_what_is_half_done_is_made_again(tmp_path: Pat
         marker.unlink()
     (folder / "train-demo" / "0" / "0" / "0-0-9999.flac").write_bytes(b"half a file")
     make_demo_corpus(folder, minutes=0.1)
-    # Lengths differ a little within a process, so a voice may need a sentence more or less.
+    # Lengths differ slightly within a process, so a voice may need one sentence more or less.
     assert {name.split("/")[1] for name in contents(folder)} == {str(n) for n in range(len(VOICES))}
     assert first.exists() and not (folder / "train-demo" / "0" / "0" / "0-0-9999.flac").exists()
 

@@ -1,4 +1,4 @@
-"""The cost plan, held against the cache that is then built."""
+"""The estimated cost of a cache compared with the cache itself."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +12,9 @@ from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, pla
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
-from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
@@ -25,12 +26,12 @@ Make = Callable[..., CacheSpec]
 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "pca"])
 @pytest.mark.parametrize("targets", ["clean_and_masked", "composite_only", "clean_only"])
-def test_the_plan_foretells_the_size(
+def test_the_plan_predicts_the_size(
     tmp_path: Path, make_cache: Make, source_utterances: list[Utterance], codec: str, targets: str
 ) -> None:
     spec = make_cache(tmp_path / "cache", codec=codec, targets=targets)
     plan = plan_cost(source_utterances, spec, load_teacher(TEACHER), str(tmp_path / "new"))
-    # Each of so small a cache's row groups costs some 1.2 kB of Parquet's own.
+    # In such a small cache, Parquet's metadata adds about 1.2 kB per row group.
     groups = sum(
         len(shard.utterances)
         for shard in Cache.open(tmp_path / "cache").shards

@@ -1,4 +1,4 @@
-"""The plan on paper, against arithmetic; the descriptions in configs/clusters, against the results they refer to."""
+"""The cluster plan compared with arithmetic, and the descriptions in configs/clusters with the benchmark results."""
 
 import json
 import math
@@ -81,7 +81,7 @@ def test_arithmetic() -> None:
     assert plan.cache_bytes == pytest.approx(seconds * (16e3 + 34e3 * 2))  # 4 draws of a quarter are one more pass
     assert plan.build_hours["teachers"] == pytest.approx(seconds * 5 / 45_000 / 3600)
     assert plan.build_hours["decoding"] == pytest.approx(seconds / 100_000 / 3600)
-    # 30 MB of the clean pass are 3 parts, 5.1 MB of each draw are one, as is each commit record; and each has a begin and an end.
+    # The clean pass (30 MB) has 3 parts; each draw (5.1 MB) and each commit record has one. Every upload has a begin and an end.
     assert plan.build_puts == 6000 * (5 + 4 * 3 + 5 * 3) == 192_000
     assert plan.build_gets == pytest.approx(360_000)
     assert plan.epoch_bytes == pytest.approx(seconds * (16e3 + 34e3 * 1.25))
@@ -95,7 +95,7 @@ def test_arithmetic() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 10 << 20, (10 << 20) + 1, 35_000_000])
 def test_write_requests_are_those_of_an_upload(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted by an S3 of a few lines, which takes everything and keeps nothing."""
+    """The requests are counted by a minimal S3 server, which accepts everything and stores nothing."""
     written: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -130,7 +130,7 @@ def test_write_requests_are_those_of_an_upload(size: int, monkeypatch: pytest.Mo
             self.answer(root="InitiateMultipartUploadResult" if begins else "CompleteMultipartUploadResult")
 
         def log_message(self, *_: object) -> None:
-            """Nothing: the tests' output is not its place."""
+            """Print nothing, to keep the tests' output clean."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -161,12 +161,12 @@ def test_write_requests_are_those_of_an_upload(size: int, monkeypatch: pytest.Mo
         ({"store__get_seconds": 0.1}, "train", "latency of the readers"),
     ],
 )
-def test_what_is_short_saturates_first(change: dict[str, float], stage: str, part: str) -> None:
+def test_the_scarce_resource_is_the_bottleneck(change: dict[str, float], stage: str, part: str) -> None:
     plan = plan_cluster(round_numbers(**change), 960)
     assert bottleneck(plan.build_hours if stage == "build" else plan.epoch_hours) == part
 
 
-def test_no_draws_is_one_pass() -> None:
+def test_without_draws_the_cache_has_one_pass() -> None:
     plan = plan_cluster(round_numbers(speech__draws=0), 1000)
     assert plan.cache_bytes == pytest.approx(3.6e6 * 50e3)
     assert plan.epoch_bytes == plan.cache_bytes
@@ -174,7 +174,7 @@ def test_no_draws_is_one_pass() -> None:
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
-def test_shipped_clusters_plan_and_say_what_is_assumed(path: Path) -> None:
+def test_shipped_clusters_are_planned_with_their_assumptions(path: Path) -> None:
     cluster = load_cluster(path)
     measured, assumed = origins(cluster)
     assert measured and assumed
@@ -187,7 +187,7 @@ def test_shipped_clusters_plan_and_say_what_is_assumed(path: Path) -> None:
     assert math.isclose(large.build_wall, 1000 * small.build_wall, rel_tol=1e-3)
 
 
-def test_measured_numbers_are_the_files(tmp_path: Path) -> None:
+def test_measured_numbers_come_from_the_result_files(tmp_path: Path) -> None:
     cluster = load_cluster(next(path for path in CLUSTERS if path.stem == "this-machine"))
     rows = json.loads((RESULTS / "cache_build.json").read_text())["rows"]
     bare = next(row for row in rows if row["way"] == "bare teacher")["audio_per_second"]

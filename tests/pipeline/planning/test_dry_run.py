@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ray_distill.command_line import application
-from ray_distill.pipeline.config import Config, ConfigError, load_config
+from ray_distill.pipeline.config import Config, ConfigError, dump_config, load_config
 from ray_distill.pipeline.planning.dry_run import plan_run
 from ray_distill.pipeline.stages import STAGES, Run
 from ray_distill.pipeline.stages.train import initial_student
@@ -74,6 +74,7 @@ def test_finished_work_is_reused(tmp_path: Path, make_cache: Make) -> None:
     assert plan_run(config, ["cache"]).stages["cache"].startswith("write 1 missing files of the cache at")
     run = tmp_path / "runs" / "demo"
     (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_config(config))
     assert plan_run(config, ["train"]).stages["train"].startswith("resume from the last checkpoint in")
     (run / "train.json").write_text("{}")
     assert plan_run(config, ["train"]).stages["train"] == "nothing, since the training is finished"

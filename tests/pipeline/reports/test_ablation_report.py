@@ -20,7 +20,7 @@ from ray_distill.pipeline.reports.ablation_tables import results_table
 from ray_distill.pipeline.reports.seed_statistics import compare, critical_t
 from ray_distill.pipeline.reports.teacher_time import teacher_hours
 from ray_distill.pipeline.run_folder import RunFolder
-from ray_distill.teacher_cache.storage.build_statistics import Passes, TeacherWork
+from ray_distill.teacher_cache.storage.build_statistics import PassTime, TeacherTime
 
 BASE: dict[str, Any] = {
     "name": "base",
@@ -64,10 +64,10 @@ def test_a_difference_is_significant_only_beyond_the_variation_over_seeds() -> N
 
 
 def test_teacher_hours_count_the_passes_that_runs_would_have_made() -> None:
-    work = TeacherWork(clean=Passes(100.0, 1000.0), masked=Passes(240.0, 2000.0))
-    online, built = teacher_hours(work, 3600.0, {True: 10.0, False: 5.0}) or (0, 0)
+    time = TeacherTime(clean=PassTime(100.0, 1000.0), masked=PassTime(240.0, 2000.0))
+    online, built = teacher_hours(time, 3600.0, {True: 10.0, False: 5.0}) or (0, 0)
     assert online == pytest.approx(15 * 0.1 + 10 * 0.12) and built == pytest.approx(340 / 3600)
-    assert teacher_hours(TeacherWork(), 3600.0, {True: 1.0, False: 0.0}) is None, "a cache of an earlier version"
+    assert teacher_hours(TeacherTime(), 3600.0, {True: 1.0, False: 0.0}) is None, "a cache of an earlier version"
 
 
 @pytest.fixture

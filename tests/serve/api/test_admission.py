@@ -1,4 +1,4 @@
-"""What one API key, and all requests together, may take; and who may ask from a browser."""
+"""Limits of API keys and of all requests together, and access from other origins."""
 
 import asyncio
 import base64
@@ -17,11 +17,10 @@ import torch
 from fastapi.testclient import TestClient
 
 from ray_distill.serve import create_app
-from ray_distill.serve.api.admission import Limits
-from ray_distill.serve.api.request_handler import DECODERS
+from ray_distill.serve.api.request_handler import NUM_DECODERS
 from ray_distill.serve.decoding import decode
-from ray_distill.serve.inference.engine import BatchLimits
 from ray_distill.serve.server import Server
+from ray_distill.serve.settings import BatchLimits, Limits
 from ray_distill.student import Student, save_student
 
 
@@ -44,69 +43,69 @@ def refusal(response: httpx.Response) -> tuple[int, str]:
 
 
 def hold(student: Student, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Inference waits until the event is set."""
+    """Make inference wait until the returned event is set."""
     gate, real = threading.Event(), student.layer_outputs
     monkeypatch.setattr(student, "layer_outputs", lambda *a: gate.wait(20) and real(*a))
     return gate
 
 
-def test_each_key_has_so_many_requests_open(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_requests_of_a_key_are_limited(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     app = create_app(student, limits=Limits(key_requests=1), api_keys=KEYS)
     with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
         gate = hold(student, monkeypatch)
 
-        def ask(name: str) -> httpx.Response:
+        def post(name: str) -> httpx.Response:
             return client.post("/v1/features", content=HALF, headers=key(name))
 
-        first = pool.submit(ask, "one")
+        first = pool.submit(post, "one")
         while "serve_open_requests 2.0" not in client.get("/metrics").text:
             time.sleep(0.02)
-        refused = ask("one")
+        refused = post("one")
         assert refusal(refused) == (429, "rate_limited") and refused.headers["retry-after"] == "1"
-        other = pool.submit(ask, "two")
+        other = pool.submit(post, "two")
         gate.set()
         assert first.result().status_code == other.result().status_code == 200
-        assert ask("one").status_code == 200
+        assert post("one").status_code == 200
 
 
-def test_each_key_may_ask_so_often(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_rate_of_a_key_is_limited(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("ray_distill.serve.api.admission.monotonic", lambda: now)
     with TestClient(create_app(student, limits=Limits(key_rate=2), api_keys=KEYS)) as client:
 
-        def ask(name: str) -> httpx.Response:
+        def post(name: str) -> httpx.Response:
             return client.post("/v1/features", content=HALF, headers=key(name))
 
-        assert [ask("one").status_code for _ in range(3)] == [200, 200, 429]
-        assert refusal(ask("one")) == (429, "rate_limited") and ask("one").headers["retry-after"] == "1"
-        assert ask("two").status_code == 200
+        assert [post("one").status_code for _ in range(3)] == [200, 200, 429]
+        assert refusal(post("one")) == (429, "rate_limited") and post("one").headers["retry-after"] == "1"
+        assert post("two").status_code == 200
         now += 0.5
-        assert [ask("one").status_code for _ in range(2)] == [200, 429]
+        assert [post("one").status_code for _ in range(2)] == [200, 429]
         now += 60
-        assert [ask("one").status_code for _ in range(3)] == [200, 200, 429]
+        assert [post("one").status_code for _ in range(3)] == [200, 200, 429]
 
 
 def test_bodies_that_arrive_together_are_bounded(student: Student) -> None:
-    """One client sends half of a body and waits; another's would be too much beside it, and alone is not."""
+    """A body that is too large beside those of other requests is refused; alone it is accepted."""
     app = create_app(student, limits=Limits(max_bytes=100_000, open_bytes=150_000))
     big = audio(2)[:60_000].ljust(90_000, b"\0")
     with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
         admission = app.state.admission
-        held = admission.held_bytes = 90_000  # As if another request held so much.
+        held = admission.held_bytes = 90_000  # As if another request held these bytes.
         refused = client.post("/v1/features", content=big)
         assert refusal(refused) == (429, "overloaded") and "retry-after" in refused.headers
         assert admission.held_bytes == held
         admission.held_bytes = 0
         assert client.post("/v1/features", content=HALF).status_code == 200
         assert admission.held_bytes == 0
-        # Three seconds are small on the wire and more than there is once decoded with an answer for all layers.
+        # Three seconds are small when sent; decoded and with the response they exceed the limit.
         flac = io.BytesIO()
         soundfile.write(flac, np.zeros(3 * 16_000), 16_000, format="FLAC")
         assert refusal(client.post("/v1/features", content=flac.getvalue())) == (413, "too_large")
         assert pool.submit(lambda: admission.held_bytes).result() == 0
 
 
-def test_what_is_held_is_given_back_whatever_happens(student: Student) -> None:
+def test_held_bytes_are_always_released(student: Student) -> None:
     app = create_app(student)
     with TestClient(app, raise_server_exceptions=False) as client:
         posts: list[dict[str, Any]] = [
@@ -122,7 +121,7 @@ def test_what_is_held_is_given_back_whatever_happens(student: Student) -> None:
         assert app.state.admission.held_bytes == 0
 
 
-def test_models_and_info_need_the_key_and_health_does_not(student: Student) -> None:
+def test_models_and_info_need_a_key_and_health_does_not(student: Student) -> None:
     with TestClient(create_app(student, api_keys=KEYS)) as client:
         for path in ("/info", "/v1/models"):
             assert refusal(client.get(path)) == (401, "unauthorized")
@@ -132,20 +131,20 @@ def test_models_and_info_need_the_key_and_health_does_not(student: Student) -> N
         assert "student" not in client.get("/metrics").text
 
 
-def test_other_origins_may_ask_only_where_they_are_named(student: Student) -> None:
+def test_only_named_origins_are_allowed(student: Student) -> None:
     origin = {"origin": "https://lab.example"}
-    ask = origin | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    preflight = origin | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
     with TestClient(create_app(student)) as client:
         assert "access-control-allow-origin" not in client.post("/v1/features", content=HALF, headers=origin).headers
     with TestClient(create_app(student, cors_origins=["https://lab.example"])) as client:
         answer = client.post("/v1/features", content=HALF, headers=origin)
         assert answer.headers["access-control-allow-origin"] == "https://lab.example"
-        assert client.options("/v1/features", headers=ask).status_code == 200
-        assert client.options("/v1/features", headers=ask | {"origin": "https://else.example"}).status_code == 400
+        assert client.options("/v1/features", headers=preflight).status_code == 200
+        assert client.options("/v1/features", headers=preflight | {"origin": "https://else.example"}).status_code == 400
 
 
-def test_a_client_that_takes_nothing_is_given_up(student: Student) -> None:
-    """A long answer whose reader stops: the request ends, and holds nothing."""
+def test_a_client_that_reads_nothing_is_disconnected(student: Student) -> None:
+    """If the client stops reading a long response, the request ends and releases its memory."""
     app = create_app(student, limits=Limits(deadline_seconds=3))
     body, sent = audio(30), []
     unread = [body]
@@ -183,7 +182,7 @@ def test_a_client_that_takes_nothing_is_given_up(student: Student) -> None:
     assert sent[0]["status"] == 200 and sent[1]["more_body"]
 
 
-def test_decoders_are_few_even_where_nobody_waits_for_them(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoders_of_cancelled_requests_still_count(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, counting = threading.Event(), threading.Lock()
     running = most = 0
 
@@ -199,9 +198,9 @@ def test_decoders_are_few_even_where_nobody_waits_for_them(student: Student, mon
 
     monkeypatch.setattr("ray_distill.serve.api.request_handler.decode", slow)
     with TestClient(create_app(student)) as client, ThreadPoolExecutor(12) as pool:
-        given_up = [pool.submit(client.post, "/v1/features?timeout=0.2", content=HALF) for _ in range(12)]
-        assert {refusal(request.result()) for request in given_up} == {(504, "deadline")}
-        assert 1 <= most <= DECODERS
+        cancelled = [pool.submit(client.post, "/v1/features?timeout=0.2", content=HALF) for _ in range(12)]
+        assert {refusal(request.result()) for request in cancelled} == {(504, "deadline")}
+        assert 1 <= most <= NUM_DECODERS
         gate.set()
         assert client.post("/v1/features", content=HALF).status_code == 200
 
@@ -222,16 +221,16 @@ def test_a_full_queue_refuses_for_its_own_model_only(student: Student, monkeypat
         gate = hold(student, monkeypatch)
         engine = app.state.models.get("busy").engine
         running = [pool.submit(client.post, "/v1/features", content=HALF) for _ in range(3)]
-        while engine.queued_seconds < 1:  # One or two are run.
+        while engine.queued_seconds < 1:  # One or two are running.
             running.append(pool.submit(client.post, "/v1/features", content=HALF))
             time.sleep(0.1)
 
-        def ask(model: str) -> httpx.Response:
+        def post(model: str) -> httpx.Response:
             body = {"input": base64.b64encode(HALF).decode(), "model": model}
             return client.post("/v1/embeddings", json=body)
 
-        assert refusal(ask("busy")) == refusal(client.post("/v1/features", content=HALF)) == (429, "overloaded")
-        assert ask("idle").status_code == 200
+        assert refusal(post("busy")) == refusal(client.post("/v1/features", content=HALF)) == (429, "overloaded")
+        assert post("idle").status_code == 200
         gate.set()
         assert {request.result().status_code for request in running} <= {200, 429}
 
@@ -254,28 +253,30 @@ def test_loading_a_model_of_the_library_is_within_the_deadline(student: Student,
         assert time.monotonic() - began < 4
 
 
-def test_a_model_that_leaves_the_library_keeps_nobody_waiting(student: Student, tmp_path: Path) -> None:
+def test_unloading_a_model_delays_no_request(student: Student, tmp_path: Path) -> None:
     for number in range(2):
         save_student(student, tmp_path / f"run-{number}" / "export", None)
     app = create_app(student, library=tmp_path, library_loaded=1)
     with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
 
-        def ask(number: int) -> httpx.Response:
+        def post(number: int) -> httpx.Response:
             return client.post(f"/v1/features?model=run-{number}", content=HALF)
 
-        assert ask(0).status_code == 200
+        assert post(0).status_code == 200
         backend, gate = app.state.models.get("run-0").engine.backend, threading.Event()
         real, entered = backend.run, threading.Event()
         backend.run = lambda batch: entered.set() or (gate.wait(20) and real(batch))
-        queued = pool.submit(ask, 0)
+        queued = pool.submit(post, 0)
         assert entered.wait(20)
-        assert ask(1).status_code == 200  # run-0 has left, and still owes an answer.
+        assert post(1).status_code == 200  # run-0 is unloaded but has not completed its queue.
         assert [model.name for model in app.state.models] == ["student", "run-1"]
         gate.set()
         assert queued.result().status_code == 200
 
 
-def test_a_swap_while_a_request_is_decoded_is_checked_again(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_is_checked_again_if_its_model_is_replaced_while_it_is_decoded(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app = create_app(student)
     headless = Student(student.config.model_copy(update={"heads": "none"})).eval()
 
@@ -288,12 +289,12 @@ def test_a_swap_while_a_request_is_decoded_is_checked_again(student: Student, mo
         assert refusal(client.post("/v1/features?space=teacher", content=HALF)) == (422, "bad_parameter")
 
 
-def test_the_drain_lasts_as_long_as_a_request_may(student: Student) -> None:
+def test_shutdown_waits_longer_than_the_deadline(student: Student) -> None:
     app = create_app(student, limits=Limits(deadline_seconds=120))
     assert Server(app, "127.0.0.1", 0).config.timeout_graceful_shutdown == 130
 
 
-def test_a_damaged_model_of_the_library_is_not_one_that_does_not_exist(
+def test_a_damaged_and_a_missing_model_of_the_library_differ(
     student: Student, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_student(student, tmp_path / "run" / "export", None)

@@ -1,6 +1,6 @@
-"""Requests made from the OpenAPI schema, right and wrong: every answer is one that the schema describes, and none a failure.
+"""Valid and invalid requests made from the OpenAPI schema get only responses that the schema describes.
 
-``python -m tests.serve.test_schema_fuzzing 500`` tries so many for each route.
+``python -m tests.serve.api.test_schema_fuzzing 500`` sends 500 requests to each route.
 """
 
 import io
@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 from ray_distill.serve import create_app
-from ray_distill.serve.api.admission import Limits
+from ray_distill.serve.settings import Limits
 from ray_distill.student import Student
 
 from ..conftest import TINY
@@ -28,7 +28,7 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
     status_code_conformance,
 )
 
-# 500 is in no schema; 504 is, and no failure.
+# The schema does not contain 500; it contains 504.
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
@@ -38,14 +38,14 @@ def wav(samples: int) -> bytes:
     return buffer.getvalue()
 
 
-# Half of what is sent as audio is some.
+# Half of the bodies are audio.
 AUDIO = st.one_of(st.binary(max_size=200), st.sampled_from([wav(samples) for samples in (0, 399, 400, 5_000)]))
 for kind in ("audio/wav", "audio/flac", "audio/ogg", "audio/mpeg", "application/octet-stream"):
     schemathesis.openapi.media_type(kind, AUDIO)
 
 
 def try_every_route(student: Student, examples: int) -> Counter[tuple[str, int]]:
-    """Statuses by route; AssertionError where an answer breaks a check."""
+    """Return the number of responses by route and status; AssertionError if a response fails a check."""
     app = create_app(student, name="tiny", limits=Limits(max_seconds=1, max_bytes=50_000))
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     found: Counter[tuple[str, int]] = Counter()
@@ -63,7 +63,7 @@ def try_every_route(student: Student, examples: int) -> Counter[tuple[str, int]]
         )
         @given(case=st.one_of(strategies), served=st.booleans())
         def attempt(case: Any, served: bool) -> None:
-            if served:  # Else almost every request would be for a model that isn't there, or out of time.
+            if served:  # Otherwise almost every request would name a missing model or time out.
                 case.query = {name: value for name, value in case.query.items() if name not in ("model", "timeout")}
             response = case.call()
             found[case.operation.path, response.status_code] += 1

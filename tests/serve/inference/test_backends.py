@@ -1,4 +1,4 @@
-"""Every backend gives what PyTorch gives, whatever is in the batch, and says what it can't do."""
+"""Every backend returns PyTorch's features for every batch, and refuses what it can't run."""
 
 import io
 import shutil
@@ -12,8 +12,9 @@ from fastapi.testclient import TestClient
 from torch._dynamo.utils import counters
 
 from ray_distill.serve import create_app
-from ray_distill.serve.inference.backends import Backend, BackendOptions, OnnxBackend, TorchBackend, Wanted
+from ray_distill.serve.inference.backends import Backend, LayerRequest, OnnxBackend, TorchBackend
 from ray_distill.serve.inference.models import open_backend
+from ray_distill.serve.settings import BackendOptions
 from ray_distill.student import Student, save_student
 
 from ..conftest import TINY
@@ -40,10 +41,10 @@ def onnx_file(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return file
 
 
-def wanted(space: Any = "student", layer: int | None = None) -> list[Wanted]:
+def layer_requests(space: Any = "student", layer: int | None = None) -> list[LayerRequest]:
     rng = np.random.default_rng(0)
     lengths = (400, 16_000, 9_123, 719, 40_000)
-    return [Wanted(rng.normal(0, 0.1, length).astype(np.float32), layer, space) for length in lengths]
+    return [LayerRequest(rng.normal(0, 0.1, length).astype(np.float32), layer, space) for length in lengths]
 
 
 def assert_same(found: list[np.ndarray], expected: list[np.ndarray], relative: float) -> None:
@@ -54,7 +55,7 @@ def assert_same(found: list[np.ndarray], expected: list[np.ndarray], relative: f
 
 @pytest.mark.parametrize(("space", "layer"), [("student", None), ("student", 2), ("teacher", None), ("teacher", 3)])
 def test_onnx_gives_what_torch_gives(reference: Backend, onnx: Backend, space: Any, layer: int | None) -> None:
-    batch = wanted(space, layer)
+    batch = layer_requests(space, layer)
     assert_same(onnx.run(batch), reference.run(batch), 1e-5)
     assert (onnx.revision, onnx.num_layers, onnx.dim, onnx.teacher_dim, onnx.num_parameters) == (
         reference.revision,
@@ -66,13 +67,13 @@ def test_onnx_gives_what_torch_gives(reference: Backend, onnx: Backend, space: A
 
 
 def test_onnx_answers_do_not_depend_on_the_batch(onnx: Backend) -> None:
-    batch = wanted()
+    batch = layer_requests()
     assert_same(onnx.run(batch), [onnx.run([item])[0] for item in batch], 1e-5)
 
 
 def test_an_exported_file_is_served_without_its_heads(onnx_file: Path, reference: Backend) -> None:
     backend = open_backend(onnx_file, BackendOptions())
-    assert_same(backend.run(wanted()), reference.run(wanted()), 1e-5)
+    assert_same(backend.run(layer_requests()), reference.run(layer_requests()), 1e-5)
     assert backend.teacher_dim is None and 0 < backend.num_parameters < reference.num_parameters
     buffer = io.BytesIO()
     soundfile.write(buffer, np.sin(np.arange(16_000) / 20), 16_000, format="WAV")
@@ -86,7 +87,7 @@ def test_an_exported_file_is_served_without_its_heads(onnx_file: Path, reference
 
 def test_bf16_is_near_and_depends_on_the_batch_by_rounding_only(student: Student, reference: Backend) -> None:
     backend = TorchBackend(student, BackendOptions(precision="bf16"))
-    batch = wanted("teacher")
+    batch = layer_requests("teacher")
     found = backend.run(batch)
     assert_same(found, reference.run(batch), 0.05)
     assert_same(found, [backend.run([item])[0] for item in batch], 0.05)
@@ -102,16 +103,16 @@ def test_compiled_gives_what_torch_gives_in_any_batch_and_compiles_before_it_is_
     rng = np.random.default_rng(0)
     for lengths in ((400,), (16_000,), (80_000,), (500, 16_000), (40_001, 33_000, 400), (719,) * 20):
         for space in ("student", "teacher"):
-            batch = [Wanted(rng.normal(0, 0.1, length).astype(np.float32), None, space) for length in lengths]
+            batch = [LayerRequest(rng.normal(0, 0.1, length).astype(np.float32), None, space) for length in lengths]
             assert_same(backend.run(batch), reference.run(batch), 1e-5)
     assert counters["stats"]["unique_graphs"] == compiled
 
 
 def test_what_a_backend_cannot_do_is_refused(student: Student, onnx_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="CPU in fp32 only"):
-        open_backend(student, BackendOptions("onnx", precision="bf16"))
+        open_backend(student, BackendOptions(runtime="onnx", precision="bf16"))
     with pytest.raises(ValueError, match="can't run"):
-        open_backend(onnx_file, BackendOptions("torch"))
+        open_backend(onnx_file, BackendOptions(runtime="torch"))
     with pytest.raises(ValueError, match="no ONNX file"):
         open_backend(tmp_path / "none.onnx", BackendOptions())
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
@@ -128,7 +129,7 @@ def test_reload_takes_new_weights_and_keeps_what_works(student: Student, tmp_pat
     models = app.state.models
     before = models.get("tiny")
     models.reload()
-    assert models.get("tiny") is before  # Nothing changed.
+    assert models.get("tiny") is before  # The files have not changed.
     torch.manual_seed(5)
     save_student(Student(student.config).eval(), tmp_path, None)
     models.reload()
@@ -137,7 +138,7 @@ def test_reload_takes_new_weights_and_keeps_what_works(student: Student, tmp_pat
     (tmp_path / "model.safetensors").write_bytes(b"cut short")
     models.reload()
     assert models.get("tiny") is after
-    models.put("tiny", student)  # From memory: the folder has no say any more.
+    models.put("tiny", student)  # From memory, so the folder is no longer read.
     save_student(Student(student.config).eval(), tmp_path, None)
     models.reload()
     assert models.get("tiny").engine.backend.revision == before.engine.backend.revision
@@ -148,4 +149,4 @@ def test_reload_takes_new_weights_and_keeps_what_works(student: Student, tmp_pat
 def test_a_student_without_a_head_for_each_layer_has_no_teacher_space(options: dict[str, Any]) -> None:
     backend = TorchBackend(Student(TINY.model_copy(update=options)).eval())
     assert backend.teacher_dim is None
-    assert backend.run(wanted())[0].shape == (3, 1, 16)
+    assert backend.run(layer_requests())[0].shape == (3, 1, 16)

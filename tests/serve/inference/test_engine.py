@@ -1,4 +1,4 @@
-"""Batching: right for everyone, bounded, in like lengths, and nothing run for those who left."""
+"""Batching: correct features, bounded batches of similar lengths, and no inference for cancelled requests."""
 
 import asyncio
 import threading
@@ -10,8 +10,9 @@ import torch
 
 from ray_distill.serve.api.errors import ServiceError
 from ray_distill.serve.inference.backends import TorchBackend
-from ray_distill.serve.inference.batch_selection import LEAST_FILLED, choose_batch
-from ray_distill.serve.inference.engine import BatchLimits, BatchRecord, EngineClosedError, FeatureEngine
+from ray_distill.serve.inference.batch_selection import MIN_FILL, choose_batch
+from ray_distill.serve.inference.engine import BatchRecord, EngineClosedError, FeatureEngine
+from ray_distill.serve.settings import BatchLimits
 from ray_distill.student import Student
 
 
@@ -21,7 +22,7 @@ def waveforms(count: int) -> list[np.ndarray]:
 
 
 class Gate:
-    """Holds a student's inference until it is opened, and counts batches."""
+    """Blocks a student's inference until ``open`` is set, and records the sizes of batches."""
 
     def __init__(self, student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.entered = threading.Event(), threading.Event()
@@ -37,7 +38,7 @@ class Gate:
         monkeypatch.setattr(student, "layer_outputs", held)
 
 
-def test_the_oldest_and_those_like_it_run_together() -> None:
+def test_the_oldest_runs_with_those_of_similar_length() -> None:
     assert choose_batch([100], 50) == [0]
     assert choose_batch([100, 10, 101, 99, 500], 1000) == [0, 2, 3]
     assert choose_batch([100, 100, 100], 200) == [0, 1]
@@ -51,11 +52,11 @@ def test_batches_stay_within_the_budget_and_waste_is_bounded() -> None:
         rows = [lengths[index] for index in chosen]
         assert chosen[0] == 0 and len(set(chosen)) == len(chosen)
         assert len(rows) == 1 or len(rows) * max(rows) <= 3000
-        assert min(rows) >= LEAST_FILLED * max(rows)
+        assert min(rows) >= MIN_FILL * max(rows)
 
 
 @pytest.mark.parametrize("space", ["student", "teacher"])
-def test_everyone_gets_what_they_would_get_alone(student: Student, space: Any) -> None:
+def test_features_do_not_depend_on_the_batch(student: Student, space: Any) -> None:
     records: list[BatchRecord] = []
     engine = FeatureEngine(TorchBackend(student), limits=BatchLimits(wait_seconds=0.05), on_batch=records.append)
     inputs = waveforms(30)
@@ -74,7 +75,7 @@ def test_everyone_gets_what_they_would_get_alone(student: Student, space: Any) -
         np.testing.assert_allclose(answer.array, alone, atol=1e-5 * np.abs(alone).max(), rtol=0)
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_back(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_refuses_with_retry_after(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FeatureEngine(TorchBackend(student), limits=BatchLimits(queue_seconds=2))
     gate = Gate(student, monkeypatch)
     second = np.zeros(16_000, np.float32)
@@ -97,7 +98,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(student: Student, monke
     engine.close()
 
 
-def test_those_who_left_are_not_run_and_free_their_room(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelled_utterances_do_not_run_and_free_their_room(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FeatureEngine(TorchBackend(student))
     gate = Gate(student, monkeypatch)
     second = np.zeros(16_000, np.float32)
@@ -148,9 +149,7 @@ def test_a_failed_batch_does_not_stop_the_engine(student: Student, monkeypatch: 
     engine.close()
 
 
-def test_one_that_fails_costs_the_others_of_its_batch_nothing(
-    student: Student, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_utterance_does_not_fail_its_batch(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FeatureEngine(TorchBackend(student), limits=BatchLimits(wait_seconds=0.2))
     real = student.layer_outputs
     sizes: list[int] = []
@@ -173,7 +172,7 @@ def test_one_that_fails_costs_the_others_of_its_batch_nothing(
     assert first.array.shape == third.array.shape == (3, 24, 16)
 
 
-def test_an_engine_that_fails_time_after_time_is_not_alive(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_keeps_failing_is_not_alive(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FeatureEngine(TorchBackend(student))
     with monkeypatch.context() as patch:
         patch.setattr(student, "layer_outputs", lambda *_: 1 / 0)
@@ -182,7 +181,7 @@ def test_an_engine_that_fails_time_after_time_is_not_alive(student: Student, mon
                 asyncio.run(engine.features(waveforms(1)[0]))
             assert engine.alive == alive
     asyncio.run(engine.features(waveforms(1)[0]))
-    assert engine.alive  # It answers again.
+    assert engine.alive  # It works again.
     engine.close()
 
 

@@ -1,4 +1,4 @@
-"""Long audio in windows: every frame once, near to what the whole gives, within bounds."""
+"""Long audio in windows: every frame once, features close to those of the whole file, and limits."""
 
 import asyncio
 import io
@@ -11,16 +11,16 @@ import torch
 from fastapi.testclient import TestClient
 
 from ray_distill.serve import create_app
-from ray_distill.serve.api.admission import Limits
 from ray_distill.serve.inference.backends import TorchBackend
-from ray_distill.serve.inference.engine import BatchLimits, FeatureEngine
-from ray_distill.serve.inference.windows import LongAudio, features_in_windows
+from ray_distill.serve.inference.engine import FeatureEngine
+from ray_distill.serve.inference.windows import features_in_windows, split_windows
+from ray_distill.serve.settings import BatchLimits, Limits
 from ray_distill.student import Student
 from ray_distill.teacher_cache.frames import num_frames
 
 
 def speechlike(seconds: float) -> np.ndarray:
-    """Bursts of filtered noise of changing loudness, (S,) float32."""
+    """Return bursts of filtered noise of changing loudness, (S,) float32."""
     rng = np.random.default_rng(0)
     count = int(16_000 * seconds)
     loudness = np.repeat(rng.uniform(0.02, 0.3, count // 3200 + 1), 3200)[:count]
@@ -30,10 +30,9 @@ def speechlike(seconds: float) -> np.ndarray:
 
 @pytest.mark.parametrize("overlap", [0, 1, 4, 15])
 def test_windows_give_every_frame_once(overlap: float) -> None:
-    long_audio = LongAudio(600, 30, overlap)
     rng = np.random.default_rng(0)
     for num_samples in [400, 719, 720, 30 * 16_000, 30 * 16_000 + 320, *rng.integers(400, 600 * 16_000, 200).tolist()]:
-        windows = long_audio.windows(num_samples)
+        windows = split_windows(num_samples, 30, overlap)
         assert windows[0].frames.start == 0 and windows[-1].frames.stop == num_frames(num_samples)
         for window, following in itertools.pairwise(windows):
             assert window.frames.stop == following.frames.start
@@ -47,24 +46,25 @@ def test_windows_give_every_frame_once(overlap: float) -> None:
             assert min(inner) >= overlap * 50 // 2
 
 
-def test_windows_give_what_each_window_gives(student: Student) -> None:
+def test_features_are_those_of_each_window(student: Student) -> None:
     engine = FeatureEngine(
         TorchBackend(student), BatchLimits(queue_seconds=5)
-    )  # Less than a window, so most must wait.
+    )  # Less than a window, so most windows must wait.
     waveform = speechlike(31)
-    long_audio = LongAudio(60, 8, 2)
+    limits = Limits(long_audio="windows", max_seconds=30, long_seconds=60, window_seconds=8, overlap_seconds=2)
+    windows = split_windows(len(waveform), 8, 2)
 
     async def both() -> tuple[np.ndarray, np.ndarray]:
-        stitched = await features_in_windows(engine, waveform, long_audio)
-        last = await features_in_windows(engine, waveform, long_audio, 3)
-        assert stitched.windows == len(long_audio.windows(len(waveform))) == 5
+        stitched = await features_in_windows(engine, waveform, limits)
+        last = await features_in_windows(engine, waveform, limits, 3)
+        assert stitched.windows == len(windows) == 5
         return stitched.array, last.array
 
     stitched, last = asyncio.run(both())
     engine.close()
     assert stitched.shape == (3, num_frames(len(waveform)), 16)
     np.testing.assert_allclose(last, stitched[2], atol=1e-5)
-    for window in long_audio.windows(len(waveform)):
+    for window in windows:
         part = torch.from_numpy(waveform[window.samples])[None]
         with torch.inference_mode():
             alone, _ = student.encode(part, torch.tensor([part.shape[1]]))
@@ -73,13 +73,13 @@ def test_windows_give_what_each_window_gives(student: Student) -> None:
         np.testing.assert_allclose(stitched[:, window.frames], kept, atol=1e-5)
 
 
-def test_the_service_cuts_what_is_long_and_refuses_what_is_longer(student: Student) -> None:
+def test_the_service_splits_long_audio_and_refuses_longer_audio(student: Student) -> None:
     def body(seconds: float) -> bytes:
         buffer = io.BytesIO()
         soundfile.write(buffer, speechlike(seconds), 16_000, format="FLAC")
         return buffer.getvalue()
 
-    limits = Limits(max_seconds=10, long_audio=LongAudio(40, 8, 2))
+    limits = {"max_seconds": 10, "long_audio": {"max_seconds": 40, "window_seconds": 8, "overlap_seconds": 2}}
     with TestClient(create_app(student, limits=limits)) as client, TestClient(create_app(student)) as other:
         for seconds, windows in ((10, "1"), (12, "2"), (39, "7")):
             audio = body(seconds)
@@ -89,7 +89,7 @@ def test_the_service_cuts_what_is_long_and_refuses_what_is_longer(student: Stude
             whole = np.load(io.BytesIO(other.post("/v1/features?format=npy", content=audio).content))
             assert found.shape == whole.shape
             error = np.linalg.norm(found - whole) / np.linalg.norm(whole)
-            # Random weights; docs/serving.md has a trained student's on speech.
+            # The weights are random; docs/serving.md has measurements with a trained student on speech.
             assert error < (1e-4 if windows == "1" else 0.2)
         refused = client.post("/v1/features", content=body(41))
         assert (refused.status_code, refused.json()["error_type"]) == (413, "too_long")
@@ -98,10 +98,11 @@ def test_the_service_cuts_what_is_long_and_refuses_what_is_longer(student: Stude
 
 @pytest.mark.parametrize("settings", [(600, 30, 16), (600, 30, -1), (20, 30, 4), (600, 0.5, 0)])
 def test_impossible_windows_are_refused(settings: tuple[float, float, float]) -> None:
-    with pytest.raises(ValueError, match="indow"):
-        LongAudio(*settings)
+    names = ("max_seconds", "window_seconds", "overlap_seconds")
+    with pytest.raises(ValueError, match="window_seconds|overlap_seconds"):
+        create_app("unread", limits={"long_audio": dict(zip(names, settings, strict=True))})
 
 
-def test_windows_longer_than_what_is_run_whole_are_refused() -> None:
+def test_windows_longer_than_max_seconds_are_refused() -> None:
     with pytest.raises(ValueError, match="max_seconds"):
-        Limits(max_seconds=20, long_audio=LongAudio())
+        Limits(max_seconds=20, long_audio="windows")

@@ -44,25 +44,25 @@ def same_gradients(found: Tensor, expected: Tensor, inputs: tuple[Tensor, ...], 
 def test_dropout_against_the_explicit_map(
     monkeypatch: pytest.MonkeyPatch, lengths: list[int] | None, block: int
 ) -> None:
-    monkeypatch.setattr(attention, "_BLOCK", block)
+    monkeypatch.setattr(attention, "_BLOCK_ENTRIES", block)
     inputs = heads()
     drop = torch.zeros(3, 4, 20, 20, dtype=torch.bool)
     attended = None if lengths is None else (torch.arange(20) < torch.tensor(lengths)[:, None])[:, None, None]
     real = torch.ones(3, 1, 20, 1) if attended is None else attended.transpose(2, 3)
-    drawn, kept = [], attention.kept
+    drawn, dropout_mask = [], attention.dropout_mask
 
     def remember(shape: torch.Size, rate: float) -> tuple[Tensor, float]:
-        result = kept(shape, rate)
+        result = dropout_mask(shape, rate)
         drawn.append(result[0])
         return result
 
-    monkeypatch.setattr(attention, "kept", remember)
+    monkeypatch.setattr(attention, "dropout_mask", remember)
     found = attend(*inputs, attended, 0.3)
     blocks = attention._blocks(inputs[0], lengths or [20] * 3)
     for (row, some, frames), mask in zip(blocks, drawn, strict=True):
         drop[row, some, :frames, :frames] = ~mask
     assert 0.6 < float(torch.cat([mask.flatten() for mask in drawn]).double().mean()) < 0.8
-    _, scale = kept(torch.Size((1,)), 0.3)
+    _, scale = dropout_mask(torch.Size((1,)), 0.3)
     same_gradients(found, explicit(*inputs, attended, drop, scale), inputs, real)
 
 

@@ -19,16 +19,16 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("way", ["products", "library"])
+@pytest.mark.parametrize("way", ["matmul", "conv2d"])
 @pytest.mark.parametrize("gelu", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int, int, int], gelu: bool, way: str
 ) -> None:
-    monkeypatch.setattr(convolution, "_BLOCK", 7)
+    monkeypatch.setattr(convolution, "_BLOCK_POSITIONS", 7)
     for direction in ("forward", "backward"):
-        chosen = getattr(convolution, f"_{direction}_by_{way}")
-        monkeypatch.setattr(convolution, f"_{direction}_by_products", chosen)
+        chosen = getattr(convolution, f"_{direction}_{way}")
+        monkeypatch.setattr(convolution, f"_{direction}_matmul", chosen)
     inputs, outputs, kernel, stride, positions = shape
     torch.manual_seed(0)
     x = torch.randn(2, positions, inputs, dtype=torch.float64, requires_grad=True)

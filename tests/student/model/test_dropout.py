@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from ray_distill.student.model.dropout import Dropout, kept
+from ray_distill.student.model.dropout import Dropout, dropout_mask
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])
 def test_rate_and_independence(rate: float) -> None:
     torch.manual_seed(0)
-    keep, scale = kept(torch.Size((1000, 1003)), rate)
+    keep, scale = dropout_mask(torch.Size((1000, 1003)), rate)
     drop = ~keep
     assert scale == pytest.approx(1 / (1 - rate), rel=2e-4)
     count = drop.numel()
@@ -45,12 +45,12 @@ def test_a_seed_repeats_it() -> None:
     masks = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        masks.append(kept(torch.Size((99,)), 0.5)[0])
+        masks.append(dropout_mask(torch.Size((99,)), 0.5)[0])
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
 
 
 def test_a_rate_just_below_one_drops_almost_all() -> None:
-    keep, scale = kept(torch.Size((1000,)), 1 - 1e-9)
+    keep, scale = dropout_mask(torch.Size((1000,)), 1 - 1e-9)
     assert keep.float().mean() < 0.01
     assert scale == 2**16

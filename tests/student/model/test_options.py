@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ray_distill.student import Student, StudentConfig
 from ray_distill.student.model.attention import Attention, AttentionMap
-from ray_distill.student.model.position_encoding import by_distance, relative_table, rotate
+from ray_distill.student.model.position_encoding import apply_rotary, relative_shift, relative_table
 from ray_distill.student.model.time_reduction import TimeReduction
 
 WIDTH = 12
@@ -179,12 +179,12 @@ def test_relative_attention_by_hand() -> None:
     # Of distance 0 the sinusoids are 0 and 1.
     assert table[4].tolist() == [0.0, 1.0] * 6
     numbers = torch.arange(9.0).expand(1, 1, 5, 9)  # Column c is distance 4 - c.
-    assert by_distance(numbers)[0, 0].tolist() == [[4.0 - i + j for j in range(5)] for i in range(5)]
+    assert relative_shift(numbers)[0, 0].tolist() == [[4.0 - i + j for j in range(5)] for i in range(5)]
 
 
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
     query, key = torch.randn(2, 1, 1, 1, 6)
-    turned = [rotate(x.expand(1, 1, 9, 6))[0, 0] for x in (query, key)]
+    turned = [apply_rotary(x.expand(1, 1, 9, 6))[0, 0] for x in (query, key)]
     scores = turned[0] @ turned[1].t()
     for distance in (-3, 0, 5):
         diagonal = scores.diagonal(distance)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from ray_distill.serve.inference.backends import BackendOptions
 from ray_distill.serve.inference.models import open_backend
+from ray_distill.serve.settings import BackendOptions
 from ray_distill.student.checkpoints import load_student, save_student
 from ray_distill.student.exporters.portable import portable_student
 from ray_distill.student.model.student import Student

@@ -1,4 +1,4 @@
-"""The distillation loss by hand: weights, masks, padding, what it is divided by; and `Distiller` against it."""
+"""The distillation loss by hand: weights, masks, padding, what it is divided by; and `LayerDistiller` against it."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ray_distill.student import Student, StudentConfig, distillation_loss
-from ray_distill.student.objectives.layer_loss import Distiller, _head_loss
+from ray_distill.student.objectives.layer_loss import head_loss
+from ray_distill.student.objectives.layer_prediction import LayerDistiller
 
 # Two layers, D = 2; row 0 has three real frames, row 1 one.
 PROJECTIONS = torch.zeros(2, 2, 3, 2)
@@ -170,7 +171,7 @@ def test_a_distiller_gives_the_loss_and_gradients_of_the_two_apart(
     # What stands at padded frames of the targets is nobody's business.
     targets = targets.clone()
     targets[1, :, 13:] = torch.nan
-    found = Distiller(student, kind=kind, **weights)(WAVEFORMS, LENGTHS, mask, targets, normalizer)
+    found = LayerDistiller(student, kind=kind, **weights)(WAVEFORMS, LENGTHS, mask, targets, normalizer)
     (found.total * 3).backward()
     found_gradients = gradients(student)
     assert_same_loss(found, expected)
@@ -189,14 +190,14 @@ def test_each_part_of_a_distillers_loss_has_gradients_of_its_own() -> None:
     for part in ("hint", "final"):
         getattr(distillation_loss(out.projections, targets, out.num_frames), part).backward(retain_graph=True)
         expected = gradients(student)
-        getattr(Distiller(student)(WAVEFORMS, LENGTHS, None, targets), part).backward()
+        getattr(LayerDistiller(student)(WAVEFORMS, LENGTHS, None, targets), part).backward()
         for name, gradient in gradients(student).items():
             torch.testing.assert_close(gradient, expected.get(name, torch.zeros_like(gradient)), rtol=1e-4, atol=1e-6)
 
 
 def test_a_distiller_without_gradients_gives_the_same_loss() -> None:
     student, targets = tiny()
-    distiller = Distiller(student)
+    distiller = LayerDistiller(student)
     with torch.no_grad():
         found = distiller(WAVEFORMS, LENGTHS, FRAME_MASK, targets)
     assert not found.total.requires_grad
@@ -206,7 +207,7 @@ def test_a_distiller_without_gradients_gives_the_same_loss() -> None:
 @pytest.mark.parametrize("mask", [FRAME_MASK, None])
 def test_cosines_of_masked_and_unmasked_frames(mask: Tensor | None) -> None:
     student, targets = tiny()
-    found = Distiller(student)(WAVEFORMS, LENGTHS, mask, targets, cosines=True).cosines
+    found = LayerDistiller(student)(WAVEFORMS, LENGTHS, mask, targets, cosines=True).cosines
     assert found.dtype == torch.float64 and not found.requires_grad
     with torch.no_grad():
         out = student(WAVEFORMS, LENGTHS, mask)
@@ -226,12 +227,12 @@ def test_cosines_of_masked_and_unmasked_frames(mask: Tensor | None) -> None:
 
 def test_a_distiller_in_half_precision_sums_in_float32() -> None:
     student, targets = tiny()
-    expected = Distiller(student)(WAVEFORMS, LENGTHS, None, targets)
+    expected = LayerDistiller(student)(WAVEFORMS, LENGTHS, None, targets)
     expected.total.backward()
     expected_gradients = gradients(student)
     for size in (1.0, 1e4):  # 1e4: squares beyond float16's 65504, summed over frames.
         with torch.autocast("cpu", torch.bfloat16):
-            found = Distiller(student)(WAVEFORMS, LENGTHS, None, (targets * size).half())
+            found = LayerDistiller(student)(WAVEFORMS, LENGTHS, None, (targets * size).half())
         assert found.total.dtype == torch.float32 and torch.isfinite(found.total)
         found.total.backward()
         found_gradients = gradients(student)
@@ -248,7 +249,7 @@ def test_gradients_summed_over_many_frames_do_not_overflow_float16() -> None:
     torch.nn.init.zeros_(head.bias)
     x, targets = torch.ones(1, 30_000, 2), torch.full((1, 30_000, 4), 5.0)
     with torch.autocast("cpu", torch.float16):
-        total, _, _ = _head_loss(x, head, targets, torch.zeros(1, 30_000, dtype=torch.bool), "mse", False)
+        total, _, _ = head_loss(x, head, targets, torch.zeros(1, 30_000, dtype=torch.bool), "mse", False)
     (total / 30_000).backward()
     # Errors of -5 times inputs of 1 sum to -150,000, beyond float16.
     torch.testing.assert_close(head.weight.grad, torch.full((4, 2), -2.5), rtol=1e-2, atol=0)
@@ -259,7 +260,7 @@ def test_a_loss_that_is_not_finite_shows_in_the_gradients() -> None:
     for kind in ("mse", "l1"):
         student, targets = tiny()
         targets[0, 1, 2, 3] = torch.nan
-        loss = Distiller(student, kind=kind)(WAVEFORMS, LENGTHS, None, targets).total
+        loss = LayerDistiller(student, kind=kind)(WAVEFORMS, LENGTHS, None, targets).total
         assert torch.isnan(loss)
         (loss * loss.detach()).backward()
         assert not all(torch.isfinite(gradient).all() for gradient in gradients(student).values())
@@ -271,18 +272,18 @@ def test_a_loss_that_is_not_finite_shows_in_the_gradients() -> None:
 )
 def test_targets_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Distiller(tiny()[0])(WAVEFORMS, LENGTHS, None, torch.zeros(shape))
+        LayerDistiller(tiny()[0])(WAVEFORMS, LENGTHS, None, torch.zeros(shape))
 
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="'l2' is not known"):
-        Distiller(tiny()[0], kind="l2")  # type: ignore[arg-type]
+        LayerDistiller(tiny()[0], kind="l2")  # type: ignore[arg-type]
 
 
 def _rank(index: int, world: int, meeting: str, results: str) -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=index, world_size=world)
     student, targets = tiny()
-    model = DistributedDataParallel(Distiller(student))
+    model = DistributedDataParallel(LayerDistiller(student))
     rows = slice(0, 1) if index == 0 else slice(1, 3)
     loss = model(WAVEFORMS[rows], LENGTHS[rows], FRAME_MASK[rows], targets[rows], 41.0, cosines=True)
     (loss.total * world).backward()
@@ -294,7 +295,7 @@ def test_ddp_wraps_it(tmp_path: Path) -> None:
     meeting = f"file://{tmp_path}/meeting"
     torch.multiprocessing.spawn(_rank, (2, meeting, str(tmp_path)), nprocs=2)
     student, targets = tiny()
-    loss = Distiller(student)(WAVEFORMS, LENGTHS, FRAME_MASK, targets, 41.0)
+    loss = LayerDistiller(student)(WAVEFORMS, LENGTHS, FRAME_MASK, targets, 41.0)
     loss.total.backward()
     expected = gradients(student)
     (first, ranks), (second, others) = (torch.load(tmp_path / str(index)) for index in range(2))

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from ray_distill.student import Student, StudentConfig, distillation_loss, load_student
-from ray_distill.student.objectives.layer_loss import Distiller
+from ray_distill.student.objectives.layer_prediction import LayerDistiller
 from ray_distill.student.objectives.temporal_relation import RelationDistiller, relation
 from ray_distill.student.training.spec_augment import SpecAugment, spec_augment
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.student.training.training_loop import hints_of, train
+from ray_distill.student.training.training_loop import train
+from ray_distill.student.training.validation import make_distiller
 from ray_distill.teacher_cache.reader import CacheReader
 
 Readers = tuple[CacheReader, CacheReader]
@@ -102,7 +103,7 @@ def test_cosine_term_by_hand_and_its_gradient(still: StudentConfig) -> None:
     # A key's bias shifts all scores of a query alike, so its gradient is rounding alone.
     expected = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None and "key.bias" not in n}
     student.zero_grad()
-    fused = Distiller(student, **settings)(WAVEFORMS, LENGTHS, None, targets).total
+    fused = LayerDistiller(student, **settings)(WAVEFORMS, LENGTHS, None, targets).total
     torch.testing.assert_close(fused, by_hand)
     fused.backward()
     for name, gradient in expected.items():
@@ -115,7 +116,9 @@ def test_hints_choose_layers_and_leave_no_parameter_out(still: StudentConfig) ->
     student, targets = Student(still.model_copy(update={"encoder_layers": 4})).eval(), torch.randn(2, 4, 19, 32)
     out = student(WAVEFORMS, LENGTHS)
     every = distillation_loss(out.projections, targets, out.num_frames)
-    some = Distiller(student)(WAVEFORMS, LENGTHS, None, targets, hints=[True, False, True])
+    distiller = LayerDistiller(student)
+    distiller.hints = [True, False, True]
+    some = distiller(WAVEFORMS, LENGTHS, None, targets)
     torch.testing.assert_close(some.per_layer, every.per_layer)
     torch.testing.assert_close(some.hint, 0.1 * (every.per_layer[0] + every.per_layer[2]))
     some.total.backward()
@@ -124,14 +127,21 @@ def test_hints_choose_layers_and_leave_no_parameter_out(still: StudentConfig) ->
         distillation_loss(out.projections, targets, out.num_frames, hints=[True, False])
 
 
-def test_drawn_hint_layers_change_with_the_epoch_and_follow_the_seed(settings: Settings) -> None:
-    chosen = [hints_of(epoch, 11, settings(hint_layers=3)) for epoch in range(200)]
-    assert all(hints is not None and sum(hints) == 3 for hints in chosen)
+def test_drawn_hint_layers_change_with_the_epoch_and_follow_the_seed(settings: Settings, still: StudentConfig) -> None:
+    student = Student(still.model_copy(update={"encoder_layers": 12}))
+
+    def hints(epoch: int, **changes: Any) -> Any:
+        distiller = make_distiller(student, settings(**changes))
+        distiller.set_epoch(epoch)
+        return distiller.hints
+
+    chosen = [hints(epoch, hint_layers=3) for epoch in range(200)]
+    assert all(drawn is not None and len(drawn) == 11 and sum(drawn) == 3 for drawn in chosen)
     share = np.mean(np.array(chosen), 0)
     assert share.min() > 0.17 and share.max() < 0.38  # Each layer in 3 of 11 epochs.
-    assert chosen == [hints_of(epoch, 11, settings(hint_layers=3)) for epoch in range(200)]
-    assert chosen != [hints_of(epoch, 11, settings(hint_layers=3, seed=1)) for epoch in range(200)]
-    assert hints_of(0, 11, settings()) is None
+    assert chosen == [hints(epoch, hint_layers=3) for epoch in range(200)]
+    assert chosen != [hints(epoch, hint_layers=3, seed=1) for epoch in range(200)]
+    assert hints(0) is None
 
 
 def test_count_padding_is_the_published_sum(shared: Path) -> None:
@@ -211,7 +221,7 @@ def test_spec_augment_changes_training_and_not_validation(
     still: StudentConfig, readers: Readers, settings: Settings
 ) -> None:
     torch.manual_seed(0)
-    distiller = Distiller(Student(still), spec_augment=SpecAugment())
+    distiller = LayerDistiller(Student(still), spec_augment=SpecAugment())
     targets = torch.randn(2, 2, 19, 32)
     with torch.no_grad():
         losses = [float(distiller(WAVEFORMS, LENGTHS, None, targets).total) for _ in range(2)]

@@ -43,7 +43,7 @@ def feed(reader: Reader, options: TrainSettings, *, first: int = 0, rank: Rank =
 
 
 def feeds() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "feed"]
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 def test_every_epoch_has_all_utterances_and_a_draw_of_its_own(settings: Settings) -> None:
@@ -105,7 +105,7 @@ def test_epochs_are_planned_ahead_in_the_background(settings: Settings, monkeypa
     plan = TrainingPlan(reader.num_samples, options, 1)
     monkeypatch.setattr(TrainingPlan, "_plan", watched)
     list(micro_batches(plan, reader, Rank(), 0, 1))
-    assert planners == [(epoch, "feed") for epoch in range(4)]
+    assert planners == [(epoch, "prefetch") for epoch in range(4)]
 
 
 def test_what_the_reader_raises_is_raised_by_the_training(settings: Settings) -> None:

@@ -31,7 +31,7 @@ import ray
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.ray_training import train_on_ray
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.teacher_cache.storage.cache_spec import MaskDraws
+from ray_distill.teacher_cache.masks import MaskDraws
 
 job = json.loads(Path(sys.argv[1]).read_text())
 ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False)

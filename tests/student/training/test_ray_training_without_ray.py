@@ -16,9 +16,9 @@ from ray.train.v2._internal.exceptions import (
 )
 
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.training.ray_training import TrainingError, _reason, train_on_ray
+from ray_distill.student.training.ray_training import TrainingError, _explain, train_on_ray
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.teacher_cache.storage.cache_spec import MaskDraws
+from ray_distill.teacher_cache.masks import MaskDraws
 
 
 @pytest.mark.parametrize(
@@ -26,19 +26,19 @@ from ray_distill.teacher_cache.storage.cache_spec import MaskDraws
     [
         (
             [RuntimeError("Connection closed by peer"), torch.OutOfMemoryError("CUDA out of memory. Tried to ...")],
-            "broken off 3 times .train.max_failures is 2., the last time since a worker failed: CUDA out of memory; where memory",
+            "failed 3 times .train.max_failures is 2., the last time because a worker failed: CUDA out of memory; if memory ran",
         ),
         (
             [RuntimeError("Connection closed by peer"), WorkerHealthCheckFailedError("rank 1", ActorDiedError())],
-            "since a worker's process died, as when the machine's memory runs out; where memory was short, lower",
+            "because a worker's process died, for example because the machine ran out of memory; if memory ran out, lower",
         ),
-        ([UserExceptionWithTraceback(KeyError("x"), "")], "a worker failed: 'x'; the same command goes on"),
+        ([UserExceptionWithTraceback(KeyError("x"), "")], "a worker failed: 'x'; the same command continues"),
     ],
 )
 def test_workers_that_fail_too_often_are_one_sentence(
     settings: Callable[..., TrainSettings], failures: list[Exception], message: str
 ) -> None:
-    error = _reason(ray.train.WorkerGroupError("...", dict(enumerate(failures))), settings())
+    error = _explain(ray.train.WorkerGroupError("...", dict(enumerate(failures))), settings())
     assert isinstance(error, TrainingError) and "\n" not in str(error)
     assert re.search(message, str(error)), error
 
@@ -46,11 +46,11 @@ def test_workers_that_fail_too_often_are_one_sentence(
 def test_what_a_worker_says_to_the_user_is_passed_on(settings: Callable[..., TrainSettings]) -> None:
     said = UserExceptionWithTraceback(ValueError("the student doesn't fit"), "")
     group = ray.train.WorkerGroupError("...", {0: UserExceptionWithTraceback(ConnectionError("peer"), ""), 1: said})
-    assert str(_reason(group, settings())) == "the student doesn't fit"
+    assert str(_explain(group, settings())) == "the student doesn't fit"
 
 
 def test_workers_that_find_no_room_are_one_sentence(settings: Callable[..., TrainSettings]) -> None:
-    error = _reason(ray.train.ControllerError(WorkerGroupStartupTimeoutError(2)), settings(workers=2))
+    error = _explain(ray.train.ControllerError(WorkerGroupStartupTimeoutError(2)), settings(workers=2))
     assert re.match(
         r"Ray could not start the training's 2 workers \(The worker group .* 2 workers\); change", str(error)
     )

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.objectives.layer_loss import Distiller
+from ray_distill.student.objectives.layer_prediction import LayerDistiller
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import CheckpointError
@@ -100,7 +100,7 @@ def test_a_skipped_step_leaves_the_weights_alone(
 ) -> None:
     weights: list[Tensor] = []
 
-    def watched(distiller: Distiller) -> Distiller:
+    def watched(distiller: LayerDistiller) -> LayerDistiller:
         head = distiller.student.heads[1]
         distiller.register_forward_pre_hook(lambda *_: weights.append(head.weight.detach().clone()))
         return distiller
@@ -144,7 +144,7 @@ def test_a_gradient_that_is_not_finite_is_told_from_a_loss(
         calls += 1
         return gradient * (torch.inf if calls in (3, 4) else 1.0)
 
-    def wrap(distiller: Distiller) -> Distiller:
+    def wrap(distiller: LayerDistiller) -> LayerDistiller:
         distiller.student.heads[0].weight.register_hook(overflow)
         return distiller
 
@@ -182,7 +182,7 @@ def _rank(index: int, config: StudentConfig, options: TrainSettings, cache: Path
     torch.distributed.init_process_group("gloo", store=store, rank=index, world_size=2)
     students: list[Student] = []
 
-    def wrap(distiller: Distiller) -> DistributedDataParallel:
+    def wrap(distiller: LayerDistiller) -> DistributedDataParallel:
         students.append(distiller.student)
         return DistributedDataParallel(distiller)
 
@@ -225,7 +225,7 @@ def test_a_loss_scale_that_cannot_fall_stops_the_run(
         "ray_distill.student.training.training_loop.GradScaler", lambda *a, **k: GradScaler(*a, **k, init_scale=scale)
     )
 
-    def wrap(distiller: Distiller) -> Distiller:
+    def wrap(distiller: LayerDistiller) -> LayerDistiller:
         distiller.student.heads[0].weight.register_hook(lambda gradient: gradient * torch.inf)
         return distiller
 

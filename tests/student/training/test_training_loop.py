@@ -16,17 +16,17 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ray_distill.student.checkpoints import load_student
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.objectives.layer_loss import Distiller
+from ray_distill.student.objectives.layer_prediction import LayerDistiller
 from ray_distill.student.training.optimizer import make_optimizer, schedule_factor
 from ray_distill.student.training.prefetch import TrainingPlan
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.ray_training import train_on_ray
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
-from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache
-from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
@@ -181,7 +181,7 @@ def _rank(index: int, workers: int, config: StudentConfig, options: TrainSetting
         exchanges += bucket.is_last()
         return allreduce_hook(group, bucket)
 
-    def wrap(distiller: Distiller) -> DistributedDataParallel:
+    def wrap(distiller: LayerDistiller) -> DistributedDataParallel:
         model = DistributedDataParallel(distiller)
         model.register_comm_hook(None, count)
         return model

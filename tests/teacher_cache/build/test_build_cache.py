@@ -1,4 +1,4 @@
-"""Building with Ray Data and without: the same bytes, honest progress, and one sentence where something is wrong."""
+"""Building with and without Ray Data: the same bytes, correct progress, and errors of one sentence."""
 
 import hashlib
 import json
@@ -16,17 +16,20 @@ import pytest
 import torch
 
 from ray_distill.teacher_cache.build.build_cache import BuildReport, Progress, Workers, _ShardWriterActor, build_cache
-from ray_distill.teacher_cache.build.shard_writer import decode_shard, shard_to_json
+from ray_distill.teacher_cache.build.shard_audio import load_shard_audio
+from ray_distill.teacher_cache.build.shard_writer import shard_to_json
 from ray_distill.teacher_cache.embedded_audio import to_pcm
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.teachers import Teacher
 
 TEACHER = "random:2x32"
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -36,7 +39,7 @@ Build = Callable[..., BuildReport]
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """A Ray of two CPUs in this process."""
+    """Ray with two CPUs, initialised in this process."""
     import ray
 
     variables = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -54,7 +57,7 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture
 def build(cache_spec: Make, source_utterances: list[Utterance]) -> Build:
-    """Builds the test speech's cache; keywords are of the spec, but for the first ones."""
+    """Build a cache of the test speech. ``changes`` are fields of its specification."""
 
     def run(
         location: Path | str,
@@ -72,7 +75,7 @@ def build(cache_spec: Make, source_utterances: list[Utterance]) -> Build:
 
 
 def exported(name: str) -> float:
-    """What the exporter of this machine's only Ray node has under a name, once it has it."""
+    """Wait for a metric of the only Ray node on this machine, and return the sum of its values."""
     import ray
 
     (node,) = ray.nodes()
@@ -91,7 +94,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.suffix != ".lock" and not path.match(f"{BUILDS}/*.json")  # Measured.
+        if path.is_file() and path.suffix != ".lock" and not path.match(f"{BUILDS}/*.json")  # Measurements differ.
     }
 
 
@@ -130,14 +133,14 @@ def test_two_actors_give_the_same_bytes(tmp_path: Path, local_ray: None, build: 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("codec", ["fp32", "pca"])
-def test_a_file_that_vanished_is_named_and_all_others_are_cached(
+def test_a_missing_file_is_named_and_all_others_are_cached(
     tmp_path: Path, local_ray: None, build: Build, source_utterances: list[Utterance], codec: str
 ) -> None:
     victim = Path(next(utterance.path for utterance in source_utterances if utterance.split == "train"))
     sound = victim.read_bytes()
     victim.unlink()
     seen: list[Progress] = []
-    # A codec that learns hears the utterances first.
+    # A codec with a state is fitted before any shard is written.
     message = (
         f"the codec could not be fitted: {victim} can't" if codec == "pca" else f"1 utterances could not .*{victim}"
     )
@@ -160,7 +163,7 @@ def test_a_file_that_vanished_is_named_and_all_others_are_cached(
 
 
 @pytest.mark.ray
-def test_another_teacher_is_said_in_one_sentence(
+def test_another_teacher_is_an_error_of_one_sentence(
     tmp_path: Path, local_ray: None, cache_spec: Make, source_utterances: list[Utterance]
 ) -> None:
     spec = cache_spec(TEACHER)
@@ -173,7 +176,7 @@ def test_another_teacher_is_said_in_one_sentence(
 
 
 @pytest.mark.ray
-def test_a_build_that_is_broken_off_writes_nothing_more(tmp_path: Path, local_ray: None, build: Build) -> None:
+def test_an_interrupted_build_stops_writing(tmp_path: Path, local_ray: None, build: Build) -> None:
     many = {"shard_seconds": 1, "masks": MaskDraws(draws=30)}
 
     def stop(progress: Progress) -> None:
@@ -181,8 +184,8 @@ def test_a_build_that_is_broken_off_writes_nothing_more(tmp_path: Path, local_ra
 
     with pytest.raises(KeyboardInterrupt) as caught:
         build(tmp_path / "cache", Workers(actors=2), stop, **many)
-    assert caught.tb  # Which keeps what the build was doing alive.
-    time.sleep(1)  # Of actors that are being ended.
+    assert caught.tb  # The traceback keeps the build's objects alive.
+    time.sleep(1)  # Actors are being stopped.
     left = contents(tmp_path / "cache")
     time.sleep(1.5)
     assert contents(tmp_path / "cache") == left
@@ -192,7 +195,7 @@ def test_a_build_that_is_broken_off_writes_nothing_more(tmp_path: Path, local_ra
     assert contents(tmp_path / "cache") == contents(tmp_path / "sound")
 
 
-def test_who_adds_or_repairs_uses_the_threads_it_was_begun_with(tmp_path: Path, build: Build) -> None:
+def test_repair_uses_the_number_of_threads_of_the_build(tmp_path: Path, build: Build) -> None:
     import torch
 
     build(tmp_path / "cache", codec="fp32")
@@ -212,49 +215,42 @@ def test_who_adds_or_repairs_uses_the_threads_it_was_begun_with(tmp_path: Path, 
 def test_a_file_that_changed_is_named(tmp_path: Path, build: Build, source_utterances: list[Utterance]) -> None:
     victim, other = Path(source_utterances[0].path), Path(source_utterances[1].path)
     victim.write_bytes(other.read_bytes())
-    with pytest.raises(CacheError, match=f"{victim} changed since the corpus was indexed; run the index stage again"):
+    with pytest.raises(
+        CacheError, match=f"{victim} has changed since the corpus was indexed; run the index stage again"
+    ):
         build(tmp_path / "cache")
     victim.write_bytes(b"fLaC but no more")
     with pytest.raises(CacheError, match=f"1 utterances could not be cached: {victim} can't be decoded as audio"):
         build(tmp_path / "cache")
 
 
-def test_a_codec_that_does_not_fit_the_teacher_is_said(
+def test_values_that_the_codec_cannot_represent_are_an_error(
     tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loud(*arguments: object) -> object:
-        import torch
-
-        from ray_distill.teacher_cache.teachers import load_teacher
-
-        states = load_teacher(TEACHER).hidden_states(*arguments[2:5])  # type: ignore[arg-type]
-        return states * torch.tensor(1e6)
-
-    monkeypatch.setattr("ray_distill.teacher_cache.build.shard_writer.hidden_states", loud)
+    compute = Teacher.hidden_states
+    monkeypatch.setattr(Teacher, "hidden_states", lambda *args, **options: compute(*args, **options) * 1e6)
     with pytest.raises(CacheError, match="layer 1 is beyond the range of fp16; use codec fp32"):
         build(tmp_path / "cache", codec="fp16")
 
 
-def exhausted(*arguments: object) -> object:
+def out_of_memory(*_arguments: object, **_options: object) -> object:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
 
-def test_too_little_memory_is_said_in_one_sentence(
+def test_too_little_memory_is_an_error_of_one_sentence(
     tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "cache"
-    with monkeypatch.context() as patch:
-        patch.setattr("ray_distill.teacher_cache.build.codec_fit.hidden_states", exhausted)
-        with pytest.raises(CacheError, match="could not be fitted: .* with one utterance; .* corpus.max_seconds"):
-            build(root, codec="int8")
-    said = "random:2x32 ran out of memory on cpu with batches of 6 s of audio; .* lower cache.batch_seconds"
-    monkeypatch.setattr("ray_distill.teacher_cache.build.shard_writer.hidden_states", exhausted)
-    with pytest.raises(CacheError, match=said):
+    monkeypatch.setattr(Teacher, "hidden_states", out_of_memory)
+    with pytest.raises(CacheError, match="could not be fitted: .* with one utterance; .* corpus.max_seconds"):
+        build(root, codec="int8")
+    message = "random:2x32 ran out of memory on cpu with batches of 6 s of audio; .* lower cache.batch_seconds"
+    with pytest.raises(CacheError, match=message):
         build(root)
     assert not list((root / "clean").iterdir())
-    # An actor hands the sentence on, where an exception would make Ray start it again.
+    # An actor returns the sentence, because Ray would restart it after an exception.
     cache = Cache.open(root)
-    audio = decode_shard(cache, cache.shards[0])
+    audio = load_shard_audio(cache, cache.shards[0])
     row = {
         "shard": shard_to_json(cache.shards[0]),
         "pcm": b"".join(to_pcm(waveform) for waveform in audio.waveforms),
@@ -262,10 +258,10 @@ def test_too_little_memory_is_said_in_one_sentence(
         "failures": "[]",
     }
     (record,) = _ShardWriterActor(str(root), TEACHER, "cpu")(pa.Table.from_pylist([row])).to_pylist()
-    assert re.match(said, record["refused"])
+    assert re.match(message, record["refused"])
 
 
-def test_workers_that_fail_are_said_in_one_sentence(
+def test_a_failed_worker_is_an_error_of_one_sentence(
     tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray.data
@@ -282,19 +278,18 @@ def test_workers_that_fail_are_said_in_one_sentence(
             raise error
 
         monkeypatch.setattr(ray.data, "from_items", fail)
-        with pytest.raises(
-            CacheError, match=rf"^the cache stage was broken off, since a worker failed \({text}"
-        ) as caught:
+        with pytest.raises(CacheError, match=rf"^the cache stage stopped because a worker failed \({text}") as caught:
             build(tmp_path / "cache", workers=Workers())
         assert "\n" not in str(caught.value)
 
 
-def test_another_builder_is_said_and_the_first_is_not_disturbed(tmp_path: Path, build: Build) -> None:
-    with building(Store(tmp_path / "cache")):
+def test_a_second_build_names_the_first_and_does_not_disturb_it(tmp_path: Path, build: Build) -> None:
+    with cache_lock(Store(tmp_path / "cache")):
         code = f"""
-from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.store import Store
-with building(Store({str(tmp_path / "cache")!r})):
+from ray_distill.teacher_cache.teachers import Teacher
+with cache_lock(Store({str(tmp_path / "cache")!r})):
     print("two at once")
 """
         second = subprocess.run(
@@ -302,14 +297,14 @@ with building(Store({str(tmp_path / "cache")!r})):
         )
         assert second.returncode != 0
         expected = f"the cache at {tmp_path / 'cache'} is being built by process {os.getpid()} on "
-        assert expected in second.stderr and "wait until it is done, or stop it" in second.stderr
+        assert expected in second.stderr and "wait until it has finished, or stop it" in second.stderr
         with pytest.raises(CacheError, match="is being built by process"):
             build(tmp_path / "cache")
     build(tmp_path / "cache")
     assert verify_cache(tmp_path / "cache") == []
 
 
-def test_a_foreign_folder_is_left_as_it_is(tmp_path: Path, build: Build) -> None:
+def test_a_folder_with_other_files_is_not_changed(tmp_path: Path, build: Build) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     with pytest.raises(CacheError, match=r"holds files \(such as chapter.tex\) but no cache.json"):
@@ -328,6 +323,7 @@ from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards, Utterance
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.teachers import Teacher
 torch.set_num_threads(1)
 disk, job = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 root, ballast = disk / "cache", disk / "ballast"
@@ -359,19 +355,19 @@ rows = []
 for room in job["rooms"]:
     shutil.rmtree(root, ignore_errors=True)
     fill(room)
-    said = attempt(build)
-    begun = Cache.exists(Store(root))
-    missing = len(Cache.open(root).missing()) if begun else None
+    message = attempt(build)
+    created = Cache.exists(Store(root))
+    missing = len(Cache.open(root).missing()) if created else None
     left = [name for name in hashes() if name.endswith(".tmp")]
     ballast.unlink()
-    rows.append({"said": said, "missing": missing, "left": left, "written": build(), "files": hashes()})
+    rows.append({"message": message, "missing": missing, "left": left, "written": build(), "files": hashes()})
 for path in root.glob("masked/*/*.parquet"):
     path.unlink()
 fill(job["repair_room"])
-said = attempt(lambda: repair_cache(root))
+message = attempt(lambda: repair_cache(root))
 ballast.unlink()
 repair_cache(root)
-rows.append({"said": said, "files": hashes()})
+rows.append({"message": message, "files": hashes()})
 print(json.dumps(rows))
 """
 
@@ -390,7 +386,7 @@ def test_a_full_disk(tmp_path: Path, build: Build, cache_spec: Make, source_utte
     }
     (tmp_path / "job.json").write_text(json.dumps(job))
     (tmp_path / "disk").mkdir()
-    # A file system in memory, in a namespace of its own.
+    # A file system in memory, in a separate namespace.
     script = 'mount -t tmpfs -o size="$1" tmpfs "$2" && exec "$3" -c "$4" "$2" "$5"'
     arguments = [str(3 * size), tmp_path / "disk", sys.executable, FULL_DISK, tmp_path / "job.json"]
     done = subprocess.run(
@@ -402,24 +398,24 @@ def test_a_full_disk(tmp_path: Path, build: Build, cache_spec: Make, source_utte
         timeout=120,
     )
     if "unshare" in done.stderr or "mount:" in done.stderr:
-        pytest.skip(f"needs a file system of its own, which is not permitted here: {done.stderr.strip()}")
+        pytest.skip(f"needs to mount a file system, which is not permitted here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     *rows, repaired = json.loads(done.stdout)
     shards = len(Cache.open(tmp_path / "sound").shards)
     for row in [*rows, repaired]:
-        assert row["said"].startswith(f"the disk of {tmp_path / 'disk' / 'cache'} is full ("), row["said"]
-        assert row["said"].endswith("what is finished stays: make room and run again")
+        assert row["message"].startswith(f"the disk of {tmp_path / 'disk' / 'cache'} is full ("), row["message"]
+        assert row["message"].endswith("free some space and run again, finished files are kept")
         assert row["files"] == sound
     for row in rows:
         assert row["left"] == []
         assert row["written"] == (shards if row["missing"] is None else row["missing"])
-    assert rows[0]["missing"] is None, "the cache was not begun"
-    assert len({row["missing"] for row in rows}) > 2, "the disk was full early and late"
+    assert rows[0]["missing"] is None, "the cache was created on a full disk"
+    assert len({row["missing"] for row in rows}) > 2, "all builds stopped at the same point"
 
 
-def test_draws_and_layers_that_are_not_there(tmp_path: Path, build: Build) -> None:
+def test_draws_and_layers_that_do_not_exist(tmp_path: Path, build: Build) -> None:
     build(tmp_path / "cache", masks=MaskDraws(draws=0))
-    with pytest.raises(CacheError, match="mask draw 0 is not in the cache at .*; it has none"):
+    with pytest.raises(CacheError, match="mask draw 0 is not in the cache at .*; it has no draws"):
         CacheReader(tmp_path / "cache", "train").read([0], 0)
     with pytest.raises(CacheError, match="there is no layer 7; the teacher has layers 1 to 2"):
         build(tmp_path / "cache", layers=(1, 7))

@@ -1,4 +1,4 @@
-"""Kills, second builders, full disks, lost corpora: what was finished stays, and going on gives the undisturbed bytes."""
+"""Killed and concurrent builds, full disks and lost corpora: finished files stay, and resuming gives the same bytes."""
 
 import errno
 import json
@@ -21,10 +21,11 @@ import pytest
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.maintenance.repair import SET_ASIDE, repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 
@@ -46,8 +47,8 @@ torch.set_num_threads(1)
 count, create = 0, Store.create
 
 @contextlib.contextmanager
-def deadly(store, name):
-    # Killed while the n-th file is written (half of it is there), or as soon as it is in its place.
+def create_and_kill(store, name):
+    # Kill the process when half of the n-th file is written, or right after it was moved into place.
     global count
     count += 1
     fatal = count == job["file"]
@@ -59,7 +60,7 @@ def deadly(store, name):
     if fatal:
         os.kill(os.getpid(), signal.SIGKILL)
 
-Store.create = deadly
+Store.create = create_and_kill
 if job["spec"] is None:
     repair_cache(job["root"])
 else:
@@ -67,26 +68,26 @@ else:
     plan = plan_shards([Utterance(**u) for u in job["utterances"]], spec.shard_seconds)
 
     def wait(progress):
-        # So that the other builder of a pair meets one at work.
+        # Keep the lock until the other build of a pair has tried to take it.
         while job["until"] and not Path(job["until"]).exists():
             time.sleep(0.005)
 
     try:
         arguments = {"teacher_name": job["teacher"], "workers": job["workers"], "on_progress": wait}
         build_cache(job["root"], spec, plan, job["teacher"], **arguments)
-        said = "built"
+        outcome = "built"
     except CacheError as error:
-        said = str(error)
-    if job["says"]:
-        Path(job["says"]).write_text(said)
+        outcome = str(error)
+    if job["output"]:
+        Path(job["output"]).write_text(outcome)
 """
 
 
 @pytest.fixture
 def start(source_utterances: list[Utterance], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Starts a builder (or, without a spec, a repairer) in a process of its own; its keywords are WORK's ``job``."""
+    """Start a build, or a repair if there is no spec, in a new process. Keywords are items of ``job`` in WORK."""
     context = multiprocessing.get_context("forkserver")
-    # pandas: pyarrow imports it at the first use of a table, which takes longer than the work here.
+    # pyarrow imports pandas when a table is first used, which takes longer than the tests' work.
     modules = ("build.build_cache", "maintenance.repair")
     context.set_forkserver_preload([*(f"ray_distill.teacher_cache.{module}" for module in modules), "pandas"])
     started = []
@@ -101,7 +102,7 @@ def start(source_utterances: list[Utterance], monkeypatch: pytest.MonkeyPatch) -
             "file": 0,
             "torn": False,
             "until": "",
-            "says": "",
+            "output": "",
         } | job
         process = context.Process(target=exec, args=(WORK, {"job": job}))
         process.start()
@@ -118,19 +119,19 @@ def contents(root: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.suffix != ".lock" and not path.match(f"{BUILDS}/*.json")  # Measured.
+        if path.is_file() and path.suffix != ".lock" and not path.match(f"{BUILDS}/*.json")  # Measurements differ.
     }
 
 
 def committed(root: Path) -> dict[str, int]:
-    """Finished shard files with the time they were written."""
+    """Return the modification times of finished shard files."""
     commits = sorted((root / "commits").rglob("*.json"))
     files = [root / path.relative_to(root / "commits").with_suffix(".parquet") for path in commits]
     return {str(path): path.stat().st_mtime_ns for path in files if path.exists()}
 
 
 def damage(root: Path) -> None:
-    """A file gone, one cut short, one with a flipped bit; a lost commit, a lost copy."""
+    """Delete a file, truncate one, flip a bit in one, and delete a commit record and a copy."""
     (root / "masked/draw=0/part-00001.parquet").unlink()
     (root / "copies/plan.parquet").unlink()
     (root / "commits/clean/part-00002.json").unlink()
@@ -171,25 +172,27 @@ def test_killed_at_every_file(
         if killed.exitcode == 0:
             break
         assert killed.exitcode == -signal.SIGKILL
-        assert not torn or any(".tmp" in name for name in contents(root)), "the kill was in the middle of a file"
+        assert not torn or any(".tmp" in name for name in contents(root)), (
+            "the process was killed in the middle of a file"
+        )
         finished = committed(root)
         counts.add(len(finished))
         if what == "repair":
             repair_cache(root)
         else:
             make_cache(root, **full)
-            assert committed(root).items() >= finished.items(), "what was finished was made once"
+            assert committed(root).items() >= finished.items(), "finished files are not written again"
         assert contents(root) == expected, f"killed at step {step}"
         assert verify_cache(root) == []
-    assert step > 6, "files were counted"
-    assert len(counts) > 2, "kills fell early and late"
+    assert step > 6, "the files were not counted"
+    assert len(counts) > 2, "all kills had the same effect"
 
 
 def test_killed_at_random_moments(
     tmp_path: Path, make_cache: Make, cache_spec: Make, start: Callable[..., Any]
 ) -> None:
     make_cache(tmp_path / "sound", codec="int8")
-    start(tmp_path / "first", cache_spec(codec="int8")).join()  # Waits for the server of processes.
+    start(tmp_path / "first", cache_spec(codec="int8")).join()  # This waits for the fork server.
     began = time.monotonic()
     start(tmp_path / "timed", cache_spec(codec="int8")).join()
     seconds = time.monotonic() - began
@@ -198,7 +201,7 @@ def test_killed_at_random_moments(
         root = tmp_path / str(trial)
         kills = 0
         while kills < 20:
-            # Again and again on what was left, until one gets through.
+            # Build on the files of killed builds until one build finishes.
             kills += 1
             builder = start(root, cache_spec(codec="int8"))
             builder.join(rng.uniform(0.3, 1.0) * seconds)
@@ -211,7 +214,7 @@ def test_killed_at_random_moments(
         assert verify_cache(root) == []
 
 
-def test_a_beginning_with_another_codec_leaves_nothing(
+def test_a_killed_build_with_another_codec_leaves_nothing_behind(
     tmp_path: Path, make_cache: Make, cache_spec: Make, start: Callable[..., Any]
 ) -> None:
     killed = start(tmp_path / "cache", cache_spec(codec="pca:0.2"), file=4)
@@ -224,17 +227,17 @@ def test_a_beginning_with_another_codec_leaves_nothing(
     assert verify_cache(tmp_path / "cache") == []
 
 
-def test_of_two_builders_at_once_one_goes_on(
+def test_only_one_of_two_concurrent_builds_continues(
     tmp_path: Path, make_cache: Make, cache_spec: Make, start: Callable[..., Any]
 ) -> None:
     make_cache(tmp_path / "sound")
     for trial in range(4):
         root = tmp_path / str(trial)
-        says = [tmp_path / f"{trial}.{n}" for n in range(2)]
-        pair = [start(root, cache_spec(), says=str(says[n]), until=str(says[1 - n])) for n in range(2)]
+        outputs = [tmp_path / f"{trial}.{n}" for n in range(2)]
+        pair = [start(root, cache_spec(), output=str(outputs[n]), until=str(outputs[1 - n])) for n in range(2)]
         for process in pair:
             process.join(60)
-        outcomes = [path.read_text() for path in says]
+        outcomes = [path.read_text() for path in outputs]
         winner = outcomes.index("built")
         assert outcomes[1 - winner].startswith(f"the cache at {root} is being built by process {pair[winner].pid} on ")
         assert contents(root) == contents(tmp_path / "sound")
@@ -253,7 +256,7 @@ exec(sys.argv[3], {"job": job})
 
 @pytest.fixture
 def start_with_ray(source_utterances: list[Utterance]) -> Iterator[Callable[..., Any]]:
-    """Starts a driver with a Ray of its own and two actors."""
+    """Start a driver with its own Ray and two actors."""
     started = []
 
     def run(root: Path, spec: CacheSpec) -> Any:
@@ -265,7 +268,7 @@ def start_with_ray(source_utterances: list[Utterance]) -> Iterator[Callable[...,
             "file": 0,
             "torn": False,
             "until": "",
-            "says": str(root) + ".says",
+            "output": str(root) + ".output",
         }
         command = [sys.executable, "-c", DRIVER, str(REPOSITORY), json.dumps(job), WORK]
         environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
@@ -282,12 +285,12 @@ def start_with_ray(source_utterances: list[Utterance]) -> Iterator[Callable[...,
 def wait_for_commits(root: Path, count: int, driver: Any) -> None:
     give_up = time.monotonic() + 120
     while len(committed(root)) < count:
-        assert driver.poll() is None and time.monotonic() < give_up, "the build did not get that far"
+        assert driver.poll() is None and time.monotonic() < give_up, "the build did not write enough files"
         time.sleep(0.002)
 
 
 def actors_of(driver: int) -> list[int]:
-    """Processes below the driver that run the teacher: Ray puts the class into a process's title."""
+    """Return the processes of a driver's actors. Ray writes the class into the title of a process."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -298,7 +301,7 @@ def actors_of(driver: int) -> list[int]:
                     found.append(int(folder.name))
                     break
         except (FileNotFoundError, ProcessLookupError):
-            continue  # It ended while we looked.
+            continue  # The process has ended.
     return found
 
 
@@ -316,13 +319,13 @@ def test_a_killed_actor_is_replaced(
     finished = committed(tmp_path / "cache")
     assert len(finished) < len(committed(tmp_path / "sound"))
     assert driver.wait(300) == 0
-    assert Path(str(tmp_path / "cache") + ".says").read_text() == "built"
+    assert Path(str(tmp_path / "cache") + ".output").read_text() == "built"
     assert committed(tmp_path / "cache").items() >= finished.items()
     assert contents(tmp_path / "cache") == contents(tmp_path / "sound")
 
 
 @pytest.mark.ray
-def test_a_killed_driver_is_started_again(
+def test_a_killed_driver_can_be_restarted(
     tmp_path: Path, make_cache: Make, cache_spec: Make, start_with_ray: Callable[..., Any]
 ) -> None:
     changes = {"codec": "pca:0.2", "shard_seconds": 2}
@@ -332,7 +335,7 @@ def test_a_killed_driver_is_started_again(
     wait_for_commits(root, random.Random(2).randrange(2, 12), driver)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    # At once: its actors may still be at work.
+    # Build at once, while actors of the killed driver may still run.
     make_cache(root, **changes)
     assert verify_cache(root) == []
     give_up = time.monotonic() + 60
@@ -341,10 +344,10 @@ def test_a_killed_driver_is_started_again(
     found = {name: data for name, data in contents(root).items() if ".tmp" not in name}
     assert found == contents(tmp_path / "sound")
     repair_cache(root)
-    assert contents(root) == contents(tmp_path / "sound"), "what a late actor left aside goes with the next builder"
+    assert contents(root) == contents(tmp_path / "sound"), "the next process removes temporary files of late actors"
 
 
-def test_repair_without_a_corpus_reads_what_is_left_of_a_damaged_file(
+def test_repair_without_a_corpus_reads_audio_from_a_damaged_file(
     tmp_path: Path, make_cache: Make, speech_folder: Path
 ) -> None:
     root = tmp_path / "cache"
@@ -356,10 +359,10 @@ def test_repair_without_a_corpus_reads_what_is_left_of_a_damaged_file(
         group = file.metadata.row_group(0)
         places = {group.column(n).path_in_schema: group.column(n).data_page_offset + 60 for n in range(6)}
     flip(shard, places["layer_02"])
-    assert repair_cache(root) == [f"{shard} made again"]
+    assert repair_cache(root) == [f"{shard} rebuilt"]
     assert contents(root) == sound
 
-    # Damage that reaches the audio can't be undone, and nothing is thrown away; all else is made again.
+    # Damaged audio can't be repaired. The file is kept, and all others are rebuilt.
     flip(shard, places["audio"])
     damaged = shard.read_bytes()
     other = root / "masked/draw=0/part-00002.parquet"
@@ -373,7 +376,7 @@ def test_repair_without_a_corpus_reads_what_is_left_of_a_damaged_file(
     assert repair_cache(root) == []
 
 
-def test_a_corpus_that_moved_is_found_where_it_lies_now(
+def test_a_moved_corpus_is_read_at_its_new_path(
     tmp_path: Path, make_cache: Make, source_utterances: list[Utterance], speech_folder: Path
 ) -> None:
     root = tmp_path / "cache"
@@ -390,37 +393,37 @@ def test_a_corpus_that_moved_is_found_where_it_lies_now(
     (root / "clean/part-00001.parquet").unlink()
     with pytest.raises(CacheError, match=f"{speech_folder}.*No such file"):
         repair_cache(root)
-    with pytest.raises(CacheError, match=f"no audio of the cache lay below /old; .* was at {speech_folder}"):
+    with pytest.raises(CacheError, match=f"no audio file of the cache was below /old; .* was at {speech_folder}"):
         repair_cache(root, corpus_moved=("/old", str(now)))
     assert repair_cache(root, corpus_moved=(str(speech_folder), str(now))) == [
-        f"{root}/clean/part-00001.parquet made again"
+        f"{root}/clean/part-00001.parquet rebuilt"
     ]
     assert contents(root) == sound
 
 
-def test_strangers_of_one_name_are_all_kept(tmp_path: Path, make_cache: Make) -> None:
+def test_foreign_files_with_the_same_name_are_all_kept(tmp_path: Path, make_cache: Make) -> None:
     root = tmp_path / "cache"
     make_cache(root)
-    stranger = root / "clean/part-00099.parquet"
+    foreign = root / "clean/part-00099.parquet"
     for text in ("one", "two", "three"):
-        stranger.write_text(text)
+        foreign.write_text(text)
         repair_cache(root)
     kept = sorted((root / SET_ASIDE / "clean").iterdir())
     assert [path.read_text() for path in kept] == ["one", "two", "three"]
 
 
-def test_a_full_temporary_folder_is_said() -> None:
+def test_a_full_temporary_folder_is_a_cache_error() -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/somewhere")
-    expected = r"the disk with the temporary folder \(TMPDIR\) is full .* run again"
-    with pytest.raises(CacheError, match=expected), building(Store("memory://bucket/full")):
+    expected = r"the disk of the temporary folder \(TMPDIR\) is full .* run again"
+    with pytest.raises(CacheError, match=expected), cache_lock(Store("memory://bucket/full")):
         raise full
-    with pytest.raises(OSError, match="Input/output error") as other, building(Store("memory://bucket/full")):
+    with pytest.raises(OSError, match="Input/output error") as other, cache_lock(Store("memory://bucket/full")):
         raise OSError(errno.EIO, "Input/output error")
     assert not isinstance(other.value, ValueError)
 
 
-def test_a_file_in_its_place_is_all_there_is(tmp_path: Path) -> None:
-    """A write that fails leaves what was there before, and no temporary file."""
+def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
+    """A failed write keeps the earlier file and leaves no temporary file."""
     store = Store(tmp_path / "cache")
     store.write("a/b", b"before")
     with pytest.raises(RuntimeError, match="in the middle"), store.create("a/b") as path:

@@ -1,4 +1,4 @@
-"""Whatever happens to a cache's files: verify names the file, reading never gives other numbers, repair restores the bytes."""
+"""Damage to a cache's files: verify names the file, readers never return wrong numbers, and repair restores the bytes."""
 
 import random
 import shutil
@@ -65,7 +65,7 @@ def delete(rng: random.Random, root: Path, names: list[str]) -> set[str]:
 
 
 def duplicate(rng: random.Random, root: Path, names: list[str]) -> set[str]:
-    """A file once more under a shard's name that is not in the plan."""
+    """Copy a file to the name of a shard that is not in the plan."""
     name = rng.choice([name for name in names if name.startswith(("clean", "masked", "commits"))])
     copy = str(Path(name).with_stem(f"part-{rng.randrange(1000, 9999):05d}"))
     shutil.copy(root / name, root / copy)
@@ -73,7 +73,7 @@ def duplicate(rng: random.Random, root: Path, names: list[str]) -> set[str]:
 
 
 def replace(rng: random.Random, root: Path, names: list[str]) -> set[str]:
-    """A shard over another: the second is there twice, the first not at all."""
+    """Overwrite one shard file with another."""
     one, other = rng.sample([name for name in names if name.endswith(".parquet") and name.startswith(("cl", "ma"))], 2)
     shutil.copy(root / one, root / other)
     return {other}
@@ -82,7 +82,7 @@ def replace(rng: random.Random, root: Path, names: list[str]) -> set[str]:
 def swap(rng: random.Random, root: Path, names: list[str]) -> set[str]:
     one, other = rng.sample([name for name in names if name.endswith(".parquet") and name.startswith(("cl", "ma"))], 2)
     pairs = [(one, other)]
-    if rng.random() < 0.5:  # With their commit records.
+    if rng.random() < 0.5:  # Swap their commit records too.
         pairs.append(tuple(f"commits/{name.removesuffix('parquet')}json" for name in (one, other)))
     for first, second in pairs:
         kept = (root / first).read_bytes()
@@ -94,7 +94,7 @@ def swap(rng: random.Random, root: Path, names: list[str]) -> set[str]:
 DAMAGES = (flip, flip, flip, truncate, delete, duplicate, replace, swap)
 
 
-def test_random_damage_is_named_refused_and_repaired(tmp_path: Path, make_cache: Callable[..., CacheSpec]) -> None:
+def test_random_damage_is_named_never_read_and_repaired(tmp_path: Path, make_cache: Callable[..., CacheSpec]) -> None:
     root = tmp_path / "cache"
     make_cache(root, codec="pca:0.2")
     sound = contents(root)
@@ -115,8 +115,8 @@ def test_random_damage_is_named_refused_and_repaired(tmp_path: Path, make_cache:
         assert done, f"case {case}"
         assert contents(root) == sound, f"case {case}: {damaged}"
         if case % 50 == 0:
-            restore(root, sound)  # What was set aside goes too.
-    # Damage to copies, commits of sizes that match, strangers: read nowhere, so only verify sees them.
+            restore(root, sound)  # This removes files that repair set aside.
+    # Readers do not read copies, foreign files and parts of commit records, so only verify notices their damage.
     assert refused > CASES / 3
 
 
@@ -130,17 +130,17 @@ def test_repair_needs_neither_corpus_nor_more_than_the_damage(
     masked = root / "masked" / "draw=1" / "part-00000.parquet"
     masked.write_bytes(b"")
     untouched = {name: (root / name).stat().st_mtime_ns for name in sound if "draw=1/part-00000" not in name}
-    assert repair_cache(root) == [f"{masked} made again"]
+    assert repair_cache(root) == [f"{masked} rebuilt"]
     assert contents(root) == sound
     assert all((root / name).stat().st_mtime_ns == time for name, time in untouched.items())
     assert repair_cache(root) == []
-    # With the embedded audio gone too, the corpus is needed.
+    # Without the embedded audio, repair needs the corpus.
     (root / "clean" / "part-00000.parquet").write_bytes(b"")
     with pytest.raises(CacheError, match="utterances could not be cached: .*flac"):
         repair_cache(root)
 
 
-def test_both_copies_of_a_record_gone_is_said(tmp_path: Path, make_cache: Callable[..., CacheSpec]) -> None:
+def test_losing_both_copies_of_a_record_is_an_error(tmp_path: Path, make_cache: Callable[..., CacheSpec]) -> None:
     root = tmp_path / "cache"
     make_cache(root)
     (root / "plan.parquet").unlink()
@@ -149,11 +149,11 @@ def test_both_copies_of_a_record_gone_is_said(tmp_path: Path, make_cache: Callab
         repair_cache(root)
     (root / "cache.json").write_text("{}")
     (root / "copies" / "cache.json").write_text("{}")
-    with pytest.raises(CacheError, match="cache.json is damaged .* and its copy is no better"):
+    with pytest.raises(CacheError, match="cache.json is damaged .* its copy can't be used either"):
         verify_cache(root)
 
 
-def test_the_wrong_teacher_repairs_nothing(tmp_path: Path, make_cache: Callable[..., CacheSpec]) -> None:
+def test_repair_with_the_wrong_teacher_changes_nothing(tmp_path: Path, make_cache: Callable[..., CacheSpec]) -> None:
     root = tmp_path / "cache"
     make_cache(root)
     (root / "clean" / "part-00000.parquet").unlink()

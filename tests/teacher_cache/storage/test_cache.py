@@ -1,4 +1,4 @@
-"""The plan of shards, a cache's identity, and what keeps it from being mistaken for another."""
+"""The plan of shards, a cache's identity and the checks that no other cache is used in its place."""
 
 import json
 from pathlib import Path
@@ -6,18 +6,10 @@ from typing import Any
 
 import pytest
 
-from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.storage.cache import Cache, create_cache
-from ray_distill.teacher_cache.storage.cache_spec import (
-    CacheError,
-    CacheSpec,
-    LayerSet,
-    MaskDraws,
-    Part,
-    content_key,
-    fingerprint,
-)
-from ray_distill.teacher_cache.storage.sealed_json import sealed, unsealed
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, Part, content_key, fingerprint
+from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 
@@ -92,14 +84,14 @@ def test_the_fingerprint_depends_on_every_field() -> None:
     assert fingerprint(spec(), whole) == fingerprint(spec(), whole)
 
 
-def test_a_files_content_depends_on_what_decides_it_only() -> None:
+def test_the_content_key_depends_on_what_determines_the_content_only() -> None:
     whole, clean, masked = LayerSet(layers=(1, 2, 3, 4)), Part("clean"), Part("masked", draw=0)
 
     def key(part: Part, **changes: object) -> str:
         return content_key(spec(**changes), whole, part, 0, "train")
 
     for name, value in CHANGES.items():
-        same = name in ("layers", "masks")  # The file's own set of layers is what counts; draws are files of their own.
+        same = name in ("layers", "masks")  # Only the file's own set of layers matters, and draws have separate files.
         assert (key(clean, **{name: value}) == key(clean)) == same, name
     other = MaskDraws(policy=MaskPolicy(mask_prob=0.3), draws=2)
     assert key(masked, masks=other) != key(masked)
@@ -109,16 +101,16 @@ def test_a_files_content_depends_on_what_decides_it_only() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(CHANGES) - {"layers", "masks"}))
-def test_a_cache_of_something_else_is_refused_with_the_difference(tmp_path: Path, name: str) -> None:
+def test_using_a_cache_of_something_else_names_the_difference(tmp_path: Path, name: str) -> None:
     cache = create(tmp_path / "cache")
     with pytest.raises(
-        CacheError, match=rf"was made for something else \({name}: .* -> .*\); give cache.path"
+        CacheError, match=rf"was made for something else \({name}: .* -> .*\); set cache.path"
     ) as caught:
         cache.covers(spec(**{name: CHANGES[name]}))
     assert str(caught.value).count("->") == 1
 
 
-def test_other_masks_are_refused_but_more_and_fewer_are_not(tmp_path: Path) -> None:
+def test_other_masks_are_an_error_but_more_or_fewer_draws_are_not(tmp_path: Path) -> None:
     cache = create(tmp_path / "cache")
     assert cache.covers(spec())
     assert cache.covers(spec(masks=MaskDraws(draws=1), layers=(2, 4)))
@@ -131,7 +123,7 @@ def test_other_masks_are_refused_but_more_and_fewer_are_not(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("has", "needed"), [(2, 0), (0, 1)])
-def test_composite_draws_do_not_come_or_go_altogether(tmp_path: Path, has: int, needed: int) -> None:
+def test_composite_caches_with_and_without_draws_do_not_serve_each_other(tmp_path: Path, has: int, needed: int) -> None:
     cache = create(tmp_path / "cache", targets="composite_only", masks=MaskDraws(draws=has))
     assert cache.covers(spec(targets="composite_only", masks=MaskDraws(draws=has)))
     with pytest.raises(CacheError, match=rf"\(masks.draws: {has} -> {needed}\)"):
@@ -154,22 +146,24 @@ def test_an_altered_identity_is_noticed(tmp_path: Path) -> None:
     sound = path.read_text()
     for altered in (sound.replace('"fp16"', '"fp32"'), sound + " ", sound[:-2], "{", "[]", '{"seal": 3}'):
         path.write_text(altered)
-        with pytest.raises(CacheError, match=r"cache.json is damaged .*; `repair` restores it"):
+        with pytest.raises(
+            CacheError, match=rf"cache.json is damaged .*; `ray-distill cache repair {tmp_path}` restores it"
+        ):
             Cache.open(tmp_path)
-    record = unsealed(sound.encode())
+    record = decode_record(sound.encode())
     record["spec"]["schema_version"] = 99
-    path.write_bytes(sealed(record))
-    with pytest.raises(CacheError, match="has schema version 99, this program reads version 2"):
+    path.write_bytes(encode_record(record))
+    with pytest.raises(CacheError, match="has schema version 99, but this program reads version 2"):
         Cache.open(tmp_path)
 
 
-def test_sealed_records_are_plain_json() -> None:
-    data = sealed({"b": 1, "a": [2]})
+def test_records_are_plain_json() -> None:
+    data = encode_record({"b": 1, "a": [2]})
     assert list(json.loads(data)) == ["a", "b", "seal"]
-    assert unsealed(data) == {"a": [2], "b": 1}
+    assert decode_record(data) == {"a": [2], "b": 1}
 
 
-def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_files_are_written_atomically(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with pytest.raises(OSError, match="disk"), store.create("clean/part-00000.parquet") as path:
         path.write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""Draws and layers added to a cache later: what is there stays as it is, to the byte and the second."""
+"""Adding draws and layers to a cache: existing files keep their bytes and their times."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ import torch
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
-from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -29,7 +29,7 @@ def masks(draws: int, **changes: object) -> MaskDraws:
 
 
 def files(root: Path) -> dict[str, tuple[bytes, int]]:
-    """All files but the one that says how far the cache has grown: bytes and time."""
+    """Return the bytes and modification times of all files except ``cache.json``, the lock and build statistics."""
     return {
         str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in root.rglob("*")
@@ -38,7 +38,7 @@ def files(root: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def assert_kept(before: dict[str, tuple[bytes, int]], after: dict[str, tuple[bytes, int]]) -> set[str]:
-    """All that was there is there as it was; returns what is new."""
+    """Check that all earlier files are unchanged, and return the names of new files."""
     assert {name: after.get(name) for name in before} == before
     return set(after) - set(before)
 
@@ -71,7 +71,7 @@ def test_draws(tmp_path: Path, make_cache: Make, cache_spec: Make) -> None:
     }
     assert Cache.open(root).fingerprint == Cache.open(tmp_path / "at once").fingerprint
     three = files(root)
-    make_cache(root, TEACHER, masks=masks(2), codec="pca:0.2")  # Fewer are served by what is there.
+    make_cache(root, TEACHER, masks=masks(2), codec="pca:0.2")  # A cache with more draws serves fewer.
     assert files(root) == three
     reader, fewer = CacheReader(root, "train"), CacheReader(root, "train", draws=1)
     assert (reader.draws, fewer.draws) == (3, 1)
@@ -116,7 +116,7 @@ def test_layers(tmp_path: Path, make_cache: Make, codec: str, tolerance: float) 
 
 
 @pytest.mark.parametrize("codec", ["int8", "pca"])
-def test_what_a_codec_learns_is_the_same_twice_and_part_of_the_identity(
+def test_the_codec_state_is_deterministic_and_part_of_the_identity(
     tmp_path: Path, make_cache: Make, codec: str
 ) -> None:
     for name in ("one", "two"):
@@ -165,7 +165,7 @@ def test_growth_needs_no_corpus(
     assert verify_cache(root) == []
 
 
-def test_a_growth_that_stopped_is_finished_by_repair_or_the_next_build(tmp_path: Path, make_cache: Make) -> None:
+def test_repair_or_the_next_build_finishes_an_interrupted_extension(tmp_path: Path, make_cache: Make) -> None:
     root = tmp_path / "cache"
     make_cache(root, TEACHER, masks=masks(2))
     sound = {name: data for name, (data, _) in files(root).items()}
@@ -179,14 +179,16 @@ def test_a_growth_that_stopped_is_finished_by_repair_or_the_next_build(tmp_path:
     assert {name: data for name, (data, _) in files(root).items()} == sound
 
 
-def test_a_growth_under_way_keeps_nobody_from_what_is_there(tmp_path: Path, make_cache: Make, cache_spec: Make) -> None:
+def test_existing_files_can_be_read_while_a_cache_is_extended(
+    tmp_path: Path, make_cache: Make, cache_spec: Make
+) -> None:
     root = tmp_path / "cache"
     needed = make_cache(root, TEACHER, layers=(2,), masks=masks(1), codec="int8")
     before, names = (root / "cache.json").read_bytes(), set(files(root))
     make_cache(root, TEACHER, masks=masks(2), codec="int8")
     added = set(files(root)) - names
     after = (root / "cache.json").read_bytes()
-    (root / "cache.json").write_bytes(before)  # All but this is written, as whoever opened the cache before sees it.
+    (root / "cache.json").write_bytes(before)  # The state that a reader sees before the extended cache.json is written.
     assert verify_cache(root) != []
     assert verify_cache(root, needed=needed) == []
     (root / "cache.json").write_bytes(after)

@@ -1,4 +1,4 @@
-"""A cache in a real S3-compatible object store: built, read, checked, damaged, repaired, grown, and claimed by one builder."""
+"""A cache in a real S3-compatible object store: building, reading, verification, repair, extension and locking."""
 
 import json
 import os
@@ -16,12 +16,12 @@ import torch
 
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
-from ray_distill.teacher_cache.masks import MaskPolicy
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, MaskDraws
-from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
 
@@ -37,7 +37,7 @@ def masks(draws: int) -> MaskDraws:
 
 @pytest.fixture
 def location(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A bucket of one's own, reached by the variables that a user would set."""
+    """A location in a new bucket, with the environment variables that a user would set."""
     for key, value in s3.environment().items():
         monkeypatch.setenv(key, value)
     bucket = f"test-{abs(hash(tmp_path)):x}"
@@ -66,14 +66,14 @@ def test_a_cache_in_an_object_store(tmp_path: Path, make_cache: Make, location: 
     shard, commit = "masked/draw=0/part-00000.parquet", "commits/clean/part-00001.json"
     store.write(shard, sound[shard][:-1] + bytes([sound[shard][-1] ^ 1]))
     store.remove(commit)
-    store.write("clean/part-00099.parquet", b"no shard of this cache")
+    store.write("clean/part-00099.parquet", b"not a shard of this cache")
     problems = {problem.name for problem in verify_cache(location)}
     assert problems == {shard, commit, "clean/part-00099.parquet"}
     with pytest.raises(CacheError, match="is not finished"):
         CacheReader(location, "train")
         CacheReader(location, "validation")
     done = repair_cache(location)
-    assert f"{location}/{shard} made again" in done
+    assert f"{location}/{shard} rebuilt" in done
     store.remove("set-aside/clean/part-00099.parquet")
     assert contents(store) == sound
     assert repair_cache(location) == []
@@ -87,14 +87,14 @@ def test_a_cache_in_an_object_store(tmp_path: Path, make_cache: Make, location: 
 
 
 @pytest.fixture
-def quick_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claims that are renewed, and given up, twenty times as fast."""
-    monkeypatch.setattr("ray_distill.teacher_cache.storage.lock._BEAT_SECONDS", 0.5)
-    monkeypatch.setattr("ray_distill.teacher_cache.storage.lock._DEAD_SECONDS", 3.0)
+def fast_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases that are renewed and expire about twenty times as fast."""
+    monkeypatch.setattr("ray_distill.teacher_cache.storage.lock._HEARTBEAT_SECONDS", 0.5)
+    monkeypatch.setattr("ray_distill.teacher_cache.storage.lock._EXPIRY_SECONDS", 3.0)
 
 
-def test_a_second_builder_says_who_builds(make_cache: Make, location: str, quick_claims: None) -> None:
-    with building(Store(location)) as check:
+def test_a_second_build_names_the_holder_of_the_lock(make_cache: Make, location: str, fast_leases: None) -> None:
+    with cache_lock(Store(location)) as check:
         with pytest.raises(CacheError, match=rf"the cache at {location} is being built by process \d+ on .*, since"):
             make_cache(location)
         assert not Cache.exists(Store(location))
@@ -111,50 +111,50 @@ import ray_distill.teacher_cache.storage.lock
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
-ray_distill.teacher_cache.storage.lock._BEAT_SECONDS = 0.5
-location, says, other = sys.argv[1:4]
+ray_distill.teacher_cache.storage.lock._HEARTBEAT_SECONDS = 0.5
+location, output, other = sys.argv[1:4]
 job = json.loads(Path(sys.argv[4]).read_text())
 spec = CacheSpec.model_validate(job["spec"])
 plan = plan_shards([Utterance(**u) for u in job["utterances"]], spec.shard_seconds)
-Path(says + ".ready").touch()
+Path(output + ".ready").touch()
 while not Path(other + ".ready").exists():
     pass
 
 def wait(progress):
-    # So that the other one meets a builder at work.
+    # Keep the lock until the other process has tried to take it.
     while not Path(other).exists():
         time.sleep(0.02)
 
 try:
     build_cache(location, spec, plan, "random:2x32", teacher_name="random:2x32", workers=None, on_progress=wait)
-    said = "built"
+    outcome = "built"
 except CacheError as error:
-    said = str(error)
-Path(says + ".part").write_text(said)
-Path(says + ".part").rename(says)
+    outcome = str(error)
+Path(output + ".part").write_text(outcome)
+Path(output + ".part").rename(output)
 """
 
 
-def test_of_two_builders_at_once_one_goes_on(
+def test_only_one_of_two_concurrent_builds_continues(
     tmp_path: Path, make_cache: Make, cache_spec: Make, location: str, source_utterances: list[Utterance]
 ) -> None:
     job = {"spec": cache_spec().model_dump(mode="json"), "utterances": [asdict(u) for u in source_utterances]}
     (tmp_path / "job.json").write_text(json.dumps(job))
-    says = [tmp_path / name for name in ("one", "two")]
+    outputs = [tmp_path / name for name in ("one", "two")]
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", BUILDER, location, mine, other, tmp_path / "job.json"],
             cwd=REPOSITORY,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        for mine, other in (says, says[::-1])
+        for mine, other in (outputs, outputs[::-1])
     ]
     try:
         assert [process.wait(120) for process in pair] == [0, 0]
     finally:
         for process in pair:
             process.kill()
-    outcomes = [path.read_text() for path in says]
+    outcomes = [path.read_text() for path in outputs]
     winner = outcomes.index("built")
     expected = f"the cache at {location} is being built by process {pair[winner].pid} on "
     assert outcomes[1 - winner].startswith(expected), outcomes
@@ -164,42 +164,42 @@ def test_of_two_builders_at_once_one_goes_on(
 
 KILLED = """
 import os, signal, sys
-from ray_distill.teacher_cache.storage.lock import building
+from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.store import Store
 store = Store(sys.argv[1])
-with building(store), store.create("clean/part-00000.parquet") as path:
+with cache_lock(store), store.create("clean/part-00000.parquet") as path:
     path.write_bytes(b"half a shard")
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_killed_builders_claim_ends(
-    tmp_path: Path, make_cache: Make, location: str, quick_claims: None, monkeypatch: pytest.MonkeyPatch
+def test_the_lease_of_a_killed_build_expires(
+    tmp_path: Path, make_cache: Make, location: str, fast_leases: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(location)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     subprocess.run([sys.executable, "-c", KILLED, location], cwd=REPOSITORY, check=False, timeout=60)
     assert store.names() == ["building.json"]
-    assert list((tmp_path / "tmp").iterdir()) == [], "a killed builder leaves no temporary file"
-    make_cache(location)  # Watches the claim for a while, as it can't know.
+    assert list((tmp_path / "tmp").iterdir()) == [], "a killed build leaves no temporary file"
+    make_cache(location)  # It watches the lease until it expires.
     make_cache(tmp_path / "sound")
     assert contents(store) == contents(Store(tmp_path / "sound"))
 
 
-def test_a_builder_whose_claim_was_taken_over_ends(make_cache: Make, location: str, quick_claims: None) -> None:
+def test_a_build_stops_when_its_lease_was_taken_over(make_cache: Make, location: str, fast_leases: None) -> None:
     store = Store(location)
     other = json.dumps({"host": "elsewhere", "pid": 7, "since": "noon", "claim": "its own", "beat": 1}).encode()
-    expected = r"was taken over by process 7 on elsewhere, since noon.* leave it to the other"
-    with pytest.raises(CacheError, match=expected), building(store) as check:
+    expected = r"was taken over by process 7 on elsewhere, since noon.* let the other process finish"
+    with pytest.raises(CacheError, match=expected), cache_lock(store) as check:
         store.write("building.json", other)
         for _ in range(40):
             time.sleep(0.1)
             check()
-    assert store.read("building.json") == other, "it is left as it is"
+    assert store.read("building.json") == other, "the lease of the other process is not changed"
 
 
-def test_an_upload_that_fails_leaves_what_was_there(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_upload_keeps_the_earlier_object(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise OSError("no connection")
 
@@ -213,7 +213,7 @@ def test_an_upload_that_fails_leaves_what_was_there(location: str, monkeypatch: 
     with pytest.raises(OSError, match="no connection"):
         store.write("cache.json", b"and after")
     assert store.read("cache.json") == b"before"
-    # What Arrow makes a whole object of is no half of a new one.
+    # Arrow stores what was written before an error as an object, which must not stay.
     store = Store(location)
     monkeypatch.setattr("ray_distill.teacher_cache.storage.store.shutil.copyfileobj", half)
     with pytest.raises(OSError, match="no connection"):
@@ -234,7 +234,7 @@ def test_the_command_line_reads_it_too(make_cache: Make, location: str) -> None:
     assert f"{location} is sound" in done.stdout
 
 
-def test_what_arrow_does_not_know_fsspec_opens(tmp_path: Path, make_cache: Make) -> None:
+def test_fsspec_opens_what_arrow_does_not_support(tmp_path: Path, make_cache: Make) -> None:
     location = f"memory://{tmp_path.name}/cache"
     make_cache(location, codec="int8")
     make_cache(tmp_path / "local", codec="int8")
@@ -247,7 +247,7 @@ def test_what_arrow_does_not_know_fsspec_opens(tmp_path: Path, make_cache: Make)
     assert torch.equal(ours.read([2], 1).targets, theirs.read([2], 1).targets)
 
 
-def test_locations_that_cannot_be_are_refused() -> None:
+def test_invalid_locations_are_errors() -> None:
     with pytest.raises(ValueError, match="holds credentials, which logs would repeat") as caught:
         Store("s3://AKIAEXAMPLE:secret@bucket/cache")
     assert "secret@" not in str(caught.value) and "AKIA" not in str(caught.value)
@@ -259,8 +259,8 @@ def test_locations_that_cannot_be_are_refused() -> None:
         Store("file://host/cache")
 
 
-def test_a_container_of_azure_is_no_credential() -> None:
-    store = Store("abfs://container@account.dfs.core.windows.net/a/cache")  # Opening asks nobody yet.
+def test_an_azure_container_is_not_a_credential() -> None:
+    store = Store("abfs://container@account.dfs.core.windows.net/a/cache")  # Opening makes no request.
     assert store.local is None and store.location.startswith("abfs://container@account")
 
 
@@ -271,8 +271,10 @@ def test_a_file_uri_is_a_local_folder(tmp_path: Path) -> None:
     assert (tmp_path / "a cache" / "clean" / "part-00000.json").read_bytes() == b"{}"
 
 
-def test_folders_are_made_where_a_store_has_them(tmp_path: Path) -> None:
-    store = Store(f"local://{tmp_path}/cache")  # fsspec's, which like sftp writes into no folder that is not there.
+def test_folders_are_created_if_a_store_needs_them(tmp_path: Path) -> None:
+    store = Store(
+        f"local://{tmp_path}/cache"
+    )  # This file system of fsspec, like sftp, can't write into a missing folder.
     assert store.local is None
     store.write("masked/draw=0/part-00000.json", b"{}")
     store.move("masked/draw=0/part-00000.json", "set-aside/masked/part-00000.json")
@@ -280,7 +282,7 @@ def test_folders_are_made_where_a_store_has_them(tmp_path: Path) -> None:
     assert store.read("set-aside/masked/part-00000.json") == b"{}"
 
 
-def test_a_store_that_cannot_be_reached_is_one_sentence(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_gives_one_sentence(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")

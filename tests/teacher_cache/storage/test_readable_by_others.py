@@ -1,4 +1,4 @@
-"""A cache can be read with DuckDB and NumPy alone, by the code that docs/cache.md gives."""
+"""A cache can be read with DuckDB and NumPy alone, by the code in docs/cache.md."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ Make = Callable[..., CacheSpec]
 
 @pytest.fixture(scope="module")
 def documented() -> dict[str, Any]:
-    """The names that the document's Python block defines."""
+    """The names that the Python block of the document defines."""
     (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(block, names)
@@ -32,7 +32,7 @@ def documented() -> dict[str, Any]:
 
 
 def rows(pattern: Path) -> dict[str, dict[str, Any]]:
-    """All rows of some shards by utterance, as DuckDB reads them."""
+    """Return all rows of some shards by utterance, read with DuckDB."""
     table = duckdb.sql(f"select * from read_parquet('{pattern}')")
     return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.fetchall()}
 
@@ -58,9 +58,9 @@ def test_targets(tmp_path: Path, make_cache: Make, documented: dict[str, Any], c
 
 
 def test_components(tmp_path: Path, make_cache: Make, documented: dict[str, Any]) -> None:
-    """The formula for pca, in NumPy."""
+    """The documented formula of the codec pca, in NumPy."""
     root = tmp_path / "cache"
-    make_cache(root, codec="pca:0.02")  # So fine that some components take two bytes.
+    make_cache(root, codec="pca:0.02")  # With this small step, some components take two bytes.
     state = documented["read_state"](root / "codec" / "set=0.safetensors")
     (codec,) = Cache.open(root).codecs(0)
     wide = int(state["0.wide"])
@@ -117,7 +117,7 @@ def test_every_file_and_column_is_documented(tmp_path: Path, make_cache: Make, c
     }[targets]
 
 
-def test_seals_and_checksums_need_only_a_json_parser(tmp_path: Path, make_cache: Make) -> None:
+def test_record_checksums_need_only_a_json_parser(tmp_path: Path, make_cache: Make) -> None:
     root = tmp_path / "cache"
     make_cache(root, codec="int8")
     records = [root / "cache.json", *(root / "commits").rglob("*.json")]

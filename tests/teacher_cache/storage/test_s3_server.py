@@ -94,9 +94,9 @@ def test_environment_makes_plain_uris_mean_the_server(s3: S3Server) -> None:
 def test_wrong_secret_and_missing_bucket_are_refused(s3: S3Server) -> None:
     put_somewhere = s3.filesystem()
     put_somewhere.create_dir("guarded")
-    stranger = S3Server(s3.endpoint, s3.access_key, "another-secret").filesystem()
+    other_user = S3Server(s3.endpoint, s3.access_key, "another-secret").filesystem()
     with pytest.raises(OSError, match="SIGNATURE_DOES_NOT_MATCH"):
-        put(stranger, "guarded/x", b"x")
+        put(other_user, "guarded/x", b"x")
     with pytest.raises(OSError, match="NO_SUCH_BUCKET"):
         put(put_somewhere, "never-made/x", b"x")
 

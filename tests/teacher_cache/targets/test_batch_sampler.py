@@ -28,7 +28,7 @@ def test_pure_and_different_each_epoch() -> None:
     assert plan() != plan(seed=2)
 
 
-def test_every_rank_gets_equally_many_and_nothing_comes_twice() -> None:
+def test_every_rank_gets_the_same_number_of_batches_and_nothing_repeats() -> None:
     steps = plan()
     assert all(len(step) == 3 and all(len(micro) == 2 for micro in step) for step in steps)
     seen = flat(steps)

@@ -1,4 +1,4 @@
-"""The promise that every teacher must keep: what an utterance gives doesn't depend on its batch."""
+"""Check that a teacher's outputs for an utterance do not depend on its batch."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ RELATIVE = 1e-4
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Largest error of a frame's vector, relative to the norm of the vector."""
+    """Return the largest error of a frame's vector, relative to the norm of the vector."""
     return float(((value - reference).norm(dim=-1) / reference.norm(dim=-1)).max())
 
 
 def assert_batch_invariant(teacher: Teacher, waveforms: list[Tensor], masked: bool) -> None:
-    """Alone, in two orders, and with garbage in the padding."""
+    """Compare utterances alone with batches in two orders and with garbage in the padding."""
     generator = torch.Generator().manual_seed(5)
     lengths = torch.tensor([len(waveform) for waveform in waveforms])
     width = int(lengths.max()) + 700

@@ -1,4 +1,4 @@
-"""Tiny models of transformers with random weights, saved as it saves them."""
+"""Tiny models of transformers with random weights, saved with ``save_pretrained``."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"whisper": WHISPER, "audio-spectrogram-tr
 
 
 def tiny_model(kind: str) -> Any:
-    """The model for pre-training, where there is one, in float32, in evaluation mode."""
+    """Return the model (for pre-training, if there is such a class) in float32 and evaluation mode."""
     config = transformers.AutoConfig.for_model(kind, **SETTINGS.get(kind, ENCODER))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -52,7 +52,7 @@ def tiny_model(kind: str) -> Any:
             model = transformers.AutoModelForPreTraining.from_config(config)
         else:
             model = transformers.AutoModel.from_config(config)
-        # transformers' small standard deviations would leave layers almost equal, and errors unseen.
+        # With transformers' small standard deviations, layers would be almost equal and hide errors.
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or parameter.dim() < 2 or "masked_spec_embed" in name:
                 parameter.data += 0.1 * torch.randn(parameter.shape)
@@ -62,6 +62,6 @@ def tiny_model(kind: str) -> Any:
 
 
 def save_tiny(kind: str, folder: Path) -> str:
-    """Saves `tiny_model`, and returns the folder."""
+    """Save `tiny_model` and return the folder."""
     tiny_model(kind).save_pretrained(folder)
     return str(folder)

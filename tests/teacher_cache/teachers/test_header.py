@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_distill.teacher_cache.teachers import FOLDERS, Teacher, TeacherError, load_teacher
+from ray_distill.teacher_cache.teachers import HUGGINGFACE_LOADERS, Teacher, TeacherError, load_teacher
 from ray_distill.teacher_cache.teachers.header import load_header
 
 from .huggingface_folders import save_tiny
@@ -24,7 +24,7 @@ def facts(teacher: Teacher) -> tuple[object, ...]:
     )
 
 
-@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("kind", HUGGINGFACE_LOADERS)
 def test_folders(kind: str, tmp_path: Path) -> None:
     spec = save_tiny(kind, tmp_path)
     header = load_header(spec)

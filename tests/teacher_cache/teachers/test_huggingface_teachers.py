@@ -1,4 +1,4 @@
-"""Hugging Face folders give what transformers' own models give, for one utterance without padding."""
+"""Teachers from Hugging Face folders equal transformers' models, for one utterance without padding."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ TOLERANCE = 1e-4
 
 
 def layer_outputs(layers: Any, run: Any) -> Tensor:
-    """(L, T, D): what each layer gave while the model ran."""
+    """Return the (L, T, D) outputs of the layers while the model runs."""
     outputs: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda *args: outputs.append(args[2][0] if isinstance(args[2], tuple) else args[2]))
@@ -36,7 +36,7 @@ def noise(samples: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["hubert", "wavlm", "wav2vec2", "unispeech", "unispeech-sat", "data2vec-audio"])
-def test_models_built_like_wav2vec2(kind: str, tmp_path: Path) -> None:
+def test_models_with_the_architecture_of_wav2vec2(kind: str, tmp_path: Path) -> None:
     teacher = load_teacher(save_tiny(kind, tmp_path))
     model = tiny_model(kind)
     assert teacher.has_mask_embedding
@@ -47,7 +47,7 @@ def test_models_built_like_wav2vec2(kind: str, tmp_path: Path) -> None:
     mask[:, 5:11] = True
     base = getattr(model, model.base_model_prefix, model)
     for frame_mask in (None, mask):
-        # The length is given so that masks are in frames; transformers masks only in training otherwise.
+        # With an explicit mask, transformers also masks in evaluation mode.
         expected = layer_outputs(base.encoder.layers, lambda m=frame_mask: base(fed, mask_time_indices=m))
         actual = teacher.hidden_states(waveform, frame_mask=frame_mask)[0]
         assert float((actual - expected).abs().max()) < TOLERANCE
@@ -74,7 +74,7 @@ def test_whisper_spectrogram_is_that_of_audio_followed_by_silence() -> None:
         expected = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt")["input_features"][0].T
         mel = whisper_log_mel(waveform, bands)[0]
         assert float((mel - expected[: len(mel)]).abs().max()) < TOLERANCE
-        assert len(expected[len(mel) :].unique()) == 1, "nothing but silence follows"
+        assert len(expected[len(mel) :].unique()) == 1, "only silence follows"
 
 
 @pytest.mark.parametrize("seconds", [1.3, 2.4, 0.2])
@@ -106,13 +106,13 @@ def test_kaldi_fbank_is_torchaudios() -> None:
         torch.testing.assert_close(row, expected, atol=TOLERANCE, rtol=0)
 
 
-def test_whisper_folders_that_are_refused(tmp_path: Path) -> None:
+def test_unusable_whisper_folders(tmp_path: Path) -> None:
     folder = Path(save_tiny("whisper", tmp_path))
     config = folder / "config.json"
     text = config.read_text()
     for old, new, message in (
         ('"activation_function": "gelu"', '"activation_function": "relu"', "activation_function = 'relu'"),
-        ('"encoder_attention_heads": 4', '"encoder_attention_heads": 5', "sizes that make no model"),
+        ('"encoder_attention_heads": 4', '"encoder_attention_heads": 5', "sizes from which no model can be built"),
         ('"d_model": 32', '"d_model": "x"', "without a usable value"),
         ('"encoder_layers": 3', '"encoder_layers": 2', "has weights that its configuration doesn't know"),
     ):

@@ -1,4 +1,4 @@
-"""What every kind of teacher must promise, whatever it computes. A new kind is one more line in KINDS."""
+"""The promises of `Teacher`, checked for every kind of teacher. A new kind is another line in KINDS."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
 
 @pytest.fixture(scope="module")
 def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What `load_teacher` takes, by kind."""
+    """Specifications for `load_teacher` by kind."""
     return {kind: make(tmp_path_factory.mktemp("teacher")) for kind, make in KINDS.items()}
 
 
@@ -40,7 +40,7 @@ def teacher(spec: str) -> Teacher:
 
 
 def sound(teacher: Teacher, *extra: int) -> list[Tensor]:
-    """Waveforms of so many samples more than the teacher's least."""
+    """Return waveforms that are longer than the teacher's minimum by some numbers of samples."""
     generator = torch.Generator().manual_seed(1)
     return [0.1 * torch.randn(teacher.min_samples + n, generator=generator) for n in extra]
 
@@ -85,7 +85,7 @@ def test_masks_replace_the_input_where_they_are_set(teacher: Teacher) -> None:
         teacher.hidden_states(waveform[None], frame_mask=mask[:, 1:])
 
 
-def test_nothing_random_and_nothing_left_behind(spec: str) -> None:
+def test_outputs_are_deterministic_and_the_random_state_is_kept(spec: str) -> None:
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
@@ -95,7 +95,7 @@ def test_nothing_random_and_nothing_left_behind(spec: str) -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_fingerprint_is_of_weights_and_not_of_names(spec: str, teacher: Teacher) -> None:
+def test_the_fingerprint_depends_on_weights_and_not_on_names(spec: str, teacher: Teacher) -> None:
     other = load_teacher(spec, torch.device("cpu"))
     other.name = "another"
     assert other.fingerprint == teacher.fingerprint
@@ -109,7 +109,7 @@ def test_fingerprint_is_of_weights_and_not_of_names(spec: str, teacher: Teacher)
     assert teacher.num_parameters >= sum(parameter.numel() for parameter in teacher.model.parameters())
 
 
-def test_refusals(teacher: Teacher) -> None:
+def test_invalid_arguments(teacher: Teacher) -> None:
     (waveform,) = sound(teacher, 0)
     with pytest.raises(TeacherError, match=f"at least {teacher.min_samples}"):
         teacher.hidden_states(waveform[None, 1:])
@@ -124,7 +124,7 @@ def test_refusals(teacher: Teacher) -> None:
         assert torch.isfinite(longest).all()
 
 
-def test_options_stand_before_a_specification(specs: dict[str, str]) -> None:
+def test_options_of_a_specification(specs: dict[str, str]) -> None:
     plain = load_teacher(specs["whisper"])
     normalised, stand_in, both = (
         load_teacher(options + specs["whisper"]) for options in ("layer-norm:", "mean-mask:", "mean-mask:layer-norm:")
@@ -139,13 +139,13 @@ def test_options_stand_before_a_specification(specs: dict[str, str]) -> None:
     assert float((raw - expected).abs().max()) > 0.1
     x_BTD = torch.tensor([[[1.0], [3.0], [8.0]], [[1.0], [5.0], [900.0]]])
     masked = stand_in.masked(x_BTD, torch.tensor([[True, False, False]] * 2), torch.tensor([3, 2]))
-    assert masked.squeeze(2).tolist() == [[4.0, 3.0, 8.0], [3.0, 5.0, 900.0]], "the mean counts real frames"
-    with pytest.raises(TeacherError, match="has a mask embedding, so it needs no stand-in"):
+    assert masked.squeeze(2).tolist() == [[4.0, 3.0, 8.0], [3.0, 5.0, 900.0]], "the mean uses real frames only"
+    with pytest.raises(TeacherError, match="has a mask embedding, so it needs no replacement"):
         load_teacher("mean-mask:random:2x32")
 
 
 class Network(torch.nn.Module):
-    """What the documentation's example wraps: a frame's 400 samples through linear layers, and attention."""
+    """The network of the documentation's example: linear layers over the 400 samples of a frame, and attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,4 +177,4 @@ def test_the_documented_example_keeps_the_promises() -> None:
     for masked in (False, True):
         assert_batch_invariant(example, sound(example, 0, 3_000, 9_000), masked)
     test_frames_layers_and_padding(example)
-    test_refusals(example)
+    test_invalid_arguments(example)

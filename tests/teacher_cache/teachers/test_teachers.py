@@ -1,4 +1,4 @@
-"""Teachers: the published arithmetic, whatever the batch, and clear errors."""
+"""Teachers: the published arithmetic, batch invariance and error messages."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ ABSOLUTE = 2e-5
 
 
 def golden_checkpoint(kind: str) -> dict[str, Any]:
-    """The frozen tiny model as a checkpoint of its publisher."""
+    """Return the golden tiny model as a checkpoint in its publisher's format."""
     weights = {k.split("weights.")[1]: v for k, v in load_file(GOLDEN).items() if k.startswith(f"{kind}.weights.")}
     with safe_open(GOLDEN, framework="pt") as file:
         cfg = json.loads(file.metadata()[kind])
@@ -64,7 +64,7 @@ def test_published_golden_values(shared: Path, file: str, prefix: str) -> None:
         out = teacher.hidden_states(golden["wav"][i : i + 1, :length])[0]
         assert float((out - golden[f"{prefix}_unmasked_single_{i}"]).abs().max()) < ABSOLUTE
     mask = golden["mask_indices" if prefix == "teacher" else "wavlm_mask_indices"]
-    # Rows 1 and 2 of the batch are padded, where the published code takes statistics over padding.
+    # Rows 1 and 2 are padded, and the published code includes padding in its statistics.
     out = teacher.hidden_states(golden["wav"], torch.tensor(lengths), mask)[0]
     assert float((out - golden[f"{prefix}_masked"][0]).abs().max()) < ABSOLUTE
 
@@ -78,7 +78,7 @@ def test_batch_invariance_on_noise(kind: str, masked: bool, tmp_path: Path) -> N
 
 
 def speech(shared: Path, seconds: list[float]) -> list[Tensor]:
-    """Stretches of real speech of the given lengths."""
+    """Return excerpts of real speech of the given lengths."""
     files = sorted((shared / "speech" / "LibriSpeech" / "heldout-clean-5").rglob("*.flac"))
     long = torch.cat([torch.from_numpy(soundfile.read(file, dtype="float32")[0]) for file in files[:8]])
     starts = torch.linspace(0, len(long) - 320_001, len(seconds)).long().tolist()
@@ -92,7 +92,7 @@ def test_batch_invariance_on_speech(shared: Path, file: str, masked: bool) -> No
 
 
 def test_large_models_normalise_each_utterance() -> None:
-    # Biases and layer norms as in Large: group norm after convolutions without bias would hide scale and offset.
+    # Biases and layer norms as in Large. A group norm after convolutions without bias would hide scale and offset.
     architecture = Architecture(
         conv_layers=[(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 2,
         conv_bias=True,
@@ -150,7 +150,7 @@ def test_random_teacher_is_the_same_every_time_and_leaves_the_random_state() -> 
     assert first.device == torch.device("cpu")
 
 
-def test_fingerprint_sees_every_weight_and_the_mask_embedding(kind: str, tmp_path: Path) -> None:
+def test_the_fingerprint_covers_every_weight_and_the_mask_embedding(kind: str, tmp_path: Path) -> None:
     fingerprints = set()
     for key in ("none", "mask_emb", "encoder.layers.1.fc2.bias", "feature_extractor.conv_layers.3.0.weight"):
         checkpoint = golden_checkpoint(kind)
@@ -188,7 +188,7 @@ def test_older_and_wav2vec2_checkpoints(style: str, tmp_path: Path) -> None:
 
 
 def write_huggingface(folder: Path, kind: str, new_weight_norm: bool, prefix: str) -> None:
-    """The frozen model as transformers would save it."""
+    """Write the golden model as transformers would save it."""
     names = [
         ("post_extract_proj", "feature_projection.projection"),
         ("self_attn_layer_norm", "layer_norm"),
@@ -253,12 +253,12 @@ def test_huggingface_errors(tmp_path: Path) -> None:
     write_huggingface(folder, "hubert", False, "")
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
-        ({"model_type": "bert"}, "type 'bert', but one of hubert, wavlm, wav2vec2, .*whisper"),
+        ({"model_type": "bert"}, "type 'bert'; the supported types are hubert, wavlm, wav2vec2, .*whisper"),
         ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
         ({"num_hidden_layers": 3}, "lacks weights that its configuration needs"),
         ({"num_hidden_layers": "x"}, "wrong kind"),
         ({"conv_stride": [5, 2, 2, 2, 2, 2, 1]}, "320 apart"),
-        ({"hidden_size": 64}, "other shapes"),
+        ({"hidden_size": 64}, "shapes don't fit"),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(TeacherError, match=message):
@@ -286,27 +286,30 @@ def test_unsupported_checkpoints(kind: str, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
     refused(lambda c, _: c.pop("cfg"), "neither 'cfg' nor 'args'")
-    refused(lambda c, _: c.pop("model"), "no weights under its key 'model'")
+    refused(lambda c, _: c.pop("model"), "no weights under the key 'model'")
     refused(lambda c, _: c["model"].pop("encoder.layers.0.fc1.bias"), "lacks weights .*intermediate_dense.bias")
     refused(lambda c, _: c["model"].update({"w2v_encoder.x": torch.zeros(1)}), "a weight 'w2v_encoder.x'")
     refused(lambda _, cfg: cfg.update(activation_fn="relu"), "activation_fn = 'relu', but only 'gelu'")
     refused(lambda _, cfg: cfg.update(encoder_layers=1), "has weights that its configuration doesn't know")
-    refused(lambda _, cfg: cfg.update(encoder_attention_heads=5), "heads must divide the width")
+    refused(lambda _, cfg: cfg.update(encoder_attention_heads=5), "the number of heads must divide the width")
     refused(lambda _, cfg: cfg.update(encoder_layers="2"), "not a positive integer")
     refused(lambda _, cfg: cfg.update(conv_feature_layers="__import__('os').getcwd()"), "not a list of")
     refused(lambda _, cfg: cfg.update(conv_feature_layers="[(1,1,1)] * 9999999999"), "not a list of")
     refused(lambda c, _: c["model"].update(mask_emb=torch.zeros(3)), "mask embedding of shape")
     if kind == "hubert":
-        refused(lambda _, cfg: cfg.update(_name="hubert_ctc"), "kind 'hubert_ctc'; a pre-trained, not fine-tuned")
-        refused(lambda c, _: c["cfg"]["task"].update(sample_rate=8000), "trained on 8000 Hz")
+        refused(
+            lambda _, cfg: cfg.update(_name="hubert_ctc"),
+            "'hubert_ctc'; it must be a pre-trained model, not a fine-tuned one",
+        )
+        refused(lambda c, _: c["cfg"]["task"].update(sample_rate=8000), "trained on audio at 8000 Hz")
     else:
         refused(lambda _, cfg: cfg.update(gru_rel_pos=False), "gru_rel_pos = False")
 
 
 def test_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TeacherError, match=r"'HUBERT_BAS' is no pre-trained bundle.*HUBERT_BASE, .*WAVLM_LARGE"):
+    with pytest.raises(TeacherError, match=r"'HUBERT_BAS' is not a pre-trained bundle.*HUBERT_BASE, .*WAVLM_LARGE"):
         load_teacher("torchaudio:HUBERT_BAS")
-    with pytest.raises(TeacherError, match="no pre-trained bundle"):
+    with pytest.raises(TeacherError, match="not a pre-trained bundle"):
         load_teacher("torchaudio:HUBERT_ASR_LARGE")
 
     random = load_teacher("random:1x32")
@@ -319,14 +322,14 @@ def test_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
         assert teacher.name == "torchaudio:HUBERT_LARGE"
         expected = torch.stack(model.extract_features(waveforms)[0], dim=1)
         torch.testing.assert_close(teacher.hidden_states(waveforms), expected, atol=ABSOLUTE, rtol=0)
-    with pytest.raises(TeacherError, match="HUBERT_LARGE has no mask embedding, so it can't give masked targets"):
+    with pytest.raises(TeacherError, match="HUBERT_LARGE has no mask embedding, so it can't compute masked targets"):
         teacher.hidden_states(waveforms, frame_mask=torch.zeros(1, 12, dtype=torch.bool))
 
     def unreachable(_: Any) -> None:
         raise OSError("no route")
 
     monkeypatch.setattr(torchaudio.pipelines.Wav2Vec2Bundle, "get_model", unreachable)
-    with pytest.raises(TeacherError, match="HUBERT_BASE can't be had: no route"):
+    with pytest.raises(TeacherError, match="HUBERT_BASE can't be downloaded: no route"):
         load_teacher("torchaudio:HUBERT_BASE")
 
 
@@ -361,7 +364,21 @@ def test_arguments_that_do_not_fit() -> None:
             teacher.hidden_states(waveforms, layers=layers)
 
 
-def test_not_a_number_in_padding_stays_there() -> None:
+def test_a_teacher_is_called_as_a_student_is() -> None:
+    teacher = load_teacher("random:2x16")
+    waveforms = 0.1 * torch.randn(2, 2_000, generator=torch.Generator().manual_seed(0))
+    lengths, mask = torch.tensor([2_000, 900]), torch.tensor([[True, False] * 2 + [True], [True] + [False] * 4])
+    assert torch.equal(teacher(waveforms), teacher.hidden_states(waveforms, torch.tensor([2_000, 2_000])))
+    expected = teacher.hidden_states(waveforms, lengths, mask, layers=[2], precision="bf16")
+    assert torch.equal(teacher(waveforms, lengths, mask, [2], precision="bf16"), expected)
+    assert expected.dtype == torch.float32
+    assert not torch.equal(teacher(waveforms, lengths, mask, [2]), expected)
+    assert repr(teacher) == (
+        f"Wav2Vec2Teacher('random:2x16', num_layers=2, dim=16, num_parameters={teacher.num_parameters:,}, device='cpu')"
+    )
+
+
+def test_nan_in_padding_does_not_spread() -> None:
     teacher = load_teacher("random:2x16")
     waveforms = 0.1 * torch.randn(2, 2_000, generator=torch.Generator().manual_seed(0))
     expected = teacher.hidden_states(waveforms[1:, :900])

@@ -1,4 +1,4 @@
-"""The same checkpoint through fairseq itself and through ours. Needs the `[fairseq]` extra; skipped without it."""
+"""Comparison with fairseq on the same checkpoint. It needs the `[fairseq]` extra and is skipped without it."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def fairseq_model(kind: str, cfg: dict[str, Any]) -> Any:
         model = HubertModel(config, HubertPretrainingConfig(), [Dictionary()])
     else:
         model = Wav2Vec2Model(Wav2Vec2Config(**cfg, quantize_targets=True, latent_vars=4, latent_groups=2))
-    with torch.no_grad():  # fairseq's initial norms are the identity, and biases 0: those would hide mistakes.
+    with torch.no_grad():  # Identity norms and zero biases, fairseq's initial values, would hide mistakes.
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -37,7 +37,7 @@ def fairseq_model(kind: str, cfg: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def fairseq_layers(model: Any, waveform: Tensor, mask: Tensor | None) -> Tensor:
-    """(L, T, D) outputs of fairseq's Transformer layers for one waveform (S,)."""
+    """Return the (L, T, D) outputs of fairseq's Transformer layers for one (S,) waveform."""
     outputs: list[Tensor] = []
     hooks = [layer.register_forward_hook(lambda _m, _i, out: outputs.append(out[0])) for layer in model.encoder.layers]
     if mask is not None:

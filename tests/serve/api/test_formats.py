@@ -1,4 +1,4 @@
-"""Every form of body and of answer, embeddings, several models, keys, limits and what operators see."""
+"""Every format of bodies and responses, embeddings, several models, keys, limits, metrics and logs."""
 
 import base64
 import io
@@ -20,11 +20,10 @@ import torch
 from fastapi.testclient import TestClient
 
 from ray_distill.serve import create_app
-from ray_distill.serve.api.admission import Limits
-from ray_distill.serve.api.formats import base64_pieces
+from ray_distill.serve.api.formats import base64_chunks
 from ray_distill.serve.decoding import decode
-from ray_distill.serve.inference.backends import TorchBackend, Wanted
-from ray_distill.serve.inference.engine import BatchLimits
+from ray_distill.serve.inference.backends import LayerRequest, TorchBackend
+from ray_distill.serve.settings import BatchLimits, Limits
 from ray_distill.student import Student, load_student
 
 from ..conftest import MAX_SECONDS
@@ -57,7 +56,7 @@ def same(left: Any, right: np.ndarray, relative: float = 1e-5) -> None:
 
 
 def test_many_files_in_each_binary_form(client: httpx.Client, expected: list[np.ndarray]) -> None:
-    def ask(accept: str) -> bytes:
+    def post(accept: str) -> bytes:
         response = client.post("/v1/features", files=FORM, headers={"accept": accept})
         assert (response.status_code, response.headers["content-type"]) == (200, accept)
         assert response.headers["x-shape"] == "24,16;39,16"
@@ -65,9 +64,9 @@ def test_many_files_in_each_binary_form(client: httpx.Client, expected: list[np.
         assert len(response.headers["x-revision"]) == 12 and "0.02 i" in response.headers["x-timestamps"]
         return response.content
 
-    npz = np.load(io.BytesIO(ask("application/x-npz")))
-    tensors = safetensors.numpy.load(ask("application/vnd.safetensors"))
-    table = pa.ipc.open_file(ask("application/vnd.apache.arrow.file")).read_all()
+    npz = np.load(io.BytesIO(post("application/x-npz")))
+    tensors = safetensors.numpy.load(post("application/vnd.safetensors"))
+    table = pa.ipc.open_file(post("application/vnd.apache.arrow.file")).read_all()
     assert table.schema.metadata[b"model"] == b"tiny"
     for index, array in enumerate(expected):
         same(npz[str(index)], array)
@@ -154,14 +153,14 @@ def test_several_files_as_one_npy_are_refused_before_any_is_decoded(
     decoded: list[bytes] = []
     monkeypatch.setattr("ray_distill.serve.api.request_handler.decode", lambda file, seconds: decoded.append(file))
     with TestClient(create_app(student)) as client:
-        for asked in ({"params": {"format": "npy"}}, {"headers": {"accept": "application/octet-stream"}}):
-            assert_refused(client.post("/v1/features", files=FORM, **asked), 422, "bad_parameter")
+        for options in ({"params": {"format": "npy"}}, {"headers": {"accept": "application/octet-stream"}}):
+            assert_refused(client.post("/v1/features", files=FORM, **options), 422, "bad_parameter")
     assert not decoded
 
 
 def test_long_base64_comes_in_pieces_that_fit_together() -> None:
     array = np.random.default_rng(0).normal(size=(3, 1000, 77)).astype(np.float16)
-    pieces = list(base64_pieces(array))
+    pieces = list(base64_chunks(array))
     assert len(pieces) > 2 and max(map(len, pieces)) <= 2**18
     assert (np.frombuffer(base64.b64decode(b"".join(pieces)), "<f2").reshape(array.shape) == array).all()
 
@@ -207,26 +206,26 @@ def test_models_are_listed_and_chosen(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("with_header", [False, True], ids=["parameter", "multiplexed"])
-def test_models_of_a_library_are_loaded_when_asked_for(client: httpx.Client, library: Path, with_header: bool) -> None:
-    def ask(name: str) -> httpx.Response:
-        # The header is Ray Serve's, for its choice of a replica; without Ray it means nothing.
+def test_models_of_a_library_are_loaded_on_demand(client: httpx.Client, library: Path, with_header: bool) -> None:
+    def post(name: str) -> httpx.Response:
+        # Ray Serve routes by this header; without Ray it has no effect.
         headers = {"serve_multiplexed_model_id": name} if with_header else {}
         return client.post("/v1/features", params={"model": name, "layer": "all"}, content=FILES[0], headers=headers)
 
     assert set(client.get("/v1/models").json()["library"]) <= {"run-0", "run-1", "run-2"}
-    # `other` is always loaded; of the library the one not asked for longest makes room, and comes back the same.
-    answers = [ask(name).json() for name in ("run-0", "run-1", "run-0", "other", "run-2", "run-1")]
+    # `other` is always loaded; the least recently used model of the library is unloaded, and later loaded again.
+    answers = [post(name).json() for name in ("run-0", "run-1", "run-0", "other", "run-2", "run-1")]
     listed = client.get("/v1/models").json()
     assert [model["id"] for model in listed["data"]] == ["tiny", "other", "run-2", "run-1"]
     assert listed["library"] == ["run-0"]
     for answer, number in zip(answers, (0, 1, 0, None, 2, 1), strict=True):
         if number is not None:
             alone = TorchBackend(load_student(library / f"run-{number}" / "export"))
-            (expected,) = alone.run([Wanted(decode(FILES[0], MAX_SECONDS), None, "student")])
+            (expected,) = alone.run([LayerRequest(decode(FILES[0], MAX_SECONDS), None, "student")])
             assert answer["revision"] == alone.revision
             assert np.abs(np.array(answer["features"]) - expected).max() <= 1e-5 * np.abs(expected).max()
     for name in ("..", "run-3", "../../etc", "run-0@000000000000"):
-        assert_refused(ask(name), 404, "model_not_found")
+        assert_refused(post(name), 404, "model_not_found")
 
 
 def test_a_swap_loses_no_request(student: Student) -> None:
@@ -273,7 +272,7 @@ def test_overload_is_429_and_a_stopped_service_503(student: Student, monkeypatch
     with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
         monkeypatch.setattr(student, "layer_outputs", lambda *a: gate.wait(20) and real(*a))
         held = [pool.submit(client.post, "/v1/features", content=FILES[0]) for _ in range(2)]
-        while "serve_open_requests 3.0" not in client.get("/metrics").text:  # the request for metrics is one itself
+        while "serve_open_requests 3.0" not in client.get("/metrics").text:  # The request for metrics is one of them.
             time.sleep(0.02)
         refused = client.post("/v1/features", content=FILES[0])
         assert_refused(refused, 429, "overloaded")
@@ -286,12 +285,14 @@ def test_overload_is_429_and_a_stopped_service_503(student: Student, monkeypatch
 
 
 def test_headers_logs_and_metrics(app_client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "serve.requests"):
+    with caplog.at_level(logging.INFO, "ray_distill.serve.requests"):
         answer = app_client.post("/v1/features", content=FILES[0], headers={"x-request-id": "abc-1"})
         app_client.post("/v1/features", content=b"x", headers={"x-request-id": "bad id\t"})
     assert answer.headers["x-request-id"] == "abc-1"
     assert float(answer.headers["x-queue-time"]) >= 0 and float(answer.headers["x-inference-time"]) > 0
-    first, second = (json.loads(record.message) for record in caplog.records if record.name == "serve.requests")
+    first, second = (
+        json.loads(record.message) for record in caplog.records if record.name == "ray_distill.serve.requests"
+    )
     assert (first["request_id"], first["status"], first["route"]) == ("abc-1", 200, "/v1/features")
     assert len(second["request_id"]) == 32 and second["status"] == 400
     text = app_client.get("/metrics").text

@@ -1,0 +1,48 @@
+"""Files of models: what a path must be, and how the model in it is called."""
+
+from pathlib import Path
+
+
+def check_model_path(path: Path, runtime: str | None) -> None:
+    """Check a model's path without reading the model.
+
+    Args:
+        path: Folder of an exported student, or a file of ``export --format onnx``.
+        runtime: ``torch``, ``onnx``, or None to choose by the path.
+
+    Raises:
+        ValueError: the path holds no model, or ``runtime`` can't run it.
+    """
+    if path.suffix == ".onnx":
+        if runtime == "torch":
+            raise ValueError(f"PyTorch can't run '{path}': give the folder that the export stage wrote.")
+        if not path.is_file():
+            raise ValueError(f"There is no ONNX file at '{path}'.")
+    elif path.is_file():
+        raise ValueError(
+            f"'{path}' is a file: give the folder that the export stage wrote, or an ONNX file named .onnx."
+        )
+    elif not path.is_dir():
+        raise ValueError(f"There is no model folder at '{path}': give the folder that the export stage wrote.")
+    elif not (path / "config.json").is_file():
+        raise ValueError(f"'{path}' holds no student (no config.json): give the folder that the export stage wrote.")
+
+
+def model_name(path: Path) -> str:
+    """Return the default name of a model: NAME of ``NAME/export``, of ``NAME.onnx`` and of any other folder NAME."""
+    path = path.resolve()
+    if path.name == "export" and path.parent.name:
+        return path.parent.name
+    return path.stem if path.suffix == ".onnx" else path.name
+
+
+def models_in(folder: Path) -> dict[str, Path]:
+    """Return the models in a folder by name: ONNX files, exported students, and runs with an ``export`` folder."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        model = next((place for place in (path, path / "export") if (place / "config.json").is_file()), None)
+        if path.suffix == ".onnx":
+            found[path.stem] = path
+        elif model:
+            found[path.name] = model
+    return found

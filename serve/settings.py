@@ -1,0 +1,289 @@
+"""The settings of the service: options of the command, environment variables and keywords of `create_app`.
+
+Each setting is defined here once. `ray_distill.serve.command` makes the options of the command line from these classes, and
+docs/serving.md has a table that is made from them. An option that is not given is read from the environment variable
+``RAY_DISTILL_SERVE_NAME``; without that, its default holds.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+ENVIRONMENT_PREFIX = "RAY_DISTILL_SERVE_"
+Runtime = Literal["torch", "onnx"]
+Precision = Literal["fp32", "bf16"]
+
+
+class _Group(BaseModel):
+    """Settings that belong together; a wrong value is a ValueError of one sentence."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_by_name=True
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_sentence(error)) from error
+
+
+class BackendOptions(_Group):
+    """How models run."""
+
+    runtime: Runtime | None = Field(default=None, validation_alias=f"{ENVIRONMENT_PREFIX}BACKEND")
+    """Library that runs the models. Default: onnx for a file that ends in .onnx, otherwise torch."""
+    device: str = "cpu"
+    """PyTorch device: cpu, cuda, cuda:1. ONNX Runtime runs on the CPU only."""
+    precision: Precision = "fp32"
+    """Precision of PyTorch's matrix products and convolutions. The features are float32 in both cases."""
+    compile: bool = False
+    """Compile the model with torch.compile before the service is ready. Audio shorter than 2 seconds may run uncompiled."""
+
+
+class Limits(_Group):
+    """How much one request, one API key and all requests together may use."""
+
+    max_seconds: float = Field(default=60.0, gt=0)
+    """Longest audio file that runs as a whole, in seconds."""
+    long_audio: Literal["refuse", "windows"] = "refuse"
+    """What happens to longer files: refuse answers 413, windows runs them in overlapping windows."""
+    long_seconds: float = Field(default=600.0, gt=0)
+    """Longest audio file that runs in windows, in seconds."""
+    window_seconds: float = Field(default=30.0, ge=1)
+    """Length of a window, in seconds."""
+    overlap_seconds: float = Field(default=4.0, ge=0)
+    """Least overlap of neighbouring windows, in seconds. Each frame comes from the window whose centre is nearer."""
+    request_seconds: float = Field(default=300.0, gt=0)
+    """Audio in all files of one request, in seconds; at most queue_seconds, but one file of the longest length is always accepted."""
+    max_bytes: int = Field(default=32 * 2**20, ge=1)
+    """Largest request body, in bytes."""
+    open_bytes: int = Field(default=2**30, ge=1)
+    """Memory that all open requests may hold together, in bytes: bodies, decoded audio and responses."""
+    deadline_seconds: float = Field(default=30.0, gt=0)
+    """Longest time until the response, in seconds. A request may set a shorter timeout."""
+    max_requests: int = Field(default=256, ge=1)
+    """Number of requests that may be open at once."""
+    key_requests: int | None = Field(default=None, ge=1)
+    """Number of requests of one API key that may be open at once. Default: no limit."""
+    key_rate: float | None = Field(default=None, gt=0)
+    """Requests per second of one API key, on average; one second's worth may arrive at once. Default: no limit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_long_audio_table(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Accept ``long_audio`` as a table of ``max_seconds``, ``window_seconds`` and ``overlap_seconds``, or as None."""
+        table = values.get("long_audio", "")
+        if table is None:
+            return values | {"long_audio": "refuse"}
+        if not isinstance(table, Mapping):
+            return values
+        names = {
+            "max_seconds": "long_seconds",
+            "window_seconds": "window_seconds",
+            "overlap_seconds": "overlap_seconds",
+        }
+        if unknown := table.keys() - names:
+            raise ValueError(f"long_audio has no setting {min(unknown)!r}: use {', '.join(names)}.")
+        return values | {"long_audio": "windows"} | {names[name]: value for name, value in table.items()}
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Limits":
+        if self.open_bytes < self.max_bytes:
+            raise ValueError(f"open_bytes ({self.open_bytes}) must be at least max_bytes ({self.max_bytes}).")
+        if self.long_audio == "windows":
+            if self.overlap_seconds > self.window_seconds / 2:
+                raise ValueError(
+                    f"overlap_seconds ({self.overlap_seconds:g}) must be at most half of window_seconds "
+                    f"({self.window_seconds:g})."
+                )
+            if not self.window_seconds <= self.max_seconds < self.long_seconds:
+                raise ValueError(
+                    f"window_seconds ({self.window_seconds:g}) must be at most max_seconds ({self.max_seconds:g}), and "
+                    f"max_seconds must be less than long_seconds ({self.long_seconds:g})."
+                )
+        return self
+
+    @property
+    def longest_seconds(self) -> float:
+        """Longest audio file that is accepted, whole or in windows, in seconds."""
+        return self.long_seconds if self.long_audio == "windows" else self.max_seconds
+
+    def record(self) -> dict[str, Any]:
+        """Return the limits as ``/info`` reports them."""
+        record = self.model_dump(include=set(Limits.model_fields))
+        windows = {name: record.pop(f"{name}_seconds") for name in ("long", "window", "overlap")}
+        table = {
+            "max_seconds": windows["long"],
+            "window_seconds": windows["window"],
+            "overlap_seconds": windows["overlap"],
+        }
+        return record | {"long_audio": table if self.long_audio == "windows" else None}
+
+
+class BatchLimits(_Group):
+    """Bounds of batches and of the queue."""
+
+    batch_seconds: float | None = Field(default=None, gt=0)
+    """Audio in a batch, padding included, in seconds. Default: 8 on a CPU, where larger batches are not faster, otherwise 30."""
+    wait_seconds: float = Field(default=0.002, ge=0)
+    """Longest time that the oldest utterance waits for others to fill its batch while the model is idle, in seconds."""
+    queue_seconds: float = Field(default=300.0, gt=0)
+    """Audio that may wait in the queue of a model, in seconds. An empty queue accepts one utterance of any length."""
+
+
+def _split(value: Any) -> Any:
+    """Return the words of a string, as environment variables hold lists; anything else unchanged."""
+    return value.split() if isinstance(value, str) else value
+
+
+def _named_folders(value: Any) -> Any:
+    """Return ``NAME=FOLDER`` entries, in a list or a string, as a mapping; anything else unchanged."""
+    entries = _split(value)
+    if not isinstance(entries, list):
+        return value
+    folders = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    if len(folders) < len(entries):
+        raise ValueError("more must have entries NAME=FOLDER, each with a different name.")
+    return folders
+
+
+class AppSettings(BackendOptions, BatchLimits, Limits, BaseSettings):
+    """Settings of the application, whatever runs it.
+
+    The groups may also be given as tables ``backend``, ``batch`` and ``limits``:
+    ``AppSettings(limits={"max_seconds": 30})`` is ``AppSettings(max_seconds=30)``. What is not given is read from the environment.
+
+    Raises:
+        ValueError: a setting is unknown, out of range or contradicts another.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX)
+
+    name: str | None = None
+    """Name of the model in responses. Default: the name of its run, so demo for runs/demo/export."""
+    library: Path | None = None
+    """Folder of further models, each loaded when a request first names it."""
+    library_loaded: int = Field(default=4, ge=1)
+    """Number of models of the library that stay loaded; loading another one unloads the least recently used."""
+    api_keys: Annotated[Path | tuple[str, ...] | None, NoDecode] = None
+    """File of API keys, one per line. Clients must send one of them. Default: no key is needed."""
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), validation_alias=f"{ENVIRONMENT_PREFIX}CORS_ORIGIN"
+    )
+    """Origin whose pages may send requests from a browser, or *; may be repeated. Default: only the service's own page."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**_without_tables(values))
+
+    def read_api_keys(self) -> tuple[str, ...]:
+        """Return the API keys; none if no key is needed.
+
+        Raises:
+            ValueError: the file of keys is missing or empty.
+        """
+        if not isinstance(self.api_keys, Path):
+            return self.api_keys or ()
+        keys = self.api_keys.read_text().split() if self.api_keys.is_file() else []
+        if not keys:
+            raise ValueError(f"'{self.api_keys}' holds no API keys: write one key per line.")
+        return tuple(keys)
+
+
+class ServeSettings(AppSettings):
+    """Settings of a service: its models, the application and the server around it."""
+
+    model: Path
+    """Folder of an exported student, such as runs/demo/export, or an .onnx file."""
+    more: Annotated[dict[str, Path], NoDecode, BeforeValidator(_named_folders)] = Field(default_factory=dict)
+    """Further model, as NAME=FOLDER; may be repeated."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 for any free port."""
+    leave_seconds: float = Field(default=0.0, ge=0)
+    """Time after SIGTERM in which the service still accepts requests while /readyz answers 503, in seconds."""
+
+
+class Option(NamedTuple):
+    """A setting as an option of the command.
+
+    Attributes:
+        group: Title of the group that it belongs to.
+        name: Name of the option without dashes, such as ``max_seconds``.
+        field_name: Name of the field of `ServeSettings`.
+        field: Type, default, range and description.
+    """
+
+    group: str
+    name: str
+    field_name: str
+    field: FieldInfo
+
+    @property
+    def flag(self) -> str:
+        """Flag on the command line, such as ``--max-seconds``."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def environment_variable(self) -> str:
+        """Environment variable, such as ``RAY_DISTILL_SERVE_MAX_SECONDS``."""
+        return f"{ENVIRONMENT_PREFIX}{self.name.upper()}"
+
+
+def options() -> Iterator[Option]:
+    """Yield every setting as an option, the models and the server first."""
+    groups = {
+        "Models and server": (ServeSettings, AppSettings),
+        "Backend": (BackendOptions,),
+        "Limits": (Limits,),
+        "Batches and queue": (BatchLimits,),
+    }
+    for title, classes in groups.items():
+        for kind in classes:
+            for field_name in kind.__annotations__:
+                if field_name in kind.model_fields:
+                    field = ServeSettings.model_fields[field_name]
+                    yield Option(title, _option_name(field.validation_alias or field_name), field_name, field)
+
+
+def _option_name(name: object) -> str:
+    return str(name).removeprefix(ENVIRONMENT_PREFIX).lower()
+
+
+def _without_tables(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings without tables: those of ``backend``, ``batch`` and ``limits`` beside the others."""
+    flat = dict(values)
+    tables: dict[str, type[_Group]] = {"backend": BackendOptions, "batch": BatchLimits, "limits": Limits}
+    for name, group in tables.items():
+        table = flat.pop(name, None)
+        if isinstance(table, Mapping):
+            try:
+                table = group(**table)
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from error
+        if isinstance(table, group):
+            flat |= table.model_dump(exclude_unset=True)
+        elif table is not None:
+            raise ValueError(f"{name} must be a table of settings, not {table!r}.")
+    return flat
+
+
+def _sentence(error: ValidationError) -> str:
+    """Return the first mistake as one sentence."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    name = _option_name(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return f"{name} is not a setting of the service; docs/serving.md lists the settings."
+    if first["type"] == "missing":
+        return f"{name} is not set; it has no default."
+    expected = first["msg"].replace("Input should be", "must be").partition(", unable")[0]
+    if first["type"] == "path_type":
+        expected = "must be a path"
+    return f"{name} {expected}, not {first['input']!r}."

@@ -1,0 +1,147 @@
+"""Layer prediction (DistilHuBERT, FitHuBERT, ARMHuBERT): heads predict the teacher's layers."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor
+
+from ray_distill.student.model.student import Student
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.objectives.layer_loss import combine_layers, head_loss
+from ray_distill.student.objectives.objective import DistillationLoss, Distiller, ErrorKind, Objective, cosine_sums
+from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
+from ray_distill.student.training.spec_augment import SpecAugment
+
+
+class LayerPrediction(Objective, frozen=True):
+    """Heads predict the teacher's layers (ARMHuBERT, DistilHuBERT)."""
+
+    objective: Literal["prediction"] = "prediction"
+    hint_weight: Annotated[float, CHANGES_LOSS_MEANING] = 0.1
+    """Weight of the summed losses of all layers but the last."""
+    final_weight: Annotated[float, CHANGES_LOSS_MEANING] = 1.0
+    """Weight of the last layer's loss."""
+    cosine_weight: Annotated[float, CHANGES_LOSS_MEANING] = pydantic.Field(default=0.0, ge=0)
+    """Weight of DistilHuBERT's second term, ``-log sigmoid(cos)``. The published ARMHuBERT does not use it (0)."""
+    hint_layers: int | None = pydantic.Field(default=None, ge=1)
+    """Number of layers below the last that take part in the loss, drawn anew for each epoch (published
+    ``distil_random_layer``). None uses all."""
+
+    def check_student(self, config: StudentConfig) -> None:
+        """See `Objective.check_student`."""
+        if config.heads == "none":
+            raise ValueError(
+                "train.objective prediction does not go with student.heads none: prediction needs heads; choose layerwise "
+                "or split heads, or another objective"
+            )
+        if self.hint_layers is not None and self.hint_layers >= config.num_predictions:
+            raise ValueError(
+                f"train.hint_layers is {self.hint_layers}, but there are {config.num_predictions - 1} layers below the last to draw "
+                "from; give fewer, or leave it out to learn from all"
+            )
+
+    def distiller(self, student: Student, *, spec_augment: SpecAugment | None, seed: int) -> "LayerDistiller":
+        """See `Objective.distiller`."""
+        return LayerDistiller(
+            student,
+            kind=self.loss,
+            hint_weight=self.hint_weight,
+            final_weight=self.final_weight,
+            cosine_weight=self.cosine_weight,
+            hint_layers=self.hint_layers,
+            seed=seed,
+            spec_augment=spec_augment,
+        )
+
+
+class LayerDistiller(Distiller):
+    """A student and its `distillation_loss` in one forward pass.
+
+    It returns the same numbers as the two in turn, but works layer by layer, so that autograd saves one (B, T, D) tensor for
+    each head and no (B, L, T, D) tensor is made beside the targets.
+
+    Args:
+        student: The student; its parameters (under ``student.``) are all the parameters of this module.
+        kind, hint_weight, final_weight, cosine_weight: As for `distillation_loss`.
+        hint_layers: Number of layers below the last that take part in each epoch. Default None: all.
+        seed: Seed of the choice of hint layers. Default 0.
+        spec_augment: Augmentation of the student's features in training mode. Default None: no augmentation.
+
+    Attributes:
+        hints: For each layer below the last, whether it takes part in the hint; None if all do. Set by `set_epoch`.
+
+    Raises:
+        ValueError: unknown kind.
+
+    Example:
+        >>> distiller = LayerDistiller(Student(StudentConfig()))
+        >>> waveforms, lengths = torch.randn(2, 16_000), torch.tensor([16_000, 12_000])
+        >>> distiller(waveforms, lengths, None, torch.randn(2, 12, 49, 768)).total.backward()
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        *,
+        kind: ErrorKind = "mse",
+        hint_weight: float = 0.1,
+        final_weight: float = 1.0,
+        cosine_weight: float = 0.0,
+        hint_layers: int | None = None,
+        seed: int = 0,
+        spec_augment: SpecAugment | None = None,
+    ) -> None:
+        super().__init__(student, kind=kind, spec_augment=spec_augment)
+        self.hint_weight, self.final_weight, self.cosine_weight = hint_weight, final_weight, cosine_weight
+        self.hint_layers, self.seed = hint_layers, seed
+        self.hints: Sequence[bool] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the epoch's hint layers."""
+        if self.hint_layers is not None:
+            self.hints = draw_hint_layers(self.hint_layers, self.student.config.num_predictions - 1, self.seed, epoch)
+
+    def forward(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor,
+        frame_mask: Tensor | None,
+        targets: Tensor,
+        normalizer: float | Tensor | None = None,
+        *,
+        cosines: bool = False,
+    ) -> DistillationLoss:
+        """See `Distiller.forward`; targets are (B, P, T, D), one for each head."""
+        head_inputs, num_frames, padded = self.encode(waveforms, lengths, frame_mask)
+        expected = (len(waveforms), len(head_inputs), padded.shape[1], self.student.config.target_dim)
+        if targets.shape != expected:
+            raise ValueError(f"targets must be (B, P, T, D) = {expected}, not {tuple(targets.shape)}")
+        sums, errors, similarities = zip(
+            *(
+                head_loss(x, head, targets[:, layer], padded, self.kind, cosines, self.cosine_weight)
+                for layer, (x, head) in enumerate(zip(head_inputs, self.student.heads, strict=True))
+            ),
+            strict=True,
+        )
+        divisor = num_frames.sum() if normalizer is None else normalizer
+        loss = combine_layers(
+            torch.stack(sums) / divisor,
+            torch.stack(errors, 1),
+            frame_mask,
+            divisor,
+            self.hint_weight,
+            self.final_weight,
+            self.hints,
+        )
+        if cosines:
+            loss.cosines = cosine_sums(torch.stack(similarities), frame_mask, padded)
+        return loss
+
+
+def draw_hint_layers(count: int, layers: int, seed: int, epoch: int) -> list[bool]:
+    """Draw ``count`` of the ``layers`` below the last for an epoch; the same arguments give the same layers."""
+    drawn = np.random.default_rng((seed, epoch)).permutation(layers)[:count]
+    return [layer in drawn for layer in range(layers)]

@@ -61,7 +61,7 @@ def load_student(model: Path | str, config: Path | str | None = None) -> Student
     described = Path(config) if config is not None else weights.with_name(CONFIG)
     for needed in (weights, described):
         if not needed.is_file():
-            raise ValueError(f"{path} is not a student: there is no file {needed}")
+            raise ValueError(f"{path} is not a student: the file {needed} is missing")
     try:
         student = Student(StudentConfig.model_validate(json.loads(described.read_text())["student"]))
     except (KeyError, TypeError, ValueError) as error:

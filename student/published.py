@@ -121,7 +121,7 @@ def published_config(path: Path) -> StudentConfig:
         ValueError: the yaml is missing, can't be read, or describes a student that is not supported.
     """
     if not path.is_file():
-        raise ValueError(f"there is no yaml at {path}")
+        raise ValueError(f"{path} does not exist; give the path of the yaml that belongs to the checkpoint")
     try:
         tree = yaml.safe_load(path.read_text())
         options: dict[str, Any] = tree["distiller"]

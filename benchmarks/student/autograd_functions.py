@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.result_file import RESULTS, write_result
 from ray_distill.student.model.attention import attend
@@ -24,7 +24,6 @@ from ray_distill.student.model.convolution import gelu_convolution
 from ray_distill.student.model.dropout import Dropout
 from ray_distill.student.model.student import scale_gradient
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.objectives.layer_loss import head_loss
 from ray_distill.teacher_cache.frames import num_frames
 
 OURS, PLAIN = "ours", "plain"
@@ -95,32 +94,6 @@ def attention(config: StudentConfig, batch: int, samples: int) -> Pair:
     )
 
 
-def heads(config: StudentConfig, batch: int, samples: int) -> Pair:
-    """All heads with their losses."""
-    frames = num_frames(samples)
-    layers = [nn.Linear(config.encoder_embed_dim, config.target_dim) for _ in range(config.encoder_layers)]
-    inputs = [leaf(batch, frames, config.encoder_embed_dim) for _ in layers]
-    targets = torch.randn(batch, len(layers), frames, config.target_dim)
-    padded = torch.zeros(batch, frames, dtype=torch.bool)
-
-    def ours() -> Tensor:
-        losses = [
-            head_loss(x, layer, targets[:, number], padded, "mse", False)[0]
-            for number, (x, layer) in enumerate(zip(inputs, layers, strict=True))
-        ]
-        return torch.stack(losses)
-
-    def plain() -> Tensor:
-        errors = [
-            F.mse_loss(layer(x), targets[:, number], reduction="none").mean(-1)
-            for number, (x, layer) in enumerate(zip(inputs, layers, strict=True))
-        ]
-        return torch.stack([error.masked_fill(padded, 0).sum() for error in errors])
-
-    parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    return Pair(ours, plain, inputs + parameters, (targets, padded))
-
-
 def gradient_scaling(config: StudentConfig, batch: int, samples: int) -> Pair:
     """Layer gradient scaling of one layer."""
     x = leaf(batch, num_frames(samples), config.encoder_embed_dim)
@@ -131,7 +104,6 @@ PAIRS = {
     "convolution": convolutions,
     "dropout": dropout,
     "attention": attention,
-    "head_loss": heads,
     "scale_gradient": gradient_scaling,
 }
 

@@ -65,6 +65,8 @@ CACHE = (
 STUDENT = (
     "ray_distill.student.model.student_config",
     "ray_distill.student.model.student",
+    "ray_distill.student.objectives.objective",
+    "ray_distill.student.objectives.layer_prediction",
     "ray_distill.student.objectives.layer_loss",
     "ray_distill.student.objectives.temporal_relation",
     "ray_distill.student.training.spec_augment",

@@ -1,1 +1,1 @@
-"""The ways out of this project: S3PRL, Hugging Face, ONNX and `torch.export`, all from one plain PyTorch form of the student."""
+"""Exporters to S3PRL, Hugging Face, ONNX and `torch.export`, all from one plain PyTorch form of the student."""

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: ``AutoModel.from_pretrained(folder, trust_remote_code=True)``, with its feature extractor and card."""
+"""Export to a Hugging Face folder with feature extractor and model card, for ``AutoModel.from_pretrained``."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import save
 
 from ray_distill.student.exporters.origin import Origin, describe
-from ray_distill.student.exporters.portable import portable_student, weights_of
+from ray_distill.student.exporters.portable import named_weights, portable_student
 from ray_distill.student.model.student import Student
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
@@ -32,8 +32,8 @@ tags:
 
 # {title}
 
-A speech encoder distilled from {teacher}: {layers} Transformer layers {width} wide, one frame every {milliseconds:g} ms,
-{parameters:,} parameters (without the heads that only distillation needs).{reuse}
+A speech encoder distilled from {teacher}. It has {layers} Transformer layers of width {width}, one frame every {milliseconds:g} ms
+and {parameters:,} parameters, without the prediction heads, which only distillation uses.{reuse}
 
 ```python
 from transformers import AutoFeatureExtractor, AutoModel
@@ -44,41 +44,44 @@ inputs = extractor(waveforms, sampling_rate=16_000, padding=True, return_tensors
 features = model(**inputs, output_hidden_states=True).hidden_states
 ```
 
-`hidden_states` are the encoder's input and each layer's output. `AutoModelForCTC` and `AutoModelForAudioClassification`
-add an untrained linear head, by default on a learnt weighted mean of all of them (`use_weighted_layer_sum`).
+`hidden_states[0]` is the encoder's input and `hidden_states[k]` the output of layer k. `AutoModelForCTC` and
+`AutoModelForAudioClassification` add an untrained linear head on a learned weighted mean of all hidden states, or on the last
+one if `use_weighted_layer_sum` is false.
 
 ## Training
 
 {origin}
 
-The whole configuration is in `config.json`, under `origin`.
+The complete configuration of the run is in `config.json`, under `origin`.
 
-## Limits
+## Limitations
 
-- Input is 16 kHz mono in [-1, 1], not normalised, of at least {receptive_field} samples. Attention is over the
-  whole utterance, so time and memory grow with the square of its length.
-- It knows the speech it was distilled on ({data}) and has its teacher's biases; other languages, channels and noise were not tried.
-- It gives features, not text: tasks need a head trained on them.
-- An utterance's features don't depend on what it is batched with; attention maps and masked prediction are not exported.
+- The input is 16 kHz mono audio in [-1, 1], not normalised, with at least {receptive_field} samples. Attention spans the whole
+  utterance, so time and memory grow with the square of its length.
+- The model was distilled on a limited amount of speech ({data}) and has the biases of its teacher. Other languages, channels
+  and noise were not tested.
+- The model outputs features, not text. Each task needs a trained head.
+- The features of an utterance do not depend on the other utterances in its batch. Attention maps and masked prediction are not
+  exported.
 """
 
 
 def export_huggingface(student: Student, folder: Path, origin: Origin) -> None:
-    """Writes the folder. transformers is not needed for it.
+    """Write a folder for ``AutoModel.from_pretrained(folder, trust_remote_code=True)``. Writing does not need transformers.
 
     Args:
-        student: to export.
-        folder: new, or empty.
-        origin: what the export says of itself.
+        student: Student to export.
+        folder: New or empty folder.
+        origin: Origin of the student, for ``config.json`` and the model card.
 
     Raises:
-        ValueError: a folder that holds files, or a student that exports don't support.
+        ValueError: the folder is not empty, or the student has options that exports do not support.
     """
     model = portable_student(student)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give a new folder")
-    tensors = {f"student.{name}": tensor for name, tensor in weights_of(model).items()}
+    tensors = {f"student.{name}": tensor for name, tensor in named_weights(model).items()}
     (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     width: int = model.config["encoder_embed_dim"]
     config: dict[str, Any] = {
@@ -108,14 +111,14 @@ def export_huggingface(student: Student, folder: Path, origin: Origin) -> None:
     hours = origin.get("corpus_hours")
     card = _CARD.format(
         title=origin.get("run") or folder.name,
-        teacher=origin.get("teacher") or "a teacher that is not known",
+        teacher=origin.get("teacher") or "an unknown teacher",
         layers=len(model.layers),
         width=width,
         milliseconds=1000 * model.stride / SAMPLE_RATE,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        reuse=f" {reused} layers reuse the attention map of an earlier one." if reused else "",
-        origin="\n".join(f"- {line}" for line in describe(origin)) or "Not known.",
+        reuse=f" {reused} layers reuse the attention map of an earlier layer." if reused else "",
+        origin="\n".join(f"- {line}" for line in describe(origin)) or "Unknown.",
         receptive_field=model.receptive_field,
-        data=f"{hours} h, see `origin`" if hours is not None else "not known",
+        data=f"{hours} h, see `origin`" if hours is not None else "of unknown duration",
     )
     (folder / "README.md").write_text(card)

@@ -1,4 +1,4 @@
-"""Configuration of a distilled student for transformers; copied into every exported folder."""
+"""Configuration of a distilled student for transformers. This file is copied into each exported folder."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from transformers import PretrainedConfig
 
 
 class DistilledStudentConfig(PretrainedConfig):
-    """What the student is, where it comes from, and the options of its task heads.
+    """Architecture and origin of a student, and the options of its task heads.
 
     Attributes:
-        student: architecture, as `PortableStudent` takes it.
-        origin: what the export says of itself.
-        use_weighted_layer_sum: task heads see a learnt weighted mean of all hidden states, as in SUPERB, not the last one.
-        hidden_size, num_hidden_layers, vocab_size: as usual in transformers; the last for CTC.
-        inputs_to_logits_ratio: samples between frames (after a time reduction too, whose frames are repeated); transformers'
-            speech recognition cuts long audio into chunks by it.
+        student: Architecture, as `PortableStudent` takes it.
+        origin: Origin of the student: run, teacher, corpus and configuration, where known.
+        use_weighted_layer_sum: Whether task heads use a learned weighted mean of all hidden states, as in SUPERB, instead of
+            the last one. Default True.
+        hidden_size: Width of the encoder.
+        num_hidden_layers: Number of encoder layers.
+        vocab_size: Number of outputs of the CTC head. Default 32.
+        inputs_to_logits_ratio: Samples between frames, with which transformers' speech recognition cuts long audio into
+            chunks. A time reduction does not change it, because reduced frames are repeated.
     """
 
     model_type = "distilled_student"
@@ -35,7 +38,7 @@ class DistilledStudentConfig(PretrainedConfig):
         self.origin = origin
         self.use_weighted_layer_sum = use_weighted_layer_sum
         self.vocab_size = vocab_size
-        # transformers makes one without arguments to compare with.
+        # transformers creates an instance without arguments, for comparison.
         self.hidden_size: Any = student["encoder_embed_dim"] if student else None
         self.num_hidden_layers: Any = len(student["reuses"]) if student else None
         self.inputs_to_logits_ratio: Any = math.prod(layer[2] for layer in student["conv_layers"]) if student else None

@@ -1,4 +1,4 @@
-"""A distilled student for transformers: features, CTC and classification; copied into every exported folder."""
+"""A distilled student for transformers: features, CTC and classification. This file is copied into each exported folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .portable_model import PortableStudent
 
 
 class DistilledStudentPreTrainedModel(PreTrainedModel):
-    """What the models here share."""
+    """Base class of the models in this file."""
 
     config_class = DistilledStudentConfig
     base_model_prefix = "distilled"
@@ -31,7 +31,7 @@ class DistilledStudentPreTrainedModel(PreTrainedModel):
 
 
 class DistilledStudentModel(DistilledStudentPreTrainedModel):
-    """Hidden states of the student. One utterance gives the same whatever it is batched with."""
+    """The student without heads. Features of an utterance do not depend on the other utterances in its batch."""
 
     def __init__(self, config: DistilledStudentConfig) -> None:
         super().__init__(config)
@@ -39,7 +39,7 @@ class DistilledStudentModel(DistilledStudentPreTrainedModel):
         self.post_init()
 
     def frame_mask(self, attention_mask: Tensor) -> Tensor:
-        """(B, S), 1 at real samples → (B, T) bool, True at real frames."""
+        """Turn a mask of samples (B, S), 1 at real samples, into a mask of frames (B, T) bool, True at real frames."""
         frames = self.student.num_frames(attention_mask.shape[1])
         counts: Tensor = self.student.num_frames(attention_mask.sum(-1))
         return torch.arange(frames, device=attention_mask.device) < counts[:, None]
@@ -51,16 +51,20 @@ class DistilledStudentModel(DistilledStudentPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """Features of waveforms.
+        """Return features of waveforms.
 
         Args:
-            input_values: (B, S) float, 16 kHz mono in [-1, 1], not normalised.
-            attention_mask: (B, S), 1 at real samples, which stand before the padding; None: nothing is padded.
-            output_hidden_states: also give the encoder's input and each layer's output.
-            return_dict: False gives a tuple.
+            input_values: (B, S) float, 16 kHz mono audio in [-1, 1], not normalised.
+            attention_mask: (B, S) integer, 1 at real samples and 0 at padding on the right. Default None: no padding.
+            output_hidden_states: Whether to return all hidden states. Default: as configured.
+            return_dict: Whether to return a `BaseModelOutput` instead of a tuple. Default True.
+
+        Returns:
+            ``last_hidden_state`` (B, T, d), and on request ``hidden_states``, L + 1 tensors (B, T, d): 0 is the encoder's
+            input, k the output of layer k.
 
         Raises:
-            ValueError: audio shorter than one frame, or padding before what is real.
+            ValueError: audio is shorter than one frame, or padding precedes real samples.
         """
         lengths = None
         if attention_mask is not None and not bool(attention_mask.all()):
@@ -70,7 +74,7 @@ class DistilledStudentModel(DistilledStudentPreTrainedModel):
         shortest = input_values.shape[1] if lengths is None else int(lengths.min())
         if shortest < self.student.receptive_field:
             raise ValueError(
-                f"audio of {shortest} samples is too short; one frame needs {self.student.receptive_field}"
+                f"audio of {shortest} samples is too short; the minimum is {self.student.receptive_field} samples"
             )
         states = self.student(input_values, lengths)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -79,7 +83,7 @@ class DistilledStudentModel(DistilledStudentPreTrainedModel):
 
 
 class _Head(DistilledStudentPreTrainedModel):
-    """A linear layer on the student's features."""
+    """A student with a linear head on its features."""
 
     def __init__(self, config: DistilledStudentConfig, outputs: int) -> None:
         super().__init__(config)
@@ -90,13 +94,13 @@ class _Head(DistilledStudentPreTrainedModel):
         self.post_init()
 
     def freeze_base_model(self) -> None:
-        """Train the head and the layers' weights only."""
+        """Freeze the student, so that only the head and the weights of the layers are trained."""
         self.distilled.requires_grad_(False)
 
     def features(
         self, input_values: Tensor, attention_mask: Tensor | None, output_hidden_states: bool | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """What the head sees, (B, T, d), and the hidden states that the output has, where any are wanted."""
+        """Return the input of the head (B, T, d), and the hidden states if they are requested."""
         states = self.distilled(input_values, attention_mask, output_hidden_states=True).hidden_states
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         features = states[-1]
@@ -107,7 +111,7 @@ class _Head(DistilledStudentPreTrainedModel):
 
 
 class DistilledStudentForCTC(_Head):
-    """Characters or phones by CTC; ``config.vocab_size`` outputs, of which ``config.pad_token_id`` is the blank."""
+    """CTC head with ``config.vocab_size`` outputs, for characters or phones; ``config.pad_token_id`` is the blank."""
 
     def __init__(self, config: DistilledStudentConfig) -> None:
         super().__init__(config, config.vocab_size)
@@ -120,7 +124,10 @@ class DistilledStudentForCTC(_Head):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """As `DistilledStudentModel.forward`; ``labels``: (B, N) int, negative beyond a transcript's end."""
+        """Return logits (B, T, V), and the CTC loss if ``labels`` are given: (B, N) integer, negative after a transcript's end.
+
+        For the other arguments see `DistilledStudentModel.forward`.
+        """
         features, states = self.features(input_values, attention_mask, output_hidden_states)
         logits = self.head(features)
         loss = None
@@ -142,7 +149,7 @@ class DistilledStudentForCTC(_Head):
 
 
 class DistilledStudentForSequenceClassification(_Head):
-    """A class for an utterance, from the mean of its real frames; ``config.num_labels`` outputs."""
+    """Classification head with ``config.num_labels`` outputs, on the mean of an utterance's real frames."""
 
     def __init__(self, config: DistilledStudentConfig) -> None:
         super().__init__(config, config.num_labels)
@@ -155,7 +162,10 @@ class DistilledStudentForSequenceClassification(_Head):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """As `DistilledStudentModel.forward`; ``labels``: (B,) int."""
+        """Return logits (B, C), and the cross-entropy loss if ``labels`` are given: (B,) integer.
+
+        For the other arguments see `DistilledStudentModel.forward`.
+        """
         features, states = self.features(input_values, attention_mask, output_hidden_states)
         if attention_mask is None:
             pooled = features.mean(1)

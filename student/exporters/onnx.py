@@ -1,4 +1,4 @@
-"""ONNX and `torch.export` programs of a student, of any batch and length; needs the ``onnx`` extra."""
+"""Export to ONNX and to `torch.export` programs, for batches of any size and length. ONNX needs the ``onnx`` extra."""
 
 import json
 import logging
@@ -17,22 +17,22 @@ from ray_distill.student.exporters.portable_model import PortableStudent
 from ray_distill.student.model.student import Student
 
 OPSET = 20
-"""The first with a GELU of its own; runtimes since 2024 know it."""
+"""First ONNX operator set with a GELU; supported by runtimes since 2024."""
 
 
 class FeatureProgram(nn.Module):
-    """What is exported: (waveforms (B, S) float32, lengths (B,) int64) → (hidden states (B, L + 1, T, d), num_frames (B,)).
+    """The exported program: waveforms (B, S) float32, lengths (B,) int64 → hidden states (B, L + 1, T, d), num_frames (B,).
 
-    Hidden states are the encoder's input and each layer's output. Values at padded frames are finite and mean nothing.
+    Hidden state 0 is the encoder's input and k the output of layer k. Values at padded frames are finite and meaningless.
     """
 
     def __init__(self, model: PortableStudent) -> None:
         super().__init__()
         self.model = model
-        self.model.hold_maps = True  # A graph has its maps at hand: reuse then costs one product.
+        self.model.hold_maps = True  # An exported graph holds its maps anyway; reuse then costs one product.
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """As the class says."""
+        """Return hidden states and numbers of frames; see the class."""
         frames: Tensor = self.model.num_frames(lengths)
         return torch.stack(self.model(waveforms, lengths), dim=1), frames
 
@@ -40,15 +40,15 @@ class FeatureProgram(nn.Module):
 def _program(student: Student) -> tuple[torch.export.ExportedProgram, FeatureProgram]:
     if student.config.time_reduction is not None and student.config.position == "rotary":
         raise ValueError(
-            "rotary positions behind a time reduction can't be traced for any length; export such a student for s3prl or huggingface"
+            "rotary positions after a time reduction can't be traced for variable lengths; export this student to s3prl or huggingface"
         )
     module = FeatureProgram(portable_student(student)).eval()
     field, stride = module.model.receptive_field, module.model.stride
-    # Two unequal rows, so that nothing is taken for a constant.
+    # Two rows of different lengths, so that the tracer takes no length for a constant.
     samples = field + 49 * stride + 7
     example = torch.randn(2, samples) * 0.1, torch.tensor([samples, samples - 5 * stride])
     batch = torch.export.Dim("batch", min=1, max=4096)
-    # `torch.export` takes sizes of 1 for constants, so a batch must be two (reduced) frames long; its shorter rows may have one.
+    # `torch.export` treats sizes of 1 as constants, so a batch needs two (reduced) frames; its shorter rows may have one.
     reduction = module.model.reduction
     length = torch.export.Dim("samples", min=field + stride * (1 if reduction is None else reduction.factor), max=2**26)
     with torch.no_grad():
@@ -57,12 +57,17 @@ def _program(student: Student) -> tuple[torch.export.ExportedProgram, FeaturePro
 
 
 def export_torch(student: Student, file: Path, origin: Origin) -> None:
-    """Writes a `torch.export` program, read by ``torch.export.load``; its origin is its extra file ``origin.json``.
+    """Write a program for ``torch.export.load``, with the origin as extra file ``origin.json``.
 
-    It takes batches of any size, at least two frames (720 samples) long.
+    The program takes batches of any size, at least two frames (720 samples) long.
+
+    Args:
+        student: Student to export.
+        file: New file.
+        origin: Origin of the student.
 
     Raises:
-        ValueError: the file exists, or the student has options that exports don't support.
+        ValueError: the file exists, or the student has options that exports do not support.
     """
     _check_new(file)
     program, _ = _program(student)
@@ -71,16 +76,17 @@ def export_torch(student: Student, file: Path, origin: Origin) -> None:
 
 
 def export_onnx(student: Student, file: Path, origin: Origin, *, int8: bool = False) -> None:
-    """Writes an ONNX file whose metadata holds the origin.
+    """Write an ONNX file with the origin in its metadata.
 
     Args:
-        student: to export.
-        file: new.
-        origin: what the export says of itself.
-        int8: weights of matrix products (not of convolutions) in int8, activations quantised as they come. Default False.
+        student: Student to export.
+        file: New file.
+        origin: Origin of the student.
+        int8: Whether to store the weights of matrix products (not of convolutions) in int8, with dynamic quantisation of
+            activations. Default False.
 
     Raises:
-        ValueError: the file exists, the packages are not installed, or the student has options that exports don't support.
+        ValueError: the file exists, packages are not installed, or the student has options that exports do not support.
     """
     _check_new(file)
     try:
@@ -89,7 +95,7 @@ def export_onnx(student: Student, file: Path, origin: Origin, *, int8: bool = Fa
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
         raise ValueError(
-            f"ONNX needs packages that are not installed ({error}); install the extra named onnx"
+            f"the ONNX export needs packages that are not installed ({error}); install the extra onnx of ray-distill"
         ) from error
     program, _ = _program(student)
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +114,7 @@ def export_onnx(student: Student, file: Path, origin: Origin, *, int8: bool = Fa
         if int8:
             quantised = Path(folder) / "int8.onnx"
             with _quiet():
-                # Seven bits for a weight: with eight, CPUs without VNNI overflow in the sums of two products (error 14 %).
+                # Weights get seven bits: with eight, sums of two products overflow on CPUs without VNNI (error 14 %).
                 quantize_dynamic(
                     plain,
                     quantised,
@@ -126,12 +132,12 @@ def export_onnx(student: Student, file: Path, origin: Origin, *, int8: bool = Fa
 
 def _check_new(file: Path) -> None:
     if file.exists():
-        raise ValueError(f"{file} exists; give the name of a new file")
+        raise ValueError(f"{file} already exists; give the name of a new file")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters warn of packages that this model has no use for."""
+    """Suppress warnings of the exporters about packages that this model does not use."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

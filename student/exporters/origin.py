@@ -1,17 +1,17 @@
-"""What every export says of where it comes from."""
+"""Origin of an exported student: the record that each export contains."""
 
 from typing import Any
 
 Origin = dict[str, Any]
-"""JSON values; see `describe`."""
+"""JSON values by name; see `describe`."""
 
 
 def describe(origin: Origin) -> list[str]:
-    """Its lines for people, of what is known.
+    """Return readable lines with the known facts.
 
     Args:
-        origin: ``run``, ``teacher``, ``corpus_hours``, ``targets``, ``loss``, ``cache_fingerprint``, ``commit``, ``metrics``
-            (name to number), ``configuration`` (the run's), each where known.
+        origin: Any of ``run``, ``teacher``, ``corpus_hours``, ``targets``, ``loss``, ``cache_fingerprint``, ``commit``,
+            ``metrics`` (numbers by name) and ``configuration`` (of the run).
     """
     names = {
         "run": "run",
@@ -20,7 +20,7 @@ def describe(origin: Origin) -> list[str]:
         "targets": "targets",
         "loss": "loss",
         "cache_fingerprint": "fingerprint of the teacher cache",
-        "commit": "commit of the program that exported it",
+        "commit": "commit of the exporting program",
     }
     lines = [f"{text}: {origin[name]}" for name, text in names.items() if origin.get(name) is not None]
     return lines + [f"{name}: {value:.6g}" for name, value in (origin.get("metrics") or {}).items()]

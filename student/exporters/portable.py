@@ -1,4 +1,4 @@
-"""A student becomes its portable form: plain PyTorch that every export starts from, checked against the student itself."""
+"""Conversion of a student into the plain PyTorch model from which all exports are made, checked against the student."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ray_distill.student.model.position_encoding import PositionConv
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 
-_COPIED = (
+_COPIED_FIELDS = (
     "conv_layers",
     "conv_bias",
     "encoder_embed_dim",
@@ -28,13 +28,13 @@ _COPIED = (
     "activation_dropout",
     "dropout_input",
 )
-_CHOICES = {
+_SUPPORTED_VALUES = {
     "conv_norm": ("group_norm", "layer_norm"),
     "reuse_behaviour": ("paper", "released"),
     "position": ("convolution", "rotary"),
 }
-# Of the heads and of training, which are not exported, or told by `StudentConfig.reuses`.
-_ELSEWHERE = (
+# Fields of the heads and of training, which are not exported, or that `StudentConfig.reuses` replaces.
+_OMITTED_FIELDS = (
     "encoder_layers",
     "attention_reuse",
     "layer_grad_scale",
@@ -50,25 +50,32 @@ _TOLERANCE = 1e-4
 
 
 def portable_config(config: StudentConfig) -> dict[str, Any]:
-    """What `PortableStudent` is made from.
+    """Return the architecture as `PortableStudent` takes it.
 
     Raises:
-        ValueError: the student has an option that the exported model doesn't know.
+        ValueError: the student uses an option that exports do not support.
     """
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
-        known = name in (*_COPIED, *_ELSEWHERE) or value in _CHOICES.get(name, (field.get_default(),))
+        known = name in (*_COPIED_FIELDS, *_OMITTED_FIELDS) or value in _SUPPORTED_VALUES.get(
+            name, (field.get_default(),)
+        )
         if not known:
-            raise ValueError(f"the student has {name}={value!r}, which exports don't support; only checkpoints keep it")
+            raise ValueError(
+                f"the student has {name}={value!r}, which exports do not support; it can only be used from its checkpoint"
+            )
     tree = config.model_dump(mode="json")
-    return {name: tree[name] for name in (*_COPIED, *_CHOICES)} | {"reuses": list(config.reuses)}
+    return {name: tree[name] for name in (*_COPIED_FIELDS, *_SUPPORTED_VALUES)} | {"reuses": list(config.reuses)}
 
 
 def portable_student(student: Student) -> PortableStudent:
-    """The student's encoder without heads and mask embedding, in eval mode, on the CPU, in float32.
+    """Return the student's encoder without heads and mask embedding, in eval mode, on the CPU, in float32.
+
+    Args:
+        student: The student; it is moved to the CPU and to float32, and set to eval mode.
 
     Raises:
-        ValueError: it has options or weights that the exported model doesn't know, or gives other features.
+        ValueError: the student has options or weights that exports do not support, or the features differ.
     """
     student = student.eval().cpu().float()
     model = PortableStudent(portable_config(student.config)).eval()
@@ -83,31 +90,31 @@ def portable_student(student: Student) -> PortableStudent:
         model.load_state_dict({name: tensor.detach().clone().contiguous() for name, tensor in weights.items()})
     except RuntimeError as error:
         raise ValueError(
-            f"the student has other weights than exports support ({' '.join(str(error).split())})"
+            f"the student has weights that exports do not support ({' '.join(str(error).split())})"
         ) from error
     difference = largest_difference(student, model)
     if not difference < _TOLERANCE:
         raise ValueError(
-            f"the exported model's features differ from the student's by {difference:.1e} (relative), so the student has an "
-            "option that exports don't support; nothing was written"
+            f"the features of the exported model differ from the student's by {difference:.1e} (relative), so the student has "
+            "an option that exports do not support; nothing was written"
         )
     return model
 
 
 @torch.no_grad()
 def largest_difference(student: Student, model: PortableStudent) -> float:
-    """Largest relative difference of any layer's output on a padded batch of noise."""
+    """Return the largest relative difference of the layers' outputs on a padded batch of noise."""
     field = student.config.receptive_field
     lengths = torch.tensor([16_000 + field, 8_000 + field])
     waveforms = torch.randn(2, int(lengths[0]), generator=torch.Generator().manual_seed(0)) * 0.1
     ours, frames = student.encode(waveforms, lengths)
-    theirs = torch.stack(model(waveforms, lengths)[1:], 1)
+    theirs = torch.stack(model(waveforms, lengths)[1:], 1)  # State 0 is the encoder's input.
     if ours.shape != theirs.shape:
         return float("inf")
     rows = [(ours[row, :, :count], theirs[row, :, :count]) for row, count in enumerate(frames.tolist())]
     return max(float((a - b).norm() / a.norm()) for a, b in rows)
 
 
-def weights_of(model: PortableStudent) -> dict[str, Tensor]:
-    """Its tensors by name."""
+def named_weights(model: PortableStudent) -> dict[str, Tensor]:
+    """Return the tensors of the model by name."""
     return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}

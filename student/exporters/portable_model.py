@@ -1,6 +1,6 @@
-"""A distilled speech student in plain PyTorch (1.13 or newer), for inference and fine-tuning; needs no other package.
+"""A distilled speech student in plain PyTorch (1.13 or newer), for inference and fine-tuning, without other dependencies.
 
-One utterance gives the same features whatever it is batched with: normalisation and attention see real samples only.
+The features of an utterance do not depend on its batch: normalisation and attention only use real samples.
 
 Shape suffixes: B batch, S samples, C channels, T frames, d width, H heads, h width of a head.
 """
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 
 class PortableStudent(nn.Module):
-    """Convolutional front end and Transformer encoder with attention-map reuse, without what only pre-training needs.
+    """Convolutional front end and Transformer encoder with attention-map reuse, without the parts that only distillation needs.
 
     Attributes:
-        config: architecture, JSON values: conv_layers [[channels, kernel, stride], ...], conv_norm, conv_bias,
+        config: Architecture, as JSON values: conv_layers [[channels, kernel, stride], ...], conv_norm, conv_bias,
             encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads, reuses [bool for each layer],
             reuse_behaviour, layer_norm_first, position, conv_pos, conv_pos_groups, conv_pos_depth, time_reduction,
             time_reduction_factor, time_reduction_index, dropout, attention_dropout, activation_dropout, dropout_input.
-        hold_maps: keep a computed (T, T) attention map for the layers that reuse it, rather than its queries and keys.
-            Same numbers; less work, more memory on long audio. Default False.
+        hold_maps: Whether to pass a computed (T, T) attention map to the layers that reuse it, instead of its queries and
+            keys. The result is the same, with less work and, for long audio, more memory. Default False.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -57,33 +57,33 @@ class PortableStudent(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Samples between the starts of neighbouring frames."""
+        """Number of samples between the starts of neighbouring frames."""
         return math.prod(stride for _, _, stride in self.config["conv_layers"])
 
     @property
     def receptive_field(self) -> int:
-        """Samples that one frame sees: the shortest waveform with a frame."""
+        """Number of samples that one frame covers, and so the shortest waveform."""
         samples = 1
         for _, kernel, stride in reversed(self.config["conv_layers"]):
             samples = (samples - 1) * stride + kernel
         return samples
 
     def num_frames(self, lengths: Any) -> Any:
-        """Real frames of waveforms of these lengths (int or integer tensor) of at least one frame each."""
+        """Return the number of real frames of waveforms of these lengths (int or integer tensor), at least one frame each."""
         for _, kernel, stride in self.config["conv_layers"]:
             lengths = (lengths - kernel) // stride + 1
         return lengths
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
-        """Hidden states of a padded batch.
+        """Return the hidden states of a padded batch.
 
         Args:
-            waveforms: (B, S) float, 16 kHz mono in [-1, 1]; padding may hold anything finite.
-            lengths: (B,) int64, real samples, from ``receptive_field`` to S; None where nothing is padded.
+            waveforms: (B, S) float, 16 kHz mono in [-1, 1]; padding may hold any finite values.
+            lengths: (B,) int64, real samples, from ``receptive_field`` to S. Default None: nothing is padded.
 
         Returns:
-            The encoder's input (B, T, d), then each layer's output; values at padded frames are finite and mean nothing. After a
-            time reduction each reduced frame stands at all the frames it was made from.
+            L + 1 tensors (B, T, d): 0 is the encoder's input, k the output of layer k. Values at padded frames are finite and
+            meaningless. After a time reduction, each reduced frame is repeated for all the frames it was made from.
         """
         x, real = waveforms[:, None], lengths
         for block in self.conv_blocks:
@@ -96,14 +96,14 @@ class PortableStudent(nn.Module):
         norm_first = self.config["layer_norm_first"]
         x = self.encoder_dropout(x if norm_first else self.encoder_norm(x))
         states = [x]
-        shared: tuple[Tensor, ...] = ()
+        previous_map: tuple[Tensor, ...] = ()
         for number, layer in enumerate(self.layers):
             if self.reduction is not None and number == self.config["time_reduction_index"]:
                 x = self.reduction(_zero_padding(x, frames))
                 factor = self.reduction.factor
                 reduced = None if real is None else torch.div(real + factor - 1, factor, rounding_mode="floor")
                 frames = _real_frames(reduced, x)
-            x, shared = layer(x, None if frames is None else frames[:, None, None], shared, self.hold_maps)
+            x, previous_map = layer(x, None if frames is None else frames[:, None, None], previous_map, self.hold_maps)
             if norm_first and number == len(self.layers) - 1:
                 x = self.encoder_norm(x)
             state = x
@@ -115,7 +115,7 @@ class PortableStudent(nn.Module):
 
 
 def _real_frames(real: Tensor | None, x_BTd: Tensor) -> Tensor | None:
-    """(B, T) bool, False at padding; None where nothing is padded."""
+    """Return (B, T) bool, False at padding; None if nothing is padded."""
     return None if real is None else torch.arange(x_BTd.shape[1], device=x_BTd.device) < real[:, None]
 
 
@@ -124,7 +124,7 @@ def _zero_padding(x_BTd: Tensor, frames: Tensor | None) -> Tensor:
 
 
 class ConvBlock(nn.Module):
-    """Unpadded convolution, its normalisation if any, GELU."""
+    """Unpadded convolution, normalisation if any, GELU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, bias: bool, norm: str | None) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class ConvBlock(nn.Module):
             self.norm = nn.GroupNorm(outputs, outputs) if norm == "group_norm" else nn.LayerNorm(outputs)
 
     def forward(self, x_BCS: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(B, C, S), (B,) or None → (B, C', S'), (B,) or None."""
+        """Map (B, C, S) and lengths (B,) or None to (B, C', S') and lengths (B,) or None."""
         x = self.conv(x_BCS)
         if lengths is not None:
             lengths = torch.div(lengths - self.conv.kernel_size[0], self.conv.stride[0], rounding_mode="floor") + 1
@@ -148,8 +148,8 @@ class ConvBlock(nn.Module):
 
 
 def _group_norm_over_real(x_BCS: Tensor, lengths: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """GroupNorm with a group for each channel, whose statistics leave padding out."""
-    x = x_BCS.float()  # Half precision can't hold a sum over thousands of positions.
+    """Apply GroupNorm with one group per channel and statistics over real positions only."""
+    x = x_BCS.float()  # A sum over thousands of positions overflows in half precision.
     real = (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None].float()
     count = lengths[:, None, None].float()
     centred = x - (x * real).sum(-1, keepdim=True) / count
@@ -159,7 +159,7 @@ def _group_norm_over_real(x_BCS: Tensor, lengths: Tensor, norm: nn.GroupNorm) ->
 
 
 class PositionConv(nn.Module):
-    """Convolutional position embedding; the weight normalisation of pre-training is folded into the weight."""
+    """Convolutional position embedding, with the weight normalisation of training folded into the weight."""
 
     def __init__(self, width: int, kernel: int, groups: int) -> None:
         super().__init__()
@@ -167,13 +167,13 @@ class PositionConv(nn.Module):
         self.surplus = 1 - kernel % 2
 
     def forward(self, x_BTd: Tensor, frames: Tensor | None) -> Tensor:
-        """(B, T, d) → (B, T, d); padded frames must be zeros."""
+        """Map (B, T, d) to (B, T, d); padded frames must be zeros."""
         x = self.conv(x_BTd.transpose(1, 2))
         return F.gelu(x[..., : x.shape[-1] - self.surplus]).transpose(1, 2)
 
 
 class DeepPositionConv(nn.Module):
-    """Several smaller position convolutions, each with a normalisation over the width and GELU."""
+    """A sequence of smaller position convolutions, each followed by LayerNorm without weights and GELU."""
 
     def __init__(self, width: int, kernel: int, groups: int, depth: int) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class DeepPositionConv(nn.Module):
         self.surplus = 1 - kernel % 2
 
     def forward(self, x_BTd: Tensor, frames: Tensor | None) -> Tensor:
-        """(B, T, d) → (B, T, d); padded frames must be zeros. ``frames``: (B, T) bool, False at padding; None: none is."""
+        """Map (B, T, d), zeros at padding, to (B, T, d). ``frames``: (B, T) bool, False at padding; None if nothing is padded."""
         x = x_BTd
         for conv in self.convs:
             y = conv(x.transpose(1, 2))
@@ -194,7 +194,7 @@ class DeepPositionConv(nn.Module):
 
 
 class TimeReduction(nn.Module):
-    """Each ``factor`` neighbouring frames become one; the last group is filled up with zeros."""
+    """Merge groups of ``factor`` neighbouring frames into one frame each; the last group is padded with zeros."""
 
     def __init__(self, width: int, kind: str, factor: int) -> None:
         super().__init__()
@@ -209,9 +209,9 @@ class TimeReduction(nn.Module):
             self.reduce = nn.Sequential(nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, width))
 
     def forward(self, x_BTd: Tensor) -> Tensor:
-        """(B, T, d), zeros at padding → (B, ceil(T / factor), d)."""
-        # A remainder of a traced length is more than exporters can do: pad by what may be missing, and let the convolution, as
-        # which a linear layer over concatenated frames can be written, drop the rest.
+        """Map (B, T, d), zeros at padding, to (B, ceil(T / factor), d)."""
+        # Exporters can't trace the remainder of a length. So pad by the most that may be missing and drop the rest by a
+        # convolution, which is equal to a linear layer over the concatenated frames.
         x = F.pad(x_BTd, (0, 0, 0, self.factor - 1)).transpose(1, 2)
         first: Any = self.reduce[0] if isinstance(self.reduce, nn.Sequential) else self.reduce
         weight: Tensor = first.weight
@@ -223,8 +223,8 @@ class TimeReduction(nn.Module):
         return y
 
 
-def _rotate(x_BHTh: Tensor) -> Tensor:
-    """Rotary positions: pairs (k, k + h/2) turned by the frame's number times a frequency."""
+def _apply_rotary(x_BHTh: Tensor) -> Tensor:
+    """Apply rotary positions: rotate pairs (k, k + h/2) by the frame's number times a frequency."""
     width = x_BHTh.shape[-1]
     steps = torch.arange(0, width, 2, device=x_BHTh.device, dtype=torch.float32)
     angles = torch.arange(x_BHTh.shape[-2], device=x_BHTh.device, dtype=torch.float32)[:, None] * torch.exp(
@@ -236,7 +236,7 @@ def _rotate(x_BHTh: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention that computes its own map, or applies an earlier layer's to its own values."""
+    """Self-attention that computes its own map, or applies the map of an earlier layer to its own values."""
 
     def __init__(self, config: dict[str, Any], reuses: bool) -> None:
         super().__init__()
@@ -252,42 +252,53 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
-    def _split(self, x_BTd: Tensor) -> Tensor:
+    def _split_heads(self, x_BTd: Tensor) -> Tensor:
         return x_BTd.view(x_BTd.shape[0], x_BTd.shape[1], self.heads, -1).transpose(1, 2)
 
     def forward(
-        self, x_BTd: Tensor, attended: Tensor | None, shared: tuple[Tensor, ...], hold_maps: bool
+        self, x_BTd: Tensor, attention_mask: Tensor | None, previous_map: tuple[Tensor, ...], hold_maps: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``attended``: (B, 1, 1, T) bool or None. ``shared``: (queries, keys), each (B, H, T, h), or (map (B, H, T, T),)."""
+        """Return the output (B, T, d) and the map, for layers that reuse it.
+
+        Args:
+            x_BTd: (B, T, d) float.
+            attention_mask: (B, 1, 1, T) bool, False at padding; None if nothing is padded.
+            previous_map: Last computed map: queries and keys, each (B, H, T, h), or with hold_maps the map (B, H, T, T).
+            hold_maps: See `PortableStudent`.
+        """
         rate = self.dropout if self.training and not self.reuses else 0.0
-        values = self._split(self.value(x_BTd))
+        values = self._split_heads(self.value(x_BTd))
         if not self.reuses:
-            shared = self._split(self.query(x_BTd)), self._split(self.key(x_BTd))
+            previous_map = self._split_heads(self.query(x_BTd)), self._split_heads(self.key(x_BTd))
             if self.rotary:
-                shared = _rotate(shared[0]), _rotate(shared[1])
+                previous_map = _apply_rotary(previous_map[0]), _apply_rotary(previous_map[1])
         fused = hasattr(F, "scaled_dot_product_attention")  # From PyTorch 2.0 on.
         if fused and not hold_maps and not (self.reuses and self.second_softmax):
-            mixed = F.scaled_dot_product_attention(shared[0], shared[1], values, attended, rate)
-            return self.out(mixed.transpose(1, 2).flatten(2)), shared
-        weights = shared[0] if len(shared) == 1 else _softmax(_scores(shared[0], shared[1]), attended)
+            mixed = F.scaled_dot_product_attention(previous_map[0], previous_map[1], values, attention_mask, rate)
+            return self.out(mixed.transpose(1, 2).flatten(2)), previous_map
+        weights = (
+            previous_map[0]
+            if len(previous_map) == 1
+            else _softmax(_scores(previous_map[0], previous_map[1]), attention_mask)
+        )
         if hold_maps or not fused:
-            shared = (weights,)
+            previous_map = (weights,)
         if self.reuses and self.second_softmax:
-            weights = _softmax(weights, attended)
+            weights = _softmax(weights, attention_mask)
         mixed = F.dropout(weights, rate, training=rate > 0) @ values
-        return self.out(mixed.transpose(1, 2).flatten(2)), shared
+        return self.out(mixed.transpose(1, 2).flatten(2)), previous_map
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     return (queries / math.sqrt(keys.shape[-1])) @ keys.transpose(-1, -2)
 
 
-def _softmax(scores: Tensor, attended: Tensor | None) -> Tensor:
-    return (scores if attended is None else scores.masked_fill(~attended, float("-inf"))).softmax(-1)
+def _softmax(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
+    return (scores if attention_mask is None else scores.masked_fill(~attention_mask, float("-inf"))).softmax(-1)
 
 
 class EncoderLayer(nn.Module):
-    """Transformer layer, normalised after each part, or before it."""
+    """Transformer layer, normalised after each part, or before it with ``layer_norm_first``."""
 
     def __init__(self, config: dict[str, Any], reuses: bool) -> None:
         super().__init__()
@@ -302,21 +313,21 @@ class EncoderLayer(nn.Module):
         self.activation_dropout = nn.Dropout(config["activation_dropout"])
 
     def forward(
-        self, x_BTd: Tensor, attended: Tensor | None, shared: tuple[Tensor, ...], hold_maps: bool
+        self, x_BTd: Tensor, attention_mask: Tensor | None, previous_map: tuple[Tensor, ...], hold_maps: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As `Attention.forward`."""
-        given = self.attention_norm(x_BTd) if self.norm_first else x_BTd
-        mixed, shared = self.attention(given, attended, shared, hold_maps)
+        """Return the output (B, T, d) and the attention map; see `Attention.forward`."""
+        normalised = self.attention_norm(x_BTd) if self.norm_first else x_BTd
+        mixed, previous_map = self.attention(normalised, attention_mask, previous_map, hold_maps)
         x = x_BTd + self.dropout(mixed)
         if not self.norm_first:
             x = self.attention_norm(x)
         inner = self.activation_dropout(F.gelu(self.up(self.final_norm(x) if self.norm_first else x)))
         x = x + self.dropout(self.down(inner))
-        return x if self.norm_first else self.final_norm(x), shared
+        return x if self.norm_first else self.final_norm(x), previous_map
 
 
 def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Waveforms (S_i,) → (B, S), zero-padded, and their lengths (B,), or None where all are equal."""
+    """Pad waveforms (S_i,) with zeros to (B, S), and return them with their lengths (B,), or None if all are equal."""
     lengths = [len(waveform) for waveform in waveforms]
     padded = nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
     return padded, None if min(lengths) == max(lengths) else torch.tensor(lengths, device=padded.device)

@@ -1,4 +1,4 @@
-"""A self-contained S3PRL upstream: expert, hubconf, weights and configuration; plain PyTorch, 1.13 or newer."""
+"""Export to a self-contained S3PRL upstream: expert, hubconf, weights and configuration, for PyTorch 1.13 or newer."""
 
 import json
 import keyword
@@ -7,27 +7,27 @@ from pathlib import Path
 import torch
 
 from ray_distill.student.exporters.origin import Origin, describe
-from ray_distill.student.exporters.portable import portable_student, weights_of
+from ray_distill.student.exporters.portable import named_weights, portable_student
 from ray_distill.student.model.student import Student
 
 _HERE = Path(__file__).parent
 
-_HUBCONF = '''"""Entry points of this upstream, as S3PRL collects them."""
+_HUBCONF = '''"""Entry points of this upstream for S3PRL."""
 
 from .expert import UpstreamExpert as _UpstreamExpert
 
 
 def {name}_local(ckpt=None, model_config=None, **others):
-    """The student with these weights and this configuration; by default those in this folder."""
+    """Return the student with these weights and this configuration. Default: those in this folder."""
     return _UpstreamExpert(ckpt, model_config, **others)
 
 
 def {name}(**others):
-    """The student in this folder."""
+    """Return the student in this folder."""
     return _UpstreamExpert()
 '''
 
-_LAUNCHER = '''"""S3PRL's run_downstream.py with this folder's upstream added; takes the same arguments.
+_LAUNCHER = '''"""Run S3PRL's run_downstream.py with the upstream of this folder; takes the same arguments.
 
     python FOLDER/run_downstream.py -u {name} -m train -d asr -c CONFIG.yaml -p EXPERIMENT
 """
@@ -51,17 +51,17 @@ if __name__ == "__main__":
 
 _README = """# A distilled student as an S3PRL upstream
 
-Everything is in this folder; it needs PyTorch 1.13 or newer and nothing else, S3PRL to train with. `hidden_states` are
-the encoder's input and the output of each of {layers} layers, {width} wide, a frame every {stride} samples. An
-utterance's features don't depend on what it is batched with.
+This folder is complete: it only needs PyTorch 1.13 or newer, and S3PRL for training. `hidden_states` are the encoder's
+input and the outputs of {layers} layers of width {width}, with one frame every {stride} samples. The features of an utterance
+do not depend on the other utterances in its batch.
 
-Without changing S3PRL:
+To use it without changing S3PRL, run
 
     python {name}/run_downstream.py -u {name}_local -k {name}/weights.pt -g {name}/config.json \\
         -m train -d asr -c CONFIG.yaml -p EXPERIMENT
 
-or copy the folder to `s3prl/upstream/{name}`, add `from s3prl.upstream.{name}.hubconf import *` to `s3prl/hub.py`, and use S3PRL's own
-`run_downstream.py -u {name}_local -k ... -g ...`.
+Alternatively, copy the folder to `s3prl/upstream/{name}`, add `from s3prl.upstream.{name}.hubconf import *` to `s3prl/hub.py`,
+and run S3PRL's own `run_downstream.py -u {name}_local -k ... -g ...`.
 
 ## Origin
 
@@ -70,31 +70,31 @@ or copy the folder to `s3prl/upstream/{name}`, add `from s3prl.upstream.{name}.h
 
 
 def usable_name(name: str) -> bool:
-    """Whether Python, and so S3PRL, can import a folder of this name."""
+    """Return whether Python, and therefore S3PRL, can import a folder of this name."""
     return name.isidentifier() and not keyword.iskeyword(name)
 
 
 def export_s3prl(student: Student, folder: Path, origin: Origin) -> None:
-    """Writes the upstream into a new folder, whose name becomes the upstream's.
+    """Write the upstream into a folder, whose name becomes the name of the upstream.
 
     Args:
-        student: to export.
-        folder: must not hold files; its name is a Python name, such as ``my_student``.
-        origin: what the export says of itself.
+        student: Student to export.
+        folder: New or empty folder; its name must be a Python identifier, such as ``my_student``.
+        origin: Origin of the student.
 
     Raises:
-        ValueError: a folder that can't be used, or a student that exports don't support.
+        ValueError: the folder can't be used, or the student has options that exports do not support.
     """
     name = folder.name
     if not usable_name(name):
         raise ValueError(
-            f"S3PRL imports the folder, so its name must be a Python name such as my_student, not {name!r}"
+            f"S3PRL imports the folder, so its name must be a Python identifier such as my_student, not {name!r}"
         )
     model = portable_student(student)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give a new folder")
-    torch.save(weights_of(model), folder / "weights.pt")
+    torch.save(named_weights(model), folder / "weights.pt")
     (folder / "config.json").write_text(json.dumps({"model": model.config, "origin": origin}, indent=2) + "\n")
     for source, target in (("portable_model.py", "portable_model.py"), ("s3prl_expert.py", "expert.py")):
         (folder / target).write_text((_HERE / source).read_text())
@@ -102,5 +102,5 @@ def export_s3prl(student: Student, folder: Path, origin: Origin) -> None:
     (folder / "hubconf.py").write_text(_HUBCONF.format(name=name))
     (folder / "run_downstream.py").write_text(_LAUNCHER.format(name=name))
     facts = {"layers": len(model.layers), "width": model.config["encoder_embed_dim"], "stride": model.stride}
-    lines = "\n".join(f"- {line}" for line in describe(origin)) or "Not known."
+    lines = "\n".join(f"- {line}" for line in describe(origin)) or "Unknown."
     (folder / "README.md").write_text(_README.format(name=name, origin=lines, **facts))

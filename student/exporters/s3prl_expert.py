@@ -13,12 +13,12 @@ from .portable_model import PortableStudent, pad
 
 
 class UpstreamExpert(nn.Module):
-    """The student as S3PRL wants an upstream.
+    """The student as an S3PRL upstream.
 
     Args:
-        ckpt: weights; default ``weights.pt`` beside this file.
-        model_config: its configuration; default ``config.json`` beside this file.
-        others: options of other upstreams, ignored.
+        ckpt: Weights. Default ``weights.pt`` beside this file.
+        model_config: Configuration. Default ``config.json`` beside this file.
+        others: Options of other upstreams; ignored.
     """
 
     def __init__(self, ckpt: str | None = None, model_config: str | None = None, **others: Any) -> None:
@@ -30,15 +30,16 @@ class UpstreamExpert(nn.Module):
         self.model.load_state_dict(torch.load(ckpt or folder / "weights.pt", map_location="cpu", weights_only=True))
 
     def get_downsample_rates(self, key: str) -> int:
-        """Samples per frame, of every feature."""
+        """Return the number of samples per frame, the same for all features."""
         return self.model.stride
 
     def forward(self, wavs: list[Tensor]) -> dict[str, Any]:
-        """Features of waveforms (S_i,) of at least one frame each, 16 kHz in [-1, 1].
+        """Return features of waveforms (S_i,), 16 kHz in [-1, 1], of at least one frame each.
 
         Returns:
-            ``hidden_states``: the encoder's input and each layer's output, (B, ceil(S / 320), d) each. Beyond an utterance's
-            real frames its last one is repeated: S3PRL rounds lengths up, and would else take in a frame of padding.
+            ``hidden_states``: L + 1 tensors (B, ceil(S / 320), d); 0 is the encoder's input, k the output of layer k.
+            ``last_hidden_state``: the last of them. After the real frames of an utterance its last frame is repeated, because
+            S3PRL rounds lengths up and would otherwise use a frame of padding.
         """
         waveforms, lengths = pad(wavs)
         states = self.model(waveforms, lengths)

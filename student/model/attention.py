@@ -152,7 +152,9 @@ def _attend_padded_heads(
 class _DropoutAttention(torch.autograd.Function):
     """Attention with dropout on a CPU that computes the maps of a few heads at a time, and again in backward.
 
-    Padded frames are skipped; their outputs are zeros. BENCH_ATTENTION
+    Padded frames are skipped; their outputs are zeros. For two utterances of 8 s, this stores 3.8 MB
+    for backward where `torch.nn.functional.scaled_dot_product_attention` with dropout stores 49 MB, and needs 0.9 times its
+    CPU time (benchmarks/student/autograd_functions.py).
     """
 
     @staticmethod

@@ -136,8 +136,10 @@ def head_loss(
     per_frame = (error.square() if kind == "mse" else error.abs()).mean(-1)
     similarities = x.new_empty(0)
     if cosine_weight:
-        real = (y.masked_fill(padded[..., None], 0) for y in (projections, targets))
-        similarities = F.cosine_similarity(*real, -1)
+        padded_rows = padded[..., None]
+        similarities = F.cosine_similarity(
+            projections.masked_fill(padded_rows, 0), targets.masked_fill(padded_rows, 0), -1
+        )
         per_frame = per_frame - cosine_weight * F.logsigmoid(similarities).masked_fill(padded, 0)
     elif cosines:
         similarities = F.cosine_similarity(projections.detach(), targets, -1)

@@ -40,7 +40,7 @@ class LayerPrediction(Objective, frozen=True):
         if self.hint_layers is not None and self.hint_layers >= config.num_predictions:
             raise ValueError(
                 f"train.hint_layers is {self.hint_layers}, but there are {config.num_predictions - 1} layers below the last to draw "
-                "from; give fewer, or leave it out to learn from all"
+                "from; give a smaller number, or remove it to learn from all"
             )
 
     def distiller(self, student: Student, *, spec_augment: SpecAugment | None, seed: int) -> "LayerDistiller":

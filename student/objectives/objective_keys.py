@@ -1,4 +1,4 @@
-"""All objectives, as a discriminated union and as the flat keys by which the ``train`` section configures them.
+"""All objectives, as a discriminated union and as the flat keys that configure them in the ``train`` section.
 
 A new objective is a file beside this one and a member of `AnyObjective`; its keys become keys of ``train``.
 """
@@ -15,7 +15,7 @@ from ray_distill.student.objectives.temporal_relation import TemporalRelation
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
 
 AnyObjective = Annotated[LayerPrediction | TemporalRelation, pydantic.Field(discriminator="objective")]
-"""Settings of one of the objectives, told apart by ``objective``."""
+"""Settings of one of the objectives, distinguished by ``objective``."""
 
 _CLASSES: dict[str, type[Objective]] = {
     cls.model_fields["objective"].default: cls for cls in get_args(get_args(AnyObjective)[0])
@@ -24,7 +24,7 @@ _ADAPTER: pydantic.TypeAdapter[Objective] = pydantic.TypeAdapter(AnyObjective)
 
 
 def _flat_keys() -> dict[str, tuple[Any, Any]]:
-    """Return the fields of all objectives by name. Fields of the same name must be declared alike."""
+    """Return the fields of all objectives by name. Only keys of `Objective` may be shared."""
     summaries = (f"``{name}``: {inspect.cleandoc(cls.__doc__ or '').splitlines()[0]}" for name, cls in _CLASSES.items())
     name = pydantic.Field(default=next(iter(_CLASSES)), description=f"Training objective. {' '.join(summaries)}")
     keys: dict[str, tuple[Any, Any]] = {"objective": (Annotated[Literal[tuple(_CLASSES)], CHANGES_LOSS_MEANING], name)}
@@ -67,5 +67,5 @@ def objective_of(keys: ObjectiveKeys) -> Objective:
         key = error.errors()[0]["loc"][-1]
         owner = next(name for name, cls in _CLASSES.items() if key in cls.model_fields)
         raise ValueError(
-            f"train.{key} does nothing with train.objective {keys.objective}: it belongs to objective {owner}; leave it out"
+            f"train.{key} does nothing with train.objective {keys.objective}: it belongs to objective {owner}; remove it"
         ) from error

@@ -66,7 +66,7 @@ class MetricWindow:
         self._real += int(num_samples.sum())
         self._padded += int(num_samples.max()) * len(num_samples)
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude(self, seconds: float) -> None:
         """Exclude time that was not spent training, such as a validation."""
         self._started += seconds
 

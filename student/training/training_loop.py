@@ -381,7 +381,7 @@ class _Loop:
         state.last_validation_loss = loss
         self.write(row)
         self.checkpoints.save_best(student, state, loss, settings.keep_best)
-        self.window.leave_out(time.monotonic() - began)
+        self.window.exclude(time.monotonic() - began)
         self.checkpoint()
         self.checkpoints.remove_old(state)
         self.on_validation(row)
@@ -392,4 +392,4 @@ class _Loop:
         self.state.loss_sum += self.window.take_loss()
         self.state.seconds = began - self.started
         self.checkpoints.save(self.state)
-        self.window.leave_out(time.monotonic() - began)
+        self.window.exclude(time.monotonic() - began)

@@ -130,7 +130,7 @@ def test_formats(run_folder: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["nowhere", "--format", "s3prl", "--output", "x"], "is not a student"),
-        (["MODEL", "--format", "s3prl", "--output", "my-student"], "Python name"),
+        (["MODEL", "--format", "s3prl", "--output", "my-student"], "Python identifier"),
         (["MODEL", "--format", "s3prl", "--int8", "--output", "x"], "--int8"),
         (["RUN", "--format", "s3prl", "--output", "x"], "has no exported student"),
     ],

@@ -1,4 +1,4 @@
-"""A student, settings and a cache small enough to train in a test."""
+"""A student, settings and a cache that are small enough to train in a test."""
 
 import json
 from collections.abc import Callable
@@ -34,14 +34,14 @@ def tiny() -> StudentConfig:
 
 @pytest.fixture
 def still(tiny: StudentConfig) -> StudentConfig:
-    """The same without dropout."""
+    """The same student without dropout."""
     none = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "dropout_input": 0.0}
     return tiny.model_copy(update=none)
 
 
 @pytest.fixture
 def settings() -> Callable[..., TrainSettings]:
-    """Twelve steps (four epochs of the cache), each with a row, validated at 0, 6 and 12; keywords change that."""
+    """Makes settings for twelve steps (four epochs of the cache) with a row each and validations at 0, 6 and 12."""
 
     def make(**changes: Any) -> TrainSettings:
         values = {
@@ -59,20 +59,20 @@ def settings() -> Callable[..., TrainSettings]:
 
 @pytest.fixture
 def cache(tmp_path: Path, make_cache: Callable[..., CacheSpec]) -> Path:
-    """A cache of nine utterances to train from and three to validate with."""
+    """A cache with nine training and three validation utterances."""
     make_cache(tmp_path / "cache", masks=MASKS)
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def readers(cache: Path) -> tuple[CacheReader, CacheReader]:
-    """Its training and its validation split."""
+    """Readers of its training and its validation split."""
     return CacheReader(cache, "train"), CacheReader(cache, "validation")
 
 
 @pytest.fixture
 def rows() -> Callable[..., list[dict[str, Any]]]:
-    """Reads a run's metrics of one kind."""
+    """Reads a run's rows of metrics of one kind."""
 
     def read(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -83,7 +83,7 @@ def rows() -> Callable[..., list[dict[str, Any]]]:
 
 @pytest.fixture
 def last() -> Callable[[Path], dict[str, Any]]:
-    """Reads the state a run would go on from."""
+    """Reads the state from which a run would continue."""
 
     def read(folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(folder / "checkpoints" / "last" / "state.pt", weights_only=True)
@@ -96,7 +96,7 @@ def last() -> Callable[[Path], dict[str, Any]]:
 def assert_same_end(
     rows: Callable[..., list[dict[str, Any]]], last: Callable[[Path], dict[str, Any]]
 ) -> Callable[[Path, Path], None]:
-    """Two runs have the same losses and, bit for bit, the same weights, averages and optimiser state."""
+    """Asserts that two runs have the same losses and, bit for bit, the same weights, averages and optimiser state."""
 
     def check(ours: Path, theirs: Path) -> None:
         for kind in ("train", "validation"):

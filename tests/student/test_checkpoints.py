@@ -1,4 +1,4 @@
-"""Students on disk: our folder, the published checkpoint, and what is refused."""
+"""Students on disk: our folder, a run's folder, the published checkpoint, and refused files."""
 
 import json
 import pickle
@@ -80,7 +80,7 @@ def test_a_run_stands_for_its_export(saved: tuple[Student, Path], tmp_path: Path
 
 
 def test_both_files_can_be_read_by_whom_the_umask_allows(saved: tuple[Student, Path]) -> None:
-    # A service in a container may be another user; safetensors' own save_file writes mode 0600.
+    # A service in a container may run as another user, but safetensors' save_file writes files with mode 0600.
     modes = {path.name: path.stat().st_mode for path in saved[1].iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]
 
@@ -98,7 +98,7 @@ def test_saving_again_replaces(saved: tuple[Student, Path]) -> None:
 def test_a_missing_file_is_named(saved: tuple[Student, Path], missing: str) -> None:
     _, folder = saved
     (folder / missing).unlink()
-    with pytest.raises(ValueError, match=f"is not a student: there is no .*{missing}"):
+    with pytest.raises(ValueError, match=f"is not a student: the file .*{missing} is missing"):
         load_student(folder)
 
 
@@ -133,7 +133,7 @@ def test_damaged_files_are_refused(saved: tuple[Student, Path]) -> None:
 def test_a_published_checkpoint_needs_its_yaml(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give the path of its yaml as config"):
         load_student(tmp_path / "student.ckpt")
-    with pytest.raises(ValueError, match="there is no yaml at"):
+    with pytest.raises(ValueError, match=r"absent\.yaml does not exist; give the path of the yaml"):
         load_student(tmp_path / "student.ckpt", tmp_path / "absent.yaml")
     with pytest.raises(ValueError, match=r"student\.ckpt is not a file"):
         load_student(tmp_path / "student.ckpt", write_yaml(tmp_path))
@@ -158,7 +158,7 @@ def test_a_malicious_checkpoint_is_refused_and_does_nothing(tmp_path: Path, lega
     with pytest.raises(ValueError, match="is refused: its pickle names .*could run code"):
         load_student(tmp_path / "bad.ckpt", write_yaml(tmp_path))
     assert not witness.exists()
-    # The same file does run code where nobody looks.
+    # A loader that does not check would run the code.
     pickle.loads(pickle.dumps(Malicious(witness)))
     assert witness.exists()
 
@@ -184,7 +184,7 @@ def test_other_checkpoints_are_refused(tmp_path: Path, content: dict[str, object
 def test_published_yaml(tmp_path: Path) -> None:
     config = published_config(write_yaml(tmp_path))
     assert config == TINY.model_copy(update={"reuse_behaviour": "released"})
-    # MaskHuBERT's yaml has no pattern at all.
+    # MaskHuBERT's yaml has no reuse pattern.
     path = write_yaml(tmp_path)
     tree = yaml.safe_load(path.read_text())
     del tree["distiller"]["reuse_pattern"]

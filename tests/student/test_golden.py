@@ -1,4 +1,4 @@
-"""Frozen numbers of tiny students (tests/golden/make_student_golden.py): the arithmetic, without the shared data."""
+"""Comparison with frozen results of tiny students (tests/golden/make_student_golden.py), without the shared data."""
 
 import importlib.util
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_frozen_student(maker: ModuleType, name: str) -> None:
 
 
 def test_the_two_reuse_behaviours_differ(maker: ModuleType) -> None:
-    # Same weights: the frozen file would pin nothing of reuse if the second softmax did not show.
+    # With equal weights, the second softmax must make a difference, or the frozen file would not test reuse.
     paper, released = (Student(maker.STUDENTS[name]).eval() for name in ("paper", "released"))
     frozen = load_file(maker.FILE)
     for student in (paper, released):

@@ -1,4 +1,4 @@
-"""The package's names: what a notebook sees, without the cost of PyTorch before they are used."""
+"""The names of the package: shown by ``dir``, and imported on first use."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The published implementation's own numbers (needs the shared golden tensors)."""
+"""Comparison with the published implementation's results (needs the shared golden tensors)."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def published(request: pytest.FixtureRequest, shared: Path) -> tuple[str, Studen
 
 
 def single(golden: dict[str, Tensor], row: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Waveform, length and mask of one utterance, unpadded."""
+    """Return waveform, length and mask of one utterance without padding."""
     length = int((~golden["padding_mask"][row].bool()).sum())
     frames = (length - 400) // 320 + 1
     return (
@@ -88,7 +88,7 @@ def test_validation_loss(golden: dict[str, Tensor], published: tuple[str, Studen
 
 
 def test_the_padded_batch_of_the_student_without_reuse(golden: dict[str, Tensor], shared: Path) -> None:
-    # Only the row without padding compares: the published GroupNorm averages over padding.
+    # Only the row without padding can be compared: the published GroupNorm averages over padding.
     student = load_student(shared / "golden" / "maskhubert_mini.ckpt", shared / "golden" / "maskhubert_mini.yaml")
     lengths = (~golden["padding_mask"].bool()).sum(1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Checkpoints of the published code's other architectures, written out from its modules: their tensors and what they compute."""
+"""Checkpoints of the published code's other architectures: their tensors, as its modules define them, and their results."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ WAVEFORM, LENGTH = torch.randn(1, 6720, generator=torch.Generator().manual_seed(
 
 
 def common(student: Student) -> dict[str, Tensor]:
-    """What all of them share, under the published names, and without what the options change."""
+    """Return the tensors that all architectures share, under the published names."""
     tensors = student.state_dict()
     there = {"mask_emb": tensors["mask_embedding"]}
     for number in range(7):
@@ -45,7 +45,7 @@ def common(student: Student) -> dict[str, Tensor]:
 
 
 def layer(student: Student, number: int, there: int) -> dict[str, Tensor]:
-    """Layer ``number``, which the published module list has as ``there``."""
+    """Return the tensors of layer ``number``, which is number ``there`` in the published module list."""
     names = {
         "self_attn.q_proj": "attention.query",
         "self_attn.k_proj": "attention.key",
@@ -104,7 +104,7 @@ def test_a_time_reduction_stands_among_the_published_layers(tmp_path: Path, kind
         state |= layer(made, number, number + 1)
     for name in ("weight", "bias"):
         state[f"encoder.layers.0.{name}"] = made.state_dict()[f"reduction.reduce.{name}"]
-        state[f"upsampler.{name}"] = torch.zeros(1)  # There in every such checkpoint, used by split heads only.
+        state[f"upsampler.{name}"] = torch.zeros(1)  # Every such checkpoint has it, but only split heads use it.
         for number in range(3):
             state[f"proj_head.{number}.lin_proj.{name}"] = made.state_dict()[f"heads.{number}.{name}"]
             state[f"proj_head.{number}.upsampler.{name}"] = made.state_dict()[f"upsamplers.{number}.expand.{name}"]
@@ -154,7 +154,7 @@ def test_a_deep_position_convolution(tmp_path: Path) -> None:
         ({"layer_type": "conformer"}, "can neither build Conformer layers with reuse nor run them without reuse"),
         ({"layer_norm_first": True}, "does not normalise the last layer's output"),
         ({"enable_tr_layer": True, "tr_layer_type": "fc2"}, "does not run fc2"),
-        ({"enable_tr_layer": True, "tr_layer_index": 2}, "give two lengths"),
+        ({"enable_tr_layer": True, "tr_layer_index": 2}, "return frames of two lengths"),
     ],
 )
 def test_what_the_published_code_itself_cant_run_is_refused(tmp_path: Path, options: dict[str, Any], why: str) -> None:

@@ -1,4 +1,4 @@
-"""The published recipes give students of exactly the published size."""
+"""The published recipes build students of exactly the published size."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The Hugging Face folder loads with AutoModel, gives the student's features, and can be fine-tuned with the Trainer."""
+"""The Hugging Face folder loads with AutoModel, returns the student's features, and can be fine-tuned with the Trainer."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +27,9 @@ ORIGIN = {
 def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        modules = tmp_path_factory.mktemp("modules")  # Where transformers copies the folder's code, else in the home.
+        modules = tmp_path_factory.mktemp(
+            "modules"
+        )  # transformers copies the folder's code here instead of into the home folder.
         patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
         yield
 
@@ -89,7 +91,7 @@ def test_mistakes_are_named(exported: tuple[Student, Path], tiny: StudentConfig)
 
 
 class Utterances(torch.utils.data.Dataset):
-    """Noise with the labels that a task takes."""
+    """A dataset of noise with labels for a task."""
 
     def __init__(self, labels: list[Any]) -> None:
         self.labels = labels
@@ -102,7 +104,7 @@ class Utterances(torch.utils.data.Dataset):
 
 
 def trained(model: Any, folder: Path, dataset: Utterances, output: Path) -> float:
-    """Two steps of the Trainer; the loss."""
+    """Train two steps with the Trainer and return the loss."""
     extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -177,7 +179,7 @@ def test_speech_recognition_in_chunks_has_all_of_them(
     decoded: list[int] = []
     monkeypatch.setattr(recognise.tokenizer, "decode", lambda ids, **_: decoded.append(len(ids)) or "")
     recognise((0.1 * np.random.default_rng(0).normal(size=5 * 16_000)).astype(np.float32), chunk_length_s=1.2)
-    # But for a frame at the end, which would see samples beyond it.
+    # One frame at the end may be missing, because it would cover samples after the end.
     assert decoded == [pytest.approx(5 * 50, abs=2)]
 
 

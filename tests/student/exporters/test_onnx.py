@@ -1,4 +1,4 @@
-"""ONNX and torch.export programs give the student's features, of any batch and length."""
+"""ONNX and torch.export programs return the student's features for any batch and length."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def noise(lengths: list[int]) -> list[np.ndarray]:
 
 
 def difference(student: Student, run: object, waves: list[np.ndarray]) -> float:
-    """Largest relative difference of a layer of an utterance."""
+    """Return the largest relative difference over all layers and utterances."""
     padded, lengths = pad_waveforms(waves)
     with torch.no_grad():
         ours, frames = student.encode(padded, lengths)
@@ -54,7 +54,7 @@ def difference(student: Student, run: object, waves: list[np.ndarray]) -> float:
 
 
 class OnnxRun:
-    """Runs an ONNX file on tensors."""
+    """Return a function that runs an ONNX file on tensors."""
 
     def __init__(self, file: Path) -> None:
         self.session = onnxruntime.InferenceSession(str(file))
@@ -79,7 +79,7 @@ def test_onnx_of_any_batch_and_length(tmp_path: Path, tiny: StudentConfig, optio
 
 def test_rotary_positions_on_reduced_frames_are_refused(tmp_path: Path, tiny: StudentConfig) -> None:
     student = Student(tiny.model_copy(update={"time_reduction": "conv1d", "position": "rotary"}))
-    with pytest.raises(ValueError, match="export such a student for s3prl or huggingface"):
+    with pytest.raises(ValueError, match="export this student to s3prl or huggingface"):
         export_onnx(student, tmp_path / "student.onnx", ORIGIN)
 
 
@@ -94,7 +94,7 @@ def test_int8_is_close_and_smaller(tmp_path: Path, tiny: StudentConfig) -> None:
 
 def test_torch_export(tmp_path: Path, tiny: StudentConfig) -> None:
     student = make(tiny)
-    file = tmp_path / "new" / "student.pt2"  # Folders are made.
+    file = tmp_path / "new" / "student.pt2"  # Missing folders are created.
     export_torch(student, file, ORIGIN)
     extra = {"origin.json": ""}
     program = torch.export.load(file, extra_files=extra).module()

@@ -1,4 +1,4 @@
-"""The portable form gives the student's features, in every variant, and refuses what it doesn't know."""
+"""The portable model returns the student's features in every variant, and unsupported options are refused."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def student_of(variant: str) -> Student:
     for (
         name,
         parameter,
-    ) in student.named_parameters():  # As initialised, attention is nearly uniform and norms do nothing.
+    ) in student.named_parameters():  # After initialisation attention is nearly uniform and norms are identities.
         if "query" in name or "key" in name:
             parameter.data *= 15
         if "norm" in name:
@@ -136,12 +136,12 @@ def test_unknown_options_and_weights_are_refused() -> None:
         portable_config(Wider.model_validate(base | {"gates": 2}))
     for option in ({"layer_type": "conformer"}, {"position": "relative"}):
         with pytest.raises(
-            ValueError, match=f"{next(iter(option))}='{next(iter(option.values()))}', which exports don't"
+            ValueError, match=f"{next(iter(option))}='{next(iter(option.values()))}', which exports do not"
         ):
             portable_config(StudentConfig.model_validate(base | option))
     student = student_of("paper")
     student.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(ValueError, match="weights that exports do not support"):
         portable_student(student)
 
 
@@ -151,7 +151,7 @@ def test_other_arithmetic_is_refused() -> None:
             layers, heads, frames = super().layer_outputs(*given)
             return [2 * layer for layer in layers], heads, frames
 
-    with pytest.raises(ValueError, match="features differ"):
+    with pytest.raises(ValueError, match="features of the exported model differ"):
         portable_student(Louder(student_of("paper").config))
 
 

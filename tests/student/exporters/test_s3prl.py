@@ -1,4 +1,4 @@
-"""The S3PRL folder works without this project, and gives the student's features."""
+"""The S3PRL folder works without this project and returns the student's features."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def test_features_equal_ours_without_this_project(tmp_path: Path, tiny: StudentC
     for row, count in enumerate(frames.tolist()):
         for layer, state in enumerate(states[1:]):
             torch.testing.assert_close(state[row, :count], ours[row, layer, :count], rtol=0, atol=1e-5)
-        # Whatever the batch, an utterance has the same frames, those that S3PRL's rounding adds included.
+        # The frames of an utterance do not depend on its batch, including those added by S3PRL's rounding.
         wanted = -(-len(waves[row]) // 320)
         for together, single in zip(states, alone[row], strict=True):
             assert single.shape[1] == wanted
@@ -64,7 +64,7 @@ def test_it_states_its_origin(tmp_path: Path, tiny: StudentConfig) -> None:
 
 def test_folders_that_cant_be_used(tmp_path: Path, tiny: StudentConfig) -> None:
     for name in ("my-student", "class"):
-        with pytest.raises(ValueError, match="Python name"):
+        with pytest.raises(ValueError, match="Python identifier"):
             export_s3prl(Student(tiny), tmp_path / name, {})
     save_student(Student(tiny), tmp_path / "taken")
     with pytest.raises(ValueError, match="not empty"):

@@ -1,4 +1,4 @@
-"""Attention without (T, T) maps kept, against explicit maps."""
+"""Attention that saves no (T, T) maps, compared with explicit maps."""
 
 import math
 
@@ -22,7 +22,7 @@ def heads(frames: int = 20) -> tuple[Tensor, Tensor, Tensor]:
 def explicit(
     queries: Tensor, keys: Tensor, values: Tensor, attended: Tensor | None, drop: Tensor | None = None, scale: float = 1
 ) -> Tensor:
-    """The softmaxed map, with entries dropped where wanted, applied to the values."""
+    """Apply the softmaxed map to the values, after dropping entries if ``drop`` is given."""
     scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
     if attended is not None:
         scores = scores.masked_fill(~attended, float("-inf"))

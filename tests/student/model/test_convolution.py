@@ -1,4 +1,4 @@
-"""GELU and convolution in one step, against PyTorch's two: both ways of computing it."""
+"""GELU and convolution in one step, by matrix products and by conv2d, compared with PyTorch's two steps."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from ray_distill.student.model import convolution
 from ray_distill.student.model.convolution import gelu_convolution
 
-# (channels in, out, kernel, stride, positions), with and without a remainder behind the last window.
+# (channels in, out, kernel, stride, positions), with and without a remainder after the last window.
 SHAPES = [
     (1, 5, 10, 5, 333),
     (3, 4, 1, 1, 50),

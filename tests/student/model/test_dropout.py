@@ -1,4 +1,4 @@
-"""Dropout with random bits of its own: rate, scale, gradients, repeatability."""
+"""Dropout with 16-bit random numbers: rate, scale, gradients, reproducibility."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_rate_and_independence(rate: float) -> None:
     deviation = (rate * (1 - rate) / count) ** 0.5
     assert float(drop.double().mean()) == pytest.approx(rate, abs=5 * deviation + 2**-17)
     flat = drop.flatten()[: count // 4 * 4].double()
-    # Each lane of a 64-bit number alike, and neighbours independent.
+    # All four parts of a 64-bit number have the same rate, and neighbours are independent.
     for lane in flat.view(-1, 4).mean(0).tolist():
         assert lane == pytest.approx(rate, abs=10 * deviation + 2**-17)
     for distance in (1, 2, 3, 4):

@@ -1,4 +1,4 @@
-"""One utterance gives the same student features and the same served answer whatever it is batched with."""
+"""The features of an utterance, from the student and from the service, do not depend on its batch."""
 
 import io
 from pathlib import Path
@@ -43,7 +43,7 @@ def speech_like(seconds: list[float]) -> list[np.ndarray]:
 
 
 def real_speech(shared: Path) -> list[np.ndarray]:
-    """0.1 s to 20 s: whole utterances, cuts, and two joined."""
+    """Return waveforms of 0.1 s to 20 s: whole utterances, excerpts, and two utterances joined."""
     files = sorted((shared / "speech" / "LibriSpeech").rglob("*.flac"))
     first, second, third, fourth = (load_audio(files[i]) for i in (0, 40, 80, 120))
     joined = np.concatenate([first, second, third])[: 20 * 16_000]
@@ -62,7 +62,7 @@ def check(student: Student, waves: list[np.ndarray]) -> None:
         alone.append((out.hidden_states[0].numpy(), out.projections[0].numpy()))
     for order in (range(len(waves)), range(len(waves) - 1, -1, -1)):
         padded, lengths = pad_waveforms([waves[i] for i in order])
-        # What stands in the padding is nobody's business.
+        # Padding may hold any values.
         padded = torch.nn.functional.pad(padded, (0, 777), value=0.5)
         with torch.no_grad():
             out = student(padded, lengths)

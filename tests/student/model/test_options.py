@@ -1,4 +1,4 @@
-"""What each option of the architecture does, by an independent computation."""
+"""Each option of the architecture, compared with an independent computation."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def test_time_reduction_sees_each_group_of_frames_and_nothing_else(kind: Any) ->
         changed[:, 3 * group : 3 * group + 3] += 1
         moved = (reduction(changed, None) - reduced).abs().amax(-1)[0] > 1e-6
         assert moved.tolist() == [number == group for number in range(3)]
-    # The last group is filled up with zeros, and padding counts as such.
+    # The last group is padded with zeros, and so are padded frames.
     padded = F.pad(x, (0, 0, 0, 4), value=9.0)
     found = reduction(padded, (torch.arange(11) >= 7)[None, :, None])
     torch.testing.assert_close(found[:, :3], reduced)
@@ -76,7 +76,7 @@ def test_layers_after_the_reduction_run_on_fewer_frames_and_heads_bring_them_bac
         out = made(WAVEFORMS, LENGTHS)
     assert frames == [19, 19, 10, 10]
     assert out.hidden_states.shape == (2, 4, 19, WIDTH) and out.projections.shape == (2, 4, 19, 16)
-    # A reduced frame stands at both frames that it was made from; the head's frames are its own.
+    # A reduced frame is repeated for both of its frames; the head's frames differ.
     late = out.hidden_states[0, 3]
     torch.testing.assert_close(late[0:18:2], late[1:19:2], rtol=0, atol=0)
     assert (out.hidden_states[0, 1, 0:18:2] - out.hidden_states[0, 1, 1:19:2]).abs().max() > 0.1
@@ -147,7 +147,7 @@ def test_norm_first_is_the_pre_norm_transformer() -> None:
     with torch.no_grad():
         states = made(WAVEFORMS[:1], LENGTHS[:1]).hidden_states[0]
         torch.testing.assert_close(layer(states[:1])[0], states[1], rtol=1e-4, atol=1e-5)
-    # The last layer's output has the encoder's norm.
+    # The last layer's output is normalised by the encoder's norm.
     torch.testing.assert_close(states[3].mean(-1), torch.zeros(19), atol=1e-5, rtol=0)
     assert states[2].mean(-1).abs().max() > 0.01
 
@@ -176,9 +176,9 @@ def test_relative_attention_by_hand() -> None:
                 expected[i, head] = torch.stack(scores).softmax(0) @ value
         torch.testing.assert_close(mixed[0], attention.out(expected.flatten(1)))
     assert shared.bias is not None
-    # Of distance 0 the sinusoids are 0 and 1.
+    # The sinusoids of distance 0 are 0 and 1.
     assert table[4].tolist() == [0.0, 1.0] * 6
-    numbers = torch.arange(9.0).expand(1, 1, 5, 9)  # Column c is distance 4 - c.
+    numbers = torch.arange(9.0).expand(1, 1, 5, 9)  # Column c holds distance 4 - c.
     assert relative_shift(numbers)[0, 0].tolist() == [[4.0 - i + j for j in range(5)] for i in range(5)]
 
 
@@ -221,7 +221,7 @@ def test_conformer_layer_is_torchaudios_but_for_the_norm_inside_the_convolution(
     made = student(layer_type="conformer", depthwise_kernel=5)
     ours = made.layers[1]
     theirs = Theirs(WIDTH, 20, 2, 5, use_group_norm=True).eval()
-    # Where theirs normalises over time, put ours: per frame, over channels.
+    # Replace torchaudio's norm over time by ours: per frame, over channels.
     norm = ours.convolution.depthwise_norm
     theirs.conv_module.sequential[3] = PerFrame(norm)
     attention, convolution = ours.attention, ours.convolution

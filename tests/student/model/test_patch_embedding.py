@@ -1,4 +1,4 @@
-"""A teacher and a student of patches (AST): cached, trained, validated."""
+"""A teacher and a student with spectrogram patches (AST): cache, training, validation."""
 
 import json
 from collections.abc import Callable
@@ -117,7 +117,7 @@ def test_cache_train_validate(
     assert student.config == config
     save_student(student, tmp_path / "export")
     assert json.loads((tmp_path / "export" / "config.json").read_text())["student"]["patches"]["num_mel_bins"] == 32
-    with pytest.raises(ValueError, match="the student has patches=.* exports don't support"):
+    with pytest.raises(ValueError, match="the student has patches=.* exports do not support"):
         portable_student(student)
     with pytest.raises(ValueError, match="sees patches of a spectrogram"):
         open_backend(tmp_path / "export", BackendOptions())

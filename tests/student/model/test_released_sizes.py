@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def released(name: str, tensors: dict[str, Tensor], layers: int, convolutions: int) -> dict[str, Tensor]:
-    """Our tensors under the released names, written out from the published modules."""
+    """Return our tensors under the released names, as the published modules define them."""
     there = {
         "student_model.mask_emb": tensors["mask_embedding"],
         "student_model.encoder.pos_conv.0.bias": tensors["position.conv.bias"],
@@ -61,7 +61,7 @@ def test_every_tensor_is_read(recipe: str, width: int, inner: int, parameters: i
     name = recipe.split("-")[0]
     state = released(name, student.state_dict(), 12, len(config.conv_layers))
     assert sum(tensor.numel() for tensor in state.values()) == parameters
-    # Lightning keeps the frozen teacher and its own bookkeeping beside the student.
+    # Lightning also stores the frozen teacher and its own records.
     teacher = {"teacher_model.model.mask_emb": torch.zeros(768)}
     torch.save(
         {"state_dict": state | teacher, "epoch": 199, "global_step": 1, "lr_schedulers": []}, tmp_path / "m.ckpt"
@@ -84,7 +84,7 @@ def test_every_tensor_is_read(recipe: str, width: int, inner: int, parameters: i
     (tmp_path / "m.yaml").write_text(yaml.safe_dump({"distiller": distiller}))
     assert convert(tmp_path / "m.ckpt", tmp_path / "m.yaml", tmp_path / "ours") == parameters
     converted = load_student(tmp_path / "ours")
-    assert converted.config.reuses == student.config.reuses  # `none` and `alternate` and their entries are one thing.
+    assert converted.config.reuses == student.config.reuses  # `none` and `alternate` are equal to their entries.
     assert converted.config == student.config.model_copy(update={"attention_reuse": converted.config.attention_reuse})
     lengths = torch.tensor([8000, 5000])
     waveforms = torch.randn(2, 8000, generator=torch.Generator().manual_seed(0)) * 0.1

@@ -1,4 +1,4 @@
-"""The student: reuse, padding, masking, gradient scaling, initialisation, and what it refuses."""
+"""The student: reuse, padding, masking, gradient scaling, initialisation, and refused configurations and inputs."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from ray_distill.student import Student, StudentConfig
+from ray_distill.student import Student, StudentConfig, StudentOutput
 from ray_distill.student.model.student import scale_gradient
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -41,7 +41,7 @@ KINDS = {
 
 
 def lively(config: StudentConfig) -> Student:
-    """A student in eval mode whose attention is far from uniform, so that mixing up maps or rows shows."""
+    """Return a student in eval mode whose attention is far from uniform, so that confused maps or rows are noticed."""
     torch.manual_seed(0)
     student = Student(config).eval()
     with torch.no_grad():
@@ -52,7 +52,7 @@ def lively(config: StudentConfig) -> Student:
 
 
 def batch(lengths: list[int], width: int, filling: float = 0.0) -> Tensor:
-    """Loud and quiet utterances, one fixed waveform for each length."""
+    """Return loud and quiet utterances, one fixed waveform for each length."""
     waveforms = torch.full((len(lengths), width), filling)
     for row, length in enumerate(lengths):
         generator = torch.Generator().manual_seed(length)
@@ -76,7 +76,7 @@ def test_an_utterance_gives_the_same_alone_padded_and_reordered(kind: str) -> No
             assert frames == (length - 400) // 320 + 1 == int(together.num_frames[row])
             for name in ("hidden_states", "projections"):
                 expected = getattr(alone, name)[0]
-                if not expected.numel():  # Of a student without heads.
+                if not expected.numel():  # The student has no heads.
                     continue
                 for other, at in ((together, row), (reordered, order.index(row)), (noisy, row)):
                     found = getattr(other, name)[at, :, :frames]
@@ -86,7 +86,7 @@ def test_an_utterance_gives_the_same_alone_padded_and_reordered(kind: str) -> No
 
 @pytest.mark.parametrize("kind", ["paper", "released", "none"])
 def test_gradients_do_not_depend_on_padding(kind: str) -> None:
-    # In float64, since softmax makes the keys' biases irrelevant: their gradients are rounding errors around zero.
+    # In float64, because the keys' biases do not change the softmax: their gradients are rounding errors around zero.
     student = lively(KINDS[kind]).double()
     gradients = []
     for width in (4000, 9000):
@@ -101,7 +101,7 @@ def test_gradients_do_not_depend_on_padding(kind: str) -> None:
 
 
 def explicit_layers(student: Student, waveforms: Tensor, softmaxes_of_a_reused_map: int) -> list[Tensor]:
-    """The student with explicit (T, T) maps for an unpadded batch, from the layer definitions alone."""
+    """Return the outputs for an unpadded batch with explicit (T, T) maps, from the layers' definitions alone."""
     config = student.config
     x = waveforms[:, None]
     for number, block in enumerate(student.conv_blocks):
@@ -129,7 +129,7 @@ def explicit_layers(student: Student, waveforms: Tensor, softmaxes_of_a_reused_m
 
 @pytest.mark.parametrize(("kind", "softmaxes"), [("paper", 1), ("released", 2), ("none", 1)])
 def test_reuse_against_explicit_maps(kind: str, softmaxes: int) -> None:
-    # In float64: these weights blow up float32's rounding.
+    # In float64: these weights amplify float32's rounding errors.
     student = lively(KINDS[kind].model_copy(update={"layer_grad_scale": False})).double()
     waveforms = torch.randn(3, 6000, dtype=torch.float64)
     found = student(waveforms, torch.full((3,), 6000)).hidden_states
@@ -225,7 +225,7 @@ def test_layer_gradient_scaling_follows_the_rule() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_is_used(kind: str) -> None:
-    # What DistributedDataParallel needs: even a batch in which no frame happens to be masked.
+    # DistributedDataParallel needs gradients of all parameters, even for a batch without masked frames.
     student = Student(KINDS[kind])
     out = student(torch.randn(2, 4000), torch.tensor([4000, 3000]), torch.zeros(2, 12, dtype=torch.bool))
     (out.projections.sum() + out.hidden_states.sum()).backward()
@@ -241,7 +241,7 @@ def test_the_mask_replaces_frames_and_spares_the_rest_of_the_batch() -> None:
         masked, plain = student(waveforms, lengths, everything), student(waveforms, lengths)
         other = student(waveforms.roll(700, 1), lengths, everything)
     torch.testing.assert_close(masked.hidden_states[1], plain.hidden_states[1])
-    # With every frame masked, nothing of the waveform is left.
+    # With all frames masked, the output does not depend on the waveform.
     torch.testing.assert_close(masked.hidden_states[0], other.hidden_states[0])
 
 
@@ -354,3 +354,31 @@ def test_the_shortest_waveform_follows_the_front_end() -> None:
     assert Student(config)(torch.zeros(1, 20), torch.tensor([20])).num_frames.tolist() == [1]
     with pytest.raises(ValueError, match="from 20 samples"):
         Student(config)(torch.zeros(1, 20), torch.tensor([19]))
+
+
+def test_lengths_may_be_left_out() -> None:
+    student, waveforms = Student(StudentConfig(encoder_layers=2)).eval(), torch.randn(2, 4000)
+    with torch.no_grad():
+        found, expected = student(waveforms), student(waveforms, torch.tensor([4000, 4000]))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(student.encode(waveforms)[0], expected.hidden_states)
+    with pytest.raises(ValueError, match=r"waveforms must be \(B, S\) and lengths \(B,\), not \(4000,\) and None"):
+        student(waveforms[0])
+
+
+def test_layers_are_numbered_from_one() -> None:
+    out = StudentOutput(torch.arange(6.0).view(1, 2, 3, 1), torch.zeros(1, 0, 3, 4), torch.tensor([3]))
+    assert out.layer(2).flatten().tolist() == [3, 4, 5]
+    for number in (0, 3, -1):
+        with pytest.raises(ValueError, match=f"layers 1 to 2, not {number}"):
+            out.layer(number)
+
+
+def test_representations_say_what_differs() -> None:
+    config = StudentConfig(encoder_layers=2, heads="none")
+    assert repr(config) == "StudentConfig(encoder_layers=2, heads='none')"
+    assert eval(repr(config)) == config
+    shown = repr(Student(config)).splitlines()[1]
+    assert "9 convolutions, 2 transformer layers of width 432 (1 reuse attention maps), 0 heads of width 768" in shown
+    assert f"{sum(p.numel() for p in Student(config).parameters()):,} parameters" in shown

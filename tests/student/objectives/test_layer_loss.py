@@ -1,4 +1,4 @@
-"""The distillation loss by hand: weights, masks, padding, what it is divided by; and `LayerDistiller` against it."""
+"""The distillation loss computed by hand (weights, masks, padding, normaliser), and `LayerDistiller` compared with it."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_padded_frames_count_neither_in_the_loss_nor_in_gradients(kind: str) -> 
     changed[1, :, 4:] = 1e4
     loss = distillation_loss(projections, targets, frames, kind=kind).total
     assert loss == distillation_loss(projections, changed, frames, kind=kind).total
-    # Equal to the mean over utterances alone, weighted by their frames.
+    # Equal to the mean of the utterances' own losses, weighted by their frames.
     apart = [
         distillation_loss(projections[i : i + 1, :, :n], targets[i : i + 1, :, :n], frames[i : i + 1], kind=kind).total
         for i, n in enumerate([7, 4])
@@ -138,7 +138,7 @@ def tiny(target_dim: int = 16) -> tuple[Student, Tensor]:
 
 
 def gradients(student: Student) -> dict[str, Tensor]:
-    """And clears them. A key's bias shifts all scores of a query alike, so its gradient is rounding alone."""
+    """Return the gradients and clear them. Those of keys' biases are left out: they consist of rounding errors."""
     found = {n: p.grad for n, p in student.named_parameters() if p.grad is not None and "key.bias" not in n}
     student.zero_grad()
     return found
@@ -168,7 +168,7 @@ def test_a_distiller_gives_the_loss_and_gradients_of_the_two_apart(
     )
     (expected.total * 3).backward()
     expected_gradients = gradients(student)
-    # What stands at padded frames of the targets is nobody's business.
+    # Targets may hold any values at padded frames.
     targets = targets.clone()
     targets[1, :, 13:] = torch.nan
     found = LayerDistiller(student, kind=kind, **weights)(WAVEFORMS, LENGTHS, mask, targets, normalizer)
@@ -256,7 +256,7 @@ def test_gradients_summed_over_many_frames_do_not_overflow_float16() -> None:
 
 
 def test_a_loss_that_is_not_finite_shows_in_the_gradients() -> None:
-    # What tells all ranks of a training that a step is to be left out.
+    # By such gradients all ranks of a training learn that a step must be skipped.
     for kind in ("mse", "l1"):
         student, targets = tiny()
         targets[0, 1, 2, 3] = torch.nan

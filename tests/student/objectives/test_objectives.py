@@ -1,4 +1,4 @@
-"""Objectives beside the published one: temporal relations, the cosine term, drawn hint layers, SpecAugment, first weights."""
+"""Temporal relations, the cosine term, drawn hint layers, SpecAugment and initial weights."""
 
 import json
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def test_star_reaches_zero_where_student_and_teacher_agree_up_to_a_rotation(bare
     with torch.no_grad():
         states = bare(WAVEFORMS, LENGTHS).hidden_states
         rotation = torch.linalg.qr(torch.randn(32, 32)).Q[:16]
-        targets = states @ rotation * 2**0.5  # Twice as wide: the norm grows with the width.
+        targets = states @ rotation * 2**0.5  # The targets are twice as wide, and the norm grows with the width.
         loss = RelationDistiller(bare)(WAVEFORMS, LENGTHS, None, targets)
         assert float(loss.total) < 1e-8
         assert float(RelationDistiller(bare)(WAVEFORMS, LENGTHS, None, targets.flip(2)).total) > 1e-3
@@ -100,7 +100,7 @@ def test_cosine_term_by_hand_and_its_gradient(still: StudentConfig) -> None:
     plain = distillation_loss(out.projections, targets, out.num_frames, **settings).total
     torch.testing.assert_close(plain, by_hand)
     plain.backward()
-    # A key's bias shifts all scores of a query alike, so its gradient is rounding alone.
+    # A key's bias shifts all scores of a query equally, so its gradient consists of rounding errors.
     expected = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None and "key.bias" not in n}
     student.zero_grad()
     fused = LayerDistiller(student, **settings)(WAVEFORMS, LENGTHS, None, targets).total
@@ -191,7 +191,7 @@ def test_spec_augment_masks_real_frames_and_lets_gradients_through() -> None:
 def test_spec_augment_fills_with_the_utterances_own_mean() -> None:
     torch.manual_seed(0)
     x, frames = torch.randn(2, 40, 30) + 5, torch.tensor([40, 15])
-    x[1, 15:] = 1e6  # Padding tells nothing.
+    x[1, 15:] = 1e6  # Padding must not matter.
     policy = SpecAugment(time_mask_width=10)
     filled = 0
     for _ in range(20):
@@ -212,7 +212,7 @@ def test_time_warp_moves_frames_by_no_more_than_its_window() -> None:
     moves = [(spec_augment(ramp, torch.tensor([60]), policy) - ramp)[0, :, 0] for _ in range(20)]
     assert max(float(move.abs().max()) for move in moves) <= 6
     assert np.mean([float(move.abs().max()) for move in moves]) > 1
-    assert all((move + ramp[0, :, 0]).diff().min() >= 0 for move in moves)  # Order is kept.
+    assert all((move + ramp[0, :, 0]).diff().min() >= 0 for move in moves)  # The order of frames does not change.
     short = torch.randn(1, 10, 1)
     assert torch.equal(spec_augment(short, torch.tensor([10]), policy), short)
 

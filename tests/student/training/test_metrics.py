@@ -1,4 +1,4 @@
-"""What a training records, and where it sends it."""
+"""Metrics of a training: rows, TensorBoard and trackers."""
 
 import importlib
 import json
@@ -64,7 +64,7 @@ def test_rows_are_handed_on_as_they_are_written(
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """The calls that a stand-in for wandb gets."""
+    """Return the calls received by a stand-in for wandb."""
     calls: list[tuple[str, Any]] = []
 
     def init(**arguments: Any) -> SimpleNamespace:
@@ -83,7 +83,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
 @pytest.fixture
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """The calls that a stand-in for mlflow gets."""
+    """Return the calls received by a stand-in for mlflow."""
     calls: list[tuple[str, Any]] = []
 
     def start_run(**arguments: Any) -> SimpleNamespace:
@@ -144,7 +144,7 @@ def test_trackers_go_on_with_the_same_run_and_hear_of_failures(
         {"run_name": tmp_path.name},
         {"run_id": "made-up"},
     ]
-    # A run that starts anew is another one.
+    # A new training is a new run of the tracker.
     with Metrics(tmp_path, None, ("wandb",)):
         pass
     assert wandb[-2][1]["id"] is None

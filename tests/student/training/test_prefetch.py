@@ -1,4 +1,4 @@
-"""What is read ahead of the training: in order, bounded, without a stall between epochs, and honest about errors."""
+"""Prefetch: batches arrive in order, in bounded number, without a stall between epochs, and errors are raised."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ Settings = Callable[..., TrainSettings]
 
 
 class Reader:
-    """Ten utterances of one to two seconds; what it does at its n-th read is up to the test."""
+    """A reader of ten utterances of one to two seconds that calls ``at_read`` at its n-th read."""
 
     layers, dim = (1,), 2
     draws: int | None = 3
@@ -87,7 +87,7 @@ def test_no_more_is_read_ahead_than_said(settings: Settings) -> None:
     while len(reader.reads) < PREFETCH + 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)
-    assert len(reader.reads) == PREFETCH + 2  # One was taken, PREFETCH wait, one more is in the reader's hands.
+    assert len(reader.reads) == PREFETCH + 2  # One was taken, PREFETCH are queued, and one is being queued.
     running.close()
     assert feeds() == []
 

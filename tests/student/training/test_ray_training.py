@@ -1,4 +1,4 @@
-"""Training on Ray Train workers, and what a kill of one of them or of the driver leaves behind: nothing but lost time."""
+"""Training on Ray Train workers: killing a worker or the driver costs time, but does not change the result."""
 
 import json
 import os
@@ -55,7 +55,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start(tmp_path: Path, cache: Path, tiny: StudentConfig) -> Iterator[Start]:
-    """Starts a driver that trains on Ray; what still runs at the end is ended."""
+    """Start drivers that train on Ray, and end those that still run after the test."""
     processes: list[subprocess.Popen[str]] = []
 
     def run(settings: TrainSettings, folder: Path) -> subprocess.Popen[str]:
@@ -66,7 +66,7 @@ def start(tmp_path: Path, cache: Path, tiny: StudentConfig) -> Iterator[Start]:
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # One process less to start.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # Starts one process fewer.
         }
         processes.append(
             subprocess.Popen(
@@ -88,7 +88,7 @@ def start(tmp_path: Path, cache: Path, tiny: StudentConfig) -> Iterator[Start]:
 
 @pytest.fixture
 def undisturbed(tmp_path: Path, cache: Path, tiny: StudentConfig) -> Callable[[TrainSettings], Path]:
-    """The same training by plain processes that nobody kills."""
+    """Run the same training in plain processes that are not killed."""
 
     def run(settings: TrainSettings) -> Path:
         mp.spawn(_rank, args=(tiny, settings, cache, tmp_path), nprocs=settings.workers)
@@ -108,7 +108,7 @@ def _rank(index: int, config: StudentConfig, settings: TrainSettings, cache: Pat
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    """Until the run's metrics have a training row of this step."""
+    """Wait until the run's metrics have a training row of this step."""
     path = run / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -121,7 +121,7 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """The command of each process under this one."""
+    """Return the command of each descendant process."""
     parents: dict[int, int] = {}
     commands: dict[int, str] = {}
     for path in Path("/proc").iterdir():
@@ -130,7 +130,7 @@ def descendants(pid: int) -> dict[int, str]:
                 parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
                 commands[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except (FileNotFoundError, ProcessLookupError):
-            continue  # It ended meanwhile.
+            continue  # The process has ended.
     found: set[int] = {pid}
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
@@ -143,7 +143,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 def starts(run: Path) -> int:
-    """How often a run was begun or gone on with."""
+    """Return how often a run was started or continued."""
     return len(list((run / "tensorboard").iterdir()))
 
 
@@ -198,5 +198,5 @@ def test_what_goes_wrong_in_a_worker_is_one_sentence(
     _, errors = process.communicate(timeout=150)
     assert process.returncode == 1
     assert "FloatingPointError: the loss was not finite in 10 steps in a row, up to step" in errors.splitlines()[-1]
-    # It would only have failed again.
+    # A restart would have failed again.
     assert starts(run) == 1

@@ -1,4 +1,4 @@
-"""What Ray Train raises, for people; Ray is not started."""
+"""Messages for errors of Ray Train, without starting Ray."""
 
 import re
 from collections.abc import Callable

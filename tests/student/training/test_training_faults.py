@@ -1,4 +1,4 @@
-"""What goes wrong in training: losses that are not finite, kills, full disks, damaged checkpoints."""
+"""Faults during training: losses that are not finite, kills, full disks, damaged checkpoints."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ Settings = Callable[..., TrainSettings]
 
 
 class Faulty:
-    """A reader whose n-th training batch (from 0) goes through ``fault``."""
+    """A reader that passes its n-th training batch, from 0, through ``fault``."""
 
     def __init__(self, reader: TargetReader, fault: Callable[[int, Batch], Batch]) -> None:
         self.num_samples, self.num_frames, self.layers, self.dim, self.draws = (
@@ -151,7 +151,7 @@ def test_a_gradient_that_is_not_finite_is_told_from_a_loss(
     result = train(tiny, settings(), *readers, tmp_path / "run", wrap=wrap)
     assert [row["cause"] for row in rows(tmp_path / "run", "skipped")] == ["gradient", "gradient"]
     assert result.skipped_steps == 2
-    # The loss was finite, so it is shown.
+    # The loss was finite, so the step is part of a row.
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 13))
 
 
@@ -166,7 +166,7 @@ def test_all_ranks_skip_together(
     mp.spawn(_rank, args=(still, settings(batch_size=2), cache, tmp_path), nprocs=2)
     one, two = (torch.load(tmp_path / f"rank{n}.pt", weights_only=True) for n in range(2))
     torch.testing.assert_close(one, two, rtol=0, atol=0)
-    # The same by one process: of its batches, the ones that were rank 1's fifth and sixth.
+    # The same in one process: the poisoned batches are those that were the fifth and sixth of rank 1.
     reader = Faulty(readers[0], lambda number, batch: poisoned(batch) if number in (9, 11) else batch)
     train(still, settings(batch_size=2, accumulate=2), reader, readers[1], tmp_path / "alone")
     assert len(rows(tmp_path / "ranks", "skipped")) == 2
@@ -230,7 +230,7 @@ def test_a_loss_scale_that_cannot_fall_stops_the_run(
         return distiller
 
     options = settings(precision="fp16", use_gpu=True, max_skipped_steps=2)
-    # Three that halve it (4.5, 2.25, 1.125 times the least), then the two.
+    # Three steps halve the scale (4.5, 2.25, 1.125 times the minimum), and two more are skipped.
     with pytest.raises(FloatingPointError, match="the gradient was not finite in 2 steps in a row, up to step 5"):
         train(tiny, options, *readers, tmp_path / "run", wrap=wrap)
 
@@ -243,14 +243,14 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(
         train(tiny, settings(), readers[0], validation, tmp_path / "run")
 
 
-# Going on
+# Continuing
 
 
 @pytest.mark.parametrize(
     ("options", "reads"),
     [
         ({}, 8),
-        # In the middle of an epoch, of a row's steps and of a step's batches; with an average of the weights.
+        # In the middle of an epoch, of the steps of a row and of the batches of a step, with averaged weights.
         ({"checkpoint_every": 2, "log_every": 3, "ema_decay": 0.9, "batch_size": 1, "accumulate": 2}, 11),
         ({"batch_size": None, "batch_seconds": 4.0, "checkpoint_every": 5, "max_grad_norm": 0.1}, 10),
     ],
@@ -271,13 +271,13 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(
         train(tiny, chosen, Faulty(readers[0], stop_at(reads)), readers[1], tmp_path / "stopped")
     step = last(tmp_path / "stopped")["state"]["step"]
     assert 0 < step < 12
-    # A kill while a row was being written.
+    # The process was killed while writing a row.
     with (tmp_path / "stopped" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
     reader = Faulty(readers[0], lambda number, batch: batch)
     train(tiny, chosen, reader, readers[1], tmp_path / "stopped")
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
-    # What was done is not read again.
+    # Batches of finished steps are not read again.
     assert reader.reads == (12 - step) * chosen.accumulate
 
 
@@ -306,7 +306,7 @@ def test_a_kill_at_any_moment_of_a_checkpoint_loses_nothing(
     train(tiny, options, *readers, tmp_path / "whole")
     replaced = Path.replace, Path.rename
     moments = 0
-    # Each rename in turn is the last thing that one process does.
+    # Each process is killed after another of the renames.
     for fatal in range(100):
         run = tmp_path / f"killed{fatal}"
         moments = 0
@@ -336,7 +336,7 @@ def test_a_kill_at_any_moment_of_a_checkpoint_loses_nothing(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte of its own."""
+    """A separate file system of one megabyte."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
@@ -395,7 +395,7 @@ def test_a_disk_that_fails_leaves_the_checkpoint_before(
     train(tiny, options, *readers, tmp_path / "whole")
     run = tmp_path / "failed"
     sync, syncs = os.fsync, 0
-    # Six of them at each of step 0, 4 and 8: fail each of the last six in turn.
+    # Steps 0, 4 and 8 sync six files each: let each of the last six fail in turn.
     for fatal in range(13, 19):
         syncs = 0
 

@@ -1,4 +1,4 @@
-"""The training loop without Ray: cached equals online, ranks and accumulation don't matter, what is recorded."""
+"""The training loop without Ray: cached equals online targets, ranks and accumulation do not matter, rows and files."""
 
 import json
 from collections.abc import Callable
@@ -115,7 +115,7 @@ def test_online_targets_heed_draws_and_clean_only(
     masked: bool,
 ) -> None:
     teacher = load_teacher("random:2x32")
-    teacher._mask_embedding = None  # As Whisper's: a masked pass is refused.
+    teacher._mask_embedding = None  # As for Whisper, which refuses a masked pass.
     monkeypatch.setattr("ray_distill.teacher_cache.teachers.load_teacher", lambda spec, device: teacher)
     train_on_ray(
         tiny,
@@ -166,7 +166,7 @@ def test_ranks_and_accumulation_change_nothing(
             for name in ("loss", "gradient_norm", "padding_waste", "cosine_masked_layer_02", "layer_01"):
                 if name in ours[0]:
                     np.testing.assert_allclose([r[name] for r in ours], [r[name] for r in theirs], rtol=1e-4)
-        # One exchange of gradients for each optimiser step, however many batches it has.
+        # Gradients are exchanged once per optimiser step, not once per batch.
         assert (tmp_path / f"run{workers}" / "exchanges").read_text() == "12"
 
 
@@ -197,7 +197,7 @@ def _rank(index: int, workers: int, config: StudentConfig, options: TrainSetting
 def test_two_ranks_learn_from_clean_targets(
     tmp_path: Path, still: StudentConfig, settings: Settings, make_cache: Callable[..., CacheSpec], rows: Rows
 ) -> None:
-    # Nothing reaches the mask embedding then, for whose gradient DDP would wait.
+    # Then the mask embedding is unused, and DDP would wait for its gradient.
     make_cache(tmp_path / "cache", masks=MaskDraws(draws=0))
     options = settings(batch_size=1, accumulate=2)
     mp.spawn(_rank, args=(2, still, options, tmp_path / "cache", tmp_path), nprocs=2)
@@ -209,7 +209,7 @@ def test_rows_are_means_whatever_comes_between(
     tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers, rows: Rows
 ) -> None:
     train(tiny, settings(), *readers, tmp_path / "each")
-    # Checkpoints and validations fall into the middle of what a row sums up.
+    # Checkpoints and validations interrupt the steps that a row sums up.
     train(tiny, settings(log_every=5, checkpoint_every=2, validate_every=3), *readers, tmp_path / "fifth")
     each = losses(rows(tmp_path / "each"))
     fifth = rows(tmp_path / "fifth")

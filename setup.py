@@ -17,6 +17,7 @@ setup(
     package_data={
         "ray_distill": ["py.typed"],
         "ray_distill.pipeline.demo": ["*.txt"],
+        "ray_distill.pipeline.reports": ["templates/*"],
         **{f"ray_distill.recipes{below}": ["*.yaml"] for below in ("", ".ablations", ".clusters")},
         "ray_distill.serve.page": ["*.html", "*.css", "*.js", "*.svg"],
     },

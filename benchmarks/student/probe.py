@@ -16,7 +16,9 @@ import typer
 
 from benchmarks.result_file import RESULTS, write_result
 from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, utterances
-from ray_distill.pipeline.probing.probe import Source, read_task, run_probes
+from ray_distill.pipeline.probing.feature_source import FeatureSource
+from ray_distill.pipeline.probing.linear_probe import run_probes
+from ray_distill.pipeline.probing.task import read_task
 from ray_distill.pipeline.student_export import open_student
 from ray_distill.student import Student
 from ray_distill.teacher_cache.teachers import load_teacher
@@ -79,10 +81,10 @@ def main(
     student, origin = open_student(model)
     torch.manual_seed(0)
     sources = [
-        Source.of_teacher(load_teacher(teacher or str(shared_data() / "teacher" / "hubert_small.pt"))),
-        Source.of_student(student, "student"),
-        Source.of_student(Student(student.config).eval(), "student with random weights"),
-        Source.log_mel(),
+        FeatureSource.of_teacher(load_teacher(teacher or str(shared_data() / "teacher" / "hubert_small.pt"))),
+        FeatureSource.of_student(student, "student"),
+        FeatureSource.of_student(Student(student.config).eval(), "student with random weights"),
+        FeatureSource.log_mel(),
     ]
     found = {}
     with tempfile.TemporaryDirectory() as folder:

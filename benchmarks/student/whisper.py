@@ -22,7 +22,9 @@ from torch import Tensor
 from benchmarks.result_file import RESULTS, write_result
 from benchmarks.small_speech import HELD_OUT, TRAIN, small_student, utterances, whisper_folder
 from benchmarks.student.probe import write_manifest
-from ray_distill.pipeline.probing.probe import Source, read_task, run_probes
+from ray_distill.pipeline.probing.feature_source import FeatureSource
+from ray_distill.pipeline.probing.linear_probe import run_probes
+from ray_distill.pipeline.probing.task import read_task
 from ray_distill.student import Student, load_student
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
@@ -103,7 +105,7 @@ def power(teacher: Teacher, seconds: float) -> dict[str, Any]:
     return {"share_of_loudest_3_percent": share.tolist()}
 
 
-def cached(location: Path, name: str) -> Source:
+def cached(location: Path, name: str) -> FeatureSource:
     """Return the teacher's features as a probe's source, read from a cache instead of running the teacher."""
     places = {}
     for split in ("train", "validation"):
@@ -115,7 +117,7 @@ def cached(location: Path, name: str) -> Source:
         reader, index = places[waveform.tobytes()]
         return reader.read([index], None).targets[0]
 
-    return Source(name, len(reader.layers), reader.dim, features)
+    return FeatureSource(name, len(reader.layers), reader.dim, features)
 
 
 @app.command("padding")
@@ -201,9 +203,9 @@ def distil(
         task = read_task(manifest, "words")
         sources = [
             cached(location, "teacher, as cached"),
-            Source.of_student(student, "student"),
-            Source.of_student(untrained, "student with random weights"),
-            Source.log_mel(),
+            FeatureSource.of_student(student, "student"),
+            FeatureSource.of_student(untrained, "student with random weights"),
+            FeatureSource.log_mel(),
         ]
         outcomes = run_probes(task, sources, epochs=epochs)
         write_result(

@@ -29,7 +29,7 @@ _SECTIONS = [name for name in Config.model_fields if name not in ("name", "runs"
 
 
 class ProbeSection(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """Linear probes of each trained student, and once of the teacher and of log-mel features; see `probing.probe`."""
+    """Linear probes of each trained student, and once of the teacher and of log-mel features; see `probing.linear_probe`."""
 
     manifest: Path
     """CSV file of labelled utterances. Relative paths start at the folder of the ablation's file."""

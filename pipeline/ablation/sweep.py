@@ -24,16 +24,10 @@ from ray_distill.pipeline.ablation.definition import Ablation
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.corpus import STATE
 from ray_distill.pipeline.files import write_text
-from ray_distill.pipeline.probing.probe import (
-    Source,
-    Task,
-    probe_folder,
-    probe_settings,
-    read_probes,
-    read_task,
-    run_probes,
-    write_outcomes,
-)
+from ray_distill.pipeline.probing.feature_source import FeatureSource
+from ray_distill.pipeline.probing.linear_probe import run_probes
+from ray_distill.pipeline.probing.probe_record import probe_folder, probe_settings, read_probes, write_outcomes
+from ray_distill.pipeline.probing.task import Task, read_task
 from ray_distill.pipeline.ray_session import (
     count_fitting_workers,
     counted,
@@ -43,7 +37,9 @@ from ray_distill.pipeline.ray_session import (
     owns_ray,
     quiet_ray,
 )
-from ray_distill.pipeline.reports.ablation_report import read_results, results_table, write_ablation_report
+from ray_distill.pipeline.reports.ablation_report import write_ablation_report
+from ray_distill.pipeline.reports.ablation_results import read_results
+from ray_distill.pipeline.reports.ablation_tables import results_table
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.cache import cache_targets, check_cache
@@ -78,18 +74,20 @@ class Probing:
     def probe_student(self, folder: RunFolder) -> None:
         """Probe the best student of a run."""
         student = load_student(folder.best)
-        self._run(folder.path, [Source.of_student(student, "student")], {"run": folder.name}, own=0)
+        self._run(folder.path, [FeatureSource.of_student(student, "student")], {"run": folder.name}, run_student=0)
 
     def probe_baselines(self, folder: Path, teacher: Teacher) -> None:
         """Probe the teacher and log-mel features, unless the folder already has the results."""
         if not read_probes(folder, self.settings):
-            self._run(folder, [Source.of_teacher(teacher), Source.log_mel()], {}, own=None)
+            self._run(folder, [FeatureSource.of_teacher(teacher), FeatureSource.log_mel()], {}, run_student=None)
 
-    def _run(self, folder: Path, sources: Sequence[Source], origin: dict[str, Any], own: int | None) -> None:
+    def _run(
+        self, folder: Path, sources: Sequence[FeatureSource], origin: dict[str, Any], run_student: int | None
+    ) -> None:
         epochs, seed = self.settings["epochs"], self.settings["seed"]
-        outcomes = run_probes(self.task, sources, epochs=epochs, seed=seed, say=lambda text: None)
+        outcomes = run_probes(self.task, sources, epochs=epochs, seed=seed, on_progress=lambda text: None)
         place = probe_folder(folder, self.title, self.settings)
-        write_outcomes(place, outcomes, self.task, self.title, origin, self.settings, own)
+        write_outcomes(place, outcomes, self.task, self.title, origin, self.settings, run_student)
 
     def is_done(self, folder: RunFolder) -> bool:
         """Return whether a run's folder has the results of its student, whichever command made them."""
@@ -302,8 +300,8 @@ class Sweep:
                     failed(name, problem)
                     return
                 done += 1
-                [result] = read_results([jobs[name].folder.path])
-                say(f"train   {result.said}  ({done} of {total})")
+                [result] = read_results([jobs[name].folder])
+                say(f"train   {result.name}: {result.outcome}  ({done} of {total})")
 
             def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
                 failed(trial.config["run"], _reason(trial.get_pickled_error() or trial.get_error()))
@@ -341,9 +339,9 @@ class Sweep:
         dumped = self.settings.model_dump(mode="json")
         write_text(self.ablation.folder / "ablation.yaml", yaml.safe_dump(dumped, sort_keys=False))
         settings = None if self.probing is None else self.probing.settings
-        results = read_results([run.folder.path for run in self.runs.values()], failures, settings)
+        results = read_results([run.folder for run in self.runs.values()], failures, settings)
         others = read_probes(self.ablation.folder, settings)
-        page = write_ablation_report(self.ablation, results, self.shared, others)
+        page = write_ablation_report(self.ablation, results, others)
         self.console.print(results_table(self.ablation, results))
         self.shared.say(f"report  {page}")
 

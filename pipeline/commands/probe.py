@@ -42,16 +42,16 @@ def probe(
     from rich.console import Console
 
     from ray_distill.pipeline.files import check_room
-    from ray_distill.pipeline.probing.probe import (
-        Source,
-        outcome_table,
+    from ray_distill.pipeline.probing.feature_source import FeatureSource
+    from ray_distill.pipeline.probing.linear_probe import run_probes
+    from ray_distill.pipeline.probing.probe_record import (
         probe_folder,
         probe_settings,
-        read_task,
         refuse_other_results,
-        run_probes,
         write_outcomes,
     )
+    from ray_distill.pipeline.probing.task import read_task
+    from ray_distill.pipeline.reports.probe_page import outcome_table
     from ray_distill.pipeline.student_export import open_student
     from ray_distill.teacher_cache.device import check_device
     from ray_distill.teacher_cache.teachers import load_teacher
@@ -67,22 +67,22 @@ def probe(
         raise ValueError("the same student is given twice; give each --student and --run once")
     sources = []
     if teacher is not None:
-        sources.append(Source.of_teacher(load_teacher(teacher, device)))
+        sources.append(FeatureSource.of_teacher(load_teacher(teacher, device)))
     opened = [open_student(place) for place in places]
     names = student_names(places, [origin for _, origin in opened])
     origins = {name: origin for name, (_, origin) in zip(names, opened, strict=True)}
     for name, (loaded, _) in zip(names, opened, strict=True):
-        sources.append(Source.of_student(loaded.to(device), name))
-    own = len(sources) - 1 if run else None
+        sources.append(FeatureSource.of_student(loaded.to(device), name))
+    run_student = len(sources) - 1 if run else None
     if log_mel:
-        sources.append(Source.log_mel())
+        sources.append(FeatureSource.log_mel())
     if not sources:
         raise ValueError("nothing to probe; give --teacher, --student or --run")
     if output or not run:
         refuse_other_results(folder, settings, sources)
-    outcomes = run_probes(task, sources, epochs=epochs, seed=seed, say=console.print)
+    outcomes = run_probes(task, sources, epochs=epochs, seed=seed, on_progress=console.print)
     Console().print(outcome_table(outcomes))
-    write_outcomes(folder, outcomes, task, manifest.stem, origins, settings, own)
+    write_outcomes(folder, outcomes, task, manifest.stem, origins, settings, run_student)
     console.print(f"probe   {folder / 'probe.html'}")
 
 

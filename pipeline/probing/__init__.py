@@ -1,1 +1,1 @@
-"""Linear probes: what frozen features tell."""
+"""Linear probes on frozen features of teachers, students and log-mel bands."""

@@ -1,196 +1,268 @@
-"""Line charts as inline SVG and heatmaps as inline PNG, for a page that needs no network and no script."""
+"""Interactive charts of a report, as Vega-Lite specifications that Altair checks and the page's script draws.
 
-import base64
-import html
+A chart keeps its points outside the specification, as one list of x and one of y for each series, because a row per point would
+take several times the space. ``templates/charts.js`` turns them into the datasets ``lines``, ``points`` and ``hover``.
+
+Functions import Altair themselves: it takes most of a second, and only runs that write a report need it.
+"""
+
 import math
-import struct
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-WIDTH, HEIGHT = 460, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 38
+if TYPE_CHECKING:
+    import altair as alt
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; dark enough for white, light enough for black.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
+HEIGHT = 220
+"""Height of a line chart's plotting area, in pixels."""
+_MARGIN = 6
+"""Space between the outermost points and the edge, in pixels, so that a point there is not cut in half."""
+_ROW_HEIGHT = 26
+"""Height of a group's row in a dot chart, in pixels."""
+
+COLORS = (
+    *("light-dark(#0072b2, #56b4e9)", "light-dark(#d55e00, #ff9a4d)", "light-dark(#009e73, #35cfa2)"),
+    *("light-dark(#b0568a, #e8a3ca)", "light-dark(#9a6f00, #e6c14a)", "light-dark(#5c6670, #b3bcc5)"),
+)
+"""Colours for categories on a light and on a dark page, after Okabe and Ito's palette for colour-blind readers."""
+_ORDERED_LIGHT = np.array([[52, 0, 92], [60, 80, 139], [30, 130, 140], [70, 155, 70]])
+_ORDERED_DARK = np.array([[196, 160, 255], [120, 170, 245], [70, 205, 205], [175, 235, 120]])
+
+
+def ordered_color(number: int, count: int) -> str:
+    """Return colour ``number`` (from 0) of ``count`` ordered colours, from violet over blue to green.
+
+    Lightness changes steadily, so that the order is visible without hue. Each colour has a contrast of at least 3 to its page.
+    """
+    position = number / max(1, count - 1) * (len(_ORDERED_LIGHT) - 1)
+    colors = []
+    for stops in (_ORDERED_LIGHT, _ORDERED_DARK):
+        red, green, blue = (int(np.interp(position, np.arange(len(stops)), channel)) for channel in stops.T)
+        colors.append(f"#{red:02x}{green:02x}{blue:02x}")
+    return f"light-dark({', '.join(colors)})"
+
+
+def category_colors(count: int) -> list[str]:
+    """Return a colour for each of ``count`` categories."""
+    return list(COLORS[:count]) if count <= len(COLORS) else [ordered_color(n, count) for n in range(count)]
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of a chart: points in order of x; values that are not finite break it."""
+class Series:
+    """A series of a line chart.
+
+    Attributes:
+        label: Name in the legend.
+        x: Positions, in ascending order.
+        y: Values; a value that is not finite interrupts the line.
+        color: CSS colour.
+        mark: ``line``, or ``points`` for unconnected points.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     color: str
+    mark: Literal["line", "points"] = "line"
 
 
-def line_chart(title: str, lines: Sequence[Line], y_label: str, *, x_label: str = "optimiser step") -> str:
-    """A figure with axes, lines and a legend; a logarithmic y axis where values span more than a factor of 10.
+@dataclass(frozen=True)
+class Chart:
+    """A chart, ready for a template.
 
-    Returns:
-        HTML; a sentence instead of a chart where there is nothing to draw.
+    Attributes:
+        title: Caption.
+        description: Text alternative, which also stands in for the chart where scripts are disabled.
+        spec: Vega-Lite specification; None if there is nothing to draw.
+        series: Points of a line chart by series: ``label``, ``mark``, ``x`` and ``y`` (None for a gap).
+        x_title: Title of the x axis.
     """
-    points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
-    caption = f"<figcaption>{html.escape(title)}</figcaption>"
-    if not points:
-        return f'<figure>{caption}<p class="none">Nothing was recorded.</p></figure>'
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    logarithmic = min(ys) > 0 and max(ys) / min(ys) > 10
-    x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-    y_ticks = _log_ticks(min(ys), max(ys)) if logarithmic else _ticks(min(ys), max(ys))
-    y_low, y_high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
 
-    def px(x: float) -> float:
-        return _LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
-
-    def py(y: float) -> float:
-        scale = math.log if logarithmic else float
-        share = (scale(y) - scale(y_low)) / (scale(y_high) - scale(y_low))
-        return HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">']
-    for tick in y_ticks:
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{py(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    for tick in _ticks(x_low, x_high, 5):
-        if x_low <= tick <= x_high:
-            parts.append(
-                f'<text x="{px(tick):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_number(tick)}</text>'
-            )
-    parts.append(f'<text x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{html.escape(x_label)}</text>')
-    middle = (HEIGHT - _BOTTOM + _TOP) / 2
-    parts.append(
-        f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{html.escape(y_label)}</text>'
-    )
-    for line in lines:
-        for piece in _pieces(line):
-            path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in piece)
-            name = f"<title>{html.escape(line.label)}: {_number(piece[0][1])} to {_number(piece[-1][1])}</title>"
-            if len(piece) == 1:
-                x, y = path.split(",")
-                parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{line.color}">{name}</circle>')
-            else:
-                parts.append(f'<polyline points="{path}" stroke="{line.color}">{name}</polyline>')
-    parts.append("</svg>")
-    keys = "".join(f'<span><i style="background:{line.color}"></i>{html.escape(line.label)}</span>' for line in lines)
-    legend = f'<div class="legend">{keys}</div>' if len(lines) > 1 else ""
-    return f"<figure>{caption}{''.join(parts)}{legend}</figure>"
+    title: str
+    description: str
+    spec: dict[str, Any] | None = None
+    series: list[dict[str, Any]] = field(default_factory=list)
+    x_title: str = ""
 
 
-def _pieces(line: Line) -> list[list[tuple[float, float]]]:
-    pieces: list[list[tuple[float, float]]] = [[]]
-    for x, y in zip(line.x, line.y, strict=True):
-        if math.isfinite(y):
-            pieces[-1].append((x, y))
-        elif pieces[-1]:
-            pieces.append([])
-    return [piece for piece in pieces if piece]
-
-
-def _ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers from at most ``low`` to at least ``high``."""
-    if high <= low:
-        high = low + (abs(low) or 1.0) * 0.1
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    first = math.floor(low / step + 1e-9)
-    last = math.ceil(high / step - 1e-9)
-    return [n * step for n in range(first, last + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... (or powers of ten only, over many of them) around the values."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    steps = (1, 2, 5) if last - first <= 2 else (1,)
-    ticks = [m * 10.0**power for power in range(first, last + 1) for m in steps]
-    inside = [tick for tick in ticks if low <= tick <= high]
-    below, above = [tick for tick in ticks if tick < low], [tick for tick in ticks if tick > high]
-    return [*below[-1:], *inside, *above[:1]]
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 10_000 else f"{value:,.0f}"
-
-
-def dot_chart(title: str, groups: Sequence[tuple[str, Sequence[float]]], x_label: str, colors: Sequence[str]) -> str:
-    """A figure with a row for each group: its values as dots, their mean as a bar; the first group's mean as a dashed line.
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    y_title: str,
+    *,
+    x_title: str = "optimiser step",
+    y_scale: Literal["auto", "linear"] = "auto",
+) -> Chart:
+    """Return a line chart, with a legend if it has several series.
 
     Args:
-        title: of the figure.
-        groups: labels and finite values; a group without values has a row without dots.
-        x_label: what the values are.
-        colors: one for each group.
-
-    Returns:
-        HTML; a sentence instead of a chart where there is nothing to draw.
+        title: Caption.
+        series: Lines, drawn in order.
+        y_title: Title of the y axis.
+        x_title: Title of the x axis; it must not contain ``.`` or ``[``, which Vega-Lite reads as paths.
+        y_scale: ``auto`` uses a logarithmic y axis if all values are positive and span more than a factor of 10.
     """
-    values = [value for _, group in groups for value in group]
-    caption = f"<figcaption>{html.escape(title)}</figcaption>"
+    values = [y for one in series for y in one.y if math.isfinite(y)]
     if not values:
-        return f'<figure>{caption}<p class="none">Nothing was recorded.</p></figure>'
-    row, left = 26, min(220, 16 + max(round(6.2 * len(label)) for label, _ in groups))
-    height = _TOP + row * len(groups) + _BOTTOM
-    bottom = height - _BOTTOM
-    ticks = _ticks(min(values), max(values), 5)
-    low, high = ticks[0], ticks[-1]
-    digits = next(d for d in range(20) if all(abs(round(tick, d) - tick) < 1e-6 * (high - low) for tick in ticks))
+        return Chart(title, "Nothing was recorded.")
+    import altair as alt
 
-    def px(x: float) -> float:
-        return left + (x - low) / (high - low) * (WIDTH - left - _RIGHT)
+    low, high = min(values), max(values)
+    if y_scale == "auto" and low > 0 and high / low > 10:
+        scale = alt.Scale(type="log", nice=False, padding=_MARGIN)
+    elif low < high:
+        scale = alt.Scale(zero=False, padding=_MARGIN)
+    else:  # A scale needs an extent.
+        margin = 0.1 * abs(low) or 0.1
+        scale = alt.Scale(domain=[low - margin, high + margin])
+    x = alt.X(field=x_title, type="quantitative", scale=alt.Scale(zero=False, nice=False, padding=_MARGIN))
+    y = alt.Y(field="value", type="quantitative", title=y_title, scale=scale, axis=alt.Axis(tickCount=5))
+    labels = [one.label for one in series]
+    legend = alt.Legend(symbolType="stroke") if len(series) > 1 else None
+    colors = alt.Scale(domain=labels, range=[one.color for one in series])
+    color = alt.Color(field="label", type="nominal", title=None, scale=colors, legend=legend)
+    chosen = alt.selection_point(name="chosen", fields=["label"], bind="legend")
+    hovered = alt.selection_point(
+        name="hovered", fields=[x_title], nearest=True, on="pointermove", clear="pointerout", empty=False
+    )
+    opacity = alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.12))
+    lines = (
+        _chart("lines", "lines")
+        .mark_line(clip=True, strokeWidth=1.8, strokeJoin="round")
+        .encode(x=x, y=y, color=color, opacity=opacity)
+        .add_params(chosen, _zoom("x", "y"))
+    )
+    points = (
+        _chart("points", "points")
+        .mark_point(clip=True, filled=True, size=34, aria=False)
+        .encode(x=x, y=y, color=color, opacity=opacity)
+    )
+    hover = (
+        _chart("hover", "hover")
+        .mark_rule(clip=True, aria=False, color="var(--faint)", tooltip=alt.TooltipContent("data"))
+        .encode(x=x, opacity=alt.when(hovered).then(alt.value(0.6)).otherwise(alt.value(0)))
+        .add_params(hovered)
+    )
+    spec = alt.layer(lines, points, hover).properties(width="container", height=HEIGHT)
+    return Chart(
+        title,
+        _describe_lines(series, y_title, x_title),
+        spec.to_dict(),
+        [_compact(one) for one in series],
+        x_title,
+    )
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">']
-    for tick in ticks:
-        parts.append(f'<line class="grid" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text x="{px(tick):.1f}" y="{bottom + 16}" text-anchor="middle">{tick:.{digits}f}</text>')
-    parts.append(f'<text x="{(WIDTH + left) / 2}" y="{height - 5}" text-anchor="middle">{html.escape(x_label)}</text>')
-    if first := groups[0][1]:
-        x = px(sum(first) / len(first))
-        parts.append(
-            f'<polyline points="{x:.1f},{_TOP} {x:.1f},{bottom}" stroke="{colors[0]}" stroke-dasharray="3 4"/>'
+
+def dot_chart(title: str, groups: Mapping[str, Mapping[str, float]], colors: Sequence[str]) -> Chart:
+    """Return a chart with a row per group: values as dots, their mean as a bar, and the first group's mean as a dashed line.
+
+    Args:
+        title: Caption, which also names the values.
+        groups: Finite values by their names, by group; a group without values has an empty row.
+        colors: One CSS colour for each group.
+    """
+    values = [value for group in groups.values() for value in group.values()]
+    if not values:
+        return Chart(title, "Nothing was recorded.")
+    import altair as alt
+
+    means = {label: sum(group.values()) / len(group) for label, group in groups.items() if group}
+    rows = [
+        {"group": label, "name": name, "value": _rounded(value), "mean": _rounded(means[label])}
+        for label, group in groups.items()
+        for name, value in group.items()
+    ]
+    extent: dict[str, Any] = {}
+    if min(values) == max(values):  # A scale needs an extent.
+        margin = 0.1 * abs(values[0]) or 0.1
+        extent = {"domain": [values[0] - margin, values[0] + margin]}
+    axis = alt.Axis(grid=True, tickCount=6)
+    x = alt.X(
+        field="value",
+        type="quantitative",
+        title=None,
+        scale=alt.Scale(zero=False, padding=_MARGIN, **extent),
+        axis=axis,
+    )
+    order = list(groups)
+    y = alt.Y(field="group", type="nominal", title=None, sort=order, scale=alt.Scale(domain=order))
+    color = alt.Color(field="group", type="nominal", legend=None, scale=alt.Scale(domain=order, range=list(colors)))
+    tooltip = [
+        alt.Tooltip(field="group", type="nominal"),
+        alt.Tooltip(field="name", type="nominal", title="run"),
+        alt.Tooltip(field="value", type="quantitative", format=".6~g"),
+        alt.Tooltip(field="mean", type="quantitative", format=".6~g"),
+    ]
+    data = alt.InlineData(values=rows)
+    dots = (
+        _chart("dots", data)
+        .mark_point(clip=True, filled=True, size=70, opacity=0.55)
+        .encode(x=x, y=y, color=color, tooltip=tooltip)
+        .add_params(_zoom("x"))
+    )
+    bars = (
+        _chart("means", data)
+        .mark_tick(clip=True, thickness=2.5, size=_ROW_HEIGHT * 0.7, aria=False)
+        .encode(x=alt.X(field="mean", type="quantitative"), y=y, color=color, tooltip=tooltip)
+    )
+    layers = [dots, bars]
+    if order[0] in means:
+        reference = alt.InlineData(values=[{"mean": _rounded(means[order[0]])}])
+        layers.append(
+            _chart("reference", reference)
+            .mark_rule(clip=True, strokeDash=[3, 4], aria=False, color=colors[0])
+            .encode(x=alt.X(field="mean", type="quantitative"))
         )
-    for n, ((label, group), color) in enumerate(zip(groups, colors, strict=True)):
-        y = _TOP + row * (n + 0.5)
-        shown = label if len(label) <= 34 else f"{label[:33]}…"
-        name = f"<title>{html.escape(label)}: {', '.join(map(_number, group))}</title>"
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{html.escape(shown)}</text>')
-        parts += [
-            f'<circle cx="{px(v):.1f}" cy="{y:.1f}" r="4" fill="{color}" fill-opacity=".55">{name}</circle>'
-            for v in group
-        ]
-        if group:
-            x = px(sum(group) / len(group))
-            parts.append(
-                f'<polyline points="{x:.1f},{y - 9:.1f} {x:.1f},{y + 9:.1f}" stroke="{color}">{name}</polyline>'
-            )
-    return f"<figure>{caption}{''.join(parts)}</svg></figure>"
+    spec = alt.layer(*layers).properties(width="container", height=_ROW_HEIGHT * len(groups))
+    described = (
+        f"{label}: mean {means[label]:.6g} of {', '.join(f'{value:.6g}' for value in group.values())}."
+        for label, group in groups.items()
+        if group
+    )
+    return Chart(title, f"{title}, by group. {' '.join(described)}", spec.to_dict())
 
 
-def heatmap(values: np.ndarray, reach: float) -> str:
-    """(T, C) to an ``<img>``: time from left to right, channels upwards, blue at -reach, white at 0, red at +reach."""
-    share = np.clip(values.T[::-1] / reach, -1, 1)
-    palette = np.empty((255, 3), np.uint8)
-    low, middle, high = np.array([30, 80, 160]), np.array([247, 247, 247]), np.array([178, 40, 30])
-    for n in range(255):
-        at = n / 127 - 1
-        palette[n] = middle + abs(at) * ((high if at > 0 else low) - middle)
-    pixels = np.rint(share * 127 + 127).astype(np.uint8)
-    data = base64.b64encode(_png(pixels, palette)).decode()
-    return f'<img alt="" src="data:image/png;base64,{data}">'
+def _chart(name: str, data: "str | alt.InlineData") -> "alt.Chart":
+    """Return a named chart; without a name, Altair numbers the charts of a process and the page's bytes would vary."""
+    import altair as alt
+
+    return alt.Chart(alt.NamedData(data) if isinstance(data, str) else data, name=name)
 
 
-def _png(pixels: np.ndarray, palette: np.ndarray) -> bytes:
-    """(height, width) uint8 indices into a (N, 3) uint8 palette, as a PNG file."""
+def _zoom(*encodings: Literal["x", "y"]) -> "alt.Parameter":
+    """Return the parameter for moving and zooming. The wheel zooms only with Ctrl or Cmd, so that the page scrolls over charts."""
+    import altair as alt
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+    wheel = "wheel![event.ctrlKey || event.metaKey]"
+    return alt.selection_interval(name="zoom", bind="scales", encodings=list(encodings), zoom=wheel)
 
-    height, width = pixels.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels], 1).tobytes()
-    chunks = (chunk(b"IHDR", header), chunk(b"PLTE", palette.tobytes()), chunk(b"IDAT", zlib.compress(rows, 9)))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
+
+def _rounded(value: float) -> float | None:
+    """Return a value with six significant digits; None if it is not finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _compact(series: Series) -> dict[str, Any]:
+    x = [int(value) if value == int(value) else _rounded(value) for value in series.x]
+    return {"label": series.label, "mark": series.mark, "x": x, "y": [_rounded(value) for value in series.y]}
+
+
+def _describe_lines(series: Sequence[Series], y_title: str, x_title: str) -> str:
+    sentences = [f"{y_title} over {x_title}."]
+    for one in series:
+        known = [(x, y) for x, y in zip(one.x, one.y, strict=True) if math.isfinite(y)]
+        if not known:
+            continue
+        (first_x, first), (last_x, last) = known[0], known[-1]
+        least, most = min(y for _, y in known), max(y for _, y in known)
+        if one.mark == "points":
+            sentences.append(f"{one.label}: {len(known)} points from {first_x:,.12g} to {last_x:,.12g}.")
+        elif len(known) == 1:
+            sentences.append(f"{one.label}: {first:.4g} at {first_x:,.12g}.")
+        else:
+            ends = f"{first:.4g} at {first_x:,.12g}, {last:.4g} at {last_x:,.12g}"
+            sentences.append(f"{one.label}: {ends}, between {least:.4g} and {most:.4g}.")
+    return " ".join(sentences)

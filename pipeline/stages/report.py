@@ -5,10 +5,10 @@ from typing import Any
 
 from rich.table import Table
 
-from ray_distill.pipeline.config import ConfigError, dump_config
+from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.files import write_text
-from ray_distill.pipeline.probing.probe import probe_section, read_probes, titles_of
-from ray_distill.pipeline.reports.run_report import FeatureMaps, feature_maps, write_report
+from ray_distill.pipeline.reports.feature_maps import FeatureMaps, feature_maps
+from ray_distill.pipeline.reports.run_report import write_run_report
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.student import Student, load_student
 from ray_distill.teacher_cache.reader import CacheReader
@@ -37,18 +37,8 @@ def report_run(run: Run) -> dict[str, Any]:
     summary = _summarise(run, student)
     if exported:
         write_text(folder.summary_file, json.dumps(summary, indent=2) + "\n")
-    probes = read_probes(folder.path)
-    write_report(
-        folder.report,
-        summary=summary,
-        facts=_facts(run, summary),
-        metrics=metrics,
-        maps=_feature_maps(run, student if exported else None),
-        config=dump_config(run.config),
-        probes="".join(
-            probe_section(p.outcomes, title, level=3) for p, title in zip(probes, titles_of(probes), strict=True)
-        ),
-    )
+    maps = _feature_maps(run, student if exported else None)
+    write_run_report(folder, summary=summary, facts=_facts(run, summary), maps=maps)
     if not exported:
         raise ConfigError(f"{no_export} ({folder.report} shows what is recorded so far)")
     run.say(f"report  {folder.report}")

@@ -75,6 +75,7 @@ def test_wheel_holds_packages_and_recipes_and_nothing_else(wheel: Path) -> None:
     for recipe in (REPOSITORY / "configs").rglob("*.yaml"):
         assert f"ray_distill/recipes/{recipe.relative_to(REPOSITORY / 'configs')}" in names
     assert "ray_distill/pipeline/demo/demo_sentences.txt" in names
+    assert "ray_distill/pipeline/reports/templates/charts.js" in names
     page = [path for path in (REPOSITORY / "serve" / "page").iterdir() if path.is_file()]
     assert {f"ray_distill/serve/page/{path.name}" for path in page} <= set(names)
 

@@ -1,26 +1,18 @@
-"""Ablations without training: the runs that a file defines, files that are refused, and the report on given results."""
+"""Ablations without training: the runs that a file defines, and files that are refused."""
 
-import csv
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from rich.console import Console
 
 from ray_distill.pipeline.ablation import definition
-from ray_distill.pipeline.ablation.definition import Ablation, ProbeSection, load_ablation
+from ray_distill.pipeline.ablation.definition import ProbeSection, load_ablation
 from ray_distill.pipeline.ablation.sweep import cores_per_worker, count_concurrent_runs
 from ray_distill.pipeline.config import ConfigError
-from ray_distill.pipeline.probing.probe import Outcome, probe_folder, probe_settings, read_task, write_outcomes
-from ray_distill.pipeline.reports.ablation_report import compare, read_results, saved_hours, t_95, write_ablation_report
-from ray_distill.pipeline.stages import Run
 from ray_distill.student.training.prefetch import TrainingPlan
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.teacher_cache.storage.build_statistics import PassTime, TeacherTime
 
 from ...tiny import tiny_tree
 
@@ -183,112 +175,6 @@ def test_room_on_machines_and_clusters() -> None:
     assert count_concurrent_runs(two_cores, on_gpu, 1) == 0
 
 
-def test_a_difference_is_shown_only_beyond_what_seeds_do() -> None:
-    for freedom, value in ((4, 2.776), (11, 2.2010), (30, 2.0423), (1000, 1.9623)):
-        assert t_95(freedom) == pytest.approx(value, rel=2e-3 if freedom <= 10 else 1e-4)
-    far = compare([3.0, 3.1, 2.9], [1.0, 1.1, 0.9])
-    assert far is not None and far.shown and far.spreads == pytest.approx(20) and far.difference == pytest.approx(2)
-    near = compare([1.05, 1.15, 0.95], [1.0, 1.1, 0.9])
-    assert near is not None and not near.shown and near.spreads == pytest.approx(0.5)
-    single = compare([3.0], [1.0])
-    assert single is not None and single.spreads is None and not single.shown
-    equal = compare([1.0, 1.0], [1.0, 1.0])
-    assert equal is not None and not equal.shown and equal.spreads == 0
-    assert compare([], [1.0]) is None
-
-
-def test_saved_hours_count_the_passes_that_runs_would_have_made() -> None:
-    work = TeacherTime(clean=PassTime(100.0, 1000.0), masked=PassTime(240.0, 2000.0))
-    online, built = saved_hours(work, 3600.0, {True: 10.0, False: 5.0}) or (0, 0)
-    assert online == pytest.approx(15 * 0.1 + 10 * 0.12) and built == pytest.approx(340 / 3600)
-    assert saved_hours(TeacherTime(), 3600.0, {True: 1.0, False: 0.0}) is None, "a cache of an earlier version"
-
-
 def test_passes_count_the_last_epoch_by_its_share() -> None:
     plan = TrainingPlan(np.array([16_000] * 12), TrainSettings(batch_size=2, epochs=10, max_steps=9), 1)
     assert (plan.total_steps, plan.epochs, plan.passes) == (9, 2, 1.5)
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Ablation:
-    """Folders of finished runs. The loss of b exceeds that of a by more than the spread over seeds, and a run of b failed."""
-    path = write(tmp_path, seeds=[0, 1, 2], variants={"a": {}, "b": {"masks.draws": 1}, "c": {"train.ema_decay": 0.9}})
-    ablation = load_ablation(path, [f"runs={tmp_path}", f"cache.path={tmp_path / 'cache'}"])
-    for run in ablation.runs:
-        folder = run.config.folder
-        folder.mkdir(parents=True)
-        if (run.variant, run.seed) == ("b", 1):
-            continue
-        loss = {"a": 1.0, "b": 2.0, "c": 1.01}[run.variant] + 0.02 * run.seed
-        rows = [
-            {"kind": "validation", "step": step, "loss": loss + extra}
-            | {f"cosine_unmasked_layer_{layer:02d}": 0.5 - 0.1 * loss for layer in (1, 2)}
-            for step, extra in ((0, 1.0), (5, 0.0), (9, 0.2))
-        ]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        trained = {"steps": 9, "seconds": 18.0, "best_step": 5, "best_validation_loss": loss}
-        (folder / "train.json").write_text(json.dumps(trained))
-        (folder / "summary.json").write_text(json.dumps({"student_parameters": 1234}))
-    return ablation
-
-
-def report(ablation: Ablation) -> tuple[str, list[dict[str, str]], list[dict[str, str]]]:
-    folders = [run.config.folder for run in ablation.runs]
-    results = read_results(folders, {"b-seed1": "the loss was not finite <b>"})
-    shared = Run(ablation.needs, Console(quiet=True))
-    page = write_ablation_report(ablation, results, shared)
-    tables = [list(csv.DictReader((ablation.folder / name).open())) for name in ("table.csv", "runs.csv")]
-    return page.read_text(), tables[0], tables[1]
-
-
-def test_the_report_compares_and_says_what_failed(finished: Ablation) -> None:
-    page, table, runs = report(finished)
-    assert [row["variant"] for row in table] == ["a", "b", "c"]
-    assert [row["seeds"] for row in table] == ["3", "2", "3"]
-    assert float(table[0]["validation loss: mean"]) == pytest.approx(1.02)
-    assert float(table[0]["validation loss: spread"]) == pytest.approx(0.02)
-    assert float(table[1]["validation loss: difference"]) == pytest.approx(1.0)
-    assert [row["validation loss: difference shown"] for row in table] == ["", "True", "False"]
-    assert [row["state"] for row in runs].count("finished") == 8
-    failed = next(row for row in runs if row["run"] == "b-seed1")
-    assert (failed["state"], failed["failure"]) == ("failed", "the loss was not finite <b>")
-    assert "b-seed1 failed: the loss was not finite &lt;b&gt;" in page
-    assert "b against a: worse in validation loss (+1.0000, " in page
-    assert "c against a: no difference shown in validation loss (+0.0100, " in page
-    assert "cosine, layers 1-2" in page and "1,234" in page
-    assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
-
-
-def test_probes_count_with_the_students_figure_and_the_settings_asked_for(finished: Ablation, tmp_path: Path) -> None:
-    (tmp_path / "pitch.csv").write_text("path,label,split\na,x,train\nb,y,train\nc,x,test\n")
-    task = read_task(tmp_path / "pitch.csv")
-    asked, other = (probe_settings(tmp_path / "pitch.csv", "characters", epochs, 0) for epochs in (20, 1))
-    folders = [run.config.folder for run in finished.runs]
-    for folder in folders:
-        for settings, value in ((asked, 0.5), (other, 0.25)):
-            outcomes = [
-                Outcome(source, "accuracy", v, v, v, None, [1.0], 0.0)
-                for source, v in (("teacher", 0.9), ("student", value))
-            ]
-            write_outcomes(probe_folder(folder, "pitch", settings), outcomes, task, "pitch", {}, settings, own=1)
-    shared = Run(finished.needs, Console(quiet=True))
-
-    def means(probing: dict[str, Any] | None) -> dict[str, float]:
-        write_ablation_report(finished, read_results(folders, probing=probing), shared)
-        row = next(csv.DictReader((finished.folder / "table.csv").open()))
-        return {key: float(value) for key, value in row.items() if key.startswith("pitch") and key.endswith("mean")}
-
-    assert means(asked) == {"pitch, accuracy: mean": 0.5}
-    both = means(None)
-    assert sorted(both.values()) == [0.25, 0.5] and all("epochs" in name for name in both), both
-
-
-def test_losses_of_different_kinds_are_not_compared(tmp_path: Path, finished: Ablation) -> None:
-    variants = {"a": {}, "b": {"train.loss": "l1"}}
-    path = write(tmp_path, seeds=[0], variants=variants)
-    ablation = load_ablation(path, [f"runs={tmp_path}", f"cache.path={tmp_path / 'cache'}"])
-    page, table, _ = report(ablation)
-    assert "validation losses can&#x27;t be compared" in page
-    assert "validation loss: mean" not in table[0] and "cosine, layer 2: mean" in table[0]
-    assert "b against a: not told from chance with one seed each in cosine, layer 2 (" in page
-    assert not any(math.isnan(float(row["cosine, layer 2: mean"])) for row in table)

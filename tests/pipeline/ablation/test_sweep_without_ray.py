@@ -16,7 +16,7 @@ from ray_distill.pipeline.ablation.definition import load_ablation
 from ray_distill.pipeline.ablation.sweep import Job, Probing, Sweep, _is_reported
 from ray_distill.pipeline.commands.ablate import ablate
 from ray_distill.pipeline.config import ConfigError, dump_config
-from ray_distill.pipeline.probing.probe import read_probes
+from ray_distill.pipeline.probing.probe_record import read_probes
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.train import initial_student

@@ -1,10 +1,9 @@
-"""The report: one file that needs nothing else, right whatever a run recorded."""
+"""The report of a run: one file that needs nothing else, whatever the run recorded."""
 
-import base64
-import io
-import math
+import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from ray_distill.pipeline.reports.charts import Line, heatmap, line_chart
-from ray_distill.pipeline.reports.run_report import (
-    FeatureMaps,
-    LayerMap,
-    feature_maps,
-    layer_color,
-    read_metrics,
-    write_report,
-)
+from ray_distill.pipeline.reports.feature_maps import FeatureMaps, LayerMap, feature_maps
+from ray_distill.pipeline.reports.run_report import write_run_report
+from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.student import Student
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 
 from ...tiny import tiny_student
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SUMMARY: dict[str, Any] = {
     "name": "a <run> & more",
     "teacher": "teacher",
@@ -73,11 +66,17 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def write(folder: Path, metrics: list[dict[str, Any]], **changes: Any) -> str:
-    path = folder / "report.html"
-    facts = {"corpus": "12 h <of> speech"}
-    write_report(path, summary=SUMMARY | changes, facts=facts, metrics=metrics, maps=MAPS, config="name: <b>\n")
-    return path.read_text()
+def write(path: Path, metrics: list[dict[str, Any]], maps: FeatureMaps | str = MAPS, **changes: Any) -> str:
+    folder = RunFolder(path)
+    folder.config_file.write_text("name: <b>\n")
+    folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    write_run_report(folder, summary=SUMMARY | changes, facts={"corpus": "12 h <of> speech"}, maps=maps)
+    return folder.report.read_text()
+
+
+def charts(page: str) -> list[dict[str, Any]]:
+    found = re.findall(r'<script type="application/json">(.*?)</script>', page)
+    return [json.loads(text) for text in found]
 
 
 class WellFormed(HTMLParser):
@@ -101,17 +100,39 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     parser = WellFormed()
     parser.feed(page)
     assert parser.open == []
-    assert "http:" not in page and "https:" not in page and "<script" not in page and "@import" not in page
-    assert set(re.findall(r'src="(.{10})', page)) == {"data:image"}
-    titles = ("Training and validation loss", "skipped step", "Validation loss of each layer", "Throughput", "Padding")
+    markup = re.sub(
+        r"<script>.*?</script>", "", page, flags=re.DOTALL
+    )  # The library names addresses that it never loads.
+    assert "http:" not in markup and "https:" not in markup.replace("https://vega.github.io/schema/", "")
+    assert (
+        "default-src 'none'" in markup and "@import" not in page and "<script src" not in page and "<link" not in page
+    )
+    assert set(re.findall(r'src="(.{10})', markup)) == {"data:image"}
+    titles = ("Training and validation loss", "skipped step", "Validation loss by layer", "Throughput", "Padding")
     for title in (*titles, "Layer 12", "0.37"):
-        assert title in page
-    assert "Nothing was recorded" not in page
+        assert title in markup
+    assert "Nothing was recorded" not in markup
     assert "a &lt;run&gt; &amp; more" in page and "12 h &lt;of&gt; speech" in page and "name: &lt;b&gt;" in page
     assert "<run>" not in page
     assert "1 h 6 min" in page and "18 kB" in page and "1/4.32 of the teacher" in page
     assert "RANDOM" not in page and "random weights" not in page
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert 'href="config.yaml"' in page and 'href="metrics.jsonl"' in page and 'href="summary.json"' not in page
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "config.yaml", "metrics.jsonl"}
+
+
+def test_every_chart_has_its_values_in_words(tmp_path: Path) -> None:
+    page = write(tmp_path, rows())
+    loss = "weighted loss over optimiser step. training: 2 at 1, 0.05 at 40, between 0.05 and 2."
+    assert loss in page, "for readers without scripts"
+    found = charts(page)
+    assert len(found) == len(re.findall('<div class="chart">', page)) and found[0]["description"].startswith(loss)
+    assert all(chart["description"].endswith(".") for chart in found)
+
+
+def test_skipped_steps_are_points_on_the_loss(tmp_path: Path) -> None:
+    skipped = charts(write(tmp_path, rows()))[0]["series"][-1]
+    assert (skipped["label"], skipped["mark"]) == ("skipped step", "points")
+    assert skipped["x"] == [7, 30] and skipped["y"] == pytest.approx([2 / 7, 2 / 30], rel=1e-5)
 
 
 def test_a_random_teacher_is_said(tmp_path: Path) -> None:
@@ -121,54 +142,105 @@ def test_a_random_teacher_is_said(tmp_path: Path) -> None:
 def test_a_run_that_recorded_little_has_an_honest_page(tmp_path: Path) -> None:
     page = write(tmp_path, [], cache_bytes_per_second=None)
     assert page.count("Nothing was recorded") >= 4
-    assert "of cache per second" not in page
-    one = write(tmp_path, rows()[:1])
-    assert "<circle" in one and "nan" not in one
+    assert "cache size per second" not in page and "No validation was recorded." in page
+    [loss] = (chart for chart in charts(write(tmp_path, rows()[:1])) if "weighted loss" in chart["description"])
+    assert loss["series"] == [{"label": "training", "mark": "line", "x": [1], "y": [2.0]}]
+    assert loss["description"] == "weighted loss over optimiser step. training: 2 at 1."
+    assert "No student is exported yet." in write(tmp_path, [], "No student is exported yet.")
+
+
+def test_the_same_run_has_the_same_bytes(tmp_path: Path) -> None:
+    first = write(tmp_path, rows())
+    write_run_report(RunFolder(tmp_path), summary=SUMMARY, facts={"corpus": "12 h <of> speech"}, maps=MAPS)
+    assert RunFolder(tmp_path).report.read_text() == first
+
+
+def test_a_long_run_has_a_small_page(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    [template] = rows()[:1]
+    keys = [f"cosine_{kind}_layer_{layer:02d}" for kind in ("masked", "unmasked") for layer in range(1, 13)]
+    metrics = []
+    for step in range(1, 100_001):
+        values = dict(zip(keys, rng.random(len(keys)).tolist(), strict=True)) if step % 10 == 0 else {}
+        metrics.append(template | {"step": step, "loss": float(rng.random())} | values)
+    noise = [LayerMap(n, rng.normal(size=(1200, 64)), rng.normal(size=(1200, 64)), 0.5) for n in (1, 6, 12)]
+    page = write(tmp_path, metrics, FeatureMaps("u-1", 10.0, noise))
+    assert len(page) < 2e6
+    loss = charts(page)[0]["series"][0]
+    assert len(loss["x"]) == 300 and loss["x"][-1] == 100_000
+    assert np.mean(loss["y"]) == pytest.approx(np.mean([row["loss"] for row in metrics]), rel=1e-3)
+    assert "Each point is the mean of up to 334 rows" in page and "the first 3.3 s are shown" in page
 
 
 def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == []
-    path.write_text('{"kind": "train", "step": 1}\n{"kind": "tra')
-    assert read_metrics(path) == [{"kind": "train", "step": 1}]
+    folder = RunFolder(tmp_path)
+    assert folder.metrics() == []
+    folder.metrics_file.write_text('{"kind": "train", "step": 1}\n{"kind": "tra')
+    assert folder.metrics() == [{"kind": "train", "step": 1}]
 
 
-def points(chart: str) -> list[list[tuple[float, float]]]:
-    lines = re.findall(r'<polyline points="([^"]+)"', chart)
-    return [[(float(x), float(y)) for x, y in (p.split(",") for p in line.split())] for line in lines]
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium, which is not installed (apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
-def test_a_line_stands_where_its_values_are() -> None:
-    (line,) = points(line_chart("t", [Line("a", [0, 10, 20], [0.0, 5.0, 10.0], "red")], "y"))
-    (x0, y0), (x1, y1), (x2, y2) = line
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.1) and x2 > x0
-    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.1) and y2 < y0
-    (line,) = points(line_chart("t", [Line("a", [1, 2, 3], [0.01, 1.0, 100.0], "red")], "y"))
-    assert line[0][1] - line[1][1] == pytest.approx(line[1][1] - line[2][1], abs=0.1), "decades are equally far apart"
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_charts_answer_to_the_mouse_without_network(tmp_path: Path, browser: Any, scheme: str) -> None:
+    write(tmp_path, rows())
+    context = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": 390, "height": 900})
+    page = context.new_page()
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((tmp_path / "report.html").as_uri())
+    count = page.locator(".chart").count()
+    page.wait_for_function("count => document.querySelectorAll('.chart svg').length === count", arg=count)
+    assert problems == [] and all(url.startswith(("file:", "data:")) for url in requests)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390, "a phone needs no sideways scrolling"
+    described = page.locator(".chart").first.get_attribute("aria-label")
+    assert described.startswith("weighted loss over optimiser step. training: 2 at 1"), described
 
+    chart = page.locator(".chart").first
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + 80
+    page.mouse.move(*middle)
+    page.mouse.move(middle[0] + 4, middle[1])
+    tooltip = page.locator("#vg-tooltip-element")
+    tooltip.wait_for(state="visible")
+    text = tooltip.inner_text().split()
+    step = int(text[text.index("step") + 1])
+    assert float(text[text.index("training") + 1]) == pytest.approx(2 / step, rel=1e-4)
 
-def test_gaps_and_equal_values() -> None:
-    broken = points(line_chart("t", [Line("a", [1, 2, 3, 4, 5], [1.0, 2.0, math.nan, 2.0, 1.0], "red")], "y"))
-    assert [len(piece) for piece in broken] == [2, 2]
-    for values in ([3.0, 3.0], [0.0, 0.0], [-1.0, -1.0]):
-        (line,) = points(line_chart("t", [Line("a", [1, 2], values, "red")], "y"))
-        assert line[0][1] == line[1][1] and 0 < line[0][1] < 250
+    def labels() -> set[str]:
+        return set(chart.locator(".role-axis-label text").all_text_contents())
 
-
-def test_layers_have_colours_of_their_own() -> None:
-    assert len({layer_color(n, 12) for n in range(12)}) == 12
-    assert re.fullmatch("#[0-9a-f]{6}", layer_color(0, 1))
-
-
-def test_a_heatmap_is_a_picture_of_the_values() -> None:
-    values = np.array([[-9.0, 0.0, 9.0], [-9.0, 0.0, 0.0]])
-    data = re.search(r"base64,([^\"]+)", heatmap(values, 2.5))
-    assert data is not None
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(data[1]))).convert("RGB")).astype(int)
-    assert picture.shape == (3, 2, 3)  # Channels upwards, time to the right.
-    (red, blue, white) = (picture[0, 0], picture[2, 0], picture[1, 0])
-    assert red[0] > red[2] + 100 and blue[2] > blue[0] + 100 and (white > 240).all()
-    assert (picture[0, 1] == white).all()
+    before = labels()
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -600)
+    page.keyboard.up("Control")
+    page.wait_for_timeout(300)
+    assert labels() != before, "zoomed"
+    page.mouse.dblclick(*middle)
+    page.wait_for_timeout(300)
+    assert labels() == before, "reset"
+    line = chart.locator(".mark-line path").first
+    assert (
+        line.evaluate("path => getComputedStyle(path).stroke")
+        == {
+            "light": "rgb(0, 114, 178)",
+            "dark": "rgb(86, 180, 233)",
+        }[scheme]
+    )
+    context.close()
 
 
 def test_maps_come_from_teacher_and_student(tmp_path: Path, make_cache: Callable[..., CacheSpec]) -> None:

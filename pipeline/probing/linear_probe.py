@@ -1,0 +1,178 @@
+"""Linear probes on frozen features, trained and tested for several feature sources on the same utterances.
+
+As in SUPERB, a probe reads a learnt weighted sum of all layers (a softmax over one weight per layer) and is linear. For classes
+it reads the mean over time; for sequences of characters or phones it reads every frame, is trained with CTC and decoded
+greedily. Two differences make the results comparable with one another but not with SUPERB's: each dimension of each layer is
+normalised over the training split, so that layers of different scale start equal, and the encoder's input is not among the layers.
+
+All sources share utterances, optimiser and number of steps. The 95 % confidence intervals are bootstrapped over test utterances.
+They don't cover the variation between trainings, nor between speakers if only a few were tested.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ray_distill.pipeline.probing.feature_source import Features, FeatureSource
+from ray_distill.pipeline.probing.task import Task
+
+_BOOTSTRAP_SAMPLES = 1000
+_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Test result of one probe.
+
+    Attributes:
+        source: Name of the feature source.
+        metric: ``accuracy`` or ``error rate``.
+        value: Metric over all test utterances.
+        low, high: 95 % bootstrap confidence interval of the value.
+        difference: Value minus that of the first source, with the confidence interval from the same bootstrap samples; None for
+            the first source.
+        layer_weights: Weight of each layer; they sum to 1.
+        training_loss: Mean training loss of the last epoch.
+    """
+
+    source: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    difference: tuple[float, float, float] | None
+    layer_weights: list[float]
+    training_loss: float
+
+
+class LinearProbe(nn.Module):
+    """A linear layer on a weighted sum of layers.
+
+    Args:
+        layers: Number of layers, L.
+        dim: Width of a layer, D.
+        outputs: Number of classes or symbols.
+    """
+
+    def __init__(self, layers: int, dim: int, outputs: int) -> None:
+        super().__init__()
+        self.layer_weights = nn.Parameter(torch.zeros(layers))
+        self.linear = nn.Linear(dim, outputs)
+
+    def forward(self, x_BTLD: Tensor) -> Tensor:
+        """Map (B, T, L, D) features to (B, T, outputs) logits."""
+        mixed = torch.einsum("btld,l->btd", x_BTLD, self.layer_weights.softmax(0))
+        logits: Tensor = self.linear(mixed)
+        return logits
+
+
+def run_probes(
+    task: Task,
+    sources: Sequence[FeatureSource],
+    *,
+    epochs: int = 20,
+    seed: int = 0,
+    on_progress: Callable[[str], object] = print,
+) -> list[Outcome]:
+    """Train and test a probe on each feature source.
+
+    Args:
+        task: Labelled utterances.
+        sources: Feature sources; the others are compared with the first.
+        epochs: Passes over the training split.
+        seed: Seed of initialisation, order and bootstrap.
+        on_progress: Called with one line of text after each source.
+
+    Returns:
+        One outcome for each source, in order.
+    """
+    outcomes: list[Outcome] = []
+    count = sum(example.test for example in task.examples)
+    samples = np.random.default_rng(seed).integers(count, size=(_BOOTSTRAP_SAMPLES, count))
+    first: tuple[float, np.ndarray] | None = None
+    for source in sources:
+        with tempfile.TemporaryDirectory() as folder:
+            features = Features(source, task, Path(folder))
+            probe, loss = _fit(features, source, task, epochs, seed)
+            errors, items = _count_errors(probe, features, task)
+        value = float(errors.sum() / items.sum())
+        values = errors[samples].sum(1) / items[samples].sum(1)
+        if task.kind == "class":
+            value, values = 1 - value, 1 - values
+        difference = None
+        if first is not None:
+            low, high = np.quantile(values - first[1], [0.025, 0.975])
+            difference = value - first[0], float(low), float(high)
+        first = first or (value, values)
+        low, high = np.quantile(values, [0.025, 0.975])
+        weights = probe.layer_weights.detach().softmax(0).tolist()
+        outcome = Outcome(source.name, task.metric, value, float(low), float(high), difference, weights, loss)
+        outcomes.append(outcome)
+        on_progress(f"probe   {source.name}: {task.metric} {value:.1%} ({low:.1%} to {high:.1%})")
+    return outcomes
+
+
+def _fit(features: Features, source: FeatureSource, task: Task, epochs: int, seed: int) -> tuple[LinearProbe, float]:
+    """Train a probe with AdamW and a cosine schedule; return it with the mean loss of the last epoch."""
+    torch.manual_seed(seed)
+    blank = int(task.kind == "ctc")  # CTC reserves index 0 for the blank.
+    ids = {item: number for number, item in enumerate(task.vocabulary, start=blank)}
+    probe = LinearProbe(source.layers, source.dim, len(ids) + blank)
+    # AdamW moves each parameter by about the learning rate per step, and layer weights have further to go.
+    groups = [
+        {"params": [probe.layer_weights], "lr": 5e-2, "weight_decay": 0.0},
+        {"params": probe.linear.parameters(), "lr": 1e-2, "weight_decay": 1e-2},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    train = [number for number, example in enumerate(task.examples) if not example.test]
+    steps = epochs * -(-len(train) // _BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rng, loss_sum = np.random.default_rng(seed), 0.0
+    for _ in range(epochs):
+        order = rng.permutation(train)
+        loss_sum = 0.0
+        for begin in range(0, len(order), _BATCH_SIZE):
+            batch = order[begin : begin + _BATCH_SIZE]
+            logits = probe(nn.utils.rnn.pad_sequence([features[n] for n in batch], batch_first=True))
+            targets = [torch.tensor([ids[item] for item in task.examples[n].target]) for n in batch]
+            if task.kind == "class":
+                loss = F.cross_entropy(logits[:, 0], torch.cat(targets))
+            else:
+                loss = F.ctc_loss(
+                    logits.log_softmax(-1).transpose(0, 1),
+                    torch.cat(targets),
+                    torch.tensor([features.frames[n] for n in batch]),
+                    torch.tensor([len(target) for target in targets]),
+                    zero_infinity=True,
+                )
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            loss_sum += loss.item() * len(batch)
+    return probe, loss_sum / len(train)
+
+
+@torch.no_grad()
+def _count_errors(probe: LinearProbe, features: Features, task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of errors and the number of target items of each test utterance."""
+    from torchaudio.functional import edit_distance  # Takes seconds to import, and reports don't need it.
+
+    errors, items = [], []
+    for number, example in enumerate(task.examples):
+        if not example.test:
+            continue
+        best = probe(features[number][None])[0].argmax(-1)
+        if task.kind == "class":
+            errors.append(int(task.vocabulary[int(best[0])] != example.target[0]))
+        else:
+            decoded = [task.vocabulary[n - 1] for n in best.unique_consecutive().tolist() if n]
+            errors.append(edit_distance(decoded, example.target))
+        items.append(len(example.target))
+    return np.array(errors), np.array(items)

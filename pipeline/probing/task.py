@@ -1,0 +1,101 @@
+"""A probe's task: labelled utterances from a CSV manifest, split into training and test."""
+
+import csv
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["class", "ctc"]
+Units = Literal["characters", "words"]
+
+_TEST_FRACTION = 0.2
+
+
+@dataclass(frozen=True)
+class Example:
+    """A labelled utterance.
+
+    Attributes:
+        path: Audio file.
+        target: The class, as the only item, or the sequence of characters, words or phones.
+        test: Whether the utterance belongs to the test split.
+    """
+
+    path: Path
+    target: tuple[str, ...]
+    test: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labelled utterances in a training and a test split.
+
+    Attributes:
+        kind: ``class`` if each utterance has one class, ``ctc`` if it has a sequence.
+        examples: Utterances in the manifest's order.
+        vocabulary: Classes or symbols of the training targets, sorted.
+    """
+
+    kind: Kind
+    examples: list[Example]
+    vocabulary: list[str]
+
+    @property
+    def metric(self) -> str:
+        """Name of the reported metric: ``accuracy`` or ``error rate``."""
+        return "accuracy" if self.kind == "class" else "error rate"
+
+
+def read_task(manifest: Path, units: Units = "characters") -> Task:
+    """Read a CSV manifest with a column ``path`` and a column ``label`` (a class) or ``transcript`` (a sequence).
+
+    Relative paths are relative to the manifest's folder. The optional column ``split`` is ``train`` or ``test``. Without it,
+    a hash of the path puts about a fifth of the utterances into the test split.
+
+    Args:
+        manifest: UTF-8 CSV file with a header.
+        units: How transcripts are split: into ``characters``, or into ``words`` at white space, which also suits phones.
+
+    Raises:
+        ValueError: The manifest can't be read, or something in it is missing or wrong.
+    """
+    try:
+        with manifest.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"the manifest {manifest} can't be read ({error})") from error
+    columns = list(rows[0]) if rows else []
+    kinds: dict[str, Kind] = {"label": "class", "transcript": "ctc"}
+    column = next((name for name in kinds if name in columns), None)
+    if "path" not in columns or column is None:
+        raise ValueError(
+            f"the manifest {manifest} needs a column 'path' and a column 'label' or 'transcript'; "
+            f"it has {', '.join(columns) or 'no rows'}"
+        )
+    examples = []
+    for number, row in enumerate(rows, 2):
+        text = (row[column] or "").strip()
+        split = row.get("split") or None
+        if not row["path"] or not text or split not in (None, "train", "test"):
+            raise ValueError(
+                f"line {number} of {manifest} needs a path and a {column}; its split must be train or test"
+            )
+        sequence = tuple(text) if units == "characters" else tuple(text.split())
+        digest = hashlib.sha256(row["path"].encode()).digest()
+        test = split == "test" if split else int.from_bytes(digest[:4]) < _TEST_FRACTION * 2**32
+        examples.append(Example(manifest.parent / row["path"], (text,) if column == "label" else sequence, test))
+    task = Task(kinds[column], examples, sorted({item for e in examples if not e.test for item in e.target}))
+    if not task.vocabulary or not any(example.test for example in examples):
+        raise ValueError(f"the manifest {manifest} needs utterances in both splits, train and test")
+    if task.kind == "class":
+        unknown = sorted({e.target[0] for e in examples if e.test} - set(task.vocabulary))
+        if unknown:
+            raise ValueError(
+                f"the class {unknown[0]!r} of {manifest} occurs in the test split only; it also needs training utterances"
+            )
+        if len(task.vocabulary) < 2:
+            raise ValueError(
+                f"the manifest {manifest} has only the class {task.vocabulary[0]!r}; a probe needs at least two classes"
+            )
+    return task

@@ -1,0 +1,66 @@
+"""Teacher hours that an ablation saved by training from a cache."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ray_distill.pipeline.ablation.definition import Ablation
+from ray_distill.pipeline.reports.ablation_results import RunResult
+from ray_distill.student.training.prefetch import TrainingPlan
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, total_teacher_time
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.store import Store
+
+
+def teacher_hours(time: TeacherTime, train_seconds: float, passes: Mapping[bool, float]) -> tuple[float, float] | None:
+    """Return the teacher hours of training with the teacher in the loop, and those of building the cache.
+
+    Args:
+        time: Teacher time recorded while the cache was built.
+        train_seconds: Seconds of audio in the training split.
+        passes: Epochs of all runs together: those with a masked pass beside the clean one (True) and those without (False).
+
+    Returns:
+        None if the cache was built by a version that recorded no teacher time, or if a needed pass was not recorded.
+    """
+    clean, masked = time.clean.rate, time.masked.rate
+    if clean is None or (passes[True] and masked is None):
+        return None
+    online = (sum(passes.values()) * clean + passes[True] * (masked or 0.0)) * train_seconds
+    return online / 3600, time.seconds / 3600
+
+
+def teacher_time_sentences(ablation: Ablation, results: Sequence[RunResult]) -> str:
+    """Return sentences about the teacher hours saved and how they are computed; empty if the cache does not exist."""
+    store = Store(ablation.needs.cache.location)
+    if not Cache.exists(store):
+        return ""
+    cache = Cache.open(store)
+    samples = np.array([u.num_samples for shard in cache.shards if shard.split == "train" for u in shard.utterances])
+    passes = {True: 0.0, False: 0.0}
+    finished = 0
+    for planned, result in zip(ablation.runs, results, strict=True):
+        if result.training is not None:
+            finished += 1
+            masked = planned.config.masks.draws > 0 and planned.config.cache.targets != "clean_only"
+            passes[masked] += TrainingPlan(samples, planned.config.train, planned.config.train.workers).passes
+    seconds = float(samples.sum()) / SAMPLE_RATE
+    time = total_teacher_time(store)
+    hours = teacher_hours(time, seconds, passes)
+    if hours is None:
+        return "The teacher hours saved are unknown, because the version that built this cache did not record its teacher time."
+    online, built = hours
+    rates = f"{time.clean.rate:.3g} teacher seconds per second of audio for a clean pass"
+    rates += f" and {time.masked.rate:.3g} for a masked pass" if time.masked.rate is not None else ""
+    outcome = "saved" if online > built else "spent, not saved"
+    return (
+        f"Teacher hours {outcome}: {_duration(abs(online - built))}. With the teacher in the loop, the {finished} finished runs "
+        f"would have needed {_duration(online)}: {sum(passes.values()):.1f} passes over {_duration(seconds / 3600)} of audio, "
+        f"{passes[True]:.1f} of them with a masked pass as well, at {rates}. These rates were measured while the cache was built, "
+        f"which took {_duration(built)} once."
+    )
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.2f} h" if hours >= 0.1 else f"{60 * hours:.1f} min"

@@ -31,7 +31,7 @@ class CorpusSection(_Section):
     path: Path
     """Folder in LibriSpeech's layout, any other folder of audio, or a CSV or Parquet manifest."""
     train_splits: list[str] | None = None
-    """Splits to train on. None takes those whose names start with ``train``; see `ray_distill.pipeline.corpus`."""
+    """Splits to train on. None takes those whose names start with ``train``; see `ray_distill.pipeline.corpus.index`."""
     validation_splits: list[str] | None = None
     """Splits to validate on. None takes those whose names start with ``dev``, ``heldout`` or ``valid``."""
     validation_fraction: float = pydantic.Field(default=0.05, gt=0, lt=1)

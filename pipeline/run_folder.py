@@ -11,7 +11,7 @@ import pydantic
 import yaml
 
 from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_config
-from ray_distill.pipeline.corpus import SKIPPED
+from ray_distill.pipeline.corpus.index import SKIPPED
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.run_lock import LockHolder, lock_run
 from ray_distill.student.training.field_effects import CHANGES_NO_RESULT, keys_with

@@ -86,7 +86,7 @@ JOB = (
     "ray_distill.pipeline.config",
     "ray_distill.pipeline.ablation.definition",
     "ray_distill.pipeline.reports.ablation_report",
-    "ray_distill.pipeline.corpus",
+    "ray_distill.pipeline.corpus.index",
     "ray_distill.pipeline.planning.cache_cost",
     "ray_distill.pipeline.planning.cluster_plan",
     "ray_distill.serve.app",

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from ray_distill.pipeline.ablation.definition import Ablation
 from ray_distill.pipeline.config import ConfigError
-from ray_distill.pipeline.corpus import STATE
+from ray_distill.pipeline.corpus.index import STATE
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.probing.feature_source import FeatureSource
 from ray_distill.pipeline.probing.linear_probe import run_probes

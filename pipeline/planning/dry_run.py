@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_distill.pipeline.config import Config, ConfigError
-from ray_distill.pipeline.corpus import INDEX, count_files
+from ray_distill.pipeline.corpus.index import INDEX
+from ray_distill.pipeline.corpus.search import count_files
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.student import Student

@@ -1,6 +1,6 @@
 """The index stage: find and check the audio."""
 
-from ray_distill.pipeline.corpus import index_corpus
+from ray_distill.pipeline.corpus.index import index_corpus
 from ray_distill.pipeline.stages.run import Run
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchaudio.models import Wav2Vec2Model, wav2vec2_model, wavlm_model
 
-from ray_distill.teacher_cache.teachers.stacked_position_conv import StackedPositionConv
+from ray_distill.teacher_cache.teachers.blocks.stacked_position_conv import StackedPositionConv
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 
 HUBERT_CONVOLUTIONS = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ray_distill.teacher_cache.frames import Length
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry, flatten_by_column
 from ray_distill.teacher_cache.spectrograms import MEL_HOP, MEL_WINDOW
+from ray_distill.teacher_cache.teachers.blocks.prenorm_layer import PreNormLayer
 from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFolder
-from ray_distill.teacher_cache.teachers.prenorm_layer import PreNormLayer
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
 from ray_distill.teacher_cache.teachers.weights import load_weights
 

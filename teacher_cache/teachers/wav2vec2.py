@@ -22,7 +22,7 @@ from ray_distill.teacher_cache.frames import (
     group_norm_over_real,
     padding_mask,
 )
-from ray_distill.teacher_cache.teachers.stacked_position_conv import StackedPositionConv
+from ray_distill.teacher_cache.teachers.blocks.stacked_position_conv import StackedPositionConv
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
 
 # Part of every fingerprint. Increase the number when a change of the arithmetic below changes results.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, num_frames, padding_mask
 from ray_distill.teacher_cache.spectrograms import whisper_log_mel
+from ray_distill.teacher_cache.teachers.blocks.prenorm_layer import PreNormLayer
 from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFolder
-from ray_distill.teacher_cache.teachers.prenorm_layer import PreNormLayer
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
 from ray_distill.teacher_cache.teachers.weights import load_weights
 

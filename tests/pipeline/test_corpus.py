@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from ray_distill.pipeline import corpus
-from ray_distill.pipeline.corpus import CorpusIndex, index_corpus
+from ray_distill.pipeline.corpus import index as corpus_index
+from ray_distill.pipeline.corpus.index import CorpusIndex, index_corpus
 from ray_distill.teacher_cache.audio import load_audio
 
 
@@ -273,7 +273,7 @@ def test_reuse_without_decoding(folder: Path, tmp_path: Path, monkeypatch: pytes
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "load_audio", never)
+        patch.setattr(corpus_index, "load_audio", never)
         again = index_corpus(folder, output=tmp_path / "index")
         assert again.reused
         assert again.utterances == index.utterances and again.fingerprint == index.fingerprint

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ray_distill.pipeline.corpus import index_corpus
+from ray_distill.pipeline.corpus.index import index_corpus
 from ray_distill.pipeline.demo.demo_corpus import VOICES, make_demo_corpus
 
 REPOSITORY = Path(__file__).resolve().parents[3]

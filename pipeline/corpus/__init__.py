@@ -1,0 +1,1 @@
+"""The corpus: its audio files, their splits, and the index of what can be used."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ray_distill.serve.inference.model_files import check_model_path
 from ray_distill.serve.settings import ServeSettings, options
 
 _LOG = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ _COMMAND_LINE_TYPES: dict[str, Any] = {
     "cors_origins": list[str] | None,
     "more": list[str] | None,
 }
-"""Types on the command line of settings whose own types Typer doesn't know."""
+"""Command-line types of settings whose types Typer does not support."""
 
 
 def serve(**values: Any) -> None:
@@ -31,9 +32,6 @@ def serve(**values: Any) -> None:
     """
     given = {option.field_name: values[option.name] for option in options() if values[option.name] is not None}
     settings = ServeSettings(**given)
-
-    from ray_distill.serve.inference.model_files import check_model_path
-
     for path in (settings.model, *settings.more.values()):
         check_model_path(path, settings.runtime)
     # Uvicorn shuts down, then raises the signal again; without this handler a requested stop would look like a crash.
@@ -89,5 +87,6 @@ def _parameters() -> list[inspect.Parameter]:
     return parameters
 
 
-serve.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
-serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _parameters()}
+_SIGNATURE = inspect.Signature(_parameters())
+serve.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
+serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _SIGNATURE.parameters.values()}

@@ -57,7 +57,7 @@ class Server(uvicorn.Server):  # type: ignore[misc]
         """Handle SIGINT and SIGTERM; called by Uvicorn."""
         if sig == signal.SIGTERM and not self._state.draining:
             self._state.draining = True
-            _LOG.info("Stopping: requests are accepted for %g more seconds", self._leave_seconds)
+            _LOG.info("Stopping; requests are accepted for %g seconds", self._leave_seconds)
             timer = threading.Timer(self._leave_seconds, super().handle_exit, (sig, frame))
             timer.daemon = True
             timer.start()

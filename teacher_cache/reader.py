@@ -59,7 +59,7 @@ class CacheReader:
         num_frames: (N,) int64 numbers of frames.
         layers: 1-based layers of the targets.
         dim: Width D of the teacher.
-        draws: Number of mask draws.
+        draws: Number of mask draws of the split. Validation uses no masks, so it has 0.
         bytes_read: Number of bytes read from shard files so far.
         batches_at_once: Number of `read` calls that a prefetcher should keep in flight.
 
@@ -98,7 +98,7 @@ class CacheReader:
             raise CacheError(f"the cache at {self.cache.store.location} has {spec.masks.draws} mask draws, not {draws}")
         self.dim = spec.dim
         self._split = split
-        self.draws: int | None = spec.masks.draws if draws is None else draws
+        self.draws: int | None = 0 if split != "train" else spec.masks.draws if draws is None else draws
         self.bytes_read = 0
         shards = [shard for shard in self.cache.shards if shard.split == split]
         if not shards:
@@ -145,7 +145,7 @@ class CacheReader:
                 f"index {position} is out of range for the {len(self)} utterances of split {self._split!r}"
             )
         position %= len(self)
-        draw = 0 if self.draws and self._split == "train" else None
+        draw = 0 if self.draws else None
         waveform, codes, mask = self._read_row(position, draw)
         columns = tuple((codec, torch.tensor(values)[None]) for codec, values in zip(self._codecs, codes, strict=True))
         return CachedUtterance(

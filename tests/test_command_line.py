@@ -65,7 +65,7 @@ def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 
 
 def test_help_lists_every_command_on_one_line() -> None:
-    shown = CliRunner().invoke(application, ["--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    shown = CliRunner().invoke(application, ["--help"], env={"COLUMNS": "80"})
     assert shown.exit_code == 0
     rows = [line.strip("│ ") for line in shown.output.splitlines()]
     described = {row.split()[0]: row for row in rows if row.split()[:1] and row.split()[0] in COMMANDS}
@@ -88,7 +88,7 @@ def test_help_is_fast_and_imports_neither_torch_nor_ray(command: list[str]) -> N
 def test_run_names_the_stages_that_exist() -> None:
     from ray_distill.pipeline.stages import STAGES
 
-    shown = CliRunner().invoke(application, ["run", "--help"], env={"COLUMNS": "300", "TERMINAL_WIDTH": "300"})
+    shown = CliRunner().invoke(application, ["run", "--help"], env={"COLUMNS": "300"})
     assert f"of {', '.join(STAGES)}. Default" in " ".join(shown.output.split())
 
 

@@ -83,6 +83,7 @@ JOB = (
     "ray_distill.pipeline.planning.cache_cost",
     "ray_distill.pipeline.planning.cluster_plan",
     "ray_distill.serve.app",
+    "ray_distill.serve.settings",
 )
 
 

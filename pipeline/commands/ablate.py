@@ -25,7 +25,7 @@ def ablate(
         ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes of all runs, as in train.epochs=3.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes of all runs, as in train.epochs=3.")
     ] = None,
     probe: Annotated[
         Path | None,

@@ -20,7 +20,7 @@ def run(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Changes of the configuration, as in train.epochs=3."),
+        typer.Argument(metavar="KEY=VALUE", help="Changes of the configuration, as in train.epochs=3."),
     ] = None,
     stages: Annotated[
         str | None,

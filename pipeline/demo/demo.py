@@ -82,9 +82,10 @@ def request_features(address: str, audio: Path) -> np.ndarray:
     """
     try:
         response = httpx.post(f"{address}/v1/features?format=npy", content=audio.read_bytes(), timeout=_TIMEOUT_SECONDS)
-        response.raise_for_status()
-    except httpx.HTTPError as error:
-        raise OSError(f"the service at {address} gave no features for {audio}: {error}") from error
+    except httpx.TransportError as error:
+        raise OSError(f"the service at {address} can't be reached: {error}") from error
+    if not response.is_success:
+        raise OSError(f"the service at {address} refused {audio} ({response.status_code}): {response.text.strip()}")
     return np.asarray(np.load(io.BytesIO(response.content), allow_pickle=False))
 
 

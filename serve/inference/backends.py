@@ -21,9 +21,8 @@ _LOG = logging.getLogger(__name__)
 Array = npt.NDArray[np.float32]
 Space = Literal["student", "teacher"]
 
-_MIN_SAMPLES = (
-    RECEPTIVE_FIELD + FRAME_SAMPLES
-)  # Compilers with dynamic sizes treat a size of 1 as a constant, so two frames.
+# Two frames: compilers with dynamic sizes treat a size of 1 as a constant.
+_MIN_SAMPLES = RECEPTIVE_FIELD + FRAME_SAMPLES
 
 
 @dataclass(eq=False)
@@ -124,10 +123,10 @@ class TorchBackend:
             arrays = []
             for row, (item, frames) in enumerate(zip(batch, self._student.num_frames(lengths).tolist(), strict=True)):
                 numbers = range(len(layers)) if item.layer is None else [item.layer - 1]
-                chosen = [layers[number][row, :frames] for number in numbers]
+                selected = [layers[number][row, :frames] for number in numbers]
                 if item.space == "teacher":
-                    chosen = [self._student.heads[number](x) for number, x in zip(numbers, chosen, strict=True)]
-                features = torch.stack(chosen) if item.layer is None else chosen[0]
+                    selected = [self._student.heads[number](x) for number, x in zip(numbers, selected, strict=True)]
+                features = torch.stack(selected) if item.layer is None else selected[0]
                 # Copied, so that a response that is still being sent does not keep the whole batch in memory.
                 arrays.append(features.float().cpu().numpy().copy())
         return arrays
@@ -208,11 +207,13 @@ class OnnxBackend:
         arrays = []
         for item, row, frames in zip(batch, states, num_frames, strict=True):
             numbers = range(self.num_layers) if item.layer is None else [item.layer - 1]
-            chosen = [row[number + 1, :frames] for number in numbers]
+            selected = [row[number + 1, :frames] for number in numbers]
             if item.space == "teacher":
                 heads = [self._heads[number] for number in numbers]
-                chosen = [x if head is None else x @ head[0] + head[1] for x, head in zip(chosen, heads, strict=True)]
-            arrays.append(np.stack(chosen) if item.layer is None else chosen[0].copy())
+                selected = [
+                    x if head is None else x @ head[0] + head[1] for x, head in zip(selected, heads, strict=True)
+                ]
+            arrays.append(np.stack(selected) if item.layer is None else selected[0].copy())
         return arrays
 
 

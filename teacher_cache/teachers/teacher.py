@@ -130,7 +130,7 @@ class Teacher(ABC):
         precision: Precision = "fp32",
     ) -> Tensor:
         """Return the (B, L, T, D) outputs of the Transformer layers; the same as `hidden_states`."""
-        return self.hidden_states(waveforms, lengths, frame_mask, layers=layers, precision=precision)
+        return self.hidden_states(waveforms, lengths, frame_mask, layers, precision=precision)
 
     def num_frames(self, num_samples: Length) -> Length:
         """Return the number of frames of an utterance, given as an int or as an integer tensor of any shape.
@@ -170,8 +170,8 @@ class Teacher(ABC):
         waveforms: Tensor,
         lengths: Tensor | None = None,
         frame_mask: Tensor | None = None,
-        *,
         layers: Sequence[int] | None = None,
+        *,
         precision: Precision = "fp32",
     ) -> Tensor:
         """Return the outputs of the Transformer layers.

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def settings_table() -> str:
 def read_options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ServeSettings:
     """Return the settings that the command would serve with."""
     found: list[ServeSettings] = []
-    monkeypatch.setattr("ray_distill.serve.inference.model_files.check_model_path", lambda *_: None)
+    monkeypatch.setattr("ray_distill.serve.command.check_model_path", lambda *_: None)
     monkeypatch.setattr("ray_distill.serve.command._configure_logging", lambda: None)
     monkeypatch.setattr("ray_distill.serve.command.signal.signal", lambda *_: None)
     monkeypatch.setattr("ray_distill.serve.server.run", found.append)
@@ -149,6 +150,18 @@ def test_a_mistake_is_one_sentence(values: dict[str, Any], sentence: str) -> Non
 def test_a_model_is_required() -> None:
     with pytest.raises(ValueError, match="model is not set"):
         ServeSettings()
+
+
+def test_a_deployment_takes_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    deployment = pytest.importorskip("ray_distill.serve.deployment")
+    bound: list[ServeSettings] = []
+    monkeypatch.setattr(deployment, "_deployment", lambda library_loaded: SimpleNamespace(bind=bound.append))
+    deployment.build({"model": "runs/a", "more": {"b": "runs/b"}, "limits": {"max_seconds": 40}, "library_loaded": 2})
+    assert bound == [ServeSettings(model=Path("runs/a"), more={"b": Path("runs/b")}, max_seconds=40, library_loaded=2)]
+    with pytest.raises(ValueError, match="model is not set"):
+        deployment.build({})
+    with pytest.raises(ValueError, match="limits.max_seconds must be greater than 0, not 0."):
+        deployment.build({"model": "runs/a", "limits": {"max_seconds": 0}})
 
 
 def test_keys_are_read_from_a_file(tmp_path: Path) -> None:

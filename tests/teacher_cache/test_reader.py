@@ -110,7 +110,9 @@ def test_a_reader_is_a_dataset(tmp_path: Path, make_cache: Make, cache: Path) ->
     with pytest.raises(TypeError):
         reader[0:2]  # type: ignore[index]
     validation = CacheReader(cache, "validation")
-    assert validation[0].frame_mask is None
+    assert validation.draws == 0 and validation[0].frame_mask is None
+    with pytest.raises(CacheError, match="mask draw 0 is not in the cache at .*; it has no draws"):
+        validation.read([0], 0)
     assert torch.equal(validation[0].targets, validation.read([0], None).targets[0])
     copy = pickle.loads(pickle.dumps(reader))
     assert copy.layers == (2,) and torch.equal(copy[5].targets, reader[5].targets)

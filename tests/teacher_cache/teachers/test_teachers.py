@@ -367,7 +367,7 @@ def test_arguments_that_do_not_fit() -> None:
 def test_a_teacher_is_called_as_a_student_is() -> None:
     teacher = load_teacher("random:2x16")
     waveforms = 0.1 * torch.randn(2, 2_000, generator=torch.Generator().manual_seed(0))
-    lengths, mask = torch.tensor([2_000, 900]), torch.tensor([[True, False] * 2 + [True], [True] + [False] * 4])
+    lengths, mask = torch.tensor([2_000, 900]), torch.tensor([[True, False] * 3, [True] + [False] * 5])
     assert torch.equal(teacher(waveforms), teacher.hidden_states(waveforms, torch.tensor([2_000, 2_000])))
     expected = teacher.hidden_states(waveforms, lengths, mask, layers=[2], precision="bf16")
     assert torch.equal(teacher(waveforms, lengths, mask, [2], precision="bf16"), expected)

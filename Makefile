@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint mypy setup requirements
+.PHONY: demo test test-fast coverage lint mypy setup requirements
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -44,6 +44,11 @@ test: lint
 # Tests without Ray, browser, server processes and slow tests.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not (ray or browser or server or slow)" -n logical --maxprocesses 4 --dist loadfile
+
+# Branch coverage of test-fast. Subprocesses are not measured.
+coverage: $(STAMP)
+	$(BIN)/python -m pytest -m "not (ray or browser or server or slow)" -n logical --maxprocesses 4 --dist loadfile \
+		--cov --cov-report=term:skip-covered
 
 # Pins from pyproject.toml, for Python 3.11 and 3.12 on any Linux.
 requirements: $(STAMP)

@@ -24,7 +24,7 @@ _ADAPTER: pydantic.TypeAdapter[Objective] = pydantic.TypeAdapter(AnyObjective)
 
 
 def _flat_keys() -> dict[str, tuple[Any, Any]]:
-    """Return the fields of all objectives by name. Fields of the same name must be declared alike."""
+    """Return the fields of all objectives by name. Only keys of `Objective` may be shared."""
     summaries = (f"``{name}``: {inspect.cleandoc(cls.__doc__ or '').splitlines()[0]}" for name, cls in _CLASSES.items())
     name = pydantic.Field(default=next(iter(_CLASSES)), description=f"Training objective. {' '.join(summaries)}")
     keys: dict[str, tuple[Any, Any]] = {"objective": (Annotated[Literal[tuple(_CLASSES)], CHANGES_LOSS_MEANING], name)}

@@ -153,7 +153,7 @@ def test_a_deep_position_convolution(tmp_path: Path) -> None:
         ({"layer_type": "conformer"}, "can neither build Conformer layers with reuse nor run them without reuse"),
         ({"layer_norm_first": True}, "does not normalise the last layer's output"),
         ({"enable_tr_layer": True, "tr_layer_type": "fc2"}, "does not run fc2"),
-        ({"enable_tr_layer": True, "tr_layer_index": 2}, "give two lengths"),
+        ({"enable_tr_layer": True, "tr_layer_index": 2}, "return frames of two lengths"),
     ],
 )
 def test_what_the_published_code_itself_cant_run_is_refused(tmp_path: Path, options: dict[str, Any], why: str) -> None:

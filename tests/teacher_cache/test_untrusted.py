@@ -50,6 +50,7 @@ def test_bare_pickles_with_other_globals_are_refused_by_name(tmp_path: Path, mod
         load_untrusted(path)
 
 
+@pytest.mark.slow
 def test_harmless_objects_come_back_inert(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     script = (

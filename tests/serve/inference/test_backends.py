@@ -67,6 +67,7 @@ def test_onnx_gives_what_torch_gives(reference: Backend, onnx: Backend, space: A
     )
 
 
+@pytest.mark.slow
 def test_onnx_answers_do_not_depend_on_the_batch(onnx: Backend) -> None:
     batch = layer_requests()
     assert_same(onnx.run(batch), [onnx.run([item])[0] for item in batch], 1e-5)
@@ -111,6 +112,7 @@ def test_compiled_gives_what_torch_gives_in_any_batch_and_compiles_before_it_is_
     assert counters["stats"]["unique_graphs"] == compiled
 
 
+@pytest.mark.slow
 def test_what_a_backend_cannot_do_is_refused(student: Student, onnx_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="CPU in fp32 only"):
         open_backend(student, BackendOptions(runtime="onnx", precision="bf16"))

@@ -1,4 +1,9 @@
-"""The typed configuration of a run, read from YAML, changed by ``section.key=value``, and checked before any work."""
+"""The typed configuration of a run, read from YAML, changed by ``section.key=value``, and checked before any work.
+
+The keys of ``corpus``, ``teacher`` and ``cache`` are defined here, those of ``train`` in ``student/training/train_settings.py``
+and ``student/objectives/``, those of ``student`` in ``student/model/student_config.py``, and those of ``masks`` in
+``teacher_cache/masks.py``.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -70,7 +70,7 @@ def describe_resources(nodes: Sequence[Mapping[str, float]]) -> str:
 
 def counted(number: float, noun: str) -> str:
     """Return a number with its noun: ``1 core``, ``2 cores``."""
-    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+    return f"{number:.12g} {noun}{'' if number == 1 else 's'}"
 
 
 def count_fitting_workers(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:

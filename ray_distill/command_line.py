@@ -73,8 +73,8 @@ application = typer.Typer(cls=_Application, no_args_is_help=True, pretty_excepti
 
 
 @application.callback(
-    epilog="`ray-distill --config RECIPE` is short for `ray-distill run --config RECIPE`. A mistake is reported in one sentence, "
-    f"with exit code 2; {TRACEBACK}=1 shows its traceback as well."
+    epilog="`ray-distill --config RECIPE` is short for `ray-distill run --config RECIPE`. An invalid input is reported in "
+    f"one sentence, with exit code 2; {TRACEBACK}=1 shows its traceback as well."
 )
 def _describe(
     version: Annotated[

@@ -80,13 +80,14 @@ def repair(
     corpus_moved: Annotated[
         tuple[str, str] | None,
         typer.Option(
-            metavar="OLD NEW", help="Folder of the corpus when the cache was built, and the same folder's place now."
+            metavar="OLD NEW",
+            help="Old and new path of the corpus folder, if it has moved since the cache was built.",
         ),
     ] = None,
 ) -> None:
-    """Rebuild damaged records and damaged or missing shards.
+    """Restore damaged records from their copies, rebuild damaged or missing shards, and move unknown files to set-aside/.
 
-    Rebuilt shards have the same bytes as the originals.
+    Rebuilt shards have the same bytes as the originals on the same kind of machine with the same library versions.
     """
     from ray_distill.teacher_cache.device import check_device
     from ray_distill.teacher_cache.maintenance.repair import repair_cache

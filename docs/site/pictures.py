@@ -65,10 +65,10 @@ def picture(title: str, boxes: list[Box], arrows: list[tuple[int, int, str]]) ->
 
 PICTURES: dict[str, str] = {
     "idea": picture(
-        "The teacher runs once, and every student reads its outputs",
+        "The teacher builds the cache, and every student reads it",
         [
             Box(0, 0.5, "audio", 1.2),
-            Box(2, 0.5, "teacher", 1.4, "a", "once"),
+            Box(2, 0.5, "teacher", 1.4, "a"),
             Box(4.2, 0.5, "cache", 1.4, "m", "Parquet shards"),
             Box(6.6, 0, "student 1", 1.4),
             Box(6.6, 1, "student 2", 1.4, "", "an ablation"),

@@ -11,7 +11,7 @@ from ray_distill.pipeline.recipes import complete_recipe, find_recipe
 def demo(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes of the configuration, as in train.max_steps=20."),
+        typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration, as in train.max_steps=20."),
     ] = None,
     corpus: Annotated[
         Path | None,

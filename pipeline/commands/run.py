@@ -20,20 +20,22 @@ def run(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes of the configuration, as in train.epochs=3."),
+        typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration, as in train.epochs=3."),
     ] = None,
     stages: Annotated[
         str | None,
         typer.Option(
             metavar="STAGE,...",
-            help="Stages to run, comma-separated, of index, plan, cache, train, export, report. Default: all. "
+            help="Comma-separated stages to run: any of index, plan, cache, train, export, report. Default: all. "
             "Each stage skips finished work.",
         ),
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Check the configuration, corpus and teacher, print the plan, and start nothing."
+            "--dry-run",
+            help="Check the configuration, find the audio files, read the header of the teacher's checkpoint, and print the "
+            "plan. No audio is decoded, no weights are read, and nothing is started.",
         ),
     ] = False,
 ) -> None:

@@ -98,7 +98,7 @@ def run_demo(
 
     Args:
         recipe: YAML configuration.
-        overrides: Changes of the configuration, as in ``train.max_steps=20``.
+        overrides: Changes to the configuration, as in ``train.max_steps=20``.
         corpus: LibriSpeech or any folder of audio. Default: a corpus synthesised into ``corpora/demo``.
         teacher: Checkpoint of a teacher. Default: that of the recipe.
 

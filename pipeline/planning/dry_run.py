@@ -9,6 +9,7 @@ from rich.table import Table
 from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.pipeline.corpus.index import INDEX
 from ray_distill.pipeline.corpus.search import count_files
+from ray_distill.pipeline.ray_session import counted
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.student import Student
@@ -53,8 +54,12 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     folder, train = run.folder, config.train
     cached = train.targets == "cached"
     cache = Cache.open(run.cache) if cached and Cache.exists(run.cache) else None
-    masks = f"{config.masks.draws} draws, mask_prob {config.masks.policy.mask_prob:g}" if config.masks.draws else "none"
-    length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs} epochs"
+    masks = (
+        f"{counted(config.masks.draws, 'draw')}, mask_prob {config.masks.policy.mask_prob:g}"
+        if config.masks.draws
+        else "none"
+    )
+    length = counted(train.max_steps, "step") if train.max_steps else counted(train.epochs, "epoch")
     batch = f"{train.batch_size} utterances" if train.batch_size else f"{train.batch_seconds:g} s of audio"
     facts = {
         "run folder": str(folder.path),
@@ -64,7 +69,7 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
         "masks": masks,
         "cache": f"{config.cache.location}: {config.cache.codec}, {config.cache.targets}",
         "training": f"{length}, {train.targets} targets, "
-        f"batches of {batch}, {train.workers} workers, peak learning rate {train.learning_rate:g}",
+        f"batches of {batch}, {counted(train.workers, 'worker')}, peak learning rate {train.learning_rate:g}",
     }
     if not cached:
         del facts["cache"]

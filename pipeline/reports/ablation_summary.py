@@ -15,6 +15,7 @@ from ray_distill.pipeline.reports.seed_statistics import Comparison, compare
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, keys_with
 
 _COSINE = "cosine_unmasked_layer_"
+_NOT_TESTABLE = "not testable (one seed each)"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Metric:
         name: Heading.
         value_of: Function that returns the value of a finished run; None if the run has no such value.
         lower_is_better: Whether lower values are better.
-        digits: Digits after the decimal point; for percentages, two of them are before it.
+        digits: Digits after the decimal point; a percentage is shown with two fewer.
         percent: Whether values are shown as percentages.
     """
 
@@ -135,7 +136,10 @@ class AblationSummary:
                 if comparison.deviations is not None:
                     change += f", {abs(comparison.deviations):.1f} SD"
                 changes.setdefault(_conclusion(metric, comparison), []).append(f"{metric.name} ({change})")
-        text = "; ".join(f"{conclusion} in {', '.join(parts)}" for conclusion, parts in changes.items())
+        text = "; ".join(
+            f"{conclusion}{':' if conclusion == _NOT_TESTABLE else ' in'} {', '.join(parts)}"
+            for conclusion, parts in changes.items()
+        )
         return f"{variant} compared with {self.baseline}: {text}." if text else ""
 
     def layer_groups(self) -> list[list[int]]:
@@ -198,7 +202,7 @@ def _mean_and_deviation(metric: Metric, values: Sequence[float]) -> str:
 
 def _conclusion(metric: Metric, comparison: Comparison) -> str:
     if comparison.deviations is None:
-        return "not testable with one seed each"
+        return _NOT_TESTABLE
     if not comparison.significant:
         return "no significant difference"
     return "better" if (comparison.difference < 0) == metric.lower_is_better else "worse"

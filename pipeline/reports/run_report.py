@@ -28,7 +28,7 @@ from ray_distill.pipeline.run_folder import RunFolder
 _HEATMAP_LIMIT = 2.5
 """Standard deviations at which the colours of a heatmap end."""
 _HEATMAP_FRAMES = 400
-"""Frames of the utterance that are shown at most; noisy images compress badly, and a page should stay below 2 MB."""
+"""Maximum number of frames shown. Noisy images compress badly, and a page should stay below 2 MB."""
 
 
 def write_run_report(
@@ -128,7 +128,9 @@ def _tiles(summary: Mapping[str, Any], metrics: Rows) -> list[tuple[str, str]]:
     if result is not None:
         tiles.append((_duration(result["seconds"]), "training time"))
     if train:
-        tiles.append((f"{np.mean([row['data_wait'] for row in train]):.1%}", "of the time spent waiting for data"))
+        tiles.append(
+            (f"{np.mean([row['data_wait'] for row in train]):.1%}", "of training time is spent waiting for data")
+        )
     if summary["cache_bytes_per_second"] is not None:
         tiles.append((f"{summary['cache_bytes_per_second'] / 1e3:.3g} kB", "cache size per second of audio"))
     return tiles

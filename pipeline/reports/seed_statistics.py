@@ -41,7 +41,10 @@ def compare(values: Sequence[float], baseline: Sequence[float]) -> Comparison | 
 
 
 def critical_t(degrees: int) -> float:
-    """Return the 97.5 % quantile of Student's t: from a table up to 10 degrees of freedom, above by the Cornish-Fisher expansion."""
+    """Return the 97.5 % quantile of Student's t.
+
+    It is from a table for up to 10 degrees of freedom, by the Cornish-Fisher expansion beyond.
+    """
     if degrees <= len(_CRITICAL_T):
         return _CRITICAL_T[degrees - 1]
     return 1.95996 + 2.37227 / degrees + 2.8225 / degrees**2 + 2.5558 / degrees**3  # Relative error below 0.01 %.

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ray_distill.pipeline.ablation.definition import Ablation
+from ray_distill.pipeline.ray_session import counted
 from ray_distill.pipeline.reports.ablation_results import RunResult
 from ray_distill.student.training.prefetch import TrainingPlan
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
@@ -22,7 +23,7 @@ def teacher_hours(time: TeacherTime, train_seconds: float, passes: Mapping[bool,
         passes: Epochs of all runs together: those with a masked pass beside the clean one (True) and those without (False).
 
     Returns:
-        None if the cache was built by a version that recorded no teacher time, or if a needed pass was not recorded.
+        None if a needed pass was not recorded: by an earlier version, or because every build was killed.
     """
     clean, masked = time.clean.rate, time.masked.rate
     if clean is None or (passes[True] and masked is None):
@@ -49,16 +50,17 @@ def teacher_time_sentences(ablation: Ablation, results: Sequence[RunResult]) -> 
     time = total_teacher_time(store)
     hours = teacher_hours(time, seconds, passes)
     if hours is None:
-        return "The teacher hours saved are unknown, because the version that built this cache did not record its teacher time."
+        return "The teacher hours saved are unknown, because the teacher's time was not fully recorded while this cache was built."
     online, built = hours
     rates = f"{time.clean.rate:.3g} teacher seconds per second of audio for a clean pass"
     rates += f" and {time.masked.rate:.3g} for a masked pass" if time.masked.rate is not None else ""
     outcome = "saved" if online > built else "spent, not saved"
     return (
-        f"Teacher hours {outcome}: {_duration(abs(online - built))}. With the teacher in the loop, the {finished} finished runs "
-        f"would have needed {_duration(online)}: {sum(passes.values()):.1f} passes over {_duration(seconds / 3600)} of audio, "
-        f"{passes[True]:.1f} of them with a masked pass as well, at {rates}. These rates were measured while the cache was built, "
-        f"which took {_duration(built)} once."
+        f"Teacher hours {outcome}: {_duration(abs(online - built))}. With the teacher in the loop, "
+        f"{counted(finished, 'finished run')} would have needed {_duration(online)}: {sum(passes.values()):.1f} passes over "
+        f"{_duration(seconds / 3600)} of audio, "
+        f"{passes[True]:.1f} of them with a masked pass as well, at {rates}. These rates were measured while the cache was built. "
+        f"Building the cache took {_duration(built)} of teacher time."
     )
 
 

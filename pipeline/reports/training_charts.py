@@ -13,7 +13,7 @@ from ray_distill.pipeline.reports.charts import COLORS, Chart, Series, line_char
 Rows = Sequence[Mapping[str, Any]]
 
 _POINTS = 300
-"""Points of a curve at most, which is about the width of a chart in pixels. Published recipes log 24,000 rows."""
+"""Maximum number of points per curve, about the width of a chart in pixels. Published recipes log 24,000 rows."""
 _LAYER_CHARTS = (
     ("Validation loss by layer", "validation", "layer_", "loss per frame"),
     ("Cosine similarity, validation (no masks)", "validation", "cosine_unmasked_layer_", "cosine similarity"),
@@ -89,7 +89,8 @@ def curve_notes(metrics: Rows) -> str:
     rows = -(-len(rows_of_kind(metrics, "train")) // _POINTS)
     if rows > 1:
         notes.append(
-            f"Each point is the mean of up to {rows} rows of metrics.jsonl; for the gradient norm, the maximum."
+            f"Each point is the mean of up to {rows} rows of metrics.jsonl; for the gradient norm, the maximum, and for the loss "
+            "scale, the minimum."
         )
     skipped = rows_of_kind(metrics, "skipped")
     if skipped:
@@ -98,7 +99,8 @@ def curve_notes(metrics: Rows) -> str:
         steps = sorted({row["step"] for row in skipped})
         listed = ", ".join(f"{step:,}" for step in steps[:8]) + (f", ... {steps[-1]:,}" if len(steps) > 8 else "")
         notes.append(
-            f"{len(skipped):,} steps were skipped because a value was not finite ({counts}), at steps {listed}."
+            f"{len(skipped):,} {'step was' if len(skipped) == 1 else 'steps were'} skipped because a value was not finite "
+            f"({counts}), at {'step' if len(steps) == 1 else 'steps'} {listed}."
         )
     return " ".join(notes)
 

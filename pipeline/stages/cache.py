@@ -1,8 +1,8 @@
-"""The cache stage: run the teacher over the corpus once, and check what it stored."""
+"""The cache stage: run the teacher over the corpus, and store its outputs. The train stage checks what was stored."""
 
 from pathlib import Path
 
-from ray_distill.pipeline.ray_session import init_ray, quiet_ray, require_resources
+from ray_distill.pipeline.ray_session import counted, init_ray, quiet_ray, require_resources
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.teacher_cache.build.build_cache import Progress, Workers, build_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
@@ -53,7 +53,7 @@ def cache_targets(run: Run) -> None:
                 on_progress=show,
             )
         detail = (
-            f"{report.written} shards written in {report.elapsed:.0f} s "
+            f"{counted(report.written, 'shard')} written in {report.elapsed:.0f} s "
             f"({report.seconds / max(report.elapsed, 1e-9) / 60:.2f} h of audio per minute)"
         ) + (f", {report.reused} reused" if report.reused else "")
     size = cache_bytes(Cache.open(run.cache))
@@ -76,9 +76,10 @@ def check_cache(run: Run) -> None:
     problems = verify_cache(run.cache, checksums=run.config.cache.verify, needed=run.spec)
     if problems:
         more = len(problems) - _SHOWN_PROBLEMS
+        others = f" and {counted(more, 'more problem')}" if more > 0 else ""
         raise CacheError(
             f"the cache at {run.cache.location} is damaged: {'; '.join(problem.text for problem in problems[:_SHOWN_PROBLEMS])}"
-            f"{f' and {more} more problems' if more > 0 else ''}; repair it with `ray-distill cache repair {run.cache.location}`"
+            f"{others}; repair it with `ray-distill cache repair {run.cache.location}`"
         )
 
 

@@ -1,6 +1,7 @@
 """The index stage: find and check the audio."""
 
 from ray_distill.pipeline.corpus.index import index_corpus
+from ray_distill.pipeline.ray_session import counted
 from ray_distill.pipeline.stages.run import Run
 
 
@@ -23,6 +24,8 @@ def index_audio(run: Run) -> None:
             progress=update,
         )
     run.corpus = index
-    skipped = f", {len(index.skipped)} files skipped (see {run.folder.skipped_files})" if index.skipped else ""
+    skipped = (
+        f", {counted(len(index.skipped), 'file')} skipped (see {run.folder.skipped_files})" if index.skipped else ""
+    )
     again = " (unchanged since last time, reused)" if index.reused else ""
-    run.say(f"index   {len(index.utterances)} utterances, {index.hours:.2f} h of audio{skipped}{again}")
+    run.say(f"index   {counted(len(index.utterances), 'utterance')}, {index.hours:.2f} h of audio{skipped}{again}")

@@ -6,6 +6,7 @@ import torch
 
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, plan_cost
+from ray_distill.pipeline.ray_session import counted
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.storage.cache import Cache
@@ -47,6 +48,7 @@ def _check_lengths(run: Run) -> None:
     """Raise a ConfigError if an utterance is too short or too long for the teacher."""
     teacher, samples = run.teacher, [utterance.num_samples for utterance in run.utterances]
     least, most = teacher.min_samples, teacher.max_samples or max(samples)
+    upper = f"to {most / SAMPLE_RATE:g} s" if teacher.max_samples else "s or more"
     # The suggested limits are rounded inwards.
     for key, limit, what, wrong in (
         ("min_seconds", math.ceil(least / SAMPLE_RATE * 1000) / 1000, "shorter", sum(n < least for n in samples)),
@@ -54,6 +56,6 @@ def _check_lengths(run: Run) -> None:
     ):
         if wrong:
             raise ConfigError(
-                f"corpus.{key}: {teacher.name} takes audio of {least / SAMPLE_RATE:g} to {most / SAMPLE_RATE:g} s, and {wrong} "
-                f"utterances are {what}; set corpus.{key}={limit:g} to skip them"
+                f"corpus.{key}: {teacher.name} takes audio of {least / SAMPLE_RATE:g} {upper}, but "
+                f"{counted(wrong, 'utterance')} {'is' if wrong == 1 else 'are'} {what}; set corpus.{key}={limit:g} to skip them"
             )

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.files import write_text
+from ray_distill.pipeline.ray_session import counted
 from ray_distill.pipeline.reports.feature_maps import FeatureMaps, feature_maps
 from ray_distill.pipeline.reports.run_report import write_run_report
 from ray_distill.pipeline.stages.run import Run
@@ -20,10 +21,10 @@ from ray_distill.teacher_cache.targets.target_batch import TargetReader
 def report_run(run: Run) -> dict[str, Any]:
     """Write the run's summary and HTML report, and return the summary.
 
-    A run that has metrics but no export yet gets a page of what is recorded so far, and no summary.
+    If there is no export, write a page of the metrics so far, then raise ConfigError.
 
     Raises:
-        ConfigError: The run has no export.
+        ConfigError: The run has no export. Nothing is written if it has no metrics either.
     """
     folder = run.folder
     exported, metrics = folder.export.is_dir(), folder.metrics()
@@ -40,7 +41,7 @@ def report_run(run: Run) -> dict[str, Any]:
     maps = _feature_maps(run, student if exported else None)
     write_run_report(folder, summary=summary, facts=_facts(run, summary), maps=maps)
     if not exported:
-        raise ConfigError(f"{no_export} ({folder.report} shows what is recorded so far)")
+        raise ConfigError(f"{no_export} ({folder.report} shows the metrics so far)")
     run.say(f"report  {folder.report}")
     return summary
 
@@ -94,12 +95,13 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     policy = "one policy per draw" if masks.policies else f"mask_prob {masks.policy.mask_prob:g}"
     layers = f"layers {', '.join(map(str, run.layers))} of width {run.teacher.dim}"
     facts = {
-        "corpus": f"{summary['hours']:.2f} h, {summary['utterances']:,} utterances, {summary['skipped_files']} files skipped",
+        "corpus": f"{summary['hours']:.2f} h, {summary['utterances']:,} utterances, "
+        f"{counted(summary['skipped_files'], 'file')} skipped",
         "teacher": f"{summary['teacher']}, {summary['teacher_parameters']:,} parameters, {layers}",
         "student": f"{summary['student_parameters']:,} parameters, heads included",
-        "masks": f"{masks.draws} draws, {policy}, seed {masks.seed}" if masks.draws else "none",
+        "masks": f"{counted(masks.draws, 'draw')}, {policy}, seed {masks.seed}" if masks.draws else "none",
         "training": f"{train.targets} targets, batches of {batch}, {train.accumulate} per step and worker, "
-        f"{train.workers} workers, {train.precision}, {train.loss}, peak learning rate {train.learning_rate:g}",
+        f"{counted(train.workers, 'worker')}, {train.precision}, {train.loss}, peak learning rate {train.learning_rate:g}",
     }
     if summary["cache_bytes"] is not None:
         facts["cache"] = (
@@ -115,7 +117,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     random = " (RANDOM weights: features are meaningless)" if summary["teacher_is_random"] else ""
     table.add_row(
         "audio",
-        f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {summary['skipped_files']} files skipped",
+        f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {counted(summary['skipped_files'], 'file')} skipped",
     )
     if summary["cache_bytes"] is not None:
         table.add_row(

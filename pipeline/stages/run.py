@@ -150,13 +150,17 @@ class Run:
         """
         if self.precision != "fp16":
             return
-        existing = f"; the cache at {self.cache.location} has that precision" if Cache.exists(self.cache) else ""
+        found = Cache.exists(self.cache) and Cache.open(self.cache).spec.precision == "fp16"
+        origin = f", and the cache at {self.cache.location} was computed in fp16" if found else ""
         if self.config.train.targets == "online" and not self.config.train.use_gpu:
             raise ConfigError(
-                f"cache.precision fp16 needs train.use_gpu for online targets; use fp32 or bf16 on CPUs{existing}"
+                f"cache.precision fp16 needs GPUs{origin}; set train.use_gpu=true, or set cache.precision=fp32"
             )
         if self.config.train.targets == "cached" and not self.config.cache.gpus_per_actor:
-            raise ConfigError(f"cache.precision fp16 needs cache.gpus_per_actor; use fp32 or bf16 on CPUs{existing}")
+            raise ConfigError(
+                f"cache.precision fp16 needs GPUs{origin}; set cache.gpus_per_actor, or set cache.precision=fp32"
+                f"{' and a new cache.path' if found else ''}"
+            )
 
     @contextmanager
     def progress(self, name: str, unit: str) -> Iterator[ProgressUpdate]:

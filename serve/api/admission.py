@@ -27,9 +27,7 @@ class HeldBytes:
         """
         limit = self._admission.limits.open_bytes
         if self.count + count > limit:
-            message = (
-                f"The request and its response would need more than the limit of {limit} bytes; split the request."
-            )
+            message = f"The request and its response would need more than the limit of {limit} bytes of memory; split the request."
             raise ServiceError("too_large", message)
         if self._admission.held_bytes + count > limit:
             message = (

@@ -67,6 +67,9 @@ def parse_parameters(kind: type[Query], query: dict[str, str], members: dict[str
         name = str(first["loc"][0])
         if name == "layer":
             raise _bad_layer(first["input"]) from error
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(kind.model_fields)
+            raise ServiceError("bad_parameter", f"Parameter {name[:40]!r} is unknown; use {known}.") from error
         raise ServiceError("bad_parameter", f"Parameter {name[:40]!r} is wrong: {first['msg'].lower()}.") from error
 
 

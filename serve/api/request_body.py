@@ -83,7 +83,8 @@ async def read_body(request: Request, max_bytes: int, held: HeldBytes) -> tuple[
             "Send the audio as audio/*, application/octet-stream, multipart/form-data or application/json.",
         )
     if not all(files):
-        raise ServiceError("empty", "The request contains no audio: send the bytes of an audio file.")
+        which = "no audio" if len(files) == 1 else "an empty file"
+        raise ServiceError("empty", f"The request contains {which}: send the bytes of an audio file.")
     return files, members, is_list
 
 
@@ -106,7 +107,9 @@ def _read_json(body: bytes) -> tuple[list[bytes], dict[str, Any], bool]:
         raise ServiceError("empty", "The request contains no audio: put the base64 of an audio file into 'input'.")
     # Base64 has none of these characters. Nested lists or a million members would need many times the memory of the body.
     if sum(body.count(delimiter) for delimiter in (b",", b"[", b"{")) > _MAX_DELIMITERS:
-        raise ServiceError("bad_body", f"A JSON body may contain at most {_MAX_DELIMITERS} commas and brackets.")
+        raise ServiceError(
+            "bad_body", f"A JSON body may contain at most {_MAX_DELIMITERS} commas and opening brackets."
+        )
     message = f"A JSON body must be an object whose 'input' is the base64 of an audio file, or a list of 1 to {MAX_FILES} of them."
     try:
         members = json.loads(body)

@@ -88,8 +88,8 @@ class RequestHandler:
             check: Called with the parameters and the number of files before any file is decoded; it may refuse them.
 
         Raises:
-            ServiceError: any type but ``internal``.
-            ClientDisconnect: the client disconnected; its work is cancelled.
+            ServiceError: The request is refused or fails; every error type except ``internal`` is possible.
+            ClientDisconnect: The client disconnected; its work is cancelled.
         """
         limit = self.limits.deadline_seconds
         try:

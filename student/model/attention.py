@@ -20,7 +20,7 @@ _BLOCK_ENTRIES = 500_000
 
 
 class AttentionMap(NamedTuple):
-    """The factors of an attention map, from which it can be computed again.
+    """Queries, keys and bias of an attention map, not the map itself, which is computed from them again.
 
     Attributes:
         queries, keys: (B, H, T, h) float.

@@ -96,12 +96,13 @@ def train(
     Raises:
         ValueError: the student does not fit the targets, the checkpoint does not fit the training, or a tracker is not
             installed.
-        FloatingPointError: the loss of ``settings.max_skipped_steps`` consecutive steps, or of a validation, is not finite.
+        FloatingPointError: the loss or gradient is not finite in ``settings.max_skipped_steps`` consecutive steps, a validation
+            loss is not finite, or no step has a finite loss.
         OSError: a checkpoint or the metrics can't be written.
     """
     if config.num_predictions != len(train_reader.layers) or config.target_dim != train_reader.dim:
         raise ValueError(
-            f"the student predicts {config.num_predictions} layers of width {config.target_dim}, the targets have "
+            f"the student predicts {config.num_predictions} layers of width {config.target_dim}, but the targets have "
             f"{len(train_reader.layers)} layers of width {train_reader.dim}; set student.encoder_layers (student.split_heads "
             "with split heads) and student.target_dim to match, or choose other teacher.layers"
         )
@@ -124,7 +125,7 @@ def _check_frames(config: StudentConfig, reader: TargetReader) -> None:
     if (wrong := np.flatnonzero(ours != reader.num_frames)).size:
         first = wrong[0]
         raise ValueError(
-            f"the student makes {ours[first]} frames of an utterance of {reader.num_samples[first]} samples, but the targets "
+            f"the student makes {ours[first]} frames from an utterance of {reader.num_samples[first]} samples, but the targets "
             f"have {reader.num_frames[first]}; set student.patches to the teacher's, or change student.conv_layers"
         )
 
@@ -231,7 +232,7 @@ class _Loop:
         )
 
     def is_fresh(self) -> bool:
-        """Return whether the training starts from the beginning, that is, without a first validation."""
+        """Return whether the training is new: no validation has been done yet."""
         return self.state.first_validation_loss is None
 
     def is_logged(self, step: int) -> bool:

@@ -47,7 +47,7 @@ class Progress:
         seconds_done: Seconds of audio in finished shards.
         seconds: Seconds of all audio.
         audio_per_second: Seconds of audio cached per second of wall time, in this build.
-        busy: Fraction of the build's wall time in which teachers worked, averaged over the actors.
+        busy: Fraction of the build's wall time in which teachers and codecs worked, averaged over the actors.
         elapsed: Wall time of this build in seconds.
     """
 
@@ -126,8 +126,9 @@ def build_cache(
         Numbers of shards and times of this build.
 
     Raises:
-        CacheError: If the teacher lacks a layer, the location holds something else, another process builds the cache, the
-            disk is full, or audio files changed since they were indexed (all others are cached first).
+        CacheError: If the teacher lacks a layer, the location holds a different cache or other files, another process builds
+            the cache, the disk is full, or audio files changed since they were indexed (all other shards are written
+            before the error is raised).
     """
     unknown = [layer for layer in spec.layers if not 1 <= layer <= spec.num_layers]
     if unknown:
@@ -295,10 +296,9 @@ def _write_missing(
 def raise_failures(failures: list[str]) -> None:
     """Raise CacheError with the first few of some failures, if there are any."""
     if failures:
+        count = "1 failure" if len(failures) == 1 else f"{len(failures)} failures"
         more = f" and {len(failures) - _SHOWN_FAILURES} more" if len(failures) > _SHOWN_FAILURES else ""
-        raise CacheError(
-            f"{len(failures)} utterances could not be cached: {'; '.join(failures[:_SHOWN_FAILURES])}{more}"
-        )
+        raise CacheError(f"{count} while caching: {'; '.join(failures[:_SHOWN_FAILURES])}{more}")
 
 
 class _ShardMetrics:
@@ -318,7 +318,7 @@ class _ShardMetrics:
         self._shard = Histogram("distill_cache_shard_seconds", about, boundaries=[1, 3, 10, 30, 100, 300, 1000])
 
     def count(self, record: Mapping[str, Any], seconds: float) -> None:
-        """Count the record of a shard. A shard that a retried task found finished does not count."""
+        """Count the record of a shard. A shard already finished when a task is retried is not counted."""
         if failed := len(record["failures"]):
             self._failures.inc(failed)
         elif record["bytes"]:

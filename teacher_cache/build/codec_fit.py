@@ -17,7 +17,7 @@ from ray_distill.teacher_cache.teachers import Teacher
 SAMPLE_FRAMES = 20_000
 """Number of frames to fit the codec to, about 7 minutes of speech."""
 HELD_OUT = 0.1
-"""Number of held-out frames, on which the codec's error is measured, relative to the fitted frames."""
+"""Held-out frames per fitted frame; the codec's error is measured on the held-out frames."""
 
 
 def fit_codec_to_corpus(spec: CacheSpec, layers: Sequence[int], plan: pa.Table, teacher: Teacher) -> State:

@@ -126,7 +126,8 @@ class ShardWriter:
         samples = np.array([len(waveform) for waveform in audio.waveforms])
         if shard.num_frames != [self._teacher.num_frames(n) for n in samples.tolist()]:
             raise CacheError(
-                f"the plan's numbers of frames are not those of {self._teacher.name}; give plan_shards the teacher's num_frames"
+                f"the cache at {self._cache.store.location} was planned for another teacher than {self._teacher.name}, because "
+                "its numbers of frames differ; give a new cache.path (in Python, give plan_shards the teacher's num_frames)"
             )
         busy = 0.0
         with ExitStack() as stack:

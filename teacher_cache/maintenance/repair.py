@@ -1,4 +1,4 @@
-"""Repair of a cache: missing and damaged files are rebuilt with the same bytes, all others are kept."""
+"""Repair of a cache: missing and damaged files are rebuilt, and all others are kept."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,8 +42,8 @@ def repair_cache(
         One sentence per repair. Empty for an intact cache.
 
     Raises:
-        CacheError: If both copies of a record are lost, the teacher is not the cache's, no audio file was below the old path,
-            or audio can't be read (everything else is repaired first).
+        CacheError: If both copies of a record are missing or damaged, the teacher is not the cache's, no audio file was below
+            the old path, or audio can't be read (all other shards are repaired first).
     """
     store = Store(location)
     if not Cache.exists(store) and store.size(f"{COPIES}/{CACHE_JSON}") is None:
@@ -57,7 +57,7 @@ def repair_cache(
             copy = name.removeprefix(f"{COPIES}/") if name.startswith(COPIES) else f"{COPIES}/{name}"
             if copy in records or store.size(copy) is None:
                 raise CacheError(
-                    f"{store.at(name)} and its copy {copy} are both lost; restore one of them from a backup"
+                    f"{store.at(name)} and its copy {copy} are both missing or damaged; restore one of them from a backup"
                 )
             store.write(name, store.read(copy))
             done.append(f"{store.at(name)} restored from its copy")
@@ -91,7 +91,10 @@ def _with_moved_corpus(cache: Cache, old: Path, new: Path) -> list[Shard]:
         if Path(utterance.path).is_relative_to(old)
     }
     if not paths:
-        raise CacheError(f"no audio file of the cache was below {old}; the first utterance was at {utterances[0].path}")
+        raise CacheError(
+            f"no audio file of the cache was below {old}; the first utterance was at {utterances[0].path}: give a folder above "
+            "it as the old path"
+        )
     return with_paths(cache.shards, paths)
 
 

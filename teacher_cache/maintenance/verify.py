@@ -56,7 +56,7 @@ def verify_cache(
         The problems found. Empty for an intact cache.
 
     Raises:
-        CacheError: If there is no cache, or both copies of its identity are lost.
+        CacheError: If there is no cache, or both copies of a record that identifies it are missing or damaged.
     """
     store = location if isinstance(location, Store) else Store(location)
     cache, problems = _identity(store, growing=needed is not None)

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from ray_distill.pipeline.config import ConfigError, load_config
-from ray_distill.pipeline.ray_session import count_fitting_workers, describe_resources
+from ray_distill.pipeline.ray_session import count_fitting_workers, counted, describe_resources
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.cache import cache_targets
 from ray_distill.pipeline.stages.train import train_student
@@ -92,3 +92,7 @@ def test_workers_fit_on_one_machine_each() -> None:
     assert count_fitting_workers(nodes, 1, 1) == 1 and count_fitting_workers(nodes, 1, 0.5) == 2
     assert count_fitting_workers(nodes, 5, 0) == 0
     assert describe_resources(nodes) == "Ray has 7 cores and 1 GPU on 3 machines"
+
+
+def test_a_noun_follows_its_number() -> None:
+    assert [counted(n, "file") for n in (0, 1, 0.5, 1_234_567)] == ["0 files", "1 file", "0.5 files", "1234567 files"]

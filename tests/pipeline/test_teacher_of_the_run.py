@@ -40,12 +40,15 @@ def test_a_corrected_command_goes_on(ast: Path, tmp_path: Path, speech_folder: P
         run(f"teacher.checkpoint={ast}")
     stand_in = f"teacher.checkpoint=mean-mask:{ast}"
     with pytest.raises(
-        ConfigError, match=r"takes audio of 0.175 to 2.02494 s, and 1 utterances are longer; .*max_seconds=2.02 "
+        ConfigError, match=r"takes audio of 0.175 to 2.02494 s, but 1 utterance is longer; .*max_seconds=2.02 "
     ):
         run(stand_in)
-    with pytest.raises(ConfigError, match=r"1 utterances are shorter; set corpus.min_seconds=0.7 "):
+    with pytest.raises(ConfigError, match=r"1 utterance is shorter; set corpus.min_seconds=0.7 "):
         begun = run(stand_in, "corpus.max_seconds=2.02")
         begun.teacher.min_samples = 11_200
+        plan_cache(begun)
+    with pytest.raises(ConfigError, match=r"takes audio of 0.7 s or more, but 1 utterance is shorter;"):
+        begun.teacher.max_samples = None
         plan_cache(begun)
     begun = run(stand_in, "corpus.max_seconds=2.02")
     assert len(begun.corpus.utterances) == 11 and len(begun.corpus.skipped) == 1

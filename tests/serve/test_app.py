@@ -182,6 +182,8 @@ def test_concurrent_requests_get_the_same_as_alone(client: httpx.Client) -> None
 def test_an_empty_body_is_refused(client: httpx.Client) -> None:
     assert_refused(client.post("/v1/features"), 400, "empty")
     assert_refused(client.post("/v1/features", files={"file": ("a.wav", b"")}), 400, "empty")
+    two = [("file", ("a.wav", encode(sound(0.1)))), ("file", ("b.wav", b""))]
+    assert "contains an empty file" in assert_refused(client.post("/v1/features", files=two), 400, "empty")
     assert_refused(client.post("/v1/features", content=encode(np.zeros((0, 1)))), 400, "empty")
 
 
@@ -277,6 +279,7 @@ def test_a_layer_the_model_lacks_is_refused(client: httpx.Client, layer: str) ->
 def test_other_mistakes_in_the_query_are_refused(client: httpx.Client, query: str) -> None:
     message = assert_refused(client.post(f"/v1/features?{query}", content=encode(sound(0.1))), 422, "bad_parameter")
     assert query.split("&")[-1].split("=")[0] in message
+    assert ("is unknown; use model, space, timeout, layer" in message) == (query != "format=xml")
 
 
 def test_broken_forms_are_refused(client: httpx.Client) -> None:

@@ -181,5 +181,5 @@ def test_losses_of_different_definitions_are_not_compared(
     page, table, _ = report(ablation)
     assert "validation losses can&#39;t be compared" in page
     assert "validation loss: mean" not in table[0] and "cosine, layer 2: mean" in table[0]
-    assert "b compared with a: not testable with one seed each in cosine, layer 2 (" in page
+    assert "b compared with a: not testable (one seed each): cosine, layer 2 (" in page
     assert not any(math.isnan(float(row["cosine, layer 2: mean"])) for row in table)

@@ -293,7 +293,7 @@ def test_training_starts_from_given_tensors_and_freezes_a_shared_embedding(
         ({}, {"objective": "star"}, "objective star does not go with student.heads layerwise"),
         ({"heads": "none"}, {}, "prediction needs heads"),
         ({}, {"hint_layers": 2}, "hint_layers is 2, but there are 1 layers below the last"),
-        ({"heads": "split", "split_heads": 3}, {}, "the student predicts 3 layers of width 32, the targets have 2"),
+        ({"heads": "split", "split_heads": 3}, {}, "the student predicts 3 layers of width 32, but the targets have 2"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

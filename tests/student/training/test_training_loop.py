@@ -342,7 +342,7 @@ def test_a_student_that_does_not_fit_is_refused(
 ) -> None:
     wide = tiny.model_copy(update={"target_dim": 48})
     with pytest.raises(
-        ValueError, match=r"the student predicts 2 layers of width 48, the targets have 2 layers of width 32"
+        ValueError, match=r"the student predicts 2 layers of width 48, but the targets have 2 layers of width 32"
     ):
         train(wide, settings(), *readers, tmp_path / "run")
 

@@ -221,7 +221,7 @@ def test_a_file_that_changed_is_named(tmp_path: Path, build: Build, source_utter
     ):
         build(tmp_path / "cache")
     victim.write_bytes(b"fLaC but no more")
-    with pytest.raises(CacheError, match=f"1 utterances could not be cached: {victim} can't be decoded as audio"):
+    with pytest.raises(CacheError, match=f"1 failure while caching: {victim} can't be decoded as audio"):
         build(tmp_path / "cache")
 
 

@@ -137,7 +137,7 @@ def test_repair_needs_neither_corpus_nor_more_than_the_damage(
     assert repair_cache(root) == []
     # Without the embedded audio, repair needs the corpus.
     (root / "clean" / "part-00000.parquet").write_bytes(b"")
-    with pytest.raises(CacheError, match="utterances could not be cached: .*flac"):
+    with pytest.raises(CacheError, match="failures? while caching: .*flac"):
         repair_cache(root)
 
 
@@ -146,7 +146,7 @@ def test_losing_both_copies_of_a_record_is_an_error(tmp_path: Path, make_cache: 
     make_cache(root)
     (root / "plan.parquet").unlink()
     (root / "copies" / "plan.parquet").write_bytes(b"no plan")
-    with pytest.raises(CacheError, match="plan.parquet and its copy copies/plan.parquet are both lost"):
+    with pytest.raises(CacheError, match="plan.parquet and its copy copies/plan.parquet are both missing or damaged"):
         repair_cache(root)
     (root / "cache.json").write_text("{}")
     (root / "copies" / "cache.json").write_text("{}")

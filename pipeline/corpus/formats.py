@@ -13,7 +13,7 @@ FORMAT_SUFFIXES = {
     "AIFF": "aiff aif aifc",
     "AU": "au snd",
     "AVR": "avr",
-    "CAF": "caf",
+    "CAF": "caf",  # codespell:ignore
     "HTK": "htk",
     "IRCAM": "sf ircam",
     "MAT4": "mat mat4",

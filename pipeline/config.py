@@ -34,11 +34,14 @@ class CorpusSection(_Section):
     """Location of the audio, and which of it is used."""
 
     path: Path
-    """Folder in LibriSpeech's layout, any other folder of audio, or a CSV or Parquet manifest."""
+    """Folder in LibriSpeech's layout, any other folder of audio, or a CSV or Parquet manifest with a column ``path`` and optional
+    columns ``id`` and ``split``."""
     train_splits: list[str] | None = None
-    """Splits to train on. None takes those whose names start with ``train``; see `ray_distill.pipeline.corpus.index`."""
+    """Splits or folders to train on; ``.`` means the files in no split's folder. None takes those with a word that begins with
+    ``train``; see `ray_distill.pipeline.corpus.index`."""
     validation_splits: list[str] | None = None
-    """Splits to validate on. None takes those whose names start with ``dev``, ``heldout`` or ``valid``."""
+    """Splits or folders to validate on. None takes those with a word such as ``dev``, ``val``, ``valid``, ``validation`` or
+    ``heldout``. Splits with a word that begins with ``test`` or ``eval`` are not used unless they are named."""
     validation_fraction: float = pydantic.Field(default=0.05, gt=0, lt=1)
     """Fraction of the utterances to hold out if the corpus has no validation split."""
     min_seconds: float = pydantic.Field(default=0.025, ge=0.025)

@@ -18,6 +18,8 @@ _RATES = (2_000, 768_000)
 _MAX_CHANNELS = 64
 # Number of values decoded at a time, over all channels. A length in a header allocates no memory before it is read.
 _BLOCK_VALUES = 1 << 20
+# Largest sample, where 1 is full scale. Overshoots of recordings are far below it, and 16-bit integers stored as floats far above.
+_MAX_SAMPLE = 8.0
 
 
 class AudioError(ValueError):
@@ -33,10 +35,12 @@ class AudioError(ValueError):
 
 
 def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) -> np.ndarray:
-    """Decode a wav, flac, ogg or mp3 file to the waveform that teachers and students take.
+    """Decode a wav, flac, ogg, mp3 or other file that libsndfile reads to the waveform that teachers and students take.
 
     Untrusted files are safe: they are decoded in blocks, and memory is limited by ``max_seconds``, or by the real content of
-    the file. A wav file shorter than its header says (a stream, or a truncated file) is decoded as far as it goes.
+    the file. A wav file shorter than its header says (a stream, or a truncated file) is decoded as far as it goes. Float
+    samples between 1 and 8 times full scale are clipped; larger ones have another scale, such as that of 16-bit integers, and are
+    refused.
 
     Args:
         source: Path, or a seekable binary file.
@@ -50,11 +54,17 @@ def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) 
         AudioError: If the audio can't be used; see its ``reason``.
     """
     name = str(source) if isinstance(source, (str, Path)) else "the audio"
-    samples, rate = _decode(source, name, max_seconds)
+    samples, rate, peak = _decode(source, name, max_seconds)
     if len(samples) == 0:
         raise AudioError("empty", f"{name} has no samples")
     if not np.isfinite(samples).all():
         raise AudioError("undecodable", f"{name} has samples that are not finite numbers")
+    if peak > _MAX_SAMPLE:
+        raise AudioError(
+            "undecodable",
+            f"{name} has float samples up to {peak:.6g}, which are not in [-1, 1]; divide them by their full scale, such as 32768 for "
+            "16-bit integers",
+        )
     waveform: np.ndarray = np.clip(_resample(samples, rate), -1.0, 1.0)
     if len(waveform) < RECEPTIVE_FIELD:
         raise AudioError(
@@ -63,8 +73,8 @@ def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) 
     return waveform
 
 
-def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None) -> tuple[np.ndarray, int]:
-    """Return the (N,) float32 mean of the channels and the rate in Hz."""
+def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None) -> tuple[np.ndarray, int, float]:
+    """Return the (N,) float32 mean of the channels, the rate in Hz, and the largest absolute value of any channel."""
     try:
         if _num_bytes(source) == 0:
             raise AudioError("empty", f"{name} is an empty file")
@@ -89,12 +99,13 @@ def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None)
         if limit is not None and length_known and file.frames > limit:
             raise too_long
         blocks = [np.zeros(0, np.float32)]
-        count = 0
+        count, peak = 0, 0.0
         try:
             while len(block := file.read(_BLOCK_VALUES // channels, dtype="float32", always_2d=True)):
                 count += len(block)
                 if limit is not None and count > limit:
                     raise too_long
+                peak = max(peak, float(np.abs(block).max()))
                 blocks.append(block.mean(axis=1))
         except (soundfile.SoundFileError, RuntimeError) as error:
             raise AudioError("undecodable", f"{name} is damaged ({_detail(error)})") from error
@@ -102,7 +113,26 @@ def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None)
             raise AudioError(
                 "undecodable", f"{name} is damaged (its header says {file.frames} samples, but it has {count})"
             )
-    return np.concatenate(blocks), rate
+        if count == 0 and file.format in ("WAV", "WAVEX") and (rest := _bytes_after_data(source)):
+            raise AudioError(
+                "undecodable",
+                f"{name} is an unfinished recording or stream: its header says 0 samples, but {rest} bytes follow; rewrite its "
+                "header, for example with sox --ignore-length",
+            )
+    return np.concatenate(blocks), rate, peak
+
+
+def _bytes_after_data(source: Path | str | BinaryIO) -> int:
+    """Return the number of bytes behind a WAV header's empty data chunk that are not chunks themselves."""
+    if isinstance(source, (str, Path)):
+        with Path(source).open("rb") as file:
+            return _bytes_after_data(file)
+    source.seek(0)
+    head = source.read(1 << 16)
+    at = head.find(b"data\0\0\0\0")
+    rest = head[at + 8 : at + 12]
+    is_chunk = rest.strip().isalnum()  # LIST, bext, ...
+    return 0 if at < 0 or is_chunk else source.seek(0, 2) - (at + 8)
 
 
 def _num_bytes(source: Path | str | BinaryIO) -> int:

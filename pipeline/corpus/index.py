@@ -15,7 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_distill.pipeline.corpus.search import FoundFile, Skipped, find_audio
+from ray_distill.pipeline.corpus.found import FoundFile, Skipped
+from ray_distill.pipeline.corpus.search import find_audio
+from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary
 from ray_distill.teacher_cache.audio import AudioError, load_audio
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
@@ -23,7 +25,7 @@ from ray_distill.teacher_cache.storage.shard_plan import Utterance
 INDEX = "index.parquet"
 SKIPPED = "skipped.csv"
 STATE = "state.json"
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,22 @@ class CorpusIndex:
 
     Attributes:
         utterances: Utterances, sorted by id.
-        skipped: Skipped files and folders, sorted by path.
+        skipped: Skipped files and folders, sorted by path, including the files of unused splits.
         reused: Whether an earlier index was still valid, so that nothing was decoded.
+        splits: The splits that were found. Empty if the index was only loaded.
+        notes: Sentences that warn the user. Empty if the index was only loaded.
     """
 
     utterances: list[Utterance]
     skipped: list[Skipped]
     reused: bool = False
+    splits: tuple[SplitSummary, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_unused(self) -> int:
+        """Number of files of splits that are neither for training nor for validation."""
+        return sum(skip.reason == "unused_split" for skip in self.skipped)
 
     @property
     def hours(self) -> float:
@@ -88,18 +99,23 @@ def index_corpus(
     Three kinds of corpus are recognised:
 
     - A file is a manifest: ``.csv`` or ``.parquet`` with a column ``path`` and optional columns ``id`` and ``split``. Relative paths
-      start at the manifest's folder.
+      start at the manifest's folder. Columns that select parts of files, such as ``start``, are refused.
     - A folder with files ``SPLIT/SPEAKER/CHAPTER/*.flac`` has LibriSpeech's layout. Its top-level folders are the splits, and the file
       stems are the ids.
-    - Any other folder is searched for wav, flac, ogg and mp3 files. The ids are the relative paths without suffix, or with it if two
-      files differ only in their suffix.
+    - Any other folder is searched for audio that libsndfile decodes. The ids are the relative paths without suffix, or with it if two
+      files differ only in their suffix. The splits are the folders, at any depth, whose names have one of the words below; files of
+      LibriSpeech below them keep their ids. If no folder has such a name, the corpus has no splits.
 
-    By default, splits whose names start with "train" are for training, and those that start with "dev", "heldout" or "valid" for
-    validation. If no split is for validation, the files with the smallest hashes of their ids are held out.
+    By default, splits with a word that begins with "train" are for training, and those with "dev", "devel", "development", "val",
+    "valid", "validation" or "heldout" for validation, in upper or lower case. Splits with a word that begins with "test" or "eval",
+    and all others, are not used unless they are named. Their files are in ``skipped``. Two such words in a path, or files outside
+    the splits' folders, are refused, unless the arguments say what they are. If no split is for validation, the files with the
+    smallest hashes of their ids are held out.
 
     Args:
         path: Folder or manifest.
-        train_splits: Names of the splits to train on. Default: None, which chooses by name.
+        train_splits: Names of the splits to train on, or of any other folders; "." means the files in no split's folder. Default:
+            None, which chooses by name.
         validation_splits: Names of the splits to validate on. Default: None, which chooses by name.
         validation_fraction: Fraction of the files to hold out if no split is for validation; at least one file is held out.
             Default: 0.05.
@@ -113,11 +129,12 @@ def index_corpus(
         The index. Each file that was found is in ``utterances`` or in ``skipped``. Folders that can't be read are in ``skipped``.
 
     Raises:
-        ValueError: The path does not exist, it has no audio, a requested split does not exist, or no usable file is left for
-            training or validation.
+        ValueError: The path does not exist, it has no audio, a requested split does not exist, the splits are ambiguous, or no usable
+            file is left for training or validation.
     """
     path = path.absolute()
-    entries, skipped = find_audio(path, train_splits, validation_splits)
+    found = find_audio(path, train_splits, validation_splits)
+    entries, skipped = found.entries, list(found.skipped)
     state = _state(entries, skipped, [validation_fraction, min_seconds, max_seconds])
     if all((output / name).is_file() for name in (INDEX, SKIPPED, STATE)) and (output / STATE).read_text() == state:
         index = CorpusIndex.load(output)
@@ -135,7 +152,7 @@ def index_corpus(
                     skipped.append(result)
                 if progress is not None:
                     progress(done, len(entries))
-        if not any(entry.split == "validation" for entry in entries):
+        if not any(entry.role == "validation" for entry in entries):
             utterances = _hold_out(utterances, validation_fraction)
         index = CorpusIndex(
             sorted(utterances, key=lambda utterance: utterance.id), sorted(skipped, key=lambda skip: str(skip.path))
@@ -149,7 +166,26 @@ def index_corpus(
                 f"no usable audio is left for the {split} split of {path} (files skipped: {why}; they are listed in "
                 f"{output / SKIPPED}); add audio or choose other splits"
             )
-    return index
+    return replace(index, splits=_summarise(found.splits, entries, index.utterances), notes=tuple(found.notes))
+
+
+def _summarise(
+    splits: list[SplitSummary], entries: list[FoundFile], utterances: list[Utterance]
+) -> tuple[SplitSummary, ...]:
+    """Add the hours of the usable files to the splits that are used, and say from which ones a part is held out."""
+    name_of = {entry.id: entry.split or NO_SPLIT for entry in entries}
+    samples: Counter[str] = Counter()
+    for utterance in utterances:
+        samples[name_of[utterance.id]] += utterance.num_samples
+    held_out = not any(entry.role == "validation" for entry in entries)
+    return tuple(
+        replace(
+            split,
+            hours=None if split.role == "not used" else samples[split.name] / SAMPLE_RATE / 3600,
+            role="train and validation" if held_out and split.role == "train" else split.role,
+        )
+        for split in splits
+    )
 
 
 def _hold_out(utterances: list[Utterance], fraction: float) -> list[Utterance]:
@@ -168,9 +204,9 @@ def _state(entries: list[FoundFile], skipped: list[Skipped], settings: list[floa
     for entry in entries:
         try:
             stat = entry.path.stat()
-            files.append([entry.id, str(entry.path), entry.split, stat.st_size, stat.st_mtime_ns])
+            files.append([entry.id, str(entry.path), entry.role, stat.st_size, stat.st_mtime_ns])
         except OSError:
-            files.append([entry.id, str(entry.path), entry.split, "missing"])
+            files.append([entry.id, str(entry.path), entry.role, "missing"])
     content = [_SCHEMA, files, [[str(skip.path), skip.reason] for skip in skipped], settings]
     return json.dumps({"sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest()})
 
@@ -185,7 +221,7 @@ def _decode(entry: FoundFile, min_seconds: float, max_seconds: float) -> Utteran
     except AudioError as error:
         return Skipped(entry.path, error.reason, str(error))
     digest = hashlib.sha256(waveform.tobytes()).hexdigest()
-    return Utterance(entry.id, str(entry.path), len(waveform), entry.split or "train", digest)
+    return Utterance(entry.id, str(entry.path), len(waveform), entry.role or "train", digest)
 
 
 def _save(index: CorpusIndex, state: str, output: Path) -> None:

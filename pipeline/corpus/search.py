@@ -1,56 +1,45 @@
 """Search for the audio files of a corpus: in a manifest, in LibriSpeech's layout, or in any folder."""
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
+from ray_distill.pipeline.corpus.formats import FIRST_SUFFIXES, SUFFIXES, UNSUPPORTED
+from ray_distill.pipeline.corpus.found import FoundFile, Skipped
+from ray_distill.pipeline.corpus.manifest import find_in_manifest
+from ray_distill.pipeline.corpus.splits import (
+    NO_SPLIT,
+    SplitSummary,
+    assign_splits,
+    kinds,
+    match_wanted,
+    split_of_folders,
+)
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-TRAIN_PREFIXES = ("train",)
-VALIDATION_PREFIXES = ("dev", "heldout", "valid")
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A file or folder that can't be used.
-
-    Attributes:
-        path: Path of the file or folder.
-        reason: ``undecodable``, ``empty``, ``too_short``, ``too_long``, ``missing``, ``duplicate_id``, ``no_split``,
-            ``bad_name`` or ``unreadable_folder``.
-        message: The reason as a sentence.
-    """
-
-    path: Path
-    reason: str
-    message: str
+# Files that may list the splits of a corpus.
+_LISTS = (".tsv", ".csv", ".txt", ".lst", ".scp", ".json", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
-class FoundFile:
-    """A file that was found but not decoded yet.
+class FoundCorpus:
+    """The files of a corpus, before they are opened.
 
     Attributes:
-        id: ID of the utterance.
-        path: Path of the file.
-        split: Name of a split of the corpus, and after `assign_splits` ``train`` or ``validation``. None if the corpus has no splits.
+        entries: The files to use, sorted by id. Their roles are ``train``, ``validation`` or None.
+        skipped: Files and folders that are not used.
+        splits: The splits, without their hours.
+        notes: Sentences that warn the user.
     """
 
-    id: str
-    path: Path
-    split: str | None
+    entries: list[FoundFile]
+    skipped: list[Skipped]
+    splits: list[SplitSummary]
+    notes: list[str]
 
 
-def find_audio(
-    path: Path, train: Sequence[str] | None, validation: Sequence[str] | None
-) -> tuple[list[FoundFile], list[Skipped]]:
+def find_audio(path: Path, train: Sequence[str] | None, validation: Sequence[str] | None) -> FoundCorpus:
     """Find the audio files of a corpus without opening them.
 
     Args:
@@ -58,65 +47,130 @@ def find_audio(
         train: Names of the splits to train on. None chooses by name.
         validation: Names of the splits to validate on. None chooses by name.
 
-    Returns:
-        The files to use, sorted by id, whose splits are ``train``, ``validation`` or None; and the skipped files and folders.
-
     Raises:
-        ValueError: The corpus doesn't exist, has no audio, or lacks a split.
+        ValueError: The corpus doesn't exist, has no audio, lacks a split, or it is ambiguous which splits its files belong to.
     """
     skipped: list[Skipped] = []
+    notes: list[str] = []
     if path.is_dir():
-        found = _find_in_folder(path, skipped)
+        found = _find_in_folder(path, skipped, train, validation)
     elif path.is_file():
-        found = _find_in_manifest(path)
+        found = find_in_manifest(path, notes)
     else:
         raise ValueError(f"there is no corpus at {path}; give a folder of audio or a .csv or .parquet manifest")
     if not found:
-        raise ValueError(f"{path} contains no audio; audio files end in {', '.join(SUFFIXES)}")
-    found = assign_splits(found, train, validation, path)
+        others = Counter(skip.path.suffix.lower() for skip in skipped if skip.reason == "unsupported_format")
+        also = (
+            f" ({', '.join(f'{n} {suffix}' for suffix, n in sorted(others.items()))} files can't be decoded)"
+            if others
+            else ""
+        )
+        raise ValueError(f"{path} contains no audio{also}; audio files end in {', '.join(SUFFIXES)}")
+    used, unused, splits = assign_splits(found, train, validation, path)
+    skipped += unused
     entries: dict[str, FoundFile] = {}
-    for entry in sorted(found, key=lambda entry: (entry.id, str(entry.path))):
+    for entry in sorted(used, key=lambda entry: (entry.id, str(entry.path))):
         first = entries.setdefault(entry.id, entry)
         if first is not entry:
             message = f"{entry.path} has the same id as {first.path}: {entry.id!r}"
             skipped.append(Skipped(entry.path, "duplicate_id", message))
-    return list(entries.values()), skipped
+    doubtful = [
+        entry.path
+        for entry in entries.values()
+        if entry.split in (None, NO_SPLIT) and any(kinds(word) - {"train"} for word in _words_of(entry.path, path))
+    ]
+    if doubtful:
+        notes.append(
+            f"the paths of {len(doubtful)} files look like test or validation data, such as {doubtful[0]}, but nothing else says so, "
+            "and they are used for training; move them to a folder named test or dev, or add a column split to the manifest"
+        )
+    return FoundCorpus(list(entries.values()), skipped, splits, notes)
 
 
-def _find_in_folder(path: Path, skipped: list[Skipped]) -> list[FoundFile]:
+def _words_of(file: Path, corpus: Path) -> tuple[str, ...]:
+    """Return the parts of a file's path that may say what it is for."""
+    if corpus.is_dir():
+        return (file.stem,)  # The folders were considered before.
+    name = file.relative_to(corpus.parent) if file.is_relative_to(corpus.parent) else file
+    return (*name.parts[:-1], name.stem)
+
+
+def _find_in_folder(
+    path: Path, skipped: list[Skipped], train: Sequence[str] | None, validation: Sequence[str] | None
+) -> list[FoundFile]:
+    walked = _walk(path, skipped)
     files = []
-    for file in _walk(path, skipped):
+    for file in walked.audio:
         if _is_text(str(file)):
             files.append(file)
         else:
             skipped.append(Skipped(file, "bad_name", "the file's name is not valid UTF-8"))
-    relative = [file.relative_to(path) for file in files]
-    if any(_is_librispeech(file) for file in relative):
-        entries = []
-        for file, name in zip(files, relative, strict=True):
-            if len(name.parts) > 1:
-                entries.append(FoundFile(file.stem, file, name.parts[0]))
-            else:
-                skipped.append(Skipped(file, "no_split", f"{file} is in none of the splits' folders"))
-        return entries
-    stems = [name.with_suffix("").as_posix() for name in relative]
+    names = [file.relative_to(path) for file in files]
+    wanted = [*(train or []), *(validation or [])]
+    if any(_is_librispeech(name) and len(name.parts) == 4 and name.suffix == ".flac" for name in names):
+        return _find_in_librispeech(files, names, wanted, skipped)
+    splits = [split_of_folders(name.parts[:-1], wanted, file) for name, file in zip(names, files, strict=True)]
+    if not any(splits) and not wanted and walked.lists:
+        raise ValueError(
+            f"{path} has lists of splits, such as {walked.lists[0]}, which are not read; write a .csv manifest with the columns path "
+            f"and split and set corpus.path to it, or set corpus.train_splits=[{NO_SPLIT}] to use all files"
+        )
+    # The ids of files that the first version found do not depend on the files that it ignored.
+    stems = [name.with_suffix("").as_posix() for name in names]
     counts = Counter(stems)
-    return [
-        FoundFile(stem if counts[stem] == 1 else name.as_posix(), file, None)
-        for stem, name, file in zip(stems, relative, files, strict=True)
-    ]
+    first_counts = Counter(
+        stem for stem, name in zip(stems, names, strict=True) if name.suffix.lower() in FIRST_SUFFIXES
+    )
+    entries = []
+    for stem, name, file, split in zip(stems, names, files, splits, strict=True):
+        unique = (first_counts if name.suffix.lower() in FIRST_SUFFIXES else counts)[stem] == 1
+        id = stem if unique else name.as_posix()
+        if split is None:
+            entries.append(FoundFile(id, file, NO_SPLIT if any(splits) else None, "outside the splits' folders"))
+        else:
+            # In a copy or below a parent folder, LibriSpeech's files keep their ids.
+            id = file.stem if _is_librispeech(name) and split[1] == len(name.parts) - 3 else id
+            entries.append(FoundFile(id, file, split[0], f"folder {'/'.join(name.parts[: split[1]])}"))
+    return entries
 
 
-def _walk(path: Path, skipped: list[Skipped]) -> list[Path]:
-    """Return the audio files below a folder, sorted.
+def _find_in_librispeech(
+    files: list[Path], names: list[Path], wanted: list[str], skipped: list[Skipped]
+) -> list[FoundFile]:
+    """Return the files of a folder in LibriSpeech's layout, where each folder is a split, whatever its name."""
+    entries = []
+    for file, name in zip(files, names, strict=True):
+        if len(name.parts) == 1:
+            skipped.append(Skipped(file, "no_split", f"{file} is in none of the splits' folders"))
+            continue
+        top = name.parts[0]
+        split, depth = top, 1
+        if match_wanted(name.parts[:-1], wanted) or not kinds(top):
+            split, depth = split_of_folders(name.parts[:-1], wanted, file) or (top, 1)
+        else:
+            split_of_folders(name.parts[:-1], wanted, file)
+        entries.append(FoundFile(file.stem, file, split, f"folder {'/'.join(name.parts[:depth])}"))
+    return entries
+
+
+@dataclass
+class _Walked:
+    """The audio files below a folder, and the files that may list their splits."""
+
+    audio: list[Path] = field(default_factory=list)
+    lists: list[Path] = field(default_factory=list)
+
+
+def _walk(path: Path, skipped: list[Skipped]) -> _Walked:
+    """Find the audio files below a folder, sorted.
 
     Links to folders are followed, because corpora are often assembled from links. Each folder is visited once. Folders below the
-    path that can't be read are added to ``skipped``.
+    path that can't be read, and audio in other formats, are added to ``skipped``.
 
     Raises:
         ValueError: The path itself can't be read.
     """
-    files, seen = [], set()
+    walked, seen = _Walked(), set()
 
     def unreadable(error: OSError) -> None:
         folder = Path(error.filename)
@@ -132,14 +186,27 @@ def _walk(path: Path, skipped: list[Skipped]) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        files += [Path(folder) / name for name in names if name.lower().endswith(SUFFIXES)]
-    return sorted(files)
+        audio = {Path(name).stem for name in names if name.lower().endswith(SUFFIXES)}
+        for name in sorted(names):
+            file = Path(folder) / name
+            suffix = file.suffix.lower()
+            if name.lower().endswith(SUFFIXES):
+                walked.audio.append(file)
+            elif suffix in UNSUPPORTED:
+                message = (
+                    f"{file} can't be decoded, since libsndfile doesn't read {suffix} files; convert it to flac or wav"
+                )
+                skipped.append(Skipped(file, "unsupported_format", message))
+            elif suffix in _LISTS and file.stem not in audio and kinds(file.stem) - {"train"}:
+                walked.lists.append(file)
+    walked.audio.sort()
+    return walked
 
 
 def _is_librispeech(name: Path) -> bool:
-    """Return whether a relative path has the form SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac."""
+    """Return whether a relative path ends in SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac, or with another suffix."""
     parts = name.parts
-    return len(parts) == 4 and name.suffix == ".flac" and name.stem.startswith(f"{parts[1]}-{parts[2]}-")
+    return len(parts) >= 4 and name.stem.startswith(f"{parts[-3]}-{parts[-2]}-")
 
 
 def _is_text(name: str) -> bool:
@@ -148,70 +215,6 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _find_in_manifest(path: Path) -> list[FoundFile]:
-    try:
-        if path.suffix.lower() == ".parquet":
-            table = pq.read_table(path)
-        elif path.suffix.lower() == ".csv":
-            # All columns are read as text, so that an id such as 0012 keeps its zeros.
-            header = next(csv.reader([path.open(encoding="utf-8-sig").readline()]), [])
-            options = pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in header})
-            table = pyarrow.csv.read_csv(path, convert_options=options)
-        else:
-            raise ValueError(f"{path} is neither a folder of audio nor a .csv or .parquet manifest")
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"the manifest {path} can't be read ({str(error).splitlines()[0]})") from error
-    if "path" not in table.column_names:
-        raise ValueError(
-            f"the manifest {path} has no column 'path'; its columns are {', '.join(table.column_names) or 'none'}"
-        )
-    columns = {}
-    for name in {"path", "id", "split"} & set(table.column_names):
-        try:
-            columns[name] = pc.cast(table[name], pa.string()).to_pylist()
-        except pa.ArrowException as error:
-            raise ValueError(f"the column {name!r} of the manifest {path} must contain text") from error
-        if not all(columns[name]):
-            row = next(n for n, value in enumerate(columns[name], 1) if not value)
-            raise ValueError(f"row {row} of the manifest {path} has no {name}; fill it in, or remove the row")
-    files = [path.parent / file for file in columns["path"]]
-    ids = columns.get("id") or [Path(file).with_suffix("").as_posix() for file in columns["path"]]
-    splits = columns.get("split") or [None] * len(files)
-    return [FoundFile(id, file, split) for id, file, split in zip(ids, files, splits, strict=True)]
-
-
-def assign_splits(
-    found: list[FoundFile], train: Sequence[str] | None, validation: Sequence[str] | None, path: Path
-) -> list[FoundFile]:
-    """Replace the names of splits by ``train`` and ``validation``, and drop the files of other splits."""
-    names = sorted({entry.split for entry in found if entry.split is not None})
-    wanted = [*(train or []), *(validation or [])]
-    if not names:
-        if wanted:
-            raise ValueError(
-                f"{path} has no splits, so {wanted[0]!r} can't be one; remove corpus.train_splits and corpus.validation_splits"
-            )
-        return found
-    for name in wanted:
-        if name not in names:
-            raise ValueError(f"{path} has no split {name!r}; its splits are {', '.join(names)}")
-    both = sorted(set(train or []) & set(validation or []))
-    if both:
-        raise ValueError(
-            f"the split {both[0]!r} can't be used for both training and validation; remove it from one of them"
-        )
-    if validation is None:
-        validation = [name for name in names if name.startswith(VALIDATION_PREFIXES) and name not in (train or [])]
-    if train is None:
-        train = [name for name in names if name.startswith(TRAIN_PREFIXES) and name not in validation]
-        if not train:
-            raise ValueError(
-                f"no split of {path} starts with 'train'; set corpus.train_splits to some of {', '.join(names)}"
-            )
-    role = dict.fromkeys(train, "train") | dict.fromkeys(validation, "validation")
-    return [FoundFile(entry.id, entry.path, role[entry.split]) for entry in found if entry.split in role]
 
 
 def count_files(
@@ -230,8 +233,8 @@ def count_files(
     Raises:
         ValueError: The corpus doesn't exist, has no audio, or lacks a split.
     """
-    entries, _ = find_audio(path.absolute(), train_splits, validation_splits)
-    counts = Counter(entry.split for entry in entries)
+    entries = find_audio(path.absolute(), train_splits, validation_splits).entries
+    counts = Counter(entry.role for entry in entries)
     if not counts["validation"]:
         return {"all": len(entries)}
     return {split: counts[split] for split in ("train", "validation")}

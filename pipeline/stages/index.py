@@ -1,6 +1,11 @@
 """The index stage: find and check the audio."""
 
+from collections.abc import Sequence
+
+from rich.markup import escape
+
 from ray_distill.pipeline.corpus.index import index_corpus
+from ray_distill.pipeline.corpus.splits import SplitSummary
 from ray_distill.pipeline.ray_session import counted
 from ray_distill.pipeline.stages.run import Run
 
@@ -24,8 +29,35 @@ def index_audio(run: Run) -> None:
             progress=update,
         )
     run.corpus = index
-    skipped = (
-        f", {counted(len(index.skipped), 'file')} skipped (see {run.folder.skipped_files})" if index.skipped else ""
-    )
+    for line in split_table(index.splits):
+        run.say(f"        {line}")
+    for note in index.notes:
+        run.say(f"[yellow]index   {escape(note)}[/yellow]")
+    others = len(index.skipped) - index.num_unused
+    skipped = f", {counted(others, 'file')} skipped" if others else ""
+    unused = f", {counted(index.num_unused, 'file')} of unused splits" if index.num_unused else ""
+    where = f" (see {run.folder.skipped_files})" if index.skipped else ""
     again = " (unchanged since last time, reused)" if index.reused else ""
-    run.say(f"index   {counted(len(index.utterances), 'utterance')}, {index.hours:.2f} h of audio{skipped}{again}")
+    run.say(
+        f"index   {counted(len(index.utterances), 'utterance')}, {index.hours:.2f} h of audio{skipped}{unused}{where}{again}"
+    )
+
+
+def split_table(splits: Sequence[SplitSummary]) -> list[str]:
+    """Return the lines of a table of a corpus's splits."""
+    rows = [("split", "files", "hours", "role", "from")]
+    rows += [
+        (
+            escape(split.name),
+            f"{split.files:,}",
+            "-" if split.hours is None else f"{split.hours:.2f}",
+            split.role,
+            escape(split.origin),
+        )
+        for split in splits
+    ]
+    widths = [max(len(row[n]) for row in rows) for n in range(4)]
+    return [
+        f"{name:{widths[0]}}  {files:>{widths[1]}}  {hours:>{widths[2]}}  {role:{widths[3]}}  {origin}"
+        for name, files, hours, role, origin in rows
+    ]

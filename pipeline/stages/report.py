@@ -54,7 +54,7 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
         "name": run.config.name,
         "hours": run.corpus.hours,
         "utterances": len(run.utterances),
-        "skipped_files": len(run.corpus.skipped),
+        "skipped_files": len(run.corpus.skipped) - run.corpus.num_unused,
         "teacher": run.teacher.name,
         "teacher_is_random": run.teacher_is_random,
         "teacher_parameters": run.teacher.num_parameters,

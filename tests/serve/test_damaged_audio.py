@@ -61,5 +61,13 @@ def test_damaged_audio_is_decoded_or_refused(seed: int) -> None:
     assert outcomes["decoded"] > 50 and outcomes["undecodable"] > 50
 
 
+def test_samples_on_the_scale_of_integers_are_refused() -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.linspace(-20_000, 20_000, 8000), 16_000, format="WAV", subtype="FLOAT")
+    with pytest.raises(ServiceError, match=r"samples far outside \[-1, 1\]") as caught:
+        decode(buffer.getvalue(), max_seconds=5)
+    assert caught.value.error_type == "undecodable"
+
+
 if __name__ == "__main__":
     print(run(int(sys.argv[1])))

@@ -191,3 +191,50 @@ def test_random_damage_never_raises_anything_else() -> None:
                 continue
             assert 400 <= len(waveform) <= 80_001
             assert np.isfinite(waveform).all() and np.abs(waveform).max() <= 1
+
+
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+def test_floats_on_the_scale_of_integers_are_refused(tmp_path: Path, subtype: str) -> None:
+    samples = tone(0.5, 16_000) * 40_000
+    error = refused(encode(samples, 16_000, subtype=subtype))
+    assert error.reason == "undecodable" and "float samples up to" in str(error) and "32768" in str(error)
+    # The channels are considered before they are averaged.
+    assert refused(encode(np.stack([samples, -samples], 1), 16_000, subtype=subtype)).reason == "undecodable"
+    soundfile.write(tmp_path / "a.aiff", samples, 44_100, subtype=subtype)
+    with pytest.raises(AudioError, match="a.aiff has float samples"):
+        load_audio(tmp_path / "a.aiff")
+    assert np.abs(load_audio(io.BytesIO(encode(samples / 40_000 * 15.9, 16_000, subtype=subtype)))).max() == 1
+
+
+@pytest.mark.parametrize("kind", ["WAV", "WAVEX"])
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+def test_streamed_wav(tmp_path: Path, kind: str, subtype: str) -> None:
+    data = bytearray(encode(tone(0.5, 16_000), 16_000, kind, subtype))
+    at = data.index(b"data") + 4
+    for riff in (data[4:8], b"\xff" * 4, bytes(4)):
+        data[4:8], data[at : at + 4] = riff, b"\xff" * 4
+        assert len(load_audio(io.BytesIO(bytes(data)))) == 8000
+        data[at : at + 4] = bytes(4)
+        error = refused(bytes(data))
+        assert error.reason == "undecodable" and "header says 0 samples, but" in str(error)
+        (tmp_path / "a.wav").write_bytes(data)
+        with pytest.raises(AudioError, match=r"a.wav is an unfinished recording or stream"):
+            load_audio(tmp_path / "a.wav")
+    # A file without samples may have other chunks after them.
+    assert refused(bytes(data[: at + 4])).reason == "empty"
+    assert refused(bytes(data[: at + 4]) + b"LIST" + struct.pack("<I", 8) + b"INFOabcd").reason == "empty"
+
+
+def test_mp3_inside_wav() -> None:
+    mp3 = encode(tone(1.0, 16_000), 16_000, "MP3")
+    form = struct.pack("<HHIIHHHHIHHH", 0x55, 1, 16_000, 4000, 1, 0, 12, 1, 2, 288, 1, 0)
+    chunks = b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + struct.pack("<I", len(mp3)) + mp3
+    waveform = load_audio(io.BytesIO(b"RIFF" + struct.pack("<I", len(chunks)) + chunks))
+    assert 15_990 <= len(waveform) <= 20_000
+    assert np.sqrt(np.mean(waveform[2000:14_000] ** 2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"])
+def test_wave_format_extensible(subtype: str) -> None:
+    waveform = load_audio(io.BytesIO(encode(tone(0.5, 16_000), 16_000, "WAVEX", subtype)))
+    np.testing.assert_allclose(waveform, tone(0.5, 16_000), atol=0.02)

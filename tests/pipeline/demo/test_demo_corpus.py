@@ -34,7 +34,8 @@ def test_it_is_a_corpus_of_the_requested_size(demo: Path, tmp_path: Path) -> Non
     assert index.skipped == []
     assert 1.0 <= index.hours * 60 <= 1.6
     speakers = {
-        split: {u.path.parts[-3] for u in index.utterances if u.split == split} for split in ("train", "validation")
+        split: {Path(u.path).parts[-3] for u in index.utterances if u.split == split}
+        for split in ("train", "validation")
     }
     assert len(speakers["train"]) == 6 and len(speakers["validation"]) == 2
     names = {split: {voice.name for voice in VOICES if voice.split == split} for split in ("train-demo", "dev-demo")}

@@ -54,7 +54,7 @@ def test_librispeech(librispeech: Path, tmp_path: Path) -> None:
     )
     assert ids(index, "train") == ["19-7-0000", "19-7-0001", "26-7-0000", "26-7-0001"]
     assert ids(index, "validation") == ["84-7-0000", "84-7-0001"]
-    assert index.skipped == [] and not index.reused
+    assert {skip.reason for skip in index.skipped} == {"unused_split"} and index.num_unused == 2 and not index.reused
     assert seen == [(n, 6) for n in range(1, 7)]
     first = index.utterances[0]
     assert first.path == str(librispeech / "train-clean-5/19/7/19-7-0000.flac")
@@ -116,6 +116,8 @@ def test_a_file_beside_the_splits_and_a_stem_twice_are_listed(librispeech: Path,
     assert {(skip.path.name, skip.reason) for skip in index.skipped} == {
         ("stray.flac", "no_split"),
         ("19-7-0000.flac", "duplicate_id"),
+        ("61-7-0000.flac", "unused_split"),
+        ("61-7-0001.flac", "unused_split"),
     }
     assert len(index.utterances) == 6
 
@@ -308,8 +310,8 @@ def test_the_fingerprint_is_of_audio_and_splits_not_of_places(librispeech: Path,
 
 def test_real_librispeech(shared: Path, tmp_path: Path) -> None:
     index = index_corpus(shared / "speech" / "LibriSpeech", output=tmp_path / "index")
-    assert index.skipped == []
-    assert len(index.utterances) == len(list((shared / "speech").rglob("*.flac")))
+    assert index.num_unused == len(index.skipped)
+    assert len(index.utterances) + index.num_unused == len(list((shared / "speech").rglob("*.flac")))
     assert 0 < len(ids(index, "validation")) < len(ids(index, "train"))
 
 

@@ -1,0 +1,191 @@
+"""The splits of a corpus: their names, and which of them are for training and validation.
+
+A name is for training if one of its words begins with "train", for validation if one is "dev", "devel", "development", "val", "valid",
+"validation" or "heldout", and for testing if one begins with "test" or "eval". Upper and lower case are equal. Test splits are never
+used unless they are named.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ray_distill.pipeline.corpus.found import FoundFile, Skipped
+
+NO_SPLIT = "."
+"""Name of the split of the files that are in no folder of a split."""
+KEYS = "corpus.train_splits and corpus.validation_splits"
+
+_WORDS = re.compile(
+    r"(?<![a-z])(?:(?P<train>train[a-z]*|trn)|(?P<validation>dev|devel|development|devset|val|valset|valid|validation|validset"
+    r"|held[-_ ]?out)|(?P<test>test(?!am|im)[a-z]*|tst|eval[a-z]*))(?![a-z])"
+)
+_PREFIXES = {"train": "train", "dev": "validation", "heldout": "validation", "valid": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """A split of a corpus, for the user.
+
+    Attributes:
+        name: Name of the split; `NO_SPLIT` for files without one.
+        files: Number of files.
+        hours: Duration of the usable files in hours. None if they were not decoded.
+        role: ``train``, ``validation``, ``train and validation`` if a part is held out, or ``not used``.
+        origin: Where the name came from.
+    """
+
+    name: str
+    files: int
+    hours: float | None
+    role: str
+    origin: str
+
+
+def kinds(name: str) -> set[str]:
+    """Return what the words of a folder's or file's name say: some of ``train``, ``validation`` and ``test``."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
+    return {str(match.lastgroup) for match in _WORDS.finditer(words)}
+
+
+def split_kinds(name: str) -> set[str]:
+    """Return the same for a name that is known to be a split's, where a beginning such as "devclean" is enough."""
+    return kinds(name) or {kind for prefix, kind in _PREFIXES.items() if name.lower().startswith(prefix)}
+
+
+def match_wanted(parts: Sequence[str], wanted: Iterable[str]) -> tuple[str, int] | None:
+    """Return the wanted split that a file's folders lie in, and the number of folders up to it.
+
+    A wanted split is a folder's name or the end of its path, such as ``train/dev``. The innermost one counts, and of two names of it
+    the longer one.
+    """
+    best: tuple[int, int, str] | None = None
+    for name in wanted:
+        words = Path(name).parts
+        for end in range(len(words), len(parts) + 1):
+            part = tuple(parts[end - len(words) : end])
+            if words and _folded(part) == _folded(words):
+                best = max(best or (0, 0, ""), (end, len(words), "/".join(part)))
+    return None if best is None else (best[2], best[0])
+
+
+def _folded(words: Iterable[str]) -> list[str]:
+    return [word.casefold() for word in words]
+
+
+def split_of_folders(parts: Sequence[str], wanted: Iterable[str], file: Path) -> tuple[str, int] | None:
+    """Return the split that a file's folders say, and the number of folders up to it.
+
+    Args:
+        parts: Names of the folders between the corpus and the file.
+        wanted: Splits that the configuration names. They count before the names that are recognised.
+        file: The file, for the message.
+
+    Raises:
+        ValueError: The folders say different things, such as ``train/dev``.
+    """
+    matched = match_wanted(parts, wanted)
+    begin = matched[1] if matched else 0
+    named = {n: found for n, part in enumerate(parts) if n >= begin and (found := kinds(part))}
+    said = set().union(*named.values())
+    if len(said) > 1 or (matched and said - split_kinds(matched[0])):
+        folder = "/".join(parts[: max(named) + 1])
+        raise ValueError(
+            f"the path of {file} names several splits, so it is ambiguous which one it belongs to; name the folder {folder!r} in "
+            "corpus.train_splits or corpus.validation_splits, or rename it"
+        )
+    if matched:
+        return matched
+    return (parts[min(named)], min(named) + 1) if named else None
+
+
+def assign_splits(
+    found: list[FoundFile], train: Sequence[str] | None, validation: Sequence[str] | None, path: Path
+) -> tuple[list[FoundFile], list[Skipped], list[SplitSummary]]:
+    """Choose the splits to train on and to validate on.
+
+    Args:
+        found: The files that were found.
+        train: Names of the splits to train on. None chooses by name.
+        validation: Names of the splits to validate on. None chooses by name.
+        path: The corpus, for messages.
+
+    Returns:
+        The files to use, with their roles; those of unused splits; and all splits, without their hours.
+
+    Raises:
+        ValueError: A wanted split doesn't exist or is wanted twice, no split is for training, or it is ambiguous what a split is for.
+    """
+    names = sorted({entry.split for entry in found if entry.split is not None})
+    if not names:
+        absent = [name for name in train or [] if name != NO_SPLIT] + list(validation or [])
+        if absent:
+            raise ValueError(
+                f"{path} has no splits, so {absent[0]!r} can't be one; remove corpus.train_splits and corpus.validation_splits"
+            )
+        return found, [], [SplitSummary(NO_SPLIT, len(found), None, "train", "no folder or column names a split")]
+    train = None if train is None else _resolve(train, names, path)
+    validation = None if validation is None else _resolve(validation, names, path)
+    both = sorted(set(train or []) & set(validation or []))
+    if both:
+        raise ValueError(
+            f"the split {both[0]!r} can't be used for both training and validation; remove it from one of them"
+        )
+    free = [name for name in names if name not in {*(train or []), *(validation or [])}]
+    ambiguous = [name for name in free if len(split_kinds(name)) > 1]
+    if ambiguous and (train is None or validation is None):
+        raise ValueError(
+            f"the split {ambiguous[0]!r} of {path} could be for {' or '.join(sorted(split_kinds(ambiguous[0])))}; set {KEYS} to "
+            f"some of {', '.join(names)}"
+        )
+    if train is None and NO_SPLIT in free:
+        outside = [entry.path for entry in found if entry.split == NO_SPLIT]
+        raise ValueError(
+            f"{len(outside)} files of {path} are in no split's folder (such as {outside[0]}), but others are; set "
+            f"corpus.train_splits to some of {', '.join(names)}, where {NO_SPLIT!r} means the files in no split's folder"
+        )
+    if validation is None:
+        validation = [name for name in free if split_kinds(name) == {"validation"}]
+    if train is None:
+        train = [name for name in free if split_kinds(name) == {"train"}]
+        if not train:
+            raise ValueError(
+                f"no split of {path} starts with 'train'; set corpus.train_splits to some of {', '.join(names)}"
+            )
+    role = dict.fromkeys(train, "train") | dict.fromkeys(validation, "validation")
+    used = [replace(entry, role=role[entry.split]) for entry in found if entry.split in role]
+    unused = [
+        Skipped(
+            entry.path,
+            "unused_split",
+            f"the split {entry.split!r} is not used; add it to corpus.train_splits to use it",
+        )
+        for entry in found
+        if entry.split not in role
+    ]
+    counts = Counter(entry.split for entry in found)
+    origins: dict[str | None, set[str]] = {}
+    for entry in found:
+        origins.setdefault(entry.split, set()).add(entry.origin)
+    return (
+        used,
+        unused,
+        [SplitSummary(name, counts[name], None, role.get(name, "not used"), _listed(origins[name])) for name in names],
+    )
+
+
+def _resolve(wanted: Sequence[str], names: list[str], path: Path) -> list[str]:
+    """Return the splits that are wanted, as the corpus spells them."""
+    resolved = []
+    for name in wanted:
+        same = [name] if name in names else [other for other in names if other.casefold() == name.strip("/").casefold()]
+        if not same:
+            raise ValueError(f"{path} has no split {name!r}; its splits are {', '.join(names)}")
+        resolved += same
+    return resolved
+
+
+def _listed(origins: set[str]) -> str:
+    first, *others = sorted(origins)
+    return f"{first} and {len(others)} more" if others else first

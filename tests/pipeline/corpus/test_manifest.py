@@ -1,0 +1,103 @@
+"""Manifests: columns, splits, quotes and encodings."""
+
+import codecs
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ray_distill.pipeline.corpus.search import FoundCorpus, find_audio
+
+
+def find(tmp_path: Path, text: str | bytes, train: list[str] | None = None) -> FoundCorpus:
+    path = tmp_path / "m.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return find_audio(path, train, None)
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "Dev", "devel", "heldout", "held-out"])
+def test_validation_rows_are_used(tmp_path: Path, name: str) -> None:
+    rows = [f"t{n}.wav,train" for n in range(30)] + [f"v{n}.wav,{name}" for n in range(10)]
+    found = find(tmp_path, "path,split\n" + "\n".join(rows))
+    assert [entry.role for entry in found.entries] == ["train"] * 30 + ["validation"] * 10
+    assert [(split.name, split.files, split.origin) for split in found.splits] == sorted(
+        [("train", 30, "column split of m.csv"), (name, 10, "column split of m.csv")]
+    )
+
+
+@pytest.mark.parametrize("name", ["test", "TEST", "eval", "other"])
+def test_rows_of_other_splits_are_counted_and_listed(tmp_path: Path, name: str) -> None:
+    found = find(tmp_path, f"path,split\na.wav,train\nb.wav,{name}\nc.wav,{name}\n")
+    assert [(skip.path.name, skip.reason) for skip in found.skipped] == [
+        ("b.wav", "unused_split"),
+        ("c.wav", "unused_split"),
+    ]
+    assert {split.name: (split.files, split.role) for split in found.splits} == {
+        "train": (1, "train"),
+        name: (2, "not used"),
+    }
+    with pytest.raises(ValueError, match=r"the split 'train_dev' of .* could be for train or validation; set"):
+        find(tmp_path, "path,split\na.wav,train\nb.wav,train_dev\n")
+
+
+def test_names_of_columns(tmp_path: Path) -> None:
+    found = find(tmp_path, 'Path, ID , SPLIT,text, duration\na.wav, 007, train, "one, two", 1\n b.wav , 8,dev,x,2\n')
+    assert [(entry.path.name, entry.id, entry.split) for entry in found.entries] == [
+        ("a.wav", "007", "train"),
+        ("b.wav", "8", "dev"),
+    ]
+    assert len(found.notes) == 1 and "the columns text, duration of" in found.notes[0]
+    table = pa.table({"PATH": ["a.wav", "b.wav"], "Split ": ["train", "val"]})
+    pq.write_table(table, tmp_path / "m.parquet")
+    assert [entry.role for entry in find_audio(tmp_path / "m.parquet", None, None).entries] == ["train", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,start,end\na.wav,0,1\na.wav,1,2\n", "the column 'start', but parts of files can't be used"),
+        ("path,offset_seconds\na.wav,0\n", "the column 'offset_seconds'"),
+        ("path,path\na.wav,b.wav\n", "has 2 columns 'path'; rename or remove"),
+        ("path,text,Text\na.wav,b,c\n", "has 2 columns 'text'"),
+        ("path;split\na.wav;train\n", "separate the columns by commas"),
+        ("path,split\na.wav,train,x\n", "line 2 has 3 values, but the first line names 2 columns"),
+        ('path,text\na.wav,x\n"b\nc.wav",y\n', "the path of line 3 has several lines"),
+        ('path,text\na.wav,x\nb.wav,"y" z\n', "line 3 has a quote"),
+        (b"path\n\xff.wav\n", "save it as UTF-8"),
+    ],
+)  # fmt: skip
+def test_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find(tmp_path, text)
+
+
+@pytest.mark.parametrize("quoted", ['"{}.wav,x', '{}.wav,"x'])
+def test_an_open_quote_is_refused_with_its_line(tmp_path: Path, quoted: str) -> None:
+    rows = [quoted.format(n) if n == 10 else f"{n}.wav,x" for n in range(1, 41)]
+    with pytest.raises(ValueError, match=r"line 11 has a quote that isn't closed"):
+        find(tmp_path, "path,text\n" + "\n".join(rows) + "\n")
+    rows[29] = '30.wav,"x, y"'
+    with pytest.raises(ValueError, match=r"line 11 has a quote that isn't closed"):
+        find(tmp_path, "path,text\n" + "\n".join(rows) + "\n")
+
+
+def test_texts_may_have_quotes_and_several_lines(tmp_path: Path) -> None:
+    found = find(tmp_path, 'path,text\na.wav,"one ""two""\nthree"\n\nb.wav,5" tall\n')
+    assert [entry.id for entry in found.entries] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (b"", "utf-16-le"),
+        (b"", "utf-16-be"),
+    ],
+)
+def test_encodings(tmp_path: Path, mark: bytes, encoding: str) -> None:
+    text = "path,split\r\nä.wav,train\r\nb.wav,dev\r\n"
+    found = find(tmp_path, mark + text.encode(encoding))
+    assert [(entry.path.name, entry.role) for entry in found.entries] == [("b.wav", "validation"), ("ä.wav", "train")]

@@ -115,5 +115,5 @@ def _show_metrics(run: Run, update: ProgressUpdate, done: threading.Event) -> No
             return
         for row in reversed(rows):
             if row["kind"] == "train":
-                update(row["step"], row["steps"], f"loss {row['loss']:.4f}")
+                update(row["step"], row.get("steps", row["step"]), f"loss {row['loss']:.4f}")
                 break

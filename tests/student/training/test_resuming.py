@@ -150,7 +150,7 @@ def flipped(data: bytes, bit: int) -> bytes:
         '{"kind": "train", "st',
         "[]",
         '{"kind": "trbin", "step": 1}',
-        '{"kind": "train", "step": 1, "steps": 2}',
+        '{"kind": "train", "step": 1, "lors": 2}',
         "\udcff",
     ],
 )

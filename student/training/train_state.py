@@ -18,6 +18,9 @@ from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.target_source import TargetSource
 
+_FOLDER = 0x10
+"""Attribute of a folder in a ZIP file. For a record with it, torch.load would return memory that it has not filled."""
+
 
 class CheckpointError(OSError):
     """A checkpoint can't be written."""
@@ -243,8 +246,11 @@ def _read(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint. An error of any kind is raised if a byte that matters was changed."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()  # It compares the CRC-32 of each record, which torch.load does not.
+        folders = [record.filename for record in archive.infolist() if record.external_attr & _FOLDER]
     if damaged is not None:
         raise ValueError(f"the CRC-32 of {damaged} differs")
+    if folders:
+        raise ValueError(f"{folders[0]} is marked as a folder")
     saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(saved, dict):
         raise ValueError(f"it contains a {type(saved).__name__}")

@@ -1,6 +1,7 @@
 """What a training refuses to continue from, and that nothing of the run is lost then."""
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,10 @@ def test_no_flipped_bit_of_a_state_is_loaded(tmp_path: Path) -> None:
     whole = path.read_bytes()
     assert checkpoints.load() == state
     refused, positions = 0, random.Random(0)
-    for _ in range(200):
-        bit = positions.randrange(8 * len(whole))
+    # Random bits, and in each directory entry of the ZIP file the one that marks a folder.
+    bits = [positions.randrange(8 * len(whole)) for _ in range(200)]
+    marks = [8 * (match.start() + 38) + 4 for match in re.finditer(b"PK\x01\x02", whole)]
+    for bit in bits + marks:
         path.write_bytes(flipped(whole, bit))
         nn.init.zeros_(part.weight)
         torch.manual_seed(0)

@@ -15,6 +15,7 @@ from ray_distill.pipeline.corpus.index import SKIPPED
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.run_lock import LockHolder, lock_run
 from ray_distill.student.training.field_effects import CHANGES_NO_RESULT, keys_with
+from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.student.training.run_files import BEST, CHECKPOINTS, CONFIG, EXPORT, METRICS, RAY, RESULT, TENSORBOARD
 
 
@@ -177,14 +178,12 @@ class RunFolder:
         return _read_json(self.summary_file)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of the metrics so far, without a last row that a kill or a write in progress cut off."""
-        rows: list[dict[str, Any]] = []
-        for line in self.metrics_file.read_text().splitlines() if self.metrics_file.is_file() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        """Return the rows of the metrics so far; see `read_rows`.
+
+        Raises:
+            ValueError: A row is damaged.
+        """
+        return read_rows(self.metrics_file)
 
     @contextmanager
     def begin(self, config: Config, *, shared: bool = False) -> Iterator[LockHolder | None]:

@@ -1,5 +1,6 @@
 """Students on disk: a folder with model.safetensors and config.json, or a published ``.ckpt``."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.published import load_published
 from ray_distill.student.training import run_files
 from ray_distill.student.weights import load_tensors, load_weights
+from ray_distill.teacher_cache.storage.json_record import SEAL, decode_record, encode_record
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+_WEIGHTS_DIGEST = "weights_sha256"
+"""Key of CONFIG with the SHA-256 of WEIGHTS. Earlier versions stored no checksums."""
 
 
 def save_student(student: Student, folder: Path, metadata: dict[str, Any] | None = None) -> None:
-    """Save a student's weights and configuration.
+    """Save a student's weights and configuration, with checksums of both that `load_student` compares.
 
     Args:
         student: the student to save.
@@ -25,13 +29,17 @@ def save_student(student: Student, folder: Path, metadata: dict[str, Any] | None
         metadata: JSON values stored beside the configuration, such as the step.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"student": student.config.model_dump(mode="json"), "metadata": metadata or {}}
-    temporary = folder / f".{CONFIG}.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    weights = folder / f".{WEIGHTS}.tmp"
     # safetensors' save_file creates files that only their owner can read, but a service may run as another user.
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
-    weights.write_bytes(save(tensors))
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()})
+    record = {
+        "student": student.config.model_dump(mode="json"),
+        "metadata": metadata or {},
+        _WEIGHTS_DIGEST: hashlib.sha256(data).hexdigest(),
+    }
+    temporary = folder / f".{CONFIG}.tmp"
+    temporary.write_bytes(encode_record(record))
+    weights = folder / f".{WEIGHTS}.tmp"
+    weights.write_bytes(data)
     weights.replace(folder / WEIGHTS)
     temporary.replace(folder / CONFIG)
 
@@ -62,12 +70,43 @@ def load_student(model: Path | str, config: Path | str | None = None) -> Student
     for needed in (weights, described):
         if not needed.is_file():
             raise ValueError(f"{path} is not a student: the file {needed} is missing")
+    record = _read_config(described)
     try:
-        student = Student(StudentConfig.model_validate(json.loads(described.read_text())["student"]))
+        student = Student(StudentConfig.model_validate(record["student"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{described} does not describe a student ({' '.join(str(error).split())})") from error
-    load_weights(student, load_tensors(weights), weights)
+    tensors = load_tensors(weights)
+    load_weights(student, tensors, weights)
+    if record.get(_WEIGHTS_DIGEST, digest := _sha256(weights)) != digest:
+        raise ValueError(
+            f"{weights} is damaged: its SHA-256 is not that in {described}; restore both from a copy, or export the student again"
+        )
     return student.eval()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return the content of our ``config.json``, after comparing its checksum if it has one."""
+    data = path.read_bytes()
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path} does not describe a student ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} does not describe a student (it has a {type(record).__name__}, not an object)")
+    if SEAL in record:
+        try:
+            return decode_record(data)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} was changed after it was written ({error}); restore it from a copy, or remove its line {SEAL!r} if "
+                "the change is intended"
+            ) from error
+    return record
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def student_folder(model: Path) -> Path:

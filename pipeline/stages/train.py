@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ray_distill.pipeline.initialise import initial_tensors, write_initial
 from ray_distill.pipeline.ray_session import init_ray, quiet_ray, require_resources
-from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages.cache import absolute_checkpoint, check_cache
 from ray_distill.pipeline.stages.run import ProgressUpdate, Run
 from ray_distill.student import StudentConfig
@@ -22,6 +21,7 @@ def train_student(run: Run) -> None:
     Raises:
         ConfigError: Ray has no resources for the workers.
         CacheError: The cache lacks something or is damaged.
+        ValueError: The run's files are damaged, or can't be continued from.
         TrainingError: The workers can't be started, or failed too often.
         FloatingPointError: The loss diverged.
     """
@@ -29,6 +29,7 @@ def train_student(run: Run) -> None:
     if finished is not None:
         run.say(f"train   finished before ({finished['steps']} steps), reused")
         return
+    run.folder.metrics()  # A damaged row is refused before Ray starts.
     settings = run.config.train
     if settings.targets == "cached":
         check_cache(run)
@@ -37,7 +38,7 @@ def train_student(run: Run) -> None:
         init_ray()
         require_resources("train.workers, train.use_gpu", settings.workers, 1, float(settings.use_gpu), run.say)
         done = threading.Event()
-        watcher = threading.Thread(target=_show_metrics, args=(run.folder, update, done), daemon=True)
+        watcher = threading.Thread(target=_show_metrics, args=(run, update, done), daemon=True)
         watcher.start()
         try:
             training()
@@ -104,10 +105,15 @@ def initial_student(run: Run) -> tuple[StudentConfig, dict[str, Tensor]]:
     return config, initial_tensors(run.teacher, config, settings) if settings.starts_from_teacher else {}
 
 
-def _show_metrics(folder: RunFolder, update: ProgressUpdate, done: threading.Event) -> None:
+def _show_metrics(run: Run, update: ProgressUpdate, done: threading.Event) -> None:
     """Move the progress bar to the last logged step, once a second."""
     while not done.wait(1.0):
-        for row in reversed(folder.metrics()):
+        try:
+            rows = run.folder.metrics()
+        except ValueError as error:
+            run.say(f"train   the progress is no longer shown: {error}")
+            return
+        for row in reversed(rows):
             if row["kind"] == "train":
-                update(row["step"], row["steps"], f"loss {row['loss']:.4f}")
+                update(row["step"], row.get("steps", row["step"]), f"loss {row['loss']:.4f}")
                 break

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ray_distill.student.training import run_files
+from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.student.training.rank import Rank
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
@@ -163,6 +164,20 @@ def _import(package: str) -> ModuleType:
         ) from error
 
 
+def _read_ids(path: Path) -> dict[str, str]:
+    """Return the run ids by tracker that an earlier start of the run stored; none if there is no such file."""
+    try:
+        ids = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError:
+        ids = None
+    if not isinstance(ids, dict) or not all(isinstance(value, str) for value in ids.values()):
+        raise ValueError(
+            f"{path} is damaged, so the runs of the trackers are unknown; restore it from a copy, or remove it to continue in "
+            "new runs of the trackers"
+        )
+    return ids
+
+
 class Metrics:
     """The metrics of a run, written by rank 0: each row goes to ``metrics.jsonl``, TensorBoard and the trackers.
 
@@ -182,6 +197,9 @@ class Metrics:
         trackers: Names in TRACKERS. Default none.
         configuration: Configuration shown by the trackers.
         enabled: Whether to write anything; False on all ranks but 0.
+
+    Raises:
+        ValueError: a tracker is not installed, or a file of the run is damaged, which is then unchanged.
     """
 
     def __init__(
@@ -202,22 +220,17 @@ class Metrics:
         self._drop_rows_from(first)
         self._board = SummaryWriter(str(folder / run_files.TENSORBOARD), purge_step=first)
         ids_path = folder / run_files.TRACKERS
-        ids = json.loads(ids_path.read_text()) if ids_path.is_file() and resumed_step is not None else {}
+        ids = _read_ids(ids_path) if resumed_step is not None else {}
         self._trackers: list[Tracker] = [
             TRACKERS[name](folder, ids.get(name), configuration or {}) for name in trackers
         ]
         if trackers:
-            ids_path.write_text(
-                json.dumps({name: tracker.id for name, tracker in zip(trackers, self._trackers, strict=True)})
-            )
+            ids |= {name: tracker.id for name, tracker in zip(trackers, self._trackers, strict=True)}
+            run_files.replace_text(ids_path, json.dumps(ids))
 
     def _drop_rows_from(self, step: int) -> None:
-        text = self._path.read_text() if self._path.is_file() else ""
-        # A process killed while writing leaves an incomplete row without a line end.
-        rows = [row for row in text.splitlines(keepends=True) if row.endswith("\n") and json.loads(row)["step"] < step]
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text("".join(rows))
-        temporary.replace(self._path)
+        rows = [row for row in read_rows(self._path) if row["step"] < step]
+        run_files.replace_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, row: dict[str, Any]) -> None:
         """Write a row.

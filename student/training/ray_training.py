@@ -11,6 +11,7 @@ from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training import run_files
 from ray_distill.student.training.metrics import check_trackers
 from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.target_source import TargetSource, cached_source, online_source
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import CheckpointError
 from ray_distill.student.training.training_loop import train
@@ -30,13 +31,11 @@ class TrainingError(ValueError):
     """Workers could not be started, or failed too often."""
 
 
-def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, TargetReader]:
+def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, TargetReader, TargetSource]:
     layers = job["layers"]
     if job["settings"]["targets"] == "cached":
-        return (
-            CacheReader(job["cache"], "train", layers, job["masks"]["draws"], targets=job["cache_targets"]),
-            CacheReader(job["cache"], "validation", layers),
-        )
+        reader = CacheReader(job["cache"], "train", layers, job["masks"]["draws"], targets=job["cache_targets"])
+        return reader, CacheReader(job["cache"], "validation", layers), cached_source(reader)
     from ray_distill.teacher_cache.targets.online_targets import OnlineReader
     from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -54,7 +53,8 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
         )
         for split in ("train", "validation")
     }
-    return by_split["train"], by_split["validation"]
+    source = online_source(job["teacher"], teacher.fingerprint, layers, masks, job["cache_targets"], utterances)
+    return by_split["train"], by_split["validation"], source
 
 
 class _RayMetrics:
@@ -124,7 +124,7 @@ def _worker(job: dict[str, Any]) -> Exception | None:
 
 
 def _train(job: dict[str, Any], rank: Rank, **options: Any) -> None:
-    train_reader, validation_reader = _readers(job, rank.device)
+    train_reader, validation_reader, source = _readers(job, rank.device)
     train(
         StudentConfig.model_validate(job["student"]),
         TrainSettings.model_validate(job["settings"]),
@@ -133,7 +133,7 @@ def _train(job: dict[str, Any], rank: Rank, **options: Any) -> None:
         Path(job["folder"]),
         rank=rank,
         initial=None if job["initial"] is None else Path(job["initial"]),
-        cache_fingerprint=train_reader.cache.fingerprint if isinstance(train_reader, CacheReader) else None,
+        source=source,
         **options,
     )
 

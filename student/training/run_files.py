@@ -1,4 +1,7 @@
-"""Names of the files and folders in a run's folder that training and loading a student need."""
+"""Files and folders in a run's folder that training and loading a student need: their names, and how they are replaced."""
+
+import os
+from pathlib import Path
 
 METRICS = "metrics.jsonl"
 """Rows of metrics, one JSON object per line."""
@@ -28,3 +31,20 @@ EXPORT = "export"
 def step_folder(step: int) -> str:
     """Return the name of the folder in CHECKPOINTS that holds the student of an optimiser step."""
     return f"step-{step:06d}"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file atomically: even after a kill or a power failure it has either the old text or the new text."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    sync(temporary)
+    temporary.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

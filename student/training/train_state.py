@@ -1,9 +1,9 @@
 """Checkpoints of a run: the state from which it continues, and its best students."""
 
 import io
-import os
-import pickle
+import re
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +14,12 @@ import torch
 from ray_distill.student.checkpoints import save_student
 from ray_distill.student.model.student import Student
 from ray_distill.student.training import run_files
+from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.target_source import TargetSource
+
+_FOLDER = 0x10
+"""Attribute of a folder in a ZIP file. For a record with it, torch.load would return memory that it has not filled."""
 
 
 class CheckpointError(OSError):
@@ -71,12 +76,16 @@ class Checkpoints:
         folder: Folder of the checkpoints.
         parts: Parts to save, by name; the same names on every rank.
         rank: This process. Only rank 0 writes; its errors are raised on all ranks.
+        source: Source of the targets, which a checkpoint records. Default None: unknown, and not compared.
     """
 
-    def __init__(self, folder: Path, parts: Mapping[str, Stateful], rank: Rank) -> None:
+    def __init__(
+        self, folder: Path, parts: Mapping[str, Stateful], rank: Rank, source: TargetSource | None = None
+    ) -> None:
         self._folder = folder
         self._parts = parts
         self._rank = rank
+        self._source = None if source is None else {"name": source.name, "key": source.key}
 
     def load(self) -> TrainState:
         """Restore all parts and this rank's random state from ``last``.
@@ -87,28 +96,70 @@ class Checkpoints:
             The progress of the training; a new TrainState if no checkpoint exists.
 
         Raises:
-            ValueError: the checkpoint can't be read, or was made with other settings.
+            ValueError: the checkpoint is missing although the run has progressed, is damaged, or was made with other settings or
+                other targets. All files of the run are unchanged.
         """
         path = self._folder / run_files.LAST / run_files.STATE
         if not path.is_file():
+            self._refuse_progress(path)
             return TrainState()
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = _read(path)
+        except Exception as error:  # The parsers can raise anything for damaged bytes.
+            raise ValueError(
+                f"{path} is damaged ({_one_line(error)}); {self._advice('restore it from a copy')}"
+            ) from error
+        self._check_source(path, saved)
+        try:
             for name, part in self._parts.items():
                 part.load_state_dict(saved["parts"][name])
             state = TrainState(**saved["state"])
             random = saved["random"]
-        except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is not a checkpoint of this training ({' '.join(str(error).split())[:200]}); remove "
-                f"{self._folder} to start again, or give the run another name"
+                f"{path} is not a checkpoint of this training ({_one_line(error)}); {self._advice('use its settings')}"
             ) from error
+        if state.best and not (best := self._folder / run_files.step_folder(state.best[0][1])).is_dir():
+            raise ValueError(f"{best}, the best student so far, is missing; {self._advice('restore it from a copy')}")
         if len(random) == self._rank.world_size:
             mine = random[self._rank.index]
             torch.set_rng_state(mine["cpu"])
             if self._rank.device.type == "cuda" and mine["cuda"] is not None:
                 torch.cuda.set_rng_state(mine["cuda"], self._rank.device)
         return state
+
+    def _refuse_progress(self, path: Path) -> None:
+        """Raise ValueError if the run has steps or rows beyond step 0, which a start from the beginning would replace."""
+        last = max(
+            (*self._steps().values(), *(row["step"] for row in read_rows(self._run / run_files.METRICS))), default=0
+        )
+        if last > 0:  # A run that is killed during its first checkpoint has step 0 only.
+            raise ValueError(
+                f"{path}, from which the training would continue, is missing, but {self._run} has results up to step {last}; "
+                + self._advice("restore it from a copy")
+            )
+
+    def _check_source(self, path: Path, saved: dict[str, Any]) -> None:
+        recorded = saved.get("source")  # Earlier versions did not record it.
+        if recorded is None or self._source is None:
+            self._source = self._source or recorded
+        elif recorded["key"] != self._source["key"]:
+            raise ValueError(
+                f"{path} was trained with {recorded['name']}, but now the targets come from {self._source['name']}, which "
+                f"differ; {self._advice('use the former')}"
+            )
+
+    @property
+    def _run(self) -> Path:
+        return self._folder.parent
+
+    def _advice(self, first: str) -> str:
+        return f"{first}, give the run another name, or remove {self._run} to start again"
+
+    def _steps(self) -> dict[Path, int]:
+        """Return the folders of students with their steps. A copy with another name, such as step-000040-old, is none."""
+        found = ((path, re.fullmatch(r"step-(\d{6,})", path.name)) for path in self._folder.glob("step-*"))
+        return {path: int(match[1]) for path, match in found if match}
 
     def save(self, state: TrainState) -> None:
         """Write ``last``, with the random state of every rank.
@@ -126,13 +177,14 @@ class Checkpoints:
         def write() -> None:
             buffer = io.BytesIO()  # torch.save's own error does not mention a full disk.
             parts = {name: part.state_dict() for name, part in self._parts.items()}
-            torch.save({"parts": parts, "state": asdict(state), "random": everyone}, buffer)
+            content = {"parts": parts, "state": asdict(state), "random": everyone, "source": self._source}
+            torch.save(content, buffer)
             temporary = self._folder / run_files.LAST / f".{run_files.STATE}.tmp"
             temporary.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(buffer.getbuffer())
-            _sync(temporary)
+            run_files.sync(temporary)
             temporary.replace(temporary.with_name(run_files.STATE))
-            _sync(temporary.parent)
+            run_files.sync(temporary.parent)
 
         self._on_rank_0(write, state.step)
 
@@ -154,7 +206,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             save_student(student, temporary, {"step": state.step, "validation_loss": loss})
             for path in (*temporary.iterdir(), temporary):
-                _sync(path)
+                run_files.sync(path)
             # Exists only if a run was killed after this rename and before `last` was written.
             shutil.rmtree(self._folder / name, ignore_errors=True)
             temporary.rename(self._folder / name)
@@ -162,7 +214,7 @@ class Checkpoints:
             link.unlink(missing_ok=True)
             link.symlink_to(run_files.step_folder(best[0][1]))
             link.replace(self._folder / run_files.BEST)
-            _sync(self._folder)
+            run_files.sync(self._folder)
 
         self._on_rank_0(write, state.step)
         state.best = best
@@ -170,9 +222,9 @@ class Checkpoints:
     def remove_old(self, state: TrainState) -> None:
         """Remove the students that are not in ``state.best``. To be called after `save` has written that list."""
         if self._rank.index == 0:
-            best = {run_files.step_folder(step) for _, step in state.best}
-            for path in self._folder.glob("step-*"):
-                if path.name not in best:
+            best = {step for _, step in state.best}
+            for path, step in self._steps().items():
+                if step not in best:
                     shutil.rmtree(path)
 
     def _on_rank_0(self, write: Callable[[], None], step: int) -> None:
@@ -190,9 +242,20 @@ class Checkpoints:
             raise CheckpointError(problem)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint. An error of any kind is raised if a byte that matters was changed."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # It compares the CRC-32 of each record, which torch.load does not.
+        folders = [record.filename for record in archive.infolist() if record.external_attr & _FOLDER]
+    if damaged is not None:
+        raise ValueError(f"the CRC-32 of {damaged} differs")
+    if folders:
+        raise ValueError(f"{folders[0]} is marked as a folder")
+    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict):
+        raise ValueError(f"it contains a {type(saved).__name__}")
+    return saved
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

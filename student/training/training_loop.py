@@ -22,6 +22,7 @@ from ray_distill.student.training.metrics import Metrics, MetricWindow
 from ray_distill.student.training.optimizer import make_optimizer, schedule_factor
 from ray_distill.student.training.prefetch import MicroBatch, TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.target_source import TargetSource
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import Checkpoints, Stateful
 from ray_distill.student.training.validation import batch_loss, make_distiller, validate
@@ -72,7 +73,7 @@ def train(
     wrap: Callable[[nn.Module], nn.Module] = lambda distiller: distiller,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     on_validation: Callable[[dict[str, Any]], None] = lambda row: None,
-    cache_fingerprint: str | None = None,
+    source: TargetSource | None = None,
 ) -> TrainResult:
     """Train a student, or continue from ``folder/checkpoints/last``.
 
@@ -91,7 +92,7 @@ def train(
         wrap: Function that wraps the module with student and loss in DDP. Default: no wrapping.
         on_row: Function called on every rank with each row of ``metrics.jsonl`` (see `Metrics`).
         on_validation: Function called on every rank, equally often, after each validation.
-        cache_fingerprint: Fingerprint of the readers' cache, for the result. Default None: the readers have no cache.
+        source: Source of the readers' targets; a run with another source is refused. Default None: unknown, and not compared.
 
     Raises:
         ValueError: the student does not fit the targets, the checkpoint does not fit the training, or a tracker is not
@@ -109,13 +110,13 @@ def train(
     settings.check_student(config)
     for reader in (train_reader, validation_reader):
         _check_frames(config, reader)
-    loop = _Loop(config, settings, train_reader, validation_reader, folder, rank, initial, wrap, on_row, on_validation)
+    loop = _Loop(
+        config, settings, train_reader, validation_reader, folder, rank, initial, wrap, on_row, on_validation, source
+    )
     with loop.metrics:
-        result = replace(loop.run(), cache_fingerprint=cache_fingerprint)
+        result = replace(loop.run(), cache_fingerprint=None if source is None else source.cache_fingerprint)
     if rank.index == 0:
-        temporary = folder / f".{run_files.RESULT}.tmp"
-        temporary.write_text(json.dumps(asdict(result), indent=2) + "\n")
-        temporary.replace(folder / run_files.RESULT)
+        run_files.replace_text(folder / run_files.RESULT, json.dumps(asdict(result), indent=2) + "\n")
     return result
 
 
@@ -153,6 +154,7 @@ class _Loop:
         wrap: Callable[[nn.Module], nn.Module],
         on_row: Callable[[dict[str, Any]], None],
         on_validation: Callable[[dict[str, Any]], None],
+        source: TargetSource | None,
     ) -> None:
         self.settings, self.rank, self.on_row, self.on_validation = settings, rank, on_row, on_validation
         self.train_reader, self.validation_reader = train_reader, validation_reader
@@ -178,7 +180,7 @@ class _Loop:
             self.average = AveragedModel(self.student, multi_avg_fn=average)
             parts["average"] = self.average
         self.plan = TrainingPlan(train_reader.num_samples, settings, rank.world_size)
-        self.checkpoints = Checkpoints(folder / run_files.CHECKPOINTS, parts, rank)
+        self.checkpoints = Checkpoints(folder / run_files.CHECKPOINTS, parts, rank, source)
         self.state = self.checkpoints.load()
         self.started = time.monotonic() - self.state.seconds
         self.distiller = make_distiller(self.student, settings)

@@ -4,11 +4,14 @@ import hashlib
 import json
 from typing import Any
 
+SEAL = "seal"
+"""Key of a record's SHA-256."""
+
 
 def encode_record(record: dict[str, Any]) -> bytes:
     """Encode a record as canonical JSON (sorted keys, indent 2, final newline) with its SHA-256 under the key ``seal``."""
-    assert "seal" not in record
-    return _canonical(record | {"seal": hashlib.sha256(_canonical(record)).hexdigest()})
+    assert SEAL not in record
+    return _canonical(record | {SEAL: hashlib.sha256(_canonical(record)).hexdigest()})
 
 
 def decode_record(data: bytes) -> dict[str, Any]:
@@ -19,7 +22,7 @@ def decode_record(data: bytes) -> dict[str, Any]:
     """
     try:
         record = json.loads(data)
-        checksum = record.pop("seal")
+        checksum = record.pop(SEAL)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"it is not a JSON record with a checksum ({type(error).__name__})") from error
     if encode_record(record) != data or checksum != hashlib.sha256(_canonical(record)).hexdigest():

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,53 @@ def test_a_file_that_is_no_published_yaml_is_refused(tmp_path: Path, text: str) 
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ValueError, match="has no readable 'distiller' section"):
         published_config(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_no_flipped_bit_of_a_student_is_loaded(saved: tuple[Student, Path], name: str) -> None:
+    student, folder = saved
+    whole = (folder / name).read_bytes()
+    positions = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        bit = positions.randrange(8 * len(whole))
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        (folder / name).write_bytes(changed)
+        try:
+            loaded = load_student(folder)
+        except ValueError:
+            refused += 1
+        else:  # The key of the checksum itself.
+            assert loaded.config == student.config, bit
+            assert all(torch.equal(loaded.state_dict()[key], value) for key, value in student.state_dict().items()), bit
+    assert refused >= 55
+
+
+def test_what_is_wrong_with_a_changed_student_is_said(saved: tuple[Student, Path]) -> None:
+    _, folder = saved
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    text, whole = path.read_text(), weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is damaged: its SHA-256 is not that in .*config\.json; restore both"
+    ):
+        load_student(folder)
+    weights.write_bytes(whole)
+    path.write_text(text.replace('"dropout": 0.1', '"dropout": 0.2'))
+    with pytest.raises(
+        ValueError, match=r"config\.json was changed after it was written .*; restore it .* or remove its line 'seal'"
+    ):
+        load_student(folder)
+    record = json.loads(path.read_text())
+    del record["seal"]
+    path.write_text(json.dumps(record))
+    assert load_student(folder).config.dropout == 0.2
+
+
+def test_a_student_of_an_earlier_version_has_no_checksums(saved: tuple[Student, Path]) -> None:
+    student, folder = saved
+    record = json.loads((folder / "config.json").read_text())
+    earlier = {name: record[name] for name in ("student", "metadata")}
+    (folder / "config.json").write_text(json.dumps(earlier, indent=2) + "\n")
+    assert torch.equal(load_student(folder).mask_embedding, student.mask_embedding)

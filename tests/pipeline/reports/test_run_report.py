@@ -175,8 +175,18 @@ def test_a_long_run_has_a_small_page(tmp_path: Path) -> None:
 def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.metrics() == []
-    folder.metrics_file.write_text('{"kind": "train", "step": 1}\n{"kind": "tra')
-    assert folder.metrics() == [{"kind": "train", "step": 1}]
+    folder.metrics_file.write_text('{"kind": "train", "step": 1, "loss": 2.5}\n{"kind": "tra')
+    assert folder.metrics() == [{"kind": "train", "step": 1, "loss": 2.5}]
+
+
+def test_a_damaged_row_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    row = '{"kind": "train", "step": 1, "loss": 2.5}\n'
+    folder.metrics_file.write_text(row + row.replace("loss", "lors") + row)
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl is damaged in line 2, which is not a row of metrics; restore"
+    ):
+        folder.metrics()
 
 
 @pytest.fixture(scope="module")

@@ -401,8 +401,8 @@ def test_a_disk_that_fails_leaves_the_checkpoint_before(
     train(tiny, options, *readers, tmp_path / "whole")
     run = tmp_path / "failed"
     sync, syncs = os.fsync, 0
-    # Steps 0, 4 and 8 sync six files each: let each of the last six fail in turn.
-    for fatal in range(13, 19):
+    # The metrics sync one file, and steps 0, 4 and 8 sync six files each: let each of the last six fail in turn.
+    for fatal in range(14, 20):
         syncs = 0
 
         def fail(handle: int, fatal: int = fatal) -> None:
@@ -418,21 +418,3 @@ def test_a_disk_that_fails_leaves_the_checkpoint_before(
         monkeypatch.undo()
         train(tiny, options, *readers, run / str(fatal))
         assert_same_end(run / str(fatal), tmp_path / "whole")
-
-
-@pytest.mark.parametrize("damage", ["truncated", "other settings"])
-def test_a_checkpoint_that_cannot_be_used_is_refused(
-    tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers, damage: str
-) -> None:
-    run = tmp_path / "run"
-    train(tiny, settings(max_steps=2), *readers, run)
-    path = run / "checkpoints" / "last" / "state.pt"
-    options = settings(max_steps=4)
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:1000])
-    else:
-        options = settings(max_steps=4, ema_decay=0.9)
-    with pytest.raises(
-        ValueError, match="state.pt is not a checkpoint of this training .*; remove .*checkpoints to start"
-    ):
-        train(tiny, options, *readers, run)

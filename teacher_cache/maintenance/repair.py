@@ -91,7 +91,9 @@ def _set_aside(store: Store, problems: list[Problem]) -> list[str]:
 def _unused_name(store: Store, name: str) -> str:
     """Return the name, followed by a number if a file or folder has this name already."""
     number, unused = 1, name
-    while store.size(unused) is not None or store.obstacle(unused) is not None:
+    if (obstacle := store.obstacle(name)) not in (None, name):
+        raise CacheError(f"{store.at(str(obstacle))} is not a folder, but repair sets files aside there; rename it")
+    while store.size(unused) is not None or store.obstacle(unused) == unused:
         number, unused = number + 1, f"{name}.{number + 1}"
     return unused
 

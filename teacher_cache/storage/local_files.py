@@ -55,10 +55,12 @@ class LocalFiles:
 
     def obstacle(self, name: str) -> str | None:
         """Return the name of the first thing on the way to a file that has the wrong kind, such as a folder in its place."""
-        path = self.path(name)
-        for place in (*reversed(path.relative_to(self._root).parents), path.relative_to(self._root)):
+        self.path(name)
+        parts = Path(name).parts
+        for count in range(1, len(parts) + 1):
+            place = Path(*parts[:count])
             mode = _mode(self._root / place)
-            if mode and not (stat.S_ISREG(mode) if place == Path(name) else stat.S_ISDIR(mode)):
+            if mode and not (stat.S_ISREG(mode) if count == len(parts) else stat.S_ISDIR(mode)):
                 return str(place)
         return None
 

@@ -14,7 +14,10 @@ Location = Annotated[
     str, typer.Argument(metavar="CACHE", help="Folder of the cache, or a URI such as s3://bucket/prefix.")
 ]
 TeacherSpec = Annotated[
-    str | None, typer.Option(help="Checkpoint of the teacher. Default: the one that the cache was made with.")
+    str | None,
+    typer.Option(
+        help="Teacher: a checkpoint or torchaudio:NAME. Default: the one that the cache names, if it is random:LAYERSxDIM."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="Device of the teacher: cpu, cuda.")]
 
@@ -44,9 +47,9 @@ def verify(
     from rich.table import Table
 
     from ray_distill.teacher_cache.device import check_device
+    from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
     from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
     from ray_distill.teacher_cache.storage.cache import Cache
-    from ray_distill.teacher_cache.storage.store import Store
     from ray_distill.teacher_cache.teachers import load_teacher
 
     console = _console()
@@ -56,7 +59,7 @@ def verify(
         console.print(problem.text, style="red", markup=False)
     good = not problems
     if good and deep:
-        loaded = load_teacher(teacher or Cache.open(Store(cache)).record["teacher_spec"], device)
+        loaded = load_teacher(chosen_teacher(Cache.open(cache), teacher), device)
         table = Table(
             "pass", "layer", "relative error", "allowed", title=f"up to {deep} utterances compared with the teacher"
         )

@@ -11,6 +11,9 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
 AudioFormat = Literal["flac", "pcm"]
 
+MAX_SAMPLES = 4 * 3600 * SAMPLE_RATE
+"""Maximum number of samples of an utterance in a cache: four hours."""
+
 _SCALE = 32768.0
 
 
@@ -31,8 +34,20 @@ def to_flac(waveform: np.ndarray) -> bytes:
 
 
 def from_flac(data: bytes | memoryview) -> np.ndarray:
-    """Decode the bytes of `to_flac` to the same (S,) float32 waveform."""
-    samples, _ = soundfile.read(io.BytesIO(data), dtype="int16")
+    """Decode the bytes of `to_flac` to the same (S,) float32 waveform.
+
+    Raises:
+        ValueError: If the bytes are not FLAC of this kind. The length in the header is checked before memory is allocated.
+    """
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if (file.format, file.samplerate, file.channels) != ("FLAC", SAMPLE_RATE, 1):
+                raise ValueError(f"the audio is not mono FLAC at {SAMPLE_RATE} Hz")
+            if not 0 <= file.frames <= MAX_SAMPLES:
+                raise ValueError(f"the audio has {file.frames} samples by its header; the limit is {MAX_SAMPLES}")
+            samples = file.read(dtype="int16")
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise ValueError(f"the audio can't be decoded: {error}") from error
     waveform: np.ndarray = samples.astype(np.float32) / np.float32(_SCALE)
     return waveform
 

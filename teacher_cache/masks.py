@@ -11,6 +11,9 @@ import torch
 MIN_MASKS = 2
 """Minimum number of spans: HuBERT and wav2vec 2.0 call fairseq's ``compute_mask_indices`` with ``min_masks=2``."""
 
+MAX_DRAWS = 1000
+"""Maximum number of mask draws. A cache from a stranger may claim any number."""
+
 
 class MaskPolicy(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """How mask spans are drawn. Names follow fairseq's ``mask_*`` options."""
@@ -51,7 +54,7 @@ class MaskDraws(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
     """How spans are drawn."""
     policies: tuple[MaskPolicy, ...] = ()
     """Policies of the first draws, one each, where they differ from ``policy``; for example a schedule of mask_prob."""
-    draws: int = pydantic.Field(default=1, ge=0)
+    draws: int = pydantic.Field(default=1, ge=0, le=MAX_DRAWS)
     """Number of independent masks per utterance. 0 trains without masks."""
     seed: int = 0
     """Seed of all draws."""

@@ -21,7 +21,7 @@ from ray_distill.teacher_cache.embedded_audio import DECODERS
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import draw_mask
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, column_name, damage_error
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, Targets
+from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, Targets
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.target_batch import Batch, CachedUtterance, CodedTargets, pad_waveforms
 
@@ -34,6 +34,8 @@ _REMOTE_THREADS = 32
 _REMOTE_BATCHES = 4
 """Batches to read at a time from an object store, because a single batch of six utterances can't use all threads."""
 _COMMIT_THREADS = 16
+_ROW_SLACK = 1 << 20
+"""Bytes by which a column of a row may exceed twice its planned size: its id and headers of Parquet."""
 
 
 class CacheReader:
@@ -220,7 +222,10 @@ class CacheReader:
         spec = self.cache.spec
         composite = self._targets == "composite_only" and draw is not None
         first = self._columns(index, "clean", None, 0, ["audio"], [] if composite or 0 not in self._sets else None)
-        waveform = DECODERS[spec.audio](first[0].as_buffer())
+        try:
+            waveform = DECODERS[spec.audio](first[0].as_buffer())
+        except ValueError as error:
+            raise self._damaged(self._file(index, "clean", None, 0), str(error)) from error
         if len(waveform) != self.num_samples[index]:
             raise self._damaged(self._file(index, "clean", None, 0), "the audio does not have the planned length")
         codes: list[np.ndarray] = []
@@ -229,7 +234,7 @@ class CacheReader:
         for number, _codecs in self._sets.items():
             if composite:
                 mask_value, *values = self._columns(index, "composite", draw, number, ["mask"], None)
-                mask = _to_bool(mask_value)
+                mask = self._mask(index, "composite", draw, number, mask_value)
                 codes += self._codes(index, "composite", draw, number, values, count)
                 continue
             clean = first[1:] if number == 0 else self._columns(index, "clean", None, number, [], None)
@@ -238,7 +243,7 @@ class CacheReader:
                 mask = draw_mask(spec.masks.policy_of(draw), spec.masks.seed, draw, self.ids[index], count)
             elif draw is not None:
                 mask_value, *values = self._columns(index, "masked", draw, number, ["mask"], None)
-                mask = _to_bool(mask_value)
+                mask = self._mask(index, "masked", draw, number, mask_value)
                 unmasked = ~mask
                 masked = self._codes(index, "masked", draw, number, values, int(unmasked.sum()))
                 arrays = [array.copy() for array in arrays]
@@ -246,6 +251,12 @@ class CacheReader:
                     array[unmasked] = values_at_unmasked
             codes += arrays
         return waveform, codes, mask
+
+    def _mask(self, index: int, kind: str, draw: int | None, number: int, value: pa.ListScalar) -> np.ndarray:
+        mask: np.ndarray = value.values.to_numpy(zero_copy_only=False)
+        if mask.dtype != bool or len(mask) != self.num_frames[index]:
+            raise self._damaged(self._file(index, kind, draw, number), "a mask does not have the planned size")
+        return mask
 
     def _codes(
         self, index: int, kind: str, draw: int | None, number: int, values: list[Any], frames: int
@@ -275,15 +286,33 @@ class CacheReader:
         columns = ["id", *extra, *features]
         try:
             with self._open.use(file.name) as parquet:
+                self._check_size(index, parquet.metadata.row_group(self._places[index][1]), columns)
                 table = parquet.read_row_group(self._places[index][1], columns=columns, use_threads=False)
             values = [table.column(name).chunk(0)[0] for name in columns]
+            kinds = [pa.ListScalar if name == "mask" else (pa.BinaryScalar, pa.LargeBinaryScalar) for name in columns]
+            if not all(value.is_valid and isinstance(value, kind) for value, kind in zip(values, kinds, strict=True)):
+                raise ValueError("a column has another type, or no value")
             found = values[0].as_py()
             self.bytes_read += table.nbytes
-        except (OSError, ValueError, KeyError, IndexError, pa.ArrowException) as error:
+        except CacheAccessError:
+            raise
+        except (OSError, ValueError, LookupError, AttributeError, RuntimeError, pa.ArrowException) as error:
             raise self._damaged(file, str(error).split("\n")[0]) from error
         if found != self.ids[index]:
             raise self._damaged(file, f"it holds utterance {found!r} in place of {self.ids[index]!r}")
         return values[1:]
+
+    def _check_size(self, index: int, row: pq.RowGroupMetaData, columns: list[str]) -> None:
+        """Check the size of a row before it is decompressed. ValueError if it is far larger than the planned one."""
+        planned = 2 * int(self.num_samples[index])
+        planned += int(self.num_frames[index]) * (1 + max((codec.bytes_per_frame for codec in self._codecs), default=0))
+        for number in range(row.num_columns):
+            column = row.column(number)
+            size = max(column.total_uncompressed_size, column.num_values)
+            if column.path_in_schema.partition(".")[0] in columns and size > 2 * planned + _ROW_SLACK:
+                raise ValueError(f"a row has a column of {size} bytes, but about {planned} at most were planned")
+        if row.num_rows != 1:
+            raise ValueError(f"a row group has {row.num_rows} rows instead of one")
 
     def _damaged(self, file: ShardFile, reason: str) -> CacheError:
         return damage_error(self.cache.store, file.name, f"is damaged ({reason})")
@@ -330,8 +359,3 @@ class _ParquetFilePool:
                 if files:
                     self._idle[oldest] = files
                     self._idle.move_to_end(oldest, last=False)
-
-
-def _to_bool(value: pa.ListScalar) -> np.ndarray:
-    mask: np.ndarray = value.values.to_numpy(zero_copy_only=False)
-    return mask

@@ -20,6 +20,8 @@ from torch._utils import IMPORT_MAPPING, NAME_MAPPING  # Tables by which torch's
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLES_IN_LEGACY_FILE = 5  # magic number, protocol, system info, object, storage keys
 _MAX_DEPTH = 64
+_MAX_EXPANSION = 20
+"""Maximum size of an archive's content, relative to its file."""
 
 _HARMLESS_PACKAGES = {"fairseq", "omegaconf", "hydra", "pytorch_lightning", "lightning", "lightning_fabric"}
 _HARMLESS_GLOBALS = {
@@ -177,6 +179,10 @@ def _globals(path: Path) -> set[str]:
     with path.open("rb") as file:
         if file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:
             with zipfile.ZipFile(path) as archive:
+                # PyTorch does not compress. An archive of zeros from a stranger could otherwise unpack to any size.
+                unpacked = sum(info.file_size for info in archive.infolist())
+                if unpacked > _MAX_EXPANSION * path.stat().st_size:
+                    raise ValueError(f"the archive would unpack to {unpacked} bytes")
                 pickles = [name for name in archive.namelist() if name.split("/")[-1] == "data.pkl"]
                 if not pickles:
                     raise ValueError("the archive has no data.pkl")

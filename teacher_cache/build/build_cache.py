@@ -22,11 +22,10 @@ from ray_distill.teacher_cache.storage.cache import (
     COPIES,
     Cache,
     check_location,
-    create_cache,
-    grow_cache,
     state_name,
 )
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.create import create_cache, grow_cache
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
 from ray_distill.teacher_cache.storage.shard_plan import Shard, with_paths
 from ray_distill.teacher_cache.storage.store import Store

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from ray_distill.teacher_cache.embedded_audio import DECODERS, ENCODERS
 from ray_distill.teacher_cache.source_audio import load_waveform
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, damage_error
+from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError
 from ray_distill.teacher_cache.storage.shard_plan import Shard
 
 
@@ -64,7 +65,7 @@ def audio_from_damaged_file(cache: Cache, shard: Shard) -> ShardAudio | None:
                     return None
                 waveforms.append(waveform)
                 embedded.append(encode(waveform))
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, pa.ArrowException):
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, pa.ArrowException):
         return None
     return ShardAudio(waveforms, embedded, [])
 
@@ -75,5 +76,7 @@ def _from_cache(cache: Cache, audio_file: ShardFile) -> ShardAudio:
         with pq.ParquetFile(cache.store.open(audio_file.name), page_checksum_verification=True) as file:
             embedded = file.read(columns=["audio"], use_threads=False)["audio"].to_pylist()
         return ShardAudio([decode(value) for value in embedded], embedded, [])
-    except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+    except CacheAccessError as error:
+        return ShardAudio([], [], [str(error)])
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, pa.ArrowException) as error:
         return ShardAudio([], [], [str(damage_error(cache.store, audio_file.name, f"is damaged ({error})"))])

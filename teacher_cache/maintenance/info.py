@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from ray_distill.teacher_cache.storage.cache import Cache
@@ -26,9 +27,11 @@ def info_table(location: str | Path) -> Table:
             finished += file.commit in sizes
             by_folder.setdefault(file.part.folder, []).append(sizes.get(file.name, 0))
     size = sum(sum(part) for part in by_folder.values())
-    table = Table(show_header=False, title=f"teacher cache at {cache.store.location}")
+    table = Table(show_header=False, title=f"teacher cache at {escape(cache.store.location)}")
     table.add_row("fingerprint", f"{cache.fingerprint[:16]}...")
-    table.add_row("teacher", f"{record['teacher_name']}: {spec.num_layers} layers x {spec.dim}, {spec.precision}")
+    table.add_row(
+        "teacher", f"{escape(record['teacher_name'])}: {spec.num_layers} layers x {spec.dim}, {spec.precision}"
+    )
     table.add_row(
         "audio",
         f"{record['seconds'] / 3600:.2f} h, {record['utterances']} utterances, {record['frames']} frames, {spec.audio}",

@@ -6,7 +6,8 @@ from pathlib import Path
 from ray_distill.teacher_cache.build.build_cache import raise_failures
 from ray_distill.teacher_cache.build.shard_audio import audio_from_corpus, audio_from_damaged_file, load_shard_audio
 from ray_distill.teacher_cache.build.shard_writer import open_writer
-from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
+from ray_distill.teacher_cache.maintenance.verify import Problem, verify_cache
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
@@ -33,8 +34,8 @@ def repair_cache(
 
     Args:
         location: Location of the cache.
-        teacher_spec: Specification of the teacher for `load_teacher`. Default the one in ``cache.json``. The teacher is only
-            loaded if shards are damaged.
+        teacher_spec: Specification of the teacher for `load_teacher`. Default the one in ``cache.json``, if that is safe; see
+            `chosen_teacher`. The teacher is only loaded if shards are damaged.
         device: Device of the teacher. Default the CPU.
         corpus_moved: Old and new path of a folder above the corpus, if it was moved since the cache was created.
 
@@ -42,8 +43,9 @@ def repair_cache(
         One sentence per repair. Empty for an intact cache.
 
     Raises:
-        CacheError: If both copies of a record are missing or damaged, the teacher is not the cache's, no audio file was below
-            the old path, or audio can't be read (all other shards are repaired first).
+        CacheError: If both copies of a record are missing or damaged, ``cache.json`` and its copy are intact but describe
+            different caches, anything in the cache is a link, the folder can't be written to, the teacher is not the cache's or
+            must be named, no audio file was below the old path, or audio can't be read (everything else is repaired first).
     """
     store = Store(location)
     if not Cache.exists(store) and store.size(f"{COPIES}/{CACHE_JSON}") is None:
@@ -52,6 +54,10 @@ def repair_cache(
     with cache_lock(store) as check_lock:
         store.remove_leftovers()
         problems = verify_cache(store)
+        for problem in problems:
+            if problem.kind == "conflict":
+                raise CacheError(problem.text)
+        done += _set_aside(store, problems)
         records = [problem.name for problem in problems if problem.kind == "identity"]
         for name in records:
             copy = name.removeprefix(f"{COPIES}/") if name.startswith(COPIES) else f"{COPIES}/{name}"
@@ -63,10 +69,7 @@ def repair_cache(
             done.append(f"{store.at(name)} restored from its copy")
         if records:
             problems = verify_cache(store)
-        for problem in problems:
-            if problem.kind == "foreign":
-                store.move(problem.name, _unused_name(store, f"{SET_ASIDE}/{problem.name}"))
-                done.append(f"{store.at(problem.name)} moved to {SET_ASIDE}/")
+            done += _set_aside(store, problems)
         damaged = [problem.file for problem in problems if problem.file is not None]
         if damaged:
             cache = Cache.open(store)
@@ -75,10 +78,22 @@ def repair_cache(
     return done
 
 
+def _set_aside(store: Store, problems: list[Problem]) -> list[str]:
+    """Move what does not belong to the cache to ``set-aside/``, folders as a whole, and return one sentence for each."""
+    moved: list[str] = []
+    for name in sorted({problem.name for problem in problems if problem.kind == "foreign"}):
+        if not any(name.startswith(f"{folder}/") for folder in moved):
+            store.move(name, _unused_name(store, f"{SET_ASIDE}/{name}"))
+            moved.append(name)
+    return [f"{store.at(name)} moved to {SET_ASIDE}/" for name in moved]
+
+
 def _unused_name(store: Store, name: str) -> str:
-    """Return the name, followed by a number if a file has this name already."""
+    """Return the name, followed by a number if a file or folder has this name already."""
     number, unused = 1, name
-    while store.size(unused) is not None:
+    if (obstacle := store.obstacle(name)) not in (None, name):
+        raise CacheError(f"{store.at(str(obstacle))} is not a folder, but repair sets files aside there; rename it")
+    while store.size(unused) is not None or store.obstacle(unused) == unused:
         number, unused = number + 1, f"{name}.{number + 1}"
     return unused
 
@@ -108,7 +123,7 @@ def _rebuild(
 ) -> list[str]:
     done: list[str] = []
     failures: list[str] = []
-    teacher = load_teacher(teacher_spec or cache.record["teacher_spec"], device)
+    teacher = load_teacher(chosen_teacher(cache, teacher_spec), device)
     with open_writer(cache, teacher, device) as writer:
         for shard in shards:
             files = [file for file in damaged if file.shard == shard.number]

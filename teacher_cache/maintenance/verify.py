@@ -1,6 +1,7 @@
 """Verification of a cache: its files against their commit records, and its content against the teacher."""
 
 import random
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from ray_distill.teacher_cache.codecs import relative_error
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, DATA_FOLDERS, PLAN, Cache, ShardFile, state_name
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, CacheSpec, parts_of
+from ray_distill.teacher_cache.storage.create import is_growth
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import Teacher
 
@@ -30,14 +32,15 @@ class Problem:
     Attributes:
         name: Name of the file, relative to the cache.
         text: One sentence that names the file and the problem.
-        kind: ``identity`` (one of the two copies of a record), ``shard`` (a shard file or its commit record) or ``foreign``
-            (a file that does not belong to the cache).
+        kind: ``identity`` (one of the two copies of a record), ``shard`` (a shard file or its commit record), ``foreign``
+            (a file that does not belong to the cache, or a folder in the place of a file), or ``conflict`` (``cache.json``
+            and its copy are both intact but describe different caches).
         file: The shard file, if the kind is ``shard``.
     """
 
     name: str
     text: str
-    kind: Literal["identity", "shard", "foreign"]
+    kind: Literal["identity", "shard", "foreign", "conflict"]
     file: ShardFile | None = None
 
 
@@ -56,11 +59,12 @@ def verify_cache(
         The problems found. Empty for an intact cache.
 
     Raises:
-        CacheError: If there is no cache, or both copies of a record that identifies it are missing or damaged.
+        CacheError: If there is no cache, both copies of a record that identifies it are missing or damaged, a limit is exceeded,
+            or a file is a link or can't be read.
     """
     store = location if isinstance(location, Store) else Store(location)
     cache, problems = _identity(store, growing=needed is not None)
-    if cache is None:
+    if cache is None or any(problem.kind == "conflict" for problem in problems):
         return problems
     files = [file for shard in cache.shards for file in cache.files(shard, needed)]
     sizes = store.sizes()
@@ -73,6 +77,7 @@ def verify_cache(
     if needed is not None:
         return problems
     known = {file.name for file in files} | {file.commit for file in files}
+    problems += _obstacles(store, known)
     problems += [
         Problem(name, f"{store.at(name)} does not belong to the cache", "foreign")
         for name in sizes
@@ -92,11 +97,17 @@ def _identity(store: Store, growing: bool) -> tuple[Cache | None, list[Problem]]
     for name, opened in ((CACHE_JSON, Cache.open), (f"{COPIES}/{CACHE_JSON}", Cache.open_copy)):
         try:
             found = opened(store)
-            if cache is not None and found.record != cache.record and not growing:
-                errors.append(Problem(name, f"{store.at(name)} differs from {CACHE_JSON}", "identity"))
-            cache = cache or found
+        except CacheAccessError:
+            raise
         except CacheError as error:
             errors.append(Problem(name, str(error), "identity"))
+            continue
+        if cache is not None and found.record != cache.record:
+            if not is_growth(cache, found) or (not growing and _has_files_of(found, cache)):
+                return cache, [Problem(name, _conflict(store), "conflict")]
+            if not growing:
+                errors.append(Problem(name, f"{store.at(name)} differs from {CACHE_JSON}", "identity"))
+        cache = cache or found
     if cache is None:
         raise CacheError(f"{errors[0].text}; its copy can't be used either: {errors[1].text}")
     expected = {PLAN: cache.record["plan"]}
@@ -111,13 +122,40 @@ def _identity(store: Store, growing: bool) -> tuple[Cache | None, list[Problem]]
     for name in () if growing else (*store.names(COPIES), *store.names("codec")):
         if name.removeprefix(f"{COPIES}/") not in known:
             bad.append(Problem(name, f"{store.at(name)} does not belong to the cache", "foreign"))
+    bad += _obstacles(store, (f"{folder}{name}" for name in known for folder in ("", f"{COPIES}/")))
     return (None if any(problem.name == PLAN for problem in bad) else cache), errors + bad
+
+
+def _has_files_of(growth: Cache, cache: Cache) -> bool:
+    """Return whether there are files of an extension, which an interrupted `grow_cache` does not leave."""
+    folders, known = (
+        {part.folder for part in parts_of(found.spec, len(found.layer_sets), "train")} for found in (growth, cache)
+    )
+    return any(cache.store.names(f"commits/{folder}") for folder in folders - known)
+
+
+def _conflict(store: Store) -> str:
+    return (
+        f"{store.at(CACHE_JSON)} and its copy {store.at(f'{COPIES}/{CACHE_JSON}')} are both intact but describe different caches; "
+        "move the wrong one away and repair the cache again"
+    )
+
+
+def _obstacles(store: Store, names: Iterable[str]) -> list[Problem]:
+    """Return a problem for each folder in the place of a file, and for each file in the place of a folder."""
+    found = {obstacle for name in names if (obstacle := store.obstacle(name)) is not None}
+    return [
+        Problem(name, f"{store.at(name)} stands in the place of a file or folder of the cache", "foreign")
+        for name in sorted(found)
+    ]
 
 
 def _check_file(cache: Cache, file: ShardFile, sizes: dict[str, int], checksums: bool) -> Problem | None:
     store = cache.store
     try:
         record = cache.commit_of(file)
+    except CacheAccessError:
+        raise
     except CacheError as error:
         return Problem(file.commit, str(error), "shard", file)
     if record is None:

@@ -3,13 +3,14 @@
 The records are measurements and not part of a cache's identity. Only reports read them, and a cache works without them.
 """
 
+import math
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
+from ray_distill.teacher_cache.storage.json_record import MAX_RECORD_BYTES, decode_record, encode_record
 from ray_distill.teacher_cache.storage.store import Store
 
 BUILDS = "builds"
@@ -95,7 +96,9 @@ def total_teacher_time(store: Store) -> TeacherTime:
     total = TeacherTime()
     for name in store.names(BUILDS):
         try:
-            total.add(TeacherTime.from_columns(decode_record(store.read(name))))
-        except (ValueError, KeyError):
+            found = TeacherTime.from_columns(decode_record(store.read(name, MAX_RECORD_BYTES)))
+            if all(0 <= number < math.inf for number in found.to_columns().values()):
+                total.add(found)
+        except (ValueError, KeyError, TypeError):
             continue  # A damaged record changes nothing but this sum.
     return total

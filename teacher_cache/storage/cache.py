@@ -1,4 +1,4 @@
-"""A cache in a store: its files, their commit records, its identity, and how it is created and extended.
+"""A cache in a store: its files, their commit records and its identity.
 
     CACHE/
       cache.json                           identity: specification, sets of layers, fingerprint, counts; with a checksum
@@ -16,7 +16,6 @@ their own.
 """
 
 import hashlib
-import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,16 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pydantic
-import safetensors.torch
 from torch import Tensor
 
-from ray_distill.teacher_cache.codecs import ColumnCodec, is_learned, open_codec
-from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.codecs import ColumnCodec, open_codec
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache_spec import (
     SCHEMA_VERSION,
+    CacheAccessError,
     CacheError,
     CacheSpec,
     LayerSet,
@@ -42,9 +39,15 @@ from ray_distill.teacher_cache.storage.cache_spec import (
     fingerprint,
     parts_of,
 )
-from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
+from ray_distill.teacher_cache.storage.json_record import MAX_RECORD_BYTES, decode_record, encode_record
+from ray_distill.teacher_cache.storage.limits import (
+    check_commit,
+    check_identity,
+    load_state,
+    read_plan,
+)
 from ray_distill.teacher_cache.storage.lock import LEASE
-from ray_distill.teacher_cache.storage.shard_plan import Shard, shard_numbers, shards_of
+from ray_distill.teacher_cache.storage.shard_plan import Shard, shards_of
 from ray_distill.teacher_cache.storage.store import Store
 
 CACHE_JSON = "cache.json"
@@ -67,6 +70,14 @@ def state_name(layer_set: int) -> str:
 def damage_error(store: Store, name: str, damage: str) -> CacheError:
     """Return the error for a damaged file. ``damage`` is a verb phrase, such as ``is missing``."""
     return CacheError(f"{store.at(name)} {damage}; `ray-distill cache repair {store.location}` restores it")
+
+
+def _invalid(store: Store, name: str, error: Exception) -> CacheError:
+    reason = f"{error}"
+    if isinstance(error, pydantic.ValidationError):
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return CacheError(f"{store.at(name)} is not valid ({reason}); build the cache again")
 
 
 @dataclass(frozen=True)
@@ -128,38 +139,41 @@ class Cache:
         """
         store = location if isinstance(location, Store) else Store(location)
         try:
-            data = store.read(CACHE_JSON)
+            return cls._from(store, CACHE_JSON)
         except FileNotFoundError:
             raise CacheError(
                 f"there is no teacher cache at {store.location} (no {CACHE_JSON}); run the cache stage first"
             ) from None
-        return cls._from(store, data, CACHE_JSON)
 
     @classmethod
     def open_copy(cls, store: Store) -> "Cache":
         """Open a cache from the copy of its ``cache.json``; otherwise the same as `open`."""
         try:
-            return cls._from(store, store.read(f"{COPIES}/{CACHE_JSON}"), f"{COPIES}/{CACHE_JSON}")
+            return cls._from(store, f"{COPIES}/{CACHE_JSON}")
         except FileNotFoundError:
             raise CacheError(f"{store.at(COPIES)} has no {CACHE_JSON}") from None
 
     @classmethod
-    def _from(cls, store: Store, data: bytes, name: str) -> "Cache":
+    def _from(cls, store: Store, name: str) -> "Cache":
         try:
-            record = decode_record(data)
+            record = decode_record(store.read(name, MAX_RECORD_BYTES))
+        except CacheAccessError:
+            raise
         except ValueError as error:
             raise damage_error(store, name, f"is damaged ({error})") from error
-        version = record["spec"].get("schema_version")
+        tree = record.get("spec")
+        version = tree.get("schema_version") if isinstance(tree, dict) else SCHEMA_VERSION
         if version != SCHEMA_VERSION:
             raise CacheError(
-                f"the cache at {store.location} has schema version {version}, but this program reads version "
+                f"the cache at {store.location} has schema version {str(version)[:20]}, but this program reads version "
                 f"{SCHEMA_VERSION}; build the cache again or use the program that built it"
             )
         try:
-            spec = CacheSpec.model_validate(record["spec"])
+            spec = CacheSpec.model_validate(tree)
             sets = tuple(LayerSet.model_validate(item) for item in record["sets"])
-        except (pydantic.ValidationError, KeyError) as error:
-            raise CacheError(f"{store.at(name)} is not valid ({error}); build the cache again") from error
+            check_identity(spec, sets, record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _invalid(store, name, error) from error
         return cls(store, spec, sets, record)
 
     def __repr__(self) -> str:
@@ -178,7 +192,11 @@ class Cache:
     @cached_property
     def plan(self) -> pa.Table:
         """The plan of shards. CacheError if its file is missing or damaged."""
-        return pq.read_table(io.BytesIO(self._read_checked(PLAN, self.record["plan"])))
+        data = self._read_checked(PLAN, self.record["plan"])
+        try:
+            return read_plan(data, self.spec, len(self.layer_sets))
+        except ValueError as error:
+            raise _invalid(self.store, PLAN, error) from error
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -203,11 +221,12 @@ class Cache:
         """Return the codecs of a set of layers, one per column. CacheError if their state is missing or damaged."""
         chosen = self.layer_sets[layer_set]
         state: dict[str, Tensor] = {}
-        if chosen.state is not None:
-            state = safetensors.torch.load(self._read_checked(state_name(layer_set), chosen.state))
+        data = None if chosen.state is None else self._read_checked(state_name(layer_set), chosen.state)
         try:
+            if data is not None:
+                state = load_state(data, self.spec, chosen)
             return open_codec(self.spec.codec, chosen.layers, self.spec.dim, state)
-        except ValueError as error:
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:
             raise CacheError(f"the cache at {self.store.location} can't be decoded: {error}") from error
 
     def files(self, shard: Shard, needed: CacheSpec | None = None) -> list[ShardFile]:
@@ -236,11 +255,12 @@ class Cache:
             CacheError: If the record is damaged or belongs to a file with other content.
         """
         try:
-            data = self.store.read(file.commit)
+            record = decode_record(self.store.read(file.commit, MAX_RECORD_BYTES))
+            check_commit(record)
         except FileNotFoundError:
             return None
-        try:
-            record = decode_record(data)
+        except CacheAccessError:
+            raise
         except ValueError as error:
             raise damage_error(self.store, file.commit, f"is damaged ({error})") from error
         if record["content"] != file.content:
@@ -279,94 +299,6 @@ def check_location(store: Store) -> None:
         raise CacheError(
             f"{store.location} holds files (such as {foreign[0]}) but no {CACHE_JSON}; set cache.path to an empty or new folder"
         )
-
-
-def create_cache(
-    store: Store,
-    spec: CacheSpec,
-    plan: pa.Table,
-    *,
-    teacher_name: str,
-    teacher_spec: str,
-    state: Mapping[str, Tensor],
-    threads: int = 1,
-) -> Cache:
-    """Create a cache in an empty location: write the plan, the codec's state and last ``cache.json``.
-
-    Args:
-        store: Store of the cache.
-        spec: Specification of the cache.
-        plan: Table from `plan_shards`.
-        teacher_name: Name of the teacher for people to read.
-        teacher_spec: Specification of the teacher for `load_teacher`, used by repair.
-        state: State of the codec. Empty for a codec without state.
-        threads: Number of PyTorch threads of a teacher on a CPU. It affects rounding, so later builds and repairs use the
-            same number.
-
-    Raises:
-        CacheError: If the location holds other files.
-    """
-    assert bool(state) == is_learned(spec.codec)
-    check_location(store)
-    buffer = io.BytesIO()
-    pq.write_table(plan, buffer, compression="zstd")
-    for name in (PLAN, f"{COPIES}/{PLAN}"):
-        store.write(name, buffer.getvalue())
-    samples = plan["num_samples"].to_numpy()
-    record = {
-        "plan": hashlib.sha256(buffer.getvalue()).hexdigest(),
-        "teacher_name": teacher_name,
-        "teacher_spec": teacher_spec,
-        "threads": threads,
-        "utterances": plan.num_rows,
-        "shards": len(shard_numbers(plan)),
-        "seconds": float(samples.sum() / SAMPLE_RATE),
-        "frames": int(plan["num_frames"].to_numpy().sum()),
-    }
-    layer_set = LayerSet(layers=spec.layers, state=_write_state(store, 0, state))
-    return _write_record(store, spec, (layer_set,), record)
-
-
-def grow_cache(cache: Cache, needed: CacheSpec, state: Mapping[str, Tensor]) -> Cache:
-    """Extend a cache's identity by the layers and draws of a need. Existing files stay valid; the new ones are missing.
-
-    Args:
-        cache: A cache for which `Cache.covers` is False.
-        needed: Specification of the need.
-        state: State of the codec for the new layers. Empty without new layers or for a codec without state.
-
-    Returns:
-        The extended cache.
-    """
-    sets = cache.layer_sets
-    new = tuple(sorted(set(needed.layers) - set(cache.spec.layers)))
-    if new:
-        sets = (*sets, LayerSet(layers=new, state=_write_state(cache.store, len(sets), state)))
-    record = {key: value for key, value in cache.record.items() if key not in ("spec", "sets", "fingerprint")}
-    return _write_record(cache.store, cache.spec.grown(needed), sets, record)
-
-
-def _write_state(store: Store, layer_set: int, state: Mapping[str, Tensor]) -> str | None:
-    if not state:
-        return None
-    data = safetensors.torch.save({key: value.cpu().contiguous() for key, value in state.items()})
-    for name in (state_name(layer_set), f"{COPIES}/{state_name(layer_set)}"):
-        store.write(name, data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def _write_record(store: Store, spec: CacheSpec, sets: tuple[LayerSet, ...], record: dict[str, Any]) -> Cache:
-    data = encode_record(
-        record
-        | {
-            "spec": spec.model_dump(mode="json"),
-            "sets": [layer_set.model_dump(mode="json") for layer_set in sets],
-            "fingerprint": fingerprint(spec, sets),
-        }
-    )
-    for name in (f"{COPIES}/{CACHE_JSON}", CACHE_JSON):
-        store.write(name, data)
-    return Cache.open(store)
 
 
 def file_record(path: Path, rows: int, content: str) -> dict[str, Any]:

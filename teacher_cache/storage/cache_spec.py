@@ -21,6 +21,10 @@ class CacheError(ValueError):
     """A cache that is missing, damaged, incomplete or made for something else. The message is meant for the user."""
 
 
+class CacheAccessError(CacheError):
+    """A file of a cache that may not be read or written: a link, or a lack of permission. It does not mean damage."""
+
+
 class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Everything that determines the content of a cache, except for the codec's state."""
 

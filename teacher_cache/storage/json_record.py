@@ -6,6 +6,8 @@ from typing import Any
 
 SEAL = "seal"
 """Key of a record's SHA-256."""
+MAX_RECORD_BYTES = 16 << 20
+"""Maximum size of a record that is read. A record of a thousand mask policies has less than a megabyte."""
 
 
 def encode_record(record: dict[str, Any]) -> bytes:
@@ -23,7 +25,7 @@ def decode_record(data: bytes) -> dict[str, Any]:
     try:
         record = json.loads(data)
         checksum = record.pop(SEAL)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"it is not a JSON record with a checksum ({type(error).__name__})") from error
     if encode_record(record) != data or checksum != hashlib.sha256(_canonical(record)).hexdigest():
         raise ValueError("its checksum does not match its content")

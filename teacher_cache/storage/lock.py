@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.storage.local_files import open_lock_file
 from ray_distill.teacher_cache.storage.store import Store, is_disk_full
 
 LEASE = "building.json"
@@ -38,7 +39,8 @@ def cache_lock(store: Store) -> Iterator[Callable[[], None]]:
         happens when this one could not reach the object store for too long.
 
     Raises:
-        CacheError: If another process holds the lock, which the message names, or if the disk fills up in the block.
+        CacheError: If another process holds the lock, which the message names, the folder can't be written to, or the disk
+            fills up in the block.
     """
     try:
         with _file_lock(store) if store.local is not None else _lease(store) as check:
@@ -77,9 +79,8 @@ def _locked_error(store: Store, content: bytes) -> CacheError:
 @contextmanager
 def _file_lock(store: Store) -> Iterator[Callable[[], None]]:
     assert store.local is not None
-    store.local.mkdir(parents=True, exist_ok=True)
     path = store.local / _LOCK_FILE
-    with path.open("a+b", buffering=0) as file:
+    with os.fdopen(open_lock_file(path), "a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -16,6 +16,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from ray_distill.teacher_cache.storage.local_files import LocalFiles
+
 _COPY_BYTES = 8 << 20
 _T = TypeVar("_T")
 
@@ -25,6 +27,9 @@ class Store:
 
     On a local disk a file is written under a temporary name, synced and renamed. An object store shows an object only when its
     upload is complete, so a file is first written to the local temporary folder and then uploaded.
+
+    A cache may come from a stranger, so nothing below a local root is read, written, moved or removed through a symbolic link.
+    Methods raise CacheAccessError for a link, and for a file or folder that the user may not read or write.
 
     Args:
         location: A local path, also as ``file:///...``, or a URI that Arrow or fsspec opens (``s3://bucket/prefix``,
@@ -43,9 +48,10 @@ class Store:
     def __init__(self, location: str | os.PathLike[str]) -> None:
         self.location = os.fspath(location).rstrip("/")
         self.local: Path | None = None
-        if "://" not in self.location or self.location.startswith("file://"):
+        if "://" not in self.location or self.location.startswith(("file://", "local://")):
             self.local = Path(_local_path(self.location)).absolute()
             self.location = str(self.local)
+            self._files = LocalFiles(self.local)
             self._fs, self._root = pafs.LocalFileSystem(), self.location
         else:
             self._fs, root = _open(self.location)
@@ -60,11 +66,23 @@ class Store:
 
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes, or None if it does not exist."""
+        if self.local is not None:
+            return self._files.size(name)
         info = self._fs.get_file_info(f"{self._root}/{name}")
         return int(info.size) if info.type == pafs.FileType.File else None
 
-    def read(self, name: str) -> bytes:
-        """Return the content of a file. Raises FileNotFoundError."""
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is larger than ``max_bytes``.
+        """
+        if max_bytes is not None and (size := self.size(name)) is not None and size > max_bytes:
+            raise ValueError(f"it has {size} bytes; the limit is {max_bytes}")
+        if self.local is not None:
+            with self._files.reading(name) as path:
+                return path.read_bytes()
         with self._fs.open_input_file(f"{self._root}/{name}") as file:
             data: bytes = file.read()
         return data
@@ -72,22 +90,29 @@ class Store:
     def open(self, name: str) -> pa.NativeFile:
         """Open a file for random access: memory-mapped on a local disk, with range requests in an object store."""
         if self.local is not None:
-            return pa.memory_map(f"{self._root}/{name}")
+            with self._files.reading(name) as path:
+                return pa.memory_map(str(path))
         return self._fs.open_input_file(f"{self._root}/{name}")
 
     def sha256(self, name: str) -> str:
         """Return the SHA-256 (hex) of a file. Raises FileNotFoundError."""
+        if self.local is not None:
+            with self._files.reading(name) as path, path.open("rb") as local:
+                return hashlib.file_digest(local, "sha256").hexdigest()
         digest = hashlib.sha256()
         with self._fs.open_input_stream(f"{self._root}/{name}", buffer_size=0) as file:
             while block := file.read(_COPY_BYTES):
                 digest.update(block)
         return digest.hexdigest()
 
+    def obstacle(self, name: str) -> str | None:
+        """Return what is in the place of a file or of a folder above it and is no file or folder, respectively; or None."""
+        return None if self.local is None else self._files.obstacle(name)
+
     def move(self, name: str, to: str) -> None:
-        """Rename a file."""
+        """Rename a file, or on a local disk also a folder."""
         if self.local is not None:
-            (self.local / to).parent.mkdir(parents=True, exist_ok=True)
-            self._fs.move(f"{self._root}/{name}", f"{self._root}/{to}")
+            self._files.move(name, to)
         else:
             self._with_folder(to, lambda: self._fs.move(f"{self._root}/{name}", f"{self._root}/{to}"))
 
@@ -101,17 +126,16 @@ class Store:
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the sorted names of all files in a folder, without temporary files of writers."""
-        selector = pafs.FileSelector(f"{self._root}/{prefix}".rstrip("/"), recursive=True, allow_not_found=True)
-        found = (
-            info.path[len(self._root) + 1 :]
-            for info in self._fs.get_file_info(selector)
-            if info.type == pafs.FileType.File
-        )
-        return sorted(name for name in found if not _is_temporary(name))
+        return sorted(self._sizes(prefix))
 
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of every file. This takes a single listing, also for a large cache in an object store."""
-        selector = pafs.FileSelector(self._root, recursive=True, allow_not_found=True)
+        return self._sizes("")
+
+    def _sizes(self, prefix: str) -> dict[str, int]:
+        if self.local is not None:
+            return {name: size for name, size in self._files.sizes(prefix).items() if not _is_temporary(name)}
+        selector = pafs.FileSelector(f"{self._root}/{prefix}".rstrip("/"), recursive=True, allow_not_found=True)
         infos = [info for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File]
         return {info.path[len(self._root) + 1 :]: info.size for info in infos if not _is_temporary(info.path)}
 
@@ -125,21 +149,21 @@ class Store:
                 yield path
                 self._upload(path, name)
             return
-        place = self.local / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(place)
-            folder = os.open(place.parent, os.O_RDONLY)
+        with self._files.writing(name) as place:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
             try:
-                os.fsync(folder)
+                yield temporary
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(place)
+                folder = os.open(place.parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
             finally:
-                os.close(folder)
-        finally:
-            temporary.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file."""
@@ -162,14 +186,19 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Delete a file if it exists."""
-        if self.size(name) is not None:
+        if self.local is not None:
+            with self._files.writing(name) as path:
+                if self._files.size(name) is not None:
+                    path.unlink(missing_ok=True)
+        elif self.size(name) is not None:
             self._fs.delete_file(f"{self._root}/{name}")
 
     def remove_leftovers(self) -> None:
         """Delete temporary files of killed writers. Call it only while holding the lock of the cache."""
-        if self.local is not None and self.local.is_dir():
-            for temporary in self.local.rglob(".*.tmp"):
-                temporary.unlink(missing_ok=True)
+        if self.local is not None:
+            for name in self._files.sizes(""):
+                if name.endswith(".tmp") and _is_temporary(name):
+                    self.remove(name)
 
     def free_bytes(self) -> int | None:
         """Return the free space in bytes on a local disk, or None for an object store."""
@@ -188,7 +217,8 @@ def _local_path(location: str) -> str:
     if "://" not in location:
         return location
     try:
-        return str(pafs.FileSystem.from_uri(location)[1])
+        # fsspec calls the local disk local://, which Arrow does not know.
+        return str(pafs.FileSystem.from_uri(location.replace("local://", "file://", 1))[1])
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{location} can't be opened: {error}") from error
 

@@ -16,8 +16,9 @@ from ray_distill.pipeline.stages.report import report_run
 from ray_distill.pipeline.stages.train import initial_student
 from ray_distill.student import Student, save_student
 from ray_distill.teacher_cache.build.build_cache import build_cache
-from ray_distill.teacher_cache.storage.cache import Cache, grow_cache
+from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.storage.create import grow_cache
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 
 from ..tiny import demo_config

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ def test_truncated_files_give_one_sentence(tmp_path: Path, keep: int, zip_format
     with pytest.raises(UntrustedCheckpointError, match=r"cut\.pt is not a readable PyTorch checkpoint") as caught:
         load_untrusted(path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.zeros(1 << 20)}}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as stored, zipfile.ZipFile(tmp_path / "b.pt", "w", 8) as compressed:
+        for name in stored.namelist():
+            compressed.writestr(name, stored.read(name))
+    assert load_untrusted(tmp_path / "a.pt")["model"]["w"].shape == (1 << 20,)
+    with pytest.raises(UntrustedCheckpointError, match="b.pt is not a readable .* would unpack to 4"):
+        load_untrusted(tmp_path / "b.pt")
 
 
 def test_other_files_give_one_sentence(tmp_path: Path) -> None:

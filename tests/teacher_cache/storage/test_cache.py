@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
-from ray_distill.teacher_cache.storage.cache import Cache, create_cache
+from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, Part, content_key, fingerprint
+from ray_distill.teacher_cache.storage.create import create_cache
 from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store

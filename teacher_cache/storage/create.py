@@ -1,0 +1,130 @@
+"""Creation of a cache, and its extension by layers and mask draws."""
+
+import hashlib
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+from torch import Tensor
+
+from ray_distill.teacher_cache.codecs import is_learned
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, PLAN, Cache, check_location, state_name
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, fingerprint
+from ray_distill.teacher_cache.storage.json_record import encode_record
+from ray_distill.teacher_cache.storage.limits import check_identity, check_plan
+from ray_distill.teacher_cache.storage.shard_plan import shard_numbers
+from ray_distill.teacher_cache.storage.store import Store
+
+
+def create_cache(
+    store: Store,
+    spec: CacheSpec,
+    plan: pa.Table,
+    *,
+    teacher_name: str,
+    teacher_spec: str,
+    state: Mapping[str, Tensor],
+    threads: int = 1,
+) -> Cache:
+    """Create a cache in an empty location: write the plan, the codec's state and last ``cache.json``.
+
+    Args:
+        store: Store of the cache.
+        spec: Specification of the cache.
+        plan: Table from `plan_shards`.
+        teacher_name: Name of the teacher for people to read.
+        teacher_spec: Specification of the teacher for `load_teacher`, used by repair.
+        state: State of the codec. Empty for a codec without state.
+        threads: Number of PyTorch threads of a teacher on a CPU. It affects rounding, so later builds and repairs use the
+            same number.
+
+    Raises:
+        CacheError: If the location holds other files, or the specification or plan is beyond the limits of a cache.
+    """
+    assert bool(state) == is_learned(spec.codec)
+    check_location(store)
+    samples = plan["num_samples"].to_numpy()
+    _check(store, lambda: check_plan(samples))
+    buffer = io.BytesIO()
+    pq.write_table(plan, buffer, compression="zstd")
+    for name in (PLAN, f"{COPIES}/{PLAN}"):
+        store.write(name, buffer.getvalue())
+    record = {
+        "plan": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "teacher_name": teacher_name,
+        "teacher_spec": teacher_spec,
+        "threads": threads,
+        "utterances": plan.num_rows,
+        "shards": len(shard_numbers(plan)),
+        "seconds": float(samples.sum() / SAMPLE_RATE),
+        "frames": int(plan["num_frames"].to_numpy().sum()),
+    }
+    layer_set = LayerSet(layers=spec.layers, state=_write_state(store, 0, state))
+    return _write_record(store, spec, (layer_set,), record)
+
+
+def grow_cache(cache: Cache, needed: CacheSpec, state: Mapping[str, Tensor]) -> Cache:
+    """Extend a cache's identity by the layers and draws of a need. Existing files stay valid; the new ones are missing.
+
+    Args:
+        cache: A cache for which `Cache.covers` is False.
+        needed: Specification of the need.
+        state: State of the codec for the new layers. Empty without new layers or for a codec without state.
+
+    Returns:
+        The extended cache.
+    """
+    sets = cache.layer_sets
+    new = tuple(sorted(set(needed.layers) - set(cache.spec.layers)))
+    if new:
+        sets = (*sets, LayerSet(layers=new, state=_write_state(cache.store, len(sets), state)))
+    record = {key: value for key, value in cache.record.items() if key not in ("spec", "sets", "fingerprint")}
+    return _write_record(cache.store, cache.spec.grown(needed), sets, record)
+
+
+def is_growth(cache: Cache, copy: Cache) -> bool:
+    """Return whether the copy of ``cache.json`` is an extension of it, as an interrupted `grow_cache` leaves it."""
+    rest, rest_of_copy = (
+        {key: value for key, value in found.record.items() if key not in ("spec", "sets", "fingerprint")}
+        for found in (cache, copy)
+    )
+    return (
+        rest == rest_of_copy
+        and copy.layer_sets[: len(cache.layer_sets)] == cache.layer_sets
+        and not cache.spec.differences(copy.spec)
+        and cache.spec.grown(copy.spec) == copy.spec
+    )
+
+
+def _check(store: Store, check: Callable[[], None]) -> None:
+    """Apply the limits with which `Cache.open` and `Cache.plan` read what is about to be written."""
+    try:
+        check()
+    except ValueError as error:
+        raise CacheError(f"the cache at {store.location} can't be created: {error}") from error
+
+
+def _write_state(store: Store, layer_set: int, state: Mapping[str, Tensor]) -> str | None:
+    if not state:
+        return None
+    data = safetensors.torch.save({key: value.cpu().contiguous() for key, value in state.items()})
+    for name in (state_name(layer_set), f"{COPIES}/{state_name(layer_set)}"):
+        store.write(name, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_record(store: Store, spec: CacheSpec, sets: tuple[LayerSet, ...], record: dict[str, Any]) -> Cache:
+    record = record | {
+        "spec": spec.model_dump(mode="json"),
+        "sets": [layer_set.model_dump(mode="json") for layer_set in sets],
+        "fingerprint": fingerprint(spec, sets),
+    }
+    _check(store, lambda: check_identity(spec, sets, record))
+    # The copy comes first. See `is_growth`.
+    for name in (f"{COPIES}/{CACHE_JSON}", CACHE_JSON):
+        store.write(name, encode_record(record))
+    return Cache.open(store)

@@ -267,12 +267,12 @@ def _without_alternatives(errors: list[ErrorDetails]) -> list[ErrorDetails]:
 
     Where a key takes some words or another type, pydantic reports an error for each, and names the type in the location.
     """
-    kept = []
+    kept: list[ErrorDetails] = []
     words = [item for item in errors if item["type"] == "literal_error" and isinstance(item["input"], str)]
     for item in errors:
         same = [word for word in words if word["loc"][:-1] == item["loc"][:-1] and word["input"] == item["input"]]
         if item in words and str(item["loc"][-1]).startswith("literal["):
-            kept.append({**item, "loc": item["loc"][:-1]})
+            kept.append(ErrorDetails(**{**item, "loc": item["loc"][:-1]}))  # type: ignore[typeddict-item]
         elif item in words or not any(str(word["loc"][-1]).startswith("literal[") for word in same):
             kept.append(item)
     return kept

@@ -190,6 +190,19 @@ class Checkpoints:
             raise CheckpointError(problem)
 
 
+def saved_step(folder: Path) -> int | None:
+    """Return the step from which a training resumes, or None if it has no readable checkpoint. The weights are not read.
+
+    Args:
+        folder: Folder of the checkpoints.
+    """
+    path = folder / run_files.LAST / run_files.STATE
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]["step"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+        return None  # A damaged checkpoint is reported when the training loads it.
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

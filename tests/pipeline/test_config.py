@@ -54,8 +54,14 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("cache.codec=pca:0", r"cache\.codec: .*step after the colon must be a positive number"),
         ("cache.targets=all", r"cache\.targets: .*'clean_and_masked', 'composite_only' or 'clean_only'"),
         ("masks.policies=[{}, {}, {}]", "3 policies for 2 draws"),
-        ("masks.policies=[{mask_prb: 0.4}]", r"masks\.policies\.0\.mask_prb: unknown key; did you mean masks\.policies\.0\.mask_prob"),
-        ("train.spec_augment={fil: zero}", r"train\.spec_augment\.fil: unknown key; did you mean train\.spec_augment\.fill\?"),
+        (
+            "masks.policies=[{mask_prb: 0.4}]",
+            r"masks\.policies\.0\.mask_prb: unknown key; did you mean masks\.policies\.0\.mask_prob",
+        ),
+        (
+            "train.spec_augment={fil: zero}",
+            r"train\.spec_augment\.fil: unknown key; did you mean train\.spec_augment\.fill\?",
+        ),
         ("train.trackers=[tensorboard]", r"train\.trackers.*'wandb' or 'mlflow'"),
         ("student.widht=3", r"student\.widht: unknown key; allowed here: .*encoder_embed_dim"),
         ("student.hidden_size=3", r"student\.hidden_size: unknown key; did you mean student\.encoder_embed_dim\?$"),

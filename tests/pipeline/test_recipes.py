@@ -42,7 +42,11 @@ def test_the_names_are_the_files() -> None:
     ("name", "folder", "start"),
     [
         ("demoo", None, "did you mean demo? the recipes are demo, "),
-        ("armhubert-s100.yaml", None, "did you mean armhubert-s-100? the recipes are armhubert-s-100, armhubert-s-960, "),
+        (
+            "armhubert-s100.yaml",
+            None,
+            "did you mean armhubert-s-100? the recipes are armhubert-s-100, armhubert-s-960, ",
+        ),
         ("smokee", None, "did you mean ablations/smoke? the recipes are "),
         ("this_machine", "clusters", "did you mean clusters/this-machine? the recipes are clusters/this-machine, "),
         ("qqq", "clusters", "the recipes are clusters/"),

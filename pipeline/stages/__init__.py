@@ -75,6 +75,7 @@ def _check_start(run: Run, stages: set[str]) -> None:
             check_location(run.cache)
             run.check_precision()
         if training:
-            initial_student(run)
+            student, _ = initial_student(run)
+            student.check_targets(len(run.layers), run.teacher.dim)
         else:
             run.layers  # noqa: B018 (loads the teacher)

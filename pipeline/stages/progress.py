@@ -36,6 +36,7 @@ class Position:
         self.stage, self.unit = stage, unit
         self.done = self.total = 0
         self.note = ""
+        self._begun = time.monotonic()
         self._start: tuple[float, int] | None = None
 
     def update(self, done: int, total: int, note: str = "") -> None:
@@ -47,7 +48,7 @@ class Position:
     def line(self) -> str:
         """Return the line that stands for the bar."""
         if not self.total or self._start is None:
-            return f"{self.stage:7s} starting"
+            return f"{self.stage:7s} no {self.unit} finished yet, {_duration(time.monotonic() - self._begun)} since the start"
         since, before = self._start
         rate = (self.done - before) / max(time.monotonic() - since, 1e-9)
         parts = [f"{self.done:,} of {self.total:,} {self.unit} ({self.done / self.total:.0%})"]

@@ -184,7 +184,11 @@ class Run:
             advice = "the same command resumes from there"
         elif at.stage == "train":
             step = saved_step(self.folder.checkpoints)
-            advice = f"the same command resumes from {'the start' if step is None else f'step {step}'} of the training"
+            advice = (
+                "the same command starts the training again, since it has no checkpoint yet"
+                if step is None
+                else f"the same command resumes from step {step}"
+            )
         return f"interrupted in the {at.stage} stage{far}; {advice}"
 
 

@@ -7,11 +7,14 @@ and ``student/objectives/``, those of ``student`` in ``student/model/student_con
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
+from pydantic_core import ErrorDetails
 
+from ray_distill.pipeline.recipes import other_recipes
+from ray_distill.pipeline.suggestions import unknown_key, wrong_word
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT, SAME_IN_ABLATION
 from ray_distill.student.training.train_settings import TrainSettings
@@ -187,7 +190,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         ConfigError: The file does not exist, is not valid YAML, or has no sections.
     """
     if not path.is_file():
-        raise ConfigError(f"there is no configuration file at {path}; configs/ contains the recipes and the demo")
+        raise ConfigError(f"there is no configuration file at {path}; {other_recipes(path)}")
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -240,7 +243,7 @@ def check_config(tree: dict[str, Any]) -> Config:
 
 
 def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str) -> str:
-    """Describe each validation error: its key, what is wrong, and the allowed keys if the key is unknown.
+    """Describe each validation error: its key, what is wrong, and the nearest known key or word.
 
     Args:
         error: Errors of pydantic.
@@ -248,19 +251,15 @@ def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], pr
         prefix: Dotted prefix of the model's keys, with its final dot, or an empty string.
     """
     sentences = []
-    for item in error.errors():
+    for item in _without_alternatives(error.errors()):
         location = [str(part) for part in item["loc"]]
         key = prefix + ".".join(location)
         if item["type"] == "extra_forbidden":
-            owner: Any = model
-            for part in item["loc"][:-1]:
-                if isinstance(part, int):  # Index of a list; its item type was found at the previous part.
-                    continue
-                kind = owner.model_fields[part].annotation
-                owner = next(k for k in (kind, *get_args(kind)) if hasattr(k, "model_fields"))
-            sentences.append(f"{key}: unknown key; allowed here: {', '.join(sorted(owner.model_fields))}")
+            sentences.append(f"{key}: unknown key; {unknown_key(item['loc'], model, prefix)}")
         elif item["type"] == "missing":
             sentences.append(f"{key}: missing; this key is required")
+        elif item["type"] == "literal_error":
+            sentences.append(f"{key}: {wrong_word(item['msg'], item['input'])}")
         elif item["type"] == "value_error":
             reason = str(item["ctx"]["error"])
             sentences.append(
@@ -269,6 +268,22 @@ def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], pr
         else:
             sentences.append(f"{key}: {item['msg']} (got {item['input']!r})")
     return "; ".join(sentences)
+
+
+def _without_alternatives(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Return the errors without those of the other types that a mistyped word could have had.
+
+    Where a key takes some words or another type, pydantic reports an error for each, and names the type in the location.
+    """
+    kept: list[ErrorDetails] = []
+    words = [item for item in errors if item["type"] == "literal_error" and isinstance(item["input"], str)]
+    for item in errors:
+        same = [word for word in words if word["loc"][:-1] == item["loc"][:-1] and word["input"] == item["input"]]
+        if item in words and str(item["loc"][-1]).startswith("literal["):
+            kept.append(ErrorDetails(**{**item, "loc": item["loc"][:-1]}))
+        elif item in words or not any(str(word["loc"][-1]).startswith("literal[") for word in same):
+            kept.append(item)
+    return kept
 
 
 def dump_config(config: Config) -> str:

@@ -1,24 +1,80 @@
 """Ray as a run uses it: the cluster to connect to, its resources, and its log."""
 
 import os
+import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray_distill
+from ray_distill.interruption import kept_handlers
 from ray_distill.pipeline.config import ConfigError
 
 _STARTS = 3
 """Attempts to start a local Ray, each of which Ray gives up after 30 s."""
+_OPEN_FILES = 1024
+"""Lowest limit of open files with which a local Ray starts reliably."""
+_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
+"""Longest path of a Unix socket, in bytes."""
+_FREE_BYTES = 200e6
+"""Smallest free space for the logs and spilled objects of a local Ray."""
+_LAST_LINES = 10
+"""Number of lines of Ray's log that are shown if Ray fails."""
+
+
+class RayStartError(OSError):
+    """Ray does not start, or its cluster can't be reached."""
+
+
+def check_ray() -> None:
+    """Check what Ray needs of this machine, before any work. Variables of Ray that are set but empty are unset.
+
+    Raises:
+        ConfigError: The limit of open files is too low, or the folder for Ray's temporary files has too long a path or too little
+            space, or can't be written to.
+    """
+    for name in [name for name, value in os.environ.items() if not value]:
+        if name == "TMPDIR" or name.startswith("RAY_"):
+            del os.environ[name]
+    if not owns_ray():
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # Ray raises the soft limit to the hard one by itself.
+    if most != resource.RLIM_INFINITY and most < _OPEN_FILES:
+        raise ConfigError(
+            f"this process may open {most} files (ulimit -Hn), but Ray needs at least {_OPEN_FILES}; start it with a higher limit, as "
+            "in `ulimit -n 65536`, or raise the limit in the scheduler's or container's settings"
+        )
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "")
+    folder = Path(os.environ.get(variable, "/tmp")).absolute()
+    named = f"{variable}={folder}" if variable else f"Ray's temporary folder {folder}"
+    advice = f"set RAY_TMPDIR to another folder{', such as RAY_TMPDIR=/tmp' if variable else ''}"
+    excess = (
+        len(os.fsencode(f"{folder}/ray/session_2026-01-31_12-00-00_123456_1234567/sockets/plasma_store")) - _SOCKET_PATH
+    )
+    if excess > 0:
+        raise ConfigError(
+            f"{named}: this path is {excess} characters too long for Ray's sockets, whose paths may have {_SOCKET_PATH}; {advice}"
+        )
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{named}: Ray can't write to {there}; {advice}")
+    free = shutil.disk_usage(there).free
+    if free < _FREE_BYTES:
+        raise ConfigError(
+            f"{named}: {free / 1e6:.0f} MB are free, but Ray needs at least {_FREE_BYTES / 1e6:.0f} MB; free some space, or {advice}"
+        )
 
 
 def init_ray() -> None:
     """Connect to the cluster of a submitted job, or start a local Ray for this process. Do nothing if Ray is initialised.
 
     Raises:
-        OSError: The machine is too busy for a local Ray to start.
+        ConfigError: This machine lacks something that Ray needs.
+        RayStartError: Ray does not start, or the cluster can't be reached.
     """
+    check_ray()
     import ray
 
     if ray.is_initialized():
@@ -31,19 +87,22 @@ def init_ray() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, paths]))
     for attempt in range(1, _STARTS + 1):
         try:
-            ray.init(
-                # Only a submitted job connects to a cluster. Without an address, Ray would join any that runs on this machine.
-                address="local" if owns_ray() else os.environ["RAY_ADDRESS"],
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}},
-            )
-        except Exception as error:  # Ray has no exception type of its own for a start that timed out.
-            if "timed out during startup" not in str(error):
-                raise
+            with kept_handlers():
+                ray.init(
+                    # Only a submitted job connects to a cluster. Without an address, Ray would join any that runs on this machine.
+                    address="local" if owns_ray() else os.environ["RAY_ADDRESS"],
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"], "OMP_NUM_THREADS": "1"}},
+                )
+        except (Exception, SystemExit) as error:  # Ray has no exception type of its own for a failed start.
             ray.shutdown()
+            if "timed out during startup" not in str(error):
+                where = "" if owns_ray() else f" at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                raise RayStartError(f"Ray can't be used{where}: {reason}") from error
             if attempt == _STARTS:
-                raise OSError(
+                raise RayStartError(
                     f"Ray did not start within 30 s in {_STARTS} attempts, because this machine is busy; try again later"
                 ) from error
         else:
@@ -52,7 +111,7 @@ def init_ray() -> None:
 
 def owns_ray() -> bool:
     """Return whether Ray is a local one of this process, which no other machine can join."""
-    return os.environ.get("RAY_ADDRESS", "local") == "local"
+    return (os.environ.get("RAY_ADDRESS") or "local") == "local"
 
 
 def node_resources() -> list[dict[str, float]]:
@@ -119,16 +178,34 @@ def require_resources(keys: str, workers: int, cpus: int, gpus: float, say: Call
 def quiet_ray(log: Path) -> Iterator[None]:
     """Append standard error to a log while the block runs, because Ray's notices would bury the run's own output.
 
-    This redirects the file descriptor, which Ray's C++ code writes to as well.
+    This redirects the file descriptor, which Ray's C++ code writes to as well. If Ray fails, the last lines of the log are shown.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr.flush()
     kept = os.dup(2)
     with log.open("a") as file:
+        start = file.tell()
         os.dup2(file.fileno(), 2)
+    failure: BaseException | None = None
     try:
         yield
+    except BaseException as error:
+        failure = error
+        raise
     finally:
         sys.stderr.flush()
         os.dup2(kept, 2)
         os.close(kept)
+        if failure is not None and _is_of_ray(failure):
+            lines = [line for line in log.read_bytes()[start:].decode(errors="replace").splitlines() if line.strip()]
+            if lines:
+                print(f"The last lines of {log}:", *lines[-_LAST_LINES:], sep="\n", file=sys.stderr, flush=True)
+
+
+def _is_of_ray(error: BaseException) -> bool:
+    """Return whether an error comes from Ray: it is one of Ray's own, wraps one, or ends the process."""
+    causes = (error, error.__cause__)
+    return any(
+        isinstance(cause, (RayStartError, SystemExit)) or type(cause).__module__.partition(".")[0] == "ray"
+        for cause in causes
+    )

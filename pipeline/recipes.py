@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from ray_distill.pipeline.suggestions import by_nearness, nearest, question
+
 _ROOT = Path(__file__).resolve().parents[1]
 _FOLDERS = (_ROOT / "recipes", _ROOT / "configs")
 """Folders of the recipes: in an installed package, and in the repository."""
@@ -37,6 +39,21 @@ def recipe_names(folder: str = "") -> list[str]:
     """Return the names of the recipes in a sub-folder of ``configs/``, sorted. Default: in ``configs/`` itself."""
     places = [root / folder for root in _FOLDERS if (root / folder).is_dir()]
     return sorted({(Path(folder) / file.stem).as_posix() for place in places for file in place.glob("*.yaml")})
+
+
+def other_recipes(name: Path, folder: str | None = None) -> str:
+    """Return a list of the recipes for the message about a name that is none of them, nearest first.
+
+    Args:
+        name: Name that was given.
+        folder: Sub-folder of ``configs/`` whose recipes are listed. Default: ``configs/`` itself, and ``ablations`` too.
+    """
+    names = [*recipe_names(), *recipe_names("ablations")] if folder is None else recipe_names(folder)
+    given = name.with_suffix("").as_posix() if name.suffix == ".yaml" else name.as_posix()
+    stems = {other.rpartition("/")[2]: other for other in names}
+    near = nearest(given, names) or [stems[stem] for stem in nearest(given.rpartition("/")[2], stems)]
+    listed = f"the recipes are {', '.join(by_nearness(given, names))}"
+    return f"{question(near[:1])} {listed}" if near else listed
 
 
 def complete_recipe(folder: str = "") -> Callable[[str], list[str]]:

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ray_distill import __version__
+from ray_distill.interruption import Interrupted, interruptible
 from ray_distill.pipeline.commands.ablate import ablate
 from ray_distill.pipeline.commands.convert import convert
 from ray_distill.pipeline.commands.demo import demo
@@ -37,6 +38,9 @@ class _Sentences:
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().main(*args, **kwargs)  # type: ignore[misc]  # The mixin stands before a command.
+        except Interrupted as interrupted:
+            typer.secho(str(interrupted), err=True, fg="yellow")
+            interrupted.leave()
         except MISTAKES as error:
             if os.environ.get(TRACEBACK) == "1":
                 raise
@@ -45,8 +49,20 @@ class _Sentences:
             sys.exit(2)
 
 
-class Command(_Sentences, TyperCommand):
-    """A command; a user's mistake is one sentence on standard error, with exit code 2."""
+class ServerCommand(_Sentences, TyperCommand):
+    """A command that handles signals itself; a user's mistake is one sentence on standard error, with exit code 2."""
+
+
+class Command(ServerCommand):
+    """A command; a user's mistake is one sentence on standard error, with exit code 2.
+
+    Ctrl-C and SIGTERM end it with one sentence too, and with exit codes 130 and 143.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with interruptible():
+            return super().invoke(ctx)
 
 
 class Group(_Sentences, TyperGroup):
@@ -97,7 +113,8 @@ _PANELS: dict[str, dict[str, Any]] = {
 }
 for _panel, _commands in _PANELS.items():
     for _name, _function in _commands.items():
-        application.command(_name, cls=Command, rich_help_panel=_panel)(_function)
+        kind = ServerCommand if _name == "serve" else Command
+        application.command(_name, cls=kind, rich_help_panel=_panel)(_function)
 
 _cache = typer.Typer(cls=Group, no_args_is_help=True, help="Show, check or repair a teacher cache.")
 for _function in (info, verify, repair):

@@ -20,7 +20,9 @@ import torch
 import yaml
 from rich.console import Console
 
+from ray_distill.interruption import described
 from ray_distill.pipeline.ablation.definition import Ablation
+from ray_distill.pipeline.ablation.sweep_progress import shown_runs
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.corpus.index import STATE
 from ray_distill.pipeline.files import write_text
@@ -47,6 +49,7 @@ from ray_distill.pipeline.stages.export import export_best
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.pipeline.stages.report import report_run
+from ray_distill.pipeline.stages.run import refuse_relative
 from ray_distill.pipeline.stages.train import initial_student, prepare_training
 from ray_distill.student import load_student
 from ray_distill.student.training.metrics import check_trackers
@@ -170,6 +173,7 @@ class Sweep:
         probe = self.settings.probe
         if probe is None:
             return None
+        refuse_relative("probe.manifest", probe.manifest, probe.manifest.is_absolute())
         task = read_task(probe.manifest.absolute(), probe.units)
         settings = probe_settings(probe.manifest, probe.units, probe.epochs, probe.seed)
         return Probing(task, probe.manifest.stem, settings)
@@ -185,7 +189,7 @@ class Sweep:
             ConfigError: Ray has no resources for a run.
             CacheError: The cache can't be built, or is damaged.
         """
-        with ExitStack() as locks:
+        with described(self._interruption), ExitStack() as locks:
             locks.enter_context(self.shared.folder.begin(self.shared.config, shared=True))
             for run in self.runs.values():
                 locks.enter_context(run.folder.begin(run.config))
@@ -216,6 +220,16 @@ class Sweep:
                 export_best(run)
                 report_run(run)
         return failures
+
+    def _interruption(self) -> str:
+        """Return the sentence for a user who interrupts the ablation."""
+        if self.shared.position.stage in ("index", "cache"):
+            return self.shared.interruption()
+        done = sum(self._is_done(run.folder) for run in self.runs.values())
+        return (
+            f"interrupted with {done} of {len(self.runs)} runs finished; the same command resumes the others from their last "
+            "checkpoints"
+        )
 
     def _is_done(self, folder: RunFolder) -> bool:
         """Return whether a run needs no more training or probing."""
@@ -312,7 +326,12 @@ class Sweep:
 
         total = len(self.runs)
         retries = max(run.config.train.max_failures for run in self.runs.values())
-        with quiet_ray(self.shared.folder.ray_log), redirect_stdout(sys.stderr):
+        errors = sys.stderr  # The bar replaces both streams.
+        with (
+            shown_runs(self.shared, [run.folder for run in self.runs.values()]),
+            quiet_ray(self.shared.folder.ray_log),
+            redirect_stdout(errors),
+        ):
             ray.tune.Tuner(
                 ray.tune.with_resources(trial, lambda config: jobs[config["run"]].resources),
                 param_space={"run": ray.tune.grid_search(list(jobs))},

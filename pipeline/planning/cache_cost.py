@@ -169,11 +169,12 @@ def _bytes_per_frame(name: str, hidden: list[Tensor]) -> float:
 def cost_table(plan: CostPlan) -> Table:
     """Return a table of the sizes of the cache by codec and targets; an arrow marks the configured ones."""
     spec = plan.spec
-    table = Table(title="estimated size of the cache", show_lines=False)
+    draws = f", with {plan.draws} mask draws" if plan.draws else ""
+    table = Table(title=f"estimated size of the cache{draws}", show_lines=False)
     table.add_column("codec")
     for targets in _TARGETS:
-        table.add_column(f"{targets}, {plan.draws} draws" if targets != "clean_only" else targets, justify="right")
-    table.add_column("kB per second of audio", justify="right")
+        table.add_column(targets, justify="right", no_wrap=True)
+    table.add_column("kB per s", justify="right", no_wrap=True)  # Per second of audio; the table has to fit 80 columns.
     for codec in plan.bytes_per_frame:
         chosen = codec == spec.codec
         cells = [

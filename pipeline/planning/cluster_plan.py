@@ -11,6 +11,8 @@ import pydantic
 import yaml
 from rich.table import Table
 
+from ray_distill.pipeline.recipes import other_recipes
+
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 HOURS = (960.0, 60_000.0, 1_000_000.0)
 """Hours of audio to plan by default: LibriSpeech, Libri-Light, and a larger corpus."""
@@ -243,7 +245,7 @@ def load_cluster(path: Path) -> Cluster:
         ClusterError: The file doesn't exist or is not YAML, or has an unknown key or a missing or impossible value.
     """
     if not path.is_file():
-        raise ClusterError(f"there is no cluster description at {path}; configs/clusters/ has examples")
+        raise ClusterError(f"there is no cluster description at {path}; {other_recipes(path, 'clusters')}")
     try:
         return Cluster.model_validate(yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:

@@ -3,13 +3,18 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ray_distill.interruption import described
+from ray_distill.pipeline.ray_session import check_ray
 from ray_distill.pipeline.stages.cache import cache_targets
 from ray_distill.pipeline.stages.export import export_best
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
+from ray_distill.pipeline.stages.progress import Position
 from ray_distill.pipeline.stages.report import report_run, summary_table
 from ray_distill.pipeline.stages.run import Run
-from ray_distill.pipeline.stages.train import train_student
+from ray_distill.pipeline.stages.train import initial_student, train_student
+from ray_distill.student.training.metrics import check_trackers
+from ray_distill.teacher_cache.storage.cache import Cache, check_location
 
 __all__ = ["STAGES", "Run", "run_stages", "summary_table"]
 
@@ -39,11 +44,38 @@ def run_stages(run: Run, stages: Sequence[str]) -> dict[str, Any] | None:
         ConfigError: The run's folder contains results of another configuration, or a stage can't be run as configured.
         ValueError, FloatingPointError, OSError: A stage failed.
     """
-    with run.folder.begin(run.config) as previous:
+    with described(run.interruption), run.folder.begin(run.config) as previous:
         if previous is not None:
             run.say(f"resume  {previous} was stopped before it finished; continuing its run")
+        _check_start(run, set(stages))
         summary = None
         for name, stage in _STAGES.items():
             if name in stages:
+                run.position = Position(name)
                 summary = stage(run)
         return summary
+
+
+def _check_start(run: Run, stages: set[str]) -> None:
+    """Check what would otherwise stop the run only after its audio is indexed or its cache is built.
+
+    Raises:
+        ConfigError, ValueError: The teacher, the student, a tracker, the cache's location or this machine can't be used.
+    """
+    training = "train" in stages and not run.folder.is_trained
+    cached = run.config.train.targets == "cached"
+    if training or ("cache" in stages and cached):
+        check_ray()
+    if training:
+        check_trackers(run.config.train.trackers)
+    if stages & {"plan", "cache", "train"}:
+        if not cached:
+            run.check_precision()
+        elif "cache" in stages and not Cache.exists(run.cache):
+            check_location(run.cache)
+            run.check_precision()
+        if training:
+            student, _ = initial_student(run)
+            student.check_targets(len(run.layers), run.teacher.dim)
+        else:
+            run.layers  # noqa: B018 (loads the teacher)

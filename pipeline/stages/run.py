@@ -4,27 +4,22 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Protocol
+from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.pipeline.corpus.index import CorpusIndex
 from ray_distill.pipeline.run_folder import RunFolder
+from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
+from ray_distill.student.training.train_state import saved_step
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
-from ray_distill.teacher_cache.teachers import Teacher, load_teacher, split_options
-
-
-class ProgressUpdate(Protocol):
-    """Function that moves a progress bar."""
-
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+from ray_distill.teacher_cache.teachers import Teacher, is_path, load_teacher, split_options
 
 
 class Run:
@@ -40,18 +35,25 @@ class Run:
         console: Console for progress and messages.
         folder: Folder of the run.
         cache: Location of the cache.
+        position: How far the current stage is.
 
     Raises:
         ConfigError: A path is relative inside a Ray job.
     """
 
     def __init__(self, config: Config, console: Console, teacher: Teacher | None = None) -> None:
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-            _refuse_relative_paths(config)
+        teacher_path = split_options(config.teacher.checkpoint)[1]
+        refuse_relative("runs", config.runs, config.runs.is_absolute())
+        refuse_relative("cache.path", config.cache.path, config.cache.is_absolute)
+        refuse_relative("corpus.path", config.corpus.path, config.corpus.path.is_absolute())
+        refuse_relative(
+            "teacher.checkpoint", teacher_path, Path(teacher_path).is_absolute() or not is_path(teacher_path)
+        )
         self.config = config
         self.console = console
         self.folder = RunFolder(config.folder.absolute())
         self.cache = Store(config.cache.location)
+        self.position = Position("first")
         self._given_teacher = teacher
 
     def say(self, text: str) -> None:
@@ -164,7 +166,7 @@ class Run:
 
     @contextmanager
     def progress(self, name: str, unit: str) -> Iterator[ProgressUpdate]:
-        """Show a progress bar while the block runs.
+        """Show the progress of a stage while the block runs, as a bar or as lines.
 
         Args:
             name: Name of the stage.
@@ -173,32 +175,30 @@ class Run:
         Yields:
             A function that moves the bar.
         """
-        columns = (
-            TextColumn(f"{name:7s}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(name, total=None, note="")
-
-            def update(done: int, total: int, note: str = "") -> None:
-                bar.update(task, completed=done, total=total, note=note)
-
+        self.position = Position(name, unit)
+        with shown(self.position, self.console) as update:
             yield update
 
-
-def _refuse_relative_paths(config: Config) -> None:
-    """Raise a ConfigError if a path depends on the working directory, which in a Ray job is a temporary copy."""
-    for key, path, absolute in (
-        ("runs", config.runs, config.runs.is_absolute()),
-        ("cache.path", config.cache.path, config.cache.is_absolute),
-        ("corpus.path", config.corpus.path, config.corpus.path.is_absolute()),
-    ):
-        if not absolute:
-            raise ConfigError(
-                f"{key}: {path} is relative, but a Ray job runs in a copy of its folder; give an absolute path"
+    def interruption(self) -> str:
+        """Return the sentence for a user who interrupts the run: how far it is, and what the same command does then."""
+        at = self.position
+        far = f" after {at.done:,} of {at.total:,} {at.unit}" if at.total else ""
+        advice = "the same command runs this stage again"
+        if at.stage == "cache":
+            advice = "the same command resumes from there"
+        elif at.stage == "train":
+            step = saved_step(self.folder.checkpoints)
+            advice = (
+                "the same command starts the training again, since it has no checkpoint yet"
+                if step is None
+                else f"the same command resumes from step {step}"
             )
+        return f"interrupted in the {at.stage} stage{far}; {advice}"
+
+
+def refuse_relative(key: str, path: Path | str, absolute: bool) -> None:
+    """Raise a ConfigError in a Ray job, whose working directory is a temporary copy, if a path is not absolute."""
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not absolute:
+        raise ConfigError(
+            f"{key}: {path} is relative, but a Ray job runs in a copy of its folder; give an absolute path"
+        )

@@ -4,15 +4,19 @@ import os
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from ray_distill.pipeline.initialise import initial_tensors, write_initial
 from ray_distill.pipeline.ray_session import init_ray, quiet_ray, require_resources
+from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages.cache import absolute_checkpoint, check_cache
-from ray_distill.pipeline.stages.run import ProgressUpdate, Run
+from ray_distill.pipeline.stages.progress import ProgressUpdate
+from ray_distill.pipeline.stages.run import Run
 from ray_distill.student import StudentConfig
 from ray_distill.student.training.ray_training import train_on_ray
+from ray_distill.student.training.train_state import saved_step
 
 
 def train_student(run: Run) -> None:
@@ -34,6 +38,8 @@ def train_student(run: Run) -> None:
     if settings.targets == "cached":
         check_cache(run)
     training = prepare_training(run, max(1, (os.cpu_count() or 1) // settings.workers))
+    if (step := saved_step(run.folder.checkpoints)) is not None:
+        run.say(f"train   resuming from step {step}, the last checkpoint")
     with quiet_ray(run.folder.ray_log), run.progress("train", "steps") as update:
         init_ray()
         require_resources("train.workers, train.use_gpu", settings.workers, 1, float(settings.use_gpu), run.say)
@@ -105,15 +111,18 @@ def initial_student(run: Run) -> tuple[StudentConfig, dict[str, Tensor]]:
     return config, initial_tensors(run.teacher, config, settings) if settings.starts_from_teacher else {}
 
 
+def last_row(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the last row of a training's metrics, or None if it has none yet. ValueError if a row is damaged."""
+    return next((row for row in reversed(folder.metrics()) if row["kind"] == "train"), None)
+
+
 def _show_metrics(run: Run, update: ProgressUpdate, done: threading.Event) -> None:
-    """Move the progress bar to the last logged step, once a second."""
+    """Show the last logged step, once a second."""
     while not done.wait(1.0):
         try:
-            rows = run.folder.metrics()
+            row = last_row(run.folder)
         except ValueError as error:
             run.say(f"train   the progress is no longer shown: {error}")
             return
-        for row in reversed(rows):
-            if row["kind"] == "train":
-                update(row["step"], row.get("steps", row["step"]), f"loss {row['loss']:.4f}")
-                break
+        if row is not None:
+            update(row["step"], row.get("steps", row["step"]), f"loss {row['loss']:.4f}")

@@ -114,6 +114,15 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
         """Number of teacher layers that this student learns from: one per head, or one per encoder layer without heads."""
         return self.split_heads if self.heads == "split" else self.encoder_layers
 
+    def check_targets(self, num_layers: int, dim: int) -> None:
+        """Raise ValueError if this student does not predict ``num_layers`` layers of width ``dim``."""
+        if self.num_predictions != num_layers or self.target_dim != dim:
+            raise ValueError(
+                f"the student predicts {self.num_predictions} layers of width {self.target_dim}, but the targets have "
+                f"{num_layers} layers of width {dim}; set student.encoder_layers (student.split_heads "
+                "with split heads) and student.target_dim to match, or choose other teacher.layers"
+            )
+
     @property
     def receptive_field(self) -> int:
         """Number of samples that one frame covers, and so the shortest waveform: 400 for the published front ends."""

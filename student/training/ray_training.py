@@ -1,9 +1,11 @@
 """The training loop on Ray Train workers."""
 
 import logging
+import threading
 import uuid
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -218,13 +220,32 @@ def train_on_ray(
         ),
     )
     try:
-        problem = trainer.fit().return_value
+        problem = _fit(trainer)
     except ray.train.TrainingFailedError as error:
         problem = _explain(error, settings)
         if isinstance(problem, TrainingError):
             _LOG.error("the training failed", exc_info=error)  # The message to the user has no traceback.
     if problem is not None:
         raise problem
+
+
+def _fit(trainer: Any) -> Exception | None:
+    """Run a trainer and return what its workers returned.
+
+    It runs in another thread, since in the main one it would replace the handler of Ctrl-C by one that waits for the workers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return cast(Exception | None, trainer.fit().return_value)
+    outcome: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit().return_value)
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    return cast(Exception | None, outcome.result())
 
 
 def _explain(error: Exception, settings: TrainSettings) -> Exception:

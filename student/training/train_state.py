@@ -1,6 +1,7 @@
 """Checkpoints of a run: the state from which it continues, and its best students."""
 
 import io
+import pickle
 import re
 import shutil
 import zipfile
@@ -259,3 +260,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def saved_step(folder: Path) -> int | None:
+    """Return the step from which a training resumes, or None if it has no readable checkpoint. The weights are not read.
+
+    Args:
+        folder: Folder of the checkpoints.
+    """
+    path = folder / run_files.LAST / run_files.STATE
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]["step"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+        return None  # A damaged checkpoint is reported when the training loads it.

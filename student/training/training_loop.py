@@ -101,12 +101,7 @@ def train(
             loss is not finite, or no step has a finite loss.
         OSError: a checkpoint or the metrics can't be written.
     """
-    if config.num_predictions != len(train_reader.layers) or config.target_dim != train_reader.dim:
-        raise ValueError(
-            f"the student predicts {config.num_predictions} layers of width {config.target_dim}, but the targets have "
-            f"{len(train_reader.layers)} layers of width {train_reader.dim}; set student.encoder_layers (student.split_heads "
-            "with split heads) and student.target_dim to match, or choose other teacher.layers"
-        )
+    config.check_targets(len(train_reader.layers), train_reader.dim)
     settings.check_student(config)
     for reader in (train_reader, validation_reader):
         _check_frames(config, reader)

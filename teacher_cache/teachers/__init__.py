@@ -16,7 +16,7 @@ from ray_distill.teacher_cache.teachers.wavlm import is_wavlm, load_wavlm
 from ray_distill.teacher_cache.teachers.whisper import load_whisper
 from ray_distill.teacher_cache.untrusted import load_untrusted
 
-__all__ = ["HUGGINGFACE_LOADERS", "Teacher", "TeacherError", "load_teacher", "split_options"]
+__all__ = ["HUGGINGFACE_LOADERS", "Teacher", "TeacherError", "is_path", "load_teacher", "split_options"]
 
 _OPTIONS = ("mean-mask:", "layer-norm:")
 
@@ -68,6 +68,11 @@ def split_options(spec: str) -> tuple[str, str]:
     while found := next((option for option in _OPTIONS if spec.startswith(option)), None):
         options, spec = options + found, spec.removeprefix(found)
     return options, spec
+
+
+def is_path(spec: str) -> bool:
+    """Return whether a specification without options names a file or folder, not a bundle or random weights."""
+    return not spec.startswith(("torchaudio:", "random:"))
 
 
 def _load(spec: str, device: str | torch.device) -> Teacher:

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ray_distill.command_line import application
-from ray_distill.pipeline.recipes import find_recipe, recipe_names
+from ray_distill.pipeline.recipes import find_recipe, other_recipes, recipe_names
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -36,6 +36,26 @@ def test_the_names_are_the_files() -> None:
         "clusters/h100-object-store",
         "clusters/this-machine",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "start"),
+    [
+        ("demoo", None, "did you mean demo? the recipes are demo, "),
+        (
+            "armhubert-s100.yaml",
+            None,
+            "did you mean armhubert-s-100? the recipes are armhubert-s-100, armhubert-s-960, ",
+        ),
+        ("smokee", None, "did you mean ablations/smoke? the recipes are "),
+        ("this_machine", "clusters", "did you mean clusters/this-machine? the recipes are clusters/this-machine, "),
+        ("qqq", "clusters", "the recipes are clusters/"),
+    ],
+)
+def test_a_wrong_name_lists_the_recipes_nearest_first(name: str, folder: str | None, start: str) -> None:
+    said = other_recipes(Path(name), folder)
+    assert said.startswith(start)
+    assert all(other in said for other in recipe_names(folder or ""))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+"""What a run tells: lines in place of a bar, where it was interrupted, and what is refused before any work."""
+
+import io
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from ray_distill.pipeline import ray_session
+from ray_distill.pipeline.config import ConfigError
+from ray_distill.pipeline.ray_session import RayStartError, check_ray, owns_ray, quiet_ray
+from ray_distill.pipeline.stages import Run, progress, run_stages
+from ray_distill.pipeline.stages.progress import Position
+from ray_distill.student.training import run_files
+
+from ..tiny import demo_config
+
+
+def test_lines_without_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.05)
+    said = io.StringIO()
+    run = Run(demo_config(tmp_path), Console(file=said, width=40))
+    with run.progress("train", "steps") as update:
+        time.sleep(0.2)
+        update(1000, 3000, "loss 0.5")
+        time.sleep(0.02)
+        update(1200, 3000, "loss 0.4")
+        time.sleep(0.2)
+    lines = said.getvalue().splitlines()
+    assert lines[0].startswith("train   no steps finished yet, 0 s since")
+    assert lines[-1].startswith("train   1,200 of 3,000 steps (40%), ")
+    assert " per second, " in lines[-1] and lines[-1].endswith(" s left, loss 0.4")
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
+    monkeypatch.setenv("TERM", "xterm")
+    said = io.StringIO()
+    run = Run(demo_config(tmp_path), Console(file=said, width=100, force_terminal=True))
+    with run.progress("index", "files") as update:
+        update(1, 2)
+        time.sleep(0.2)
+    assert "1/2" in said.getvalue() and "finished yet" not in said.getvalue()
+
+
+def test_an_interruption_says_where_it_was_and_what_comes_next(tmp_path: Path) -> None:
+    run = Run(demo_config(tmp_path), Console(quiet=True))
+    run.position = Position("index", "files")
+    assert run.interruption() == "interrupted in the index stage; the same command runs this stage again"
+    with run.progress("cache", "utterances") as update:
+        update(5, 20)
+    assert run.interruption() == (
+        "interrupted in the cache stage after 5 of 20 utterances; the same command resumes from there"
+    )
+    with run.progress("train", "steps") as update:
+        update(12, 40)
+    start = "interrupted in the train stage after 12 of 40 steps; the same command "
+    assert run.interruption() == f"{start}starts the training again, since it has no checkpoint yet"
+    state = run.folder.checkpoints / run_files.LAST / run_files.STATE
+    state.parent.mkdir(parents=True)
+    torch.save({"state": {"step": 10}, "parts": {}, "random": []}, state)
+    assert run.interruption() == f"{start}resumes from step 10"
+    state.write_bytes(b"damaged")
+    assert run.interruption() == f"{start}starts the training again, since it has no checkpoint yet"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.checkpoint=/nowhere/teacher.pt"], "there is no teacher '/nowhere/teacher.pt'"),
+        (["teacher.layers=[3]"], "there is no layer 3"),
+        (["cache.precision=fp16"], "cache.precision fp16 needs cache.gpus_per_actor"),
+        (["train.targets=online", "cache.precision=fp16"], "cache.precision fp16 needs train.use_gpu"),
+        (["corpus.path=/nowhere"], "/nowhere"),
+        (["corpus.train_splits=[none]"], "none"),
+        (["student.encoder_layers=5"], "predict"),
+    ],
+)
+def test_a_run_that_is_refused_leaves_no_folder(
+    overrides: list[str], message: str, tmp_path: Path, speech_folder: Path
+) -> None:
+    run = Run(demo_config(tmp_path, f"corpus.path={speech_folder}", *overrides), Console(quiet=True))
+    with pytest.raises(ValueError, match=message):
+        run_stages(run, ["index", "plan", "cache", "train"])
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("key", ["runs", "cache.path", "corpus.path", "teacher.checkpoint"])
+def test_a_job_refuses_relative_paths(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = demo_config(
+        tmp_path, f"corpus.path={tmp_path}", f"{key}=mean-mask:here" if "teacher" in key else f"{key}=here"
+    )
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
+    Run(config, Console(quiet=True))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({}))
+    with pytest.raises(ConfigError, match=f"{key}: here is relative, but a Ray job"):
+        Run(config, Console(quiet=True))
+
+
+def test_what_ray_needs_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.setenv(name, "")
+    assert owns_ray(), "an empty variable is not set"
+    check_ray()
+    monkeypatch.setenv("TMPDIR", f"/tmp/{'long' * 20}")
+    with pytest.raises(ConfigError, match=r"^TMPDIR=/tmp/long.* characters too long .*RAY_TMPDIR=/tmp$"):
+        check_ray()
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/version/ray")
+    with pytest.raises(ConfigError, match=r"^RAY_TMPDIR=/proc/version/ray: Ray can't write to /proc/version; set RAY_"):
+        check_ray()
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    monkeypatch.setattr(ray_session, "_FREE_BYTES", 1e18)
+    with pytest.raises(ConfigError, match=r"^RAY_TMPDIR=/tmp: .* MB are free, but Ray needs at least"):
+        check_ray()
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (64, 64))
+    with pytest.raises(
+        ConfigError, match=r"may open 64 files \(ulimit -Hn\), but Ray needs at least 1024; .*ulimit -n"
+    ):
+        check_ray()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    check_ray()  # The cluster's machines are others.
+
+
+def test_the_last_words_of_ray_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "ray.log"
+    log.write_text("an older failure\n")
+    for error, shown in ((ValueError("a mistake"), False), (RayStartError("no start"), True), (SystemExit(1), True)):
+        with pytest.raises(type(error)), quiet_ray(log):
+            os.write(2, b"too many open files\n")
+            raise error
+        said = capfd.readouterr().err
+        assert said == (f"The last lines of {log}:\ntoo many open files\n" if shown else "")

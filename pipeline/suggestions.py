@@ -39,7 +39,11 @@ def nearest(name: str, options: Iterable[str]) -> list[str]:
     options = list(options)
     known = [option for option in _OTHER_NAMES.get(name, ()) if option in options]
     initials = [o for o in options if "_" in o and "".join(word[:1] for word in o.split("_")) == name]
-    return (known or initials or difflib.get_close_matches(name, options, n=3))[:3]
+    found = known or initials or difflib.get_close_matches(name, options, n=3)
+    if not found:
+        other = difflib.get_close_matches(name, _OTHER_NAMES, n=1)
+        found = [option for option in _OTHER_NAMES[other[0]] if option in options] if other else []
+    return found[:3]
 
 
 def by_nearness(name: str, options: Sequence[str]) -> list[str]:

@@ -140,7 +140,7 @@ def test_completion_can_be_shown() -> None:
         (["--config", "nothing"], "there is no configuration file at nothing"),
         (["train.epochs=3", "--config", "nothing"], "there is no configuration file at nothing"),
         (["run", "--config", "demo", "--stages", "bake"], "--stages: unknown stage 'bake'; stages are index"),
-        (["run", "--config", "demo", "train.epoch=3"], "train.epoch: unknown key; allowed here: "),
+        (["run", "--config", "demo", "train.epoch=3"], "train.epoch: unknown key; did you mean train.epochs?"),
         (["demo", "--config", "nothing", "--corpus", "."], "there is no configuration file at nothing"),
         (["ablate", "--config", "nothing"], "nothing"),
         (["ablate", "--config", "ablations/smoke", "--units", "words"], "--units needs --probe"),

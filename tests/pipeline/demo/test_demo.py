@@ -104,7 +104,7 @@ def test_a_corrected_command_is_not_refused(tmp_path: Path, speech_folder: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train.epoch=3"], "train.epoch: unknown key; allowed here: "),
+        (["train.epoch=3"], "train.epoch: unknown key; did you mean train.epochs?"),
         (["--stages", "bake"], "unknown stage 'bake'; stages are index, plan, cache, train, export, report"),
         (["corpus.path=/nowhere/at/all"], "/nowhere/at/all"),
         (["--stages", "plan"], "has no complete corpus index; run the index stage first"),

@@ -143,7 +143,7 @@ def test_a_missing_file_is_named_and_all_others_are_cached(
     seen: list[Progress] = []
     # A codec with a state is fitted before any shard is written.
     message = (
-        f"the codec could not be fitted: {victim} can't" if codec == "pca" else f"1 utterances could not .*{victim}"
+        f"the codec could not be fitted: {victim} can't" if codec == "pca" else f"1 failure while caching: .*{victim}"
     )
     with pytest.raises(CacheError, match=message) as caught:
         build(tmp_path / "cache", Workers(), seen.append, codec=codec)

@@ -46,6 +46,7 @@ def ablate(
 
     Each variant is trained with several seeds. Running the same command again resumes the ablation.
     """
+    typer.echo("start   importing PyTorch and Ray")
     from rich.console import Console
 
     from ray_distill.pipeline.ablation.definition import ProbeSection, load_ablation

@@ -33,6 +33,7 @@ def demo(
 
     The service is started on a free port, features are requested from it over HTTP, and it is stopped.
     """
+    typer.echo("start   importing PyTorch and Ray")
     from ray_distill.pipeline.demo.demo import run_demo
 
     run_demo(find_recipe(config), overrides or [], corpus, teacher)

@@ -43,6 +43,7 @@ def run(
 
     Running the same command again resumes the job.
     """
+    typer.echo("start   importing PyTorch and Ray")
     from rich.console import Console
 
     from ray_distill.pipeline.config import load_config

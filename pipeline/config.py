@@ -272,7 +272,7 @@ def _without_alternatives(errors: list[ErrorDetails]) -> list[ErrorDetails]:
     for item in errors:
         same = [word for word in words if word["loc"][:-1] == item["loc"][:-1] and word["input"] == item["input"]]
         if item in words and str(item["loc"][-1]).startswith("literal["):
-            kept.append(ErrorDetails(**{**item, "loc": item["loc"][:-1]}))  # type: ignore[typeddict-item]
+            kept.append(ErrorDetails(**{**item, "loc": item["loc"][:-1]}))
         elif item in words or not any(str(word["loc"][-1]).startswith("literal[") for word in same):
             kept.append(item)
     return kept

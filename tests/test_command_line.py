@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 import ray_distill
 from ray_distill.command_line import TRACEBACK, Command, application
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMMANDS = (
     "run",

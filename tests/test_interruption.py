@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 STAGE = """
 import signal, sys, time, typer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A background job of a shell starts with SIGINT ignored.
 from ray_distill import interruption
 from ray_distill.command_line import Command
 interruption.SECONDS = 1.0

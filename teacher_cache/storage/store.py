@@ -237,7 +237,7 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
         filesystem, path = pafs.FileSystem.from_uri(uri)
         return filesystem, path
     except (OSError, pa.ArrowException) as error:
-        if scheme not in fsspec.available_protocols():
+        if scheme not in {*fsspec.available_protocols(), *fsspec.registry}:  # The latter are those of other packages.
             raise ValueError(f"{uri} can't be opened: neither Arrow nor fsspec knows {scheme}:// ({error})") from error
     try:
         found, path = fsspec.url_to_fs(uri)

@@ -73,8 +73,8 @@ def test_an_interruption_says_where_it_was_and_what_comes_next(tmp_path: Path) -
     [
         (["teacher.checkpoint=/nowhere/teacher.pt"], "there is no teacher '/nowhere/teacher.pt'"),
         (["teacher.layers=[3]"], "there is no layer 3"),
-        (["cache.precision=fp16"], "cache.precision fp16 needs cache.gpus_per_actor"),
-        (["train.targets=online", "cache.precision=fp16"], "cache.precision fp16 needs train.use_gpu"),
+        (["cache.precision=fp16"], "cache.precision fp16 needs GPUs; set cache.gpus_per_actor"),
+        (["train.targets=online", "cache.precision=fp16"], "cache.precision fp16 needs GPUs; set train.use_gpu=true"),
         (["corpus.path=/nowhere"], "/nowhere"),
         (["corpus.train_splits=[none]"], "none"),
         (["student.encoder_layers=5"], "predict"),

@@ -203,9 +203,11 @@ def test_samples_that_are_not_finite_are_refused(client: httpx.Client, value: fl
     assert_refused(client.post("/v1/features", content=encode(samples, subtype="FLOAT")), 400, "undecodable")
 
 
-def test_enormous_samples_give_finite_features(client: httpx.Client) -> None:
-    audio = encode(sound(0.5) * 1e30, subtype="FLOAT")
-    assert np.isfinite(read_npy(client.post("/v1/features?format=npy", content=audio))).all()
+def test_samples_above_full_scale_are_clipped_and_enormous_ones_refused(client: httpx.Client) -> None:
+    loud = encode(sound(0.5) * 4, subtype="FLOAT")
+    assert np.isfinite(read_npy(client.post("/v1/features?format=npy", content=loud))).all()
+    enormous = encode(sound(0.5) * 1e30, subtype="FLOAT")
+    assert_refused(client.post("/v1/features", content=enormous), 400, "undecodable")
 
 
 def test_too_short_audio_is_refused(client: httpx.Client) -> None:

@@ -100,5 +100,5 @@ def test_every_tensor_is_read(recipe: str, width: int, inner: int, parameters: i
 
 def test_a_folder_that_is_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         convert(tmp_path / "m.ckpt", tmp_path / "m.yaml", tmp_path / "ours")

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,15 @@ def test_models_and_service_work_without_ray_and_parquet(module: str) -> None:
     # `import *` also imports what a package loads on first use.
     code = f"import sys; from ray_distill.{module} import *; assert not {{'ray', 'pyarrow'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_folders_and_files_stay_small() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs git, to know which files belong to the repository")
+    files = [Path(name) for name in listed.stdout.splitlines() if (REPOSITORY / name).is_file()]
+    folders = Counter(file.parent for file in files if len(file.parts) > 1)
+    assert {folder: count for folder, count in folders.items() if count > 15} == {}, "divide these folders by concept"
+    code = [file for file in files if file.parts[0] in PACKAGES and file.suffix == ".py"]
+    lines = {file: len((REPOSITORY / file).read_text().splitlines()) for file in code}
+    assert {file: count for file, count in lines.items() if count > 400} == {}, "divide these files by concept"

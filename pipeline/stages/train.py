@@ -15,6 +15,7 @@ from ray_distill.pipeline.stages.cache import absolute_checkpoint, check_cache
 from ray_distill.pipeline.stages.progress import ProgressUpdate
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.student import StudentConfig
+from ray_distill.student.training.metric_rows import read_last_train_row
 from ray_distill.student.training.ray_training import train_on_ray
 from ray_distill.student.training.train_state import saved_step
 
@@ -113,7 +114,7 @@ def initial_student(run: Run) -> tuple[StudentConfig, dict[str, Tensor]]:
 
 def last_row(folder: RunFolder) -> dict[str, Any] | None:
     """Return the last row of a training's metrics, or None if it has none yet. ValueError if a row is damaged."""
-    return next((row for row in reversed(folder.metrics()) if row["kind"] == "train"), None)
+    return read_last_train_row(folder.metrics_file)
 
 
 def _show_metrics(run: Run, update: ProgressUpdate, done: threading.Event) -> None:

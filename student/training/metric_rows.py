@@ -17,9 +17,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: A row is damaged; the message names the file and the line.
     """
+    return [_read_row(path, number, line) for number, line in enumerate(_complete_lines(path), 1)]
+
+
+def read_last_train_row(path: Path) -> dict[str, Any] | None:
+    """Return the last training row, or None if there is none yet. Rows before it are not parsed, since progress asks each second.
+
+    Raises:
+        ValueError: That row, or one after it, is damaged; the message names the file and the line.
+    """
+    lines = _complete_lines(path)
+    rows = (_read_row(path, number, lines[number - 1]) for number in range(len(lines), 0, -1))
+    return next((row for row in rows if row["kind"] == "train"), None)
+
+
+def _complete_lines(path: Path) -> list[bytes]:
     # Each complete row ends with a line end.
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    return [_read_row(path, number, line) for number, line in enumerate(lines, 1)]
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
 
 
 def _read_row(path: Path, number: int, line: bytes) -> dict[str, Any]:

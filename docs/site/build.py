@@ -17,7 +17,6 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from pictures import PICTURES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 IN_DOCS = re.compile(r"\]\(\.\./docs/")
@@ -33,7 +32,7 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages and pictures."""
+    """Add the generated pages."""
     pages: dict[str, Callable[[], str]] = {
         "reference/configuration.md": configuration,
         "reference/commands.md": commands,
@@ -43,8 +42,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "benchmarks.md": benchmarks,
         "changelog.md": lambda: (REPOSITORY / "CHANGELOG.md").read_text(),
     }
-    for name, drawing in PICTURES.items():
-        files.append(File.generated(config, f"concepts/{name}.svg", content=drawing))
     for name, make in pages.items():
         files.append(File.generated(config, name, content=make()))
     return files

@@ -1,6 +1,7 @@
 """The documentation builds in strict mode, its links have targets, and its quotations match the code."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -92,14 +93,18 @@ def test_nothing_is_fetched_from_elsewhere(pages: dict[Path, Page]) -> None:
         assert page.text
 
 
-@pytest.mark.slow
-def test_every_concept_has_a_picture(site: Path) -> None:
+def test_every_concept_has_a_diagram_drawn_from_its_source() -> None:
+    spec = importlib.util.spec_from_file_location("draw_diagrams", DOCS / "site" / "draw_diagrams.py")
+    assert spec is not None and spec.loader is not None
+    drawn = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawn)
     concepts = sorted((DOCS / "concepts").glob("*.md"))
-    assert len(concepts) == 6
-    for concept in concepts:
-        pictures = re.findall(r"!\[[^]]+\]\((\w+\.svg)\)", concept.read_text())
-        assert pictures == [f"{concept.stem}.svg"]
-        assert (site / "concepts" / pictures[0]).read_text().startswith("<svg")
+    assert [path.stem for path in drawn.diagrams()] == [path.stem for path in concepts]
+    for concept, source in zip(concepts, drawn.diagrams(), strict=True):
+        assert re.findall(r"!\[[^]]+\]\(([\w./]+\.svg)\)", concept.read_text()) == [f"../pictures/{concept.stem}.svg"]
+        drawing = (DOCS / "pictures" / f"{concept.stem}.svg").read_text()
+        assert f"<!-- sources {drawn.source_digest(source)} -->" in drawing, "run docs/site/draw_diagrams.py"
+        assert "prefers-color-scheme:dark" in drawing
 
 
 @pytest.mark.slow

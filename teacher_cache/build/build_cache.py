@@ -27,7 +27,7 @@ from ray_distill.teacher_cache.storage.cache import (
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.create import create_cache, grow_cache
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
-from ray_distill.teacher_cache.storage.shard_plan import Shard, with_paths
+from ray_distill.teacher_cache.storage.shard_plan import Shard, shards_of, with_sources
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -115,7 +115,8 @@ def build_cache(
     Args:
         location: Location of the cache, an absolute path or a URI that every node can reach.
         spec: Specification of the cache.
-        plan: Table from `plan_shards`. An existing cache keeps its own plan, but takes the paths of audio files from this one.
+        plan: Table from `plan_shards`. An existing cache keeps its own plan, but takes the paths and identities of audio files from
+            this one.
         teacher_spec: Specification of the teacher for `load_teacher` on every node.
         teacher_name: Name of the teacher for people to read, stored in ``cache.json``.
         workers: Ray Data actors; Ray must be initialised. None builds in this process, without Ray.
@@ -138,8 +139,9 @@ def build_cache(
         store.remove_leftovers()
         cache = _create_or_grow(store, spec, plan, teacher_spec, teacher_name, workers, check_lock)
         _remove_unused_states(cache)
-        # The corpus may have moved since the cache was created. The SHA-256 of each waveform shows that it is the same.
-        shards = with_paths(cache.shards, dict(zip(plan["id"].to_pylist(), plan["path"].to_pylist(), strict=True)))
+        # The corpus may have moved since the cache was created. The identity of each file shows that it is the same.
+        sources = {utterance.id: utterance for shard in shards_of(plan) for utterance in shard.utterances}
+        shards = with_sources(cache.shards, sources)
         report = _write_missing(cache, shards, teacher_spec, workers, on_progress, check_lock)
         store.remove_leftovers()
     return report

@@ -1,6 +1,7 @@
 """Repair of a cache: missing and damaged files are rebuilt, and all others are kept."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ray_distill.teacher_cache.build.build_cache import raise_failures
@@ -11,7 +12,7 @@ from ray_distill.teacher_cache.maintenance.verify import Problem, verify_cache
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
-from ray_distill.teacher_cache.storage.shard_plan import Shard, with_paths
+from ray_distill.teacher_cache.storage.shard_plan import Shard, with_sources
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -100,17 +101,17 @@ def _unused_name(store: Store, name: str) -> str:
 
 def _with_moved_corpus(cache: Cache, old: Path, new: Path) -> list[Shard]:
     utterances = [utterance for shard in cache.shards for utterance in shard.utterances]
-    paths = {
-        utterance.id: str(new.absolute() / Path(utterance.path).relative_to(old))
+    moved = {
+        utterance.id: replace(utterance, path=str(new.absolute() / Path(utterance.path).relative_to(old)))
         for utterance in utterances
         if Path(utterance.path).is_relative_to(old)
     }
-    if not paths:
+    if not moved:
         raise CacheError(
             f"no audio file of the cache was below {old}; the first utterance was at {utterances[0].path}: give a folder above "
             "it as the old path"
         )
-    return with_paths(cache.shards, paths)
+    return with_sources(cache.shards, moved)
 
 
 def _rebuild(

@@ -16,6 +16,7 @@ their own.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +54,7 @@ from ray_distill.teacher_cache.storage.store import Store
 CACHE_JSON = "cache.json"
 PLAN = "plan.parquet"
 COPIES = "copies"
+_RANDOM = re.compile(r"([a-z-]+:)*random:\d+x\d+")
 DATA_FOLDERS = ("clean", "masked", "composite", "commits")
 
 
@@ -212,9 +214,19 @@ class Cache:
             raise damage_error(self.store, name, "is damaged (SHA-256 differs)")
         return data
 
+    def is_of_teacher(self, name: str, fingerprint: str) -> bool:
+        """Return whether the cache was made with a teacher of this fingerprint, or with the same random weights.
+
+        Fingerprints are hashes of weights as stored in checkpoints (fp16 weights are float32 numbers too, and weight norms are kept
+        as they are), so they are exact. The weights of ``random:`` teachers are computed, with a last bit that differs between
+        processors with and without AVX2, so these teachers are known by name as well.
+        """
+        same_random = _RANDOM.fullmatch(name) is not None and self.record["teacher_spec"] == name
+        return fingerprint == self.spec.teacher or same_random
+
     def check_teacher(self, name: str, fingerprint: str) -> None:
-        """Raise CacheError if the cache was made with a teacher of another fingerprint."""
-        if fingerprint != self.spec.teacher:
+        """Raise CacheError if the cache was made with another teacher; see `is_of_teacher`."""
+        if not self.is_of_teacher(name, fingerprint):
             raise CacheError(f"{name} is not the teacher that the cache at {self.store.location} was made with")
 
     def codecs(self, layer_set: int) -> tuple[ColumnCodec, ...]:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from ray_distill.pipeline.ray_session import counted, init_ray, quiet_ray, require_resources
 from ray_distill.pipeline.stages.run import Run
-from ray_distill.teacher_cache.build.build_cache import Progress, Workers, build_cache
+from ray_distill.teacher_cache.build.build_cache import Progress, build_cache
+from ray_distill.teacher_cache.build.shard_workers import Workers
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheError

@@ -6,7 +6,8 @@
       codec/set=0.safetensors              state of a codec that has one
       clean/part-00000.parquet             id, num_samples, num_frames, audio, layer columns
       masked/draw=0/part-00000.parquet     id, mask, layer columns at unmasked frames
-      commits/clean/part-00000.json        one per shard file, written after it: rows, bytes, SHA-256; with a checksum
+      commits/clean/part-00000.json        one per shard file, written after it: rows, bytes, SHA-256, failed utterances; with a
+                                         checksum
       builds/...                           one record per build with measured times; not part of the identity
       copies/...                           copies of cache.json, plan.parquet and codec states, for repair
 
@@ -55,6 +56,8 @@ CACHE_JSON = "cache.json"
 PLAN = "plan.parquet"
 COPIES = "copies"
 _RANDOM = re.compile(r"([a-z-]+:)*random:\d+x\d+")
+CONTENT_KEY = b"ray_distill.content"
+"""Key of the content key in the metadata of a shard file's Parquet footer. Files of earlier versions don't have it."""
 DATA_FOLDERS = ("clean", "masked", "composite", "commits")
 
 
@@ -313,11 +316,18 @@ def check_location(store: Store) -> None:
         )
 
 
-def file_record(path: Path, rows: int, content: str) -> dict[str, Any]:
-    """Return the commit record of a file at a local path: rows, bytes, SHA-256 and content key."""
+def check_content(metadata: Mapping[bytes, bytes] | None, file: ShardFile) -> None:
+    """Raise ValueError if the metadata in a Parquet footer say that it is not this shard file."""
+    if (metadata or {}).get(CONTENT_KEY, file.content.encode()) != file.content.encode():
+        raise ValueError("it belongs to another file or cache")
+
+
+def file_record(path: Path, rows: int, content: str, failed: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return the commit record of a file at a local path: rows, bytes, SHA-256, content key, and failed utterances if any."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"rows": rows, "bytes": path.stat().st_size, "sha256": digest, "content": content}
+    record = {"rows": rows, "bytes": path.stat().st_size, "sha256": digest, "content": content}
+    return record | ({"failed": dict(failed)} if failed else {})
 
 
 def write_commit(store: Store, file: ShardFile, record: dict[str, Any]) -> None:

@@ -54,6 +54,11 @@ class RunFolder:
         return self.corpus / SKIPPED
 
     @property
+    def failed_utterances(self) -> Path:
+        """Table of the utterances that the cache lacks, with reasons. It exists if there are any."""
+        return self.corpus / "failed.csv"
+
+    @property
     def result_file(self) -> Path:
         """Result of the training. It exists once the training is finished."""
         return self.path / RESULT

@@ -1,6 +1,7 @@
 """The report stage: a summary and a page of the run's results."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -14,6 +15,7 @@ from ray_distill.pipeline.stages.run import Run
 from ray_distill.student import Student, load_student
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
+from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
@@ -55,6 +57,7 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
         "hours": run.corpus.hours,
         "utterances": len(run.utterances),
         "skipped_files": len(run.corpus.skipped) - run.corpus.num_unused,
+        "failed_utterances": None if size is None else len(failed_utterances(Cache.open(run.cache), run.spec)),
         "teacher": run.teacher.name,
         "teacher_is_random": run.teacher_is_random,
         "teacher_parameters": run.teacher.num_parameters,
@@ -95,8 +98,7 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     policy = "one policy per draw" if masks.policies else f"mask_prob {masks.policy.mask_prob:g}"
     layers = f"layers {', '.join(map(str, run.layers))} of width {run.teacher.dim}"
     facts = {
-        "corpus": f"{summary['hours']:.2f} h, {summary['utterances']:,} utterances, "
-        f"{counted(summary['skipped_files'], 'file')} skipped",
+        "corpus": f"{summary['hours']:.2f} h, {summary['utterances']:,} utterances, {_left_out(summary)}",
         "teacher": f"{summary['teacher']}, {summary['teacher_parameters']:,} parameters, {layers}",
         "student": f"{summary['student_parameters']:,} parameters, heads included",
         "masks": f"{counted(masks.draws, 'draw')}, {policy}, seed {masks.seed}" if masks.draws else "none",
@@ -110,6 +112,13 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     return facts | ({"model": summary["export"]} if run.folder.export.is_dir() else {})
 
 
+def _left_out(summary: Mapping[str, Any]) -> str:
+    """Return the numbers of skipped files and failed utterances as a text."""
+    skipped = f"{counted(summary['skipped_files'], 'file')} skipped"
+    failed = summary.get("failed_utterances")  # None without a cache, and missing in summaries of earlier versions.
+    return f"{skipped}, {counted(failed, 'utterance')} failed" if failed else skipped
+
+
 def summary_table(summary: dict[str, Any]) -> Table:
     """Return the short table that a run ends with."""
     trained = summary["training"]
@@ -117,7 +126,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     random = " (RANDOM weights: features are meaningless)" if summary["teacher_is_random"] else ""
     table.add_row(
         "audio",
-        f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {counted(summary['skipped_files'], 'file')} skipped",
+        f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {_left_out(summary)}",
     )
     if summary["cache_bytes"] is not None:
         table.add_row(

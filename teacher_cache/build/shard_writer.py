@@ -262,7 +262,7 @@ def _encoded(codec: ColumnCodec, frames: Tensor, kept: Tensor) -> tuple[Tensor, 
     except ValueError:
         failed = {}
         usable = frames.clone()
-        for b, values in enumerate(usable.split(kept.sum(1).tolist())):
+        for b, values in enumerate(torch.split(usable, kept.sum(1).tolist())):
             try:
                 codec.encode(values)
             except ValueError as error:

@@ -70,7 +70,8 @@ def failed_utterances(cache: Cache, needed: CacheSpec | None = None) -> dict[str
     files = [file for shard in cache.shards for file in cache.files(shard, needed) if file.commit in committed]
 
     def failed_in(file: ShardFile) -> dict[str, str]:
-        return (cache.commit_of(file) or {}).get("failed", {})
+        failed: dict[str, str] = (cache.commit_of(file) or {}).get("failed", {})
+        return failed
 
     found: dict[str, str] = {}
     with ThreadPoolExecutor(_THREADS) as pool:

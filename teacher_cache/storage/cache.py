@@ -48,7 +48,7 @@ from ray_distill.teacher_cache.storage.limits import (
     load_state,
     read_plan,
 )
-from ray_distill.teacher_cache.storage.lock import LEASE
+from ray_distill.teacher_cache.storage.lock import CLAIMS, LEASE
 from ray_distill.teacher_cache.storage.shard_plan import Shard, shards_of
 from ray_distill.teacher_cache.storage.store import Store
 
@@ -308,7 +308,7 @@ class Cache:
 
 def check_location(store: Store) -> None:
     """Raise CacheError if a location has no cache but other files, except for those of an interrupted `create_cache`."""
-    known = (CACHE_JSON, PLAN, "codec", COPIES, BUILDS, LEASE)
+    known = (CACHE_JSON, PLAN, "codec", COPIES, BUILDS, LEASE, CLAIMS)
     foreign = [name for name in store.names() if name.partition("/")[0] not in known]
     if foreign and not Cache.exists(store):
         raise CacheError(

@@ -9,8 +9,11 @@ from rich.table import Table
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.ray_session import counted
+from ray_distill.pipeline.reports.explained_variance import explained_variance
 from ray_distill.pipeline.reports.feature_maps import FeatureMaps, feature_maps
 from ray_distill.pipeline.reports.run_report import write_run_report
+from ray_distill.pipeline.reports.training_charts import rows_of_kind
+from ray_distill.pipeline.run_starts import read_starts
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.student import Student, load_student
 from ray_distill.teacher_cache.reader import CacheReader
@@ -51,6 +54,8 @@ def report_run(run: Run) -> dict[str, Any]:
 def _summarise(run: Run, student: Student) -> dict[str, Any]:
     """Return the summary of the run."""
     online = run.config.train.targets == "online"
+    metrics = run.folder.metrics()
+    explained = explained_variance(metrics)
     size = cache_bytes(Cache.open(run.cache)) if not online and Cache.exists(run.cache) else None
     return {
         "name": run.config.name,
@@ -66,6 +71,10 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
         "cache_bytes": size,
         "cache_bytes_per_second": None if size is None else size / run.seconds,
         "training": run.folder.result(),
+        "constant_loss": None if explained is None else explained.constant_loss,
+        "explained_variance": None if explained is None else {str(n): share for n, share in explained.share.items()},
+        "starts": read_starts(run.folder.starts_file),
+        "resumed": [{key: row[key] for key in ("step", "time")} for row in rows_of_kind(metrics, "resumed")],
         "cache": None if online else run.cache.location,
         "export": str(run.folder.export),
         "run": str(run.folder.path),
@@ -105,6 +114,25 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         "training": f"{train.targets} targets, batches of {batch}, {train.accumulate} per step and worker, "
         f"{counted(train.workers, 'worker')}, {train.precision}, {train.loss}, peak learning rate {train.learning_rate:g}",
     }
+    if summary["constant_loss"] is not None:
+        shares = list(summary["explained_variance"].values())
+        facts["loss"] = (
+            f"{summary['constant_loss']:.4g} is the validation loss of the best constant prediction, the mean of each layer's "
+            "validation targets"
+        ) + (
+            f"; at the last validation, the student explains {shares[-1]:.1%} of the last layer's variance"
+            if shares
+            else ""
+        )
+    if summary["starts"]:
+        last = summary["starts"][-1]
+        facts["made by"] = f"`{last['command']}`, {last['code']}, started {summary['starts'][0]['time']}"
+        if len({start["code"] for start in summary["starts"]}) > 1:
+            facts["made by"] += f" with {summary['starts'][0]['code']}"
+    if summary["resumed"]:
+        facts["interrupted"] = "resumed " + ", ".join(
+            f"at step {row['step']:,} ({row['time']})" for row in summary["resumed"]
+        )
     if summary["cache_bytes"] is not None:
         facts["cache"] = (
             f"{run.spec.codec}, {run.spec.targets}, {summary['cache_bytes'] / 1e6:,.1f} MB at {summary['cache']}"
@@ -140,6 +168,11 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_row(
         "validation loss", f"{trained['first_validation_loss']:.4f} first, {trained['last_validation_loss']:.4f} last"
     )
+    if summary.get("explained_variance"):
+        layer, share = list(summary["explained_variance"].items())[-1]
+        table.add_row(
+            "explained variance", f"{share:.1%} of layer {layer}; a constant has loss {summary['constant_loss']:.4f}"
+        )
     table.add_row("teacher", f"{summary['teacher']}: {summary['teacher_parameters']:,} parameters{random}")
     table.add_row("student", f"{summary['student_parameters']:,} parameters")
     for key, name in (

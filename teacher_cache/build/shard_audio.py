@@ -41,15 +41,15 @@ def load_shard_audio(cache: Cache, shard: Shard) -> ShardAudio:
     return audio_from_corpus(cache, shard)
 
 
-def audio_from_corpus(cache: Cache, shard: Shard) -> ShardAudio:
-    """Decode a shard's audio from the corpus."""
+def audio_from_corpus(cache: Cache, shard: Shard, *, exact: bool = False) -> ShardAudio:
+    """Decode a shard's audio from the corpus; ``exact`` as for `load_waveform`."""
     encode = ENCODERS[cache.spec.audio]
     waveforms: list[np.ndarray] = []
     embedded: list[bytes] = []
     failed = {}
     for utterance in shard.utterances:
         try:
-            waveform = load_waveform(utterance)
+            waveform = load_waveform(utterance, exact=exact)
             data = encode(waveform)
         except (ValueError, OSError) as error:
             failed[utterance.id] = str(error)

@@ -35,8 +35,8 @@ def repair_cache(
     Records are restored from their copies. Missing and damaged shard files are computed again, from the audio embedded in the
     cache if that is intact, otherwise from the corpus, otherwise from the readable part of the damaged file. In the last case
     each utterance must match the corpus index, which is only possible for 16-bit mono audio at 16 kHz, because other audio
-    is indexed before it is rounded. A damaged file stays until its replacement is complete. Files that do not belong to the
-    cache are moved to ``set-aside/``.
+    is indexed before it is resampled or rounded. No utterance is left out but those that failed when the file was built. A
+    damaged file stays until its replacement is complete. Files that do not belong to the cache are moved to ``set-aside/``.
 
     Args:
         location: Location of the cache.
@@ -130,7 +130,9 @@ def _recorded_audio(cache: Cache, shard: Shard) -> tuple[ShardAudio, list[str]]:
         raise
     except CacheError:  # The record is damaged too.
         known = {}
-    audio = audio_from_corpus(cache, shard)
+    audio = audio_from_corpus(
+        cache, shard, exact=True
+    )  # A stranger's plan must not fetch other files of the same length.
     lost = [reason for name, reason in audio.failed.items() if name not in known]
     if lost and (rest := audio_from_damaged_file(cache, shard, known)) is not None:
         return rest, []

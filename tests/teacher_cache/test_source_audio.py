@@ -89,6 +89,9 @@ def test_a_hash_of_an_earlier_version_is_compared_where_that_is_possible(tmp_pat
     for path in (resampled, lossy):
         member = utterance(path, "0" * 64)  # As another processor computed it.
         assert len(load_waveform(member)) == member.num_samples
+        with pytest.raises(ValueError, match="on a machine that rounds differently; repair the cache there, or remove"):
+            load_waveform(member, exact=True)
+        load_waveform(utterance(path, hash_of_waveform(path)), exact=True)
         write(path, 8_000 if path == resampled else 16_000, 2.0)
         with pytest.raises(ValueError, match="has changed"):
             load_waveform(member)

@@ -42,7 +42,7 @@ def _may_be_equal(one: Utterance, other: Utterance) -> bool:
 
 
 def _sounds_equal(cache: Cache, utterances: dict[str, Utterance], doubtful: Sequence[str]) -> bool:
-    """Compare the corpus with the audio of some of the doubtful utterances in a finished shard. Files that can't be read don't count."""
+    """Compare the corpus with the audio of some doubtful utterances in a finished shard, without files that can't be read."""
     for shard in cache.shards:
         members = {utterance.id for utterance in shard.utterances} & set(doubtful)
         if not members or cache.store.size(cache.files(shard)[0].commit) is None:

@@ -126,4 +126,5 @@ class TargetVariance:
         count = self._rank.sum(self._count.clone())
         sums = self._rank.sum(self._sums.clone())
         mean, square = sums / count
-        return (square - mean.square()).clamp(min=0).mean(1)
+        variance: Tensor = (square - mean.square()).clamp(min=0)
+        return variance.mean(1)

@@ -23,6 +23,7 @@ from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache_spec import Targets
+from ray_distill.teacher_cache.storage.failed_utterances import DEFAULT_MAX_FAILED
 
 
 class ConfigError(ValueError):
@@ -89,6 +90,10 @@ class CacheSection(_Section):
     """GPUs per teacher. 0 runs the teacher on CPU."""
     cpus_per_actor: Annotated[int, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=1, ge=1)
     """CPU cores per teacher."""
+    max_failed: Annotated[float, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=DEFAULT_MAX_FAILED, ge=0)
+    """Number of utterances that may fail while the cache is built, because their audio can't be decoded or a hidden state is not
+    finite; below 1 their share, at least 3 utterances; 0 allows none. They are left out and listed with reasons in
+    ``corpus/failed.csv``. If more fail, the build stops."""
     verify: Annotated[bool, CHANGES_NO_RESULT, SAME_IN_ABLATION] = True
     """Whether to read the whole cache and compare its checksums before training."""
 
@@ -101,6 +106,13 @@ class CacheSection(_Section):
     def is_absolute(self) -> bool:
         """Whether the location does not depend on a process's working directory."""
         return "://" in self.path or Path(self.path).is_absolute()
+
+    @pydantic.field_validator("max_failed")
+    @classmethod
+    def _whole(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"{value:g} is neither a share below 1 nor a whole number of utterances")
+        return value
 
     @pydantic.field_validator("path", mode="before")
     @classmethod

@@ -54,6 +54,11 @@ class RunFolder:
         return self.corpus / SKIPPED
 
     @property
+    def failed_utterances(self) -> Path:
+        """Table of the utterances that the cache lacks, with reasons. It exists if there are any."""
+        return self.corpus / "failed.csv"
+
+    @property
     def result_file(self) -> Path:
         """Result of the training. It exists once the training is finished."""
         return self.path / RESULT
@@ -62,6 +67,11 @@ class RunFolder:
     def metrics_file(self) -> Path:
         """Metrics: one JSON row per logged step and per validation."""
         return self.path / METRICS
+
+    @property
+    def starts_file(self) -> Path:
+        """Commands that started or continued the training; see `run_starts`."""
+        return self.path / "starts.jsonl"
 
     @property
     def tensorboard(self) -> Path:
@@ -137,10 +147,11 @@ class RunFolder:
     def has_results(self) -> bool:
         """Whether the folder contains anything that a run of another configuration must not replace.
 
-        The corpus index and the initial weights are made again where they differ, so they don't count. Neither do hidden files,
-        which are locks and unfinished writes.
+        The corpus index, the initial weights and the list of starts are made again where they differ, so they don't count.
+        Neither do hidden files, which are locks and unfinished writes.
         """
-        replaceable = {path.name for path in (self.config_file, self.ray_log, self.corpus, self.initial_weights)}
+        made_again = (self.config_file, self.ray_log, self.corpus, self.initial_weights, self.starts_file)
+        replaceable = {path.name for path in made_again}
         return self.path.is_dir() and any(
             entry.name not in replaceable and not entry.name.startswith(".") for entry in self.path.iterdir()
         )

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray_distill.teacher_cache.audio import AudioError, load_audio
-    from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
+    from ray_distill.teacher_cache.build.build_cache import build_cache
+    from ray_distill.teacher_cache.build.shard_workers import Workers
     from ray_distill.teacher_cache.maintenance.repair import repair_cache
     from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
     from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy, draw_mask
@@ -52,7 +53,8 @@ __all__ = [
 
 _MODULES = {
     "audio": ("AudioError", "load_audio"),
-    "build.build_cache": ("Workers", "build_cache"),
+    "build.build_cache": ("build_cache",),
+    "build.shard_workers": ("Workers",),
     "maintenance.repair": ("repair_cache",),
     "maintenance.verify": ("verify_cache", "verify_deep"),
     "masks": ("MaskDraws", "MaskPolicy", "draw_mask"),

@@ -1,5 +1,7 @@
 """Decoding of audio files of any rate and channel count to 16 kHz mono."""
 
+import hashlib
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -20,6 +22,8 @@ _MAX_CHANNELS = 64
 _BLOCK_VALUES = 1 << 20
 # Largest sample, where 1 is full scale. Overshoots of recordings are far below it, and 16-bit integers stored as floats far above.
 _MAX_SAMPLE = 8.0
+# Decoders of these encodings compute with floats, and their results differ between processors and versions of libsndfile.
+_LOSSY = ("VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
 
 
 class AudioError(ValueError):
@@ -54,18 +58,66 @@ def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) 
         AudioError: If the audio can't be used; see its ``reason``.
     """
     name = str(source) if isinstance(source, (str, Path)) else "the audio"
-    samples, rate, peak = _decode(source, name, max_seconds)
-    if len(samples) == 0:
+    return _waveform(_decode(source, name, max_seconds), name)
+
+
+def load_identified_audio(path: Path, max_seconds: float | None = None) -> tuple[np.ndarray, str]:
+    """Return the waveform of a file, as `load_audio`, and an identity of its audio that no rounding can change.
+
+    The identity is the same on every machine:
+
+    - Audio in an encoding without floats (PCM, FLAC, ALAC, ADPCM, ...) and PCM of floats are decoded exactly: integers of up to
+      24 bits are float32 numbers, and the mean of one or two channels, or of any number with 16 bits, is rounded once. With
+      more channels the order of the sum is fixed. The identity is the SHA-256 of the mean of the channels as little-endian
+      float32 samples, clipped to [-1, 1], before they are resampled, since resampling rounds differently with another number
+      of threads or another processor. So tags may change, and a lossless copy in another format has the same identity. At
+      16 kHz this is the hash of the waveform itself, which indexes and caches of earlier versions contain; at other rates it
+      is ``RATE:SHA-256``.
+    - Lossy audio (mp3, Vorbis, Opus) is decoded with floats, whose rounding depends on the processor and on the version of
+      libsndfile. Its identity is ``file:SHA-256`` of the file's bytes, so a changed tag makes another file.
+
+    Raises:
+        AudioError: As `load_audio`.
+    """
+    decoded = _decode(path, str(path), max_seconds)
+    waveform = _waveform(decoded, str(path))
+    if decoded.lossy:
+        with path.open("rb") as file:
+            return waveform, f"file:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    digest = hashlib.sha256(np.clip(decoded.samples, -1.0, 1.0).astype("<f4", copy=False).tobytes()).hexdigest()
+    return waveform, digest if decoded.rate == SAMPLE_RATE else f"{decoded.rate}:{digest}"
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """Audio as decoded.
+
+    Attributes:
+        samples: (N,) float32, mean of the channels.
+        rate: Samples per second.
+        peak: Largest absolute value of any channel.
+        lossy: Whether the decoder computes with floats, so that the samples depend on the machine.
+    """
+
+    samples: np.ndarray
+    rate: int
+    peak: float
+    lossy: bool
+
+
+def _waveform(decoded: _Decoded, name: str) -> np.ndarray:
+    """Check decoded audio and return the (S,) float32 waveform at 16 kHz."""
+    if len(decoded.samples) == 0:
         raise AudioError("empty", f"{name} has no samples")
-    if not np.isfinite(samples).all():
+    if not np.isfinite(decoded.samples).all():
         raise AudioError("undecodable", f"{name} has samples that are not finite numbers")
-    if peak > _MAX_SAMPLE:
+    if decoded.peak > _MAX_SAMPLE:
         raise AudioError(
             "undecodable",
-            f"{name} has float samples up to {peak:.6g}, which are not in [-1, 1]; divide them by their full scale, such as 32768 for "
-            "16-bit integers",
+            f"{name} has float samples up to {decoded.peak:.6g}, which are not in [-1, 1]; divide them by their full scale, such as "
+            "32768 for 16-bit integers",
         )
-    waveform: np.ndarray = np.clip(_resample(samples, rate), -1.0, 1.0)
+    waveform: np.ndarray = np.clip(_resample(decoded.samples, decoded.rate), -1.0, 1.0)
     if len(waveform) < RECEPTIVE_FIELD:
         raise AudioError(
             "too_short", f"{name} has {len(waveform)} samples at 16 kHz; at least {RECEPTIVE_FIELD} (25 ms) are needed"
@@ -73,8 +125,7 @@ def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) 
     return waveform
 
 
-def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None) -> tuple[np.ndarray, int, float]:
-    """Return the (N,) float32 mean of the channels, the rate in Hz, and the largest absolute value of any channel."""
+def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None) -> _Decoded:
     try:
         if _num_bytes(source) == 0:
             raise AudioError("empty", f"{name} is an empty file")
@@ -119,7 +170,8 @@ def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None)
                 f"{name} is an unfinished recording or stream: its header says 0 samples, but {rest} bytes follow; rewrite its "
                 "header, for example with sox --ignore-length",
             )
-    return np.concatenate(blocks), rate, peak
+        lossy = file.subtype in _LOSSY
+    return _Decoded(np.concatenate(blocks), rate, peak, lossy)
 
 
 def _bytes_after_data(source: Path | str | BinaryIO) -> int:

@@ -50,6 +50,7 @@ def verify(
     from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
     from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
     from ray_distill.teacher_cache.storage.cache import Cache
+    from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
     from ray_distill.teacher_cache.teachers import load_teacher
 
     console = _console()
@@ -73,7 +74,15 @@ def verify(
         console.print(f"{cache} is damaged; run `ray-distill cache repair {cache}` to rebuild the damaged parts")
         raise typer.Exit(1)
     sizes_only = fast and not deep
-    console.print(f"{cache} {'has files of the right sizes (their bytes were not read)' if sizes_only else 'is sound'}")
+    failed = len(failed_utterances(Cache.open(cache)))
+    without = (
+        f", without {failed} {'utterance' if failed == 1 else 'utterances'} that failed when it was built"
+        if failed
+        else ""
+    )
+    console.print(
+        f"{cache} {'has files of the right sizes (their bytes were not read)' if sizes_only else 'is sound'}{without}"
+    )
 
 
 def repair(

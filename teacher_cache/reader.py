@@ -1,12 +1,10 @@
 """Targets for training from a finished cache, with random access: one row group per utterance."""
 
+import bisect
 import operator
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -20,8 +18,11 @@ from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.embedded_audio import DECODERS
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import draw_mask
+from ray_distill.teacher_cache.parquet_file_pool import ParquetFilePool
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, column_name, damage_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, Targets
+from ray_distill.teacher_cache.storage.failed_utterances import check_failed
+from ray_distill.teacher_cache.storage.shard_plan import Shard
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.target_batch import Batch, CachedUtterance, CodedTargets, pad_waveforms
 
@@ -56,7 +57,8 @@ class CacheReader:
 
     Attributes:
         cache: The opened cache.
-        ids: Utterance ids, in index order.
+        ids: Utterance ids, in index order, without those that any of the files read lacks.
+        failed: Reasons by id for the utterances of the split that are left out.
         num_samples: (N,) int64 numbers of samples.
         num_frames: (N,) int64 numbers of frames.
         layers: 1-based layers of the targets.
@@ -106,10 +108,6 @@ class CacheReader:
         if not shards:
             splits = sorted({shard.split for shard in self.cache.shards})
             raise CacheError(f"the cache at {self.cache.store.location} has no split {split!r}; it has {splits}")
-        self.ids = [utterance.id for shard in shards for utterance in shard.utterances]
-        self.num_samples = np.array([u.num_samples for shard in shards for u in shard.utterances])
-        self.num_frames = np.array([frames for shard in shards for frames in shard.num_frames])
-        self._places = [(shard.number, row) for shard in shards for row in range(len(shard.utterances))]
         self._sets = {
             number: tuple(c for c in self.cache.codecs(number) if set(c.layers) & set(self.layers))
             for number, layer_set in enumerate(self.cache.layer_sets)
@@ -123,13 +121,37 @@ class CacheReader:
                 needed = part.draw is None or (part.draw < self.draws and self._targets != "clean_only")
                 if part.has_audio or (needed and part.layer_set in self._sets):
                     self._files[shard.number, part.kind, part.draw, part.layer_set] = file
-        self._check_files()
+        failed = self._failed_utterances(shards)
+        self.failed = {name: reason for of_file in reversed(failed.values()) for name, reason in of_file.items()}
+        kept = [
+            (shard, row)
+            for shard in shards
+            for row, utterance in enumerate(shard.utterances)
+            if utterance.id not in self.failed
+        ]
+        if not kept:
+            name, reason = next(iter(self.failed.items()))
+            raise CacheError(
+                f"all utterances of split {split!r} failed when the cache at {self.cache.store.location} was built ({name}: "
+                f"{reason}); repair the corpus, and build the cache again"
+            )
+        self.ids = [shard.utterances[row].id for shard, row in kept]
+        self.num_samples = np.array([shard.utterances[row].num_samples for shard, row in kept])
+        self.num_frames = np.array([shard.num_frames[row] for shard, row in kept])
+        self._places = [(shard.number, row) for shard, row in kept]
+        # The rows of the plan that a file lacks, ascending. All others have a row group each.
+        self._absent = {
+            file: [row for row, utterance in enumerate(shard.utterances) if utterance.id in failed[file]]
+            for shard in shards
+            for file in self.cache.files(shard)
+            if failed.get(file)
+        }
         remote = self.cache.store.local is None
         self.batches_at_once = _REMOTE_BATCHES if remote else 1
         default = _REMOTE_THREADS if remote else min(4, os.cpu_count() or 1)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads or default, "cache-reader")
-        self._open = _ParquetFilePool(self.cache.store, _OPEN_REMOTE_FILES if remote else _OPEN_FILES)
+        self._open = ParquetFilePool(self.cache.store, _OPEN_REMOTE_FILES if remote else _OPEN_FILES)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -171,17 +193,25 @@ class CacheReader:
         arguments = (self._split, self.layers, self.draws, self._threads, self._targets)
         return CacheReader, (self.cache.store.location, *arguments)
 
-    def _check_files(self) -> None:
+    def _failed_utterances(self, shards: Sequence[Shard]) -> dict[ShardFile, dict[str, str]]:
+        """Check that the files are finished and have their committed sizes, and return what each of them lacks, with reasons."""
         store = self.cache.store
         sizes = store.sizes()
+        ids = {shard.number: [utterance.id for utterance in shard.utterances] for shard in shards}
         files = list(self._files.values())
         for file in files:
             if file.commit not in sizes:
                 raise CacheError(f"{store.at(file.name)} is not finished; run the cache stage again")
+        failed = {}
         with ThreadPoolExecutor(_COMMIT_THREADS) as pool:
             for file, record in zip(files, pool.map(self.cache.commit_of, files), strict=True):
                 if record is None or sizes.get(file.name) != record["bytes"]:
                     raise damage_error(store, file.name, "is missing or does not have its committed size")
+                try:
+                    failed[file] = check_failed(record, ids[file.shard])
+                except ValueError as error:
+                    raise damage_error(store, file.commit, f"does not fit the plan ({error})") from error
+        return failed
 
     def read(self, indices: Sequence[int], draw: int | None) -> Batch:
         """Return a padded batch; see `TargetReader.read`.
@@ -284,10 +314,12 @@ class CacheReader:
         if features is None:
             features = [column_name(codec.layers) for codec in self._sets[number]]
         columns = ["id", *extra, *features]
+        row = self._places[index][1]
+        row -= bisect.bisect_left(self._absent.get(file, []), row)
         try:
-            with self._open.use(file.name) as parquet:
-                self._check_size(index, parquet.metadata.row_group(self._places[index][1]), columns)
-                table = parquet.read_row_group(self._places[index][1], columns=columns, use_threads=False)
+            with self._open.use(file) as parquet:
+                self._check_size(index, parquet.metadata.row_group(row), columns)
+                table = parquet.read_row_group(row, columns=columns, use_threads=False)
             values = [table.column(name).chunk(0)[0] for name in columns]
             kinds = [pa.ListScalar if name == "mask" else (pa.BinaryScalar, pa.LargeBinaryScalar) for name in columns]
             if not all(value.is_valid and isinstance(value, kind) for value, kind in zip(values, kinds, strict=True)):
@@ -316,46 +348,3 @@ class CacheReader:
 
     def _damaged(self, file: ShardFile, reason: str) -> CacheError:
         return damage_error(self.cache.store, file.name, f"is damaged ({reason})")
-
-
-class _ParquetFilePool:
-    """Pool of open Parquet files. One thread uses a file at a time, and the least recently used files are closed.
-
-    Args:
-        store: Store of the cache.
-        limit: Maximum number of idle open files.
-    """
-
-    def __init__(self, store: Store, limit: int) -> None:
-        self._store = store
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._idle: OrderedDict[str, list[pq.ParquetFile]] = OrderedDict()
-        self._count = 0
-
-    @contextmanager
-    def use(self, name: str) -> Iterator[pq.ParquetFile]:
-        """Yield an open file that no other thread uses. A file is not returned to the pool after an error."""
-        with self._lock:
-            idle = self._idle.get(name, [])
-            file = idle.pop() if idle else None
-            if file is not None:
-                self._count -= 1
-                if not idle:
-                    del self._idle[name]
-        if file is None:
-            # Over a network, pre-buffering reads all columns of a row group in one request.
-            remote = self._store.local is None
-            file = pq.ParquetFile(self._store.open(name), page_checksum_verification=True, pre_buffer=remote)
-        yield file
-        with self._lock:
-            self._idle.setdefault(name, []).append(file)
-            self._idle.move_to_end(name)
-            self._count += 1
-            while self._count > self._limit:
-                oldest, files = self._idle.popitem(last=False)
-                files.pop(0).close()
-                self._count -= 1
-                if files:
-                    self._idle[oldest] = files
-                    self._idle.move_to_end(oldest, last=False)

@@ -5,18 +5,37 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.audio import load_identified_audio
 from ray_distill.teacher_cache.embedded_audio import quantize
-from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, is_earlier_hash
 
 
-def load_waveform(utterance: Utterance) -> np.ndarray:
+def load_waveform(utterance: Utterance, *, exact: bool = False) -> np.ndarray:
     """Return the (S,) float32 waveform of an utterance, as teachers and students receive it.
+
+    The samples of resampled or lossy audio may differ in their last bit between machines. A cache stores the samples that its
+    teacher received, and students get those.
+
+    Args:
+        utterance: The utterance.
+        exact: Whether to refuse a file that is only known by its length. Default False: if an earlier version indexed resampled or
+            lossy audio, its hash depends on that machine's rounding, and a file of the same length is taken for the same.
 
     Raises:
         ValueError: If the file can't be decoded or has changed since the corpus was indexed.
     """
-    waveform = load_audio(Path(utterance.path))
-    if hashlib.sha256(waveform.tobytes()).hexdigest() != utterance.sha256:
-        raise ValueError(f"{utterance.path} has changed since the corpus was indexed; run the index stage again")
+    waveform, identity = load_identified_audio(Path(utterance.path))
+    same = identity == utterance.sha256
+    if not same and is_earlier_hash(utterance.sha256, identity):
+        same = not exact or hashlib.sha256(waveform.tobytes()).hexdigest() == utterance.sha256
+        if not same:
+            raise ValueError(
+                f"{utterance.path} has changed, or an earlier version indexed it on a machine that rounds differently; repair the "
+                "cache there, or remove the commit record of the shard and run the cache stage of a run again"
+            )
+    if not same or len(waveform) != utterance.num_samples:
+        raise ValueError(
+            f"{utterance.path} has changed since the corpus was indexed; run the index stage again (if it says that the index is "
+            "reused, remove the folder corpus in the run's folder first)"
+        )
     return quantize(waveform)

@@ -29,7 +29,8 @@ import typer
 from benchmarks.memory import peak_resident_bytes
 from benchmarks.result_file import REPOSITORY, RESULTS, write_result
 from benchmarks.small_speech import TRAIN, shared_data, utterances
-from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.build.shard_workers import Workers
 from ray_distill.teacher_cache.frames import num_frames
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.precision import Precision

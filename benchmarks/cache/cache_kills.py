@@ -33,7 +33,8 @@ from rich.table import Table
 
 from benchmarks.result_file import REPOSITORY, RESULTS, write_result
 from ray_distill.teacher_cache.audio import load_audio
-from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.build.shard_workers import Workers
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.masks import MaskDraws
@@ -229,7 +230,7 @@ import sys
 sys.path.insert(0, {repository!r})
 import ray
 from benchmarks.cache.cache_kills import build
-from ray_distill.teacher_cache.build.build_cache import Workers
+from ray_distill.teacher_cache.build.shard_workers import Workers
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
          runtime_env={{"env_vars": {{"PYTHONPATH": {repository!r}, "OMP_NUM_THREADS": "1"}}}})
 print("building", flush=True)

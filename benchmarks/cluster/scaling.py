@@ -27,7 +27,8 @@ from ray_distill.student.training.prefetch import PREFETCH, TrainingPlan, micro_
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.audio import load_audio
-from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.build.shard_workers import Workers
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache

@@ -59,6 +59,8 @@ CACHE = (
     "ray_distill.teacher_cache.masks",
     "ray_distill.teacher_cache.storage.shard_plan",
     "ray_distill.teacher_cache.build.build_cache",
+    "ray_distill.teacher_cache.build.shard_workers",
+    "ray_distill.teacher_cache.storage.failed_utterances",
     "ray_distill.teacher_cache.storage.cache",
     "ray_distill.teacher_cache.maintenance.verify",
     "ray_distill.teacher_cache.maintenance.repair",

@@ -18,14 +18,16 @@ import pyarrow.parquet as pq
 from ray_distill.pipeline.corpus.found import FoundFile, Skipped
 from ray_distill.pipeline.corpus.search import find_audio
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary
-from ray_distill.teacher_cache.audio import AudioError, load_audio
+from ray_distill.teacher_cache.audio import AudioError, load_identified_audio
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 
 INDEX = "index.parquet"
 SKIPPED = "skipped.csv"
 STATE = "state.json"
-_SCHEMA = 2
+_SCHEMA = 3
+_EARLIER_SCHEMAS = (2,)
+"""Versions whose indexes are still used. In version 2, ``sha256`` is the hash of the resampled waveform; see `is_earlier_hash`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,10 @@ class CorpusIndex:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the ids, splits and sample hashes, which is equal for equal audio, wherever it is stored."""
+        """SHA-256 of the ids, splits and identities of the audio, which is equal for equal audio, wherever it is stored and indexed.
+
+        All of it is exact: `load_identified_audio` gives identities that rounding can't change.
+        """
         digest = hashlib.sha256()
         for u in sorted(self.utterances, key=lambda utterance: utterance.id):
             digest.update(json.dumps([u.id, u.split, u.sha256]).encode())
@@ -135,8 +140,12 @@ def index_corpus(
     path = path.absolute()
     found = find_audio(path, train_splits, validation_splits)
     entries, skipped = found.entries, list(found.skipped)
-    state = _state(entries, skipped, [validation_fraction, min_seconds, max_seconds])
-    if all((output / name).is_file() for name in (INDEX, SKIPPED, STATE)) and (output / STATE).read_text() == state:
+    settings = [validation_fraction, min_seconds, max_seconds]
+    state = _state(_SCHEMA, entries, skipped, settings)
+    stored = (output / STATE).read_text() if all((output / name).is_file() for name in (INDEX, SKIPPED, STATE)) else ""
+    if stored == state or any(
+        stored == _state(schema, entries, skipped, settings) for schema in _EARLIER_SCHEMAS if stored
+    ):
         index = CorpusIndex.load(output)
         if progress is not None:
             progress(len(entries), len(entries))
@@ -198,8 +207,8 @@ def _hold_out(utterances: list[Utterance], fraction: float) -> list[Utterance]:
     return [replace(u, split="validation" if n < count else "train") for n, u in enumerate(by_hash)]
 
 
-def _state(entries: list[FoundFile], skipped: list[Skipped], settings: list[float]) -> str:
-    """Return a hash of everything that the index depends on."""
+def _state(schema: int, entries: list[FoundFile], skipped: list[Skipped], settings: list[float]) -> str:
+    """Return a hash of everything that an index of a version depends on."""
     files: list[object] = []
     for entry in entries:
         try:
@@ -207,7 +216,7 @@ def _state(entries: list[FoundFile], skipped: list[Skipped], settings: list[floa
             files.append([entry.id, str(entry.path), entry.role, stat.st_size, stat.st_mtime_ns])
         except OSError:
             files.append([entry.id, str(entry.path), entry.role, "missing"])
-    content = [_SCHEMA, files, [[str(skip.path), skip.reason] for skip in skipped], settings]
+    content = [schema, files, [[str(skip.path), skip.reason] for skip in skipped], settings]
     return json.dumps({"sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest()})
 
 
@@ -215,13 +224,12 @@ def _decode(entry: FoundFile, min_seconds: float, max_seconds: float) -> Utteran
     if not os.path.isfile(entry.path):  # noqa: PTH113 (Path.is_file raises if a parent folder can't be searched)
         return Skipped(entry.path, "missing", f"{entry.path} does not exist or is not a file")
     try:
-        waveform = load_audio(entry.path, max_seconds)
+        waveform, identity = load_identified_audio(entry.path, max_seconds)
         if len(waveform) < min_seconds * SAMPLE_RATE:
             raise AudioError("too_short", f"{entry.path} is shorter than {min_seconds} s")
     except AudioError as error:
         return Skipped(entry.path, error.reason, str(error))
-    digest = hashlib.sha256(waveform.tobytes()).hexdigest()
-    return Utterance(entry.id, str(entry.path), len(waveform), entry.role or "train", digest)
+    return Utterance(entry.id, str(entry.path), len(waveform), entry.role or "train", identity)
 
 
 def _save(index: CorpusIndex, state: str, output: Path) -> None:

@@ -217,24 +217,9 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def count_files(
-    path: Path, train_splits: Sequence[str] | None = None, validation_splits: Sequence[str] | None = None
-) -> dict[str, int]:
-    """Count the audio files of a corpus without opening them.
-
-    Args:
-        path: Folder or manifest, as for `index_corpus`.
-        train_splits: Names of the splits to train on. Default: None, which chooses by name.
-        validation_splits: Names of the splits to validate on. Default: None, which chooses by name.
-
-    Returns:
-        Number of files of each split, ``train`` and ``validation``; of ``all`` if some of them are to be held out.
-
-    Raises:
-        ValueError: The corpus doesn't exist, has no audio, or lacks a split.
-    """
-    entries = find_audio(path.absolute(), train_splits, validation_splits).entries
-    counts = Counter(entry.role for entry in entries)
+def count_files(found: FoundCorpus) -> dict[str, int]:
+    """Return the number of files of each split, ``train`` and ``validation``; of ``all`` if some of them are to be held out."""
+    counts = Counter(entry.role for entry in found.entries)
     if not counts["validation"]:
-        return {"all": len(entries)}
+        return {"all": len(found.entries)}
     return {split: counts[split] for split in ("train", "validation")}

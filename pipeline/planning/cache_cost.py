@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import torch
 from rich.table import Table
@@ -108,13 +109,18 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
         step = max(1, len(utterances) // _MASKS_SAMPLED)
         chosen, counts = utterances[::step], frames[::step]
         masked = float(spec.masks.frame_mask(0, [u.id for u in chosen], counts).sum()) / sum(counts)
-    sample: list[Utterance] = []
+    waveforms: list[np.ndarray] = []
+    problem: ValueError | None = None
     # Utterances at even distances over the corpus, until there is enough audio.
     for utterance in utterances[:: max(1, len(utterances) // 20)]:
-        sample.append(utterance)
-        if sum(u.num_samples for u in sample) > _SECONDS_SAMPLED * SAMPLE_RATE:
+        try:
+            waveforms.append(load_waveform(utterance))
+        except ValueError as error:  # The build leaves it out and counts it.
+            problem = error
+        if sum(map(len, waveforms)) > _SECONDS_SAMPLED * SAMPLE_RATE:
             break
-    waveforms = [load_waveform(u) for u in sample]
+    if not waveforms and problem is not None:
+        raise problem
     seconds = sum(len(w) for w in waveforms) / SAMPLE_RATE
     per_second = 32_000.0 if spec.audio == "pcm" else sum(len(to_flac(w)) for w in waveforms) / seconds
     hidden, audio_per_second = _timed(teacher, spec, [pad_waveforms([w]) for w in waveforms])
@@ -147,6 +153,8 @@ def _timed(teacher: Teacher, spec: CacheSpec, batches: list[tuple[Tensor, Tensor
     started = time.perf_counter()
     hidden = [run(*batch) for batch in batches]
     elapsed = time.perf_counter() - started
+    # The build leaves out utterances that are not finite. If all are, the codecs say so.
+    hidden = [states for states in hidden if bool(states.isfinite().all())] or hidden
     return hidden, sum(int(lengths.sum()) for _, lengths in batches) / SAMPLE_RATE / elapsed
 
 

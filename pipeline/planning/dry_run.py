@@ -8,10 +8,12 @@ from rich.table import Table
 
 from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.pipeline.corpus.index import INDEX
-from ray_distill.pipeline.corpus.search import count_files
+from ray_distill.pipeline.corpus.search import count_files, find_audio
+from ray_distill.pipeline.corpus.splits import SplitSummary
 from ray_distill.pipeline.ray_session import counted
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.index import split_table
 from ray_distill.student import Student
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -27,11 +29,13 @@ class RunPlan:
         name: Name of the run.
         facts: Main facts of the resolved configuration, by name.
         stages: What each selected stage would do, by name.
+        splits: The splits of the corpus, without their hours.
     """
 
     name: str
     facts: dict[str, str]
     stages: dict[str, str]
+    splits: tuple[SplitSummary, ...]
 
 
 def plan_run(config: Config, stages: list[str]) -> RunPlan:
@@ -48,7 +52,8 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
         ValueError: The corpus, the teacher, the cache or the run's folder can't be used with this configuration.
     """
     RunFolder(config.folder.absolute()).refuse_other_config(config)
-    counts = count_files(config.corpus.path, config.corpus.train_splits, config.corpus.validation_splits)
+    corpus = config.corpus
+    found = find_audio(corpus.path.absolute(), corpus.train_splits, corpus.validation_splits)
     teacher = load_header(config.teacher.checkpoint)
     run = Run(config, Console(quiet=True), teacher)
     folder, train = run.folder, config.train
@@ -63,7 +68,7 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     batch = f"{train.batch_size} utterances" if train.batch_size else f"{train.batch_seconds:g} s of audio"
     facts = {
         "run folder": str(folder.path),
-        "corpus": f"{config.corpus.path.absolute()}: {_listed(counts)}",
+        "corpus": f"{config.corpus.path.absolute()}: {_listed(count_files(found))}",
         "teacher": _teacher_facts(run, teacher),
         "student": _student_facts(config, teacher),
         "masks": masks,
@@ -81,7 +86,8 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
         "export": f"{'update' if folder.export.is_dir() else 'write'} {folder.export}",
         "report": f"write {folder.report}",
     }
-    return RunPlan(config.name, facts, {stage: action for stage, action in actions.items() if stage in stages})
+    chosen = {stage: action for stage, action in actions.items() if stage in stages}
+    return RunPlan(config.name, facts, chosen, tuple(found.splits))
 
 
 def _listed(counts: dict[str, int]) -> str:
@@ -169,10 +175,12 @@ def _train_action(folder: RunFolder) -> str:
 
 
 def print_plan(plan: RunPlan, console: Console) -> None:
-    """Print a plan as two tables, and that nothing was started."""
+    """Print a plan as three tables, and that nothing was started."""
     for title, rows in ((f"run {plan.name}", plan.facts), ("stages", plan.stages)):
         table = Table(show_header=False, title=title)
         for name, text in rows.items():
             table.add_row(name, text)
         console.print(table)
+    for line in split_table(plan.splits):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print("Dry run: the configuration, corpus and teacher can be used; nothing was started or written.")

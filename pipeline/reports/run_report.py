@@ -10,6 +10,7 @@ import numpy as np
 
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.probing.probe_record import distinct_titles, read_probes
+from ray_distill.pipeline.reports.explained_variance import explained_variance
 from ray_distill.pipeline.reports.feature_maps import FeatureMaps
 from ray_distill.pipeline.reports.heatmap import heatmap
 from ray_distill.pipeline.reports.html_page import render_page
@@ -44,6 +45,10 @@ def write_run_report(
     """
     metrics = folder.metrics()
     headings, layers = last_layer_values(metrics)
+    if (explained := explained_variance(metrics)) is not None:
+        headings.append("variance explained")
+        for layer, values in layers.items():
+            values.append(explained.share.get(layer))
     probes = read_probes(folder.path)
     page = render_page(
         "run.html",
@@ -114,6 +119,7 @@ def _tiles(summary: Mapping[str, Any], metrics: Rows) -> list[tuple[str, str]]:
     """Return the headline figures, each as a value and its label."""
     train, validation, result = rows_of_kind(metrics, "train"), rows_of_kind(metrics, "validation"), summary["training"]
     tiles = []
+    explained = explained_variance(metrics)
     if result is not None:
         first, best = result["first_validation_loss"], result["best_validation_loss"]
         tiles.append((f"{best:.4g}", f"best validation loss ({first:.4g} at the start)"))
@@ -121,6 +127,9 @@ def _tiles(summary: Mapping[str, Any], metrics: Rows) -> list[tuple[str, str]]:
     elif validation:
         first, best = validation[0]["loss"], min(row["loss"] for row in validation)
         tiles.append((f"{best:.4g}", f"best validation loss so far ({first:.4g} at the start)"))
+    if explained is not None and explained.share:
+        layer, share = list(explained.share.items())[-1]
+        tiles.append((f"{share:.1%}", f"of the variance of layer {layer} explained at the last validation"))
     ratio = summary["teacher_parameters"] / summary["student_parameters"]
     tiles.append(
         (f"{summary['student_parameters'] / 1e6:.3g} M", f"student parameters (1/{ratio:.3g} of the teacher's)")

@@ -1,13 +1,21 @@
 """The cache stage: run the teacher over the corpus, and store its outputs. The train stage checks what was stored."""
 
+import csv
+import io
+from collections.abc import Mapping
 from pathlib import Path
 
+from rich.markup import escape
+
+from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.ray_session import counted, init_ray, quiet_ray, require_resources
 from ray_distill.pipeline.stages.run import Run
-from ray_distill.teacher_cache.build.build_cache import Progress, Workers, build_cache
+from ray_distill.teacher_cache.build.build_cache import Progress, build_cache
+from ray_distill.teacher_cache.build.shard_workers import Workers
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 from ray_distill.teacher_cache.teachers import split_options
 
@@ -50,6 +58,7 @@ def cache_targets(run: Run) -> None:
                 absolute_checkpoint(run.config.teacher.checkpoint),
                 teacher_name=run.teacher.name,
                 workers=Workers(settings.actors, settings.gpus_per_actor, settings.cpus_per_actor),
+                max_failed=settings.max_failed,
                 on_progress=show,
             )
         detail = (
@@ -61,6 +70,22 @@ def cache_targets(run: Run) -> None:
         f"cache   {detail}: {size / 1e6:.1f} MB, {size / run.seconds / 1e3:.1f} kB per second of audio, "
         f"at {run.cache.location}"
     )
+    _list_failed(run, failed_utterances(Cache.open(run.cache), run.spec))
+
+
+def _list_failed(run: Run, failed: Mapping[str, str]) -> None:
+    """Write the list of the utterances that the cache lacks, and say how many they are."""
+    file = run.folder.failed_utterances
+    file.unlink(missing_ok=True)
+    if failed:
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows([("id", "reason"), *failed.items()])
+        write_text(file, table.getvalue())
+        name, reason = next(iter(failed.items()))
+        run.say(
+            f"[yellow]cache   {counted(len(failed), 'utterance')} failed and {'is' if len(failed) == 1 else 'are'} left out, such as "
+            f"{escape(name)}: {escape(reason)} (see {file})[/yellow]"
+        )
 
 
 def check_cache(run: Run) -> None:

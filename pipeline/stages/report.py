@@ -1,6 +1,7 @@
 """The report stage: a summary and a page of the run's results."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -8,12 +9,16 @@ from rich.table import Table
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.ray_session import counted
+from ray_distill.pipeline.reports.explained_variance import explained_variance
 from ray_distill.pipeline.reports.feature_maps import FeatureMaps, feature_maps
 from ray_distill.pipeline.reports.run_report import write_run_report
+from ray_distill.pipeline.reports.training_charts import rows_of_kind
+from ray_distill.pipeline.run_starts import read_starts
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.student import Student, load_student
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
+from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
@@ -49,12 +54,15 @@ def report_run(run: Run) -> dict[str, Any]:
 def _summarise(run: Run, student: Student) -> dict[str, Any]:
     """Return the summary of the run."""
     online = run.config.train.targets == "online"
+    metrics = run.folder.metrics()
+    explained = explained_variance(metrics)
     size = cache_bytes(Cache.open(run.cache)) if not online and Cache.exists(run.cache) else None
     return {
         "name": run.config.name,
         "hours": run.corpus.hours,
         "utterances": len(run.utterances),
         "skipped_files": len(run.corpus.skipped) - run.corpus.num_unused,
+        "failed_utterances": None if size is None else len(failed_utterances(Cache.open(run.cache), run.spec)),
         "teacher": run.teacher.name,
         "teacher_is_random": run.teacher_is_random,
         "teacher_parameters": run.teacher.num_parameters,
@@ -63,6 +71,10 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
         "cache_bytes": size,
         "cache_bytes_per_second": None if size is None else size / run.seconds,
         "training": run.folder.result(),
+        "constant_loss": None if explained is None else explained.constant_loss,
+        "explained_variance": None if explained is None else {str(n): share for n, share in explained.share.items()},
+        "starts": read_starts(run.folder.starts_file),
+        "resumed": [{key: row[key] for key in ("step", "time")} for row in rows_of_kind(metrics, "resumed")],
         "cache": None if online else run.cache.location,
         "export": str(run.folder.export),
         "run": str(run.folder.path),
@@ -95,19 +107,44 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     policy = "one policy per draw" if masks.policies else f"mask_prob {masks.policy.mask_prob:g}"
     layers = f"layers {', '.join(map(str, run.layers))} of width {run.teacher.dim}"
     facts = {
-        "corpus": f"{summary['hours']:.2f} h, {summary['utterances']:,} utterances, "
-        f"{counted(summary['skipped_files'], 'file')} skipped",
+        "corpus": f"{summary['hours']:.2f} h, {summary['utterances']:,} utterances, {_left_out(summary)}",
         "teacher": f"{summary['teacher']}, {summary['teacher_parameters']:,} parameters, {layers}",
         "student": f"{summary['student_parameters']:,} parameters, heads included",
         "masks": f"{counted(masks.draws, 'draw')}, {policy}, seed {masks.seed}" if masks.draws else "none",
         "training": f"{train.targets} targets, batches of {batch}, {train.accumulate} per step and worker, "
         f"{counted(train.workers, 'worker')}, {train.precision}, {train.loss}, peak learning rate {train.learning_rate:g}",
     }
+    if summary["constant_loss"] is not None:
+        shares = list(summary["explained_variance"].values())
+        facts["loss"] = (
+            f"{summary['constant_loss']:.4g} is the validation loss of the best constant prediction, the mean of each layer's "
+            "validation targets"
+        ) + (
+            f"; at the last validation, the student explains {shares[-1]:.1%} of the last layer's variance"
+            if shares
+            else ""
+        )
+    if summary["starts"]:
+        last = summary["starts"][-1]
+        facts["made by"] = f"`{last['command']}`, {last['code']}, started {summary['starts'][0]['time']}"
+        if len({start["code"] for start in summary["starts"]}) > 1:
+            facts["made by"] += f" with {summary['starts'][0]['code']}"
+    if summary["resumed"]:
+        facts["interrupted"] = "resumed " + ", ".join(
+            f"at step {row['step']:,} ({row['time']})" for row in summary["resumed"]
+        )
     if summary["cache_bytes"] is not None:
         facts["cache"] = (
             f"{run.spec.codec}, {run.spec.targets}, {summary['cache_bytes'] / 1e6:,.1f} MB at {summary['cache']}"
         )
     return facts | ({"model": summary["export"]} if run.folder.export.is_dir() else {})
+
+
+def _left_out(summary: Mapping[str, Any]) -> str:
+    """Return the numbers of skipped files and failed utterances as a text."""
+    skipped = f"{counted(summary['skipped_files'], 'file')} skipped"
+    failed = summary.get("failed_utterances")  # None without a cache, and missing in summaries of earlier versions.
+    return f"{skipped}, {counted(failed, 'utterance')} failed" if failed else skipped
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -117,7 +154,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     random = " (RANDOM weights: features are meaningless)" if summary["teacher_is_random"] else ""
     table.add_row(
         "audio",
-        f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {counted(summary['skipped_files'], 'file')} skipped",
+        f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {_left_out(summary)}",
     )
     if summary["cache_bytes"] is not None:
         table.add_row(
@@ -131,6 +168,11 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_row(
         "validation loss", f"{trained['first_validation_loss']:.4f} first, {trained['last_validation_loss']:.4f} last"
     )
+    if summary.get("explained_variance"):
+        layer, share = list(summary["explained_variance"].items())[-1]
+        table.add_row(
+            "explained variance", f"{share:.1%} of layer {layer}; a constant has loss {summary['constant_loss']:.4f}"
+        )
     table.add_row("teacher", f"{summary['teacher']}: {summary['teacher_parameters']:,} parameters{random}")
     table.add_row("student", f"{summary['student_parameters']:,} parameters")
     for key, name in (

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ray_distill.pipeline.config import Config, ConfigError
+from ray_distill.pipeline.corpus.cached_corpus import known_fingerprint
 from ray_distill.pipeline.corpus.index import CorpusIndex
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
@@ -119,15 +120,20 @@ class Run:
     def spec(self) -> CacheSpec:
         """Specification of the cache that the run needs."""
         cache = self.config.cache
+        teacher, corpus = self.teacher.fingerprint, self.corpus.fingerprint
+        if Cache.exists(self.cache):  # It may have been made on another kind of machine, or by an earlier version.
+            found = Cache.open(self.cache)
+            teacher = found.spec.teacher if found.is_of_teacher(self.teacher.name, teacher) else teacher
+            corpus = known_fingerprint(found, self.corpus)
         return CacheSpec(
-            teacher=self.teacher.fingerprint,
+            teacher=teacher,
             num_layers=self.teacher.num_layers,
             dim=self.teacher.dim,
             layers=self.layers,
             masks=self.config.masks,
             codec=cache.codec,
             targets=cache.targets,
-            corpus=self.corpus.fingerprint,
+            corpus=corpus,
             shard_seconds=cache.shard_minutes * 60,
             batch_seconds=cache.batch_seconds,
             precision=self.precision,

@@ -11,6 +11,7 @@ from torch import Tensor
 from ray_distill.pipeline.initialise import initial_tensors, write_initial
 from ray_distill.pipeline.ray_session import init_ray, quiet_ray, require_resources
 from ray_distill.pipeline.run_folder import RunFolder
+from ray_distill.pipeline.run_starts import record_start
 from ray_distill.pipeline.stages.cache import absolute_checkpoint, check_cache
 from ray_distill.pipeline.stages.progress import ProgressUpdate
 from ray_distill.pipeline.stages.run import Run
@@ -39,7 +40,9 @@ def train_student(run: Run) -> None:
     if settings.targets == "cached":
         check_cache(run)
     training = prepare_training(run, max(1, (os.cpu_count() or 1) // settings.workers))
-    if (step := saved_step(run.folder.checkpoints)) is not None:
+    step = saved_step(run.folder.checkpoints)
+    record_start(run.folder.starts_file, first=step is None)
+    if step is not None:
         run.say(f"train   resuming from step {step}, the last checkpoint")
     with quiet_ray(run.folder.ray_log), run.progress("train", "steps") as update:
         init_ray()

@@ -43,6 +43,12 @@ class LayerPrediction(Objective, frozen=True):
                 "from; give a smaller number, or remove it to learn from all"
             )
 
+    def constant_loss(self, variance: Tensor) -> float | None:
+        """See `Objective.constant_loss`. Only the squared error's best constant is the mean."""
+        if self.loss != "mse" or self.cosine_weight:
+            return None
+        return float(self.hint_weight * variance[:-1].sum() + self.final_weight * variance[-1])
+
     def distiller(self, student: Student, *, spec_augment: SpecAugment | None, seed: int) -> "LayerDistiller":
         """See `Objective.distiller`."""
         return LayerDistiller(

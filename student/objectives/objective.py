@@ -119,6 +119,17 @@ class Objective(pydantic.BaseModel, ABC, frozen=True, extra="forbid", use_attrib
     def check_student(self, config: StudentConfig) -> None:
         """Raise ValueError if a student of this architecture cannot learn with this objective."""
 
+    def constant_loss(self, variance: Tensor) -> float | None:
+        """Return the validation loss of the best prediction that is the same for all frames.
+
+        Args:
+            variance: (L,) variance of each layer's targets, averaged over channels.
+
+        Returns:
+            The loss, or None if it is not a function of the variances.
+        """
+        return None
+
     @abstractmethod
     def distiller(self, student: Student, *, spec_augment: SpecAugment | None, seed: int) -> Distiller:
         """Return the module with student and loss.

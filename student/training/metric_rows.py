@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_NUMBERS = {"train": ("step", "loss"), "validation": ("step", "loss"), "skipped": ("step",)}
+_NUMBERS = {"train": ("step", "loss"), "validation": ("step", "loss"), "skipped": ("step",), "resumed": ("step",)}
 """Fields that are numbers in every row of a kind."""
 
 

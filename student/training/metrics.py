@@ -186,8 +186,10 @@ class Metrics:
     - ``train``: loss (mean since the last row), learning_rate, gradient_norm (before clipping), audio_hours_per_minute,
       data_wait (share of the time), padding_waste (share of the samples), skipped_steps (so far), cosine_KIND_layer_NN (of
       this step only).
-    - ``validation``: loss, layer_NN (unweighted), cosine_unmasked_layer_NN.
+    - ``validation``: loss, layer_NN (unweighted), cosine_unmasked_layer_NN; in the first row also constant_loss and
+      constant_layer_NN, the losses of the best constant prediction, if the error is the squared one.
     - ``skipped``: cause of a skipped step, and its utterances.
+    - ``resumed``: time at which the training continued from a checkpoint.
 
     After a restart, rows beyond the checkpoint are dropped and written again.
 
@@ -256,7 +258,7 @@ class Metrics:
                 f"the metrics of step {row['step']} can't be written to {self._path.parent} ({error.strerror or error}); once "
                 "this is put right, the same command continues from the last checkpoint"
             ) from error
-        for tracker in self._trackers:
+        for tracker in self._trackers if numbers else ():
             tracker.log(numbers, row["step"])
 
     def __enter__(self) -> Self:

@@ -106,6 +106,9 @@ def _worker(job: dict[str, Any]) -> Exception | None:
     import ray.train.torch
 
     context = ray.train.get_context()
+    refusal = Path(job["refusal"])
+    if refusal.is_file():  # Another rank was refused before Ray restarted the workers.
+        return ValueError(refusal.read_text())
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(job["threads"])
@@ -122,6 +125,14 @@ def _worker(job: dict[str, Any]) -> Exception | None:
         )
     except (FloatingPointError, CheckpointError) as error:
         return error  # Every rank raises these at the same step.
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError):
+            raise  # A store that could not be reached may be reached again.
+        if rank.world_size == 1:
+            return error
+        # The others may be waiting for this rank, so Ray has to stop them. They are not started again more than once.
+        run_files.replace_text(refusal, str(error))
+        raise
     return None
 
 
@@ -202,9 +213,12 @@ def train_on_ray(
         torch.set_num_threads(cpu_threads)
         _train(job, Rank(device=device))
         return
+    name = uuid.uuid4().hex[:12]
+    refusal = folder / run_files.RAY / f"{name}.refusal"
+    refusal.parent.mkdir(parents=True, exist_ok=True)
     trainer = ray.train.torch.TorchTrainer(
         _worker,
-        train_loop_config=job,
+        train_loop_config=job | {"refusal": str(refusal)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
             use_gpu=settings.use_gpu,
@@ -212,7 +226,7 @@ def train_on_ray(
         ),
         # Progress is in our own checkpoints; a unique name keeps Ray from resuming the state of another run.
         run_config=ray.train.RunConfig(
-            name=uuid.uuid4().hex[:12],
+            name=name,
             storage_path=str(folder / run_files.RAY),
             failure_config=ray.train.FailureConfig(
                 max_failures=settings.max_failures, controller_failure_limit=_START_TRIES
@@ -225,6 +239,8 @@ def train_on_ray(
         problem = _explain(error, settings)
         if isinstance(problem, TrainingError):
             _LOG.error("the training failed", exc_info=error)  # The message to the user has no traceback.
+    finally:
+        refusal.unlink(missing_ok=True)
     if problem is not None:
         raise problem
 

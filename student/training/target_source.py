@@ -30,15 +30,18 @@ class TargetSource:
 def cached_source(reader: CacheReader) -> TargetSource:
     """Return the source of targets from a cache.
 
-    Layers and mask draws that the training does not read are not part of the key, so a cache may be extended.
+    Layers and mask draws that the training does not read are not part of the key, so a cache may be extended. Utterances that the
+    cache lacks are.
 
     Args:
         reader: Reader of the training split.
     """
     cache = reader.cache
     spec = cache.spec
+    failed = {"failed": sorted(reader.failed)} if reader.failed else {}  # Keys of earlier versions stay valid.
     key = _digest(
-        {
+        failed
+        | {
             "spec": spec.model_dump(mode="json", exclude={"layers", "masks"}),
             # With the SHA-256 of the codec's state.
             "sets": [s.model_dump(mode="json") for s in cache.layer_sets if set(s.layers) & set(reader.layers)],

@@ -97,8 +97,8 @@ class Checkpoints:
             The progress of the training; a new TrainState if no checkpoint exists.
 
         Raises:
-            ValueError: the checkpoint is missing although the run has progressed, is damaged, or was made with other settings or
-                other targets. All files of the run are unchanged.
+            ValueError: the checkpoint or the metrics are missing although the run has progressed, or the checkpoint is damaged, or
+                was made with other settings or other targets. All files of the run are unchanged.
         """
         path = self._folder / run_files.LAST / run_files.STATE
         if not path.is_file():
@@ -120,6 +120,11 @@ class Checkpoints:
             raise ValueError(
                 f"{path} is not a checkpoint of this training ({_one_line(error)}); {self._advice('use its settings')}"
             ) from error
+        if state.step and not (metrics := self._run / run_files.METRICS).is_file():
+            raise ValueError(
+                f"{metrics} is missing, but {path} continues from step {state.step}; "
+                + self._advice("restore it from a copy, create an empty file of this name to continue without its rows")
+            )
         if state.best and not (best := self._folder / run_files.step_folder(state.best[0][1])).is_dir():
             raise ValueError(f"{best}, the best student so far, is missing; {self._advice('restore it from a copy')}")
         if len(random) == self._rank.world_size:

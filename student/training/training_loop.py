@@ -187,6 +187,9 @@ class _Loop:
         }
         resumed_step = None if self.is_fresh() else self.state.step
         self.metrics = Metrics(folder, resumed_step, settings.trackers, configuration, enabled=rank.index == 0)
+        if resumed_step is not None:
+            now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+            self.metrics.write({"kind": "resumed", "step": resumed_step, "time": now})
 
     def run(self) -> TrainResult:
         settings, state, total_steps = self.settings, self.state, self.plan.total_steps
@@ -366,7 +369,7 @@ class _Loop:
         state, settings = self.state, self.settings
         student = self.student if self.average is None else cast(Student, self.average.module)
         row: dict[str, Any] = {"kind": "validation", "step": state.step} | validate(
-            student, self.validation_reader, settings, self.rank
+            student, self.validation_reader, settings, self.rank, constant=self.is_fresh()
         )
         loss = row["loss"]
         if not math.isfinite(loss):

@@ -1,16 +1,17 @@
-"""Loss of a batch in the training's precision, and validation over a split."""
+"""Loss of a batch in the training's precision, and validation over a split, also of the best constant prediction."""
 
 from contextlib import nullcontext
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ray_distill.student.model.student import Student
 from ray_distill.student.objectives.objective import DistillationLoss, Distiller
 from ray_distill.student.training.metrics import cosine_row
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.frames import padding_mask
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
 from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
 
@@ -41,12 +42,22 @@ def batch_loss(
 
 
 @torch.no_grad()
-def validate(student: Student, reader: TargetReader, settings: TrainSettings, rank: Rank) -> dict[str, float]:
+def validate(
+    student: Student, reader: TargetReader, settings: TrainSettings, rank: Rank, *, constant: bool = False
+) -> dict[str, float]:
     """Compare the student on unmasked input with clean targets over the whole validation split.
+
+    Args:
+        student: The student.
+        reader: Targets of the validation split.
+        settings: Settings of the training.
+        rank: This process.
+        constant: Whether to measure the best constant prediction too, which is the same in every validation. Default False.
 
     Returns:
         Means per real frame, the same on every rank: ``loss`` (weighted), ``layer_NN`` (unweighted) and
-        ``cosine_unmasked_layer_NN``.
+        ``cosine_unmasked_layer_NN``; with ``constant`` and the squared error also ``constant_loss`` and ``constant_layer_NN``, the
+        losses of predicting the mean of the split's targets (see `TargetVariance`).
     """
     distiller = make_distiller(student, settings).eval()
     longest_first = np.argsort(-reader.num_samples, kind="stable").tolist()
@@ -58,15 +69,62 @@ def validate(student: Student, reader: TargetReader, settings: TrainSettings, ra
         batches = cut_by_seconds(longest_first, reader.num_samples, settings.batch_seconds)
     losses = torch.zeros(len(reader.layers) + 1, dtype=torch.float64, device=rank.device)
     cosines = torch.zeros(2, len(reader.layers) + 1, dtype=torch.float64, device=rank.device)
+    variance = TargetVariance(len(reader.layers), reader.dim, rank)
     for indices in batches[rank.index :: rank.world_size]:
         batch = reader.read(indices, None).to(rank.device)
         loss = batch_loss(distiller, batch, settings, 1.0, cosines=True)
         losses += torch.cat([loss.total[None], loss.per_layer]).double()
         assert loss.cosines is not None
         cosines += loss.cosines
+        if constant:
+            variance.add(batch.targets, batch.num_frames)
     distiller.train()
     rank.sum(losses)
     rank.sum(cosines)
     total, *layers = (losses / cosines[1, -1]).tolist()
     by_layer = {f"layer_{layer:02d}": loss for layer, loss in zip(reader.layers, layers, strict=True)}
-    return {"loss": total} | by_layer | cosine_row(cosines, reader.layers)
+    row = {"loss": total} | by_layer | cosine_row(cosines, reader.layers)
+    if constant:
+        per_layer = variance.per_layer()
+        if (lowest := settings.chosen_objective.constant_loss(per_layer)) is not None:
+            row["constant_loss"] = lowest
+            row |= {
+                f"constant_layer_{n:02d}": value for n, value in zip(reader.layers, per_layer.tolist(), strict=True)
+            }
+    return row
+
+
+class TargetVariance:
+    """Sums over the real frames of batches, from which the variance of the targets follows exactly.
+
+    Args:
+        layers: Number of layers L.
+        dim: Width D.
+        rank: This process.
+    """
+
+    def __init__(self, layers: int, dim: int, rank: Rank) -> None:
+        self._rank = rank
+        self._count = torch.zeros((), dtype=torch.float64, device=rank.device)
+        self._sums = torch.zeros(2, layers, dim, dtype=torch.float64, device=rank.device)
+
+    def add(self, targets: Tensor, num_frames: Tensor) -> None:
+        """Count a batch: (B, L, T, D) float targets, and (B,) integer numbers of real frames."""
+        real = ~padding_mask(num_frames, targets.shape[2])
+        self._count += real.sum()
+        for layer in range(targets.shape[1]):  # One layer at a time, since float64 needs twice the memory.
+            frames = targets[:, layer][real].double()
+            self._sums[0, layer] += frames.sum(0)
+            self._sums[1, layer] += frames.square().sum(0)
+
+    def per_layer(self) -> Tensor:
+        """Return the (L,) float64 variances of all ranks' frames, averaged over the channels. Every rank must call this.
+
+        This is the smallest squared error, averaged over D and over frames, of a prediction that is the same for all frames; the
+        prediction is the mean of each channel.
+        """
+        count = self._rank.sum(self._count.clone())
+        sums = self._rank.sum(self._sums.clone())
+        mean, square = sums / count
+        variance: Tensor = (square - mean.square()).clamp(min=0)
+        return variance.mean(1)

@@ -2,21 +2,18 @@
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from ray_distill.teacher_cache.build.codec_fit import fit_codec_to_corpus
-from ray_distill.teacher_cache.build.shard_audio import ShardAudio, load_shard_audio
-from ray_distill.teacher_cache.build.shard_writer import ShardWriter, open_writer, shard_from_json, shard_to_json
+from ray_distill.teacher_cache.build.shard_workers import Workers, ray_errors_as_cache_errors, records_of
 from ray_distill.teacher_cache.codecs import is_learned
-from ray_distill.teacher_cache.embedded_audio import to_pcm
 from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, write_build_statistics
 from ray_distill.teacher_cache.storage.cache import (
     COPIES,
@@ -26,8 +23,14 @@ from ray_distill.teacher_cache.storage.cache import (
 )
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.create import create_cache, grow_cache
+from ray_distill.teacher_cache.storage.failed_utterances import (
+    DEFAULT_MAX_FAILED,
+    allowed_failures,
+    failed_utterances,
+    too_many_error,
+)
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
-from ray_distill.teacher_cache.storage.shard_plan import Shard, with_paths
+from ray_distill.teacher_cache.storage.shard_plan import Shard, shards_of, with_sources
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -80,26 +83,6 @@ class BuildReport:
     busy: float
 
 
-@dataclass(frozen=True)
-class Workers:
-    """Ray actors that build a cache, with one teacher each.
-
-    Attributes:
-        actors: Number of actors.
-        gpus_per_actor: Number of GPUs per actor. 0 runs the teachers on CPUs.
-        cpus_per_actor: Number of cores per actor. A cache keeps the number of PyTorch threads it was created with.
-    """
-
-    actors: int = 1
-    gpus_per_actor: float = 0
-    cpus_per_actor: int = 1
-
-    @property
-    def device(self) -> str:
-        """Device of the teachers."""
-        return "cuda" if self.gpus_per_actor else "cpu"
-
-
 def build_cache(
     location: str | Path,
     spec: CacheSpec,
@@ -108,6 +91,7 @@ def build_cache(
     *,
     teacher_name: str,
     workers: Workers | None = Workers(),
+    max_failed: float = DEFAULT_MAX_FAILED,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> BuildReport:
     """Create, resume or extend a cache: write all files that the specification needs and that are missing.
@@ -115,10 +99,13 @@ def build_cache(
     Args:
         location: Location of the cache, an absolute path or a URI that every node can reach.
         spec: Specification of the cache.
-        plan: Table from `plan_shards`. An existing cache keeps its own plan, but takes the paths of audio files from this one.
+        plan: Table from `plan_shards`. An existing cache keeps its own plan, but takes the paths and identities of audio files from
+            this one.
         teacher_spec: Specification of the teacher for `load_teacher` on every node.
         teacher_name: Name of the teacher for people to read, stored in ``cache.json``.
         workers: Ray Data actors; Ray must be initialised. None builds in this process, without Ray.
+        max_failed: Number of utterances that may fail, or below 1 their share, at least 3 utterances; 0 allows none. The cache
+            lacks an utterance that failed, and its commits record the reason; see `failed_utterances`. Default 0.001.
         on_progress: Called after every shard.
 
     Returns:
@@ -126,8 +113,8 @@ def build_cache(
 
     Raises:
         CacheError: If the teacher lacks a layer, the location holds a different cache or other files, another process builds
-            the cache, the disk is full, or audio files changed since they were indexed (all other shards are written
-            before the error is raised).
+            the cache, the disk is full, too many utterances failed, or a file of the cache is damaged (all other shards are
+            written before this error is raised).
     """
     unknown = [layer for layer in spec.layers if not 1 <= layer <= spec.num_layers]
     if unknown:
@@ -136,11 +123,12 @@ def build_cache(
     check_location(store)
     with cache_lock(store) as check_lock:
         store.remove_leftovers()
-        cache = _create_or_grow(store, spec, plan, teacher_spec, teacher_name, workers, check_lock)
+        cache = _create_or_grow(store, spec, plan, teacher_spec, teacher_name, workers, max_failed, check_lock)
         _remove_unused_states(cache)
-        # The corpus may have moved since the cache was created. The SHA-256 of each waveform shows that it is the same.
-        shards = with_paths(cache.shards, dict(zip(plan["id"].to_pylist(), plan["path"].to_pylist(), strict=True)))
-        report = _write_missing(cache, shards, teacher_spec, workers, on_progress, check_lock)
+        # The corpus may have moved since the cache was created. The identity of each file shows that it is the same.
+        sources = {utterance.id: utterance for shard in shards_of(plan) for utterance in shard.utterances}
+        shards = with_sources(cache.shards, sources)
+        report = _write_missing(cache, shards, teacher_spec, workers, max_failed, on_progress, check_lock)
         store.remove_leftovers()
     return report
 
@@ -152,10 +140,11 @@ def _create_or_grow(
     teacher_spec: str,
     teacher_name: str,
     workers: Workers | None,
+    max_failed: float,
     check_lock: Callable[[], None],
 ) -> Cache:
     if not Cache.exists(store):
-        state = _fit(spec, spec.layers, plan, teacher_spec, workers)
+        state = _fit(spec, spec.layers, plan, teacher_spec, workers, max_failed)
         check_lock()
         return create_cache(
             store,
@@ -170,7 +159,7 @@ def _create_or_grow(
     if cache.covers(spec):
         return cache
     new = tuple(sorted(set(spec.layers) - set(cache.spec.layers)))
-    state = _fit(spec, new, plan, teacher_spec, workers) if new else {}
+    state = _fit(spec, new, plan, teacher_spec, workers, max_failed) if new else {}
     check_lock()
     return grow_cache(cache, spec, state)
 
@@ -184,14 +173,19 @@ def _remove_unused_states(cache: Cache) -> None:
 
 
 def _fit(
-    spec: CacheSpec, layers: tuple[int, ...], plan: pa.Table, teacher_spec: str, workers: Workers | None
+    spec: CacheSpec,
+    layers: tuple[int, ...],
+    plan: pa.Table,
+    teacher_spec: str,
+    workers: Workers | None,
+    max_failed: float,
 ) -> Mapping[str, Tensor]:
     if not is_learned(spec.codec):
         return {}
     if workers is None:
         teacher = load_teacher(teacher_spec)
         try:
-            return fit_codec_to_corpus(spec, layers, plan, teacher)
+            return fit_codec_to_corpus(spec, layers, plan, teacher, max_failed)
         except (ValueError, torch.OutOfMemoryError) as error:
             raise CacheError(f"the codec could not be fitted: {_fit_failure(error)}") from error
     import ray
@@ -199,12 +193,12 @@ def _fit(
     def fit() -> Mapping[str, Tensor] | str:
         # Ray would wrap an exception in a traceback, and can't pickle every exception.
         try:
-            return fit_codec_to_corpus(spec, layers, plan, load_teacher(teacher_spec, workers.device))
+            return fit_codec_to_corpus(spec, layers, plan, load_teacher(teacher_spec, workers.device), max_failed)
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
             return _fit_failure(error)
 
     task = ray.remote(num_cpus=workers.cpus_per_actor, num_gpus=workers.gpus_per_actor, max_retries=3)(fit)
-    with _ray_errors_as_cache_errors():
+    with ray_errors_as_cache_errors():
         state: Mapping[str, Tensor] | str = ray.get(task.remote())
     if isinstance(state, str):
         raise CacheError(f"the codec could not be fitted: {state}")
@@ -218,28 +212,12 @@ def _fit_failure(error: Exception) -> str:
     return str(error)
 
 
-@contextmanager
-def _ray_errors_as_cache_errors() -> Iterator[None]:
-    """Turn Ray's errors about failed workers into a CacheError of one sentence."""
-    import ray.exceptions
-
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        # An error in a task is a traceback, whose last line has the message. Ray's own errors have it in their first line.
-        line = lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0]
-        raise CacheError(
-            f"the cache stage stopped because a worker failed ({line}); finished files are kept: remove the cause and "
-            "run the same command again"
-        ) from error
-
-
 def _write_missing(
     cache: Cache,
     shards: list[Shard],
     teacher_spec: str,
     workers: Workers | None,
+    max_failed: float,
     on_progress: Callable[[Progress], None],
     check_lock: Callable[[], None],
 ) -> BuildReport:
@@ -253,15 +231,26 @@ def _write_missing(
     written = utterances = 0
     seconds = busy = 0.0
     failures: list[str] = []
+    allowed = allowed_failures(max_failed, cache.record["utterances"])
+    failed: dict[str, str] = {}  # All of the cache's, once any is found.
+    failed_shards: list[int] = []
     teacher_time = TeacherTime()
     # Closing stops the actors, so that none of them writes after the lock is released.
-    with closing(_records(cache, todo, teacher_spec, workers)) as records:
+    with closing(records_of(cache, todo, teacher_spec, workers, allowed)) as records:
         for record in records:
             check_lock()
             if record.get("refused"):
                 raise CacheError(record["refused"])
             if record["full"]:
                 raise disk_full_error(cache.store, record["failures"][-1])
+            if found := json.loads(record["failed"]):
+                failed_shards.append(record["shard"])
+                failed = (failed or failed_utterances(cache)) | found
+                if len(failed) > allowed:
+                    # The cause may be removed, so the next build computes these shards again.
+                    for file in (file for number in failed_shards for file in missing[number]):
+                        cache.store.remove(file.commit)
+                    raise too_many_error(failed, max_failed, cache.record["utterances"])
             busy += record["busy"]
             teacher_time.add(TeacherTime.from_columns(record))
             if record["failures"]:
@@ -298,102 +287,3 @@ def raise_failures(failures: list[str]) -> None:
         count = "1 failure" if len(failures) == 1 else f"{len(failures)} failures"
         more = f" and {len(failures) - _SHOWN_FAILURES} more" if len(failures) > _SHOWN_FAILURES else ""
         raise CacheError(f"{count} while caching: {'; '.join(failures[:_SHOWN_FAILURES])}{more}")
-
-
-class _ShardMetrics:
-    """Metrics of an actor, exported by its Ray node. Ray adds the prefix ``ray_``, and the suffix ``_total`` to counters."""
-
-    def __init__(self) -> None:
-        from ray.util.metrics import Counter, Histogram
-
-        self._counters = {
-            "utterances": Counter("distill_cache_utterances", "Utterances in the shards written"),
-            "seconds": Counter("distill_cache_audio_seconds", "Audio in the shards written, in seconds"),
-            "bytes": Counter("distill_cache_bytes", "Bytes of the shards written"),
-            "busy": Counter("distill_cache_teacher_seconds", "Seconds in which teachers and codecs worked"),
-        }
-        self._failures = Counter("distill_cache_failures", "Utterances or shards that could not be cached")
-        about = "Seconds from a shard's decoded audio to its last commit"
-        self._shard = Histogram("distill_cache_shard_seconds", about, boundaries=[1, 3, 10, 30, 100, 300, 1000])
-
-    def count(self, record: Mapping[str, Any], seconds: float) -> None:
-        """Count the record of a shard. A shard already finished when a task is retried is not counted."""
-        if failed := len(record["failures"]):
-            self._failures.inc(failed)
-        elif record["bytes"]:
-            self._shard.observe(seconds)
-            for field, counter in self._counters.items():
-                counter.inc(record[field])
-
-
-class _ShardWriterActor:
-    """`ShardWriter` in a Ray Data actor. It returns a user's mistake as a record, because Ray would retry after an exception."""
-
-    def __init__(self, location: str, teacher_spec: str, device: str) -> None:
-        self._metrics = _ShardMetrics()
-        self._refused = ""
-        try:
-            self._writer = ShardWriter(location, teacher_spec, device)
-        except (ValueError, OSError) as error:
-            self._refused = str(error)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        if self._refused:
-            return pa.Table.from_pylist([{"refused": self._refused}])
-        started = time.perf_counter()
-        try:
-            records = self._writer(batch)  # One shard.
-        except CacheError as error:
-            return pa.Table.from_pylist([{"refused": str(error)}])
-        self._metrics.count(records.to_pylist()[0], time.perf_counter() - started)
-        return records
-
-
-def _records(
-    cache: Cache, shards: list[Shard], teacher_spec: str, workers: Workers | None
-) -> Generator[dict[str, Any], None, None]:
-    if not shards:
-        return
-    if workers is None:
-        with open_writer(cache, teacher_spec) as writer:
-            for shard in shards:
-                yield writer.write(shard)
-        return
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    location = cache.store.location
-
-    def decode(row: dict[str, Any]) -> dict[str, Any]:
-        shard = shard_from_json(row["shard"])
-        try:
-            decoded = load_shard_audio(Cache.open(location), shard)
-        except (ValueError, OSError) as error:
-            decoded = ShardAudio([], [], [f"shard {shard.number}: {error}"])
-        return {
-            "shard": row["shard"],
-            "pcm": b"".join(to_pcm(waveform) for waveform in decoded.waveforms),
-            "audio": decoded.embedded or [b""],
-            "failures": json.dumps(decoded.failures),
-        }
-
-    with _ray_errors_as_cache_errors():
-        dataset = ray.data.from_items(
-            [{"shard": shard_to_json(shard)} for shard in shards], override_num_blocks=len(shards)
-        ).map(decode, num_cpus=1)
-        yield from dataset.map_batches(
-            _ShardWriterActor,
-            fn_constructor_args=(location, teacher_spec, workers.device),
-            batch_size=1,
-            batch_format="pyarrow",
-            # An actor takes two shards at a time: the teacher runs on one while the other is unpacked, written or synced.
-            compute=ray.data.ActorPoolStrategy(
-                size=min(workers.actors, len(shards)),
-                max_concurrent_calls_per_actor=2,
-                enable_true_multi_threading=True,
-            ),
-            num_gpus=workers.gpus_per_actor,
-            num_cpus=workers.cpus_per_actor,
-        ).iter_rows()

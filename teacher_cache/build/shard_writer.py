@@ -1,9 +1,12 @@
-"""Shard files from decoded audio: the teacher and the codecs on the teacher's device, Parquet on the CPU."""
+"""Shard files from decoded audio: the teacher and the codecs on the teacher's device, Parquet on the CPU.
+
+An utterance that can't be decoded or encoded is left out and recorded; see `failed_utterances`.
+"""
 
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -21,8 +24,15 @@ from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.embedded_audio import from_pcm
 from ray_distill.teacher_cache.frames import SAMPLE_RATE, padding_mask
 from ray_distill.teacher_cache.storage.build_statistics import PassTime, TeacherTime
-from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, column_name, file_record, write_commit
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, Part
+from ray_distill.teacher_cache.storage.cache import (
+    CONTENT_KEY,
+    Cache,
+    ShardFile,
+    column_name,
+    file_record,
+    write_commit,
+)
+from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterance
 from ray_distill.teacher_cache.storage.store import is_disk_full
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
@@ -53,13 +63,17 @@ class ShardWriter:
         location: Location of a cache that has its ``cache.json``.
         teacher: A teacher, or a specification for `load_teacher`.
         device: ``cuda`` or ``cpu``, for a teacher given by its specification.
+        max_failed: Maximum number of failed utterances of a shard; one with more is not finished. Default: no limit.
 
     Raises:
         CacheError: If the cache was made with another teacher.
     """
 
-    def __init__(self, location: str, teacher: str | Teacher, device: str = "cpu") -> None:
+    def __init__(
+        self, location: str, teacher: str | Teacher, device: str = "cpu", *, max_failed: int | None = None
+    ) -> None:
         self._cache = Cache.open(location)
+        self._max_failed = max_failed
         if device == "cpu":
             torch.set_num_threads(self._cache.record["threads"])
         self._teacher = load_teacher(teacher, device) if isinstance(teacher, str) else teacher
@@ -73,11 +87,11 @@ class ShardWriter:
         for row in range(batch.num_rows):
             shard = shard_from_json(batch["shard"][row].as_py())
             samples = from_pcm(batch["pcm"][row].as_buffer())
-            ends = np.cumsum([utterance.num_samples for utterance in shard.utterances])
-            failures = json.loads(batch["failures"][row].as_py())
-            waveforms = [] if failures else np.split(samples, ends[:-1])
+            failed, problem = json.loads(batch["failed"][row].as_py()), batch["problem"][row].as_py()
+            lengths = [0 if utterance.id in failed else utterance.num_samples for utterance in shard.utterances]
+            waveforms = [] if problem else np.split(samples, np.cumsum(lengths)[:-1])
             embedded = [value.as_py() for value in batch["audio"][row]]
-            records.append(self.write(shard, ShardAudio(list(waveforms), embedded, failures)))
+            records.append(self.write(shard, ShardAudio(list(waveforms), embedded, failed, problem)))
         return pa.Table.from_pylist(records)
 
     def write(self, shard: Shard, audio: ShardAudio | None = None) -> dict[str, Any]:
@@ -89,8 +103,9 @@ class ShardWriter:
 
         Returns:
             A record with ``shard`` (its number), ``utterances``, ``seconds`` (of audio), ``busy`` (seconds of the teacher and
-            the codecs), ``bytes`` (written), the columns of `TeacherTime`, ``failures`` (sentences; if there are any, the
-            shard is not finished) and ``full`` (whether the disk is full).
+            the codecs), ``bytes`` (written), the columns of `TeacherTime`, ``failed`` (JSON, the reasons by id of the utterances that
+            its files lack), ``failures`` (sentences; if there are any, the shard is not finished) and ``full`` (whether the disk is
+            full). A shard with more failed utterances than are allowed is not finished either.
 
         Raises:
             CacheError: If the teacher's device has too little memory, so that other shards would fail too.
@@ -99,15 +114,18 @@ class ShardWriter:
         teacher_time = TeacherTime()
         missing = [file for file in self._cache.files(shard) if self._cache.store.size(file.commit) is None]
         failures: list[str] = []
+        failed: dict[str, str] = {}
         full = False
         written = 0
         if missing:
             audio = audio or load_shard_audio(self._cache, shard)
-            failures = audio.failures
+            failures = [audio.problem] if audio.problem else []
             try:
                 if not failures:
-                    record["busy"] = self._write_files(shard, missing, audio, teacher_time)
+                    record["busy"], failed = self._write_files(shard, missing, audio, teacher_time)
                     written = sum(self._cache.store.size(file.name) or 0 for file in missing)
+            except _TooManyFailedError as error:
+                failed = error.failed
             except torch.OutOfMemoryError as error:
                 raise CacheError(
                     f"{self._teacher.name} ran out of memory on {self._teacher.device} with batches of "
@@ -119,12 +137,24 @@ class ShardWriter:
             except OSError as error:
                 full = is_disk_full(error)
                 failures = [f"shard {shard.number} could not be written to {self._cache.store.location}: {error}"]
-        return record | teacher_time.to_columns() | {"bytes": written, "failures": failures, "full": full}
+        return (
+            record
+            | teacher_time.to_columns()
+            | {
+                "bytes": written,
+                "failed": json.dumps(failed),
+                "failures": failures,
+                "full": full,
+            }
+        )
 
-    def _write_files(self, shard: Shard, files: list[ShardFile], audio: ShardAudio, teacher_time: TeacherTime) -> float:
-        """Write the files and return the seconds of the teacher and the codecs."""
+    def _write_files(
+        self, shard: Shard, files: list[ShardFile], audio: ShardAudio, teacher_time: TeacherTime
+    ) -> tuple[float, dict[str, str]]:
+        """Write the files. Return the seconds of the teacher and the codecs, and the failed utterances with reasons."""
         samples = np.array([len(waveform) for waveform in audio.waveforms])
-        if shard.num_frames != [self._teacher.num_frames(n) for n in samples.tolist()]:
+        rows = [row for row, utterance in enumerate(shard.utterances) if utterance.id not in audio.failed]
+        if any(shard.num_frames[row] != self._teacher.num_frames(int(samples[row])) for row in rows):
             raise CacheError(
                 f"the cache at {self._cache.store.location} was planned for another teacher than {self._teacher.name}, because "
                 "its numbers of frames differ; give a new cache.path (in Python, give plan_shards the teacher's num_frames)"
@@ -134,7 +164,7 @@ class ShardWriter:
             outputs = [stack.enter_context(_output(self._cache, file, self._codecs, shard, audio)) for file in files]
             pool = stack.enter_context(ThreadPoolExecutor(1))
             waiting: list[Future[None]] = []
-            for batch in cut_by_seconds(range(len(samples)), samples, self._cache.spec.batch_seconds):
+            for batch in cut_by_seconds(rows, samples, self._cache.spec.batch_seconds):
                 with self._teacher_lock:
                     started = time.perf_counter()
                     encoded = self._encode(
@@ -152,7 +182,10 @@ class ShardWriter:
                     waiting.pop(0).result()
             for future in waiting:
                 future.result()
-        return busy
+            failed = {name: reason for output in reversed(outputs) for name, reason in output.failed.items()}
+            if self._max_failed is not None and len(failed) > self._max_failed:
+                raise _TooManyFailedError(failed)
+        return busy, failed
 
     def _encode(
         self,
@@ -193,7 +226,12 @@ class ShardWriter:
                 frames_NLD = targets.transpose(1, 2)[kept]
                 for codec in output.codecs:
                     positions = [layers.index(layer) for layer in codec.layers]
-                    codes.append(codec.encode(frames_NLD[:, positions]).cpu().numpy())
+                    coded, failed = _encoded(codec, frames_NLD[:, positions], kept)
+                    codes.append(coded.cpu().numpy())
+                    output.fail({ids[b]: reason for b, reason in failed.items()})
+                if output.part.has_audio:
+                    for other in outputs:
+                        other.fail(output.failed)
             encoded.append((codes, None if output.part.kind == "clean" or mask is None else mask.cpu().numpy()))
         return encoded
 
@@ -208,24 +246,68 @@ class ShardWriter:
         return states
 
 
+def _encoded(codec: ColumnCodec, frames: Tensor, kept: Tensor) -> tuple[Tensor, dict[int, str]]:
+    """Encode the frames of a batch, and find the utterances that the codec can't represent.
+
+    Args:
+        codec: The codec.
+        frames: (N, layers, D) float32, the kept frames of all utterances, concatenated.
+        kept: (B, T) bool, True at frames that are kept.
+
+    Returns:
+        (N, bytes_per_frame) uint8, and the reasons by position in the batch for utterances that failed, whose codes mean nothing.
+    """
+    try:
+        return codec.encode(frames), {}
+    except ValueError:
+        failed = {}
+        usable = frames.clone()
+        for b, values in enumerate(torch.split(usable, kept.sum(1).tolist())):
+            try:
+                codec.encode(values)
+            except ValueError as error:
+                failed[b] = str(error)
+                values.zero_()
+        # The batch keeps its shape, so that the codes of the others don't change.
+        return codec.encode(usable), failed
+
+
+class _TooManyFailedError(Exception):
+    """More utterances of a shard failed than the whole cache may lack."""
+
+    def __init__(self, failed: dict[str, str]) -> None:
+        super().__init__(f"{len(failed)} utterances failed")
+        self.failed = failed
+
+
 @contextmanager
-def open_writer(cache: Cache, teacher: str | Teacher, device: str = "cpu") -> Iterator[ShardWriter]:
+def open_writer(
+    cache: Cache, teacher: str | Teacher, device: str = "cpu", *, max_failed: int | None = None
+) -> Iterator[ShardWriter]:
     """Yield a writer in this process. PyTorch uses the cache's number of threads until the block ends."""
     threads = torch.get_num_threads()
     try:
-        yield ShardWriter(cache.store.location, teacher, device)
+        yield ShardWriter(cache.store.location, teacher, device, max_failed=max_failed)
     finally:
         torch.set_num_threads(threads)
 
 
 class _Output:
-    """A shard file that is being written, with one row group per utterance in the shard's order."""
+    """A shard file that is being written, with one row group per utterance in the shard's order, without the failed ones.
+
+    Attributes:
+        failed: Reasons by id for the utterances that the file lacks.
+        rows: Number of rows written so far.
+    """
 
     def __init__(
-        self, path: Path, part: Part, codecs: tuple[ColumnCodec, ...], shard: Shard, audio: ShardAudio
+        self, path: Path, file: ShardFile, codecs: tuple[ColumnCodec, ...], shard: Shard, audio: ShardAudio
     ) -> None:
-        self.part, self.codecs = part, codecs
+        self.part, self.codecs = file.part, codecs
+        self.failed = dict(audio.failed)
+        self.rows = 0
         self._shard = shard
+        part = file.part
         self._audio = audio.embedded if part.has_audio else None
         fields = [pa.field("id", pa.string(), nullable=False)]
         if self._audio is not None:
@@ -240,7 +322,7 @@ class _Output:
         for codec in codecs:
             fields.append(pa.field(column_name(codec.layers), pa.large_binary(), nullable=False))
             compression[fields[-1].name] = codec.compression
-        self._schema = pa.schema(fields)
+        self._schema = pa.schema(fields, metadata={CONTENT_KEY: file.content})
         # Statistics of codes are useless, and dictionary encoding would double the time.
         self.writer = pq.ParquetWriter(
             path,
@@ -250,6 +332,10 @@ class _Output:
             write_statistics=False,
             write_page_checksum=True,
         )
+
+    def fail(self, failed: Mapping[str, str]) -> None:
+        """Leave out utterances, with reasons by id. The first reason of an utterance counts."""
+        self.failed = {**failed, **self.failed}
 
     def write(self, rows: list[int], codes: list[np.ndarray], masks: np.ndarray | None) -> None:
         """Append rows of the shard. Codes hold the kept frames of all rows, concatenated."""
@@ -268,6 +354,9 @@ class _Output:
                 value = column[starts[n] : starts[n] + kept]
                 starts[n] += kept
                 values.append(np.ascontiguousarray(value.T if codec.planar else value).tobytes())
+            if self._shard.utterances[row].id in self.failed:
+                continue
+            self.rows += 1
             arrays = [pa.array([value], field.type) for value, field in zip(values, self._schema, strict=True)]
             self.writer.write_table(pa.table(arrays, schema=self._schema), row_group_size=1)
 
@@ -279,10 +368,10 @@ def _output(
     """Yield a shard file, which is moved into place and committed when the block ends without an error."""
     chosen = codecs[file.part.layer_set] if file.part.features else ()
     with cache.store.create(file.name) as path:
-        output = _Output(path, file.part, chosen, shard, audio)
+        output = _Output(path, file, chosen, shard, audio)
         try:
             yield output
         finally:
             output.writer.close()
-        record = file_record(path, len(shard.utterances), file.content)
+        record = file_record(path, output.rows, file.content, output.failed)
     write_commit(cache.store, file, record)

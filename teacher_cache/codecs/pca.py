@@ -87,7 +87,13 @@ class PcaCodec:
         encoder, _, mean = self._matrices(frames.device)
         codes = ((frames.flatten(1) - mean) @ encoder).round()
         if not bool(codes.isfinite().all()):
-            raise ValueError(f"a hidden state of layers {list(self.layers)} is not finite")
+            finite = frames.isfinite().all(2).all(0).tolist()
+            wrong = [layer for layer, good in zip(self.layers, finite, strict=True) if not good]
+            if not wrong:
+                raise ValueError(
+                    f"the hidden states of layers {list(self.layers)} are too large for codec pca; use codec fp32"
+                )
+            raise ValueError(f"a hidden state of layer {wrong[0]} is not finite")
         wide = codes[:, : self._wide].clamp(-32767, 32767).to(torch.int16).contiguous().view(torch.uint8)
         narrow = codes[:, self._wide :].clamp(-127, 127).to(torch.int8).contiguous().view(torch.uint8)
         # The low bytes of all wide components come before their high bytes, because similar planes compress better together.

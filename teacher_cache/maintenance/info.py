@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.storage.store import Store
 
 
@@ -54,6 +55,9 @@ def info_table(location: str | Path) -> Table:
     table.add_row(
         "size", f"{size / 1e6:.1f} MB, {size / max(record['seconds'], 1e-9) / 1e3:.1f} kB per second of audio"
     )
+    if failed := failed_utterances(cache):
+        name, reason = next(iter(failed.items()))
+        table.add_row("failed", f"{len(failed)} utterances are left out, such as {escape(name)}: {escape(reason)}")
     state = "complete" if finished == total else f"{total - finished} of {total} files are not finished"
     table.add_row("state", f"{state}; `ray-distill cache verify` checks every byte")
     return table

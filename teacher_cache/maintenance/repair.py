@@ -1,17 +1,23 @@
 """Repair of a cache: missing and damaged files are rebuilt, and all others are kept."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ray_distill.teacher_cache.build.build_cache import raise_failures
-from ray_distill.teacher_cache.build.shard_audio import audio_from_corpus, audio_from_damaged_file, load_shard_audio
+from ray_distill.teacher_cache.build.shard_audio import (
+    ShardAudio,
+    audio_from_corpus,
+    audio_from_damaged_file,
+    load_shard_audio,
+)
 from ray_distill.teacher_cache.build.shard_writer import open_writer
 from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
 from ray_distill.teacher_cache.maintenance.verify import Problem, verify_cache
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile
-from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
-from ray_distill.teacher_cache.storage.shard_plan import Shard, with_paths
+from ray_distill.teacher_cache.storage.shard_plan import Shard, with_sources
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -29,8 +35,8 @@ def repair_cache(
     Records are restored from their copies. Missing and damaged shard files are computed again, from the audio embedded in the
     cache if that is intact, otherwise from the corpus, otherwise from the readable part of the damaged file. In the last case
     each utterance must match the corpus index, which is only possible for 16-bit mono audio at 16 kHz, because other audio
-    is indexed before it is rounded. A damaged file stays until its replacement is complete. Files that do not belong to the
-    cache are moved to ``set-aside/``.
+    is indexed before it is resampled or rounded. No utterance is left out but those that failed when the file was built. A
+    damaged file stays until its replacement is complete. Files that do not belong to the cache are moved to ``set-aside/``.
 
     Args:
         location: Location of the cache.
@@ -100,17 +106,37 @@ def _unused_name(store: Store, name: str) -> str:
 
 def _with_moved_corpus(cache: Cache, old: Path, new: Path) -> list[Shard]:
     utterances = [utterance for shard in cache.shards for utterance in shard.utterances]
-    paths = {
-        utterance.id: str(new.absolute() / Path(utterance.path).relative_to(old))
+    moved = {
+        utterance.id: replace(utterance, path=str(new.absolute() / Path(utterance.path).relative_to(old)))
         for utterance in utterances
         if Path(utterance.path).is_relative_to(old)
     }
-    if not paths:
+    if not moved:
         raise CacheError(
             f"no audio file of the cache was below {old}; the first utterance was at {utterances[0].path}: give a folder above "
             "it as the old path"
         )
-    return with_paths(cache.shards, paths)
+    return with_sources(cache.shards, moved)
+
+
+def _recorded_audio(cache: Cache, shard: Shard) -> tuple[ShardAudio, list[str]]:
+    """Return the audio for a damaged file with audio, from the corpus or else from the file itself.
+
+    It lacks no utterance but those that failed when the file was built. The reasons of further ones are returned too.
+    """
+    try:
+        known: dict[str, str] = (cache.commit_of(cache.files(shard)[0]) or {}).get("failed", {})
+    except CacheAccessError:
+        raise
+    except CacheError:  # The record is damaged too.
+        known = {}
+    audio = audio_from_corpus(
+        cache, shard, exact=True
+    )  # A stranger's plan must not fetch other files of the same length.
+    lost = [reason for name, reason in audio.failed.items() if name not in known]
+    if lost and (rest := audio_from_damaged_file(cache, shard, known)) is not None:
+        return rest, []
+    return replace(audio, failed={name: known.get(name, reason) for name, reason in audio.failed.items()}), lost
 
 
 def _rebuild(
@@ -132,11 +158,9 @@ def _rebuild(
             check_lock()
             # A damaged file may still have its commit record, so load_shard_audio must not read it.
             damaged_audio = cache.files(shard)[0] in files
-            audio = audio_from_corpus(cache, shard) if damaged_audio else load_shard_audio(cache, shard)
-            if audio.failures:
-                audio = audio_from_damaged_file(cache, shard) or audio
-            if audio.failures:
-                failures += audio.failures
+            audio, lost = _recorded_audio(cache, shard) if damaged_audio else (load_shard_audio(cache, shard), [])
+            if lost or audio.problem:
+                failures += lost or [audio.problem]
                 continue
             for file in files:
                 cache.store.remove(file.commit)

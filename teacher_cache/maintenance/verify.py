@@ -15,6 +15,8 @@ from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, DATA_FOLDERS, PLAN, Cache, ShardFile, state_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, CacheSpec, parts_of
 from ray_distill.teacher_cache.storage.create import is_growth
+from ray_distill.teacher_cache.storage.failed_utterances import check_failed
+from ray_distill.teacher_cache.storage.shard_plan import Shard
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import Teacher
 
@@ -66,11 +68,11 @@ def verify_cache(
     cache, problems = _identity(store, growing=needed is not None)
     if cache is None or any(problem.kind == "conflict" for problem in problems):
         return problems
-    files = [file for shard in cache.shards for file in cache.files(shard, needed)]
+    files = {file: shard for shard in cache.shards for file in cache.files(shard, needed)}
     sizes = store.sizes()
 
     def check(file: ShardFile) -> Problem | None:
-        return _check_file(cache, file, sizes, checksums)
+        return _check_file(cache, file, files[file], sizes, checksums)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         problems += [problem for problem in pool.map(check, files) if problem is not None]
@@ -150,7 +152,7 @@ def _obstacles(store: Store, names: Iterable[str]) -> list[Problem]:
     ]
 
 
-def _check_file(cache: Cache, file: ShardFile, sizes: dict[str, int], checksums: bool) -> Problem | None:
+def _check_file(cache: Cache, file: ShardFile, shard: Shard, sizes: dict[str, int], checksums: bool) -> Problem | None:
     store = cache.store
     try:
         record = cache.commit_of(file)
@@ -162,6 +164,10 @@ def _check_file(cache: Cache, file: ShardFile, sizes: dict[str, int], checksums:
         return Problem(
             file.commit, f"{store.at(file.commit)} is missing, so its shard file is not finished", "shard", file
         )
+    try:
+        check_failed(record, [utterance.id for utterance in shard.utterances])
+    except ValueError as error:
+        return Problem(file.commit, f"{store.at(file.commit)} does not fit the plan ({error})", "shard", file)
     if file.name not in sizes:
         return Problem(file.name, f"{store.at(file.name)} is missing", "shard", file)
     if sizes[file.name] != record["bytes"]:

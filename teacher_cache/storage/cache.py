@@ -6,7 +6,8 @@
       codec/set=0.safetensors              state of a codec that has one
       clean/part-00000.parquet             id, num_samples, num_frames, audio, layer columns
       masked/draw=0/part-00000.parquet     id, mask, layer columns at unmasked frames
-      commits/clean/part-00000.json        one per shard file, written after it: rows, bytes, SHA-256; with a checksum
+      commits/clean/part-00000.json        one per shard file, written after it: rows, bytes, SHA-256, failed utterances; with a
+                                         checksum
       builds/...                           one record per build with measured times; not part of the identity
       copies/...                           copies of cache.json, plan.parquet and codec states, for repair
 
@@ -16,6 +17,7 @@ their own.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,13 +48,16 @@ from ray_distill.teacher_cache.storage.limits import (
     load_state,
     read_plan,
 )
-from ray_distill.teacher_cache.storage.lock import LEASE
+from ray_distill.teacher_cache.storage.lock import CLAIMS, LEASE
 from ray_distill.teacher_cache.storage.shard_plan import Shard, shards_of
 from ray_distill.teacher_cache.storage.store import Store
 
 CACHE_JSON = "cache.json"
 PLAN = "plan.parquet"
 COPIES = "copies"
+_RANDOM = re.compile(r"([a-z-]+:)*random:\d+x\d+")
+CONTENT_KEY = b"ray_distill.content"
+"""Key of the content key in the metadata of a shard file's Parquet footer. Files of earlier versions don't have it."""
 DATA_FOLDERS = ("clean", "masked", "composite", "commits")
 
 
@@ -212,9 +217,19 @@ class Cache:
             raise damage_error(self.store, name, "is damaged (SHA-256 differs)")
         return data
 
+    def is_of_teacher(self, name: str, fingerprint: str) -> bool:
+        """Return whether the cache was made with a teacher of this fingerprint, or with the same random weights.
+
+        Fingerprints are hashes of weights as stored in checkpoints (fp16 weights are float32 numbers too, and weight norms are kept
+        as they are), so they are exact. The weights of ``random:`` teachers are computed, with a last bit that differs between
+        processors with and without AVX2, so these teachers are known by name as well.
+        """
+        same_random = _RANDOM.fullmatch(name) is not None and self.record["teacher_spec"] == name
+        return fingerprint == self.spec.teacher or same_random
+
     def check_teacher(self, name: str, fingerprint: str) -> None:
-        """Raise CacheError if the cache was made with a teacher of another fingerprint."""
-        if fingerprint != self.spec.teacher:
+        """Raise CacheError if the cache was made with another teacher; see `is_of_teacher`."""
+        if not self.is_of_teacher(name, fingerprint):
             raise CacheError(f"{name} is not the teacher that the cache at {self.store.location} was made with")
 
     def codecs(self, layer_set: int) -> tuple[ColumnCodec, ...]:
@@ -293,7 +308,7 @@ class Cache:
 
 def check_location(store: Store) -> None:
     """Raise CacheError if a location has no cache but other files, except for those of an interrupted `create_cache`."""
-    known = (CACHE_JSON, PLAN, "codec", COPIES, BUILDS, LEASE)
+    known = (CACHE_JSON, PLAN, "codec", COPIES, BUILDS, LEASE, CLAIMS)
     foreign = [name for name in store.names() if name.partition("/")[0] not in known]
     if foreign and not Cache.exists(store):
         raise CacheError(
@@ -301,11 +316,18 @@ def check_location(store: Store) -> None:
         )
 
 
-def file_record(path: Path, rows: int, content: str) -> dict[str, Any]:
-    """Return the commit record of a file at a local path: rows, bytes, SHA-256 and content key."""
+def check_content(metadata: Mapping[bytes, bytes] | None, file: ShardFile) -> None:
+    """Raise ValueError if the metadata in a Parquet footer say that it is not this shard file."""
+    if (metadata or {}).get(CONTENT_KEY, file.content.encode()) != file.content.encode():
+        raise ValueError("it belongs to another file or cache")
+
+
+def file_record(path: Path, rows: int, content: str, failed: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return the commit record of a file at a local path: rows, bytes, SHA-256, content key, and failed utterances if any."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"rows": rows, "bytes": path.stat().st_size, "sha256": digest, "content": content}
+    record = {"rows": rows, "bytes": path.stat().st_size, "sha256": digest, "content": content}
+    return record | ({"failed": dict(failed)} if failed else {})
 
 
 def write_commit(store: Store, file: ShardFile, record: dict[str, Any]) -> None:

@@ -104,7 +104,9 @@ class LayerSet(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_do
     layers: tuple[int, ...]
     """Layers, 1-based, ascending."""
     state: str | None = None
-    """SHA-256 of the codec's state file, or None for a codec without state."""
+    """SHA-256 of the codec's state file, or None for a codec without state. The state is fitted to floats that depend on the machine,
+    so caches built on two machines have two states and two fingerprints, rightly: codes can only be decoded with their own state.
+    Nothing is refused because of it, since a need names no state."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,11 @@ def parts_of(spec: CacheSpec, layer_sets: int, split: str) -> list[Part]:
 
 
 def fingerprint(spec: CacheSpec, layer_sets: tuple[LayerSet, ...]) -> str:
-    """Return the SHA-256 (hex) of a cache's identity. Caches with equal fingerprints are interchangeable."""
+    """Return the SHA-256 (hex) of a cache's identity. Caches with equal fingerprints are interchangeable.
+
+    The numbers in it are settings, which JSON writes exactly. Hashes of audio and weights are exact too (`load_identified_audio`,
+    `Cache.is_of_teacher`). Masks are identified by policy and seed.
+    """
     return _digest({"spec": spec.model_dump(mode="json"), "sets": [s.model_dump(mode="json") for s in layer_sets]})
 
 

@@ -73,6 +73,9 @@ def check_commit(record: Mapping[str, Any]) -> None:
     for key in ("sha256", "content"):
         if not isinstance(record.get(key), str):
             raise ValueError(f"{key} is not a text")
+    failed = record.get("failed", {})
+    if not isinstance(failed, dict) or not all(isinstance(reason, str) for reason in failed.values()):
+        raise ValueError("failed is not a table of texts")
 
 
 def _check_policy(policy: MaskPolicy) -> None:

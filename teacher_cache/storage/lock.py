@@ -17,11 +17,13 @@ from ray_distill.teacher_cache.storage.store import Store, is_disk_full
 
 LEASE = "building.json"
 """Name of the lock object in an object store."""
+CLAIMS = "building"
+"""Folder of the claims of processes that are about to take the lease."""
 _LOCK_FILE = ".building.lock"
 _HEARTBEAT_SECONDS = 10.0
 _EXPIRY_SECONDS = 45.0
 """A lease has expired if nobody renewed it while it was watched for this long: its holder was killed."""
-_SETTLE_SECONDS = 1.0
+_POLL_SECONDS = 0.2
 _IDENTITY_SECONDS = 2.0
 """Maximum time between taking a lock file and writing the holder's identity into it."""
 
@@ -33,6 +35,11 @@ def cache_lock(store: Store) -> Iterator[Callable[[], None]]:
     On a local disk, or a shared one with POSIX locks, it is a file lock that the kernel releases. In an object store it is a
     lease: a small object that its holder renews every 10 seconds. A process that finds a lease watches it until it is renewed
     (its holder is alive) or for 45 seconds (its holder was killed). Clocks of different machines are never compared.
+
+    Arrow offers no conditional put, so the right to write the lease is won by an election (`_alone`). If the store lists objects as
+    soon as they are written, as S3, GCS, Azure and their copies do, two processes never take one lease, whatever their timing. The
+    exception is a process that stands still for more than 45 seconds between two requests. It loses its lease, and notices that before
+    its next piece of work.
 
     Yields:
         A function to call before each piece of work. It raises CacheError if another process has taken over the lease, which
@@ -128,11 +135,11 @@ def _lease(store: Store) -> Iterator[Callable[[], None]]:
         if now is not None and now != found:
             raise _locked_error(store, now)
         found = now
-    renew()
-    # If two processes take the lease at once, the last one to write it keeps it.
-    time.sleep(_SETTLE_SECONDS)
-    if (content := lease_of_another()) is not None:
-        raise _locked_error(store, content)
+    with _alone(store, f"{CLAIMS}/{token}.json", json.dumps(identity).encode()):
+        # A lease that another process wrote since, and not the expired one.
+        if (now := lease_of_another()) is not None and now != found:
+            raise _locked_error(store, now)
+        renew()
     released = threading.Event()
     taken_over: list[bytes] = []
 
@@ -163,3 +170,63 @@ def _lease(store: Store) -> Iterator[Callable[[], None]]:
         with suppress(OSError):
             if lease_of_another() is None:
                 store.remove(LEASE)
+
+
+@contextmanager
+def _alone(store: Store, claim: str, content: bytes) -> Iterator[None]:
+    """Run a block that no other process runs at the same time, or raise CacheError because another one is about to.
+
+    This is Lamport's one-bit algorithm (The mutual exclusion problem, part II, 1986). Each process writes its claim before it
+    lists the claims, so of two processes at least one sees the other. The one of higher name withdraws its claim and gives up
+    once the other has taken the lease, and the one of lower name waits until the other has withdrawn. The claim of a killed
+    process expires.
+
+    Args:
+        store: Store in which listings show every finished write.
+        claim: Name of this process's claim, which must be unique.
+        content: Identity of this process, for the message.
+    """
+    folder = claim.rpartition("/")[0]
+    first_seen: dict[str, float] = {}
+    store.write(claim, content)
+    try:
+        while True:
+            claims = store.names(folder)
+            others = [other for other in claims if other != claim]
+            for other in others:
+                if time.monotonic() - first_seen.setdefault(other, time.monotonic()) > _EXPIRY_SECONDS:
+                    store.remove(other)
+            if claim not in claims:  # This process stood still, and its claim expired.
+                raise _locked_error(store, _content(store, LEASE))
+            if others and min(others) < claim:
+                rival = _content(store, min(others))
+                store.remove(claim)
+                if not _is_dead(store, min(others)):
+                    raise _locked_error(store, rival)
+                store.write(claim, content)
+            elif others:
+                time.sleep(_POLL_SECONDS)
+            else:
+                break
+        yield
+    finally:
+        with suppress(OSError):
+            store.remove(claim)
+
+
+def _is_dead(store: Store, claim: str) -> bool:
+    """Watch the claim of another process. Return True and remove it if it expires, or False once its process has removed it."""
+    expires = time.monotonic() + _EXPIRY_SECONDS
+    while claim in store.names(claim.rpartition("/")[0]):
+        if time.monotonic() > expires:
+            store.remove(claim)
+            return True
+        time.sleep(_POLL_SECONDS)
+    return False
+
+
+def _content(store: Store, name: str) -> bytes:
+    try:
+        return store.read(name)
+    except FileNotFoundError:
+        return b""

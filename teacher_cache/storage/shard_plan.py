@@ -19,7 +19,8 @@ class Utterance:
         path: Absolute path of the audio file.
         num_samples: Number of samples S, at 16 kHz.
         split: ``train`` or ``validation``.
-        sha256: Hex digest of the decoded float32 samples, which shows whether the file changed since it was indexed.
+        sha256: Identity of the audio from `load_identified_audio`, which shows whether the file changed since it was indexed. Earlier
+            versions stored the SHA-256 of the waveform; see `is_earlier_hash`.
     """
 
     id: str
@@ -27,6 +28,15 @@ class Utterance:
     num_samples: int
     split: str
     sha256: str
+
+
+def is_earlier_hash(recorded: str, identity: str) -> bool:
+    """Return whether a record of an audio's identity is the hash of an earlier version, which can't be compared with the identity.
+
+    Earlier versions hashed the waveform at 16 kHz. That hash depends on the machine for audio that was resampled or decoded with
+    floats, whose identities have a prefix (``44100:`` or ``file:``).
+    """
+    return ":" not in recorded and ":" in identity
 
 
 PLAN_SCHEMA = pa.schema(
@@ -129,9 +139,14 @@ def shards_of(plan: pa.Table) -> list[Shard]:
     return shards
 
 
-def with_paths(shards: Sequence[Shard], paths: Mapping[str, str]) -> list[Shard]:
-    """Return the shards with new paths of audio files, by utterance id. Other utterances keep their path."""
-    return [
-        replace(shard, utterances=[replace(u, path=paths.get(u.id, u.path)) for u in shard.utterances])
-        for shard in shards
-    ]
+def with_sources(shards: Sequence[Shard], sources: Mapping[str, Utterance]) -> list[Shard]:
+    """Return the shards with the paths and identities of audio files from another index of the same corpus, by utterance id.
+
+    Other utterances keep theirs.
+    """
+
+    def moved(utterance: Utterance) -> Utterance:
+        source = sources.get(utterance.id, utterance)
+        return replace(utterance, path=source.path, sha256=source.sha256)
+
+    return [replace(shard, utterances=[moved(utterance) for utterance in shard.utterances]) for shard in shards]

@@ -14,7 +14,10 @@ _SEED = 0
 
 
 def load_random(size: str, device: str | torch.device) -> Wav2Vec2Teacher:
-    """Build a HuBERT with random weights, which are the same on every machine. ``12x768`` is the size of Base.
+    """Build a HuBERT with random weights. ``12x768`` is the size of Base.
+
+    The weights are the same on every machine, up to the last bit of logarithms and cosines, which differs between processors with and
+    without AVX2. A cache therefore knows such a teacher by name; see `Cache.is_of_teacher`.
 
     Args:
         size: LAYERSxDIM, such as ``4x96``. DIM must be a multiple of 16.

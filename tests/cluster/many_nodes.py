@@ -17,7 +17,8 @@ from ray.cluster_utils import Cluster
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.ray_training import train_on_ray
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.teacher_cache.build.build_cache import Workers, build_cache
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.build.shard_workers import Workers
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards

@@ -275,7 +275,7 @@ def test_reuse_without_decoding(folder: Path, tmp_path: Path, monkeypatch: pytes
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_index, "load_audio", never)
+        patch.setattr(corpus_index, "load_identified_audio", never)
         again = index_corpus(folder, output=tmp_path / "index")
         assert again.reused
         assert again.utterances == index.utterances and again.fingerprint == index.fingerprint

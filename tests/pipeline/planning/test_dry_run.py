@@ -48,6 +48,7 @@ def test_a_new_run_is_planned_and_nothing_is_written(
         "190,496 parameters",
         f"build the cache at {tmp_path / 'caches' / 'demo'}",
         "train from the first step",
+        "train-tones      9      -  train       folder train-tones",
         "nothing was started or written",
     ):
         assert text in shown.output

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from ray_distill.pipeline.reports.explained_variance import explained_variance
 from ray_distill.pipeline.reports.feature_maps import FeatureMaps, LayerMap, feature_maps
 from ray_distill.pipeline.reports.run_report import write_run_report
 from ray_distill.pipeline.run_folder import RunFolder
@@ -127,6 +128,20 @@ def test_every_chart_has_its_values_in_words(tmp_path: Path) -> None:
     found = charts(page)
     assert len(found) == len(re.findall('<div class="chart">', page)) and found[0]["description"].startswith(loss)
     assert all(chart["description"].endswith(".") for chart in found)
+
+
+def test_the_loss_is_compared_with_the_best_constant_prediction(tmp_path: Path) -> None:
+    assert explained_variance(rows()) is None and "variance explained" not in write(tmp_path, rows())
+    metrics = rows()
+    next(row for row in metrics if row["kind"] == "validation").update(
+        constant_loss=4.4, constant_layer_01=4.0, constant_layer_02=8.0
+    )
+    explained = explained_variance(metrics)
+    assert explained is not None and explained.constant_loss == 4.4
+    assert explained.share == {1: 0.75, 2: 0.75}
+    page = write(tmp_path, metrics)
+    assert "<b>75.0%</b><span>of the variance of layer 2 explained at the last validation" in page
+    assert "variance explained</th>" in page and "<td>0.750</td>" in page
 
 
 def test_skipped_steps_are_points_on_the_loss(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from ray.train.v2._internal.exceptions import (
 )
 
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.training.ray_training import TrainingError, _explain, train_on_ray
+from ray_distill.student.training import ray_training
+from ray_distill.student.training.ray_training import TrainingError, _explain, _worker, train_on_ray
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.masks import MaskDraws
 
@@ -78,3 +79,38 @@ def test_ray_does_not_look_for_room_for_ever(
             masks=MaskDraws(),
             utterances=[],
         )
+
+
+def test_what_a_restart_would_repeat_is_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[Exception] = []
+    ranks = iter([(0, 1), (1, 2), (0, 2), (0, 1)])
+
+    class Context:
+        def __init__(self) -> None:
+            self.rank, self.ranks = next(ranks)
+
+        def get_world_rank(self) -> int:
+            return self.rank
+
+        def get_world_size(self) -> int:
+            return self.ranks
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise raised[-1]
+
+    monkeypatch.setattr(ray.train, "get_context", Context)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ray_training, "_RayMetrics", lambda run: type("Metrics", (), {"set": None}))
+    monkeypatch.setattr(ray_training, "_train", fail)
+    job = {"refusal": str(tmp_path / "refusal"), "threads": 1, "folder": str(tmp_path)}
+    raised.append(ValueError("the state is damaged"))
+    assert _worker(job) is raised[-1], "a single worker is not restarted"
+    with pytest.raises(ValueError, match="the state is damaged"):
+        _worker(job)
+    assert str(_worker(job)) == "the state is damaged", "the workers that Ray restarts return at once"
+    (tmp_path / "refusal").unlink()
+    raised.append(ValueError("the shard is damaged"))
+    raised[-1].__cause__ = OSError("connection reset")
+    with pytest.raises(ValueError, match="the shard is damaged"):
+        _worker(job)
+    assert not (tmp_path / "refusal").exists(), "a store that could not be reached is tried again"

@@ -74,6 +74,11 @@ def test_a_missing_state_is_refused(run: Path, refuse: Callable[..., None]) -> N
     refuse(message)
 
 
+def test_missing_metrics_are_refused(run: Path, refuse: Callable[..., None]) -> None:
+    (run / "metrics.jsonl").unlink()
+    refuse("metrics.jsonl is missing, but .*state.pt continues from step .*create an empty file of this name")
+
+
 def test_a_missing_best_student_is_refused(run: Path, refuse: Callable[..., None]) -> None:
     remove((run / "checkpoints" / "best").resolve())
     refuse(rf"step-00000\d, the best student so far, is missing; restore it from a copy, {CHOICES}")
@@ -115,6 +120,7 @@ def test_no_flipped_bit_of_a_state_is_loaded(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", {"student": part}, Rank())
     state = TrainState(step=7, first_loss=1.5)
     checkpoints.save(state)
+    (tmp_path / "run" / "metrics.jsonl").touch()
     saved = {name: tensor.clone() for name, tensor in part.state_dict().items()}
     generator = torch.get_rng_state()
     path = tmp_path / "run" / STATE

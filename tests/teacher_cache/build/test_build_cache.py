@@ -15,8 +15,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ray_distill.teacher_cache.build.build_cache import BuildReport, Progress, Workers, _ShardWriterActor, build_cache
+from ray_distill.teacher_cache.build.build_cache import BuildReport, Progress, build_cache
 from ray_distill.teacher_cache.build.shard_audio import load_shard_audio
+from ray_distill.teacher_cache.build.shard_workers import ShardWriterActor, Workers
 from ray_distill.teacher_cache.build.shard_writer import shard_to_json
 from ray_distill.teacher_cache.embedded_audio import to_pcm
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
@@ -26,6 +27,7 @@ from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
@@ -133,34 +135,19 @@ def test_two_actors_give_the_same_bytes(tmp_path: Path, local_ray: None, build: 
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("codec", ["fp32", "pca"])
-def test_a_missing_file_is_named_and_all_others_are_cached(
-    tmp_path: Path, local_ray: None, build: Build, source_utterances: list[Utterance], codec: str
+def test_a_missing_file_is_left_out_and_counted(
+    tmp_path: Path, local_ray: None, build: Build, source_utterances: list[Utterance]
 ) -> None:
     victim = Path(next(utterance.path for utterance in source_utterances if utterance.split == "train"))
-    sound = victim.read_bytes()
     victim.unlink()
-    seen: list[Progress] = []
-    # A codec with a state is fitted before any shard is written.
-    message = (
-        f"the codec could not be fitted: {victim} can't" if codec == "pca" else f"1 failure while caching: .*{victim}"
-    )
-    with pytest.raises(CacheError, match=message) as caught:
-        build(tmp_path / "cache", Workers(), seen.append, codec=codec)
-    assert "\n" not in str(caught.value)
-    if codec == "pca":
-        assert not Cache.exists(Store(tmp_path / "cache"))
-    else:
-        cache = Cache.open(tmp_path / "cache")
-        assert len(cache.missing()) == 1
-        assert seen[-1].shards_done == len(cache.shards) - 1
-        assert seen[-1].utterances_done < seen[-1].utterances
-        assert exported("ray_distill_cache_failures_total") == 1
-    victim.write_bytes(sound)
-    report = build(tmp_path / "cache", None, codec=codec)
-    if codec == "fp32":
-        assert report.written == 1
-    assert verify_cache(tmp_path / "cache") == []
+    report = build(tmp_path / "cache", Workers(), codec="pca")
+    cache = Cache.open(tmp_path / "cache")
+    assert report.written == len(cache.shards) and not cache.missing() and verify_cache(tmp_path / "cache") == []
+    ((name, reason),) = failed_utterances(cache).items()
+    assert name == victim.stem and str(victim) in reason
+    assert exported("ray_distill_cache_failures_total") == 1
+    build(tmp_path / "alone", codec="pca")
+    assert contents(tmp_path / "cache") == contents(tmp_path / "alone")
 
 
 @pytest.mark.ray
@@ -213,18 +200,6 @@ def test_repair_uses_the_number_of_threads_of_the_build(tmp_path: Path, build: B
     assert contents(tmp_path / "cache") == sound
 
 
-def test_a_file_that_changed_is_named(tmp_path: Path, build: Build, source_utterances: list[Utterance]) -> None:
-    victim, other = Path(source_utterances[0].path), Path(source_utterances[1].path)
-    victim.write_bytes(other.read_bytes())
-    with pytest.raises(
-        CacheError, match=f"{victim} has changed since the corpus was indexed; run the index stage again"
-    ):
-        build(tmp_path / "cache")
-    victim.write_bytes(b"fLaC but no more")
-    with pytest.raises(CacheError, match=f"1 failure while caching: {victim} can't be decoded as audio"):
-        build(tmp_path / "cache")
-
-
 def test_values_that_the_codec_cannot_represent_are_an_error(
     tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,9 +231,10 @@ def test_too_little_memory_is_an_error_of_one_sentence(
         "shard": shard_to_json(cache.shards[0]),
         "pcm": b"".join(to_pcm(waveform) for waveform in audio.waveforms),
         "audio": audio.embedded,
-        "failures": "[]",
+        "failed": "{}",
+        "problem": "",
     }
-    (record,) = _ShardWriterActor(str(root), TEACHER, "cpu")(pa.Table.from_pylist([row])).to_pylist()
+    (record,) = ShardWriterActor(str(root), TEACHER, "cpu", 3)(pa.Table.from_pylist([row])).to_pylist()
     assert re.match(message, record["refused"])
 
 
@@ -287,6 +263,7 @@ def test_a_failed_worker_is_an_error_of_one_sentence(
 def test_a_second_build_names_the_first_and_does_not_disturb_it(tmp_path: Path, build: Build) -> None:
     with cache_lock(Store(tmp_path / "cache")):
         code = f"""
+from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import Teacher

@@ -249,7 +249,7 @@ DRIVER = """
 import json, sys, ray
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
          runtime_env={"env_vars": {"PYTHONPATH": sys.argv[1], "OMP_NUM_THREADS": "1"}})
-from ray_distill.teacher_cache.build.build_cache import Workers
+from ray_distill.teacher_cache.build.shard_workers import Workers
 job = json.loads(sys.argv[2]) | {"workers": Workers(actors=2)}
 exec(sys.argv[3], {"job": job})
 """

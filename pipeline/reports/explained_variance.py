@@ -1,0 +1,39 @@
+"""What a validation loss means: its comparison with the best constant prediction of the targets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray_distill.pipeline.reports.training_charts import Rows, rows_of_kind
+
+_PREFIX = "constant_layer_"
+
+
+@dataclass(frozen=True)
+class ExplainedVariance:
+    """The last validation of a training, compared with the best constant prediction.
+
+    Attributes:
+        constant_loss: Loss of predicting, in each layer, the mean of the validation targets.
+        share: By layer, the share of the targets' variance that the student explains: 1 - its squared error / variance. It is
+            negative if the constant is better.
+    """
+
+    constant_loss: float
+    share: dict[int, float]
+
+
+def explained_variance(metrics: Rows) -> ExplainedVariance | None:
+    """Return the comparison. None without a validation, with another loss than the squared error, and for runs of earlier versions."""
+    validation = rows_of_kind(metrics, "validation")
+    constants: Mapping[str, Any] | None = next((row for row in validation if "constant_loss" in row), None)
+    if constants is None:
+        return None
+    last = validation[-1]
+    variances = {int(key.removeprefix(_PREFIX)): value for key, value in constants.items() if key.startswith(_PREFIX)}
+    share = {
+        layer: 1 - last[f"layer_{layer:02d}"] / variance
+        for layer, variance in sorted(variances.items())
+        if variance > 0 and f"layer_{layer:02d}" in last
+    }
+    return ExplainedVariance(constants["constant_loss"], share)

@@ -1,0 +1,66 @@
+"""The starts of a run's training: time, command and version of the code, one JSON object per line."""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray_distill
+from ray_distill.pipeline.files import write_text
+
+_GIT_SECONDS = 10.0
+
+
+def record_start(file: Path, *, first: bool) -> None:
+    """Append this process to the starts of a run.
+
+    Args:
+        file: File of the starts.
+        first: Whether the training has no checkpoint, so that earlier starts have made nothing of it.
+    """
+    start = {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "code": code_version(Path(ray_distill.__file__).resolve().parents[1]),
+    }
+    earlier = "" if first or not file.is_file() else file.read_text()
+    write_text(file, earlier + json.dumps(start) + "\n")
+
+
+def read_starts(file: Path) -> list[dict[str, Any]]:
+    """Return the starts; none if the file does not exist, as in runs of earlier versions.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not file.is_file():
+        return []
+    try:
+        starts = [json.loads(line) for line in file.read_text().splitlines()]
+        return [{key: str(start[key]) for key in ("time", "command", "code")} for start in starts]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged; restore it from a copy, or remove it") from error
+
+
+def code_version(clone: Path) -> str:
+    """Return the commit of the code if it lies in a git clone, and whether files differ from it; otherwise the package's version."""
+    package = f"version {version('ray-distill')}"
+    if not (clone / ".git").exists():
+        return package
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(clone), *arguments], capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):  # There is no git, or it does not trust the folder's owner.
+        return package
+    return f"commit {commit}{', with changes' if changed else ''}"

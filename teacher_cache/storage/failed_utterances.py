@@ -1,0 +1,80 @@
+"""Utterances that a cache lacks because they failed while it was built: recorded in commits, counted, and limited.
+
+A commit record has ``failed``, the reasons by utterance id, if its shard file lacks any utterance. What a file lacks depends on
+that file alone, so caches that are built at once, resumed, extended or repaired lack the same utterances:
+
+- An utterance whose audio can't be decoded, or that fails in the file with the audio (the clean pass of the first set of
+  layers), is in no file of its shard.
+- An utterance that fails in another file, such as that of layers or of a mask draw added later, is missing in that file only.
+
+A reader leaves out the utterances that any of the files it reads lacks.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ray_distill.teacher_cache.storage.cache import Cache, ShardFile
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+
+DEFAULT_MAX_FAILED = 0.001
+_LEAST = 3
+"""Number of utterances that any share above 0 allows to fail."""
+_SHOWN = 3
+_THREADS = 16
+
+
+def allowed_failures(max_failed: float, utterances: int) -> int:
+    """Return how many of a cache's utterances may fail: a count if ``max_failed`` is 1 or more, or else a share, at least 3."""
+    if max_failed >= 1:
+        return int(max_failed)
+    return max(_LEAST, int(max_failed * utterances)) if max_failed else 0
+
+
+def too_many_error(failed: Mapping[str, str], max_failed: float, utterances: int) -> CacheError:
+    """Return the error for more failed utterances than are allowed. It names the first few."""
+    some = "; ".join(f"{name}: {reason}" for name, reason in list(failed.items())[:_SHOWN])
+    more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
+    noun = "1 utterance" if len(failed) == 1 else f"{len(failed)} utterances"
+    return CacheError(
+        f"{noun} failed while caching, but cache.max_failed={max_failed:g} allows {allowed_failures(max_failed, utterances)} of "
+        f"{utterances} ({some}{more}); repair these files, remove them from the corpus, or raise cache.max_failed"
+    )
+
+
+def check_failed(record: Mapping[str, Any], ids: list[str]) -> dict[str, str]:
+    """Return the failed utterances in a commit record, of a shard with these ids.
+
+    Raises:
+        ValueError: The record names other utterances, or its number of rows does not fit.
+    """
+    failed: dict[str, str] = record.get("failed", {})
+    if not failed.keys() <= set(ids):
+        raise ValueError("it names failed utterances that are not in its shard")
+    if record["rows"] + len(failed) != len(ids):
+        raise ValueError(f"it has {record['rows']} rows and {len(failed)} failed utterances of {len(ids)}")
+    return failed
+
+
+def failed_utterances(cache: Cache, needed: CacheSpec | None = None) -> dict[str, str]:
+    """Return the utterances that finished files lack, with reasons, by id in the order of shards.
+
+    Args:
+        cache: The cache.
+        needed: Only the files that this need reads. Default: all files.
+
+    Raises:
+        CacheError: If a commit record is damaged.
+    """
+    committed = set(cache.store.names("commits"))
+    files = [file for shard in cache.shards for file in cache.files(shard, needed) if file.commit in committed]
+
+    def failed_in(file: ShardFile) -> dict[str, str]:
+        failed: dict[str, str] = (cache.commit_of(file) or {}).get("failed", {})
+        return failed
+
+    found: dict[str, str] = {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for failed in pool.map(failed_in, files):
+            found = failed | found  # The reason of the file with the audio, which comes first in its shard, counts.
+    return found

@@ -241,12 +241,13 @@ class _DropoutAttention(torch.autograd.Function):
             else:
                 dropout = _seeded_mask(weights.shape, ctx.dropout, next(seeds))[0].to(weights.dtype)
             incoming = gradient[at] * ctx.scale
-            grad_values[seen] += (weights * dropout).to(values.dtype).transpose(1, 2) @ incoming
+            put = Tensor.add_ if some.start else Tensor.copy_  # The first queries of a head come first.
+            put(grad_values[seen], (weights * dropout).to(values.dtype).transpose(1, 2) @ incoming)
             grad_weights = (incoming @ values[seen].transpose(1, 2)).to(weights.dtype).mul_(dropout)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).to(queries.dtype)
             grad_scores /= math.sqrt(queries.shape[-1])
             grad_queries[at] = grad_scores @ keys[seen]
-            grad_keys[seen] += grad_scores.transpose(1, 2) @ queries[at]
+            put(grad_keys[seen], grad_scores.transpose(1, 2) @ queries[at])
         return grad_queries, grad_keys.to(keys.dtype), grad_values.to(values.dtype), None, None
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from ray_distill.memory import memory_named, ran_out_of_memory
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training import run_files
 from ray_distill.student.training.metrics import check_trackers
@@ -200,7 +201,8 @@ def train_on_ray(
     if in_process and settings.workers == 1:
         device = torch.device("cuda", 0) if settings.use_gpu else torch.device("cpu")
         torch.set_num_threads(cpu_threads)
-        _train(job, Rank(device=device))
+        with memory_named("the training", _memory_advice(settings)):
+            _train(job, Rank(device=device))
         return
     trainer = ray.train.torch.TorchTrainer(
         _worker,
@@ -268,16 +270,24 @@ def _explain(error: Exception, settings: TrainSettings) -> Exception:
         if isinstance(cause, (ValueError, OSError)) and not isinstance(cause, ConnectionError):
             return cause
     died = next((cause for cause in causes if isinstance(cause, ray.exceptions.RayActorError)), None)
-    memory = next((cause for cause in causes if isinstance(cause, (torch.OutOfMemoryError, MemoryError))), None)
-    if memory is None and died is not None:
+    if any(map(ran_out_of_memory, causes)):
+        why, hint = "a worker ran out of memory", f"; {_memory_advice(settings)}"
+    elif died is not None:
         why = "a worker's process died, for example because the machine ran out of memory"
+        hint = f"; if memory ran out, {_memory_advice(settings)}"
     else:
-        why = f"a worker failed: {_first_sentence(memory or causes[0])}"
-    hint = "; if memory ran out, lower train.batch_size or train.batch_seconds" if memory or died else ""
+        why, hint = f"a worker failed: {_first_sentence(causes[0])}", ""
     return TrainingError(
         f"the training failed {settings.max_failures + 1} times (train.max_failures is {settings.max_failures}), the last time "
         f"because {why}{hint}; the same command continues from the last checkpoint"
     )
+
+
+def _memory_advice(settings: TrainSettings) -> str:
+    """Return which key to lower if memory runs out in training."""
+    key = "train.batch_seconds" if settings.batch_size is None else "train.batch_size"
+    others = "" if settings.checkpoint_activations else ", set train.checkpoint_activations=true"
+    return f"lower {key}{others}, or lower corpus.max_seconds if one utterance is too long"
 
 
 def _first_sentence(error: BaseException) -> str:

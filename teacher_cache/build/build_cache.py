@@ -12,20 +12,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ray_distill.memory import memory_named, ran_out_of_memory
 from ray_distill.teacher_cache.build.codec_fit import fit_codec_to_corpus
 from ray_distill.teacher_cache.build.shard_audio import ShardAudio, load_shard_audio
 from ray_distill.teacher_cache.build.shard_writer import ShardWriter, open_writer, shard_from_json, shard_to_json
 from ray_distill.teacher_cache.codecs import is_learned
 from ray_distill.teacher_cache.embedded_audio import to_pcm
 from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, write_build_statistics
-from ray_distill.teacher_cache.storage.cache import (
-    COPIES,
-    Cache,
-    check_location,
-    state_name,
-)
+from ray_distill.teacher_cache.storage.cache import Cache, check_location
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
-from ray_distill.teacher_cache.storage.create import create_cache, grow_cache
+from ray_distill.teacher_cache.storage.create import create_cache, grow_cache, remove_unused_states
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
 from ray_distill.teacher_cache.storage.shard_plan import Shard, with_paths
 from ray_distill.teacher_cache.storage.store import Store
@@ -137,7 +133,7 @@ def build_cache(
     with cache_lock(store) as check_lock:
         store.remove_leftovers()
         cache = _create_or_grow(store, spec, plan, teacher_spec, teacher_name, workers, check_lock)
-        _remove_unused_states(cache)
+        remove_unused_states(cache)
         # The corpus may have moved since the cache was created. The SHA-256 of each waveform shows that it is the same.
         shards = with_paths(cache.shards, dict(zip(plan["id"].to_pylist(), plan["path"].to_pylist(), strict=True)))
         report = _write_missing(cache, shards, teacher_spec, workers, on_progress, check_lock)
@@ -175,14 +171,6 @@ def _create_or_grow(
     return grow_cache(cache, spec, state)
 
 
-def _remove_unused_states(cache: Cache) -> None:
-    """Remove codec states of builds that were killed before they wrote ``cache.json``."""
-    known = {state_name(number) for number, chosen in enumerate(cache.layer_sets) if chosen.state is not None}
-    for name in (*cache.store.names("codec"), *cache.store.names(f"{COPIES}/codec")):
-        if name.removeprefix(f"{COPIES}/") not in known and Path(name).name.startswith("set="):
-            cache.store.remove(name)
-
-
 def _fit(
     spec: CacheSpec, layers: tuple[int, ...], plan: pa.Table, teacher_spec: str, workers: Workers | None
 ) -> Mapping[str, Tensor]:
@@ -192,7 +180,7 @@ def _fit(
         teacher = load_teacher(teacher_spec)
         try:
             return fit_codec_to_corpus(spec, layers, plan, teacher)
-        except (ValueError, torch.OutOfMemoryError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             raise CacheError(f"the codec could not be fitted: {_fit_failure(error)}") from error
     import ray
 
@@ -200,7 +188,7 @@ def _fit(
         # Ray would wrap an exception in a traceback, and can't pickle every exception.
         try:
             return fit_codec_to_corpus(spec, layers, plan, load_teacher(teacher_spec, workers.device))
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             return _fit_failure(error)
 
     task = ray.remote(num_cpus=workers.cpus_per_actor, num_gpus=workers.gpus_per_actor, max_retries=3)(fit)
@@ -212,9 +200,11 @@ def _fit(
 
 
 def _fit_failure(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
+    if ran_out_of_memory(error):
         # cache.batch_seconds would not help, because the fit runs one utterance at a time.
         return "the teacher ran out of memory with one utterance; stop other work on its device, or lower corpus.max_seconds"
+    if not isinstance(error, (ValueError, OSError)):
+        raise error
     return str(error)
 
 
@@ -229,9 +219,15 @@ def _ray_errors_as_cache_errors() -> Iterator[None]:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # An error in a task is a traceback, whose last line has the message. Ray's own errors have it in their first line.
         line = lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0]
+        # The kernel's killer leaves no trace, so a worker that died without a word may have run out of memory too.
+        died = isinstance(error, (ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError))
+        advice = "remove the cause"
+        if died or ran_out_of_memory(error):
+            advice = f"{'if' if died else 'since'} memory ran out, lower cache.actors, or corpus.max_seconds or cache.batch_seconds"
+            advice += " with a new cache.path"
         raise CacheError(
-            f"the cache stage stopped because a worker failed ({line}); finished files are kept: remove the cause and "
-            "run the same command again"
+            f"the cache stage stopped because a worker failed ({line}); finished files are kept: {advice}, and run the same command "
+            "again"
         ) from error
 
 
@@ -333,7 +329,8 @@ class _ShardWriterActor:
         self._metrics = _ShardMetrics()
         self._refused = ""
         try:
-            self._writer = ShardWriter(location, teacher_spec, device)
+            with memory_named("a worker of the cache stage", "lower cache.actors"):
+                self._writer = ShardWriter(location, teacher_spec, device)
         except (ValueError, OSError) as error:
             self._refused = str(error)
 

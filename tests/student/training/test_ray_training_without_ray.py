@@ -8,7 +8,7 @@ import pytest
 import ray.train
 import ray.train.torch
 import torch
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
@@ -26,7 +26,15 @@ from ray_distill.teacher_cache.masks import MaskDraws
     [
         (
             [RuntimeError("Connection closed by peer"), torch.OutOfMemoryError("CUDA out of memory. Tried to ...")],
-            "failed 3 times .train.max_failures is 2., the last time because a worker failed: CUDA out of memory; if memory ran",
+            "failed 3 times .train.max_failures is 2., the last time because a worker ran out of memory; lower train.batch_size,",
+        ),
+        (
+            [RuntimeError("[...] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")],
+            "ran out of memory; .*, set train.checkpoint_activations=true, or lower corpus.max_seconds if one utterance is too",
+        ),
+        (
+            [WorkerHealthCheckFailedError("rank 0", OutOfMemoryError("The node was running low on memory."))],
+            "ran out of memory; lower train.batch_size",
         ),
         (
             [RuntimeError("Connection closed by peer"), WorkerHealthCheckFailedError("rank 1", ActorDiedError())],

@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ray_distill import __version__
 from ray_distill.interruption import Interrupted, interruptible
+from ray_distill.memory import ran_out_of_memory
 from ray_distill.pipeline.commands.ablate import ablate
 from ray_distill.pipeline.commands.convert import convert
 from ray_distill.pipeline.commands.demo import demo
@@ -46,6 +47,12 @@ class _Sentences:
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             typer.secho(f"error: {' '.join(lines) or type(error).__name__}", err=True, fg="red")
+            sys.exit(2)
+        except (RuntimeError, MemoryError) as error:
+            if os.environ.get(TRACEBACK) == "1" or not ran_out_of_memory(error):
+                raise
+            advice = "use shorter audio or smaller batches, or a machine with more memory"
+            typer.secho(f"error: memory ran out; {advice}", err=True, fg="red")
             sys.exit(2)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ray_distill.memory import memory_named
 from ray_distill.pipeline.probing.task import Task
 from ray_distill.student.model.student import Student
 from ray_distill.teacher_cache.audio import load_audio
@@ -86,7 +87,10 @@ class Features:
         file = folder / "frames.f16"
         with file.open("wb") as out:
             for example in task.examples:
-                x_LTD = source.features(load_audio(example.path))
+                with memory_named(
+                    f"{source.name} on {example.path}", "leave this utterance out of the manifest if it is long"
+                ):
+                    x_LTD = source.features(load_audio(example.path))
                 if self._pooled:
                     x_LTD = x_LTD.mean(1, keepdim=True)
                     self._means.append(x_LTD[:, 0])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray_distill.interruption import described
+from ray_distill.memory import memory_named
 from ray_distill.pipeline.ray_session import check_ray
 from ray_distill.pipeline.stages.cache import cache_targets
 from ray_distill.pipeline.stages.export import export_best
@@ -27,6 +28,15 @@ _STAGES: dict[str, Callable[[Run], dict[str, Any] | None]] = {
     "report": report_run,
 }
 STAGES = tuple(_STAGES)
+_LOWER = {
+    "index": "lower corpus.max_seconds",
+    "plan": "lower corpus.max_seconds",
+    "cache": "lower corpus.max_seconds",
+    "train": "lower corpus.max_seconds",
+    "export": "run it on a machine with more memory",
+    "report": "lower corpus.max_seconds",
+}
+"""What to do if memory runs out in the process of the run itself; the workers of the stages name keys of their own."""
 
 
 def run_stages(run: Run, stages: Sequence[str]) -> dict[str, Any] | None:
@@ -52,7 +62,8 @@ def run_stages(run: Run, stages: Sequence[str]) -> dict[str, Any] | None:
         for name, stage in _STAGES.items():
             if name in stages:
                 run.position = Position(name)
-                summary = stage(run)
+                with memory_named(f"the {name} stage", _LOWER[name]):
+                    summary = stage(run)
         return summary
 
 

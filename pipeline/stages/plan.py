@@ -1,12 +1,14 @@
 """The plan stage: what the cache will cost, before anything is built."""
 
 import math
+import os
+from bisect import bisect
 
 import torch
 
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, plan_cost
-from ray_distill.pipeline.ray_session import counted
+from ray_distill.pipeline.ray_session import counted, owns_ray
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.storage.cache import Cache
@@ -17,10 +19,11 @@ def plan_cache(run: Run) -> None:
     """Print what the cache will cost in bytes and teacher time.
 
     Raises:
-        ConfigError: The disk is too small for the cache, the teacher can't take an utterance because of its length, or it can't
-            run at the cache's precision.
+        ConfigError: The disk is too small for the cache, or the memory for an utterance, the teacher can't take an utterance because
+            of its length, or it can't run at the cache's precision.
     """
     _check_lengths(run)
+    _check_memory(run)
     if run.config.train.targets == "online":
         run.check_precision()
         run.say("plan    targets are online: no cache is needed")
@@ -41,6 +44,30 @@ def plan_cache(run: Run) -> None:
         raise ConfigError(
             f"cache.path: {run.cache.location} has {cost.free_bytes / 1e9:.1f} GB free, but the cache needs about "
             f"{needed / 1e9:.1f} GB more; choose another disk, a smaller codec, fewer layers or fewer draws"
+        )
+
+
+def _check_memory(run: Run) -> None:
+    """Raise a ConfigError if the teacher's attention maps of the longest utterance alone are more than this machine's memory.
+
+    Only workers on CPUs of this machine are checked: the memory of others is not known here.
+    """
+    on_gpu = run.config.train.use_gpu if run.config.train.targets == "online" else run.config.cache.gpus_per_actor
+    if on_gpu or not owns_ray():
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lengths = sorted(utterance.num_samples for utterance in run.utterances)
+    fitting = bisect(lengths, memory, key=run.teacher.map_bytes)
+    if fitting < len(lengths):
+        longest, limit = lengths[-1], math.floor(lengths[fitting - 1] / SAMPLE_RATE * 100) / 100 if fitting else 0.0
+        advice = (
+            f"; set corpus.max_seconds={limit:g} to skip {counted(len(lengths) - fitting, 'utterance')}"
+            if limit
+            else ""
+        )
+        raise ConfigError(
+            f"corpus.max_seconds: {run.teacher.name} needs {run.teacher.map_bytes(longest) / 1e9:.1f} GB for the attention maps of an "
+            f"utterance of {longest / SAMPLE_RATE:g} s, but this machine has {memory / 1e9:.1f} GB{advice}"
         )
 
 

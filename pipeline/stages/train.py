@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ray_distill.pipeline.initialise import initial_tensors, write_initial
-from ray_distill.pipeline.ray_session import init_ray, quiet_ray, require_resources
+from ray_distill.pipeline.ray_session import init_ray, owns_ray, quiet_ray, require_resources
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.run_starts import record_start
 from ray_distill.pipeline.stages.cache import absolute_checkpoint, check_cache
@@ -101,6 +101,8 @@ def prepare_training(
         cpu_threads=cpu_threads,
         reserved_cpus=reserved_cpus,
         in_process=in_process,
+        # A cluster may have to grow first, and Ray Train waits for that with a limit.
+        as_task=owns_ray(),
     )
 
 

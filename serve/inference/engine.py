@@ -1,6 +1,7 @@
 """The batching engine: it runs a model in one thread, and batches the utterances that wait together."""
 
 import asyncio
+import logging
 import math
 import os
 import threading
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ray_distill.memory import ran_out_of_memory
 from ray_distill.serve.api.errors import ServiceError
 from ray_distill.serve.inference.backends import Array, Backend, LayerRequest, Space
 from ray_distill.serve.inference.batch_selection import choose_batch
@@ -19,6 +21,7 @@ from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 
 _SILENCE = [LayerRequest(np.zeros(count, np.float32), None, "student") for count in (RECEPTIVE_FIELD, 2 * SAMPLE_RATE)]
 
+_LOG = logging.getLogger(__name__)
 _NICENESS = 10
 _RETRY_SECONDS = 0.05  # Time between attempts of an utterance that waits for room in the queue.
 _MAX_FAILED_BATCHES = 3  # After so many failures in a row, inference is considered broken rather than a request.
@@ -197,6 +200,13 @@ class FeatureEngine:
             # Run the utterances one by one, so that one faulty utterance does not fail the others of its batch.
             for job in batch:
                 own = error if len(batch) == 1 else self._run([job])
+                if own is not None and ran_out_of_memory(own):
+                    seconds = len(job.waveform) / SAMPLE_RATE
+                    _LOG.error("Memory ran out with %.1f s of audio; lower batch_seconds or max_seconds", seconds)
+                    own = ServiceError(
+                        "too_long",
+                        f"The service has too little memory for {seconds:.1f} s of audio at once; send shorter audio.",
+                    )
                 if own is not None:
                     job.future.set_exception(own)
 

@@ -30,7 +30,7 @@ class Dropout(nn.Module):
         return y
 
 
-def dropout_mask(shape: torch.Size, rate: float) -> tuple[Tensor, float]:
+def dropout_mask(shape: torch.Size, rate: float, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
     """Draw a dropout mask on the CPU.
 
     Each 64-bit random number gives four 16-bit ones, because drawing entries one by one takes several times as long. The
@@ -39,12 +39,13 @@ def dropout_mask(shape: torch.Size, rate: float) -> tuple[Tensor, float]:
     Args:
         shape: Shape of the mask.
         rate: Probability of zeroing an entry.
+        generator: Source of the random numbers, on the CPU. Default: PyTorch's.
 
     Returns:
         The mask, bool, True where an entry is kept, and the factor by which kept entries are multiplied.
     """
     count, threshold = shape.numel(), min(round(rate * 2**16), 2**16 - 1)
-    numbers = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    numbers = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     return numbers.view(torch.int16)[:count].view(shape) >= threshold - 2**15, 1 / (1 - threshold / 2**16)
 
 

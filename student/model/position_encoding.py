@@ -89,14 +89,15 @@ def relative_shift(scores: Tensor) -> Tensor:
     """Turn scores by query and distance into scores by query and key, by Transformer-XL's relative shift.
 
     Args:
-        scores: (B, H, T, 2T - 1) float, with distances in the order of `relative_table`.
+        scores: (B, H, R, T + R - 1) float: R neighbouring queries, and all their distances to T keys, in the order of
+            `relative_table`.
 
     Returns:
-        (B, H, T, T) float; entry (i, j) is the score of query i and distance i - j.
+        (B, H, R, T) float; entry (i, j) is the score of query i and its distance to key j.
     """
-    batch, heads, frames, distances = scores.shape
-    shifted = F.pad(scores, (1, 0)).view(batch, heads, distances + 1, frames)[:, :, 1:]
-    return shifted.reshape(batch, heads, frames, distances)[..., :frames]
+    batch, heads, queries, distances = scores.shape
+    shifted = F.pad(scores, (1, 0)).view(batch, heads, distances + 1, queries)[:, :, 1:]
+    return shifted.reshape(batch, heads, queries, distances)[..., : distances + 1 - queries]
 
 
 def apply_rotary(x: Tensor) -> Tensor:

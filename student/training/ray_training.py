@@ -1,4 +1,4 @@
-"""The training loop on Ray Train workers."""
+"""The training loop on Ray Train workers, or in one Ray task."""
 
 import logging
 import threading
@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from ray_distill.memory import memory_named, ran_out_of_memory
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training import run_files
 from ray_distill.student.training.metrics import check_trackers
@@ -101,7 +102,7 @@ class _RayMetrics:
 
 
 def _worker(job: dict[str, Any]) -> Exception | None:
-    """Train, and return the error if a restart would only repeat it."""
+    """Train on a worker of Ray Train; see `_train_on`."""
     import ray.train
     import ray.train.torch
 
@@ -109,20 +110,32 @@ def _worker(job: dict[str, Any]) -> Exception | None:
     refusal = Path(job["refusal"])
     if refusal.is_file():  # Another rank was refused before Ray restarted the workers.
         return ValueError(refusal.read_text())
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
+    return _train_on(
+        job,
+        Rank(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()),
+        wrap=lambda distiller: ray.train.torch.prepare_model(distiller, move_to_device=False),
+        on_validation=lambda row: ray.train.report(row),
+    )
+
+
+def _task(job: dict[str, Any]) -> Exception | None:
+    """Train alone in a Ray task; see `_train_on`."""
+    return _train_on(job, Rank(device=_device(job)))
+
+
+def _device(job: dict[str, Any]) -> torch.device:
+    return torch.device("cuda", 0) if job["settings"]["use_gpu"] else torch.device("cpu")
+
+
+def _train_on(job: dict[str, Any], rank: Rank, **options: Any) -> Exception | None:
+    """Train as a rank in a process of Ray, and return the error if a restart would only repeat it."""
+    if rank.device.type == "cpu":
         torch.set_num_threads(job["threads"])
     else:
-        torch.cuda.set_device(device)
-    rank = Rank(context.get_world_rank(), context.get_world_size(), device)
+        torch.cuda.set_device(rank.device)
+    on_row = _RayMetrics(Path(job["folder"]).name).set if rank.index == 0 else lambda row: None
     try:
-        _train(
-            job,
-            rank,
-            wrap=lambda distiller: ray.train.torch.prepare_model(distiller, move_to_device=False),
-            on_row=_RayMetrics(Path(job["folder"]).name).set if rank.index == 0 else lambda row: None,
-            on_validation=lambda row: ray.train.report(row),
-        )
+        _train(job, rank, on_row=on_row, **options)
     except (FloatingPointError, CheckpointError) as error:
         return error  # Every rank raises these at the same step.
     except ValueError as error:
@@ -131,7 +144,7 @@ def _worker(job: dict[str, Any]) -> Exception | None:
         if rank.world_size == 1:
             return error
         # The others may be waiting for this rank, so Ray has to stop them. They are not started again more than once.
-        run_files.replace_text(refusal, str(error))
+        run_files.replace_text(Path(job["refusal"]), str(error))
         raise
     return None
 
@@ -167,6 +180,7 @@ def train_on_ray(
     cpu_threads: int = 1,
     reserved_cpus: int = 1,
     in_process: bool = False,
+    as_task: bool = False,
 ) -> None:
     """Train on ``settings.workers`` Ray Train workers, continuing from the run's last checkpoint. Ray must be initialised.
 
@@ -185,6 +199,8 @@ def train_on_ray(
         reserved_cpus: Number of cores that Ray reserves for each worker.
         in_process: Whether a single worker runs in this process, which already has its cores and GPU. The caller then
             handles restarts.
+        as_task: Whether a single worker is a plain Ray task, which starts much sooner than a worker of Ray Train, but waits without
+            limit for its cores and GPU. Default: False.
 
     Raises:
         TrainingError: Ray cannot start the workers, or they failed more than ``settings.max_failures`` times.
@@ -209,9 +225,13 @@ def train_on_ray(
         "threads": cpu_threads,
     }
     if in_process and settings.workers == 1:
-        device = torch.device("cuda", 0) if settings.use_gpu else torch.device("cpu")
         torch.set_num_threads(cpu_threads)
-        _train(job, Rank(device=device))
+        with memory_named("the training", _memory_advice(settings)):
+            _train(job, Rank(device=_device(job)))
+        return
+    if as_task and settings.workers == 1:
+        if (problem := _run_task(job, settings, reserved_cpus)) is not None:
+            raise problem
         return
     name = uuid.uuid4().hex[:12]
     refusal = folder / run_files.RAY / f"{name}.refusal"
@@ -245,6 +265,26 @@ def train_on_ray(
         raise problem
 
 
+def _run_task(job: dict[str, Any], settings: TrainSettings, cpus: int) -> Exception | None:
+    """Train in a Ray task, which is started again if it fails, and return the error to show, if any."""
+    import ray
+    import ray.exceptions
+
+    task = ray.remote(num_cpus=cpus, num_gpus=int(settings.use_gpu), max_retries=0)(_task)
+    cause: Exception = AssertionError("there is at least one attempt")
+    for _ in range(settings.max_failures + 1):
+        running = task.remote(job)
+        try:
+            return cast(Exception | None, ray.get(running))
+        except ray.exceptions.RayError as error:
+            _LOG.error("the training failed", exc_info=error)  # The message to the user has no traceback.
+            cause = getattr(error, "cause", None) or error
+        except BaseException:
+            ray.cancel(running, force=True)  # An interrupted caller releases the lock of the run's folder.
+            raise
+    return _explain_causes([cause], settings)
+
+
 def _fit(trainer: Any) -> Exception | None:
     """Run a trainer and return what its workers returned.
 
@@ -266,7 +306,6 @@ def _fit(trainer: Any) -> Exception | None:
 
 def _explain(error: Exception, settings: TrainSettings) -> Exception:
     """Return the error to show for an error of Ray Train: a worker's own ValueError or OSError, or else a TrainingError."""
-    import ray.exceptions
     import ray.train
 
     if not isinstance(error, ray.train.WorkerGroupError):
@@ -280,20 +319,35 @@ def _explain(error: Exception, settings: TrainSettings) -> Exception:
         getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", failure)
         for failure in error.worker_failures.values()
     ]
+    return _explain_causes(causes, settings)
+
+
+def _explain_causes(causes: list[Exception], settings: TrainSettings) -> Exception:
+    """Return the error to show for the workers' errors of the last attempt."""
+    import ray.exceptions
+
     for cause in causes:
         if isinstance(cause, (ValueError, OSError)) and not isinstance(cause, ConnectionError):
             return cause
-    died = next((cause for cause in causes if isinstance(cause, ray.exceptions.RayActorError)), None)
-    memory = next((cause for cause in causes if isinstance(cause, (torch.OutOfMemoryError, MemoryError))), None)
-    if memory is None and died is not None:
+    died = any(isinstance(cause, (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)) for cause in causes)
+    if any(map(ran_out_of_memory, causes)):
+        why, hint = "a worker ran out of memory", f"; {_memory_advice(settings)}"
+    elif died:
         why = "a worker's process died, for example because the machine ran out of memory"
+        hint = f"; if memory ran out, {_memory_advice(settings)}"
     else:
-        why = f"a worker failed: {_first_sentence(memory or causes[0])}"
-    hint = "; if memory ran out, lower train.batch_size or train.batch_seconds" if memory or died else ""
+        why, hint = f"a worker failed: {_first_sentence(causes[0])}", ""
     return TrainingError(
         f"the training failed {settings.max_failures + 1} times (train.max_failures is {settings.max_failures}), the last time "
         f"because {why}{hint}; the same command continues from the last checkpoint"
     )
+
+
+def _memory_advice(settings: TrainSettings) -> str:
+    """Return which key to lower if memory runs out in training."""
+    key = "train.batch_seconds" if settings.batch_size is None else "train.batch_size"
+    others = "" if settings.checkpoint_activations else ", set train.checkpoint_activations=true"
+    return f"lower {key}{others}, or lower corpus.max_seconds if one utterance is too long"
 
 
 def _first_sentence(error: BaseException) -> str:

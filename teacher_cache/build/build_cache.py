@@ -11,18 +11,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ray_distill.memory import ran_out_of_memory
 from ray_distill.teacher_cache.build.codec_fit import fit_codec_to_corpus
 from ray_distill.teacher_cache.build.shard_workers import Workers, ray_errors_as_cache_errors, records_of
 from ray_distill.teacher_cache.codecs import is_learned
 from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, write_build_statistics
-from ray_distill.teacher_cache.storage.cache import (
-    COPIES,
-    Cache,
-    check_location,
-    state_name,
-)
+from ray_distill.teacher_cache.storage.cache import Cache, check_location
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
-from ray_distill.teacher_cache.storage.create import create_cache, grow_cache
+from ray_distill.teacher_cache.storage.create import create_cache, grow_cache, remove_unused_states
 from ray_distill.teacher_cache.storage.failed_utterances import (
     DEFAULT_MAX_FAILED,
     allowed_failures,
@@ -124,7 +120,7 @@ def build_cache(
     with cache_lock(store) as check_lock:
         store.remove_leftovers()
         cache = _create_or_grow(store, spec, plan, teacher_spec, teacher_name, workers, max_failed, check_lock)
-        _remove_unused_states(cache)
+        remove_unused_states(cache)
         # The corpus may have moved since the cache was created. The identity of each file shows that it is the same.
         sources = {utterance.id: utterance for shard in shards_of(plan) for utterance in shard.utterances}
         shards = with_sources(cache.shards, sources)
@@ -164,14 +160,6 @@ def _create_or_grow(
     return grow_cache(cache, spec, state)
 
 
-def _remove_unused_states(cache: Cache) -> None:
-    """Remove codec states of builds that were killed before they wrote ``cache.json``."""
-    known = {state_name(number) for number, chosen in enumerate(cache.layer_sets) if chosen.state is not None}
-    for name in (*cache.store.names("codec"), *cache.store.names(f"{COPIES}/codec")):
-        if name.removeprefix(f"{COPIES}/") not in known and Path(name).name.startswith("set="):
-            cache.store.remove(name)
-
-
 def _fit(
     spec: CacheSpec,
     layers: tuple[int, ...],
@@ -186,7 +174,7 @@ def _fit(
         teacher = load_teacher(teacher_spec)
         try:
             return fit_codec_to_corpus(spec, layers, plan, teacher, max_failed)
-        except (ValueError, torch.OutOfMemoryError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             raise CacheError(f"the codec could not be fitted: {_fit_failure(error)}") from error
     import ray
 
@@ -194,7 +182,7 @@ def _fit(
         # Ray would wrap an exception in a traceback, and can't pickle every exception.
         try:
             return fit_codec_to_corpus(spec, layers, plan, load_teacher(teacher_spec, workers.device), max_failed)
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             return _fit_failure(error)
 
     task = ray.remote(num_cpus=workers.cpus_per_actor, num_gpus=workers.gpus_per_actor, max_retries=3)(fit)
@@ -206,9 +194,11 @@ def _fit(
 
 
 def _fit_failure(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
+    if ran_out_of_memory(error):
         # cache.batch_seconds would not help, because the fit runs one utterance at a time.
         return "the teacher ran out of memory with one utterance; stop other work on its device, or lower corpus.max_seconds"
+    if not isinstance(error, (ValueError, OSError)):
+        raise error
     return str(error)
 
 

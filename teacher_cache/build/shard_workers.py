@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_distill.memory import memory_named, ran_out_of_memory
 from ray_distill.teacher_cache.build.shard_audio import ShardAudio, load_shard_audio
 from ray_distill.teacher_cache.build.shard_writer import ShardWriter, open_writer, shard_from_json, shard_to_json
 from ray_distill.teacher_cache.embedded_audio import to_pcm
@@ -48,9 +49,15 @@ def ray_errors_as_cache_errors() -> Iterator[None]:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # An error in a task is a traceback, whose last line has the message. Ray's own errors have it in their first line.
         line = lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0]
+        # The kernel's killer leaves no trace, so a worker that died without a word may have run out of memory too.
+        died = isinstance(error, (ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError))
+        advice = "remove the cause"
+        if died or ran_out_of_memory(error):
+            advice = f"{'if' if died else 'since'} memory ran out, lower cache.actors, or corpus.max_seconds or cache.batch_seconds"
+            advice += " with a new cache.path"
         raise CacheError(
-            f"the cache stage stopped because a worker failed ({line}); finished files are kept: remove the cause and "
-            "run the same command again"
+            f"the cache stage stopped because a worker failed ({line}); finished files are kept: {advice}, and run the same command "
+            "again"
         ) from error
 
 
@@ -87,7 +94,8 @@ class ShardWriterActor:
         self._metrics = _ShardMetrics()
         self._refused = ""
         try:
-            self._writer = ShardWriter(location, teacher_spec, device, max_failed=max_failed)
+            with memory_named("a worker of the cache stage", "lower cache.actors"):
+                self._writer = ShardWriter(location, teacher_spec, device, max_failed=max_failed)
         except (ValueError, OSError) as error:
             self._refused = str(error)
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ray_distill.memory import ran_out_of_memory
 from ray_distill.teacher_cache.build.shard_audio import ShardAudio, load_shard_audio
 from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.embedded_audio import from_pcm
@@ -126,11 +127,14 @@ class ShardWriter:
                     written = sum(self._cache.store.size(file.name) or 0 for file in missing)
             except _TooManyFailedError as error:
                 failed = error.failed
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out_of_memory(error):
+                    raise
                 raise CacheError(
                     f"{self._teacher.name} ran out of memory on {self._teacher.device} with batches of "
                     f"{self._cache.spec.batch_seconds:g} s of audio; stop other work on that device, or lower "
-                    "cache.batch_seconds and give a new cache.path, because a cache keeps its batch_seconds"
+                    "cache.batch_seconds, or corpus.max_seconds if one utterance is as long as a batch, and give a new cache.path, "
+                    "because a cache keeps both"
                 ) from error
             except ValueError as error:
                 failures = [f"shard {shard.number}: {error}"]

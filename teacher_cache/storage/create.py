@@ -3,6 +3,7 @@
 import hashlib
 import io
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -128,3 +129,11 @@ def _write_record(store: Store, spec: CacheSpec, sets: tuple[LayerSet, ...], rec
     for name in (f"{COPIES}/{CACHE_JSON}", CACHE_JSON):
         store.write(name, encode_record(record))
     return Cache.open(store)
+
+
+def remove_unused_states(cache: Cache) -> None:
+    """Remove codec states of builds that were killed before they wrote ``cache.json``."""
+    known = {state_name(number) for number, chosen in enumerate(cache.layer_sets) if chosen.state is not None}
+    for name in (*cache.store.names("codec"), *cache.store.names(f"{COPIES}/codec")):
+        if name.removeprefix(f"{COPIES}/") not in known and Path(name).name.startswith("set="):
+            cache.store.remove(name)

@@ -139,6 +139,10 @@ class Teacher(ABC):
         """
         return num_frames(num_samples)
 
+    def map_bytes(self, num_samples: int) -> int:
+        """Return the least memory, in bytes, that attention maps of one utterance hold at once; 0, the default, if they need none."""
+        return 0
+
     @property
     def has_mask_embedding(self) -> bool:
         """Whether ``frame_mask`` may be given: the teacher has a learned mask embedding or a replacement for it."""

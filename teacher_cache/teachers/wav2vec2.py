@@ -109,6 +109,13 @@ class Wav2Vec2Teacher(Teacher):
             device=device,
         )
 
+    def map_bytes(self, num_samples: int) -> int:
+        """See `Teacher.map_bytes`. WavLM holds the bias of the positions and its gated copy, each (heads, T, T) float32."""
+        attention = self._layers[0].attention
+        return (
+            2 * self.heads * self.num_frames(num_samples) ** 2 * 4 if isinstance(attention, WavLMSelfAttention) else 0
+        )
+
     def layer_outputs(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None) -> Iterator[Tensor]:
         """See `Teacher.layer_outputs`."""
         features, frame_counts = self._features(waveforms, lengths)
@@ -127,7 +134,11 @@ class Wav2Vec2Teacher(Teacher):
                 # It is added to the position bias, so it needs its dtype.
                 key_padding = torch.zeros_like(padding, dtype=x_BTD.dtype).masked_fill(padding, -torch.inf)
             else:
-                attention_mask = ~padding[:, None, None, :].expand(batch, 1, frames, frames)
+                # PyTorch would turn a bool mask, or one of another dtype, into a whole (T, T) map for each utterance.
+                kind = x_BTD.device.type
+                dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
+                added = torch.zeros_like(padding, dtype=dtype).masked_fill(padding, -torch.inf)
+                attention_mask = added[:, None, None, :].expand(batch, 1, frames, frames)
         positions = transformer.pos_conv_embed
         stacked = isinstance(positions, StackedPositionConv)
         x_BTD = x_BTD + (positions(x_BTD, padding) if stacked else positions(x_BTD))

@@ -7,14 +7,19 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from check_jsonschema.cli import main as check_jsonschema
 from click.testing import CliRunner
+from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from ray.dashboard.modules.metrics.metrics_head import GRAFANA_HOST_DISABLED_VALUE
+
+from ray_distill.serve.server import Server
+from ray_distill.serve.settings import Limits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCKER = REPOSITORY / "docker"
@@ -35,11 +40,14 @@ def test_dockerfile_passes_hadolint() -> None:
 def test_targets_are_pinned_checked_and_not_root() -> None:
     stages = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM|\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL))
     parents = {name: parent for parent, name in re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE)}
+    defaults = dict(re.findall(r"^ARG (\S+)=(\S+)$", DOCKERFILE, re.MULTILINE))
     for target in ("cpu", "cuda"):
         chain, stage = "", target
         while stage in stages:
             chain, stage = stages[stage] + chain, parents[stage]
-        assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", stage), f"{stage} is not pinned or not slim"
+        base = defaults[stage.removeprefix("${").removesuffix("}")]  # An argument, so that a digest can be given.
+        assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", base), f"{base} is not pinned or not slim"
+        assert COMPOSE["services"]["head"]["build"]["args"] == {"PYTHON_IMAGE": f"${{PYTHON_IMAGE:-{base}}}"}
         users = re.findall(r"^USER (\S+)$", chain, re.MULTILINE)
         assert users and users[-1] == "1000:1000"
         assert "HEALTHCHECK" in chain and "ENTRYPOINT" in chain
@@ -113,14 +121,27 @@ def test_compose_services_are_confined_and_whole() -> None:
     assert {"head", "worker", "serve", "prometheus", "grafana"} == set(services)
     for name, service in services.items():
         assert "no-new-privileges:true" in service["security_opt"] and service["cap_drop"] == ["ALL"], name
-        assert not service["image"].endswith(":latest") and ":" in service["image"], name
+        assert service["read_only"] and service["mem_limit"] and service["pids_limit"], name
+        image = re.sub(r"^\$\{\w+_IMAGE:-(.*)}$", r"\1", service["image"])  # A variable takes an image by digest.
+        assert "build" in service or image != service["image"], f"{name}'s image cannot be given by digest"
+        assert not image.endswith(":latest") and ":" in image, name
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), f"{name} listens on all interfaces"
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
-            assert source in COMPOSE["volumes"] or (DOCKER / source).exists(), f"{name}: {source}"
+            # A path in the container alone is a volume without a name, for what must be writable.
+            assert source in COMPOSE["volumes"] or volume in ("/tmp", "/home/ray") or (DOCKER / source).exists(), name
         for other in service.get("depends_on", {}):
             assert other in services
+    # The service takes input of strangers: no token, no writing to the volume, and no way to Ray's ports.
+    serve = services["serve"]
+    assert not serve["secrets"] and serve["volumes"] == ["data:/data:ro"]
+    assert not set(serve["networks"]) & set(services["head"]["networks"])
+    assert set(services["prometheus"]["networks"]) == {*serve["networks"], *services["head"]["networks"]}
+    # No administrator, so no default password, and nothing to log in with.
+    grafana = services["grafana"]["environment"]
+    assert grafana["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == grafana["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+    assert grafana["GF_AUTH_BASIC_ENABLED"] == "false"
     for name in ("head", "worker"):
         assert services[name]["environment"]["RAY_AUTH_MODE"] == "token"
         assert "--metrics-export-port=8080" in services[name]["command"]
@@ -128,10 +149,28 @@ def test_compose_services_are_confined_and_whole() -> None:
         memory = re.fullmatch(r"(\d+)gb", services[name]["shm_size"])
         store = [word for word in services[name]["command"] if word.startswith("--object-store-memory=")]
         assert memory and len(store) == 1 and int(store[0].partition("=")[2]) < int(memory[1]) << 30
+        limit = re.fullmatch(r"\$\{\w+:-(\d+)g}", services[name]["mem_limit"])
+        assert limit and int(limit[1]) >= 2 * int(memory[1]), "shared memory counts as memory of the container"
     # Otherwise Ray's dashboard sends browsers to an address of Grafana that only containers can reach.
     assert services["head"]["environment"]["RAY_GRAFANA_HOST"] == GRAFANA_HOST_DISABLED_VALUE
     secret = COMPOSE["secrets"]["ray-token"]["file"]
     assert f"docker/{secret.removeprefix('./')}" in (REPOSITORY / ".gitignore").read_text().split()
+
+
+def test_the_commands_of_compose_make_a_private_token(tmp_path: Path) -> None:
+    (line,) = [line for line in (DOCKER / "compose.yaml").read_text().splitlines() if "> docker/ray-token" in line]
+    (tmp_path / "docker").mkdir()
+    subprocess.run(["sh", "-c", f"umask 022; {line.removeprefix('#').strip()}"], cwd=tmp_path, check=True)
+    token = tmp_path / "docker" / "ray-token"
+    assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) > 40
+
+
+def test_the_service_is_stopped_only_after_its_drain() -> None:
+    app = FastAPI()
+    app.state.admission = SimpleNamespace(limits=Limits())
+    drain = Server(app, "127.0.0.1", 0).config.timeout_graceful_shutdown
+    grace = re.fullmatch(r"(\d+)s", COMPOSE["services"]["serve"]["stop_grace_period"])
+    assert grace and drain and int(grace[1]) > drain
 
 
 def test_prometheus_scrapes_what_compose_starts() -> None:

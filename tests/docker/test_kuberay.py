@@ -4,12 +4,15 @@ import importlib
 import math
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from ray.scripts.scripts import cli as ray_command
 from ray.serve.schema import ServeDeploySchema
 
 from ray_distill.pipeline.config import load_config
@@ -19,7 +22,10 @@ from ray_distill.pipeline.stages import STAGES
 FOLDER = Path(__file__).resolve().parents[2] / "docker" / "kuberay"
 KUBERNETES = "1.33"
 DOCUMENTS: list[dict[str, Any]] = [
-    document for path in sorted(FOLDER.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())
+    document
+    for path in sorted(FOLDER.glob("*.yaml"))
+    for document in yaml.safe_load_all(path.read_text())
+    if path.name != "kustomization.yaml"
 ]
 OF_RAY = {document["kind"]: document for document in DOCUMENTS if document["apiVersion"] == "ray.io/v1"}
 
@@ -28,12 +34,14 @@ OF_RAY = {document["kind"]: document for document in DOCUMENTS if document["apiV
 POD = "pod template"
 STRINGS = "map of strings"
 SECURITY = "security context of a container"
+MOUNTS = "volume mounts of a container"
 AUTOSCALER = {
     "version": {"v1", "v2"},
     "idleTimeoutSeconds": int,
     "upscalingMode": {"Conservative", "Default", "Aggressive"},
     "resources": dict,
     "securityContext": SECURITY,
+    "volumeMounts": MOUNTS,
 }
 HEAD = {"rayStartParams": STRINGS, "template": POD, "serviceType": {"ClusterIP", "NodePort", "LoadBalancer"}}
 GROUP = {
@@ -66,7 +74,7 @@ SPECS: dict[str, Any] = {
         "runtimeEnvYAML": str,
         "rayClusterSpec": CLUSTER,
     },
-    "RayService": {"serveConfigV2": str, "rayClusterConfig": CLUSTER},
+    "RayService": {"serveConfigV2": str, "rayClusterConfig": CLUSTER, "excludeHeadPodFromServeSvc": bool},
 }
 
 
@@ -76,6 +84,8 @@ def check(value: Any, schema: Any, where: str) -> None:
         kubernetes_validate.validate(template, KUBERNETES, strict=True)
     elif schema == SECURITY:
         check({"spec": {"containers": [{"name": "x", "securityContext": value}]}}, POD, where)
+    elif schema == MOUNTS:
+        check({"spec": {"containers": [{"name": "x", "volumeMounts": value}]}}, POD, where)
     elif schema == STRINGS:
         assert all(type(inner) is str for inner in value.values()), f"{where}: {value}"
     elif isinstance(schema, set):
@@ -137,16 +147,23 @@ def test_pods_are_confined_and_know_the_store(kind: str) -> None:
         assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
         used = {
             ("Secret" if "secretRef" in source else "ConfigMap", next(iter(source.values()))["name"])
-            for source in container["envFrom"]
+            for source in container.get("envFrom", [])
         }
-        assert used and used <= given
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
         assert volumes["data"]["persistentVolumeClaim"]["claimName"] in claims
+        (data,) = [mount for mount in container["volumeMounts"] if mount["name"] == "data"]
+        if kind == "RayService":  # Its pods take input of strangers.
+            assert not used, "the service has the keys of the store"
+            assert data == {"name": "data", "mountPath": "/data/runs", "subPath": "runs", "readOnly": True}
+        else:
+            assert used == given and data == {"name": "data", "mountPath": "/data"}
         # KubeRay mounts shared memory up to the container's limit, but only if nothing else is mounted there.
         assert "/dev/shm" not in {mount["mountPath"] for mount in container["volumeMounts"]}
         wants_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
-        assert (name == "gpu") == wants_gpu == container["image"].endswith(":cuda")
+        assert (name == "gpu") == wants_gpu == (container["image"] == "ray-distill-cuda")
+        # Only the autoscaler, in the pod of the head, calls Kubernetes.
+        assert pod["automountServiceAccountToken"] == (name == "head")
 
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
@@ -160,14 +177,23 @@ def test_pods_keep_to_the_restricted_standard(kind: str) -> None:
     for template in templates:
         pod = template["spec"]["securityContext"]
         assert pod["runAsNonRoot"] and pod["runAsUser"] == 1000 and pod["seccompProfile"] == {"type": "RuntimeDefault"}
+        # Otherwise Kubernetes changes the owner of every file of the volume whenever a pod starts.
+        assert pod["fsGroupChangePolicy"] == "OnRootMismatch"
         contexts += [container["securityContext"] for container in template["spec"]["containers"]]
-    confined = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        for container in template["spec"]["containers"]:
+            scratch = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "scratch"}
+            assert scratch == {"/tmp", "/home/ray"}, "Ray writes to these folders"
+        assert {"name": "scratch", "emptyDir": {}} in template["spec"]["volumes"]
+    confined = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
     assert all(context == confined for context in contexts)
 
 
 def test_whatever_is_a_sites_own_is_marked() -> None:
-    images = re.findall(r"image: (\S+)", "".join(path.read_text() for path in FOLDER.glob("*.yaml")))
-    assert set(images) == {"fill-in/ray-distill:cpu", "fill-in/ray-distill:cuda"}
+    images = re.findall(r" image: (\S+)", "".join(path.read_text() for path in FOLDER.glob("*.yaml")))
+    customization = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
+    assert {image["name"] for image in customization["images"]} == set(images)
+    for image in customization["images"]:
+        assert image["newName"] == "fill-in/ray-distill" and image["digest"] == "fill-in" and "newTag" not in image
     for document in DOCUMENTS:
         if document["kind"] == "PersistentVolumeClaim":
             assert document["spec"]["storageClassName"] == "fill-in"
@@ -223,26 +249,106 @@ def test_the_service_is_there_under_its_name() -> None:
     surge = math.ceil(replicas * deployment["max_surge_percent"] / 100)
     (group,) = cluster_of("RayService")["workerGroupSpecs"]
     cores = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
-    each = deployment["ray_actor_options"]["num_cpus"]
-    assert group["maxReplicas"] * (cores // each) >= replicas + surge
+    assert cores == deployment["ray_actor_options"]["num_cpus"] and deployment["max_replicas_per_node"] == 1
+    assert group["maxReplicas"] >= replicas + surge
+
+
+def test_losing_a_node_or_a_pod_leaves_the_service() -> None:
+    spec = OF_RAY["RayService"]["spec"]
+    assert spec["excludeHeadPodFromServeSvc"], "the head, which may start pods, takes requests of strangers"
+    (deployment,) = yaml.safe_load(spec["serveConfigV2"])["applications"][0]["deployments"]
+    (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    assert group["minReplicas"] >= deployment["autoscaling_config"]["min_replicas"] >= 2
+    template = group["template"]
+    labels = template["metadata"]["labels"] | {
+        "ray.io/group": group["groupName"]
+    }  # KubeRay adds the name of the group.
+    (spread,) = template["spec"]["topologySpreadConstraints"]
+    assert spread["topologyKey"] == "kubernetes.io/hostname"
+    documents = yaml.safe_load_all((FOLDER / "rayservice.yaml").read_text())
+    (budget,) = [document["spec"] for document in documents if document["metadata"]["name"].endswith("-serve")]
+    assert budget["minAvailable"] == 1
+    for selector in (spread["labelSelector"], budget["selector"]):
+        assert selector["matchLabels"].items() <= labels.items() and "ray.io/group" in selector["matchLabels"]
+    # The pod asks for its drain, and ends after it.
+    program, script = template["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][::2]
+    assert program == "sh"
+    drain, wait = (shlex.split(command) for command in script.split(";"))
+    options = ray_command.commands[drain[1]].make_context(drain[1], drain[2:], resilient_parsing=True).params
+    assert drain[0] == "ray" and options["reason"] == "DRAIN_NODE_REASON_PREEMPTION", (
+        "Serve moves replicas for this reason"
+    )
+    deadline = options["deadline_remaining_seconds"]
+    assert deployment["graceful_shutdown_timeout_s"] < deadline == int(wait[1])
+    assert template["spec"]["terminationGracePeriodSeconds"] > deadline
+
+
+def admits(policy: dict[str, Any], port: int, labels: dict[str, str], namespace: str | None = None) -> bool:
+    """Return whether a pod with these labels may call the port; from another namespace if one is named."""
+
+    def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+        holds = {"NotIn": lambda value, values: value not in values, "In": lambda value, values: value in values}
+        rules = selector.get("matchExpressions", [])
+        return selector.get("matchLabels", {}).items() <= labels.items() and all(
+            holds[rule["operator"]](labels.get(rule["key"]), rule["values"]) for rule in rules
+        )
+
+    return any(
+        matches(source["podSelector"], labels)
+        and (
+            matches(source["namespaceSelector"], {"kubernetes.io/metadata.name": namespace})
+            if namespace and "namespaceSelector" in source
+            else (namespace is None) == ("namespaceSelector" not in source)
+        )
+        for rule in policy.get("ingress", [])
+        if {"port": port} in rule.get("ports", [{"port": port}])
+        for source in rule["from"]
+    )
 
 
 def test_the_network_is_closed_but_for_named_callers() -> None:
-    policy = next(document for document in DOCUMENTS if document["kind"] == "NetworkPolicy")["spec"]
-    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
-    for rule in policy["ingress"]:
-        for source in rule["from"]:
-            assert source.get("podSelector"), "a rule admits a whole namespace"
-    operators = [
-        source["podSelector"]["matchLabels"]
-        for rule in policy["ingress"]
-        for source in rule["from"]
-        if "kuberay-operator" in source["podSelector"].get("matchLabels", {}).values()
-    ]
-    # Labels of the operator's pod in its Helm chart and in its kustomize files.
-    for name in ("kuberay-operator", "kuberay"):
-        labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/component": "kuberay-operator"}
-        assert operators and all(selector.items() <= labels.items() for selector in operators)
+    policies = {d["metadata"]["name"]: d["spec"] for d in DOCUMENTS if d["kind"] == "NetworkPolicy"}
+    clusters, service = policies["ray-distill"], policies["ray-distill-features"]
+    part = {"app.kubernetes.io/part-of": "ray-distill"}
+    of_clusters = part | {"app.kubernetes.io/instance": "ray-distill"}
+    of_service = part | {"app.kubernetes.io/instance": "ray-distill-features"}
+    for policy, own, other in ((clusters, of_clusters, of_service), (service, of_service, of_clusters)):
+        assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+        assert admits(policy, 6379, own) and not admits(policy, 6379, own, "fill-in")
+        assert not admits(policy, 6379, other), (
+            "the service, which takes input of strangers, reaches the other clusters"
+        )
+        # Labels of the operator's pod in its Helm chart and in its kustomize files.
+        for name in ("kuberay-operator", "kuberay"):
+            operator = {"app.kubernetes.io/name": name, "app.kubernetes.io/component": "kuberay-operator"}
+            assert admits(policy, 8265, operator, "fill-in") and not admits(policy, 8265, operator, "another")
+        prometheus = {"app.kubernetes.io/name": "prometheus"}
+        assert admits(policy, 8080, prometheus, "fill-in") and not admits(policy, 8080, prometheus, "another")
+        assert not admits(policy, 8265, {"batch.kubernetes.io/job-name": "any"}), "any job reaches the dashboard"
+    submitter = OF_RAY["RayJob"]["spec"]["submitterPodTemplate"]["metadata"]["labels"]
+    assert admits(clusters, 8265, submitter) and not admits(clusters, 6379, submitter)
+    assert policies["ray-distill-submitter"]["podSelector"]["matchLabels"] == submitter
+    caller = {"ray-distill.io/calls": "features"}
+    assert admits(service, 8000, caller) and admits(service, 8000, caller, "fill-in")
+    assert not admits(service, 8000, caller, "another") and not admits(clusters, 8000, caller)
+    assert not any(
+        rule.get("ports") and not rule.get("to") and rule["ports"][0]["port"] != 53 for rule in service["egress"]
+    )
+
+
+def test_kustomize_gives_every_container_its_digest(tmp_path: Path) -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("needs kubectl")
+    folder = shutil.copytree(FOLDER, tmp_path / "kuberay")
+    file = folder / "kustomization.yaml"
+    file.write_text(file.read_text().replace("  # - ray", "  - ray").replace("fill-in", "mine", 1))
+    built = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    kinds = [document["kind"] for document in yaml.safe_load_all(built.stdout)]
+    assert sorted(kinds) == sorted(document["kind"] for document in DOCUMENTS)
+    images = re.findall(r" image: (\S+)", built.stdout)
+    assert len(images) == 9 and set(images) == {"mine/ray-distill@fill-in", "fill-in/ray-distill@fill-in"}
 
 
 def test_another_port_of_the_store_is_one_line() -> None:
@@ -263,14 +369,14 @@ def test_a_drain_leaves_each_clusters_head_alone(kind: str) -> None:
     """
     name = OF_RAY[kind]["metadata"]["name"]
     documents = list(yaml.safe_load_all((FOLDER / f"{kind.lower()}.yaml").read_text()))
-    (budget,) = [document for document in documents if document["kind"] == "PodDisruptionBudget"]
-    assert budget["metadata"]["name"] == f"{name}-head"
+    budgets = {d["metadata"]["name"]: d for d in documents if d["kind"] == "PodDisruptionBudget"}
+    budget = budgets[f"{name}-head"]
     own = {"app.kubernetes.io/instance": name}
     # The label of the node type is KubeRay's. The names of the clusters of a RayJob and a RayService are not known in advance.
     assert budget["spec"] == {"minAvailable": 1, "selector": {"matchLabels": own | {"ray.io/node-type": "head"}}}
     for template in pod_specs(kind).values():
         assert own.items() <= template["metadata"]["labels"].items()
-    assert sum(document["kind"] == "PodDisruptionBudget" for document in DOCUMENTS) == len(OF_RAY)
+    assert len(budgets) == (2 if kind == "RayService" else 1)
 
 
 def test_versions_are_those_that_are_pinned() -> None:

@@ -51,6 +51,14 @@ def test_a_corrected_command_goes_on(ast: Path, tmp_path: Path, speech_folder: P
         begun.teacher.max_samples = None
         plan_cache(begun)
     begun = run(stand_in, "corpus.max_seconds=2.02")
+    # Maps of 10 TB for each second of audio above one.
+    begun.teacher.map_bytes = lambda samples: max(0, samples - 16_000) * 625_000_000  # type: ignore[method-assign]
+    with pytest.raises(
+        ConfigError,
+        match=r"ast needs [\d.]+ GB for the attention maps of an utterance of 2 s, .*; set corpus.max_seconds=0",
+    ):
+        plan_cache(begun)
+    begun = run(stand_in, "corpus.max_seconds=2.02")
     assert len(begun.corpus.utterances) == 11 and len(begun.corpus.skipped) == 1
     student = begun.config.resolve_student(2, 32, begun.teacher.patches)
     assert student.patches is not None and student.patches.rows == 12

@@ -145,6 +145,12 @@ def test_a_failed_batch_does_not_stop_the_engine(student: Student, monkeypatch: 
         patch.setattr(student, "layer_outputs", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             asyncio.run(engine.features(waveforms(1)[0]))
+        patch.setattr(student, "layer_outputs", lambda *_: torch.empty(2**58))
+        with pytest.raises(
+            ServiceError, match=r"too little memory for 1.\d s of audio at once; send shorter audio"
+        ) as caught:
+            asyncio.run(engine.features(waveforms(1)[0]))
+        assert caught.value.error_type == "too_long"
     assert asyncio.run(engine.features(waveforms(1)[0])).array.ndim == 3
     engine.close()
 

@@ -1,4 +1,4 @@
-"""Training on Ray Train workers: killing a worker or the driver costs time, but does not change the result."""
+"""Training on Ray Train workers and in a Ray task: killing a worker or the driver costs time, but does not change the result."""
 
 import json
 import os
@@ -45,6 +45,7 @@ try:
         teacher="random:2x32",
         masks=MaskDraws(),
         utterances=[],
+        as_task=job["as_task"],
     )
 except (ValueError, FloatingPointError, OSError) as error:
     sys.exit(f"{type(error).__name__}: {error}")
@@ -58,10 +59,10 @@ def start(tmp_path: Path, cache: Path, tiny: StudentConfig) -> Iterator[Start]:
     """Start drivers that train on Ray, and end those that still run after the test."""
     processes: list[subprocess.Popen[str]] = []
 
-    def run(settings: TrainSettings, folder: Path) -> subprocess.Popen[str]:
+    def run(settings: TrainSettings, folder: Path, as_task: bool = False) -> subprocess.Popen[str]:
         job = {"student": tiny.model_dump(mode="json"), "settings": settings.model_dump(mode="json")}
         path = tmp_path / "job.json"
-        path.write_text(json.dumps(job | {"folder": str(folder), "cache": str(cache)}))
+        path.write_text(json.dumps(job | {"folder": str(folder), "cache": str(cache), "as_task": as_task}))
         environment = {
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
@@ -178,12 +179,12 @@ def test_a_killed_driver_changes_nothing(
 ) -> None:
     options = settings(batch_size=2, max_steps=200, checkpoint_every=7, validate_every=80)
     run = tmp_path / "killed"
-    process = start(options, run)
+    process = start(options, run, as_task=True)
     wait_for_step(process, run, random.Random(1).randrange(10, 150))
     process.kill()
     process.wait()
     assert not (run / "train.json").exists()
-    finish(start(options, run))
+    finish(start(options, run, as_task=True))
     assert starts(run) == 2
     train(tiny, options, *readers, tmp_path / "undisturbed")
     assert_same_end(run, tmp_path / "undisturbed")

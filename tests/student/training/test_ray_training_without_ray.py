@@ -8,7 +8,7 @@ import pytest
 import ray.train
 import ray.train.torch
 import torch
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
@@ -27,7 +27,15 @@ from ray_distill.teacher_cache.masks import MaskDraws
     [
         (
             [RuntimeError("Connection closed by peer"), torch.OutOfMemoryError("CUDA out of memory. Tried to ...")],
-            "failed 3 times .train.max_failures is 2., the last time because a worker failed: CUDA out of memory; if memory ran",
+            "failed 3 times .train.max_failures is 2., the last time because a worker ran out of memory; lower train.batch_size,",
+        ),
+        (
+            [RuntimeError("[...] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")],
+            "ran out of memory; .*, set train.checkpoint_activations=true, or lower corpus.max_seconds if one utterance is too",
+        ),
+        (
+            [WorkerHealthCheckFailedError("rank 0", OutOfMemoryError("The node was running low on memory."))],
+            "ran out of memory; lower train.batch_size",
         ),
         (
             [RuntimeError("Connection closed by peer"), WorkerHealthCheckFailedError("rank 1", ActorDiedError())],
@@ -55,6 +63,83 @@ def test_workers_that_find_no_room_are_one_sentence(settings: Callable[..., Trai
     assert re.match(
         r"Ray could not start the training's 2 workers \(The worker group .* 2 workers\); change", str(error)
     )
+
+
+class FakeTask:
+    """Stands for a Ray task with some outcomes; `get` raises those that are exceptions, and returns what is in a list."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, outcomes: list[object]) -> None:
+        self.outcomes, self.options, self.cancelled = iter(outcomes), dict[str, object](), list[object]()
+        monkeypatch.setattr("ray.remote", lambda **options: self.options.update(options) or (lambda _: self))
+        monkeypatch.setattr("ray.get", self.get)
+        monkeypatch.setattr("ray.cancel", lambda running, force: self.cancelled.append((running, force)))
+
+    def remote(self, job: dict[str, object]) -> object:
+        return next(self.outcomes)
+
+    def get(self, outcome: object) -> object:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome[0] if isinstance(outcome, list) else outcome
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "kind", "message"),
+    [
+        ([WorkerCrashedError(), None], None, ""),
+        (
+            [WorkerCrashedError()] * 3,
+            TrainingError,
+            "failed 3 times .* a worker's process died, .*; if memory ran out, lower",
+        ),
+        (
+            [OutOfMemoryError("low on memory")] * 3,
+            TrainingError,
+            "failed 3 times .* because a worker ran out of memory; lower",
+        ),
+        (
+            [RayTaskError("f", "Traceback\n", KeyError("x"))] * 3,
+            TrainingError,
+            "because a worker failed: 'x'; the same command",
+        ),
+        ([RayTaskError("f", "Traceback\n", OSError("no space left"))] * 3, OSError, "^no space left$"),
+        ([[FloatingPointError("the loss was not finite")]], FloatingPointError, "^the loss was not finite$"),
+        ([KeyboardInterrupt()], KeyboardInterrupt, "^$"),
+    ],
+)
+def test_a_single_worker_is_a_task_that_is_started_again(
+    settings: Callable[..., TrainSettings],
+    tiny: StudentConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outcomes: list[object],
+    kind: type[BaseException] | None,
+    message: str,
+) -> None:
+    task = FakeTask(monkeypatch, outcomes)
+
+    def train() -> None:
+        train_on_ray(
+            tiny,
+            settings(workers=1),
+            tmp_path,
+            layers=(1, 2),
+            cache="cache",
+            teacher="random:2x32",
+            masks=MaskDraws(),
+            utterances=[],
+            reserved_cpus=2,
+            as_task=True,
+        )
+
+    if kind is None:
+        train()
+    else:
+        with pytest.raises(kind, match=message):
+            train()
+    assert next(task.outcomes, None) is None, "it was not started as often as it should"
+    assert task.options == {"num_cpus": 2, "num_gpus": 0, "max_retries": 0}
+    assert task.cancelled == ([(outcomes[0], True)] if kind is KeyboardInterrupt else [])
 
 
 def test_ray_does_not_look_for_room_for_ever(

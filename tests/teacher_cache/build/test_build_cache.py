@@ -213,11 +213,16 @@ def out_of_memory(*_arguments: object, **_options: object) -> object:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
 
+def no_memory_of_the_cpu(*_arguments: object, **_options: object) -> object:
+    return torch.empty(2**58)
+
+
+@pytest.mark.parametrize("fails", [out_of_memory, no_memory_of_the_cpu])
 def test_too_little_memory_is_an_error_of_one_sentence(
-    tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., object]
 ) -> None:
     root = tmp_path / "cache"
-    monkeypatch.setattr(Teacher, "hidden_states", out_of_memory)
+    monkeypatch.setattr(Teacher, "hidden_states", fails)
     with pytest.raises(CacheError, match="could not be fitted: .* with one utterance; .* corpus.max_seconds"):
         build(root, codec="int8")
     message = "random:2x32 ran out of memory on cpu with batches of 6 s of audio; .* lower cache.batch_seconds"
@@ -245,11 +250,24 @@ def test_a_failed_worker_is_an_error_of_one_sentence(
     import ray.exceptions
 
     errors = (
-        (ray.exceptions.WorkerCrashedError(), "The worker died unexpectedly while executing this task. "),
-        (ray.exceptions.OutOfMemoryError("low on memory\nand much\nadvice"), "low on memory"),
-        (ray.exceptions.RayTaskError("f", "Traceback\n  File\nIndexError: 3\n", IndexError(3)), "IndexError: 3"),
+        (
+            ray.exceptions.WorkerCrashedError(),
+            "The worker died unexpectedly while executing this task. ",
+            "if memory ran out",
+        ),
+        (ray.exceptions.OutOfMemoryError("low on memory\nand much\nadvice"), "low on memory", "since memory ran out"),
+        (
+            ray.exceptions.RayTaskError("f", "Traceback\n  File\nMemoryError\n", MemoryError()),
+            "MemoryError",
+            "since memory",
+        ),
+        (
+            ray.exceptions.RayTaskError("f", "Traceback\n  File\nIndexError: 3\n", IndexError(3)),
+            "IndexError: 3",
+            "remove",
+        ),
     )
-    for error, text in errors:
+    for error, text, advice in errors:
 
         def fail(*_arguments: object, error: Exception = error, **_options: object) -> None:
             raise error
@@ -257,7 +275,8 @@ def test_a_failed_worker_is_an_error_of_one_sentence(
         monkeypatch.setattr(ray.data, "from_items", fail)
         with pytest.raises(CacheError, match=rf"^the cache stage stopped because a worker failed \({text}") as caught:
             build(tmp_path / "cache", workers=Workers())
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and f"are kept: {advice}" in str(caught.value)
+        assert ("lower cache.actors" in str(caught.value)) == ("memory" in advice)
 
 
 def test_a_second_build_names_the_first_and_does_not_disturb_it(tmp_path: Path, build: Build) -> None:

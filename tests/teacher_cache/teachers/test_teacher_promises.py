@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ray_distill.teacher_cache.frames import padding_mask
+from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.teachers import Teacher, TeacherError, load_teacher
+from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
 from .batch_invariance import assert_batch_invariant
 from .huggingface_folders import save_tiny
@@ -52,6 +55,34 @@ def test_batch_invariance(teacher: Teacher, masked: bool) -> None:
             assert_batch_invariant(teacher, sound(teacher, 0, 4_000), masked)
         return
     assert_batch_invariant(teacher, sound(teacher, 0, 1_200, 8_600, 8_700, 20_000), masked)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_holds_whole_maps_only_if_it_says_so(
+    teacher: Teacher, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Tensor, Tensor]] = []
+    attention = F.scaled_dot_product_attention
+
+    def remember(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        if attn_mask is not None:
+            given.append((query, attn_mask))
+        return attention(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", remember)
+    longer, shorter = sound(teacher, 9_000, 0)
+    batch = torch.nn.utils.rnn.pad_sequence([longer, shorter], batch_first=True)
+    teacher(batch, torch.tensor([len(longer), len(shorter)]), precision=precision)
+    if isinstance(teacher, Wav2Vec2Teacher):
+        assert len(given) == teacher.num_layers
+    for query, mask in given:
+        _, heads, frames, _ = query.shape
+        if promised := teacher.map_bytes(len(longer)):
+            assert promised == 2 * heads * frames**2 * 4 and mask.numel() == len(batch) * heads * frames**2
+        else:
+            # PyTorch converts masks of other dtypes, and a converted mask has memory for all entries.
+            assert mask.untyped_storage().nbytes() <= len(batch) * frames * 4
+            assert mask.dtype == query.dtype or mask.numel() == len(batch) * frames
 
 
 def test_frames_layers_and_padding(teacher: Teacher) -> None:

@@ -24,11 +24,15 @@ def record_start(file: Path, *, first: bool) -> None:
     """
     start = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]),
         "code": code_version(Path(ray_distill.__file__).resolve().parents[1]),
     }
     earlier = "" if first or not file.is_file() else file.read_text()
     write_text(file, earlier + json.dumps(start) + "\n")
+
+
+def _program(path: Path) -> list[str]:
+    return ["python", "-m", path.parent.name] if path.name == "__main__.py" else [path.name]
 
 
 def read_starts(file: Path) -> list[dict[str, Any]]:

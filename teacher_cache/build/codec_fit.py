@@ -10,7 +10,12 @@ from torch import Tensor
 from ray_distill.teacher_cache.codecs import State, fit_codec
 from ray_distill.teacher_cache.source_audio import load_waveform
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
-from ray_distill.teacher_cache.storage.failed_utterances import DEFAULT_MAX_FAILED, allowed_failures, too_many_error
+from ray_distill.teacher_cache.storage.failed_utterances import (
+    DEFAULT_MAX_FAILED,
+    allowed_failures,
+    reason_of,
+    too_many_error,
+)
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, shards_of
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher
@@ -44,7 +49,7 @@ def fit_codec_to_corpus(
         try:
             frames = _frames(spec, layers, utterance, teacher)
         except (_UnusableError, OSError) as error:
-            failed[utterance.id] = str(error)
+            failed[utterance.id] = reason_of(error)
             if len(failed) > allowed_failures(max_failed, plan.num_rows) or len(failed) == len(utterances):
                 raise too_many_error(failed, max_failed, plan.num_rows) from error
             continue

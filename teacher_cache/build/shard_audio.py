@@ -12,7 +12,7 @@ from ray_distill.teacher_cache.embedded_audio import DECODERS, ENCODERS
 from ray_distill.teacher_cache.source_audio import load_waveform
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, check_content, damage_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError
-from ray_distill.teacher_cache.storage.failed_utterances import check_failed
+from ray_distill.teacher_cache.storage.failed_utterances import check_failed, reason_of
 from ray_distill.teacher_cache.storage.shard_plan import Shard
 
 
@@ -52,7 +52,7 @@ def audio_from_corpus(cache: Cache, shard: Shard, *, exact: bool = False) -> Sha
             waveform = load_waveform(utterance, exact=exact)
             data = encode(waveform)
         except (ValueError, OSError) as error:
-            failed[utterance.id] = str(error)
+            failed[utterance.id] = reason_of(error)
             waveform, data = np.zeros(0, np.float32), b""
         waveforms.append(waveform)
         embedded.append(data)

@@ -34,6 +34,7 @@ from ray_distill.teacher_cache.storage.cache import (
     write_commit,
 )
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.storage.failed_utterances import reason_of
 from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterance
 from ray_distill.teacher_cache.storage.store import is_disk_full
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
@@ -270,7 +271,7 @@ def _encoded(codec: ColumnCodec, frames: Tensor, kept: Tensor) -> tuple[Tensor, 
             try:
                 codec.encode(values)
             except ValueError as error:
-                failed[b] = str(error)
+                failed[b] = reason_of(error)
                 values.zero_()
         # The batch keeps its shape, so that the codes of the others don't change.
         return codec.encode(usable), failed

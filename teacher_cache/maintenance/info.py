@@ -57,7 +57,7 @@ def info_table(location: str | Path) -> Table:
     )
     if failed := failed_utterances(cache):
         name, reason = next(iter(failed.items()))
-        table.add_row("failed", f"{len(failed)} utterances are left out, such as {escape(name)}: {escape(reason)}")
+        table.add_row("failed", f"{len(failed)} of the utterances, such as {escape(name)}: {escape(reason)}")
     state = "complete" if finished == total else f"{total - finished} of {total} files are not finished"
     table.add_row("state", f"{state}; `ray-distill cache verify` checks every byte")
     return table

@@ -21,6 +21,8 @@ DEFAULT_MAX_FAILED = 0.001
 _LEAST = 3
 """Number of utterances that any share above 0 allows to fail."""
 _SHOWN = 3
+_REASON = 1000
+"""Maximum number of characters of a reason."""
 _THREADS = 16
 
 
@@ -29,6 +31,11 @@ def allowed_failures(max_failed: float, utterances: int) -> int:
     if max_failed >= 1:
         return int(max_failed)
     return max(_LEAST, int(max_failed * utterances)) if max_failed else 0
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error as one line of at most 1000 printable characters, for a commit record."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))[:_REASON]
 
 
 def too_many_error(failed: Mapping[str, str], max_failed: float, utterances: int) -> CacheError:

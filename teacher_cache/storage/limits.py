@@ -76,6 +76,8 @@ def check_commit(record: Mapping[str, Any]) -> None:
     failed = record.get("failed", {})
     if not isinstance(failed, dict) or not all(isinstance(reason, str) for reason in failed.values()):
         raise ValueError("failed is not a table of texts")
+    if not all(len(reason) <= MAX_TEXT and reason.isprintable() for reason in failed.values()):
+        raise ValueError(f"failed has a reason of more than {MAX_TEXT} characters, or of some that can't be printed")
 
 
 def _check_policy(policy: MaskPolicy) -> None:

@@ -19,8 +19,9 @@ def test_starts_are_recorded_until_a_training_begins_anew(tmp_path: Path, monkey
     starts = read_starts(file)
     assert [start["command"] for start in starts] == ["ray-distill run a", "ray-distill run 'b c'", "ray-distill run d"]
     assert all(start["time"].endswith("UTC") and start["code"] for start in starts)
+    monkeypatch.setattr(sys, "argv", ["/clone/ray_distill/__main__.py", "demo"])
     record_start(file, first=True)
-    assert len(read_starts(file)) == 1
+    assert [start["command"] for start in read_starts(file)] == ["python -m ray_distill demo"]
     file.write_text('{"time": "noon"}\n')
     with pytest.raises(ValueError, match="starts.jsonl is damaged; restore it from a copy, or remove it"):
         read_starts(file)

@@ -416,3 +416,14 @@ def test_draws_and_layers_that_do_not_exist(tmp_path: Path, build: Build) -> Non
         CacheReader(tmp_path / "cache", "train").read([0], 0)
     with pytest.raises(CacheError, match="there is no layer 7; the teacher has layers 1 to 2"):
         build(tmp_path / "cache", layers=(1, 7))
+
+
+def test_a_random_teacher_is_known_by_name(tmp_path: Path, build: Build) -> None:
+    """Its weights, and so its fingerprint, are rounded differently without AVX2."""
+    build(tmp_path / "cache")
+    cache = Cache.open(tmp_path / "cache")
+    cache.check_teacher(TEACHER, "0" * 64)
+    cache.check_teacher("a copy", cache.spec.teacher)
+    for name in ("random:3x32", f"layer-norm:{TEACHER}", "hubert.pt"):
+        with pytest.raises(CacheError, match=f"{name} is not the teacher that the cache"):
+            cache.check_teacher(name, "0" * 64)

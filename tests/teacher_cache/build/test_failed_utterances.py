@@ -15,7 +15,7 @@ from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
-from ray_distill.teacher_cache.storage.failed_utterances import allowed_failures, failed_utterances
+from ray_distill.teacher_cache.storage.failed_utterances import allowed_failures, failed_utterances, reason_of
 from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.teachers import Teacher
@@ -217,6 +217,9 @@ def test_records_that_do_not_fit_the_plan_are_damage(tmp_path: Path, build: Call
     commit.write_bytes(encode_record(record | {"failed": ["a list"]}))
     with pytest.raises(CacheError, match="failed is not a table of texts"):
         failed_utterances(cache)
+    commit.write_bytes(encode_record(record | {"failed": {cache.shards[0].utterances[0].id: "\x1b[2J"}}))
+    with pytest.raises(CacheError, match="of some that can't be printed"):
+        failed_utterances(cache)
 
 
 def test_a_foreign_shard_of_equal_size_is_noticed_without_checksums(
@@ -239,6 +242,11 @@ def test_a_foreign_shard_of_equal_size_is_noticed_without_checksums(
     pq.write_table(table, path, row_group_size=1, use_dictionary=False)
     commit.write_bytes(encode_record(record | {"bytes": path.stat().st_size}))
     assert len(CacheReader(tmp_path / "cache", split).read([0], None).ids) == 1
+
+
+def test_a_reason_is_one_printable_line() -> None:
+    assert reason_of(ValueError("a\nb\x1b[2J\udc80.wav")) == "a b?[2J?.wav"
+    assert len(reason_of(ValueError("x" * 5000))) == 1000
 
 
 def test_allowed_failures() -> None:

@@ -1,4 +1,4 @@
-"""Interactive charts of a report, as Vega-Lite specifications that Altair checks and the page's script draws.
+"""Interactive charts of a report, as Vega-Lite specifications that Altair makes and the page's script draws.
 
 A chart keeps its points outside the specification, as one list of x and one of y for each series, because a row per point would
 take several times the space. ``templates/charts.js`` turns them into the datasets ``lines``, ``points`` and ``hover``.
@@ -7,7 +7,8 @@ Functions import Altair themselves: it takes most of a second, and only runs tha
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,6 +89,16 @@ class Chart:
     x_title: str = ""
 
 
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """Skip Altair's checks against Vega-Lite's schema, which take longer than everything else; the tests check the specifications."""
+    from altair.utils import schemapi
+
+    with schemapi.debug_mode(False):
+        yield
+
+
+@_unchecked()
 def line_chart(
     title: str,
     series: Sequence[Series],
@@ -150,12 +161,13 @@ def line_chart(
     return Chart(
         title,
         _describe_lines(series, y_title, x_title),
-        spec.to_dict(),
+        spec.to_dict(validate=False),
         [_compact(one) for one in series],
         x_title,
     )
 
 
+@_unchecked()
 def dot_chart(title: str, groups: Mapping[str, Mapping[str, float]], colors: Sequence[str]) -> Chart:
     """Return a chart with a row per group: values as dots, their mean as a bar, and the first group's mean as a dashed line.
 
@@ -222,7 +234,7 @@ def dot_chart(title: str, groups: Mapping[str, Mapping[str, float]], colors: Seq
         for label, group in groups.items()
         if group
     )
-    return Chart(title, f"{title}, by group. {' '.join(described)}", spec.to_dict())
+    return Chart(title, f"{title}, by group. {' '.join(described)}", spec.to_dict(validate=False))
 
 
 def _chart(name: str, data: "str | alt.InlineData") -> "alt.Chart":

@@ -30,7 +30,7 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     accumulate: int = pydantic.Field(default=1, ge=1)
     """Number of batches per optimiser step (gradient accumulation)."""
     workers: int = pydantic.Field(default=1, ge=1)
-    """Number of Ray Train workers (DDP ranks)."""
+    """Number of workers (DDP ranks) of Ray Train. On a local Ray, a single worker is a plain Ray task, which starts sooner."""
     use_gpu: bool = False
     """Whether each worker uses a GPU."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -60,7 +60,7 @@ def submit(head: Head, checkout: Path, speech: Path, output: Path, job: str, *mo
         *("python", "pipeline/run.py", "--config", "configs/demo.yaml"),
         *(f"corpus.path={speech}", f"cache.path={output / 'cache'}", f"runs={output / 'runs'}"),
         *("teacher.checkpoint=random:2x32", "cache.shard_minutes=0.05", "train.batch_seconds=8"),
-        *("train.validate_every=5", "train.log_every=1", *more),
+        *("train.workers=2", "train.validate_every=5", "train.log_every=1", *more),
         cwd=checkout,
     )
     assert done.returncode == 0, done.stdout + done.stderr

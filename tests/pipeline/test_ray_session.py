@@ -56,7 +56,7 @@ def test_workers_that_fit_are_trained(start: Start) -> None:
             "3 workers with 1 core each are needed{but} Ray has 2 cores and 0 GPUs on 1 machine",
         ),
         (
-            ("train.use_gpu=true",),
+            ("train.use_gpu=true", "train.workers=2"),
             "2 workers with 1 core and 1 GPU each are needed{but} Ray has 2 cores and 0 GPUs on 1 machine",
         ),
     ],

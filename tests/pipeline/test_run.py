@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
+from ray_distill.memory import MemoryRanOutError
+from ray_distill.pipeline import stages
 from ray_distill.pipeline.config import ConfigError
-from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages import STAGES, Run, run_stages
 from ray_distill.pipeline.stages.cache import cache_targets, check_cache
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
@@ -73,6 +76,15 @@ def test_only_keys_that_change_no_result_may_differ(tmp_path: Path, override: st
         ):
             begin(tmp_path, override)
         assert run.folder.config() == run.config, "the refused configuration is not stored"
+
+
+def test_a_stage_that_runs_out_of_memory_names_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(stages._LOWER) == set(STAGES)
+    monkeypatch.setitem(stages._STAGES, "index", lambda run: torch.empty(2**58))
+    with pytest.raises(
+        MemoryRanOutError, match="^memory ran out in the index stage; lower corpus.max_seconds, or stop"
+    ):
+        run_stages(make(tmp_path), ["index"])
 
 
 def test_files_without_a_run_are_left_alone(tmp_path: Path) -> None:

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
+
+from ray_distill.command_line import application
 
 pytestmark = pytest.mark.ray
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
-def ablate(path: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def ablate(path: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(REPOSITORY / "pipeline" / "run.py"), "ablate", "--config", str(path), *arguments],
+        [sys.executable, str(REPOSITORY / "pipeline" / "run.py"), "ablate", "--config", str(path)],
         cwd=folder,
         env=os.environ | {"COLUMNS": "200", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -26,7 +29,7 @@ def ablate(path: Path, folder: Path, *arguments: str) -> subprocess.CompletedPro
     )
 
 
-def test_an_ablation_from_end_to_end(tmp_path: Path, speech_folder: Path) -> None:
+def test_an_ablation_from_end_to_end(tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labels = ["path,label,split"]
     for n, file in enumerate(sorted(speech_folder.rglob("*.flac"))):
         labels.append(f"{file},{'low' if n % 2 else 'high'},{'test' if n > 7 else 'train'}")
@@ -81,12 +84,14 @@ def test_an_ablation_from_end_to_end(tmp_path: Path, speech_folder: Path) -> Non
     trained = {file: file.stat().st_mtime_ns for file in runs.glob("*/train.json")}
     tree["variants"]["diverges"] = {"train.learning_rate": 1e-4}
     path.write_text(yaml.safe_dump(tree))
-    other = ablate(path, tmp_path)
-    assert other.returncode == 2 and "another configuration (sections that differ: train)" in other.stderr
+    # Neither command starts Ray, so they run in this process.
+    monkeypatch.chdir(tmp_path)
+    other = CliRunner().invoke(application, ["ablate", "--config", str(path)], env={"COLUMNS": "200"})
+    assert other.exit_code == 2 and "another configuration (sections that differ: train)" in other.stderr
     del tree["variants"]["diverges"]
     path.write_text(yaml.safe_dump(tree))
-    again = ablate(path, tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
+    again = CliRunner().invoke(application, ["ablate", "--config", str(path)], env={"COLUMNS": "200"})
+    assert again.exit_code == 0, again.output
     assert "all 3 runs are finished, reused" in again.stdout
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.parquet")} == built
     assert {file: file.stat().st_mtime_ns for file in runs.glob("*/train.json")} == trained

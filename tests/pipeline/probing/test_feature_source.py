@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ray_distill.memory import MemoryRanOutError
 from ray_distill.pipeline.probing.feature_source import Features, FeatureSource
 from ray_distill.pipeline.probing.task import read_task
 from ray_distill.student import Student, StudentConfig
@@ -36,3 +37,11 @@ def test_features_are_normalised_over_training_utterances(tmp_path: Path, tones:
     # Frames are kept in half precision.
     torch.testing.assert_close(train.mean(0), torch.zeros(1, 80), rtol=0, atol=5e-3)
     torch.testing.assert_close(train.var(0, unbiased=False), torch.ones(1, 80), rtol=0, atol=5e-3)
+
+
+def test_an_utterance_that_needs_too_much_memory_is_named(tmp_path: Path, tones: Path) -> None:
+    source = FeatureSource("greedy", 1, 80, lambda wave: torch.empty(2**58))
+    with pytest.raises(
+        MemoryRanOutError, match=r"^memory ran out in greedy on .*\.flac; leave this utterance out of the"
+    ):
+        Features(source, read_task(tones / "first.csv"), tmp_path)

@@ -5,6 +5,7 @@ import io
 import math
 import re
 
+import altair
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,21 @@ def y_scale(*values: float) -> dict[str, object]:
     found = chart.spec["layer"][0]["encoding"]["y"]["scale"]
     assert isinstance(found, dict)
     return found
+
+
+def test_specifications_have_vega_lites_schema() -> None:
+    lines = [Series("a", [0, 1], [0.1, 5.0], "red"), Series("b", [0, 1], [2.0, 300.0], "#0f0", "points")]
+    for chart in (
+        line_chart("t", lines, "loss"),
+        line_chart("t", lines[:1], "loss", y_scale="linear"),
+        line_chart("t", [Series("a", [1], [3.0], "red")], "loss"),
+        dot_chart("t", {"a": {"seed 0": 1.0, "seed 1": 3.0}, "b": {}}, ["red", "green"]),
+        dot_chart("t", {"a": {"seed 0": 1.0}}, ["light-dark(#0072b2, #56b4e9)"]),
+    ):
+        assert chart.spec is not None
+        altair.LayerChart.from_dict(chart.spec)
+        with pytest.raises(Exception, match="'tall' is not of type 'number'"):
+            altair.LayerChart.from_dict(chart.spec | {"height": "tall"})
 
 
 def test_a_line_has_its_values() -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ray_distill.teacher_cache.precision import convolve_in_groups
+
 
 class PositionConv(nn.Module):
     """Convolutional position embedding with weight normalisation over the kernel, as in wav2vec 2.0.
@@ -29,7 +31,7 @@ class PositionConv(nn.Module):
 
     def forward(self, x_BTd: Tensor, padded_BT1: Tensor | None = None) -> Tensor:
         """Map (B, T, d) to (B, T, d); padded frames must be zeros."""
-        x = self.conv(x_BTd.transpose(1, 2))
+        x = convolve_in_groups(self.conv, x_BTd.transpose(1, 2))
         return F.gelu(x[..., : x.shape[-1] - self.surplus]).transpose(1, 2)
 
 
@@ -62,7 +64,7 @@ class DeepPositionConv(nn.Module):
         """
         x = x_BTd
         for conv in self.convs:
-            y = conv(x.transpose(1, 2))
+            y = convolve_in_groups(conv, x.transpose(1, 2))
             y = y[..., : y.shape[-1] - self.surplus].transpose(1, 2)
             x = F.gelu(F.layer_norm(y, y.shape[-1:]))
             if padded_BT1 is not None:

@@ -22,6 +22,7 @@ from ray_distill.teacher_cache.frames import (
     group_norm_over_real,
     padding_mask,
 )
+from ray_distill.teacher_cache.precision import convolve_in_groups
 from ray_distill.teacher_cache.teachers.blocks.stacked_position_conv import StackedPositionConv
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
 
@@ -141,7 +142,7 @@ class Wav2Vec2Teacher(Teacher):
                 attention_mask = added[:, None, None, :].expand(batch, 1, frames, frames)
         positions = transformer.pos_conv_embed
         stacked = isinstance(positions, StackedPositionConv)
-        x_BTD = x_BTD + (positions(x_BTD, padding) if stacked else positions(x_BTD))
+        x_BTD = x_BTD + (positions(x_BTD, padding) if stacked else convolve_in_groups(positions, x_BTD))
         if transformer.layer_norm_first:
             x_BTD = transformer.layer_norm(x_BTD)
         position_bias: Tensor | None = None

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ray_distill.teacher_cache.precision import convolve_in_groups
+
 
 class StackedPositionConv(nn.Module):
     """Convolutions without weight norm, each followed by a layer norm without parameters and GELU.
@@ -27,7 +29,7 @@ class StackedPositionConv(nn.Module):
         for convolution in self.convolutions:
             if padding is not None:
                 x_BTD = x_BTD.masked_fill(padding[:, :, None], 0.0)
-            x = convolution(x_BTD.transpose(1, 2))
+            x = convolve_in_groups(convolution, x_BTD.transpose(1, 2))
             x_BTD = x[..., : x.shape[-1] - self.surplus].transpose(1, 2)
             x_BTD = F.gelu(F.layer_norm(x_BTD, x_BTD.shape[-1:]))
         return x_BTD

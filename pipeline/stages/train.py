@@ -18,7 +18,7 @@ from ray_distill.pipeline.stages.run import Run
 from ray_distill.student import StudentConfig
 from ray_distill.student.training.metric_rows import read_last_train_row
 from ray_distill.student.training.ray_training import train_on_ray
-from ray_distill.student.training.train_state import saved_step
+from ray_distill.student.training.train_state import refuse_missing_metrics, saved_step
 
 
 def train_student(run: Run) -> None:
@@ -35,12 +35,13 @@ def train_student(run: Run) -> None:
     if finished is not None:
         run.say(f"train   finished before ({finished['steps']} steps), reused")
         return
-    run.folder.metrics()  # A damaged row is refused before Ray starts.
+    step = saved_step(run.folder.checkpoints)
+    run.folder.metrics()  # Damaged and missing metrics are refused before Ray starts.
+    refuse_missing_metrics(run.folder.checkpoints, step or 0)
     settings = run.config.train
     if settings.targets == "cached":
         check_cache(run)
     training = prepare_training(run, max(1, (os.cpu_count() or 1) // settings.workers))
-    step = saved_step(run.folder.checkpoints)
     record_start(run.folder.starts_file, first=step is None)
     if step is not None:
         run.say(f"train   resuming from step {step}, the last checkpoint")

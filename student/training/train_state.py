@@ -120,11 +120,7 @@ class Checkpoints:
             raise ValueError(
                 f"{path} is not a checkpoint of this training ({_one_line(error)}); {self._advice('use its settings')}"
             ) from error
-        if state.step and not (metrics := self._run / run_files.METRICS).is_file():
-            raise ValueError(
-                f"{metrics} is missing, but {path} continues from step {state.step}; "
-                + self._advice("restore it from a copy, create an empty file of this name to continue without its rows")
-            )
+        refuse_missing_metrics(self._folder, state.step)
         if state.best and not (best := self._folder / run_files.step_folder(state.best[0][1])).is_dir():
             raise ValueError(f"{best}, the best student so far, is missing; {self._advice('restore it from a copy')}")
         if len(random) == self._rank.world_size:
@@ -160,7 +156,7 @@ class Checkpoints:
         return self._folder.parent
 
     def _advice(self, first: str) -> str:
-        return f"{first}, give the run another name, or remove {self._run} to start again"
+        return _advice(first, self._run)
 
     def _steps(self) -> dict[Path, int]:
         """Return the folders of students with their steps. A copy with another name, such as step-000040-old, is none."""
@@ -265,6 +261,26 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _advice(first: str, run: Path) -> str:
+    return f"{first}, give the run another name, or remove {run} to start again"
+
+
+def refuse_missing_metrics(folder: Path, step: int) -> None:
+    """Raise ValueError if a run that continues from a step beyond 0 has no metrics.
+
+    Args:
+        folder: Folder of the checkpoints.
+        step: Step of the last checkpoint.
+    """
+    metrics = folder.parent / run_files.METRICS
+    if step and not metrics.is_file():
+        advice = "restore it from a copy, create an empty file of this name to continue without its rows"
+        raise ValueError(
+            f"{metrics} is missing, but {folder / run_files.LAST / run_files.STATE} continues from step {step}; "
+            + _advice(advice, folder.parent)
+        )
 
 
 def saved_step(folder: Path) -> int | None:

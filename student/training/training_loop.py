@@ -156,7 +156,7 @@ class _Loop:
         torch.manual_seed(settings.seed)
         self.student = Student(config).to(rank.device)
         if initial is not None:
-            load_weights(self.student, load_tensors(initial), initial, strict=False)
+            load_weights(self.student, load_tensors(initial), initial)
         self.student.checkpoint_activations = settings.checkpoint_activations
         # Without masks the mask embedding is unused, and DDP would wait for its gradient.
         self.student.mask_embedding.requires_grad_(train_reader.draws != 0 and settings.mask_embedding == "learned")

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.teacher_cache.shapes_only import shapes_only
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def student_with_weights(config: StudentConfig, tensors: Mapping[str, Any], orig
             f"{origin} does not fit its configuration, which has {modules:,} layers and convolutions: it has only "
             f"{len(tensors):,} tensors"
         )
-    with torch.device("meta"):
+    with shapes_only():
         expected = Student(config).state_dict()
     _check(expected, tensors, origin, strict=True)
     student = Student(config)

@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ray_distill.teacher_cache.shapes_only import shapes_only
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,7 +32,7 @@ def load_model(build: Callable[[], Model], weights: dict[str, Tensor], modules: 
             f"{source} has {modules:,} layers and convolutions in its configuration, but only {len(weights):,} weights"
         )
     with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
+        with shapes_only():
             try:
                 empty = build()
             except (RuntimeError, OverflowError) as error:

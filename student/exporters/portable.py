@@ -13,6 +13,7 @@ from ray_distill.student.model.student_config import StudentConfig
 _COPIED_FIELDS = (
     "conv_layers",
     "conv_bias",
+    "feature_norm",
     "encoder_embed_dim",
     "encoder_ffn_embed_dim",
     "encoder_attention_heads",

@@ -23,7 +23,7 @@ class PortableStudent(nn.Module):
 
     Attributes:
         config: Architecture, as JSON values: conv_layers [[channels, kernel, stride], ...], conv_norm, conv_bias,
-            encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads, reuses [bool for each layer],
+            feature_norm, encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads, reuses [bool for each layer],
             reuse_behaviour, layer_norm_first, position, conv_pos, conv_pos_groups, conv_pos_depth, time_reduction,
             time_reduction_factor, time_reduction_index, dropout, attention_dropout, activation_dropout, dropout_input;
             features: ``layers`` or ``heads`` (see `forward`), and for heads: heads (``layerwise`` or ``split``),
@@ -43,7 +43,7 @@ class PortableStudent(nn.Module):
             blocks.append(ConvBlock(channels, outputs, kernel, stride, config["conv_bias"], norm))
             channels = outputs
         self.conv_blocks = nn.ModuleList(blocks)
-        self.feature_norm = nn.LayerNorm(channels)
+        self.feature_norm = nn.LayerNorm(channels) if config["feature_norm"] else nn.Identity()
         self.projection = nn.Linear(channels, width) if channels != width else nn.Identity()
         self.input_dropout = nn.Dropout(config["dropout_input"])
         self.position: nn.Module | None = None

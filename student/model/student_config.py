@@ -38,6 +38,9 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     (HuBERT Large)."""
     conv_bias: bool = False
     """Whether the convolutions have a bias."""
+    feature_norm: bool = True
+    """Whether a LayerNorm follows the convolutions, before the projection to the encoder's width. S3PRL's DistilHuBERT has
+    none."""
     encoder_layers: int = pydantic.Field(default=12, ge=1)
     """Number of encoder layers L."""
     encoder_embed_dim: int = pydantic.Field(default=432, ge=1)

@@ -78,7 +78,8 @@ def train(
     """Train a student, or continue from ``folder/checkpoints/last``.
 
     The loss of an optimiser step is the sum over all its frames (all ranks, all accumulated batches) divided by their
-    number, so the result does not depend on how a batch is spread over ranks.
+    number, so the result does not depend on how a batch is spread over ranks. (In the published code each accumulated batch
+    counts equally, whatever its number of frames.)
 
     Args:
         config: Architecture of the student; its layers and target_dim must be the readers'.
@@ -189,7 +190,7 @@ class _Loop:
         self.metrics = Metrics(folder, resumed_step, settings.trackers, configuration, enabled=rank.index == 0)
 
     def run(self) -> TrainResult:
-        settings, state, total_steps = self.settings, self.state, self.plan.total_steps
+        settings, state = self.settings, self.state
         if self.is_fresh():
             self.validate()
         self.student.train()
@@ -209,7 +210,7 @@ class _Loop:
                 self.step(micro)
                 if self.is_logged(state.step):
                     self.log(micro)
-                if state.step % settings.validate_every == 0 or state.step == total_steps:
+                if self.plan.validates_after(state.step):
                     self.validate()
                 elif settings.checkpoint_every and state.step % settings.checkpoint_every == 0:
                     self.checkpoint()

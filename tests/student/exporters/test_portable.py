@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "twice in a row": {"attention_reuse": (False, True, True, False)},
     "twice in a row, released": {"attention_reuse": (False, True, True, False), "reuse_behaviour": "released"},
     "no reuse": NO_REUSE,
+    "no feature norm": {"feature_norm": False},
     "layer norm": {"conv_norm": "layer_norm", "conv_bias": True},
     "norm first": {"layer_norm_first": True, "heads": "none"},
     "deep position": {"conv_pos_depth": 3, "heads": "split"},

@@ -200,7 +200,7 @@ def _convert(given: dict[str, Any], student: dict[str, Any]) -> Config:
     schedule = _schedule(given.get("train.mask_prob_schedule"))
     policies = []
     if schedule:
-        policies = [policy | {"mask_prob": round(float(p), 6)} for p in np.linspace(*schedule, DRAWS)]
+        policies = [policy | {"mask_prob": round(float(p), 6)} for p in np.linspace(schedule[0], schedule[1], DRAWS)]
     teacher = Path(given["teacher.teacher_model"])
     return Config.model_validate(
         {

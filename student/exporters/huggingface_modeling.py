@@ -143,7 +143,7 @@ class DistilledStudentModel(DistilledStudentPreTrainedModel):
             maps = []
         self.student.hold_maps = config._attn_implementation == "eager"
         states = self.student(
-            input_values.to(self.student.conv_blocks[0].conv.weight.dtype),
+            input_values.to(self.dtype),
             lengths,
             augment=lambda x, frames: self._mask_hidden_states(x, mask_time_indices, frames),
             checkpoint=self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None,

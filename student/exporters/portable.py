@@ -101,7 +101,7 @@ def portable_student(student: Student, features: Features = "layers") -> Portabl
     """
     student = student.eval().cpu().float()
     model = PortableStudent(portable_config(student.config, features)).eval()
-    left_out = ("mask_embedding", "position.conv.parametrizations.")
+    left_out: tuple[str, ...] = ("mask_embedding", "position.conv.parametrizations.")
     if features == "layers":
         left_out += ("heads.", "split.", "upsamplers.")
     weights = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(left_out)}

@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from ray_distill.student.model.student import Student
-from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.model.student_config import MAX_MODULES, StudentConfig
 from ray_distill.student.weights import student_with_weights
 from ray_distill.teacher_cache.untrusted import load_untrusted
 
@@ -132,7 +132,8 @@ def published_config(path: Path) -> StudentConfig:
         if options.get(key, value) != value:
             raise ValueError(f"{path}: distiller.{key} is {options[key]!r}; only {value!r} is supported")
     try:
-        layers = int(options["encoder_layers"])
+        if (layers := int(options["encoder_layers"])) > MAX_MODULES:
+            raise ValueError(f"encoder_layers is {layers:,}, but at most {MAX_MODULES:,} are allowed")
         pattern = options.get("reuse_pattern")  # MaskHuBERT's yaml has none: every layer computes its map.
         computes = [True] * layers if pattern in (None, "None") else literal_list(pattern)
         norms: dict[str, Literal["group_norm", "layer_norm"]] = {"default": "group_norm", "layer_norm": "layer_norm"}

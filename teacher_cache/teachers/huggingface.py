@@ -116,7 +116,7 @@ def _weights(folder: HuggingFaceFolder) -> tuple[dict[str, Tensor], Tensor | Non
             raise TeacherError(
                 f"{folder.name} is a fine-tuned model, since it has the weight {full_key!r} of a task's head; use the pre-trained "
                 "model that it was made from, or drop the head with "
-                f"transformers.AutoModel.from_pretrained({folder.name!r}).save_pretrained(NEW_FOLDER)"
+                f"transformers.AutoModel.from_pretrained({str(folder.path)!r}).save_pretrained(NEW_FOLDER)"
             )
         elif not _PRETRAINING_WEIGHTS.match(key):
             weights[_torchaudio_name(key)] = value

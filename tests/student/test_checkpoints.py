@@ -227,6 +227,8 @@ def test_published_yaml(tmp_path: Path) -> None:
         ({"reuse_pattern": "[False, True, True]"}, "first layer has no attention map"),
         ({"reuse_pattern": "[True, False]"}, "has 2 entries, but encoder_layers is 3"),
         ({"encoder_layers": "many"}, "does not describe a student"),
+        ({"encoder_layers": 10**12, "reuse_pattern": None}, "encoder_layers is 1,000,000,000,000, but at most"),
+        ({"encoder_embed_dim": 24_000_000}, "would have about .* parameters; the limits are"),
         ({"extractor_mode": "spectrogram"}, "does not describe a student"),
         ({"layer_type": "lstm"}, "does not describe a student"),
         ({"enable_tr_layer": True, "tr_layer_index": 3}, "time_reduction_index 3 leaves no layer after the reduction"),

@@ -19,6 +19,7 @@ _AUTO_MAP = {
     "AutoModel": "huggingface_modeling.DistilledStudentModel",
     "AutoModelForCTC": "huggingface_modeling.DistilledStudentForCTC",
     "AutoModelForAudioClassification": "huggingface_modeling.DistilledStudentForSequenceClassification",
+    "AutoModelForAudioFrameClassification": "huggingface_modeling.DistilledStudentForAudioFrameClassification",
 }
 # transformers' own pipeline of this task takes text.
 _PIPELINES = {
@@ -52,9 +53,11 @@ inputs = extractor(waveforms, sampling_rate=16_000, padding=True, return_tensors
 features = model(**inputs, output_hidden_states=True).hidden_states
 ```
 
-{states}. `AutoModelForCTC` and `AutoModelForAudioClassification` add an untrained linear head on a learned weighted mean of all
-hidden states, or on the last one if `use_weighted_layer_sum` is false. Fine-tuning masks frames as HuBERT's does
-(SpecAugment, `mask_time_prob`, `mask_feature_prob`; `apply_spec_augment=False` turns it off).
+{states}.
+
+`AutoModelForCTC`, `AutoModelForAudioClassification` and `AutoModelForAudioFrameClassification` add an untrained linear head
+on a learned weighted mean of all hidden states, or on the last one if `use_weighted_layer_sum` is false. Fine-tuning masks
+frames as HuBERT's does (SpecAugment, `mask_time_prob`, `mask_feature_prob`; `apply_spec_augment=False` turns it off).
 
 `pipeline("feature-extraction", model=FOLDER, trust_remote_code=True)` takes audio files and waveforms.
 

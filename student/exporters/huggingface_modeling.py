@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AudioClassificationPipeline, Pipeline, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    CausalLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 
 from .huggingface_configuration import DistilledStudentConfig
 from .portable_model import PortableStudent
@@ -220,7 +225,13 @@ def span_mask(lengths: list[int], size: int, probability: float, length: int, mi
 
 
 class _Head(DistilledStudentPreTrainedModel):
-    """A student with a linear head on its features."""
+    """A student with a linear head on its features.
+
+    Attributes:
+        output_type: Class of the output.
+    """
+
+    output_type: Any
 
     def __init__(self, config: DistilledStudentConfig, outputs: int) -> None:
         super().__init__(config)
@@ -230,118 +241,130 @@ class _Head(DistilledStudentPreTrainedModel):
         self.head = nn.Linear(config.hidden_size, outputs)
         self.post_init()
 
-    def features(self, options: dict[str, Any]) -> tuple[Tensor, BaseModelOutput]:
-        """Return the input of the head (B, T, width), and the output of the student for these arguments.
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Return logits, and the loss if ``labels`` are given; see the class for both.
 
-        Its hidden states are None unless they are requested.
+        For the other arguments see `DistilledStudentModel.forward`.
+
+        Raises:
+            ValueError: as for the student, or the labels don't fit.
         """
-        wanted = options["output_hidden_states"]
-        output = self.distilled(**{**options, "output_hidden_states": True, "return_dict": True})
+        config = self.config
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = self.distilled(input_values, attention_mask, None, output_attentions, True, True)
         features = output.last_hidden_state
-        if self.config.use_weighted_layer_sum:
+        if config.use_weighted_layer_sum:
             weights = self.layer_weights.softmax(-1)
             features = sum(weight * state for weight, state in zip(weights, output.hidden_states))  # noqa: B905 (Python 3.9)
-        if not (self.config.output_hidden_states if wanted is None else wanted):
-            output.hidden_states = None
-        return features, output
+        real = None
+        if attention_mask is not None:
+            real = self._get_feature_vector_attention_mask(features.shape[1], attention_mask)
+        logits = self.logits(features, real)
+        result = self.output_type(
+            loss=None if labels is None else self.loss(logits, labels, real),
+            logits=logits,
+            hidden_states=output.hidden_states if wanted else None,
+            attentions=output.attentions,
+        )
+        return result if (config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    def logits(self, features: Tensor, real: Tensor | None) -> Tensor:
+        """Return the logits of features (B, T, width); ``real`` (B, T) bool is False at padding, or None if nothing is padded."""
+        logits: Tensor = self.head(features)
+        return logits
+
+    def loss(self, logits: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
+        """Return the loss of logits; ``real`` as for `logits`."""
+        raise NotImplementedError
 
 
 class DistilledStudentForCTC(_Head):
-    """CTC head with ``config.vocab_size`` outputs, for characters or phones; ``config.pad_token_id`` is the blank."""
+    """CTC head with ``config.vocab_size`` outputs, for characters or phones; ``config.pad_token_id`` is the blank.
+
+    Logits are (B, T, V); labels are (B, N) integer, negative after a transcript's end.
+    """
+
+    output_type = CausalLMOutput
 
     def __init__(self, config: DistilledStudentConfig) -> None:
         super().__init__(config, config.vocab_size)
         self.dropout = nn.Dropout(config.final_dropout)
 
-    def forward(
-        self,
-        input_values: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> Any:
-        """Return logits (B, T, V), and the CTC loss if ``labels`` are given: (B, N) integer, negative after a transcript's end.
+    def logits(self, features: Tensor, real: Tensor | None) -> Tensor:
+        """See `_Head.logits`."""
+        return super().logits(self.dropout(features), real)
 
-        For the other arguments see `DistilledStudentModel.forward`.
-
-        Raises:
-            ValueError: as for the student, or a label is not below ``config.vocab_size``.
-        """
+    def loss(self, logits: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
+        """Return the CTC loss, reduced as configured."""
         config = self.config
-        if labels is not None and int(labels.max()) >= config.vocab_size:
+        if int(labels.max()) >= config.vocab_size:
             raise ValueError(f"labels must be below vocab_size, which is {config.vocab_size}, not {int(labels.max())}")
-        features, output = self.features(
-            {
-                "input_values": input_values,
-                "attention_mask": attention_mask,
-                "output_attentions": output_attentions,
-                "output_hidden_states": output_hidden_states,
-            }
+        frames = torch.full(logits.shape[:1], logits.shape[1], device=logits.device) if real is None else real.sum(-1)
+        spoken = labels >= 0
+        return F.ctc_loss(
+            F.log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1),
+            labels.masked_select(spoken),
+            frames,
+            spoken.sum(-1),
+            blank=config.pad_token_id,
+            reduction=config.ctc_loss_reduction,
+            zero_infinity=config.ctc_zero_infinity,
         )
-        logits = self.head(self.dropout(features))
-        loss = None
-        if labels is not None:
-            mask = torch.ones_like(input_values, dtype=torch.long) if attention_mask is None else attention_mask
-            frames = self._get_feat_extract_output_lengths(mask.bool().sum(-1))
-            real = labels >= 0
-            log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1)
-            loss = F.ctc_loss(
-                log_probabilities,
-                labels.masked_select(real),
-                frames,
-                real.sum(-1),
-                blank=config.pad_token_id,
-                reduction=config.ctc_loss_reduction,
-                zero_infinity=config.ctc_zero_infinity,
-            )
-        result = CausalLMOutput(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
-        )
-        return result if (config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
 
 class DistilledStudentForSequenceClassification(_Head):
-    """Classification head with ``config.num_labels`` outputs, on the mean of an utterance's real frames."""
+    """Classification head with ``config.num_labels`` outputs, on the mean of an utterance's real frames.
+
+    Logits are (B, C); labels are (B,) integer, for the cross-entropy.
+    """
+
+    output_type = SequenceClassifierOutput
 
     def __init__(self, config: DistilledStudentConfig) -> None:
         super().__init__(config, config.num_labels)
 
-    def forward(
-        self,
-        input_values: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> Any:
-        """Return logits (B, C), and the cross-entropy loss if ``labels`` are given: (B,) integer.
+    def logits(self, features: Tensor, real: Tensor | None) -> Tensor:
+        """See `_Head.logits`."""
+        if real is None:
+            return super().logits(features.mean(1), real)
+        # Not a product: padded frames may hold anything.
+        spoken = torch.where(real[..., None], features, torch.zeros_like(features))
+        return super().logits(spoken.sum(1) / real.sum(1, keepdim=True), real)
 
-        For the other arguments see `DistilledStudentModel.forward`.
-        """
-        features, output = self.features(
-            {
-                "input_values": input_values,
-                "attention_mask": attention_mask,
-                "output_attentions": output_attentions,
-                "output_hidden_states": output_hidden_states,
-            }
-        )
-        if attention_mask is None:
-            pooled = features.mean(1)
-        else:
-            real = self._get_feature_vector_attention_mask(features.shape[1], attention_mask)[..., None]
-            # Not a product: padded frames may hold anything.
-            pooled = torch.where(real, features, torch.zeros_like(features)).sum(1) / real.sum(1)
-        logits = self.head(pooled)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        result = SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return result if return_dict else result.to_tuple()
+    def loss(self, logits: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
+        """Return the cross-entropy."""
+        return F.cross_entropy(logits, labels)
+
+
+class DistilledStudentForAudioFrameClassification(_Head):
+    """Classification head with ``config.num_labels`` outputs for each frame.
+
+    Logits are (B, T, C); labels are (B, T) integer, negative at frames to leave out, or (B, T, C) with a 1 at the class, as
+    WavLM's. The loss is the cross-entropy of real frames.
+    """
+
+    output_type = TokenClassifierOutput
+
+    def __init__(self, config: DistilledStudentConfig) -> None:
+        super().__init__(config, config.num_labels)
+
+    def loss(self, logits: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
+        """Return the cross-entropy of real frames."""
+        classes = labels.argmax(-1) if labels.ndim == 3 else labels
+        if classes.shape != logits.shape[:2]:
+            raise ValueError(
+                f"labels must be {tuple(logits.shape[:2])}, one for each frame, not {tuple(classes.shape)}"
+            )
+        counted = classes >= 0 if real is None else real & (classes >= 0)
+        return F.cross_entropy(logits[counted], classes[counted])
 
 
 class DistilledStudentFeaturePipeline(AudioClassificationPipeline):

@@ -87,6 +87,20 @@ def test_attention_implementations_and_maps(load: Load, batch: tuple[torch.Tenso
         load(attn_implementation="flash_attention_2")
 
 
+def test_classes_of_frames(load: Load, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    model = load("AutoModelForAudioFrameClassification", num_labels=3)
+    classes = torch.randint(3, (2, 49))
+    found = model(*batch, labels=classes)
+    assert found.logits.shape == (2, 49, 3)
+    real = model.frame_mask(batch[1])
+    expected = torch.nn.functional.cross_entropy(found.logits[real], classes[real])
+    torch.testing.assert_close(found.loss, expected)
+    torch.testing.assert_close(model(*batch, labels=torch.nn.functional.one_hot(classes, 3)).loss, expected)
+    torch.testing.assert_close(model(*batch, labels=classes.masked_fill(~real, -100)).loss, expected)
+    with pytest.raises(ValueError, match="one for each frame"):
+        model(*batch, labels=classes[:, 1:])
+
+
 @pytest.mark.parametrize("task", ["AutoModel", "AutoModelForCTC", "AutoModelForAudioClassification"])
 def test_freezing_and_frames(load: Load, task: str) -> None:
     model = load(task)

@@ -63,6 +63,8 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
     if settings.init_front_end:
         key = "train.init_front_end"
         found |= _renamed(weights, _FRONT_END)
+        if not config.feature_norm:
+            found = {name: value for name, value in found.items() if not name.startswith("feature_norm.")}
         keys = "student.conv_layers, conv_norm, conv_bias and encoder_embed_dim"
         _check(found, expected, ("conv_blocks.", "feature_norm.", "projection."), key, keys)
         strides = [stride for _, _, stride in config.conv_layers]

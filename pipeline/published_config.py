@@ -1,5 +1,8 @@
 """A published YAML file of the ARMHuBERT repository as a configuration of this project."""
 
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +74,31 @@ _READ = {
 """Published keys that `import_config` reads; docs/in-depth/published-names.md lists the corresponding keys of this project."""
 
 
-def import_config(path: Path) -> tuple[Config, list[str]]:
+@dataclass(frozen=True)
+class Imported:
+    """A converted configuration.
+
+    Attributes:
+        config: The configuration.
+        kept: Published keys with the same meaning here, which docs/in-depth/published-names.md lists.
+        changed: A sentence for each key whose meaning or value changed, and for each setting that the published code fixes.
+        dropped: A sentence for each key without a counterpart.
+    """
+
+    config: Config
+    kept: list[str]
+    changed: list[str]
+    dropped: list[str]
+
+
+def import_config(path: Path) -> Imported:
     """Convert a published YAML file.
 
     Args:
         path: YAML file such as ``conf/armhubert/armhubert-960.yaml`` of the published repository.
 
     Returns:
-        The configuration, and a sentence for each key that was dropped.
+        The configuration, and what was kept, changed and dropped.
 
     Raises:
         ConfigError: The file is not a published configuration, has an unknown key, or sets an unsupported option.
@@ -113,7 +133,50 @@ def import_config(path: Path) -> tuple[Config, list[str]]:
         raise ConfigError(f"{path} lacks the key {error.args[0]}, which every published configuration has") from error
     except (pydantic.ValidationError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} can't be converted: {' '.join(str(error).split())}") from error
-    return config, [f"{key}: {DROPPED[key]}" for key in given if key in DROPPED]
+    changed = _changes(given, config)
+    altered = {sentence.partition(":")[0] for sentence in changed}
+    return Imported(
+        config,
+        [key for key in given if key not in DROPPED and key not in altered],
+        changed,
+        [f"{key}: {DROPPED[key]}" for key in given if key in DROPPED],
+    )
+
+
+def _changes(given: dict[str, Any], config: Config) -> list[str]:
+    """Return a sentence for each published key or setting that has another meaning or value here; see docs/fidelity.md."""
+    changes = [
+        f"masks.draws: the {DRAWS} cached draws are used in turn, where the published recipe draws a new mask each time",
+        "optimizer.name: PyTorch's AdamW, where the published optimiser is S3PRL's Lamb without its trust ratio",
+        "train.count_padding: the loss counts real frames, and each micro-batch by its frames, where the published loss counts "
+        "padded frames and each micro-batch equally",
+        "train.validate_every, train.keep_best: a validation after each epoch, and the three best students, as the published code "
+        "fixes them",
+    ]
+    if any(config.student["attention_reuse"]):  # One entry for each layer.
+        changes.append("student.reuse_behaviour: paper, where the published code applies the softmax twice")
+    if config.masks.policies:
+        shares = ", ".join(f"{policy.mask_prob:g}" for policy in config.masks.policies)
+        changes.append(
+            f"train.mask_prob_schedule: {DRAWS} levels ({shares}), one for each cached draw, where the published probability changes "
+            "after each epoch"
+        )
+    if config.train.spec_augment is not None:
+        changes.append("train.specaug: SpecAugment is applied, where the published forward pass leaves it out")
+    return changes
+
+
+def _schedule(text: Any) -> Sequence[float] | None:
+    """Return the first and the last mask probability of ``train.mask_prob_schedule``, a sequence or the text of one; None if empty."""
+    if text in (None, "", [], ()):
+        return None
+    try:
+        first, last = ast.literal_eval(text) if isinstance(text, str) else text
+        return float(first), float(last)
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"train.mask_prob_schedule is {text!r}, but it must have two numbers, such as '(0.4, 0.8)'"
+        ) from error
 
 
 def _convert(given: dict[str, Any], student: dict[str, Any]) -> Config:
@@ -134,11 +197,10 @@ def _convert(given: dict[str, Any], student: dict[str, Any]) -> Config:
         "no_overlap": given["teacher.no_mask_overlap"],
         "min_space": given["teacher.mask_min_space"],
     }
-    schedule = given.get("train.mask_prob_schedule") or None
+    schedule = _schedule(given.get("train.mask_prob_schedule"))
     policies = []
     if schedule:
-        first, last = yaml.safe_load(schedule) if isinstance(schedule, str) else schedule
-        policies = [policy | {"mask_prob": round(float(p), 6)} for p in np.linspace(first, last, DRAWS)]
+        policies = [policy | {"mask_prob": round(float(p), 6)} for p in np.linspace(schedule[0], schedule[1], DRAWS)]
     teacher = Path(given["teacher.teacher_model"])
     return Config.model_validate(
         {
@@ -173,6 +235,8 @@ def _convert(given: dict[str, Any], student: dict[str, Any]) -> Config:
                 "eps": given["optimizer.eps"],
                 "checkpoint_activations": given.get("distiller.checkpoint_activations", False),
                 "draw_order": "in_order" if schedule else "rotate",
+                "validate_every": "epoch",
+                "keep_best": 3,
             },
         }
     )

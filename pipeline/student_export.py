@@ -10,6 +10,7 @@ import yaml
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.student.checkpoints import load_student, student_folder
 from ray_distill.student.exporters.origin import Origin
+from ray_distill.student.exporters.portable import Features, default_features
 from ray_distill.student.model.student import Student
 from ray_distill.student.training.run_files import CHECKPOINTS
 from ray_distill.teacher_cache.storage.cache import Cache
@@ -116,14 +117,25 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def export_student(student: Student, origin: Origin, format: Format, output: Path, *, int8: bool = False) -> None:
-    """Write a student in the format of another tool.
+def export_student(
+    student: Student,
+    origin: Origin,
+    format: Format,
+    output: Path,
+    *,
+    features: Features | None = None,
+    int8: bool = False,
+) -> Features:
+    """Write a student in the format of another tool, and return which features it has.
 
     Args:
         student: Student to export.
         origin: Record of its origin, which the export contains.
         format: ``s3prl``, ``huggingface``, ``onnx`` or ``torch`` (`torch.export`).
         output: New folder; for ``onnx`` and ``torch``, new file.
+        features: Features to export, which the record of the origin names: ``heads`` (the heads' predictions of the teacher's
+            layers) or ``layers`` (the encoder's input and layers). Default None: those that the authors of the student's
+            method evaluate, see `default_features`.
         int8: Quantise the weights of matrix products to dynamic int8; only for ``onnx``. Default: False.
 
     Raises:
@@ -131,21 +143,24 @@ def export_student(student: Student, origin: Origin, format: Format, output: Pat
             format needs is not installed.
     """
     assert format == "onnx" or not int8, "int8 is an option of onnx"
+    features = features or default_features(student.config)
+    origin = {**origin, "features": features}
     # Each exporter needs packages that the others do not.
     match format:
         case "s3prl":
             from ray_distill.student.exporters.s3prl import export_s3prl
 
-            export_s3prl(student, output, origin)
+            export_s3prl(student, output, origin, features)
         case "huggingface":
             from ray_distill.student.exporters.huggingface import export_huggingface
 
-            export_huggingface(student, output, origin)
+            export_huggingface(student, output, origin, features)
         case "onnx":
             from ray_distill.student.exporters.onnx import export_onnx
 
-            export_onnx(student, output, origin, int8=int8)
+            export_onnx(student, output, origin, features, int8=int8)
         case "torch":
             from ray_distill.student.exporters.onnx import export_torch
 
-            export_torch(student, output, origin)
+            export_torch(student, output, origin, features)
+    return features

@@ -11,7 +11,7 @@ from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.published import load_published
 from ray_distill.student.training import run_files
-from ray_distill.student.weights import load_tensors, load_weights
+from ray_distill.student.weights import load_tensors, student_with_weights
 from ray_distill.teacher_cache.storage.json_record import SEAL, decode_record, encode_record
 
 WEIGHTS = "model.safetensors"
@@ -72,11 +72,10 @@ def load_student(model: Path | str, config: Path | str | None = None) -> Student
             raise ValueError(f"{path} is not a student: the file {needed} is missing")
     record = _read_config(described)
     try:
-        student = Student(StudentConfig.model_validate(record["student"]))
+        student_config = StudentConfig.model_validate(record["student"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{described} does not describe a student ({' '.join(str(error).split())})") from error
-    tensors = load_tensors(weights)
-    load_weights(student, tensors, weights)
+    student = student_with_weights(student_config, load_tensors(weights), weights)
     if record.get(_WEIGHTS_DIGEST, digest := _sha256(weights)) != digest:
         raise ValueError(
             f"{weights} is damaged: its SHA-256 is not that in {described}; restore both from a copy, or export the student again"

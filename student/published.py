@@ -9,8 +9,8 @@ import yaml
 from torch import Tensor
 
 from ray_distill.student.model.student import Student
-from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.weights import load_weights
+from ray_distill.student.model.student_config import MAX_MODULES, StudentConfig
+from ray_distill.student.weights import student_with_weights
 from ray_distill.teacher_cache.untrusted import load_untrusted
 
 _NAME_PATTERNS = (
@@ -72,7 +72,6 @@ def load_published(checkpoint: Path, config: Path) -> Student:
     ):
         if unsupported:
             raise ValueError(f"{config}: the checkpoint can't be loaded, because {why}")
-    student = Student(student_config)
     loaded = load_untrusted(checkpoint)
     if not isinstance(loaded.get("state_dict"), dict):
         raise ValueError(f"{checkpoint} is not a Lightning checkpoint: it has no state_dict")
@@ -80,8 +79,8 @@ def load_published(checkpoint: Path, config: Path) -> Student:
     tensors = {name[len(prefix) :]: t for name, t in loaded["state_dict"].items() if name.startswith(prefix)}
     if not tensors:
         raise ValueError(f"{checkpoint} holds no student: no tensor has a name that starts with {prefix!r}")
-    load_weights(student, _convert_tensors(tensors, student_config, checkpoint), checkpoint)
-    return student.eval()
+    converted = _convert_tensors(tensors, student_config, checkpoint)
+    return student_with_weights(student_config, converted, checkpoint).eval()
 
 
 def _convert_tensors(tensors: dict[str, Any], config: StudentConfig, origin: Path) -> dict[str, Any]:
@@ -133,7 +132,8 @@ def published_config(path: Path) -> StudentConfig:
         if options.get(key, value) != value:
             raise ValueError(f"{path}: distiller.{key} is {options[key]!r}; only {value!r} is supported")
     try:
-        layers = int(options["encoder_layers"])
+        if (layers := int(options["encoder_layers"])) > MAX_MODULES:
+            raise ValueError(f"encoder_layers is {layers:,}, but at most {MAX_MODULES:,} are allowed")
         pattern = options.get("reuse_pattern")  # MaskHuBERT's yaml has none: every layer computes its map.
         computes = [True] * layers if pattern in (None, "None") else literal_list(pattern)
         norms: dict[str, Literal["group_norm", "layer_norm"]] = {"default": "group_norm", "layer_norm": "layer_norm"}

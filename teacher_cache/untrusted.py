@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING  # Tables by which torch's unpickler renames globals.
+from torch.utils.serialization import config as serialization
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLES_IN_LEGACY_FILE = 5  # magic number, protocol, system info, object, storage keys
@@ -92,7 +93,8 @@ def load_untrusted(path: Path) -> dict[str, Any]:
     """Load a checkpoint written by ``torch.save`` to the CPU without executing code in it.
 
     Args:
-        path: File in PyTorch's zip format or the older one.
+        path: File in PyTorch's zip format or the older one. The checksums (CRC-32) of a zip are compared, unless PyTorch is
+            configured to map files into memory (``torch.utils.serialization.config.load.mmap``) instead of reading them.
 
     Returns:
         The dictionary in the file. Objects of harmless classes are `StandIn` objects; `plain` converts configurations among
@@ -183,6 +185,8 @@ def _globals(path: Path) -> set[str]:
                 unpacked = sum(info.file_size for info in archive.infolist())
                 if unpacked > _MAX_EXPANSION * path.stat().st_size:
                     raise ValueError(f"the archive would unpack to {unpacked} bytes")
+                if not serialization.load.mmap and (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"its part {damaged!r} does not have the checksum that the archive records")
                 pickles = [name for name in archive.namelist() if name.split("/")[-1] == "data.pkl"]
                 if not pickles:
                     raise ValueError("the archive has no data.pkl")

@@ -15,6 +15,14 @@ def export(
         Literal["s3prl", "huggingface", "onnx", "torch"],
         typer.Option(help="Format to write: s3prl, huggingface, onnx or torch (torch.export)."),
     ],
+    features: Annotated[
+        Literal["heads", "layers"] | None,
+        typer.Option(
+            help="Features to export: heads, the predictions of the teacher's layers, or layers, the encoder's input and layers. "
+            "Default: heads for ARMHuBERT and MaskHuBERT (one head for each layer, no time reduction), layers for all others, "
+            "as the methods' authors evaluate them."
+        ),
+    ] = None,
     model_config: Annotated[Path | None, typer.Option(help="YAML file of a published .ckpt.")] = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="Quantise the weights of matrix products to dynamic int8 (onnx only).")
@@ -29,5 +37,5 @@ def export(
     if int8 and format != "onnx":
         raise ValueError(f"--int8 needs --format onnx, not {format}")
     student, origin = open_student(model, model_config)
-    export_student(student, origin, format, output, int8=int8)
-    typer.echo(f"export  {output}")
+    exported = export_student(student, origin, format, output, features=features, int8=int8)
+    typer.echo(f"export  {output} (features: {exported})")

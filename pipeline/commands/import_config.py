@@ -12,22 +12,20 @@ def import_config(
 ) -> None:
     """Convert a published YAML file to a configuration.
 
-    The keys that were dropped or changed are listed on standard error.
+    The keys that were kept, changed and dropped are listed on standard error.
     """
     from ray_distill.pipeline import published_config
     from ray_distill.pipeline.config import ConfigError, dump_config
 
-    config, dropped = published_config.import_config(published)
+    imported = published_config.import_config(published)
     if output is None:
-        typer.echo(dump_config(config), nl=False)
+        typer.echo(dump_config(imported.config), nl=False)
     elif output.exists():
         raise ConfigError(f"{output} exists already; choose another --output")
     else:
-        output.write_text(dump_config(config))
-    for sentence in dropped:
+        output.write_text(dump_config(imported.config))
+    typer.echo(f"kept    {', '.join(imported.kept)}", err=True)
+    for sentence in imported.changed:
+        typer.echo(f"changed {sentence}", err=True)
+    for sentence in imported.dropped:
         typer.echo(f"dropped {sentence}", err=True)
-    typer.echo(
-        f"changed masks.draws: the {published_config.DRAWS} cached draws are used in turn, where the published recipe draws "
-        "a new mask each time; student.reuse_behaviour: paper, where the published code applies the softmax twice",
-        err=True,
-    )

@@ -188,6 +188,10 @@ class OnnxBackend:
         else:
             self._session = load(model)
             names = [item.name for item in (*self._session.get_inputs(), *self._session.get_outputs())]
+            if names == ["waveforms", "lengths", "projections", "num_frames"]:
+                raise ValueError(
+                    f"'{model}' has the predictions of the heads, but the service needs layers: export it with --features layers."
+                )
             if names != ["waveforms", "lengths", "hidden_states", "num_frames"]:
                 raise ValueError(
                     f"'{model}' was not written by 'export --format onnx': its inputs and outputs are {', '.join(names)}."

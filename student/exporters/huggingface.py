@@ -7,18 +7,27 @@ from typing import Any
 from safetensors.torch import save
 
 from ray_distill.student.exporters.origin import Origin, describe
-from ray_distill.student.exporters.portable import named_weights, portable_student
+from ray_distill.student.exporters.portable import SOURCES, Features, named_weights, portable_student
 from ray_distill.student.model.student import Student
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
 _HERE = Path(__file__).parent
-_SOURCES = ("portable_model.py", "huggingface_configuration.py", "huggingface_modeling.py")
+_SOURCES = (*SOURCES, "huggingface_configuration.py", "huggingface_modeling.py")
 
 _AUTO_MAP = {
     "AutoConfig": "huggingface_configuration.DistilledStudentConfig",
     "AutoModel": "huggingface_modeling.DistilledStudentModel",
     "AutoModelForCTC": "huggingface_modeling.DistilledStudentForCTC",
     "AutoModelForAudioClassification": "huggingface_modeling.DistilledStudentForSequenceClassification",
+    "AutoModelForAudioFrameClassification": "huggingface_modeling.DistilledStudentForAudioFrameClassification",
+}
+# transformers' own pipeline of this task takes text.
+_PIPELINES = {
+    "feature-extraction": {
+        "impl": "huggingface_modeling.DistilledStudentFeaturePipeline",
+        "pt": ["AutoModel"],
+        "type": "audio",
+    }
 }
 
 _CARD = """---
@@ -33,7 +42,7 @@ tags:
 # {title}
 
 A speech encoder distilled from {teacher}. It has {layers} Transformer layers of width {width}, one frame every {milliseconds:g} ms
-and {parameters:,} parameters, without the prediction heads, which only distillation uses.{reuse}
+and {parameters:,} parameters, {heads}.{reuse}
 
 ```python
 from transformers import AutoFeatureExtractor, AutoModel
@@ -44,9 +53,13 @@ inputs = extractor(waveforms, sampling_rate=16_000, padding=True, return_tensors
 features = model(**inputs, output_hidden_states=True).hidden_states
 ```
 
-`hidden_states[0]` is the encoder's input and `hidden_states[k]` the output of layer k. `AutoModelForCTC` and
-`AutoModelForAudioClassification` add an untrained linear head on a learned weighted mean of all hidden states, or on the last
-one if `use_weighted_layer_sum` is false.
+{states}.
+
+`AutoModelForCTC`, `AutoModelForAudioClassification` and `AutoModelForAudioFrameClassification` add an untrained linear head
+on a learned weighted mean of all hidden states, or on the last one if `use_weighted_layer_sum` is false. Fine-tuning masks
+frames as HuBERT's does (SpecAugment, `mask_time_prob`, `mask_feature_prob`; `apply_spec_augment=False` turns it off).
+
+`pipeline("feature-extraction", model=FOLDER, trust_remote_code=True)` takes audio files and waveforms.
 
 ## Training
 
@@ -61,35 +74,38 @@ The complete configuration of the run is in `config.json`, under `origin`.
 - The model was distilled on a limited amount of speech ({data}) and has the biases of its teacher. Other languages, channels
   and noise were not tested.
 - The model outputs features, not text. Each task needs a trained head.
-- The features of an utterance do not depend on the other utterances in its batch. Attention maps and masked prediction are not
-  exported.
+- The features of an utterance do not depend on the other utterances in its batch.
+- Attention is computed by PyTorch (`attn_implementation` `sdpa` or `eager`). Layer drop, adapters and reentrant gradient
+  checkpointing are refused, because layers reuse the attention maps of earlier layers.
 """
 
 
-def export_huggingface(student: Student, folder: Path, origin: Origin) -> None:
+def export_huggingface(student: Student, folder: Path, origin: Origin, features: Features = "layers") -> None:
     """Write a folder for ``AutoModel.from_pretrained(folder, trust_remote_code=True)``. Writing does not need transformers.
 
     Args:
         student: Student to export.
         folder: New or empty folder.
         origin: Origin of the student, for ``config.json`` and the model card.
+        features: Features that the model returns as ``hidden_states``. Default ``layers``.
 
     Raises:
         ValueError: the folder is not empty, or the student has options that exports do not support.
     """
-    model = portable_student(student)
+    model = portable_student(student, features)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give a new folder")
     tensors = {f"student.{name}": tensor for name, tensor in named_weights(model).items()}
+    tensors["masked_spec_embed"] = student.mask_embedding.detach().contiguous()
     (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    width: int = model.config["encoder_embed_dim"]
     config: dict[str, Any] = {
         "architectures": ["DistilledStudentModel"],
         "auto_map": _AUTO_MAP,
         "model_type": "distilled_student",
         "dtype": "float32",
-        "hidden_size": width,
+        "custom_pipelines": _PIPELINES,
+        "hidden_size": model.width,
         "num_hidden_layers": len(model.layers),
         "student": model.config,
         "origin": origin,
@@ -113,7 +129,13 @@ def export_huggingface(student: Student, folder: Path, origin: Origin) -> None:
         title=origin.get("run") or folder.name,
         teacher=origin.get("teacher") or "an unknown teacher",
         layers=len(model.layers),
-        width=width,
+        width=model.config["encoder_embed_dim"],
+        heads="with its prediction heads"
+        if features == "heads"
+        else "without the prediction heads, which only distillation uses",
+        states=f"`hidden_states` are the heads' predictions of {model.num_features} layers of the teacher, of width {model.width}"
+        if features == "heads"
+        else "`hidden_states[0]` is the encoder's input and `hidden_states[k]` the output of layer k",
         milliseconds=1000 * model.stride / SAMPLE_RATE,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         reuse=f" {reused} layers reuse the attention map of an earlier layer." if reused else "",

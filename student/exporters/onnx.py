@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ray_distill.student.exporters.origin import Origin
-from ray_distill.student.exporters.portable import portable_student
+from ray_distill.student.exporters.portable import Features, portable_student
 from ray_distill.student.exporters.portable_model import PortableStudent
 from ray_distill.student.model.student import Student
 
@@ -21,9 +21,10 @@ OPSET = 20
 
 
 class FeatureProgram(nn.Module):
-    """The exported program: waveforms (B, S) float32, lengths (B,) int64 → hidden states (B, L + 1, T, d), num_frames (B,).
+    """The exported program: waveforms (B, S) float32, lengths (B,) int64 → features (B, N, T, width), num_frames (B,).
 
-    Hidden state 0 is the encoder's input and k the output of layer k. Values at padded frames are finite and meaningless.
+    With features ``layers``, N is L + 1: 0 is the encoder's input and k the output of layer k. With features ``heads``, they are
+    the heads' predictions. Values at padded frames are finite and meaningless.
     """
 
     def __init__(self, model: PortableStudent) -> None:
@@ -32,17 +33,17 @@ class FeatureProgram(nn.Module):
         self.model.hold_maps = True  # An exported graph holds its maps anyway; reuse then costs one product.
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Return hidden states and numbers of frames; see the class."""
+        """Return features and numbers of frames; see the class."""
         frames: Tensor = self.model.num_frames(lengths)
         return torch.stack(self.model(waveforms, lengths), dim=1), frames
 
 
-def _program(student: Student) -> tuple[torch.export.ExportedProgram, FeatureProgram]:
+def _program(student: Student, features: Features) -> tuple[torch.export.ExportedProgram, FeatureProgram]:
     if student.config.time_reduction is not None and student.config.position == "rotary":
         raise ValueError(
             "rotary positions after a time reduction can't be traced for variable lengths; export this student to s3prl or huggingface"
         )
-    module = FeatureProgram(portable_student(student)).eval()
+    module = FeatureProgram(portable_student(student, features)).eval()
     field, stride = module.model.receptive_field, module.model.stride
     # Two rows of different lengths, so that the tracer takes no length for a constant.
     samples = field + 49 * stride + 7
@@ -56,7 +57,7 @@ def _program(student: Student) -> tuple[torch.export.ExportedProgram, FeaturePro
     return program, module
 
 
-def export_torch(student: Student, file: Path, origin: Origin) -> None:
+def export_torch(student: Student, file: Path, origin: Origin, features: Features = "layers") -> None:
     """Write a program for ``torch.export.load``, with the origin as extra file ``origin.json``.
 
     The program takes batches of any size, at least two frames (720 samples) long.
@@ -65,23 +66,29 @@ def export_torch(student: Student, file: Path, origin: Origin) -> None:
         student: Student to export.
         file: New file.
         origin: Origin of the student.
+        features: Features that the program returns. Default ``layers``.
 
     Raises:
         ValueError: the file exists, or the student has options that exports do not support.
     """
     _check_new(file)
-    program, _ = _program(student)
+    program, _ = _program(student, features)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, file, extra_files={"origin.json": json.dumps(origin)})
 
 
-def export_onnx(student: Student, file: Path, origin: Origin, *, int8: bool = False) -> None:
+def export_onnx(
+    student: Student, file: Path, origin: Origin, features: Features = "layers", *, int8: bool = False
+) -> None:
     """Write an ONNX file with the origin in its metadata.
+
+    Its first output is named ``hidden_states`` with features ``layers``, and ``projections`` with features ``heads``.
 
     Args:
         student: Student to export.
         file: New file.
         origin: Origin of the student.
+        features: Features that the program returns. Default ``layers``.
         int8: Whether to store the weights of matrix products (not of convolutions) in int8, with dynamic quantisation of
             activations. Default False.
 
@@ -97,14 +104,14 @@ def export_onnx(student: Student, file: Path, origin: Origin, *, int8: bool = Fa
         raise ValueError(
             f"the ONNX export needs packages that are not installed ({error}); install the extra onnx of ray-distill"
         ) from error
-    program, _ = _program(student)
+    program, _ = _program(student, features)
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "model.onnx"
         with _quiet():
             exported = torch.onnx.export(
                 program,
                 input_names=["waveforms", "lengths"],
-                output_names=["hidden_states", "num_frames"],
+                output_names=["projections" if features == "heads" else "hidden_states", "num_frames"],
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,

@@ -11,7 +11,7 @@ def describe(origin: Origin) -> list[str]:
 
     Args:
         origin: Any of ``run``, ``teacher``, ``corpus_hours``, ``targets``, ``loss``, ``cache_fingerprint``, ``commit``,
-            ``metrics`` (numbers by name) and ``configuration`` (of the run).
+            ``features`` (of the export), ``metrics`` (numbers by name) and ``configuration`` (of the run).
     """
     names = {
         "run": "run",
@@ -21,6 +21,7 @@ def describe(origin: Origin) -> list[str]:
         "loss": "loss",
         "cache_fingerprint": "fingerprint of the teacher cache",
         "commit": "commit of the exporting program",
+        "features": "features",
     }
     lines = [f"{text}: {origin[name]}" for name, text in names.items() if origin.get(name) is not None]
     return lines + [f"{name}: {value:.6g}" for name, value in (origin.get("metrics") or {}).items()]

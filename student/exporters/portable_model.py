@@ -8,21 +8,26 @@ Shape suffixes: B batch, S samples, C channels, T frames, d width, H heads, h wi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .portable_attention import Attention
+
 
 class PortableStudent(nn.Module):
-    """Convolutional front end and Transformer encoder with attention-map reuse, without the parts that only distillation needs.
+    """Convolutional front end and Transformer encoder with attention-map reuse, and the prediction heads if they are exported.
 
     Attributes:
         config: Architecture, as JSON values: conv_layers [[channels, kernel, stride], ...], conv_norm, conv_bias,
-            encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads, reuses [bool for each layer],
+            feature_norm, encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads, reuses [bool for each layer],
             reuse_behaviour, layer_norm_first, position, conv_pos, conv_pos_groups, conv_pos_depth, time_reduction,
-            time_reduction_factor, time_reduction_index, dropout, attention_dropout, activation_dropout, dropout_input.
+            time_reduction_factor, time_reduction_index, dropout, attention_dropout, activation_dropout, dropout_input;
+            features: ``layers`` or ``heads`` (see `forward`), and for heads: heads (``layerwise`` or ``split``),
+            split_heads, split_dim, target_dim.
         hold_maps: Whether to pass a computed (T, T) attention map to the layers that reuse it, instead of its queries and
             keys. The result is the same, with less work and, for long audio, more memory. Default False.
     """
@@ -38,7 +43,7 @@ class PortableStudent(nn.Module):
             blocks.append(ConvBlock(channels, outputs, kernel, stride, config["conv_bias"], norm))
             channels = outputs
         self.conv_blocks = nn.ModuleList(blocks)
-        self.feature_norm = nn.LayerNorm(channels)
+        self.feature_norm = nn.LayerNorm(channels) if config["feature_norm"] else nn.Identity()
         self.projection = nn.Linear(channels, width) if channels != width else nn.Identity()
         self.input_dropout = nn.Dropout(config["dropout_input"])
         self.position: nn.Module | None = None
@@ -54,6 +59,37 @@ class PortableStudent(nn.Module):
         self.reduction: TimeReduction | None = None
         if config["time_reduction"] is not None:
             self.reduction = TimeReduction(width, config["time_reduction"], config["time_reduction_factor"])
+        if config["features"] == "heads":
+            self._add_heads(width)
+
+    def _add_heads(self, width: int) -> None:
+        config = self.config
+        layers = len(self.layers)
+        split = config["heads"] == "split"
+        inner: int = (config["split_dim"] or width) if split else width
+        count: int = config["split_heads"] if split else layers
+        if split:
+            self.split = nn.Linear(width, inner * count)
+        plain = not split and inner == config["target_dim"]
+        self.heads = nn.ModuleList(
+            [nn.Identity() if plain else nn.Linear(inner, config["target_dim"]) for _ in range(count)]
+        )
+        self.upsamplers = nn.ModuleDict()
+        if self.reduction is not None:
+            used = [layers - 1] if split else range(config["time_reduction_index"], layers)
+            self.upsamplers.update({str(layer): Upsampler(width, self.reduction.factor) for layer in used})
+
+    @property
+    def width(self) -> int:
+        """Width of the features: d of the encoder, or D of the heads' predictions."""
+        name = "target_dim" if self.config["features"] == "heads" else "encoder_embed_dim"
+        width: int = self.config[name]
+        return width
+
+    @property
+    def num_features(self) -> int:
+        """Number of tensors that `forward` returns."""
+        return len(self.heads) if self.config["features"] == "heads" else len(self.layers) + 1
 
     @property
     def stride(self) -> int:
@@ -74,28 +110,42 @@ class PortableStudent(nn.Module):
             lengths = (lengths - kernel) // stride + 1
         return lengths
 
-    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
-        """Return the hidden states of a padded batch.
+    def forward(
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | None = None,
+        augment: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+        checkpoint: Callable[..., Any] | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Return the features of a padded batch.
 
         Args:
             waveforms: (B, S) float, 16 kHz mono in [-1, 1]; padding may hold any finite values.
             lengths: (B,) int64, real samples, from ``receptive_field`` to S. Default None: nothing is padded.
+            augment: Function of the projected features (B, T, d) and the real frames (B, T) bool, or None if nothing is
+                padded, that returns augmented features. Default None: no augmentation.
+            checkpoint: Function that calls each layer, such as `torch.utils.checkpoint.checkpoint`. Default None: a plain call.
+            maps: List that receives the attention map (B, H, T, T) that each layer applies. Default None: not collected.
 
         Returns:
-            L + 1 tensors (B, T, d): 0 is the encoder's input, k the output of layer k. Values at padded frames are finite and
-            meaningless. After a time reduction, each reduced frame is repeated for all the frames it was made from.
+            With features ``layers``, L + 1 tensors (B, T, d): 0 is the encoder's input, k the output of layer k; after a time
+            reduction, each reduced frame is repeated for all the frames it was made from. With features ``heads``, the
+            predictions of the heads, (B, T, D) each. Values at padded frames are finite and meaningless.
         """
         x, real = waveforms[:, None], lengths
         for block in self.conv_blocks:
             x, real = block(x, real)
         x = self.input_dropout(self.projection(self.feature_norm(x.transpose(1, 2))))
         frames, length = _real_frames(real, x), x.shape[1]
+        if augment is not None:
+            x = augment(x, frames)
         x = _zero_padding(x, frames)
         if self.position is not None:
             x = x + self.position(x, frames)
         norm_first = self.config["layer_norm_first"]
         x = self.encoder_dropout(x if norm_first else self.encoder_norm(x))
-        states = [x]
+        states, outputs = [x], []
         previous_map: tuple[Tensor, ...] = ()
         for number, layer in enumerate(self.layers):
             if self.reduction is not None and number == self.config["time_reduction_index"]:
@@ -103,15 +153,27 @@ class PortableStudent(nn.Module):
                 factor = self.reduction.factor
                 reduced = None if real is None else torch.div(real + factor - 1, factor, rounding_mode="floor")
                 frames = _real_frames(reduced, x)
-            x, previous_map = layer(x, None if frames is None else frames[:, None, None], previous_map, self.hold_maps)
+            given = x, None if frames is None else frames[:, None, None], previous_map, self.hold_maps, maps
+            x, previous_map = layer(*given) if checkpoint is None else checkpoint(layer, *given)
             if norm_first and number == len(self.layers) - 1:
                 x = self.encoder_norm(x)
+            outputs.append(x)
             state = x
             if self.reduction is not None and number >= self.config["time_reduction_index"]:
                 places = torch.arange(length, device=x.device)
                 state = x.index_select(1, torch.div(places, self.reduction.factor, rounding_mode="floor"))
             states.append(state)
-        return states
+        return self._predictions(outputs, length) if self.config["features"] == "heads" else states
+
+    def _predictions(self, outputs: list[Tensor], frames: int) -> list[Tensor]:
+        """Return the heads' predictions (B, frames, D) from the layers' outputs, which may be reduced."""
+        upsampled = [
+            self.upsamplers[str(layer)](x, frames) if str(layer) in self.upsamplers else x
+            for layer, x in enumerate(outputs)
+        ]
+        if self.config["heads"] == "split":
+            upsampled = list(F.gelu(self.split(upsampled[-1])).chunk(len(self.heads), -1))
+        return [head(x) for head, x in zip(self.heads, upsampled)]  # noqa: B905 (Python 3.9)
 
 
 def _real_frames(real: Tensor | None, x_BTd: Tensor) -> Tensor | None:
@@ -223,78 +285,17 @@ class TimeReduction(nn.Module):
         return y
 
 
-def _apply_rotary(x_BHTh: Tensor) -> Tensor:
-    """Apply rotary positions: rotate pairs (k, k + h/2) by the frame's number times a frequency."""
-    width = x_BHTh.shape[-1]
-    steps = torch.arange(0, width, 2, device=x_BHTh.device, dtype=torch.float32)
-    angles = torch.arange(x_BHTh.shape[-2], device=x_BHTh.device, dtype=torch.float32)[:, None] * torch.exp(
-        steps * (-math.log(10_000.0) / width)
-    )
-    cos, sin = angles.cos().to(x_BHTh.dtype), angles.sin().to(x_BHTh.dtype)
-    first, second = x_BHTh[..., : width // 2], x_BHTh[..., width // 2 :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+class Upsampler(nn.Module):
+    """A transposed convolution before a head, which returns reduced frames to the number of frames."""
 
-
-class Attention(nn.Module):
-    """Self-attention that computes its own map, or applies the map of an earlier layer to its own values."""
-
-    def __init__(self, config: dict[str, Any], reuses: bool) -> None:
+    def __init__(self, width: int, factor: int) -> None:
         super().__init__()
-        width: int = config["encoder_embed_dim"]
-        self.heads: int = config["encoder_attention_heads"]
-        self.reuses = reuses
-        self.second_softmax = config["reuse_behaviour"] == "released"
-        self.dropout: float = config["attention_dropout"]
-        self.rotary = config["position"] == "rotary"
-        if not reuses:
-            self.query = nn.Linear(width, width)
-            self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.expand = nn.ConvTranspose1d(width, width, factor, factor)
 
-    def _split_heads(self, x_BTd: Tensor) -> Tensor:
-        return x_BTd.view(x_BTd.shape[0], x_BTd.shape[1], self.heads, -1).transpose(1, 2)
-
-    def forward(
-        self, x_BTd: Tensor, attention_mask: Tensor | None, previous_map: tuple[Tensor, ...], hold_maps: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the output (B, T, d) and the map, for layers that reuse it.
-
-        Args:
-            x_BTd: (B, T, d) float.
-            attention_mask: (B, 1, 1, T) bool, False at padding; None if nothing is padded.
-            previous_map: Last computed map: queries and keys, each (B, H, T, h), or with hold_maps the map (B, H, T, T).
-            hold_maps: See `PortableStudent`.
-        """
-        rate = self.dropout if self.training and not self.reuses else 0.0
-        values = self._split_heads(self.value(x_BTd))
-        if not self.reuses:
-            previous_map = self._split_heads(self.query(x_BTd)), self._split_heads(self.key(x_BTd))
-            if self.rotary:
-                previous_map = _apply_rotary(previous_map[0]), _apply_rotary(previous_map[1])
-        fused = hasattr(F, "scaled_dot_product_attention")  # From PyTorch 2.0 on.
-        if fused and not hold_maps and not (self.reuses and self.second_softmax):
-            mixed = F.scaled_dot_product_attention(previous_map[0], previous_map[1], values, attention_mask, rate)
-            return self.out(mixed.transpose(1, 2).flatten(2)), previous_map
-        weights = (
-            previous_map[0]
-            if len(previous_map) == 1
-            else _softmax(_scores(previous_map[0], previous_map[1]), attention_mask)
-        )
-        if hold_maps or not fused:
-            previous_map = (weights,)
-        if self.reuses and self.second_softmax:
-            weights = _softmax(weights, attention_mask)
-        mixed = F.dropout(weights, rate, training=rate > 0) @ values
-        return self.out(mixed.transpose(1, 2).flatten(2)), previous_map
-
-
-def _scores(queries: Tensor, keys: Tensor) -> Tensor:
-    return (queries / math.sqrt(keys.shape[-1])) @ keys.transpose(-1, -2)
-
-
-def _softmax(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
-    return (scores if attention_mask is None else scores.masked_fill(~attention_mask, float("-inf"))).softmax(-1)
+    def forward(self, x_BRd: Tensor, frames: int) -> Tensor:
+        """Map (B, R, d) to (B, frames, d)."""
+        y: Tensor = self.expand(x_BRd.transpose(1, 2))
+        return y.transpose(1, 2)[:, :frames]
 
 
 class EncoderLayer(nn.Module):
@@ -313,11 +314,16 @@ class EncoderLayer(nn.Module):
         self.activation_dropout = nn.Dropout(config["activation_dropout"])
 
     def forward(
-        self, x_BTd: Tensor, attention_mask: Tensor | None, previous_map: tuple[Tensor, ...], hold_maps: bool
+        self,
+        x_BTd: Tensor,
+        attention_mask: Tensor | None,
+        previous_map: tuple[Tensor, ...],
+        hold_maps: bool,
+        maps: list[Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the output (B, T, d) and the attention map; see `Attention.forward`."""
         normalised = self.attention_norm(x_BTd) if self.norm_first else x_BTd
-        mixed, previous_map = self.attention(normalised, attention_mask, previous_map, hold_maps)
+        mixed, previous_map = self.attention(normalised, attention_mask, previous_map, hold_maps, maps)
         x = x_BTd + self.dropout(mixed)
         if not self.norm_first:
             x = self.attention_norm(x)

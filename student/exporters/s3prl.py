@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ray_distill.student.exporters.origin import Origin, describe
-from ray_distill.student.exporters.portable import named_weights, portable_student
+from ray_distill.student.exporters.portable import SOURCES, Features, named_weights, portable_student
 from ray_distill.student.model.student import Student
 
 _HERE = Path(__file__).parent
@@ -51,9 +51,8 @@ if __name__ == "__main__":
 
 _README = """# A distilled student as an S3PRL upstream
 
-This folder is complete: it only needs PyTorch 1.13 or newer, and S3PRL for training. `hidden_states` are the encoder's
-input and the outputs of {layers} layers of width {width}, with one frame every {stride} samples. The features of an utterance
-do not depend on the other utterances in its batch.
+This folder is complete: it only needs PyTorch 1.13 or newer, and S3PRL for training. `hidden_states` are {states},
+with one frame every {stride} samples. The features of an utterance do not depend on the other utterances in its batch.
 
 To use it without changing S3PRL, run
 
@@ -74,13 +73,14 @@ def usable_name(name: str) -> bool:
     return name.isidentifier() and not keyword.iskeyword(name)
 
 
-def export_s3prl(student: Student, folder: Path, origin: Origin) -> None:
+def export_s3prl(student: Student, folder: Path, origin: Origin, features: Features = "layers") -> None:
     """Write the upstream into a folder, whose name becomes the name of the upstream.
 
     Args:
         student: Student to export.
         folder: New or empty folder; its name must be a Python identifier, such as ``my_student``.
         origin: Origin of the student.
+        features: Features that the upstream returns. Default ``layers``.
 
     Raises:
         ValueError: the folder can't be used, or the student has options that exports do not support.
@@ -90,17 +90,19 @@ def export_s3prl(student: Student, folder: Path, origin: Origin) -> None:
         raise ValueError(
             f"S3PRL imports the folder, so its name must be a Python identifier such as my_student, not {name!r}"
         )
-    model = portable_student(student)
+    model = portable_student(student, features)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give a new folder")
     torch.save(named_weights(model), folder / "weights.pt")
     (folder / "config.json").write_text(json.dumps({"model": model.config, "origin": origin}, indent=2) + "\n")
-    for source, target in (("portable_model.py", "portable_model.py"), ("s3prl_expert.py", "expert.py")):
+    for source, target in (*((name, name) for name in SOURCES), ("s3prl_expert.py", "expert.py")):
         (folder / target).write_text((_HERE / source).read_text())
     (folder / "__init__.py").write_text("")
     (folder / "hubconf.py").write_text(_HUBCONF.format(name=name))
     (folder / "run_downstream.py").write_text(_LAUNCHER.format(name=name))
-    facts = {"layers": len(model.layers), "width": model.config["encoder_embed_dim"], "stride": model.stride}
+    states = f"the encoder's input and the outputs of {len(model.layers)} layers, of width {model.width}"
+    if features == "heads":
+        states = f"the predictions of {model.num_features} layers of the teacher by the student's heads, of width {model.width}"
     lines = "\n".join(f"- {line}" for line in describe(origin)) or "Unknown."
-    (folder / "README.md").write_text(_README.format(name=name, origin=lines, **facts))
+    (folder / "README.md").write_text(_README.format(name=name, origin=lines, states=states, stride=model.stride))

@@ -37,7 +37,8 @@ class UpstreamExpert(nn.Module):
         """Return features of waveforms (S_i,), 16 kHz in [-1, 1], of at least one frame each.
 
         Returns:
-            ``hidden_states``: L + 1 tensors (B, ceil(S / 320), d); 0 is the encoder's input, k the output of layer k.
+            ``hidden_states``: with features ``layers``, L + 1 tensors (B, ceil(S / 320), d), where 0 is the encoder's input and k
+            the output of layer k; with features ``heads``, the heads' predictions, (B, ceil(S / 320), D) each.
             ``last_hidden_state``: the last of them. After the real frames of an utterance its last frame is repeated, because
             S3PRL rounds lengths up and would otherwise use a frame of padding.
         """

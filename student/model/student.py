@@ -154,7 +154,7 @@ class Student(nn.Module):
             blocks.append(ConvBlock(inputs, channels, kernel, stride, config.conv_bias, norm, number == 0))
             inputs = channels
         self.conv_blocks = nn.ModuleList(blocks)
-        self.feature_norm = nn.LayerNorm(inputs)
+        self.feature_norm = nn.LayerNorm(inputs) if config.feature_norm else nn.Identity()
         self.projection = nn.Linear(inputs, width) if inputs != width else nn.Identity()
         self.input_dropout = Dropout(config.dropout_input)
         self.mask_embedding = nn.Parameter(torch.empty(width).uniform_())

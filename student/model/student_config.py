@@ -19,6 +19,12 @@ ARMHUBERT_S_CONV_LAYERS: ConvLayers = (
 )
 
 
+MAX_PARAMETERS = 10**10
+"""Largest number of parameters of a student; larger sizes are mistakes."""
+MAX_MODULES = 10_000
+"""Largest number of layers and convolutions of a student."""
+
+
 class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Architecture of a student. Field names follow fairseq's where it has one."""
 
@@ -32,6 +38,9 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     (HuBERT Large)."""
     conv_bias: bool = False
     """Whether the convolutions have a bias."""
+    feature_norm: bool = True
+    """Whether a LayerNorm follows the convolutions, before the projection to the encoder's width. S3PRL's DistilHuBERT has
+    none."""
     encoder_layers: int = pydantic.Field(default=12, ge=1)
     """Number of encoder layers L."""
     encoder_embed_dim: int = pydantic.Field(default=432, ge=1)
@@ -145,6 +154,23 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
         if self.patches is not None:
             return self.patches.num_patches(num_samples)
         return conv_output_length(num_samples, [(kernel, stride) for _, kernel, stride in self.conv_layers])
+
+    @pydantic.model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        """Refuse what no machine can hold, before a student is built."""
+        width, inputs, count = self.encoder_embed_dim, 1, 0
+        for channels, kernel, _ in self.conv_layers:
+            count, inputs = count + inputs * channels * kernel, channels
+        count += inputs * width + self.encoder_layers * width * (4 * width + 2 * self.encoder_ffn_embed_dim)
+        count += width**2 * self.conv_pos * self.conv_pos_depth // self.conv_pos_groups
+        count += self.num_predictions * self.target_dim * (self.split_dim or width)
+        if count > MAX_PARAMETERS or self.encoder_layers + len(self.conv_layers) + self.conv_pos_depth > MAX_MODULES:
+            raise ValueError(
+                f"a student with {self.encoder_layers:,} layers of width {width:,} and {len(self.conv_layers):,} convolutions would "
+                f"have about {count:,} parameters; the limits are {MAX_PARAMETERS:,} parameters and {MAX_MODULES:,} layers and "
+                "convolutions"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_geometry(self) -> Self:

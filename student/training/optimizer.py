@@ -1,4 +1,12 @@
-"""The published optimiser and its schedule."""
+"""PyTorch's AdamW with the published hyper-parameters, and its schedule.
+
+The published optimiser is S3PRL's Lamb with ``adam=True``, which is Adam without the trust ratio. It differs in three details
+(docs/fidelity.md):
+
+- Its schedule counts from step 1, so its first update has a learning rate above 0 and its last one 0.
+- It adds eps to the root of the second moment before the bias correction, so eps counts more in the first steps.
+- It adds the weight decay to the update before the bias correction scales both, so the decay is scaled too.
+"""
 
 import torch
 from torch import nn
@@ -9,7 +17,8 @@ from ray_distill.student.training.train_settings import TrainSettings
 def schedule_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
     """Return the learning-rate factor of a 0-based optimiser step: linear warm-up from 0, then linear decay to 0.
 
-    As in the published recipe's ``get_linear_schedule_with_warmup``, step 0 has factor 0.
+    Step 0 has factor 0, as in transformers' ``get_linear_schedule_with_warmup``. The published schedule (S3PRL's
+    ``WarmupLinearSchedule``) has the factor of step + 1 here, up to rounding of the number of warm-up steps.
     """
     warmup = int(total_steps * warmup_fraction)
     if step < warmup:

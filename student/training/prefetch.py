@@ -13,7 +13,9 @@ import numpy as np
 
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.frames import num_frames
 from ray_distill.teacher_cache.targets.batch_sampler import plan_epoch
+from ray_distill.teacher_cache.targets.crop import crop_batch
 from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
 
 PREFETCH = 4
@@ -27,18 +29,21 @@ class TrainingPlan:
     the product ``workers * accumulate``, not on its factors.
 
     Args:
-        num_samples: (N,) integer, lengths of the utterances.
+        num_samples: (N,) integer, lengths of the utterances; training crops them to ``settings.crop_samples``.
         settings: Settings of the training.
         world_size: Number of ranks.
 
     Attributes:
+        crop: (longest crop in samples, seed), or None if whole utterances are used.
         epochs: Number of epochs that are at least begun.
         total_steps: Number of optimiser steps.
         passes: Number of epochs, where an incomplete last one counts by the share of its steps.
     """
 
     def __init__(self, num_samples: np.ndarray, settings: TrainSettings, world_size: int) -> None:
-        self._num_samples = num_samples
+        longest = settings.crop_samples
+        self.crop = None if longest is None else (longest, settings.seed)
+        self._num_samples = num_samples if longest is None else np.minimum(num_samples, longest)
         self._settings = settings
         self._world_size = world_size
         self._epoch = -1
@@ -71,6 +76,11 @@ class TrainingPlan:
         if epoch != self._epoch:
             self._epoch, self._steps = epoch, self._plan(epoch)
         return epoch, self._steps[step - self._starts[epoch]]
+
+    def validates_after(self, done: int) -> bool:
+        """Return whether a validation follows ``done`` optimiser steps, apart from the one before the first step."""
+        every = self._settings.validate_every
+        return done == self.total_steps or (done in self._starts if every == "epoch" else done % every == 0)
 
     def draw(self, epoch: int, draws: int | None) -> int | None:
         """Return the mask draw of an epoch, or None for the clean pass.
@@ -132,7 +142,10 @@ def micro_batches(
         accumulate: Number of batches per optimiser step.
         count_padding: Whether ``step_frames`` counts padded frames. Default False.
     """
-    frames = reader.num_frames
+    lengths, frames = reader.num_samples, reader.num_frames
+    if plan.crop is not None:
+        longest = plan.crop[0]
+        lengths, frames = np.minimum(lengths, longest), np.minimum(frames, num_frames(longest))
     ahead: queue.Queue[MicroBatch | BaseException | None] = queue.Queue(PREFETCH)
     stopped = threading.Event()
 
@@ -142,8 +155,8 @@ def micro_batches(
                 ahead.put(item, timeout=0.1)
                 return
 
-    def planned() -> Iterator[tuple[Callable[[Batch], MicroBatch], list[int], int | None]]:
-        """Yield for each batch the constructor of its `MicroBatch`, its utterances and its mask draw."""
+    def planned() -> Iterator[tuple[Callable[[Batch], MicroBatch], list[int], int | None, int]]:
+        """Yield for each batch the constructor of its `MicroBatch`, its utterances, its mask draw and its epoch."""
         for step in range(first_step, plan.total_steps):
             epoch, micros = plan.step(step)
             counted = [frames[indices] for micro in micros for indices in micro]
@@ -152,15 +165,19 @@ def micro_batches(
             for number, micro in enumerate(micros):
                 indices = micro[rank.index]
                 last = number == accumulate - 1
-                yield partial(MicroBatch, step, epoch, last, step_frames, reader.num_samples[indices]), indices, draw
+                yield partial(MicroBatch, step, epoch, last, step_frames, lengths[indices]), indices, draw, epoch
+
+    def read_batch(indices: list[int], draw: int | None, epoch: int) -> Batch:
+        batch = reader.read(indices, draw)
+        return batch if plan.crop is None else crop_batch(batch, *plan.crop, epoch)
 
     def read() -> None:
         try:
             at_once = getattr(reader, "batches_at_once", 1)
             with ThreadPoolExecutor(at_once, "prefetch-read") as pool:
                 pending: deque[tuple[Callable[[Batch], MicroBatch], Future[Batch]]] = deque()
-                for make, indices, draw in planned():
-                    pending.append((make, pool.submit(reader.read, indices, draw)))
+                for make, indices, draw, epoch in planned():
+                    pending.append((make, pool.submit(read_batch, indices, draw, epoch)))
                     if len(pending) == at_once:
                         put(finished(*pending.popleft()))
                     if stopped.is_set():

@@ -9,6 +9,7 @@ from ray_distill.student.objectives.objective import Objective
 from ray_distill.student.objectives.objective_keys import ObjectiveKeys, objective_of
 from ray_distill.student.training.field_effects import CHANGES_NO_RESULT
 from ray_distill.student.training.spec_augment import SpecAugment
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
 
 class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -27,6 +28,10 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     """Number of utterances per worker and batch, as published. Give either this or batch_seconds."""
     batch_seconds: float | None = pydantic.Field(default=None, gt=0)
     """Seconds of audio per worker and batch, padding included. Give either this or batch_size."""
+    crop_seconds: float | None = pydantic.Field(default=None, ge=1)
+    """Longest part of an utterance that training uses in an epoch, as in DistilHuBERT. Longer utterances are cropped at a
+    random frame, drawn from the seed, the epoch and the utterance's id, with their targets and masks. The targets are those
+    of the whole utterance. None uses whole utterances."""
     accumulate: int = pydantic.Field(default=1, ge=1)
     """Number of batches per optimiser step (gradient accumulation)."""
     workers: int = pydantic.Field(default=1, ge=1)
@@ -73,8 +78,9 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     draw_order: Literal["rotate", "in_order"] = "rotate"
     """Mask draw of each epoch: ``rotate`` cycles through the draws, ``in_order`` spreads them over the run, which turns draws
     with different policies (masks.policies) into a schedule."""
-    validate_every: int = pydantic.Field(default=1000, ge=1)
-    """Optimiser steps between validations. A last validation follows the last step; each validation writes a checkpoint."""
+    validate_every: Annotated[int, pydantic.Field(ge=1)] | Literal["epoch"] = 1000
+    """Optimiser steps between validations, or ``epoch``, as published: a validation after each epoch. A last validation follows
+    the last step; each validation writes a checkpoint."""
     checkpoint_every: Annotated[int | None, CHANGES_NO_RESULT] = pydantic.Field(default=None, ge=1)
     """Optimiser steps between additional checkpoints. None writes checkpoints at validations only."""
     keep_best: Annotated[int, CHANGES_NO_RESULT] = pydantic.Field(default=1, ge=1)
@@ -106,8 +112,17 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
         """Whether some of the student's initial weights are the teacher's."""
         return self.init_front_end or self.init_encoder_layers > 0 or self.mask_embedding == "teacher"
 
+    @property
+    def crop_samples(self) -> int | None:
+        """``crop_seconds`` in samples."""
+        return None if self.crop_seconds is None else round(self.crop_seconds * SAMPLE_RATE)
+
     def check_student(self, config: StudentConfig) -> None:
-        """Raise ValueError if the objective cannot train such a student."""
+        """Raise ValueError if these settings cannot train such a student."""
+        if self.crop_seconds is not None and config.patches is not None:
+            raise ValueError(
+                "train.crop_seconds crops at frames, but the student has patches; remove train.crop_seconds"
+            )
         self.chosen_objective.check_student(config)
 
     @property

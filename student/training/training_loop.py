@@ -78,7 +78,8 @@ def train(
     """Train a student, or continue from ``folder/checkpoints/last``.
 
     The loss of an optimiser step is the sum over all its frames (all ranks, all accumulated batches) divided by their
-    number, so the result does not depend on how a batch is spread over ranks.
+    number, so the result does not depend on how a batch is spread over ranks. (In the published code each accumulated batch
+    counts equally, whatever its number of frames.)
 
     Args:
         config: Architecture of the student; its layers and target_dim must be the readers'.
@@ -156,7 +157,7 @@ class _Loop:
         torch.manual_seed(settings.seed)
         self.student = Student(config).to(rank.device)
         if initial is not None:
-            load_weights(self.student, load_tensors(initial), initial, strict=False)
+            load_weights(self.student, load_tensors(initial), initial)
         self.student.checkpoint_activations = settings.checkpoint_activations
         # Without masks the mask embedding is unused, and DDP would wait for its gradient.
         self.student.mask_embedding.requires_grad_(train_reader.draws != 0 and settings.mask_embedding == "learned")
@@ -192,7 +193,7 @@ class _Loop:
             self.metrics.write({"kind": "resumed", "step": resumed_step, "time": now})
 
     def run(self) -> TrainResult:
-        settings, state, total_steps = self.settings, self.state, self.plan.total_steps
+        settings, state = self.settings, self.state
         if self.is_fresh():
             self.validate()
         self.student.train()
@@ -212,7 +213,7 @@ class _Loop:
                 self.step(micro)
                 if self.is_logged(state.step):
                     self.log(micro)
-                if state.step % settings.validate_every == 0 or state.step == total_steps:
+                if self.plan.validates_after(state.step):
                     self.validate()
                 elif settings.checkpoint_every and state.step % settings.checkpoint_every == 0:
                     self.checkpoint()

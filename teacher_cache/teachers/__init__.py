@@ -88,6 +88,7 @@ def _load(spec: str, device: str | torch.device) -> Teacher:
             raise TeacherError(
                 f"{path} has a model of type {folder.model_type!r}; the supported types are {', '.join(HUGGINGFACE_LOADERS)}"
             )
+        _ = folder.preprocessor  # Its sampling rate is checked for every type.
         return HUGGINGFACE_LOADERS[folder.model_type](folder, device)
     if not path.is_file():
         raise TeacherError(

@@ -50,6 +50,11 @@ class Architecture:
     relative_positions: tuple[int, int] | None = None
     pos_depth: int | None = None
 
+    @property
+    def modules(self) -> int:
+        """Number of layers and convolutions."""
+        return self.layers + len(self.conv_layers) + (self.pos_depth or 1)
+
 
 def build_model(architecture: Architecture, source: str) -> Wav2Vec2Model:
     """Build the torchaudio model with untrained weights. The global random state does not change.

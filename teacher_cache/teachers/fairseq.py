@@ -12,7 +12,7 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.teachers.architecture import HUBERT_CONVOLUTIONS, Architecture, build_model
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 from ray_distill.teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2Teacher
-from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_weights
+from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_model
 from ray_distill.teacher_cache.untrusted import plain
 
 _PRETRAINED = ("hubert", "wav2vec2")
@@ -90,8 +90,7 @@ def load_fairseq(checkpoint: Mapping[str, Any], name: str, device: str | torch.d
         raise TeacherError(f"{name} was trained on audio at {sample_rate} Hz, but teachers must take {SAMPLE_RATE} Hz")
     architecture = fairseq_architecture(model_cfg, name)
     weights, mask_embedding = torchaudio_weights(checkpoint.get("model"), name)
-    model = build_model(architecture, name)
-    load_weights(model, weights, name)
+    model = load_model(lambda: build_model(architecture, name), weights, architecture.modules, name)
     return Wav2Vec2Teacher(
         model,
         checked_mask_embedding(mask_embedding, architecture.dim, name),

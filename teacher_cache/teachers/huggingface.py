@@ -11,7 +11,7 @@ from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFol
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 from ray_distill.teacher_cache.teachers.wavlm import join_attention_projections
-from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_weights
+from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_model
 
 MODEL_TYPES = ("hubert", "wavlm", "wav2vec2", "unispeech", "unispeech-sat", "data2vec-audio")
 """Values of ``model_type`` in config.json."""
@@ -21,6 +21,11 @@ _NORMALIZE_EPS = 1e-7
 # Weights for pre-training only. No layer output depends on them.
 _PRETRAINING_WEIGHTS = re.compile(
     r"(quantizer|project_hid|project_q|ctc_proj|speaker_proj|layer_norm_for_extract)\.|label_embeddings_concat$"
+)
+
+# Weights of the task heads of fine-tuned models.
+_TASK_WEIGHTS = re.compile(
+    r"(lm_head|classifier|projector|tdnn|objective|qa_outputs)\.|layer_weights$|feature_extractor\.(weight|bias)$"
 )
 
 # Supported values of settings. With other values, transformers' models have another architecture.
@@ -54,8 +59,9 @@ def load_huggingface(folder: HuggingFaceFolder, device: str | torch.device) -> W
     folder.require(_SUPPORTED)
     architecture = _architecture(config, model_type, folder.name)
     weights, mask_embedding = _weights(folder)
-    model = build_model(architecture, folder.name)
-    load_weights(model, join_attention_projections(weights) if model_type == "wavlm" else weights, folder.name)
+    if model_type == "wavlm":
+        weights = join_attention_projections(weights)
+    model = load_model(lambda: build_model(architecture, folder.name), weights, architecture.modules, folder.name)
     return Wav2Vec2Teacher(
         model,
         checked_mask_embedding(mask_embedding, architecture.dim, folder.name),
@@ -95,12 +101,23 @@ def _architecture(config: dict[str, Any], model_type: str, name: str) -> Archite
 
 
 def _weights(folder: HuggingFaceFolder) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return the weights under torchaudio's names, and the mask embedding.
+
+    Raises:
+        TeacherError: If the model is fine-tuned.
+    """
     mask_embedding: Tensor | None = None
     weights: dict[str, Tensor] = {}
     for full_key, value in folder.weights().items():
         key = full_key.removeprefix(f"{folder.model_type.replace('-', '_')}.")
         if key == "masked_spec_embed":
             mask_embedding = value
+        elif _TASK_WEIGHTS.match(key):
+            raise TeacherError(
+                f"{folder.name} is a fine-tuned model, since it has the weight {full_key!r} of a task's head; use the pre-trained "
+                "model that it was made from, or drop the head with "
+                f"transformers.AutoModel.from_pretrained({str(folder.path)!r}).save_pretrained(NEW_FOLDER)"
+            )
         elif not _PRETRAINING_WEIGHTS.match(key):
             weights[_torchaudio_name(key)] = value
     return weights, mask_embedding

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 
 
@@ -39,9 +40,17 @@ class HuggingFaceFolder:
 
     @cached_property
     def preprocessor(self) -> dict[str, Any] | None:
-        """Content of preprocessor_config.json, or None if there is no such file."""
+        """Content of preprocessor_config.json, or None if there is no such file. Its sampling rate must be 16 kHz."""
         path = self.path / "preprocessor_config.json"
-        return _read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        content = _read_json(path)
+        if (rate := content.get("sampling_rate", SAMPLE_RATE)) != SAMPLE_RATE:
+            raise TeacherError(
+                f"{path} has sampling_rate = {rate!r}, but teachers must take {SAMPLE_RATE} Hz; use a model that was trained on "
+                "such audio"
+            )
+        return content
 
     def weights(self) -> dict[str, Tensor]:
         """Return all tensors by name."""

@@ -11,6 +11,7 @@ from ray_distill.teacher_cache.teachers.teacher import TeacherError
 from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
 _SEED = 0
+_MAX_PARAMETERS = 10**10
 
 
 def load_random(size: str, device: str | torch.device) -> Wav2Vec2Teacher:
@@ -30,6 +31,10 @@ def load_random(size: str, device: str | torch.device) -> Wav2Vec2Teacher:
     if match is None or int(match[2]) % 16:
         raise TeacherError(f"random:{size} must be random:LAYERSxDIM with DIM a multiple of 16, such as random:4x96")
     layers, dim = int(match[1]), int(match[2])
+    if (parameters := 12 * layers * dim**2) > _MAX_PARAMETERS:
+        raise TeacherError(
+            f"random:{size} would have {parameters:,} parameters in its layers; at most {_MAX_PARAMETERS:,} are allowed"
+        )
     channels = min(512, dim * 2 // 3)
     architecture = Architecture(
         conv_layers=[(channels, 10, 5)] + [(channels, 3, 2)] * 4 + [(channels, 2, 2)] * 2,

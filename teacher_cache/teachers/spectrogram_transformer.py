@@ -16,7 +16,7 @@ from ray_distill.teacher_cache.spectrograms import MEL_HOP, MEL_WINDOW
 from ray_distill.teacher_cache.teachers.blocks.prenorm_layer import PreNormLayer
 from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFolder
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
-from ray_distill.teacher_cache.teachers.weights import load_weights
+from ray_distill.teacher_cache.teachers.weights import load_model
 
 # Part of every fingerprint. Increase the number when a change of the arithmetic below changes results.
 _ARITHMETIC = "ast-1"
@@ -150,15 +150,17 @@ def load_spectrogram_transformer(folder: HuggingFaceFolder, device: str | torch.
             f"{columns} columns of patches"
         )
     biases = "qkv" if config.get("qkv_bias", True) else ""
-    with torch.random.fork_rng(devices=[]):
+
+    def build() -> SpectrogramTransformer:
         layers = [PreNormLayer(dim, heads, ffn_dim, biases, eps) for _ in range(count)]
-        model = SpectrogramTransformer(geometry, columns, dim, layers, eps)
+        return SpectrogramTransformer(geometry, columns, dim, layers, eps)
+
     weights = {
         _our_name(key.removeprefix("audio_spectrogram_transformer.")): value
         for key, value in folder.weights().items()
         if not key.startswith("classifier.")
     }
-    load_weights(model, weights, folder.name)
+    model = load_model(build, weights, count, folder.name)
     return SpectrogramTeacher(model, geometry, mel_frames, name=folder.name, device=device)
 
 

@@ -11,7 +11,7 @@ from ray_distill.teacher_cache.teachers.architecture import build_model
 from ray_distill.teacher_cache.teachers.fairseq import fairseq_architecture, torchaudio_weights
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 from ray_distill.teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2Teacher
-from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_weights
+from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_model
 from ray_distill.teacher_cache.untrusted import plain
 
 
@@ -42,8 +42,8 @@ def load_wavlm(checkpoint: Mapping[str, Any], name: str, device: str | torch.dev
     buckets, distance = cfg.get("num_buckets", 320), cfg.get("max_distance", 1280)
     architecture = dataclasses.replace(fairseq_architecture(cfg, name), relative_positions=(buckets, distance))
     weights, mask_embedding = torchaudio_weights(checkpoint.get("model"), name)
-    model = build_model(architecture, name)
-    load_weights(model, join_attention_projections(weights), name)
+    joined = join_attention_projections(weights)
+    model = load_model(lambda: build_model(architecture, name), joined, architecture.modules, name)
     return Wav2Vec2Teacher(
         model,
         checked_mask_embedding(mask_embedding, architecture.dim, name),

@@ -14,7 +14,7 @@ from ray_distill.teacher_cache.spectrograms import whisper_log_mel
 from ray_distill.teacher_cache.teachers.blocks.prenorm_layer import PreNormLayer
 from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFolder
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
-from ray_distill.teacher_cache.teachers.weights import load_weights
+from ray_distill.teacher_cache.teachers.weights import load_model
 
 # Part of every fingerprint. Increase the number when a change of the arithmetic below changes results.
 _ARITHMETIC = "whisper-1"
@@ -112,13 +112,11 @@ def load_whisper(folder: HuggingFaceFolder, device: str | torch.device) -> Whisp
         raise TeacherError(f"{folder.name} has a config.json without a usable value: {error}") from error
     if min(sizes.values()) < 1 or sizes["dim"] % sizes["heads"]:
         raise TeacherError(f"{folder.name} has sizes from which no model can be built: {sizes}")
-    with torch.random.fork_rng(devices=[]):
-        encoder = WhisperEncoder(**sizes)
     weights = {
         key.removeprefix(prefix): value
         for prefix in _PREFIXES
         for key, value in folder.weights().items()
         if key.startswith(prefix)
     }
-    load_weights(encoder, weights, folder.name)
+    encoder = load_model(lambda: WhisperEncoder(**sizes), weights, sizes["layers"], folder.name)
     return WhisperTeacher(encoder, name=folder.name, device=device)

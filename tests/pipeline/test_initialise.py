@@ -79,6 +79,9 @@ def test_only_what_was_asked_for(teacher: Teacher) -> None:
     config = like(teacher, attention_reuse=(False, True, False))
     names = initial_tensors(teacher, config, settings(init_front_end=True)).keys()
     assert {name.split(".")[0] for name in names} == {"conv_blocks", "feature_norm", "projection"}
+    bare = config.model_copy(update={"feature_norm": False})
+    names = initial_tensors(teacher, bare, settings(init_front_end=True)).keys()
+    assert {name.split(".")[0] for name in names} == {"conv_blocks", "projection"}
     names = initial_tensors(teacher, config, settings(init_encoder_layers=1)).keys()
     assert {name.split(".")[0] for name in names} == {"position", "encoder_norm", "layers"}
     assert {name.split(".")[1] for name in names if name.startswith("layers")} == {"0"}

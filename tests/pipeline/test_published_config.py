@@ -111,7 +111,8 @@ def write(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_the_published_recipe_is_the_one_in_configs(tmp_path: Path) -> None:
-    config, dropped = import_config(write(tmp_path))
+    imported = import_config(write(tmp_path))
+    config, dropped = imported.config, imported.dropped
     shipped = load_config(CONFIGS / "armhubert-s-960.yaml")
     assert config.train == shipped.train
     assert config.masks == shipped.masks
@@ -126,10 +127,29 @@ def test_the_published_recipe_is_the_one_in_configs(tmp_path: Path) -> None:
     }
 
 
-def test_a_mask_schedule_becomes_policies_of_draws(tmp_path: Path) -> None:
-    config, _ = import_config(write(tmp_path, train__mask_prob_schedule="[0.2, 0.8]"))
-    assert [policy.mask_prob for policy in config.masks.policies] == [0.2, 0.4, 0.6, 0.8]
-    assert config.train.draw_order == "in_order"
+@pytest.mark.parametrize("text", ["[0.2, 0.8]", "(0.2, 0.8)", "0.2, 0.8", [0.2, 0.8]])
+def test_a_mask_schedule_becomes_policies_of_draws(tmp_path: Path, text: Any) -> None:
+    imported = import_config(write(tmp_path, train__mask_prob_schedule=text))
+    assert [policy.mask_prob for policy in imported.config.masks.policies] == [0.2, 0.4, 0.6, 0.8]
+    assert imported.config.train.draw_order == "in_order"
+    assert any("4 levels (0.2, 0.4, 0.6, 0.8)" in sentence for sentence in imported.changed)
+    assert "train.mask_prob_schedule" not in imported.kept
+
+
+def test_every_key_is_kept_changed_or_dropped(tmp_path: Path) -> None:
+    imported = import_config(write(tmp_path, train__specaug=True, train__mask_prob_schedule="(0.2, 0.8)"))
+    named = [sentence.partition(":")[0] for sentence in (*imported.changed, *imported.dropped)]
+    given = {f"{section}.{key}" for section, values in published().items() for key in values}
+    assert given <= {*imported.kept, *named}
+    assert not set(imported.kept) & set(named)
+    assert any("the softmax twice" in sentence for sentence in imported.changed)
+    plain = import_config(write(tmp_path, distiller__reuse_pattern=str([True] * 12)))
+    assert not any("the softmax twice" in sentence for sentence in plain.changed)
+
+
+def test_validation_and_selection_are_the_published_ones(tmp_path: Path) -> None:
+    train = import_config(write(tmp_path)).config.train
+    assert (train.validate_every, train.keep_best) == ("epoch", 3)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +163,8 @@ def test_a_mask_schedule_becomes_policies_of_draws(tmp_path: Path) -> None:
         ({"distiller__enable_tr_layer": True, "distiller__tr_layer_type": "fc3"}, "time_reduction"),
         ({"train__specaug": True, "specaug__adaptive": True}, "specaug.adaptive is True"),
         ({"train__specaug": True, "specaug__freq_mask_width_range": [2, 20]}, "ranges must start at 0"),
+        ({"train__mask_prob_schedule": "0.5"}, "mask_prob_schedule is '0.5', but it must have two numbers"),
+        ({"train__mask_prob_schedule": "__import__('os')"}, "must have two numbers"),
         ({"train__wrong": 1}, "train.wrong is not a key"),
         ({"optimizer__lr": "fast"}, "learning_rate"),
     ],
@@ -155,7 +177,7 @@ def test_options_that_would_change_the_training_are_refused(
 
 
 def test_every_option_is_converted(tmp_path: Path) -> None:
-    config, _ = import_config(
+    config = import_config(
         write(
             tmp_path,
             train__specaug=True,
@@ -177,7 +199,7 @@ def test_every_option_is_converted(tmp_path: Path) -> None:
             distiller__freeze_student_mask=True,
             distiller__extractor_mode="layer_norm",
         )
-    )
+    ).config
     student = config.resolve_student(12, 768)
     assert (student.time_reduction, student.time_reduction_factor, student.time_reduction_index) == ("fc1", 3, 2)
     assert (student.layer_drop, student.feature_grad_mult, student.conv_pos_depth) == (0.05, 0.1, 5)
@@ -210,11 +232,12 @@ def test_the_published_spec_augment_is_the_default(tmp_path: Path) -> None:
         "num_time_mask": 2,
     }
     changes = {f"specaug__{key}": value for key, value in section.items()}
-    config, dropped = import_config(write(tmp_path, train__specaug=True, **changes))
+    imported = import_config(write(tmp_path, train__specaug=True, **changes))
+    config, dropped = imported.config, imported.dropped
     assert config.train.spec_augment == SpecAugment()
     assert not any("replace_with_zero" in sentence for sentence in dropped)
     # Missing keys have the defaults of the published code, which differ.
-    bare, _ = import_config(write(tmp_path, train__specaug=True))
+    bare = import_config(write(tmp_path, train__specaug=True)).config
     assert bare.train.spec_augment == SpecAugment(time_warp_window=5, frequency_mask_width=20, fill="zero")
 
 
@@ -223,7 +246,7 @@ def test_the_published_spec_augment_is_the_default(tmp_path: Path) -> None:
     [("abs", "convolution", "[3, 7, 11]"), ("rel_pos", "relative", [3, 7, 11]), ("rope", "rotary", "[3, 7] + [11]")],
 )
 def test_conformers_and_split_heads(tmp_path: Path, published_name: str, ours: str, layers: Any) -> None:
-    config, _ = import_config(
+    config = import_config(
         write(
             tmp_path,
             train__distil_random_layer=2,
@@ -234,7 +257,7 @@ def test_conformers_and_split_heads(tmp_path: Path, published_name: str, ours: s
             distiller__pred_layer_id=layers,
             distiller__pred_head_inter_dim=256,
         )
-    )
+    ).config
     assert config.teacher.layers == [4, 8, 12]
     student = config.resolve_student(3, 768)
     assert (student.layer_type, student.position, student.depthwise_kernel) == ("conformer", ours, 15)
@@ -254,7 +277,12 @@ def test_the_command_writes_a_configuration_that_loads(tmp_path: Path) -> None:
     output = tmp_path / "ours.yaml"
     result = CliRunner().invoke(application, ["import-config", str(write(tmp_path)), "--output", str(output)])
     assert result.exit_code == 0, result.output
-    assert "dropped optimizer.weight_decay" in result.output
+    for line in (
+        "kept    data.libri_root, data.train_set, ",
+        "changed masks.draws: ",
+        "dropped optimizer.weight_decay: ",
+    ):
+        assert line in result.output
     assert load_config(output).name == "ArmHuBERT-S-960h"
     again = CliRunner().invoke(application, ["import-config", str(write(tmp_path)), "--output", str(output)])
     assert again.exit_code == 2 and "exists already" in again.output

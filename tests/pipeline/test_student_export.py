@@ -120,11 +120,22 @@ def test_formats(run_folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / file).is_file()
 
 
+@pytest.mark.parametrize(("chosen", "features"), [([], "heads"), (["--features", "layers"], "layers")])
+def test_features_are_in_the_origin(run_folder: Path, tmp_path: Path, chosen: list[str], features: str) -> None:
+    arguments = ["export", str(run_folder), "--format", "s3prl", "--output", str(tmp_path / "mine"), *chosen]
+    result = CliRunner().invoke(application, arguments)
+    assert result.exit_code == 0 and f"(features: {features})" in result.output
+    record = json.loads((tmp_path / "mine" / "config.json").read_text())
+    assert record["origin"]["features"] == record["model"]["features"] == features
+    assert f"- features: {features}" in (tmp_path / "mine" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere", "--format", "s3prl", "--output", "x"], "is not a student"),
         (["MODEL", "--format", "s3prl", "--output", "my-student"], "Python identifier"),
+        (["BARE", "--format", "s3prl", "--features", "heads", "--output", "x"], "has no heads"),
         (["MODEL", "--format", "s3prl", "--int8", "--output", "x"], "--int8"),
         (["RUN", "--format", "s3prl", "--output", "x"], "has no exported student"),
     ],
@@ -133,7 +144,8 @@ def test_mistakes(run_folder: Path, tmp_path: Path, arguments: list[str], messag
     model = run_folder / "export"
     if arguments[0] == "RUN":
         model.rename(tmp_path / "moved")
-    places = {"MODEL": str(model), "RUN": str(run_folder)}
+    save_student(Student(TINY).without_heads(), tmp_path / "bare")
+    places = {"MODEL": str(model), "RUN": str(run_folder), "BARE": str(tmp_path / "bare")}
     result = CliRunner().invoke(application, ["export", *(places.get(a, a) for a in arguments)])
     assert result.exit_code == 2
     assert message in result.output and result.output.count("\n") == 1

@@ -108,6 +108,7 @@ def test_tensors_that_do_not_fit_are_named(saved: tuple[Student, Path]) -> None:
     for changes, message in (
         ({"layers.9.up.weight": torch.zeros(1)}, "has an unexpected tensor 'layers.9.up.weight'"),
         ({"mask_embedding": torch.zeros(9)}, r"'mask_embedding' is \(9,\), not \(8,\)"),
+        ({"mask_embedding": torch.full((8,), torch.nan)}, "has a tensor that is not finite, 'mask_embedding'"),
     ):
         save_file(tensors | changes, folder / "model.safetensors")
         with pytest.raises(ValueError, match=message):
@@ -128,6 +129,29 @@ def test_damaged_files_are_refused(saved: tuple[Student, Path]) -> None:
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"config\.json does not describe a student"):
             load_student(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_embed_dim": 2_400_000}, "would have about .* the limits are"),
+        ({"encoder_layers": 10**12}, "would have about .* the limits are"),
+        ({"encoder_ffn_embed_dim": 10**7}, "does not fit its configuration: '.*' is"),
+        (
+            {"encoder_layers": 5000, "attention_reuse": "none"},
+            "does not fit its configuration, which has 5,0.. layers and conv",
+        ),
+    ],
+)
+def test_absurd_sizes_are_refused_before_allocation(
+    saved: tuple[Student, Path], changes: dict[str, object], message: str
+) -> None:
+    _, folder = saved
+    record = json.loads((folder / "config.json").read_text())
+    changed = {"student": record["student"] | changes, "metadata": {}}
+    (folder / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=message):
+        load_student(folder)
 
 
 def test_a_published_checkpoint_needs_its_yaml(tmp_path: Path) -> None:
@@ -172,7 +196,7 @@ def test_a_malicious_checkpoint_is_refused_and_does_nothing(tmp_path: Path, lega
             {"state_dict": {"student_model.encoder.gate.weight": torch.zeros(8)}},
             "no student has: 'encoder.gate.weight'",
         ),
-        ({"state_dict": {"student_model.mask_emb": torch.zeros(8)}}, "lacks tensor"),
+        ({"state_dict": {"student_model.mask_emb": torch.zeros(8)}}, "it has only 1 tensors"),
     ],
 )
 def test_other_checkpoints_are_refused(tmp_path: Path, content: dict[str, object], message: str) -> None:
@@ -203,6 +227,8 @@ def test_published_yaml(tmp_path: Path) -> None:
         ({"reuse_pattern": "[False, True, True]"}, "first layer has no attention map"),
         ({"reuse_pattern": "[True, False]"}, "has 2 entries, but encoder_layers is 3"),
         ({"encoder_layers": "many"}, "does not describe a student"),
+        ({"encoder_layers": 10**12, "reuse_pattern": None}, "encoder_layers is 1,000,000,000,000, but at most"),
+        ({"encoder_embed_dim": 24_000_000}, "would have about .* parameters; the limits are"),
         ({"extractor_mode": "spectrogram"}, "does not describe a student"),
         ({"layer_type": "lstm"}, "does not describe a student"),
         ({"enable_tr_layer": True, "tr_layer_index": 3}, "time_reduction_index 3 leaves no layer after the reduction"),

@@ -115,6 +115,18 @@ def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None
         load_untrusted(tmp_path / "b.pt")
 
 
+def test_a_flipped_bit_in_a_tensor_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {"w": torch.full((2000,), 0.7)}}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.full((50,), 0.7).numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        UntrustedCheckpointError, match=r"a\.ckpt is not a readable .* 'a/data/0' does not have the checksum"
+    ):
+        load_untrusted(path)
+
+
 def test_other_files_give_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "other.pt"
     path.write_bytes(b"RIFF and so on, not a checkpoint at all")

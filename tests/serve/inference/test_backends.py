@@ -155,3 +155,19 @@ def test_a_student_without_a_head_for_each_layer_has_no_teacher_space(options: d
     backend = TorchBackend(Student(TINY.model_copy(update=options)).eval())
     assert backend.teacher_dim is None
     assert backend.run(layer_requests())[0].shape == (3, 1, 16)
+
+
+def test_an_onnx_file_of_the_heads_is_refused(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="needs the onnx extra (the dev extra has it)")
+    make, types = onnx.helper, onnx.TensorProto
+    pairs = {"waveforms": ("projections", types.FLOAT, [1, 400]), "lengths": ("num_frames", types.INT64, [1])}
+    graph = make.make_graph(
+        [make.make_node("Identity", [given], [output]) for given, (output, _, _) in pairs.items()],
+        "heads",
+        [make.make_tensor_value_info(given, kind, shape) for given, (_, kind, shape) in pairs.items()],
+        [make.make_tensor_value_info(output, kind, shape) for output, kind, shape in pairs.values()],
+    )
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, str(tmp_path / "heads.onnx"))
+    with pytest.raises(ValueError, match="export it with --features layers"):
+        open_backend(tmp_path / "heads.onnx", BackendOptions())

@@ -1,7 +1,6 @@
 """The Hugging Face folder loads with AutoModel, returns the student's features, and can be fine-tuned with the Trainer."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +11,10 @@ import torch
 from ray_distill.student import Student, StudentConfig
 from ray_distill.student.exporters.huggingface import export_huggingface
 
+from .conftest import ORIGIN, waves
+
 transformers = pytest.importorskip("transformers", reason="needs transformers (the dev extra has it)")
-
-ORIGIN = {
-    "run": "tiny run",
-    "teacher": "hubert_small.pt",
-    "cache_fingerprint": "f00",
-    "commit": "c0ffee",
-    "corpus_hours": 0.96,
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        modules = tmp_path_factory.mktemp(
-            "modules"
-        )  # transformers copies the folder's code here instead of into the home folder.
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
-        yield
-
-
-@pytest.fixture
-def exported(tmp_path: Path, tiny: StudentConfig) -> tuple[Student, Path]:
-    torch.manual_seed(0)
-    student = Student(tiny).eval()
-    export_huggingface(student, tmp_path / "tiny-student", ORIGIN)
-    return student, tmp_path / "tiny-student"
-
-
-def waves() -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    return [(0.1 * rng.normal(size=samples)).astype(np.float32) for samples in (16_000, 5_000, 9_000)]
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.mark.slow

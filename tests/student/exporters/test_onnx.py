@@ -122,3 +122,20 @@ def test_a_file_is_not_overwritten(tmp_path: Path, tiny: StudentConfig) -> None:
     for export in (export_onnx, export_torch):
         with pytest.raises(ValueError, match="exists"):
             export(Student(tiny), tmp_path / "there", {})
+
+
+def test_programs_of_the_heads(tmp_path: Path, tiny: StudentConfig) -> None:
+    student = make(tiny)
+    padded, lengths = pad_waveforms(noise([16_000, 9_000]))
+    with torch.no_grad():
+        expected = student(padded, lengths)
+    export_onnx(student, tmp_path / "student.onnx", ORIGIN, "heads")
+    run = OnnxRun(tmp_path / "student.onnx")
+    assert [output.name for output in run.session.get_outputs()] == ["projections", "num_frames"]
+    export_torch(student, tmp_path / "student.pt2", ORIGIN, "heads")
+    program = torch.export.load(tmp_path / "student.pt2").module()
+    for found, counts in (run(padded, lengths), program(padded, lengths)):
+        assert found.shape == expected.projections.shape
+        for row, count in enumerate(counts.tolist()):
+            ours = expected.projections[row, :, :count]
+            torch.testing.assert_close(torch.as_tensor(found[row, :, :count]), ours, rtol=0, atol=1e-5)

@@ -5,13 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from ray_distill.pipeline.config import load_config
 from ray_distill.student import Student, StudentConfig
-from ray_distill.student.exporters.portable import portable_config, portable_student
+from ray_distill.student.exporters.portable import default_features, portable_config, portable_student
 from ray_distill.student.exporters.portable_model import PortableStudent, pad
 from ray_distill.teacher_cache.audio import load_audio
 
-from ...tiny import tiny_student
+from ...tiny import CONFIGS, tiny_student
 
 NO_REUSE = {"attention_reuse": "none"}
 VARIANTS: dict[str, dict[str, object]] = {
@@ -20,6 +22,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "twice in a row": {"attention_reuse": (False, True, True, False)},
     "twice in a row, released": {"attention_reuse": (False, True, True, False), "reuse_behaviour": "released"},
     "no reuse": NO_REUSE,
+    "no feature norm": {"feature_norm": False},
     "layer norm": {"conv_norm": "layer_norm", "conv_bias": True},
     "norm first": {"layer_norm_first": True, "heads": "none"},
     "deep position": {"conv_pos_depth": 3, "heads": "split"},
@@ -158,3 +161,60 @@ def test_other_arithmetic_is_refused() -> None:
 def test_it_knows_its_frames() -> None:
     model = PortableStudent(portable_config(StudentConfig()))
     assert (model.stride, model.receptive_field) == (320, 400)
+
+
+@pytest.mark.parametrize("student", ["armhubert", "maskhubert"])
+@torch.no_grad()
+def test_heads_give_the_published_projections(shared: Path, student: str) -> None:
+    from ray_distill.student import load_student
+
+    golden = load_file(shared / "golden" / "golden.safetensors")
+    loaded = load_student(shared / f"golden/{student}_mini.ckpt", shared / f"golden/{student}_mini.yaml")
+    assert default_features(loaded.config) == "heads"
+    model = portable_student(loaded, "heads")
+    for number, samples in enumerate((16_000, 11_200, 8_000)):
+        found = model(golden["wav"][number, None, :samples])
+        expected = golden[f"{student}_single_{number}_projections"]
+        torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=2e-6)
+
+
+HEADS: dict[str, dict[str, object]] = {
+    "layerwise": {},
+    "plain": {"target_dim": 16},
+    "reduced": {"time_reduction": "conv1d", "layer_norm_first": True},
+    "reduced in the middle": {"time_reduction": "fc1", "time_reduction_index": 2, "time_reduction_factor": 3},
+    "split": {"heads": "split", "split_heads": 3, "split_dim": 20},
+    "split, reduced": {"heads": "split", "split_heads": 2, "time_reduction": "fc1"},
+}
+
+
+@pytest.mark.parametrize("variant", HEADS)
+@torch.no_grad()
+def test_it_gives_the_heads_predictions(variant: str) -> None:
+    torch.manual_seed(0)
+    student = Student(tiny_student(encoder_layers=4, **HEADS[variant])).eval()
+    model = portable_student(student, "heads")
+    waves, lengths = pad(noise([0.9, 0.3]))
+    expected, found = student(waves, lengths), model(waves, lengths)
+    assert (len(found), model.width) == (model.num_features, student.config.target_dim)
+    for row, count in enumerate(expected.num_frames.tolist()):
+        for layer, x in enumerate(found):
+            torch.testing.assert_close(x[row, :count], expected.projections[row, layer, :count], rtol=0, atol=1e-5)
+    assert len(portable_student(student)(waves, lengths)) == 5
+
+
+def test_default_features_are_those_that_the_authors_evaluate() -> None:
+    for recipe, features in (
+        ("armhubert-960", "heads"),
+        ("maskhubert-960", "heads"),
+        ("fithubert-960", "layers"),
+        ("distilhubert-960", "layers"),
+        ("starhubert", "layers"),
+    ):
+        config = load_config(CONFIGS / f"{recipe}.yaml", [])
+        layers = len(config.teacher.layers or range(12))
+        assert default_features(config.resolve_student(layers, 768)) == features
+    bare = tiny_student(heads="none")
+    assert default_features(bare) == "layers"
+    with pytest.raises(ValueError, match="has no heads, so features heads can't be exported; choose features layers"):
+        portable_config(bare, "heads")

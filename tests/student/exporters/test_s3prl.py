@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.student.exporters.portable import Features
 from ray_distill.student.exporters.s3prl import export_s3prl
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 
@@ -29,12 +30,15 @@ torch.save((states, alone), {result!r})
 """
 
 
-@pytest.mark.parametrize("behaviour", ["paper", "released"])
-def test_features_equal_ours_without_this_project(tmp_path: Path, tiny: StudentConfig, behaviour: str) -> None:
+@pytest.mark.parametrize(("behaviour", "features"), [("paper", "heads"), ("released", "layers")])
+def test_features_equal_ours_without_this_project(
+    tmp_path: Path, tiny: StudentConfig, behaviour: str, features: Features
+) -> None:
     torch.manual_seed(0)
     student = Student(tiny.model_copy(update={"reuse_behaviour": behaviour})).eval()
     folder = tmp_path / "my_student"
-    export_s3prl(student, folder, {"run": "tiny", "cache_fingerprint": "f00"})
+    export_s3prl(student, folder, {"run": "tiny", "cache_fingerprint": "f00"}, features)
+    assert ("the predictions of 2 layers" in (folder / "README.md").read_text()) == (features == "heads")
     waves = [torch.randn(samples) * 0.1 for samples in (16_000, 4_100, 9_000)]
     torch.save(waves, tmp_path / "waves.pt")
     text = USE.format(
@@ -44,10 +48,11 @@ def test_features_equal_ours_without_this_project(tmp_path: Path, tiny: StudentC
     subprocess.run([sys.executable, "-I", str(tmp_path / "use.py")], check=True, cwd=tmp_path)
     states, alone = torch.load(tmp_path / "result.pt")
     with torch.no_grad():
-        ours, frames = student.encode(*pad_waveforms([wave.numpy() for wave in waves]))
-    assert len(states) == tiny.encoder_layers + 1
+        found = student(*pad_waveforms([wave.numpy() for wave in waves]))
+    ours, frames = found.projections if features == "heads" else found.hidden_states, found.num_frames
+    assert len(states) == tiny.encoder_layers + (features == "layers")
     for row, count in enumerate(frames.tolist()):
-        for layer, state in enumerate(states[1:]):
+        for layer, state in enumerate(states[features == "layers" :]):
             torch.testing.assert_close(state[row, :count], ours[row, layer, :count], rtol=0, atol=1e-5)
         # The frames of an utterance do not depend on its batch, including those added by S3PRL's rounding.
         wanted = -(-len(waves[row]) // 320)

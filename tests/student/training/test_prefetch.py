@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from ray_distill.student import StudentConfig
 from ray_distill.student.training.prefetch import PREFETCH, TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.frames import num_frames
+from ray_distill.teacher_cache.patch_geometry import PatchGeometry
+from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.targets.target_batch import Batch
 
 Settings = Callable[..., TrainSettings]
@@ -128,3 +131,20 @@ def test_a_training_that_fails_leaves_no_thread(settings: Settings) -> None:
             break
     running.close()
     assert feeds() == []
+
+
+def test_crops(readers: tuple[CacheReader, CacheReader], settings: Settings) -> None:
+    reader = readers[0]
+    whole = settings(batch_size=9, max_steps=2)
+    crops = settings(batch_size=9, max_steps=2, crop_seconds=1.0)
+    assert max(reader.num_samples) > 16_000
+    seen = [list(feed(reader, options)) for options in (whole, crops, crops)]  # type: ignore[arg-type]
+    for uncut, first, again in zip(*seen, strict=True):
+        assert sorted(first.batch.ids) == sorted(uncut.batch.ids)
+        assert first.num_samples.max() == 16_000 and first.num_samples.tolist() == first.batch.lengths.tolist()
+        assert first.step_frames == int(first.batch.num_frames.sum()) < uncut.step_frames
+        assert first.batch.targets.shape[2] == 49 and first.batch.frame_mask.shape == (9, 49)
+        assert torch.equal(first.batch.waveforms, again.batch.waveforms)
+    assert not torch.equal(seen[1][0].batch.waveforms.sum(1).sort()[0], seen[1][1].batch.waveforms.sum(1).sort()[0])
+    with pytest.raises(ValueError, match=r"the student has patches; remove train\.crop_seconds"):
+        crops.check_student(StudentConfig(patches=PatchGeometry()))

@@ -332,6 +332,16 @@ def test_draw_order_is_a_schedule(settings: Settings) -> None:
         settings(draw_order="in_order", targets="online")
 
 
+def test_validation_after_each_epoch(settings: Settings) -> None:
+    lengths = np.full(9, 16_000)
+    plan = TrainingPlan(lengths, settings(validate_every="epoch", epochs=3, max_steps=None), 1)
+    assert [step for step in range(1, 10) if plan.validates_after(step)] == [3, 6, 9]
+    cut = TrainingPlan(lengths, settings(validate_every="epoch", epochs=3, max_steps=7), 1)
+    assert [step for step in range(1, 8) if cut.validates_after(step)] == [3, 6, 7]
+    fixed = TrainingPlan(lengths, settings(validate_every=4, epochs=3, max_steps=None), 1)
+    assert [step for step in range(1, 10) if fixed.validates_after(step)] == [4, 8, 9]
+
+
 def test_fp16_needs_a_gpu(settings: Settings) -> None:
     with pytest.raises(ValueError, match="fp16 needs train.use_gpu true; on a CPU use fp32 or bf16"):
         settings(precision="fp16")

@@ -115,8 +115,32 @@ def test_unusable_whisper_folders(tmp_path: Path) -> None:
         ('"encoder_attention_heads": 4', '"encoder_attention_heads": 5', "sizes from which no model can be built"),
         ('"d_model": 32', '"d_model": "x"', "without a usable value"),
         ('"encoder_layers": 3', '"encoder_layers": 2', "has weights that its configuration doesn't know"),
+        ('"d_model": 32', '"d_model": 24000000', "shapes don't fit"),
+        (
+            '"encoder_layers": 3',
+            '"encoder_layers": 999999999',
+            "layers and convolutions in its configuration, but only",
+        ),
     ):
         assert old in text
         config.write_text(text.replace(old, new))
         with pytest.raises(TeacherError, match=message):
             load_teacher(str(folder))
+
+
+def test_sizes_and_sampling_rate_of_ast(tmp_path: Path) -> None:
+    folder = Path(save_tiny("audio-spectrogram-transformer", tmp_path))
+    config = folder / "config.json"
+    text = config.read_text()
+    for old, new in (
+        ('"hidden_size": 32', '"hidden_size": 24000000'),
+        ('"max_length": 240', '"max_length": 24000000000'),
+    ):
+        assert old in text
+        config.write_text(text.replace(old, new))
+        with pytest.raises(TeacherError, match="shapes don't fit"):
+            load_teacher(str(folder))
+    config.write_text(text)
+    (folder / "preprocessor_config.json").write_text('{"sampling_rate": 44100}')
+    with pytest.raises(TeacherError, match="sampling_rate = 44100, but teachers must take 16000 Hz"):
+        load_teacher(str(folder))

@@ -260,6 +260,10 @@ def test_huggingface_errors(tmp_path: Path) -> None:
         ({"num_hidden_layers": "x"}, "wrong kind"),
         ({"conv_stride": [5, 2, 2, 2, 2, 2, 1]}, "320 apart"),
         ({"hidden_size": 64}, "shapes don't fit"),
+        ({"hidden_size": 24_000_000}, "shapes don't fit"),
+        ({"hidden_size": 2**40}, "shapes don't fit|from which no model can be built"),
+        ({"intermediate_size": 10**12}, "shapes don't fit"),
+        ({"num_hidden_layers": 10**9}, r"1,000,000,\d+ layers and convolutions in its configuration, but only"),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(TeacherError, match=message):
@@ -268,6 +272,28 @@ def test_huggingface_errors(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="not readable JSON"):
         load_teacher(str(folder))
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"sampling_rate": 8000}))
+    with pytest.raises(TeacherError, match="has sampling_rate = 8000, but teachers must take 16000 Hz"):
+        load_teacher(str(folder))
+    (folder / "preprocessor_config.json").unlink()
+    weights = load_file(folder / "model.safetensors")
+    for name, value, message in (
+        (
+            "lm_head.bias",
+            torch.zeros(3),
+            "is a fine-tuned model, since it has the weight 'lm_head.bias' of a task's head; use",
+        ),
+        ("classifier.weight", torch.zeros(3, 3), "drop the head with transformers.AutoModel"),
+        ("masked_spec_embed", torch.full((config["hidden_size"],), torch.inf), "a mask embedding that is not finite"),
+        (
+            "encoder.layers.0.attention.k_proj.bias",
+            torch.full((config["hidden_size"],), torch.nan),
+            "weights that are not finite: encoder.transformer.layers.0.attention.k_proj.bias",
+        ),
+    ):
+        save_file(weights | {name: value}, folder / "model.safetensors")
+        with pytest.raises(TeacherError, match=message):
+            load_teacher(str(folder))
     (folder / "model.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(TeacherError, match="not a readable safetensors"):
         load_teacher(str(folder))
@@ -292,6 +318,11 @@ def test_unsupported_checkpoints(kind: str, tmp_path: Path) -> None:
     refused(lambda c, _: c["model"].update({"w2v_encoder.x": torch.zeros(1)}), "a weight 'w2v_encoder.x'")
     refused(lambda _, cfg: cfg.update(activation_fn="relu"), "activation_fn = 'relu', but only 'gelu'")
     refused(lambda _, cfg: cfg.update(encoder_layers=1), "has weights that its configuration doesn't know")
+    refused(lambda _, cfg: cfg.update(encoder_embed_dim=24_000_000), "shapes don't fit")
+    refused(lambda _, cfg: cfg.update(encoder_layers=10**9), "layers and convolutions in its configuration, but only")
+    refused(
+        lambda c, _: c["model"]["encoder.layers.0.fc1.bias"].fill_(torch.nan), "not finite: .*intermediate_dense.bias"
+    )
     refused(lambda _, cfg: cfg.update(encoder_attention_heads=5), "the number of heads must divide the width")
     refused(lambda _, cfg: cfg.update(encoder_layers="2"), "not a positive integer")
     refused(lambda _, cfg: cfg.update(conv_feature_layers="__import__('os').getcwd()"), "not a list of")

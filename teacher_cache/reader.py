@@ -18,10 +18,10 @@ from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.embedded_audio import DECODERS
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import draw_mask
-from ray_distill.teacher_cache.parquet_file_pool import ParquetFilePool
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, column_name, damage_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, Targets
 from ray_distill.teacher_cache.storage.failed_utterances import check_failed
+from ray_distill.teacher_cache.storage.shard_file_pool import ShardFilePool
 from ray_distill.teacher_cache.storage.shard_plan import Shard
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.target_batch import Batch, CachedUtterance, CodedTargets, pad_waveforms
@@ -151,7 +151,7 @@ class CacheReader:
         default = _REMOTE_THREADS if remote else min(4, os.cpu_count() or 1)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads or default, "cache-reader")
-        self._open = ParquetFilePool(self.cache.store, _OPEN_REMOTE_FILES if remote else _OPEN_FILES)
+        self._open = ShardFilePool(self.cache.store, _OPEN_REMOTE_FILES if remote else _OPEN_FILES)
 
     def __len__(self) -> int:
         return len(self.ids)

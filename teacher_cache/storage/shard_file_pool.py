@@ -11,7 +11,7 @@ from ray_distill.teacher_cache.storage.cache import ShardFile, check_content
 from ray_distill.teacher_cache.storage.store import Store
 
 
-class ParquetFilePool:
+class ShardFilePool:
     """Pool of open Parquet files. One thread uses a file at a time, and the least recently used files are closed.
 
     Args:

@@ -295,7 +295,8 @@ class Upsampler(nn.Module):
     def forward(self, x_BRd: Tensor, frames: int) -> Tensor:
         """Map (B, R, d) to (B, frames, d)."""
         y: Tensor = self.expand(x_BRd.transpose(1, 2))
-        return y.transpose(1, 2)[:, :frames]
+        # Exporters can't trace a slice, because they can't tell that there are enough frames.
+        return y.transpose(1, 2).index_select(1, torch.arange(frames, device=y.device))
 
 
 class EncoderLayer(nn.Module):

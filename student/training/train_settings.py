@@ -78,7 +78,7 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     draw_order: Literal["rotate", "in_order"] = "rotate"
     """Mask draw of each epoch: ``rotate`` cycles through the draws, ``in_order`` spreads them over the run, which turns draws
     with different policies (masks.policies) into a schedule."""
-    validate_every: Annotated[int, pydantic.Field(ge=1)] | Literal["epoch"] = 1000
+    validate_every: int | Literal["epoch"] = 1000
     """Optimiser steps between validations, or ``epoch``, as published: a validation after each epoch. A last validation follows
     the last step; each validation writes a checkpoint."""
     checkpoint_every: Annotated[int | None, CHANGES_NO_RESULT] = pydantic.Field(default=None, ge=1)
@@ -98,6 +98,10 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     def _check_combinations(self) -> Self:
         if (self.batch_size is None) == (self.batch_seconds is None):
             raise ValueError("give exactly one of train.batch_size and train.batch_seconds")
+        if self.validate_every != "epoch" and self.validate_every < 1:
+            raise ValueError(
+                f"train.validate_every is {self.validate_every}; give a positive number of optimiser steps, or epoch"
+            )
         if self.precision == "fp16" and not self.use_gpu:
             raise ValueError("train.precision fp16 needs train.use_gpu true; on a CPU use fp32 or bf16")
         if self.draw_order == "in_order" and self.targets == "online":

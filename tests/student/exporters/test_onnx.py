@@ -9,6 +9,7 @@ import torch
 
 from ray_distill.student import Student, StudentConfig
 from ray_distill.student.exporters.onnx import OPSET, export_onnx, export_torch
+from ray_distill.student.exporters.portable import Features
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 
@@ -39,18 +40,20 @@ def noise(lengths: list[int]) -> list[np.ndarray]:
     return [(0.1 * rng.normal(size=samples)).astype(np.float32) for samples in lengths]
 
 
-def difference(student: Student, run: object, waves: list[np.ndarray]) -> float:
-    """Return the largest relative difference over all layers and utterances."""
+def difference(student: Student, run: object, waves: list[np.ndarray], features: Features = "layers") -> float:
+    """Return the largest relative difference over all layers (or heads) and utterances."""
     padded, lengths = pad_waveforms(waves)
     with torch.no_grad():
-        ours, frames = student.encode(padded, lengths)
+        found = student(padded, lengths)
+    ours, frames = found.projections if features == "heads" else found.hidden_states, found.num_frames
+    first = int(features == "layers")  # State 0 of the layers is the encoder's input.
     states, counts = run(padded, lengths)  # type: ignore[operator]
-    assert states.shape[:3] == (len(waves), student.config.encoder_layers + 1, ours.shape[2])
+    assert states.shape[:3] == (len(waves), student.config.encoder_layers + first, ours.shape[2])
     assert counts.tolist() == frames.tolist()
     worst = 0.0
     for row, count in enumerate(frames.tolist()):
         for layer in range(ours.shape[1]):
-            a, b = ours[row, layer, :count], torch.as_tensor(states[row, layer + 1, :count])
+            a, b = ours[row, layer, :count], torch.as_tensor(states[row, layer + first, :count])
             worst = max(worst, float((a - b).norm() / a.norm()))
     return worst
 
@@ -69,14 +72,17 @@ class OnnxRun:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_onnx_of_any_batch_and_length(tmp_path: Path, tiny: StudentConfig, options: str) -> None:
     student = make(tiny, options)
-    export_onnx(student, tmp_path / "student.onnx", ORIGIN)
+    features: Features = "heads" if options in ("released", "fc1") else "layers"
+    export_onnx(student, tmp_path / "student.onnx", ORIGIN, features)
     model = onnx.load(tmp_path / "student.onnx")
     onnx.checker.check_model(model)
     assert model.opset_import[0].version == OPSET
     assert json.loads({prop.key: prop.value for prop in model.metadata_props}["origin"]) == ORIGIN
     run = OnnxRun(tmp_path / "student.onnx")
+    first_output = "projections" if features == "heads" else "hidden_states"
+    assert [output.name for output in run.session.get_outputs()] == [first_output, "num_frames"]
     for lengths in BATCHES:
-        assert difference(student, run, noise(lengths)) < 1e-5
+        assert difference(student, run, noise(lengths), features) < 1e-5
 
 
 def test_rotary_positions_on_reduced_frames_are_refused(tmp_path: Path, tiny: StudentConfig) -> None:
@@ -97,14 +103,14 @@ def test_int8_is_close_and_smaller(tmp_path: Path, tiny: StudentConfig) -> None:
 def test_torch_export(tmp_path: Path, tiny: StudentConfig) -> None:
     student = make(tiny)
     file = tmp_path / "new" / "student.pt2"  # Missing folders are created.
-    export_torch(student, file, ORIGIN)
+    export_torch(student, file, ORIGIN, "heads")
     extra = {"origin.json": ""}
     program = torch.export.load(file, extra_files=extra).module()
     assert json.loads(extra["origin.json"]) == ORIGIN
     for lengths in (*BATCHES, [720]):
         if max(lengths) >= 720:
             with torch.no_grad():
-                assert difference(student, program, noise(lengths)) < 1e-5
+                assert difference(student, program, noise(lengths), "heads") < 1e-5
     with pytest.raises(AssertionError, match="720"):
         program(torch.zeros(1, 719), torch.tensor([719]))
 
@@ -122,20 +128,3 @@ def test_a_file_is_not_overwritten(tmp_path: Path, tiny: StudentConfig) -> None:
     for export in (export_onnx, export_torch):
         with pytest.raises(ValueError, match="exists"):
             export(Student(tiny), tmp_path / "there", {})
-
-
-def test_programs_of_the_heads(tmp_path: Path, tiny: StudentConfig) -> None:
-    student = make(tiny)
-    padded, lengths = pad_waveforms(noise([16_000, 9_000]))
-    with torch.no_grad():
-        expected = student(padded, lengths)
-    export_onnx(student, tmp_path / "student.onnx", ORIGIN, "heads")
-    run = OnnxRun(tmp_path / "student.onnx")
-    assert [output.name for output in run.session.get_outputs()] == ["projections", "num_frames"]
-    export_torch(student, tmp_path / "student.pt2", ORIGIN, "heads")
-    program = torch.export.load(tmp_path / "student.pt2").module()
-    for found, counts in (run(padded, lengths), program(padded, lengths)):
-        assert found.shape == expected.projections.shape
-        for row, count in enumerate(counts.tolist()):
-            ours = expected.projections[row, :, :count]
-            torch.testing.assert_close(torch.as_tensor(found[row, :, :count]), ours, rtol=0, atol=1e-5)

@@ -338,6 +338,10 @@ def test_validation_after_each_epoch(settings: Settings) -> None:
     assert [step for step in range(1, 10) if plan.validates_after(step)] == [3, 6, 9]
     cut = TrainingPlan(lengths, settings(validate_every="epoch", epochs=3, max_steps=7), 1)
     assert [step for step in range(1, 8) if cut.validates_after(step)] == [3, 6, 7]
+    with pytest.raises(
+        ValueError, match="train.validate_every is 0; give a positive number of optimiser steps, or epoch"
+    ):
+        settings(validate_every=0)
     fixed = TrainingPlan(lengths, settings(validate_every=4, epochs=3, max_steps=None), 1)
     assert [step for step in range(1, 10) if fixed.validates_after(step)] == [4, 8, 9]
 

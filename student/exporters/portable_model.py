@@ -220,6 +220,20 @@ def _group_norm_over_real(x_BCS: Tensor, lengths: Tensor, norm: nn.GroupNorm) ->
     return normalised * norm.weight[:, None] + norm.bias[:, None]
 
 
+def _convolve_in_groups(conv: nn.Conv1d, x_BCT: Tensor) -> Tensor:
+    """Apply a grouped convolution, in float32 on a CPU: with AMX, PyTorch 2.11 computes small groups in bfloat16 wrongly."""
+    try:
+        autocast = torch.is_autocast_enabled("cpu")
+    except TypeError:  # PyTorch before 2.4.
+        autocast = torch.is_autocast_cpu_enabled()
+    if x_BCT.device.type != "cpu" or not (x_BCT.dtype == torch.bfloat16 or autocast):
+        return conv(x_BCT)
+    bias = None if conv.bias is None else conv.bias.float()
+    with torch.autocast("cpu", enabled=False):
+        y = F.conv1d(x_BCT.float(), conv.weight.float(), bias, padding=conv.padding[0], groups=conv.groups)
+    return y.to(x_BCT.dtype)
+
+
 class PositionConv(nn.Module):
     """Convolutional position embedding, with the weight normalisation of training folded into the weight."""
 
@@ -230,7 +244,7 @@ class PositionConv(nn.Module):
 
     def forward(self, x_BTd: Tensor, frames: Tensor | None) -> Tensor:
         """Map (B, T, d) to (B, T, d); padded frames must be zeros."""
-        x = self.conv(x_BTd.transpose(1, 2))
+        x = _convolve_in_groups(self.conv, x_BTd.transpose(1, 2))
         return F.gelu(x[..., : x.shape[-1] - self.surplus]).transpose(1, 2)
 
 
@@ -249,7 +263,7 @@ class DeepPositionConv(nn.Module):
         """Map (B, T, d), zeros at padding, to (B, T, d). ``frames``: (B, T) bool, False at padding; None if nothing is padded."""
         x = x_BTd
         for conv in self.convs:
-            y = conv(x.transpose(1, 2))
+            y = _convolve_in_groups(conv, x.transpose(1, 2))
             y = y[..., : y.shape[-1] - self.surplus].transpose(1, 2)
             x = _zero_padding(F.gelu(F.layer_norm(y, y.shape[-1:])), frames)
         return x

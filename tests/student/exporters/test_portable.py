@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ray_distill.pipeline.config import load_config
 from ray_distill.student import Student, StudentConfig
 from ray_distill.student.exporters.portable import default_features, portable_config, portable_student
-from ray_distill.student.exporters.portable_model import PortableStudent, pad
+from ray_distill.student.exporters.portable_model import PortableStudent, PositionConv, pad
 from ray_distill.teacher_cache.audio import load_audio
 
 from ...tiny import CONFIGS, tiny_student
@@ -156,6 +156,16 @@ def test_other_arithmetic_is_refused() -> None:
 
     with pytest.raises(ValueError, match="features of the exported model differ"):
         portable_student(Louder(student_of("paper").config))
+
+
+def test_positions_in_bfloat16_are_right_on_cpus_with_amx() -> None:
+    torch.manual_seed(0)
+    positions, x = PositionConv(16, 8, 2), torch.randn(3, 19, 16)
+    expected = positions(x, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(positions(x, None), expected)
+    found = positions.bfloat16()(x.bfloat16(), None)
+    assert found.dtype == torch.bfloat16 and (found - expected).norm() < 0.01 * expected.norm()
 
 
 def test_it_knows_its_frames() -> None:

@@ -36,10 +36,11 @@ def load_header(spec: str) -> Teacher | None:
     if kind == "random":
         return load_teacher(spec)
     path = Path(name).expanduser()
+    pickles = sorted(path.glob("*.bin")) if path.is_dir() else [path] if path.is_file() else []
     with (
         torch.device("meta"),
         # Installed when the module is imported, so mypy does not see it.
-        serialization.patch({"load.mmap": path.is_file() and zipfile.is_zipfile(path)}),  # type: ignore[attr-defined]
+        serialization.patch({"load.mmap": all(map(zipfile.is_zipfile, pickles))}),  # type: ignore[attr-defined]
         warnings.catch_warnings(),
     ):
         # PyTorch warns that loading weights into a model on the meta device has no effect.

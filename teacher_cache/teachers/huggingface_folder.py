@@ -1,7 +1,7 @@
-"""A Hugging Face folder (config.json, model.safetensors, preprocessor_config.json), read without transformers."""
+"""A Hugging Face folder (config.json, weights, preprocessor_config.json), read without transformers."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
+from ray_distill.teacher_cache.untrusted import load_untrusted
 
 
 class HuggingFaceFolder:
@@ -53,14 +54,38 @@ class HuggingFaceFolder:
         return content
 
     def weights(self) -> dict[str, Tensor]:
-        """Return all tensors by name."""
-        path = self.path / "model.safetensors"
-        if not path.is_file():
-            raise TeacherError(f"{path} is missing; a Hugging Face folder must have its weights in this file")
-        try:
-            state: dict[str, Tensor] = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise TeacherError(f"{path} is not a readable safetensors file: {error}") from error
+        """Return all tensors by name.
+
+        They are read from the first of these that exists, as in transformers: model.safetensors, its shards, pytorch_model.bin,
+        its shards. A ``.bin`` file is a pickle, which is read without running code.
+        """
+        for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
+            if (self.path / name).is_file():
+                return read(self.path / name)
+            if (index := self.path / f"{name}.index.json").is_file():
+                return self._shards(index, read)
+        raise TeacherError(
+            f"{self.path} has neither model.safetensors nor pytorch_model.bin; a Hugging Face folder must have its weights in one "
+            "of these, or in shards with model.safetensors.index.json or pytorch_model.bin.index.json"
+        )
+
+    def _shards(self, index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the tensors of the shards that an index names, which must be the tensors that it lists."""
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise TeacherError(f"{index} has no weight_map from weights to files")
+        names = sorted(set(weight_map.values()))
+        state: dict[str, Tensor] = {}
+        for name in names:
+            if Path(name).name != name:
+                raise TeacherError(f"{index} names {name!r}, but shards must be files of the same folder")
+            if not (self.path / name).is_file():
+                raise TeacherError(
+                    f"{self.path / name} is missing, one of the {len(names)} shards in {index.name}; download it again"
+                )
+            state |= read(self.path / name)
+        if missing := sorted(set(weight_map) - set(state)):
+            raise TeacherError(f"{self.path} lacks {missing[0]!r}, which {index.name} lists; download its shards again")
         return state
 
     def require(self, allowed: Mapping[str, tuple[Any, ...]]) -> None:
@@ -74,6 +99,21 @@ class HuggingFaceFolder:
                 raise TeacherError(
                     f"{self.name} has {key} = {self.config[key]!r}, but only {' or '.join(map(repr, values))} is supported"
                 )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise TeacherError(f"{path} is not a readable safetensors file: {error}") from error
+    return state
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    state = load_untrusted(path)
+    if wrong := next((key for key, value in state.items() if not isinstance(value, Tensor)), None):
+        raise TeacherError(f"{path} has {wrong!r}, which is not a tensor; a file with the weights alone is needed")
+    return state
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""The weights of a Hugging Face folder in each of its formats: one file or shards, safetensors or pickles."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ray_distill.teacher_cache.teachers import TeacherError, load_teacher
+from ray_distill.teacher_cache.teachers.header import load_header
+from ray_distill.teacher_cache.untrusted import UntrustedCheckpointError
+
+from .huggingface_folders import save_tiny, tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(save_tiny("hubert", tmp_path))
+
+
+def to_pickle(folder: Path, old_names: bool = False) -> dict[str, torch.Tensor]:
+    """Replace model.safetensors by pytorch_model.bin, as published before safetensors."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if old_names:
+        names = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+        for new, old in names.items():
+            state = {key.replace(new, old): value for key, value in state.items()}
+    torch.save(state, folder / "pytorch_model.bin")
+    return state
+
+
+def to_index(folder: Path, file: str, weight_map: object) -> None:
+    (folder / f"{file}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+def test_a_pickle_is_the_same_teacher_as_safetensors(folder: Path, old_names: bool) -> None:
+    expected = load_teacher(str(folder)).fingerprint
+    to_pickle(folder, old_names)
+    assert load_teacher(str(folder)).fingerprint == expected
+    header = load_header(str(folder))
+    assert header is not None and header.num_layers == 3
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_shards_are_the_same_teacher_as_one_file(folder: Path, safe: bool) -> None:
+    expected = load_teacher(str(folder)).fingerprint
+    state = load_file(folder / "model.safetensors")
+    if safe:
+        (folder / "model.safetensors").unlink()
+        tiny_model("hubert").save_pretrained(folder, max_shard_size="20KB")
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+    else:
+        to_pickle(folder).clear()
+        (folder / "pytorch_model.bin").unlink()
+        keys = sorted(state)
+        files = {key: f"pytorch_model-{n % 2 + 1:05d}-of-00002.bin" for n, key in enumerate(keys)}
+        for file in set(files.values()):
+            torch.save({key: state[key] for key in keys if files[key] == file}, folder / file)
+        to_index(folder, "pytorch_model.bin", files)
+    assert load_teacher(str(folder)).fingerprint == expected
+
+
+def test_shards_that_are_missing_or_elsewhere_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    for weight_map, message in (
+        ({"masked_spec_embed": "../model.safetensors"}, "shards must be files of the same folder"),
+        ({"masked_spec_embed": "model-00002-of-00002.safetensors"}, "is missing, one of the 1 shards"),
+        (
+            {"masked_spec_embed": "model-00001-of-00001.safetensors", "other": "model-00001-of-00001.safetensors"},
+            "lacks 'other'",
+        ),
+        (["model-00001-of-00001.safetensors"], "has no weight_map"),
+        ({"masked_spec_embed": 1}, "has no weight_map"),
+    ):
+        to_index(folder, "model.safetensors", weight_map)
+        with pytest.raises(TeacherError, match=message):
+            load_teacher(str(folder))
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("harm"),)
+
+
+def test_a_pickle_with_code_or_without_weights_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    to_pickle(folder)
+    torch.save({"weight": Harmful()}, folder / "pytorch_model.bin")
+    with pytest.raises(UntrustedCheckpointError, match="could run code when loaded"):
+        load_teacher(str(folder))
+    assert not (folder / "harm").exists()
+    torch.save({"step": 3}, folder / "pytorch_model.bin")
+    with pytest.raises(TeacherError, match="has 'step', which is not a tensor"):
+        load_teacher(str(folder))
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(TeacherError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+        load_teacher(str(folder))

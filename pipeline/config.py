@@ -58,7 +58,8 @@ class TeacherSection(_Section):
     """The teacher."""
 
     checkpoint: Annotated[str, SAME_IN_ABLATION]
-    """Checkpoint of the teacher: a ``.pt`` file, a Hugging Face folder, ``torchaudio:NAME``, or ``random:LxD`` for random weights.
+    """Checkpoint of the teacher: a ``.pt`` file, a Hugging Face folder, ``torchaudio:NAME``, ``builtin:phone-hubert``
+    for the small HuBERT in this package (see `ray_distill.teacher_cache.teachers.builtin`), or ``random:LxD`` for random weights.
     The prefix ``mean-mask:`` gives a teacher without a mask embedding a substitute, so that it has masked targets. The prefix
     ``layer-norm:`` normalises each frame of each layer, as teachers with layer norms before their blocks need."""
     layers: Annotated[list[int] | None, CHANGES_LOSS_MEANING] = None

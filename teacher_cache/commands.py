@@ -16,7 +16,7 @@ Location = Annotated[
 TeacherSpec = Annotated[
     str | None,
     typer.Option(
-        help="Teacher: a checkpoint or torchaudio:NAME. Default: the one that the cache names, if it is random:LAYERSxDIM."
+        help="Teacher: a checkpoint or torchaudio:NAME. Default: the one that the cache names, if that needs no file."
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device of the teacher: cpu, cuda.")]

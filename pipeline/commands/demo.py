@@ -18,7 +18,10 @@ def demo(
         typer.Option(envvar="CORPUS", help="LibriSpeech or any folder of audio. Default: a synthesised corpus."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(envvar="TEACHER", help="Checkpoint of a real teacher. Default: random weights.")
+        str | None,
+        typer.Option(
+            envvar="TEACHER", help="Teacher, as in configurations. Default: a small HuBERT trained on synthetic speech."
+        ),
     ] = None,
     config: Annotated[
         str,

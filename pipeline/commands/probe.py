@@ -10,7 +10,7 @@ import typer
 def probe(
     manifest: Annotated[
         Path,
-        typer.Argument(help="CSV file with the columns path and label, or path and transcript; optionally split."),
+        typer.Argument(help="CSV file with the columns path and label, transcript or frame_labels; optionally split."),
     ],
     student: Annotated[
         list[Path] | None, typer.Option(help="Folder of a run or of an exported student; may be repeated.")

@@ -1,4 +1,4 @@
-"""The demo: the whole job on this machine, then features requested from the service over HTTP."""
+"""The demo: the whole job on this machine, a probe for phones, then features requested from the service over HTTP."""
 
 import io
 import os
@@ -18,6 +18,8 @@ from rich.console import Console
 import ray_distill
 from ray_distill.pipeline.config import load_config
 from ray_distill.pipeline.demo.demo_corpus import make_demo_corpus
+from ray_distill.pipeline.demo.phone_probe import conclusion, phone_table, probe_phones
+from ray_distill.pipeline.probing.task import PHONES_FILE
 from ray_distill.pipeline.stages import STAGES, Run, run_stages, summary_table
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
@@ -92,9 +94,10 @@ def request_features(address: str, audio: Path) -> np.ndarray:
 def run_demo(
     recipe: Path, overrides: Sequence[str] = (), corpus: Path | None = None, teacher: str | None = None
 ) -> None:
-    """Run all stages, then request features of one utterance from the service, and print a summary.
+    """Run all stages, probe the student for phones, request features of one utterance from the service, and print a summary.
 
-    The run is called ``demo``, followed by the names of the corpus and the teacher where they are given.
+    A corpus without ``phones.csv`` has no phones to probe, which is said. The run is called ``demo``, followed by the names of
+    the corpus and the teacher where they are given.
 
     Args:
         recipe: YAML configuration.
@@ -123,7 +126,18 @@ def run_demo(
         name += f"-{_as_name(Path(teacher).stem)}"
     settings += [f"name={name}", f"cache.path=caches/{name}", f"cache.actors={os.cpu_count() or 1}"]
     run = Run(load_config(recipe, [*settings, *overrides]), Console())
-    summary = run_stages(run, list(STAGES))
+    *before_report, report = STAGES
+    run_stages(run, before_report)
+    phones = run.config.corpus.path / PHONES_FILE
+    outcomes = None
+    if phones.is_file():
+        console.print(f"probe   training linear classifiers of phones on frozen features ({phones})")
+        outcomes = probe_phones(run, phones)
+    else:
+        console.print(
+            f"probe   no phone errors are measured, since the corpus has no {PHONES_FILE} (see ray-distill probe)"
+        )
+    summary = run_stages(run, [report])
     assert summary is not None
     utterance = run.utterances[0]
     with running_service(Path(summary["export"]), run.folder.path / "service.log") as address:
@@ -132,6 +146,9 @@ def run_demo(
     seconds = len(load_audio(Path(utterance.path))) / SAMPLE_RATE
     summary["features"] = f"{features.shape} {features.dtype} for {seconds:.2f} s of audio"
     console.print(summary_table(summary))
+    if outcomes is not None:
+        console.print(phone_table(outcomes))
+        console.print(conclusion(outcomes))
     console.print(
         f"Finished in {time.monotonic() - started:.0f} s. To serve the student again: "
         f"ray-distill serve --model {summary['export']}"

@@ -1,68 +1,50 @@
-"""The demo's corpus: a fixed list of sentences, synthesised by espeak-ng in several voices."""
+"""The demo's corpus: a fixed list of sentences, synthesised by espeak-ng in several voices, with the phone of each frame."""
 
-import ctypes
-import os
+import csv
 import shutil
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import soundfile
-import torch
-import torchaudio.functional
 
+from ray_distill.pipeline.demo.synthesiser import Synthesiser, Voice
+from ray_distill.pipeline.probing.task import NO_LABEL, PHONES_FILE
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
 _TEXTS = Path(__file__).with_name("demo_sentences.txt")
 
-# Constants from espeak-ng's speak_lib.h.
-_AUDIO_OUTPUT_SYNCHRONOUS = 2
-_PARAMETER_RATE, _PARAMETER_PITCH = 1, 3
-_POSITION_CHARACTER = 1
-_CHARS_UTF8 = 1
-
-
-@dataclass(frozen=True)
-class Voice:
-    """A speaker.
-
-    Attributes:
-        split: Split of the corpus that contains the speaker.
-        name: Language and variant of espeak-ng, joined by ``+``.
-        rate: Words per minute.
-        pitch: Pitch from 0 to 99.
-    """
-
-    split: str
-    name: str
-    rate: int
-    pitch: int
-
-
 # The variants f2, f3 and f5 are excluded: espeak-ng gives them breath noise that differs between processes.
-VOICES = (
-    Voice("train-demo", "en-us+m3", 165, 45),
-    Voice("train-demo", "en-gb-x-rp+f1", 150, 55),
-    Voice("train-demo", "en-gb-scotland+m7", 175, 40),
-    Voice("train-demo", "en-029+f4", 160, 60),
-    Voice("train-demo", "en-us-nyc+f4", 185, 50),
-    Voice("train-demo", "en-gb-x-gbclan+m1", 145, 35),
-    Voice("dev-demo", "en-gb-x-rp+m4", 155, 50),
-    Voice("dev-demo", "en-gb-scotland+f4", 170, 58),
-)
+VOICES = {
+    "train-demo": (
+        Voice("en-us+m3", 165, 45),
+        Voice("en-gb-x-rp+f1", 150, 55),
+        Voice("en-gb-scotland+m7", 175, 40),
+        Voice("en-029+Annie", 160, 60),
+        Voice("en-us-nyc+steph", 185, 50),
+        Voice("en-gb-x-gbclan+m1", 145, 35),
+        Voice("en-us+Andy", 155, 65),
+        Voice("en-gb-x-rp+Mario", 170, 30),
+    ),
+    "dev-demo": (
+        Voice("en-gb-x-rp+m4", 155, 50),
+        Voice("en-us+f4", 170, 58),
+        Voice("en-gb-x-gbcwmd+anika", 160, 45),
+        Voice("en-gb-scotland+linda", 180, 52),
+    ),
+}
+"""Speakers of each split. The teacher of the demo was trained without the variants of ``dev-demo`` and without en-gb-x-gbcwmd."""
 
 
-def make_demo_corpus(folder: Path, minutes: float = 6.0) -> Path:
+def make_demo_corpus(folder: Path, minutes: float = 9.0) -> Path:
     """Synthesise the demo's corpus, unless the folder contains it already.
 
     The corpus is 16 kHz 16-bit FLAC in LibriSpeech's layout, with the splits ``train-demo`` and ``dev-demo``. Voices, speeds
-    and pitches differ, and the two splits have different voices. The first call in a process gives equal files for equal
-    arguments; later calls may not, since espeak-ng keeps state between utterances.
+    and pitches differ, and the two splits have different voices. ``phones.csv`` has the phone of each frame of 20 ms. The first
+    call in a process gives equal files for equal arguments; later calls may not, since espeak-ng keeps state between utterances.
 
     Args:
         folder: Folder of the corpus. Files that an interrupted call left in the two splits are replaced.
-        minutes: Approximate length of the speech in both splits together. Default: 6.
+        minutes: Approximate length of the speech in both splits together. Default: 9.
 
     Returns:
         ``folder``.
@@ -70,76 +52,32 @@ def make_demo_corpus(folder: Path, minutes: float = 6.0) -> Path:
     Raises:
         ValueError: espeakng-loader is not installed or does not work.
     """
-    done = folder / f".complete-{minutes:g}-minutes"
+    done = folder / f".complete-2-{minutes:g}-minutes"
     if done.is_file():
         return folder
-    for split in {voice.split for voice in VOICES}:
+    for split in VOICES:
         shutil.rmtree(folder / split, ignore_errors=True)
     for stale in folder.glob(".complete-*"):
         stale.unlink()
     texts = _TEXTS.read_text(encoding="utf-8").splitlines()
-    synthesiser = _Synthesiser()
-    for number, voice in enumerate(VOICES):
+    synthesiser = Synthesiser()
+    rows = []
+    voices = [(split, voice) for split, members in VOICES.items() for voice in members]
+    for number, (split, voice) in enumerate(voices):
         samples = 0
-        chapter = folder / voice.split / str(number) / "0"
+        chapter = folder / split / str(number) / "0"
         chapter.mkdir(parents=True)
         for n in count():
             # Voices start at different sentences, so that a short corpus still contains all of them.
-            waveform = synthesiser.speak(texts[(n + number * 5) % len(texts)], voice)
-            soundfile.write(chapter / f"{number}-0-{n:04d}.flac", waveform, SAMPLE_RATE, subtype="PCM_16")
-            samples += len(waveform)
-            if samples >= minutes * 60 * SAMPLE_RATE / len(VOICES):
+            speech = synthesiser.speak(texts[(n + number * 5) % len(texts)], voice)
+            file = chapter / f"{number}-0-{n:04d}.flac"
+            soundfile.write(file, speech.waveform, SAMPLE_RATE, subtype="PCM_16")
+            labels = " ".join(phone or NO_LABEL for phone in speech.frame_phones())
+            rows.append((file.relative_to(folder).as_posix(), labels, "train" if split == "train-demo" else "test"))
+            samples += len(speech.waveform)
+            if samples >= minutes * 60 * SAMPLE_RATE / len(voices):
                 break
+    with (folder / PHONES_FILE).open("w", newline="", encoding="utf-8") as manifest:
+        csv.writer(manifest).writerows([("path", "frame_labels", "split"), *rows])
     done.touch()
     return folder
-
-
-class _Synthesiser:
-    """espeak-ng's shared library. It keeps its state in global variables, so use one instance per process."""
-
-    def __init__(self) -> None:
-        try:
-            import espeakng_loader
-        except ImportError as error:
-            raise ValueError(
-                "the demo corpus needs the package espeakng-loader; install the 'demo' extra (pip install '.[demo]'), or set "
-                "CORPUS to a folder of speech"
-            ) from error
-        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-        self._rate = self._library.espeak_Initialize(
-            _AUDIO_OUTPUT_SYNCHRONOUS, 0, os.fsencode(espeakng_loader.get_data_path()), 0
-        )
-        if self._rate <= 0:
-            raise ValueError(
-                f"espeak-ng does not start with the data in {espeakng_loader.get_data_path()}; reinstall espeakng-loader, or set "
-                "CORPUS to a folder of speech"
-            )
-        self._blocks: list[np.ndarray] = []
-        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-        # Stored in an attribute, so that it is not freed while the library still calls it.
-        self._callback = callback(self._receive)
-        self._library.espeak_SetSynthCallback(self._callback)
-
-    def _receive(self, samples: "ctypes._Pointer[ctypes.c_short]", number: int, _events: int | None) -> int:
-        if samples and number:
-            self._blocks.append(np.ctypeslib.as_array(samples, (number,)).copy())
-        return 0
-
-    def speak(self, text: str, voice: Voice) -> np.ndarray:
-        """Return the synthesised text: (S,) float32 at 16 kHz in [-1, 1]."""
-        self._blocks.clear()
-        data = text.encode()
-        library = self._library
-        errors = [
-            library.espeak_SetVoiceByName(voice.name.encode()),
-            library.espeak_SetParameter(_PARAMETER_RATE, voice.rate, 0),
-            library.espeak_SetParameter(_PARAMETER_PITCH, voice.pitch, 0),
-            library.espeak_Synth(
-                data, ctypes.c_size_t(len(data) + 1), 0, _POSITION_CHARACTER, 0, _CHARS_UTF8, None, None
-            ),
-            library.espeak_Synchronize(),
-        ]
-        assert not any(errors) and self._blocks, f"espeak-ng failed on {text!r} with {voice}: {errors}"
-        spoken = torch.from_numpy(np.concatenate(self._blocks).astype(np.float32) / 32768)
-        resampled = torchaudio.functional.resample(spoken, self._rate, SAMPLE_RATE)
-        return np.asarray(resampled.clamp(-1, 1).numpy())

@@ -2,8 +2,9 @@
 
 As in SUPERB, a probe reads a learnt weighted sum of all layers (a softmax over one weight per layer) and is linear. For classes
 it reads the mean over time; for sequences of characters or phones it reads every frame, is trained with CTC and decoded
-greedily. Two differences make the results comparable with one another but not with SUPERB's: each dimension of each layer is
-normalised over the training split, so that layers of different scale start equal, and the encoder's input is not among the layers.
+greedily; for classes of frames it reads every frame. Two differences make the results comparable with one another but not with
+SUPERB's: each dimension of each layer is normalised over the training split, so that layers of different scale start equal, and
+the encoder's input is not among the layers.
 
 All sources share utterances, optimiser and number of steps. The 95 % confidence intervals are bootstrapped over test utterances.
 They don't cover the variation between trainings, nor between speakers if only a few were tested.
@@ -20,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_distill.pipeline.probing.feature_source import Features, FeatureSource
-from ray_distill.pipeline.probing.task import Task
+from ray_distill.pipeline.probing.task import NO_LABEL, Task
 
 _BOOTSTRAP_SAMPLES = 1000
 _BATCH_SIZE = 8
+_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Outcome:
 
     Attributes:
         source: Name of the feature source.
-        metric: ``accuracy`` or ``error rate``.
+        metric: ``accuracy``, ``error rate`` or ``frame error rate``.
         value: Metric over all test utterances.
         low, high: 95 % bootstrap confidence interval of the value.
         difference: Value minus that of the first source, with the confidence interval from the same bootstrap samples; None for
@@ -99,6 +101,7 @@ def run_probes(
     for source in sources:
         with tempfile.TemporaryDirectory() as folder:
             features = Features(source, task, Path(folder))
+            _check_frame_labels(features, source, task)
             probe, loss = _fit(features, source, task, epochs, seed)
             errors, items = _count_errors(probe, features, task)
         value = float(errors.sum() / items.sum())
@@ -118,12 +121,26 @@ def run_probes(
     return outcomes
 
 
+def _check_frame_labels(features: Features, source: FeatureSource, task: Task) -> None:
+    """Raise ValueError if an utterance has not one label for each frame of the source."""
+    if task.kind != "frame":
+        return
+    for example, frames in zip(task.examples, features.frames, strict=True):
+        if len(example.target) != frames:
+            raise ValueError(
+                f"{example.path} has {len(example.target)} frame labels, but {source.name} has {frames} frames; give one label for "
+                f"each frame, or {NO_LABEL} where there is none"
+            )
+
+
 def _fit(features: Features, source: FeatureSource, task: Task, epochs: int, seed: int) -> tuple[LinearProbe, float]:
     """Train a probe with AdamW and a cosine schedule; return it with the mean loss of the last epoch."""
     torch.manual_seed(seed)
     blank = int(task.kind == "ctc")  # CTC reserves index 0 for the blank.
     ids = {item: number for number, item in enumerate(task.vocabulary, start=blank)}
-    probe = LinearProbe(source.layers, source.dim, len(ids) + blank)
+    if task.kind == "frame":
+        ids[NO_LABEL] = _IGNORED
+    probe = LinearProbe(source.layers, source.dim, len(task.vocabulary) + blank)
     # AdamW moves each parameter by about the learning rate per step, and layer weights have further to go.
     groups = [
         {"params": [probe.layer_weights], "lr": 5e-2, "weight_decay": 0.0},
@@ -141,7 +158,10 @@ def _fit(features: Features, source: FeatureSource, task: Task, epochs: int, see
             batch = order[begin : begin + _BATCH_SIZE]
             logits = probe(nn.utils.rnn.pad_sequence([features[n] for n in batch], batch_first=True))
             targets = [torch.tensor([ids[item] for item in task.examples[n].target]) for n in batch]
-            if task.kind == "class":
+            if task.kind == "frame":
+                padded = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=_IGNORED)
+                loss = F.cross_entropy(logits.flatten(0, 1), padded.flatten(), ignore_index=_IGNORED)
+            elif task.kind == "class":
                 loss = F.cross_entropy(logits[:, 0], torch.cat(targets))
             else:
                 loss = F.ctc_loss(
@@ -169,6 +189,12 @@ def _count_errors(probe: LinearProbe, features: Features, task: Task) -> tuple[n
         if not example.test:
             continue
         best = probe(features[number][None])[0].argmax(-1)
+        if task.kind == "frame":
+            pairs = [(task.vocabulary[n], label) for n, label in zip(best.tolist(), example.target, strict=True)]
+            labelled = [found == label for found, label in pairs if label != NO_LABEL]
+            errors.append(labelled.count(False))
+            items.append(len(labelled))
+            continue
         if task.kind == "class":
             errors.append(int(task.vocabulary[int(best[0])] != example.target[0]))
         else:

@@ -6,10 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["class", "ctc"]
+Kind = Literal["class", "ctc", "frame"]
 Units = Literal["characters", "words"]
 
 _TEST_FRACTION = 0.2
+
+PHONES_FILE = "phones.csv"
+"""Name of a manifest that a corpus may contain, with the phone of each frame."""
+
+NO_LABEL, SILENCE = "-", "SIL"
+"""Label of a frame that a probe neither learns nor is tested on, and label of pauses."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Example:
 
     Attributes:
         path: Audio file.
-        target: The class, as the only item, or the sequence of characters, words or phones.
+        target: The class, as the only item; the sequence of characters, words or phones; or the label of each frame.
         test: Whether the utterance belongs to the test split.
     """
 
@@ -32,7 +38,7 @@ class Task:
     """Labelled utterances in a training and a test split.
 
     Attributes:
-        kind: ``class`` if each utterance has one class, ``ctc`` if it has a sequence.
+        kind: ``class`` if each utterance has one class, ``ctc`` if it has a sequence, ``frame`` if each frame has a class.
         examples: Utterances in the manifest's order.
         vocabulary: Classes or symbols of the training targets, sorted.
     """
@@ -43,12 +49,15 @@ class Task:
 
     @property
     def metric(self) -> str:
-        """Name of the reported metric: ``accuracy`` or ``error rate``."""
-        return "accuracy" if self.kind == "class" else "error rate"
+        """Name of the reported metric: ``accuracy``, ``error rate`` or ``frame error rate``."""
+        return {"class": "accuracy", "ctc": "error rate", "frame": "frame error rate"}[self.kind]
 
 
 def read_task(manifest: Path, units: Units = "characters") -> Task:
-    """Read a CSV manifest with a column ``path`` and a column ``label`` (a class) or ``transcript`` (a sequence).
+    """Read a CSV manifest with a column ``path`` and a column ``label``, ``transcript`` or ``frame_labels``.
+
+    A ``label`` is the class of the utterance, and a ``transcript`` a sequence. ``frame_labels`` are the classes of the frames of
+    20 ms, separated by white space, with ``-`` for a frame that has none.
 
     Relative paths are relative to the manifest's folder. The optional column ``split`` is ``train`` or ``test``. Without it,
     a hash of the path puts about a fifth of the utterances into the test split.
@@ -66,11 +75,11 @@ def read_task(manifest: Path, units: Units = "characters") -> Task:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"the manifest {manifest} can't be read ({error})") from error
     columns = list(rows[0]) if rows else []
-    kinds: dict[str, Kind] = {"label": "class", "transcript": "ctc"}
+    kinds: dict[str, Kind] = {"label": "class", "transcript": "ctc", "frame_labels": "frame"}
     column = next((name for name in kinds if name in columns), None)
     if "path" not in columns or column is None:
         raise ValueError(
-            f"the manifest {manifest} needs a column 'path' and a column 'label' or 'transcript'; "
+            f"the manifest {manifest} needs a column 'path' and a column 'label', 'transcript' or 'frame_labels'; "
             f"it has {', '.join(columns) or 'no rows'}"
         )
     examples = []
@@ -81,11 +90,15 @@ def read_task(manifest: Path, units: Units = "characters") -> Task:
             raise ValueError(
                 f"line {number} of {manifest} needs a path and a {column}; its split must be train or test"
             )
-        sequence = tuple(text) if units == "characters" else tuple(text.split())
+        one = {"label": (text,), "frame_labels": tuple(text.split())}
+        target = one.get(column) or (tuple(text) if units == "characters" else tuple(text.split()))
         digest = hashlib.sha256(row["path"].encode()).digest()
         test = split == "test" if split else int.from_bytes(digest[:4]) < _TEST_FRACTION * 2**32
-        examples.append(Example(manifest.parent / row["path"], (text,) if column == "label" else sequence, test))
-    task = Task(kinds[column], examples, sorted({item for e in examples if not e.test for item in e.target}))
+        examples.append(Example(manifest.parent / row["path"], target, test))
+    vocabulary = {item for example in examples if not example.test for item in example.target}
+    if column == "frame_labels":
+        vocabulary.discard(NO_LABEL)
+    task = Task(kinds[column], examples, sorted(vocabulary))
     if not task.vocabulary or not any(example.test for example in examples):
         raise ValueError(f"the manifest {manifest} needs utterances in both splits, train and test")
     if task.kind == "class":

@@ -39,11 +39,13 @@ class FeatureMaps:
         utterance: Id of the utterance.
         seconds: Duration in seconds.
         layers: Some of the layers the student learns from.
+        phones: Phone of each frame; empty if they are not known.
     """
 
     utterance: str
     seconds: float
     layers: Sequence[LayerMap]
+    phones: Sequence[str] = ()
 
 
 @torch.inference_mode()

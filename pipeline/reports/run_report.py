@@ -4,12 +4,14 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.probing.probe_record import distinct_titles, read_probes
+from ray_distill.pipeline.probing.task import NO_LABEL, SILENCE
 from ray_distill.pipeline.reports.explained_variance import explained_variance
 from ray_distill.pipeline.reports.feature_maps import FeatureMaps
 from ray_distill.pipeline.reports.heatmap import heatmap
@@ -30,6 +32,9 @@ _HEATMAP_LIMIT = 2.5
 """Standard deviations at which the colours of a heatmap end."""
 _HEATMAP_FRAMES = 400
 """Maximum number of frames shown. Noisy images compress badly, and a page should stay below 2 MB."""
+
+_LABELLED_FRAMES = 110
+"""Maximum number of frames shown with the names of their phones, which need room."""
 
 
 def write_run_report(
@@ -154,7 +159,7 @@ def _images(maps: FeatureMaps) -> dict[str, Any]:
     """Return what the template needs to show feature maps."""
     frames = len(maps.layers[0].teacher)
     per_second = frames / maps.seconds  # 50, or 120 patches of AST.
-    shown = min(frames, _HEATMAP_FRAMES)
+    shown = min(frames, _LABELLED_FRAMES if maps.phones else _HEATMAP_FRAMES)
     layers = []
     for layer in maps.layers:
         teacher, student = layer.teacher[:shown], layer.student[:shown]
@@ -172,8 +177,20 @@ def _images(maps: FeatureMaps) -> dict[str, Any]:
         "scale": heatmap(np.linspace(-limit, limit, 255)[:, None], limit),
         "scale_ticks": _ticks([-limit, 0, limit], -limit, limit),
         "time_ticks": _time_ticks(shown / per_second),
+        "phone_ticks": _phone_ticks(maps.phones[:shown]),
         "layers": layers,
     }
+
+
+def _phone_ticks(phones: Sequence[str]) -> list[tuple[float, str]]:
+    """Return the centre in per cent and the name of each phone, without silence and frames that have no label."""
+    ticks, first = [], 0
+    for phone, members in groupby(phones):
+        last = first + len(list(members))
+        if phone not in (SILENCE, NO_LABEL):
+            ticks.append((50 * (first + last) / len(phones), phone))
+        first = last
+    return ticks
 
 
 def _time_ticks(seconds: float) -> list[tuple[float, str]]:

@@ -1,13 +1,16 @@
 """The report stage: a summary and a page of the run's results."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.files import write_text
+from ray_distill.pipeline.probing.task import PHONES_FILE, read_task
 from ray_distill.pipeline.ray_session import counted
 from ray_distill.pipeline.reports.explained_variance import explained_variance
 from ray_distill.pipeline.reports.feature_maps import FeatureMaps, feature_maps
@@ -90,7 +93,23 @@ def _feature_maps(run: Run, student: Student | None) -> FeatureMaps | str:
         return f"The cache at {run.cache.location} no longer exists, so the teacher's features can't be shown."
     if student.config.heads == "none":
         return "A student without heads predicts no features that could be shown beside the teacher's."
-    return feature_maps(student, _validation_reader(run))
+    maps = feature_maps(student, _validation_reader(run))
+    return replace(maps, phones=_phones(run, maps.utterance))
+
+
+def _phones(run: Run, utterance: str) -> Sequence[str]:
+    """Return the phone of each frame of an utterance if the corpus contains ``phones.csv``, else nothing."""
+    manifest = run.config.corpus.path / PHONES_FILE
+    if not manifest.is_file():
+        return ()
+    try:
+        task = read_task(manifest)
+    except ValueError as error:
+        run.say(f"report  no phones are shown, since {error}")
+        return ()
+    path = next(Path(found.path).absolute() for found in run.utterances if found.id == utterance)
+    labels = (example.target for example in task.examples if example.path.absolute() == path)
+    return next(labels, ()) if task.kind == "frame" else ()
 
 
 def _validation_reader(run: Run) -> TargetReader:

@@ -220,14 +220,15 @@ def _group_norm_over_real(x_BCS: Tensor, lengths: Tensor, norm: nn.GroupNorm) ->
     return normalised * norm.weight[:, None] + norm.bias[:, None]
 
 
-def _convolve_in_groups(conv: nn.Conv1d, x_BCT: Tensor) -> Tensor:
+def _convolve_in_groups(conv: Any, x_BCT: Tensor) -> Tensor:
     """Apply a grouped convolution, in float32 on a CPU: with AMX, PyTorch 2.11 computes small groups in bfloat16 wrongly."""
     try:
         autocast = torch.is_autocast_enabled("cpu")
     except TypeError:  # PyTorch before 2.4.
         autocast = torch.is_autocast_cpu_enabled()
     if x_BCT.device.type != "cpu" or not (x_BCT.dtype == torch.bfloat16 or autocast):
-        return conv(x_BCT)
+        y: Tensor = conv(x_BCT)
+        return y
     bias = None if conv.bias is None else conv.bias.float()
     with torch.autocast("cpu", enabled=False):
         y = F.conv1d(x_BCT.float(), conv.weight.float(), bias, padding=conv.padding[0], groups=conv.groups)

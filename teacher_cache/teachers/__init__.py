@@ -1,10 +1,11 @@
-"""Loading of teachers from checkpoints, Hugging Face folders and torchaudio bundles."""
+"""Loading of teachers from checkpoints, Hugging Face folders, torchaudio bundles and this package."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from ray_distill.teacher_cache.teachers.builtin import load_builtin
 from ray_distill.teacher_cache.teachers.bundles import load_bundle
 from ray_distill.teacher_cache.teachers.fairseq import load_fairseq
 from ray_distill.teacher_cache.teachers.huggingface import MODEL_TYPES, load_huggingface
@@ -28,6 +29,13 @@ HUGGINGFACE_LOADERS: dict[str, Callable[[HuggingFaceFolder, str | torch.device],
 """Loaders of Hugging Face folders by ``model_type``."""
 
 
+_NAMED: dict[str, Callable[[str, str | torch.device], Teacher]] = {
+    "torchaudio": load_bundle,
+    "builtin": load_builtin,
+    "random": load_random,
+}
+
+
 def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
     """Load a frozen teacher.
 
@@ -36,10 +44,10 @@ def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
     Args:
         spec: One of: the path of a fairseq checkpoint (pre-trained HuBERT or wav2vec 2.0) or of a WavLM checkpoint; the path
             of a Hugging Face folder (config.json, model.safetensors) with a ``model_type`` in HUGGINGFACE_LOADERS;
-            ``torchaudio:NAME``, a torchaudio bundle such as ``torchaudio:HUBERT_BASE``; ``random:LAYERSxDIM``, a HuBERT
-            with seeded random weights. It may begin with options: ``mean-mask:`` replaces masked frames by the mean of the
-            utterance's frames, for a teacher without a mask embedding; ``layer-norm:`` normalises each frame of each
-            layer's output (see `Teacher`).
+            ``torchaudio:NAME``, a torchaudio bundle such as ``torchaudio:HUBERT_BASE``; ``builtin:phone-hubert``, a small
+            HuBERT in this package; ``random:LAYERSxDIM``, a HuBERT with seeded random weights. It may begin with options:
+            ``mean-mask:`` replaces masked frames by the mean of the utterance's frames, for a teacher without a mask
+            embedding; ``layer-norm:`` normalises each frame of each layer's output (see `Teacher`).
         device: Device on which the teacher computes. Default the CPU.
 
     Raises:
@@ -71,16 +79,14 @@ def split_options(spec: str) -> tuple[str, str]:
 
 
 def is_path(spec: str) -> bool:
-    """Return whether a specification without options names a file or folder, not a bundle or random weights."""
-    return not spec.startswith(("torchaudio:", "random:"))
+    """Return whether a specification without options names a file or folder, not a bundle, a built-in teacher or random weights."""
+    return not spec.startswith(tuple(f"{kind}:" for kind in _NAMED))
 
 
 def _load(spec: str, device: str | torch.device) -> Teacher:
     kind, separator, rest = spec.partition(":")
-    if separator and kind == "torchaudio":
-        return load_bundle(rest, device)
-    if separator and kind == "random":
-        return load_random(rest, device)
+    if separator and kind in _NAMED:
+        return _NAMED[kind](rest, device)
     path = Path(spec).expanduser()
     if path.is_dir():
         folder = HuggingFaceFolder(path)
@@ -93,7 +99,7 @@ def _load(spec: str, device: str | torch.device) -> Teacher:
     if not path.is_file():
         raise TeacherError(
             f"there is no teacher {spec!r}; give the path of a checkpoint or of a Hugging Face folder, "
-            "torchaudio:NAME, or random:LAYERSxDIM"
+            "torchaudio:NAME, builtin:NAME, or random:LAYERSxDIM"
         )
     checkpoint = load_untrusted(path)
     load = load_wavlm if is_wavlm(checkpoint) else load_fairseq

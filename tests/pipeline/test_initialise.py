@@ -145,7 +145,7 @@ def test_the_distilhubert_recipe_fits_a_hubert_base() -> None:
 
 def test_first_weights_that_nothing_was_trained_from_do_not_hold_a_run(tmp_path: Path) -> None:
     for more in ("train.seed=1", "train.seed=2"):
-        config = demo_config(tmp_path, "train.mask_embedding=teacher", more)
+        config = demo_config(tmp_path, "train.mask_embedding=teacher", "student.encoder_embed_dim=64", more)
         run = Run(config, Console(quiet=True))
         with run.folder.begin(config):
             prepare_training(run, 1)

@@ -98,7 +98,7 @@ def test_command(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     counts = json.loads((tmp_path / "counts.json").read_text())
-    assert counts["teacher_name"] == "random:4x64"
+    assert counts["teacher_name"] == "builtin:phone-hubert"
     share = counts["student"]["total_macs"] / counts["teacher"]["total_macs"]
     assert f"{share:.1%}" in result.output
     result = CliRunner().invoke(application, ["profile", str(tmp_path / "nothing")])

@@ -63,7 +63,7 @@ def test_a_wrong_name_lists_the_recipes_nearest_first(name: str, folder: str | N
     [
         (["ablate", "--config", "ablations/smoke", "--list"], "variant"),
         (["plan-cluster", "--cluster", "clusters/this-machine", "--hours", "1"], "Measured"),
-        (["profile", "demo", "--seconds", "1"], "random:4x64"),
+        (["profile", "demo", "--seconds", "1"], "builtin:phone-hubert"),
     ],
 )
 def test_commands_take_names(arguments: list[str], shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,8 @@ def test_demo_runs_and_reuses(tmp_path: Path, speech_folder: Path, monkeypatch: 
     first = run(demo, tmp_path, CORPUS=str(speech_folder))
     assert first.returncode == 0, first.stdout + first.stderr
     assert "RANDOM weights" in first.stdout
-    assert re.search(r"features over HTTP\W+\(\d+, 64\) float32", first.stdout)
+    assert re.search(r"features over HTTP\W+\(\d+, 56\) float32", first.stdout)
+    assert "no phone errors are measured, since the corpus has no phones.csv" in first.stdout
     run_folder = tmp_path / "runs" / "demo-corpus"
     summary = json.loads((run_folder / "summary.json").read_text())
     assert summary["utterances"] == 12

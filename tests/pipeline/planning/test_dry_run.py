@@ -44,8 +44,8 @@ def test_a_new_run_is_planned_and_nothing_is_written(
     assert shown.exit_code == 0, shown.output
     for text in (
         "9 train files, 3 validation files",
-        "random:4x64: 264,652 parameters, RANDOM weights, 4 layers of width 64, 4 used",
-        "190,496 parameters",
+        "builtin:phone-hubert: 902,304 parameters, 6 layers of width 128, 6 used",
+        "225,688 parameters",
         f"build the cache at {tmp_path / 'caches' / 'demo'}",
         "train from the first step",
         "train-tones      9      -  train       folder train-tones",
@@ -94,7 +94,7 @@ def test_online_targets_need_no_cache(tmp_path: Path, speech_folder: Path) -> No
         (["teacher.checkpoint=/nowhere.pt"], "there is no teacher '/nowhere.pt'"),
         (["teacher.checkpoint=torchaudio:HUBERT"], "no pre-trained bundle 'HUBERT'"),
         (["teacher.checkpoint=torchaudio:HUBERT_BASE"], "has no mask embedding"),
-        (["teacher.layers=[5]"], "there is no layer 5; random:4x64 has layers 1 to 4"),
+        (["teacher.layers=[7]"], "there is no layer 7; builtin:phone-hubert has layers 1 to 6"),
     ],
 )
 def test_mistakes_are_found(tmp_path: Path, speech_folder: Path, overrides: list[str], message: str) -> None:

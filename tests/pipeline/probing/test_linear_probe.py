@@ -45,6 +45,28 @@ def test_classes(tones: Path) -> None:
     assert good.metric == "accuracy" and good.value > 0.9 > noise.value
 
 
+def test_frames(tones: Path) -> None:
+    """The pitch of each frame is found, and frames without a label don't count."""
+    lines = ["path,frame_labels,split"]
+    for line in (tones / "words.csv").read_text().splitlines()[1:]:
+        name, word, split = line.split(",")
+        frames = num_frames(1600 + 6400 * len(word))
+        # A tone of 0.3 s follows each silence of 0.1 s; frames at a border have no label.
+        places = [20 * n + 12.5 for n in range(frames)]
+        labels = ["_" if t % 400 < 80 else word[int(t // 400)] if 120 < t % 400 < 380 else "-" for t in places]
+        lines.append(f"{name},{' '.join(labels)},{split}")
+    (tones / "frames.csv").write_text("\n".join(lines))
+    task = read_task(tones / "frames.csv")
+    mel, noise = run_probes(task, [FeatureSource.log_mel(), useless()], epochs=20)
+    assert mel.metric == "frame error rate" and mel.value < 0.05 < 0.4 < noise.value
+
+
+def test_frames_and_labels_must_agree(tones: Path) -> None:
+    (tones / "frames.csv").write_text("path,frame_labels,split\n0.flac,a b,train\n1.flac,a a,test\n")
+    with pytest.raises(ValueError, match=r"0.flac has 2 frame labels, but log-mel, 80 bands has \d+ frames"):
+        run_probes(read_task(tones / "frames.csv"), [FeatureSource.log_mel()])
+
+
 def test_the_weight_goes_to_the_layer_that_knows(tones: Path) -> None:
     mel, noise = FeatureSource.log_mel(bands=8), useless()
 

@@ -23,11 +23,18 @@ def test_manifests(tones: Path) -> None:
     assert {e.path.name for e in read_task(tones / "phones.csv", "words").examples if e.test} == tested
 
 
+def test_labels_of_frames(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("path,frame_labels,split\n1.flac,SIL AH - AH,train\n2.flac,AH OH,test\n")
+    task = read_task(tmp_path / "m.csv")
+    assert (task.kind, task.metric, task.vocabulary) == ("frame", "frame error rate", ["AH", "SIL"])
+    assert [example.target for example in task.examples] == [("SIL", "AH", "-", "AH"), ("AH", "OH")]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("file,label\n", "no rows"),
-        ("path,speaker\n1.flac,x\n", "'label' or 'transcript'"),
+        ("path,speaker\n1.flac,x\n", "'label', 'transcript' or 'frame_labels'"),
         ("path,label\n1.flac,\n", "line 2"),
         ("path,label,split\n1.flac,x,dev\n", "train or test"),
         ("path,label,split\n1.flac,x,train\n", "in both splits, train and test"),

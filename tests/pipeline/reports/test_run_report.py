@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,16 @@ def test_a_long_run_has_a_small_page(tmp_path: Path) -> None:
     assert len(loss["x"]) == 300 and loss["x"][-1] == 100_000
     assert np.mean(loss["y"]) == pytest.approx(np.mean([row["loss"] for row in metrics]), rel=1e-3)
     assert "Each point is the mean of up to 334 rows" in page and "the first 3.3 s are shown" in page
+
+
+def test_phones_are_named_below_the_features(tmp_path: Path) -> None:
+    phones = ["SIL"] * 10 + ["AH"] * 20 + ["-"] * 5 + ["S"] * 115
+    page = write(tmp_path, rows(), replace(MAPS, phones=phones))
+    assert "with its phones below" in page and "the first 2.2 s are shown" in page
+    # Centres of frames 10 to 30 and 35 to 110.
+    named = re.findall(r'left: ([\d.]+)%">(AH|S|SIL|-)</span>', page)
+    assert set(named) == {(f"{2000 / 110:.2f}", "AH"), (f"{7250 / 110:.2f}", "S")}
+    assert "phones below" not in write(tmp_path, rows())
 
 
 def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ def test_a_huge_or_wrong_state_of_a_codec_is_refused(
         "random:900x65536",
         "random:4x16",
         "layer-norm:teacher.pt",
+        "builtin:../../etc",
         "//host/share/a.pt",
         "",
     ],
@@ -194,6 +195,8 @@ def test_a_teacher_that_a_cache_names_is_not_loaded_unasked(tmp_path: Path, name
     assert chosen_teacher(cache, "mine.pt") == "mine.pt"
     forge(tmp_path, lambda record: record.update(teacher_spec="mean-mask:random:4x8"))
     assert chosen_teacher(Cache.open(tmp_path), None) == "mean-mask:random:4x8"
+    forge(tmp_path, lambda record: record.update(teacher_spec="builtin:phone-hubert"))
+    assert chosen_teacher(Cache.open(tmp_path), None) == "builtin:phone-hubert"
 
 
 def test_two_intact_records_that_differ_are_left_for_the_user(tmp_path: Path) -> None:

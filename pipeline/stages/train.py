@@ -42,12 +42,12 @@ def train_student(run: Run) -> None:
     if settings.targets == "cached":
         check_cache(run)
     training = prepare_training(run, max(1, (os.cpu_count() or 1) // settings.workers))
-    record_start(run.folder.starts_file, first=step is None)
     if step is not None:
         run.say(f"train   resuming from step {step}, the last checkpoint")
     with quiet_ray(run.folder.ray_log), run.progress("train", "steps") as update:
         init_ray()
         require_resources("train.workers, train.use_gpu", settings.workers, 1, float(settings.use_gpu), run.say)
+        record_start(run.folder.starts_file, first=step is None)
         done = threading.Event()
         watcher = threading.Thread(target=_show_metrics, args=(run, update, done), daemon=True)
         watcher.start()

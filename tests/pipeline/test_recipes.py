@@ -34,6 +34,7 @@ def test_the_names_are_the_files() -> None:
     assert recipe_names("clusters") == [
         "clusters/h100-local-disks",
         "clusters/h100-object-store",
+        "clusters/one-h100",
         "clusters/this-machine",
     ]
 

@@ -55,7 +55,7 @@ from ray_distill.teacher_cache.storage.store import Store
 CACHE_JSON = "cache.json"
 PLAN = "plan.parquet"
 COPIES = "copies"
-_RANDOM = re.compile(r"([a-z-]+:)*random:\d+x\d+")
+_RANDOM = re.compile(r"(?:[a-z-]+:)*random:(\d+)x(\d+)")
 CONTENT_KEY = b"ray_distill.content"
 """Key of the content key in the metadata of a shard file's Parquet footer. Files of earlier versions don't have it."""
 DATA_FOLDERS = ("clean", "masked", "composite", "commits")
@@ -224,8 +224,14 @@ class Cache:
         as they are), so they are exact. The weights of ``random:`` teachers are computed, with a last bit that differs between
         processors with and without AVX2, so these teachers are known by name as well.
         """
-        same_random = _RANDOM.fullmatch(name) is not None and self.record["teacher_spec"] == name
-        return fingerprint == self.spec.teacher or same_random
+        if fingerprint == self.spec.teacher:
+            return True
+        size = _RANDOM.fullmatch(name)
+        return (
+            size is not None
+            and self.record["teacher_spec"] == name
+            and (int(size[1]), int(size[2])) == (self.spec.num_layers, self.spec.dim)
+        )
 
     def check_teacher(self, name: str, fingerprint: str) -> None:
         """Raise CacheError if the cache was made with another teacher; see `is_of_teacher`."""

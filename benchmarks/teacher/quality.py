@@ -1,6 +1,6 @@
 """Phone errors of the demo's teacher and of students that are distilled from it as in the demo.
 
-``python -m benchmarks.teacher.quality`` measures both on the demo's corpus, whose validation voices no model has heard. With real
+``python -m benchmarks.teacher.quality`` measures both on the demo's corpus, whose validation voices no model was trained on. With real
 speech (see `benchmarks.small_speech`), it measures the teacher there too. No Ray is needed.
 """
 
@@ -14,21 +14,22 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from rich.console import Console
 
 from benchmarks.result_file import REPOSITORY, RESULTS, write_result
 from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, utterances
 from ray_distill.pipeline.config import Config, load_config
-from ray_distill.pipeline.corpus.index import index_corpus
 from ray_distill.pipeline.demo.demo_corpus import make_demo_corpus
 from ray_distill.pipeline.probing.feature_source import FeatureSource
 from ray_distill.pipeline.probing.linear_probe import run_probes
 from ray_distill.pipeline.probing.task import NO_LABEL, PHONES_FILE, Task, read_task
+from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.student import Student, load_student
 from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD, SAMPLE_RATE, num_frames
 from ray_distill.teacher_cache.reader import CacheReader
-from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
@@ -83,33 +84,20 @@ def one_layer(teacher: Teacher, layer: int) -> FeatureSource:
     )
 
 
-def distil(config: Config, corpus: Path, folder: Path, seeds: int) -> list[Student]:
+def distil(config: Config, folder: Path, seeds: int) -> list[Student]:
     """Return students of the configuration's teacher, one for each seed, trained on one rank from one cache."""
-    teacher = load_teacher(config.teacher.checkpoint)
-    layers = tuple(config.teacher.layers or range(1, teacher.num_layers + 1))
-    index = index_corpus(corpus, output=folder / "index")
-    spec = CacheSpec(
-        teacher=teacher.fingerprint,
-        num_layers=teacher.num_layers,
-        dim=teacher.dim,
-        layers=layers,
-        masks=config.masks,
-        codec=config.cache.codec,
-        corpus=index.fingerprint,
-        shard_seconds=config.cache.shard_minutes * 60,
-        batch_seconds=config.cache.batch_seconds,
-    )
-    plan = plan_shards(index.utterances, spec.shard_seconds)
-    checkpoint = config.teacher.checkpoint
-    build_cache(folder / "cache", spec, plan, checkpoint, teacher_name=teacher.name, workers=None)
-    readers = [CacheReader(str(folder / "cache"), split, layers) for split in ("train", "validation")]
+    job = Run(config, Console(quiet=True))
+    index_audio(job)
+    plan, teacher = plan_shards(job.utterances, job.spec.shard_seconds, job.teacher.num_frames), job.teacher
+    build_cache(job.cache.location, job.spec, plan, config.teacher.checkpoint, teacher_name=teacher.name, workers=None)
+    readers = [CacheReader(job.cache.location, split, job.layers) for split in ("train", "validation")]
     # As many frames per step as the workers of the demo have together.
     settings = config.train.model_copy(update={"workers": 1, "accumulate": config.train.workers})
     students = []
     for seed in range(seeds):
         run = folder / f"seed-{seed}"
         settings = settings.model_copy(update={"seed": seed})
-        architecture = config.resolve_student(len(layers), teacher.dim)
+        architecture = config.resolve_student(len(job.layers), teacher.dim)
         result = train(architecture, settings, readers[0], readers[1], run)
         print(
             f"seed {seed}: {result.steps} steps, {result.seconds:.0f} s, validation loss {result.last_validation_loss:.3f}"
@@ -129,12 +117,14 @@ def main(
 ) -> None:
     """Probe log-mel bands, untrained models, the teacher and its students for the phone of each frame."""
     torch.set_num_threads(1)
-    config = load_config(REPOSITORY / "configs" / "demo.yaml", ["train.max_steps=3"] if quick else [])
-    teacher = load_teacher(config.teacher.checkpoint)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         corpus = make_demo_corpus(folder / "corpus", 1.0) if quick else make_demo_corpus(folder / "corpus")
-        students = distil(config, corpus, folder, seeds)
+        paths = [f"corpus.path={corpus}", f"cache.path={folder / 'cache'}", f"runs={folder / 'runs'}"]
+        steps = ["train.max_steps=3"] if quick else []
+        config = load_config(REPOSITORY / "configs" / "demo.yaml", [*paths, *steps])
+        teacher = load_teacher(config.teacher.checkpoint)
+        students = distil(config, folder, seeds)
         torch.manual_seed(0)
         untrained = Student(students[0].config).eval()
         sources = [

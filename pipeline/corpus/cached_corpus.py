@@ -23,9 +23,9 @@ def known_fingerprint(cache: Cache, index: CorpusIndex) -> str:
     wrote, and so its fingerprint, depend on the machine. Then the corpus is the same if ids, splits, lengths and the hashes of
     all other audio are equal, and up to 8 utterances have the audio that the cache stores, up to rounding.
     """
-    mine = {utterance.id: utterance for utterance in index.utterances}
-    if cache.spec.corpus == index.fingerprint or cache.record["utterances"] != len(mine):
+    if cache.spec.corpus == index.fingerprint or cache.record["utterances"] != len(index.utterances):
         return index.fingerprint
+    mine = {utterance.id: utterance for utterance in index.utterances}
     theirs = {utterance.id: utterance for shard in cache.shards for utterance in shard.utterances}
     if mine.keys() != theirs.keys() or not all(_may_be_equal(mine[name], theirs[name]) for name in mine):
         return index.fingerprint

@@ -66,7 +66,7 @@ def phone_table(outcomes: Sequence[Outcome]) -> Table:
 
 def conclusion(outcomes: Sequence[Outcome]) -> str:
     """Return what the table of `probe_phones` measures, and where the student is between the spectrum and the teacher."""
-    meaning = "A linear classifier names the phone of each frame of 20 ms, for voices that no model has heard."
+    meaning = "A linear classifier names the phone of each frame of 20 ms, for voices that no model was trained on."
     error = {outcome.source: outcome.value for outcome in outcomes}
     gap = error[_SPECTRUM] - error[_TEACHER]
     if gap <= 0:

@@ -200,11 +200,13 @@ def cost_lines(plan: CostPlan) -> list[str]:
     subset = (
         "a run that needs only some of these layers still reads all of them" if spec.codec.startswith("pca") else ""
     )
+    hours = plan.teacher_hours
+    duration = f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.2g} min"
     return [
         f"{plan.hours:.2f} h, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, {plan.draws} mask draws "
         f"({plan.masked_fraction:.0%} masked), {spec.codec}: about {plan.total_bytes(spec.codec, spec.targets) / 1e9:.2f} GB, "
         f"{plan.bytes_per_epoch / 1e9:.2f} GB read per epoch" + (f"; {subset}" if subset else ""),
-        f"{plan.teacher_passes} teacher passes: about {plan.teacher_hours:.2f} h on one {plan.device} "
+        f"{plan.teacher_passes} teacher passes: about {duration} on one {plan.device} "
         f"({plan.audio_per_second:.0f} s of audio per second, measured now); this pays off after {plan.pays_after} epochs, compared "
         "with a teacher in the loop",
     ]

@@ -51,6 +51,10 @@ def category_colors(count: int) -> list[str]:
     return list(COLORS[:count]) if count <= len(COLORS) else [ordered_color(n, count) for n in range(count)]
 
 
+Scale = Literal["auto", "linear"]
+"""Scale of an axis; see `line_chart`."""
+
+
 @dataclass(frozen=True)
 class Series:
     """A series of a line chart.
@@ -105,7 +109,7 @@ def line_chart(
     y_title: str,
     *,
     x_title: str = "optimiser step",
-    y_scale: Literal["auto", "linear"] = "auto",
+    y_scale: Scale = "auto",
 ) -> Chart:
     """Return a line chart, with a legend if it has several series.
 

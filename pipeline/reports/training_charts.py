@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_distill.pipeline.reports.charts import COLORS, Chart, Series, line_chart, ordered_color
+from ray_distill.pipeline.reports.charts import COLORS, Chart, Scale, Series, line_chart, ordered_color
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -154,5 +154,6 @@ def _layer_charts(metrics: Rows, charts: Sequence[tuple[str, str, str, str]]) ->
             for n, (layer, key) in enumerate(keys.items())
         ]
         if series:
-            found.append(line_chart(title, series, y_title))
+            scale: Scale = "linear" if prefix.startswith("cosine") else "auto"
+            found.append(line_chart(title, series, y_title, y_scale=scale))
     return found

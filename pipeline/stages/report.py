@@ -145,7 +145,7 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         )
     if summary["starts"]:
         last = summary["starts"][-1]
-        facts["made by"] = f"`{last['command']}`, {last['code']}, started {summary['starts'][0]['time']}"
+        facts["made by"] = f"{last['command']}, {last['code']}, started {summary['starts'][0]['time']}"
         if len({start["code"] for start in summary["starts"]}) > 1:
             facts["made by"] += f" with {summary['starts'][0]['code']}"
     if summary["resumed"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -224,7 +225,7 @@ def span_mask(lengths: list[int], size: int, probability: float, length: int, mi
     return mask
 
 
-class _Head(DistilledStudentPreTrainedModel):
+class _Head(DistilledStudentPreTrainedModel, ABC):
     """A student with a linear head on its features.
 
     Attributes:
@@ -281,9 +282,9 @@ class _Head(DistilledStudentPreTrainedModel):
         logits: Tensor = self.head(features)
         return logits
 
+    @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
         """Return the loss of logits; ``real`` as for `logits`."""
-        raise NotImplementedError
 
 
 class DistilledStudentForCTC(_Head):

@@ -83,5 +83,8 @@ def failed_utterances(cache: Cache, needed: CacheSpec | None = None) -> dict[str
     found: dict[str, str] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
         for failed in pool.map(failed_in, files):
-            found = failed | found  # The reason of the file with the audio, which comes first in its shard, counts.
+            for name, reason in failed.items():
+                found.setdefault(
+                    name, reason
+                )  # The file with the audio comes first in its shard, and its reason counts.
     return found

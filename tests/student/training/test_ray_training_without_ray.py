@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray.train
@@ -83,6 +84,11 @@ class FakeTask:
         return outcome[0] if isinstance(outcome, list) else outcome
 
 
+def start(config: StudentConfig, settings: TrainSettings, folder: Path, **options: Any) -> None:
+    data: dict[str, Any] = {"cache": "cache", "teacher": "random:2x32", "masks": MaskDraws(), "utterances": []}
+    train_on_ray(config, settings, folder, layers=(1, 2), **data, **options)
+
+
 @pytest.mark.parametrize(
     ("outcomes", "kind", "message"),
     [
@@ -119,18 +125,7 @@ def test_a_single_worker_is_a_task_that_is_started_again(
     task = FakeTask(monkeypatch, outcomes)
 
     def train() -> None:
-        train_on_ray(
-            tiny,
-            settings(workers=1),
-            tmp_path,
-            layers=(1, 2),
-            cache="cache",
-            teacher="random:2x32",
-            masks=MaskDraws(),
-            utterances=[],
-            reserved_cpus=2,
-            as_task=True,
-        )
+        start(tiny, settings(workers=1), tmp_path, reserved_cpus=2, as_task=True)
 
     if kind is None:
         train()
@@ -154,16 +149,7 @@ def test_ray_does_not_look_for_room_for_ever(
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     with pytest.raises(TrainingError, match="could not start the training's 2 workers"):
-        train_on_ray(
-            tiny,
-            settings(workers=2),
-            tmp_path,
-            layers=(1, 2),
-            cache="cache",
-            teacher="random:2x32",
-            masks=MaskDraws(),
-            utterances=[],
-        )
+        start(tiny, settings(workers=2), tmp_path)
 
 
 def test_what_a_restart_would_repeat_is_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

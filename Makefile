@@ -37,18 +37,18 @@ mypy: $(STAMP)
 # Ray's processes have fixed times to start in, so tests with Ray run alone, after the others.
 test: lint
 	@failed=0; \
-	$(BIN)/python -m pytest -m "not ray" -n logical --maxprocesses 4 --dist loadfile --cov --cov-report= || failed=1; \
+	$(BIN)/python -m pytest -m "not ray" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report= || failed=1; \
 	echo "branch coverage without the tests with Ray: $$($(BIN)/coverage report --format=total) %"; \
 	$(BIN)/python -m pytest -m ray || failed=1; \
 	exit $$failed
 
 # Tests without Ray, browser, server processes and slow tests.
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not (ray or browser or server or slow)" -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not (ray or browser or server or slow)" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Branch coverage of test-fast. Subprocesses are not measured.
 coverage: $(STAMP)
-	$(BIN)/python -m pytest -m "not (ray or browser or server or slow)" -n logical --maxprocesses 4 --dist loadfile \
+	$(BIN)/python -m pytest -m "not (ray or browser or server or slow)" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 		--cov --cov-report=term:skip-covered
 
 # Pins from pyproject.toml, for Python 3.11 and 3.12 on any Linux.

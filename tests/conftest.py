@@ -25,6 +25,13 @@ torch.set_num_threads(1)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first, so that no worker is left with a long file at the end (see `make test`)."""
+    marks = ("slow", "server", "browser")
+    slow = {item.path for item in items if any(item.get_closest_marker(mark) for mark in marks)}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Return the optional folder of golden tensors, speech and trained teachers beside the repository; skip the test without it."""

@@ -13,7 +13,8 @@ import pydantic
 import yaml
 from pydantic_core import ErrorDetails
 
-from ray_distill.pipeline.recipes import other_recipes
+from ray_distill.pipeline.config_tree import ConfigError as ConfigError  # Exported here too.
+from ray_distill.pipeline.config_tree import compose, default_cache
 from ray_distill.pipeline.suggestions import unknown_key, wrong_word
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT, SAME_IN_ABLATION
@@ -24,10 +25,6 @@ from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.failed_utterances import DEFAULT_MAX_FAILED
-
-
-class ConfigError(ValueError):
-    """A configuration that can't be used. The message names the key and what would be allowed."""
 
 
 class _Section(pydantic.BaseModel):
@@ -70,7 +67,8 @@ class CacheSection(_Section):
     """The teacher cache, and how it is built."""
 
     path: Annotated[str, SAME_IN_ABLATION]
-    """Folder of the cache, or a URI such as ``s3://bucket/prefix``."""
+    """Folder of the cache, or a URI such as ``s3://bucket/prefix``. A configuration that names none takes
+    ``caches/TEACHER-CORPUS``."""
     codec: Annotated[str, pydantic.AfterValidator(check_codec), SAME_IN_ABLATION] = DEFAULT_CODEC
     """Storage format of the features: ``pca``, ``layer-pca``, ``int8``, ``fp16`` or ``fp32``. ``pca:STEP`` and
     ``layer-pca:STEP`` set the quantisation step."""
@@ -180,79 +178,37 @@ class Config(_Section):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration from a YAML file, apply overrides, and check the result.
+    """Read a configuration from a YAML file with its bases, apply overrides, and check the result.
 
     Args:
-        path: YAML file.
+        path: YAML file; see `ray_distill.pipeline.config_tree` for ``base:`` and short keys.
         overrides: Changes of the form ``section.key=value``, where the value is YAML. Default: none.
 
     Raises:
         ConfigError: The file can't be read, an override is malformed, a key is unknown, or a value has the wrong type or can't
             be combined with another.
     """
-    tree = read_tree(path)
-    for key, value in map(parse_override, overrides):
-        set_key(tree, key, value)
-    return check_config(tree)
-
-
-def read_tree(path: Path) -> dict[str, Any]:
-    """Return the sections of a YAML file without checking their keys.
-
-    Raises:
-        ConfigError: The file does not exist, is not valid YAML, or has no sections.
-    """
-    if not path.is_file():
-        raise ConfigError(f"there is no configuration file at {path}; {other_recipes(path)}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must contain sections (corpus, teacher, ...), not {type(tree).__name__}")
-    return tree
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Split ``section.key=value`` into the key and the value, which is parsed as YAML.
-
-    Raises:
-        ConfigError: The text has no key or no ``=``, or its value is not valid YAML.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{text!r} is not an override; write section.key=value, such as train.epochs=3")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {key!r} is not valid YAML: {value!r}") from error
-
-
-def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in place.
-
-    Raises:
-        ConfigError: A part of the key before its last dot names a value instead of a section.
-    """
-    *sections, name = key.split(".")
-    node = tree
-    for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"{key!r} can't be set: {section!r} is a value, not a section")
-    node[name] = value
+    return check_config(compose(path, overrides).tree)
 
 
 def check_config(tree: dict[str, Any]) -> Config:
-    """Return the typed configuration of a tree of sections.
+    """Return the typed configuration of a tree of sections. A missing ``cache.path`` becomes `default_cache`.
 
     Raises:
         ConfigError: A key is unknown or missing, or a value is wrong.
     """
+    cache = tree.get("cache", {})
+    if isinstance(cache, dict) and "path" not in cache and _names_teacher_and_corpus(tree):
+        tree = tree | {"cache": cache | {"path": default_cache(tree)}}
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
         raise ConfigError(explain(error, Config, "")) from error
+
+
+def _names_teacher_and_corpus(tree: dict[str, Any]) -> bool:
+    keys = (("teacher", "checkpoint"), ("corpus", "path"))
+    return all(isinstance(tree.get(section), dict) and key in tree[section] for section, key in keys)
 
 
 def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str) -> str:

@@ -35,6 +35,14 @@ def find_recipe(name: str) -> Path:
     return path
 
 
+def recipe_name(path: Path) -> str | None:
+    """Return the name of the recipe that a file is; None for other files."""
+    for folder in _FOLDERS:
+        if path.resolve().is_relative_to(folder):
+            return path.resolve().relative_to(folder).with_suffix("").as_posix()
+    return None
+
+
 def recipe_names(folder: str = "") -> list[str]:
     """Return the names of the recipes in a sub-folder of ``configs/``, sorted. Default: in ``configs/`` itself."""
     places = [root / folder for root in _FOLDERS if (root / folder).is_dir()]

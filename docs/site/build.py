@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from configuration import configuration
+from configuration import configuration, schema
 from link_package import link_package
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
@@ -35,6 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     pages: dict[str, Callable[[], str]] = {
         "reference/configuration.md": configuration,
+        "reference/schema.json": schema,
         "reference/commands.md": commands,
         "reference/cache.md": lambda: modules("The cache, from Python", CACHE),
         "reference/student.md": lambda: modules("The student, from Python", STUDENT),

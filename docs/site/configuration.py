@@ -15,6 +15,24 @@ INTRODUCTION = """\
 A run is one YAML file, and `section.key=value` on the command line changes a key. Unknown keys and impossible combinations are
 refused before any work begins. The folder `configs/` contains the published recipes. None is `null` in YAML.
 
+`teacher=`, `corpus=` and `cache=` are short for `teacher.checkpoint=`, `corpus.path=` and `cache.path=`, also in the file. Where
+`corpus=` names a corpus with none of the recipe's splits, the corpus's own splits are used, and a short key for teacher or corpus
+replaces the recipe's cache by `caches/TEACHER-CORPUS`; the run says so. `ray-distill run RECIPE --print-config` shows the resolved
+configuration and where each value comes from.
+
+A file may begin with `base: NAME`, the path of another file (relative to this one) or a recipe, and then contains only what differs:
+
+```yaml
+base: armhubert-s-100
+name: no-reuse
+teacher: microsoft/wavlm-base-plus
+student:
+  attention_reuse: none
+```
+
+Editors that know YAML schemas complete and check keys by the comment in the first line of each recipe, which names
+[the JSON schema](schema.json).
+
 <style>.md-typeset td:nth-child(-n+2) code { white-space: nowrap; }</style>
 """
 TYPES = {str: "text", int: "integer", float: "number", bool: "`true` or `false`", Path: "path", NoneType: "`null`"}
@@ -32,6 +50,41 @@ def configuration() -> str:
     for name in (name for name in Config.model_fields if name in sections):
         lines += [f"## {name}", "", f"{Config.model_fields[name].description or ''}", "", *_table(name, sections[name])]
     return "\n".join(lines).replace("``", "`") + "\n"
+
+
+def schema() -> str:
+    """Return the JSON schema of a run's YAML file, for editors. Nothing is required, since a base may contain it."""
+    from ray_distill.pipeline.config import Config
+    from ray_distill.pipeline.config_tree import SHORT_KEYS
+    from ray_distill.student.model.student_config import StudentConfig
+
+    student = StudentConfig.model_json_schema(ref_template="#/$defs/{model}")
+    found = Config.model_json_schema()
+    found["$defs"] |= student.pop("$defs", {})
+    properties = found["properties"]
+    for key in ("encoder_layers", "split_heads", "target_dim", "patches"):
+        student["properties"][key] = _or(student["properties"][key], {"const": "teacher"})
+    properties["student"] = student
+    for section in SHORT_KEYS:
+        properties[section] = _or(properties[section], {"type": "string"})
+    properties["base"] = {"type": "string", "description": "File or recipe that this file changes."}
+    text = json.dumps(_without_required(found), indent=1, ensure_ascii=False)
+    return text.replace("``", "`") + "\n"
+
+
+def _or(schema: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of values that fit either of two."""
+    return {"description": schema.get("description", ""), "anyOf": [schema, other]}
+
+
+def _without_required(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_without_required(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: _without_required(value) for key, value in schema.items() if key != "required" or isinstance(value, dict)
+    }
 
 
 def _table(section: str, model: type[pydantic.BaseModel], leave_out: Container[str] = ()) -> list[str]:
@@ -92,3 +145,7 @@ def _default(value: Any) -> str:
         return "see below"
     plain = to_jsonable_python(value)
     return f"`{plain if isinstance(plain, str) else json.dumps(plain)}`"
+
+
+if __name__ == "__main__":
+    Path(__file__).resolve().parents[2].joinpath("configs", "schema.json").write_text(schema())

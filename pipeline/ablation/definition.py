@@ -21,7 +21,8 @@ from typing import Any, Literal, Self
 
 import pydantic
 
-from ray_distill.pipeline.config import Config, ConfigError, check_config, explain, parse_override, read_tree, set_key
+from ray_distill.pipeline.config import Config, ConfigError, check_config, explain
+from ray_distill.pipeline.config_tree import ConfigTree, compose, parse_override, read_tree, set_key
 from ray_distill.student.training.field_effects import SAME_IN_ABLATION, keys_with
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -201,7 +202,12 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
     if probe is not None:
         settings = settings.model_copy(update={"probe": probe})
     variants = _variants(settings)
-    base = copy.deepcopy(settings.base) if isinstance(settings.base, dict) else read_tree(path.parent / settings.base)
+    if isinstance(settings.base, dict):
+        composed = ConfigTree()
+        composed.merge(copy.deepcopy(settings.base), str(path))
+    else:
+        composed = compose(path.parent / settings.base)
+    base = composed.tree
     for key, value in settings.set.items():
         set_key(base, key, value)
     for key, value in changes:

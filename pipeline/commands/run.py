@@ -1,26 +1,29 @@
 """``ray-distill run``: the job from corpus to report."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ray_distill.pipeline.recipes import complete_recipe, find_recipe
+from ray_distill.pipeline.recipes import complete_recipe, find_recipe, recipe_names
 
 
 def run(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] KEY=VALUE",
+            autocompletion=complete_recipe(),
+            help="Recipe, if --config is not given, and changes to the configuration, as in train.epochs=3. teacher=, corpus= and "
+            "cache= are short for teacher.checkpoint=, corpus.path= and cache.path=.",
+        ),
+    ] = None,
     config: Annotated[
-        Path,
+        str | None,
         typer.Option(
-            parser=find_recipe,
             metavar="RECIPE",
             autocompletion=complete_recipe(),
             help="YAML configuration, or the name of a recipe in configs/, such as demo.",
         ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration, as in train.epochs=3."),
     ] = None,
     stages: Annotated[
         str | None,
@@ -38,22 +41,40 @@ def run(
             "plan. No audio is decoded, no weights are read, and nothing is started.",
         ),
     ] = False,
+    print_config: Annotated[
+        bool,
+        typer.Option(
+            "--print-config",
+            help="Print the resolved configuration as YAML, with the origin of each value, and do nothing else.",
+        ),
+    ] = False,
 ) -> None:
     """Run a job: index, plan, cache, train, export, report.
 
-    Running the same command again resumes the job.
+    `ray-distill run armhubert-s-100 teacher=/models/hubert_base_ls960.pt corpus=/data/LibriSpeech` is a whole command. Running the
+    same command again resumes the job.
     """
+    recipe, overrides = _recipe_and_changes(config, words or [])
+    if print_config:
+        from ray_distill.pipeline.config_listing import config_with_origins
+
+        typer.echo(config_with_origins(find_recipe(recipe), overrides), nl=False)
+        return
     typer.echo("start   importing PyTorch and Ray")
     from rich.console import Console
 
-    from ray_distill.pipeline.config import load_config
+    from ray_distill.pipeline.config import check_config
+    from ray_distill.pipeline.config_tree import compose
     from ray_distill.pipeline.stages import STAGES, Run, run_stages, summary_table
 
     selected = list(STAGES) if stages is None else [stage.strip() for stage in stages.split(",")]
     unknown = sorted(set(selected) - set(STAGES))
     if unknown:
         raise ValueError(f"--stages: unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}")
-    settings = load_config(config, overrides or [])
+    composed = compose(find_recipe(recipe), overrides)
+    settings = check_config(composed.tree)
+    for note in composed.notes:
+        typer.echo(f"config  {note}")
     console = Console()
     if dry_run:
         from ray_distill.pipeline.planning.dry_run import plan_run, print_plan
@@ -63,3 +84,18 @@ def run(
     summary = run_stages(Run(settings, console), selected)
     if summary is not None:
         console.print(summary_table(summary))
+
+
+def _recipe_and_changes(config: str | None, words: list[str]) -> tuple[str, list[str]]:
+    """Return the recipe, from ``--config`` or the first word without ``=``, and the changes.
+
+    Raises:
+        ValueError: No recipe is given, or more than one.
+    """
+    recipes = [word for word in words if "=" not in word] + ([] if config is None else [config])
+    if len(recipes) != 1:
+        given = f"not {', '.join(recipes)}" if recipes else f"such as demo; they are {', '.join(recipe_names())}"
+        raise ValueError(
+            f"give one recipe or YAML file, {given}; changes are written KEY=VALUE, such as train.epochs=3"
+        )
+    return recipes[0], [word for word in words if "=" in word]

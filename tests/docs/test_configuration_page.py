@@ -69,3 +69,8 @@ def test_a_key_without_a_description_is_an_error(page: Any) -> None:
 
     with pytest.raises(ValueError, match="Undescribed.width has no description"):
         page._table("", Undescribed)
+
+
+def test_the_committed_schema_is_that_of_the_code(page: Any) -> None:
+    committed = (PAGE.parents[2] / "configs" / "schema.json").read_text()
+    assert committed == page.schema(), "run docs/site/configuration.py"

@@ -1,0 +1,234 @@
+"""The sections of a run's configuration before they are checked: YAML files with a base, short keys, and changes by ``key=value``.
+
+A file may begin with ``base:``, the path of another file (relative to this one) or the name of a recipe. It then contains only what
+differs. Sections are merged key by key; lists and values replace those of the base. ``teacher``, ``corpus`` and ``cache`` may be given
+as one text, which stands for ``teacher.checkpoint``, ``corpus.path`` and ``cache.path``.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_distill.pipeline.recipes import find_recipe, other_recipes, recipe_name
+
+SHORT_KEYS = {"teacher": "checkpoint", "corpus": "path", "cache": "path"}
+"""Sections that one text may stand for, with the key that it sets."""
+
+COMMAND_LINE = "command line"
+_MAX_BASES = 16
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be used. The message names the key and what would be allowed."""
+
+
+@dataclass
+class ConfigTree:
+    """Sections of a configuration, and where their values come from.
+
+    Attributes:
+        tree: Sections by name, not yet checked.
+        sources: By dotted key, the file or ``recipe NAME`` that set the value, or `COMMAND_LINE`. A key that is missing has a default.
+        notes: Sentences about values of the recipe that a short key replaced.
+    """
+
+    tree: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def merge(self, sections: dict[str, Any], source: str) -> None:
+        """Merge the sections of a file into this tree."""
+        _merge(self.tree, _expanded(sections), self.sources, source, "")
+
+    def set(self, key: str, value: Any) -> None:
+        """Set a dotted or short key from the command line; see `set_key`."""
+        set_key(self.tree, key, value)
+        self.sources[_long_key(key, value)] = COMMAND_LINE
+
+    def source_of(self, key: str) -> str | None:
+        """Return where the value of a dotted key comes from; None for a default."""
+        while key:
+            if key in self.sources:
+                return self.sources[key]
+            key = key.rpartition(".")[0]
+        return None
+
+    def adapt_recipe(self, keys: Sequence[str]) -> None:
+        """Drop what a recipe says about its own teacher and corpus, where the command line gave others by their short keys.
+
+        The recipe's splits are dropped if the corpus has none of them, and the path of the recipe's cache is dropped, so that another
+        teacher or corpus gets a cache of its own. Values from the command line stay.
+
+        Args:
+            keys: Keys that were given, as they were written.
+        """
+        if "corpus" in keys:
+            self._drop_foreign_splits()
+        if {"teacher", "corpus"} & set(keys) and self.source_of("cache.path") not in (None, COMMAND_LINE):
+            del self.tree["cache"]["path"]
+            self.sources.pop("cache.path", None)
+            self.notes.append(
+                f"the cache is {default_cache(self.tree)}, for this teacher and corpus; cache=PATH sets another"
+            )
+
+    def _drop_foreign_splits(self) -> None:
+        corpus = self.tree["corpus"]
+        lists = [key for key in ("train_splits", "validation_splits") if corpus.get(key)]
+        recipes = [key for key in lists if self.source_of(f"corpus.{key}") != COMMAND_LINE]
+        path = Path(str(corpus["path"]))
+        names = [str(name) for key in recipes for name in corpus[key]]
+        if not names or not path.exists() or any(_has_folder(path, name) for name in names):
+            return
+        for key in recipes:
+            del corpus[key]
+            self.sources.pop(f"corpus.{key}", None)
+        self.notes.append(
+            f"{path} has none of the recipe's splits ({', '.join(names)}), so its own are used; corpus.train_splits and "
+            "corpus.validation_splits name others"
+        )
+
+
+def compose(path: Path, overrides: Sequence[str] = ()) -> ConfigTree:
+    """Read a YAML file with its bases, and apply changes.
+
+    Args:
+        path: YAML file.
+        overrides: Changes of the form ``section.key=value``, where the value is YAML. Default: none.
+
+    Raises:
+        ConfigError: A file can't be read, the bases form a circle, or a change is malformed.
+    """
+    found = _read_with_bases(path)
+    changes = [parse_override(text) for text in overrides]
+    for key, value in changes:
+        found.set(key, value)
+    found.adapt_recipe([key for key, value in changes if _long_key(key, value) != key])
+    return found
+
+
+def _read_with_bases(path: Path) -> ConfigTree:
+    files: list[tuple[Path, dict[str, Any]]] = []
+    current: Path | None = path
+    while current is not None:
+        if any(current.resolve() == known.resolve() for known, _ in files) or len(files) == _MAX_BASES:
+            raise ConfigError(f"the bases of {path} form a circle: {current} is read twice; remove one `base:`")
+        sections = read_tree(current)
+        base = sections.pop("base", None)
+        files.append((current, sections))
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"base in {current} must be the path of a file or the name of a recipe, not {base!r}")
+        current = None if base is None else _base(current, base)
+    found = ConfigTree()
+    for file, sections in reversed(files):
+        recipe = recipe_name(file)
+        found.merge(sections, str(file) if recipe is None else f"recipe {recipe}")
+    return found
+
+
+def _base(file: Path, name: str) -> Path:
+    """Return the base that a file names: a file relative to it, or a recipe."""
+    beside = file.parent / name
+    return beside if beside.is_file() else find_recipe(name)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Return the sections of one YAML file without checking their keys.
+
+    Raises:
+        ConfigError: The file does not exist, is not valid YAML, or has no sections.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no configuration file at {path}; {other_recipes(path)}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must contain sections (corpus, teacher, ...), not {type(tree).__name__}")
+    return tree
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split ``section.key=value`` into the key and the value, which is parsed as YAML.
+
+    Raises:
+        ConfigError: The text has no key or no ``=``, or its value is not valid YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text!r} is not an override; write section.key=value, such as train.epochs=3")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key!r} is not valid YAML: {value!r}") from error
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key, or a short key of `SHORT_KEYS`, in place.
+
+    Raises:
+        ConfigError: A part of the key before its last dot names a value instead of a section.
+    """
+    *sections, name = _long_key(key, value).split(".")
+    node = tree
+    for section in sections:
+        if section in SHORT_KEYS and node is tree and isinstance(node.get(section), str):
+            node[section] = {SHORT_KEYS[section]: node[section]}
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key!r} can't be set: {section!r} is a value, not a section")
+    node[name] = value
+
+
+def default_cache(tree: dict[str, Any]) -> str:
+    """Return the path of the cache of a configuration that names none: ``caches/TEACHER-CORPUS``.
+
+    Runs with equal teachers, corpora and training splits thus share a cache, whatever their names.
+
+    Args:
+        tree: Sections with the keys ``teacher.checkpoint`` and ``corpus.path``.
+    """
+    corpus = tree["corpus"]
+    parts = [_last_part(str(tree["teacher"]["checkpoint"])), _last_part(str(corpus["path"]))]
+    parts += [str(name) for name in corpus.get("train_splits") or ()]
+    return "caches/" + re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
+
+
+def _last_part(path: str) -> str:
+    path = path.rstrip("/")
+    name = Path(path.rpartition("/")[2])
+    return name.stem if name.suffix in (".pt", ".csv", ".tsv", ".parquet", ".jsonl", ".yaml") else name.name
+
+
+def _has_folder(path: Path, name: str) -> bool:
+    return (path / name).is_dir() or (path.is_dir() and any((inner / name).is_dir() for inner in path.iterdir()))
+
+
+def _long_key(key: str, value: Any) -> str:
+    """Return the dotted key that a short key stands for; other keys as they are."""
+    return f"{key}.{SHORT_KEYS[key]}" if key in SHORT_KEYS and isinstance(value, str) else key
+
+
+def _expanded(sections: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections with short keys written out."""
+    return {
+        name: {SHORT_KEYS[name]: value} if name in SHORT_KEYS and isinstance(value, str) else value
+        for name, value in sections.items()
+    }
+
+
+def _merge(tree: dict[str, Any], addition: dict[str, Any], sources: dict[str, str], source: str, prefix: str) -> None:
+    for name, value in addition.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            if not isinstance(tree.get(name), dict):
+                tree[name] = {}
+            _merge(tree[name], value, sources, source, f"{key}.")
+            continue
+        for old in [old for old in sources if old == key or old.startswith(f"{key}.")]:
+            del sources[old]
+        tree[name], sources[key] = value, source

@@ -1,0 +1,118 @@
+"""Bases, short keys, and the origin of each value of a configuration."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ray_distill.command_line import application
+from ray_distill.pipeline.config import ConfigError, load_config
+from ray_distill.pipeline.config_listing import config_with_origins
+from ray_distill.pipeline.config_tree import COMMAND_LINE, compose
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+DEMO = CONFIGS / "demo.yaml"
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_file_changes_its_base(tmp_path: Path) -> None:
+    write(tmp_path, "middle.yaml", "base: demo\ntrain: {learning_rate: 1.0e-3}\nmasks: {policy: {mask_length: 5}}\n")
+    file = write(tmp_path, "top.yaml", "base: middle.yaml\nname: mine\nteacher: random:2x32\ncorpus: /data/x\n")
+    found, demo = load_config(file), load_config(DEMO)
+    assert (found.name, found.teacher.checkpoint, str(found.corpus.path)) == ("mine", "random:2x32", "/data/x")
+    assert found.train == demo.train.model_copy(update={"learning_rate": 1e-3})
+    assert found.masks.policy == demo.masks.policy.model_copy(update={"mask_length": 5})
+    assert found.student == demo.student and found.cache == demo.cache
+    sources = compose(file, ["train.epochs=3"])
+    assert sources.source_of("masks.policy.mask_length") == str(tmp_path / "middle.yaml")
+    assert sources.source_of("masks.policy.mask_prob") == "recipe demo"
+    assert sources.source_of("train.epochs") == COMMAND_LINE and sources.source_of("train.eps") is None
+
+
+def test_wrong_bases_are_refused(tmp_path: Path) -> None:
+    a = write(tmp_path, "a.yaml", "base: b.yaml\n")
+    write(tmp_path, "b.yaml", "base: a.yaml\n")
+    with pytest.raises(ConfigError, match=r"form a circle: .*a\.yaml is read twice"):
+        load_config(a)
+    with pytest.raises(ConfigError, match="no configuration file at nothing; the recipes are"):
+        load_config(write(tmp_path, "c.yaml", "base: nothing\n"))
+    with pytest.raises(ConfigError, match="must be the path of a file or the name of a recipe, not 3"):
+        load_config(write(tmp_path, "d.yaml", "base: 3\n"))
+
+
+def test_short_keys_set_their_long_keys(tmp_path: Path) -> None:
+    config = load_config(DEMO, ["teacher=random:2x32", "corpus=/data/x", "cache=/data/c"])
+    assert config == load_config(DEMO, ["teacher.checkpoint=random:2x32", "corpus.path=/data/x", "cache.path=/data/c"])
+    section = load_config(DEMO, ["teacher={checkpoint: random:2x32, layers: [1]}"])
+    assert section.teacher.layers == [1]
+    file = write(tmp_path, "a.yaml", "name: a\nteacher: random:2x32\ncorpus: /x\ntrain: {batch_size: 2}\n")
+    assert load_config(file, ["teacher.layers=[2]"]).teacher.layers == [2]
+
+
+def test_another_teacher_or_corpus_gets_a_cache_of_its_own() -> None:
+    recipe = CONFIGS / "armhubert-s-100.yaml"
+    composed = compose(recipe, ["teacher=microsoft/wavlm-base-plus"])
+    assert composed.notes == [
+        "the cache is caches/wavlm-base-plus-LibriSpeech-train-clean-100, for this teacher and corpus; cache=PATH sets another"
+    ]
+    assert load_config(recipe, ["teacher=microsoft/wavlm-base-plus"]).cache.path == (
+        "caches/wavlm-base-plus-LibriSpeech-train-clean-100"
+    )
+    for kept in (["teacher.checkpoint=x.pt"], ["teacher=x.pt", "cache.path=caches/hubert-base-train-clean-100"]):
+        assert load_config(recipe, kept).cache.path == "caches/hubert-base-train-clean-100"
+
+
+def test_the_recipes_splits_stay_where_the_corpus_has_them(tmp_path: Path) -> None:
+    recipe = CONFIGS / "armhubert-s-100.yaml"
+    (tmp_path / "LibriSpeech" / "train-clean-100").mkdir(parents=True)
+    for path in (tmp_path, tmp_path / "LibriSpeech"):
+        assert load_config(recipe, [f"corpus={path}"]).corpus.train_splits == ["train-clean-100"]
+    (tmp_path / "other").mkdir()
+    composed = compose(recipe, [f"corpus={tmp_path / 'other'}"])
+    assert "has none of the recipe's splits (train-clean-100, dev-clean), so its own are used" in composed.notes[0]
+    assert load_config(recipe, [f"corpus={tmp_path / 'other'}"]).corpus.train_splits is None
+    named = [f"corpus={tmp_path / 'other'}", "corpus.train_splits=[a]"]
+    assert load_config(recipe, named).corpus.train_splits == ["a"], "what the user names is never dropped"
+
+
+@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_listing_is_the_configuration(recipe: Path, tmp_path: Path) -> None:
+    overrides = ["train.epochs=3", "teacher=random:2x768"]
+    text = config_with_origins(recipe, overrides)
+    again = load_config(write(tmp_path, "again.yaml", text))
+    config = load_config(recipe, overrides)
+    assert again.model_copy(update={"student": config.student}) == config
+    assert again.resolve_student(12, 768) == config.resolve_student(12, 768)
+    lines = {line.split(":")[0].strip(): line.split("  # ")[-1] for line in text.splitlines() if ":" in line}
+    assert lines["epochs"] == COMMAND_LINE and lines["name"] == f"recipe {recipe.stem}" and lines["log_every"]
+
+
+@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_schema_for_editors_accepts_recipes_and_names_wrong_keys(recipe: Path) -> None:
+    schema = json.loads((CONFIGS / "schema.json").read_text())
+    assert recipe.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+    tree = yaml.safe_load(recipe.read_text())
+    jsonschema.validate(tree, schema)
+    jsonschema.validate({"base": "demo", "teacher": "x", "student": {"target_dim": "teacher"}}, schema)
+    for wrong in ({"trian": {}}, {"train": {"epoch": 3}}, {"student": {"widht": 3}}, {"train": {"epochs": "many"}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(tree | wrong, schema)
+
+
+def test_the_recipe_may_stand_before_the_changes() -> None:
+    def invoke(*arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(application, ["run", *arguments])
+        return done.exit_code, done.output + done.stderr
+
+    listed = invoke("demo", "train.epochs=3", "--print-config")
+    assert listed == invoke("--config", "demo", "train.epochs=3", "--print-config") and listed[0] == 0
+    assert "give one recipe or YAML file, such as demo" in invoke("train.epochs=3")[1]
+    assert "give one recipe or YAML file, not demo, demo" in invoke("demo", "--config", "demo")[1]

@@ -13,6 +13,7 @@ import typer
 
 from ray_distill.command_line import application
 from ray_distill.pipeline.config import Config
+from ray_distill.pipeline.config_tree import SHORT_KEYS
 from ray_distill.pipeline.recipes import find_recipe
 from ray_distill.student import Student, StudentConfig, save_student
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -74,9 +75,14 @@ def test_every_documented_command_exists_with_its_options() -> None:
             option, _, given = word.partition("=")
             if option.startswith("--"):
                 assert option in known, f"{page}: {line!r} has no option {option}"
+            recipe_first = command.name == "run" and word == words[0] and not word.startswith("-") and "=" not in word
+            if recipe_first and not word.isupper():
+                assert find_recipe(word).is_file(), f"{page}: {line!r} names no recipe"
             if option in ("--config", "--cluster"):
                 assert find_recipe(given or value).is_file(), f"{page}: {line!r} names no recipe"
             section, _, key = option.partition(".")
+            if given and option in SHORT_KEYS:
+                continue
             if given and section in SECTIONS:
                 assert key.split(".")[0] in SECTIONS[section].model_fields, f"{page}: {line!r} has no key {option}"
             elif given and not option.startswith("-"):

@@ -102,7 +102,7 @@ def test_the_schema_for_editors_accepts_recipes_and_names_wrong_keys(recipe: Pat
     tree = yaml.safe_load(recipe.read_text())
     jsonschema.validate(tree, schema)
     jsonschema.validate({"base": "demo", "teacher": "x", "student": {"target_dim": "teacher"}}, schema)
-    for wrong in ({"trian": {}}, {"train": {"epoch": 3}}, {"student": {"widht": 3}}, {"train": {"epochs": "many"}}):
+    for wrong in ({"training": {}}, {"train": {"epoch": 3}}, {"student": {"widht": 3}}, {"train": {"epochs": "many"}}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(tree | wrong, schema)
 

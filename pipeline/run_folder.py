@@ -109,6 +109,11 @@ class RunFolder:
         return self.path / "initial.safetensors"
 
     @property
+    def teacher_file(self) -> Path:
+        """Commit of a teacher on the hub; see `run_teacher`."""
+        return self.path / "teacher.json"
+
+    @property
     def ray(self) -> Path:
         """Folder of Ray's own records."""
         return self.path / RAY
@@ -147,10 +152,18 @@ class RunFolder:
     def has_results(self) -> bool:
         """Whether the folder contains anything that a run of another configuration must not replace.
 
-        The corpus index, the initial weights and the list of starts are made again where they differ, so they don't count.
+        The corpus index, the initial weights, the teacher's commit and the list of starts are made again where they differ, so they
+        don't count.
         Neither do hidden files, which are locks and unfinished writes.
         """
-        made_again = (self.config_file, self.ray_log, self.corpus, self.initial_weights, self.starts_file)
+        made_again = (
+            self.config_file,
+            self.ray_log,
+            self.corpus,
+            self.initial_weights,
+            self.starts_file,
+            self.teacher_file,
+        )
         replaceable = {path.name for path in made_again}
         return self.path.is_dir() and any(
             entry.name not in replaceable and not entry.name.startswith(".") for entry in self.path.iterdir()

@@ -15,6 +15,8 @@ from ray_distill.student.model.student import Student
 from ray_distill.student.training.run_files import CHECKPOINTS
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.teachers import split_options
+from ray_distill.teacher_cache.teachers.hub.hub_name import PREFIX
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -91,6 +93,8 @@ def _origin_in_run(run: RunFolder, configuration: dict[str, Any], metrics: dict[
         "metrics": metrics | {name: trained[name] for name in names if trained.get(name) is not None},
         "configuration": configuration,
     }
+    if (source := split_options(str(summary.get("teacher_source", "")))[1]).startswith(PREFIX):
+        origin["teacher_source"] = source
     if summary.get("teacher_is_random"):
         origin["teacher"] += " (RANDOM weights: the features are meaningless)"
     if train.get("targets") == "cached":

@@ -110,7 +110,7 @@ class RunFolder:
 
     @property
     def teacher_file(self) -> Path:
-        """Commit of a teacher on the hub; see `run_teacher`."""
+        """Commit of a teacher on the hub; see `stages.run_teacher`."""
         return self.path / "teacher.json"
 
     @property

@@ -12,8 +12,8 @@ from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.pipeline.corpus.cached_corpus import known_fingerprint
 from ray_distill.pipeline.corpus.index import CorpusIndex
 from ray_distill.pipeline.run_folder import RunFolder
-from ray_distill.pipeline.run_teacher import keep_checkpoint, other_commit, run_checkpoint
 from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
+from ray_distill.pipeline.stages.run_teacher import keep_checkpoint, other_commit, run_checkpoint
 from ray_distill.student.training.train_state import saved_step
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.precision import Precision

@@ -23,6 +23,7 @@ from ray_distill.pipeline.commands.plan_cluster import plan_cluster
 from ray_distill.pipeline.commands.probe import probe
 from ray_distill.pipeline.commands.profile import profile
 from ray_distill.pipeline.commands.run import run
+from ray_distill.pipeline.commands.teachers import list_teachers, show_teacher
 from ray_distill.serve.command import serve
 from ray_distill.teacher_cache.commands import info, repair, verify
 
@@ -127,6 +128,13 @@ _cache = typer.Typer(cls=Group, no_args_is_help=True, help="Show, check or repai
 for _function in (info, verify, repair):
     _cache.command(cls=Command)(_function)
 application.add_typer(_cache, name="cache", rich_help_panel="Teacher cache")
+
+_teachers = typer.Typer(
+    cls=Group, no_args_is_help=True, help="Show which teachers there are, and what is known of one."
+)
+for _name, _function in {"list": list_teachers, "show": show_teacher}.items():
+    _teachers.command(_name, cls=Command)(_function)
+application.add_typer(_teachers, name="teachers", rich_help_panel="Teacher cache")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from ray_distill.teacher_cache.teachers.known import suggestion
 from ray_distill.teacher_cache.teachers.random_weights import load_random
 from ray_distill.teacher_cache.teachers.spectrogram_transformer import load_spectrogram_transformer
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
+from ray_distill.teacher_cache.teachers.wav2vec2_bert import load_wav2vec2_bert
 from ray_distill.teacher_cache.teachers.wavlm import is_wavlm, load_wavlm
 from ray_distill.teacher_cache.teachers.whisper import load_whisper
 from ray_distill.teacher_cache.untrusted import load_untrusted
@@ -35,6 +36,7 @@ _OPTIONS = ("mean-mask:", "layer-norm:")
 
 HUGGINGFACE_LOADERS: dict[str, Callable[[HuggingFaceFolder, str | torch.device], Teacher]] = {
     **dict.fromkeys(MODEL_TYPES, load_huggingface),
+    "wav2vec2-bert": load_wav2vec2_bert,
     "whisper": load_whisper,
     "audio-spectrogram-transformer": load_spectrogram_transformer,
 }

@@ -40,7 +40,16 @@ AST = {
     "frequency_stride": 6,
     "max_length": 240,
 }
-SETTINGS: dict[str, dict[str, Any]] = {"whisper": WHISPER, "audio-spectrogram-transformer": AST}
+BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "left_max_position_embeddings": 6,
+    "right_max_position_embeddings": 3,
+    "conv_depthwise_kernel_size": 5,
+}
+SETTINGS: dict[str, dict[str, Any]] = {"whisper": WHISPER, "wav2vec2-bert": BERT, "audio-spectrogram-transformer": AST}
 
 
 def tiny_model(kind: str) -> Any:

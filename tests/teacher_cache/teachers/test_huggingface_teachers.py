@@ -10,6 +10,7 @@ from torch import Tensor
 from ray_distill.teacher_cache.frames import num_frames
 from ray_distill.teacher_cache.spectrograms import kaldi_fbank, whisper_log_mel
 from ray_distill.teacher_cache.teachers import TeacherError, load_teacher
+from ray_distill.teacher_cache.teachers.wav2vec2_bert import Wav2Vec2BertTeacher
 from ray_distill.teacher_cache.teachers.whisper import WhisperTeacher
 
 from .huggingface_folders import save_tiny, tiny_model
@@ -18,7 +19,7 @@ TOLERANCE = 1e-4
 
 
 def layer_outputs(layers: Any, run: Any) -> Tensor:
-    """Return the (L, T, D) outputs of the layers while the model runs."""
+    """Return the (L, T, D) outputs of the layers while the model runs, or (L, B, T, D) for B > 1 utterances."""
     outputs: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda *args: outputs.append(args[2][0] if isinstance(args[2], tuple) else args[2]))
@@ -28,7 +29,8 @@ def layer_outputs(layers: Any, run: Any) -> Tensor:
         run()
     for hook in hooks:
         hook.remove()
-    return torch.stack([output.view(output.shape[-2:]) for output in outputs])
+    stacked = torch.stack(outputs)
+    return stacked[:, 0] if stacked.shape[1] == 1 else stacked
 
 
 def noise(samples: int) -> Tensor:
@@ -104,6 +106,32 @@ def test_kaldi_fbank_is_torchaudios() -> None:
     for row, waveform in zip(ours, waveforms, strict=True):
         expected = fbank(waveform[None], sample_frequency=16_000, window_type="hanning", num_mel_bins=128)
         torch.testing.assert_close(row, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("padding_value", [0.0, 1.0])
+def test_wav2vec2_bert_in_a_padded_batch(padding_value: float, tmp_path: Path) -> None:
+    from transformers import SeamlessM4TFeatureExtractor
+
+    extractor = SeamlessM4TFeatureExtractor(padding_value=padding_value)
+    extractor.save_pretrained(tmp_path)
+    teacher = load_teacher(save_tiny("wav2vec2-bert", tmp_path))
+    model = tiny_model("wav2vec2-bert")
+    # Even and odd numbers of mel frames. With an odd number, transformers treats the last frame as padding.
+    waveforms = [noise(samples)[0] for samples in (8_000, 8_160, 5_000, 5_160)]
+    lengths = torch.tensor([len(waveform) for waveform in waveforms])
+    batch = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+    inputs = extractor([w.numpy() for w in waveforms], sampling_rate=16_000, return_tensors="pt")
+    assert isinstance(teacher, Wav2Vec2BertTeacher)
+    mask = torch.zeros(4, num_frames(8_160), dtype=torch.bool)
+    mask[:, 5:11] = True
+    for frame_mask in (None, mask):
+        run = lambda m=frame_mask: model(**inputs, mask_time_indices=m)  # noqa: E731
+        expected = layer_outputs(model.encoder.layers, run).transpose(0, 1)
+        actual = teacher.hidden_states(batch, lengths, frame_mask)
+        assert expected.shape == actual.shape
+        for row, length in enumerate(lengths.tolist()):
+            real = slice(0, num_frames(length))
+            assert float((actual[row, :, real] - expected[row, :, real]).abs().max()) < TOLERANCE
 
 
 def test_unusable_whisper_folders(tmp_path: Path) -> None:

@@ -17,7 +17,15 @@ from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 from .batch_invariance import assert_batch_invariant
 from .huggingface_folders import save_tiny
 
-TRANSFORMERS = ("hubert", "wavlm", "unispeech-sat", "data2vec-audio", "whisper", "audio-spectrogram-transformer")
+TRANSFORMERS = (
+    "hubert",
+    "wavlm",
+    "unispeech-sat",
+    "data2vec-audio",
+    "wav2vec2-bert",
+    "whisper",
+    "audio-spectrogram-transformer",
+)
 KINDS: dict[str, Callable[[Path], str]] = {
     "random": lambda _: "random:3x48",
     **{kind: lambda folder, kind=kind: save_tiny(kind, folder) for kind in TRANSFORMERS},  # type: ignore[misc]

@@ -1,5 +1,6 @@
 """Teachers from Hugging Face folders equal transformers' models, for one utterance without padding."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray_distill.teacher_cache.teachers import TeacherError, load_teacher
 from ray_distill.teacher_cache.teachers.wav2vec2_bert import Wav2Vec2BertTeacher
 from ray_distill.teacher_cache.teachers.whisper import WhisperTeacher
 
-from .huggingface_folders import save_tiny, tiny_model
+from .huggingface_folders import LARGE, save_tiny, tiny_model
 
 TOLERANCE = 1e-4
 
@@ -53,6 +54,49 @@ def test_models_with_the_architecture_of_wav2vec2(kind: str, tmp_path: Path) -> 
         expected = layer_outputs(base.encoder.layers, lambda m=frame_mask: base(fed, mask_time_indices=m))
         actual = teacher.hidden_states(waveform, frame_mask=frame_mask)[0]
         assert float((actual - expected).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["hubert", "wavlm", "wav2vec2"])
+def test_large_models_in_a_padded_batch(kind: str, tmp_path: Path) -> None:
+    # Base models of transformers normalise over padding, so only Large ones can be compared in a padded batch.
+    teacher = load_teacher(save_tiny(kind, tmp_path, **LARGE))
+    model = tiny_model(kind, **LARGE)
+    base = getattr(model, model.base_model_prefix, model)
+    waveforms = [noise(samples)[0] for samples in (8_000, 5_200, 3_000)]
+    lengths = torch.tensor([len(waveform) for waveform in waveforms])
+    batch = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+    normalised = [torch.nn.functional.layer_norm(w, w.shape, eps=1e-7) for w in waveforms]
+    fed = torch.nn.utils.rnn.pad_sequence(normalised, batch_first=True)
+    real = torch.arange(fed.shape[1]) < lengths[:, None]
+    expected = layer_outputs(base.encoder.layers, lambda: base(fed, attention_mask=real.long())).transpose(0, 1)
+    actual = teacher.hidden_states(batch, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        frames = slice(0, num_frames(length))
+        assert float((actual[row, :, frames] - expected[row, :, frames]).abs().max()) < TOLERANCE
+
+
+def test_distilhubert_and_plain_mert(tmp_path: Path) -> None:
+    changes = {"num_hidden_layers": 2, "feat_proj_layer_norm": False}
+    teacher = load_teacher(save_tiny("hubert", tmp_path, **changes))
+    assert teacher.num_layers == 2 and not any("feature_projection.layer_norm" in key for key in teacher.weights)
+    model, waveform = tiny_model("hubert", **changes), noise(8_000)
+    expected = layer_outputs(model.encoder.layers, lambda: model(waveform))
+    assert float((teacher(waveform)[0] - expected).abs().max()) < TOLERANCE
+    config = tmp_path / "config.json"
+    settings = json.loads(config.read_text()) | {"model_type": "mert_model", "sample_rate": 16_000, "deepnorm": False}
+    config.write_text(json.dumps(settings))
+    assert load_teacher(str(tmp_path)).fingerprint == teacher.fingerprint
+    for change, message in (
+        ({"sample_rate": 24_000}, "takes audio at 24000 Hz, so its frames are 13.3 ms apart; teachers must take 16000"),
+        (
+            {"feature_extractor_cqt": True},
+            "constant-Q transform that only the code in its repository computes, and code",
+        ),
+        ({"deepnorm": True}, "deepnorm = True, but only False is supported"),
+    ):
+        config.write_text(json.dumps(settings | change))
+        with pytest.raises(TeacherError, match=message):
+            load_teacher(str(tmp_path))
 
 
 def test_whisper_on_the_same_spectrogram(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from ray_distill.pipeline.planning.cache_cost import typical_bytes_per_hour
 from ray_distill.teacher_cache.codecs import DEFAULT_CODEC
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
-from ray_distill.teacher_cache.teachers import Teacher, split_options
+from ray_distill.teacher_cache.teachers import Teacher, open_folder, split_options
 from ray_distill.teacher_cache.teachers.builtin import builtin_folder
 from ray_distill.teacher_cache.teachers.bundles import bundle_names
 from ray_distill.teacher_cache.teachers.header import hub_model_of, load_header
@@ -112,7 +112,7 @@ def _folder(name: str, model: HubModel | None) -> HuggingFaceFolder | None:
     if name.startswith("builtin:"):
         return HuggingFaceFolder(builtin_folder(name.removeprefix("builtin:")))
     path = Path(name).expanduser()
-    return HuggingFaceFolder(path) if path.is_dir() else None
+    return open_folder(path) if path.is_dir() else None
 
 
 def _kind(name: str) -> str:
@@ -132,6 +132,7 @@ def kinds_table() -> Table:
     for row in (
         (escape("OWNER/NAME[@REVISION]"), "a model on the Hugging Face Hub; hf://OWNER/NAME is the same"),
         ("FOLDER", "a folder written by save_pretrained of transformers"),
+        ("RUN, EXPORT", "the student of a run of this project, from the run's folder or from an export"),
         ("FILE.pt", "a pre-trained HuBERT or wav2vec 2.0 of fairseq, or a WavLM"),
         ("torchaudio:NAME", f"a bundle of torchaudio, without mask embedding: {', '.join(bundle_names())}"),
         ("builtin:phone-hubert", "a small HuBERT in this package, trained on synthetic speech"),

@@ -1,6 +1,7 @@
 """Loading of teachers from checkpoints, Hugging Face folders and names on the hub, torchaudio bundles and this package."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from ray_distill.teacher_cache.teachers.fairseq import load_fairseq
 from ray_distill.teacher_cache.teachers.hub.hub_model import RemoteFolder, open_hub_model
 from ray_distill.teacher_cache.teachers.hub.hub_name import HubName, parse_hub_name
 from ray_distill.teacher_cache.teachers.huggingface import MODEL_TYPES, load_huggingface
-from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFolder
+from ray_distill.teacher_cache.teachers.huggingface_folder import STUDENT, HuggingFaceFolder
 from ray_distill.teacher_cache.teachers.known import suggestion
 from ray_distill.teacher_cache.teachers.random_weights import load_random
 from ray_distill.teacher_cache.teachers.spectrogram_transformer import load_spectrogram_transformer
@@ -28,17 +29,29 @@ __all__ = [
     "check_supported",
     "is_path",
     "load_teacher",
+    "open_folder",
     "resolve_teacher",
     "split_options",
 ]
 
 _OPTIONS = ("mean-mask:", "layer-norm:")
 
+_STUDENT_LOADER = ("ray_distill.student.student_teacher", "load_student_teacher")
+"""Module and function, by name as an entry point has them, since this package imports nothing of the student's."""
+
+
+def _load_student(folder: HuggingFaceFolder, device: str | torch.device) -> Teacher:
+    module, function = _STUDENT_LOADER
+    teacher: Teacher = getattr(import_module(module), function)(folder, device)
+    return teacher
+
+
 HUGGINGFACE_LOADERS: dict[str, Callable[[HuggingFaceFolder, str | torch.device], Teacher]] = {
     **dict.fromkeys(MODEL_TYPES, load_huggingface),
     "wav2vec2-bert": load_wav2vec2_bert,
     "whisper": load_whisper,
     "audio-spectrogram-transformer": load_spectrogram_transformer,
+    STUDENT: _load_student,
 }
 """Loaders of Hugging Face folders by ``model_type``."""
 
@@ -57,7 +70,8 @@ def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
 
     Args:
         spec: One of: the path of a fairseq checkpoint (pre-trained HuBERT or wav2vec 2.0) or of a WavLM checkpoint; the path
-            of a Hugging Face folder (config.json, model.safetensors) with a ``model_type`` in HUGGINGFACE_LOADERS; the name of
+            of a Hugging Face folder (config.json, model.safetensors) with a ``model_type`` in HUGGINGFACE_LOADERS; the folder of a
+            run or of a student of this project, exported or not; the name of
             such a model on the hub, ``OWNER/NAME``, ``OWNER/NAME@REVISION`` or the same after ``hf://``, if there is no file or
             folder of that name;
             ``torchaudio:NAME``, a torchaudio bundle such as ``torchaudio:HUBERT_BASE``; ``builtin:phone-hubert``, a small
@@ -115,6 +129,12 @@ def resolve_teacher(spec: str) -> str:
     return options + str(path.absolute()) if path.exists() else spec
 
 
+def open_folder(path: Path) -> HuggingFaceFolder:
+    """Return the Hugging Face folder at a path. The folder of a run stands for its exported student."""
+    run = not (path / "config.json").exists() and (path / "export" / "config.json").is_file()
+    return HuggingFaceFolder(path / "export", path.name) if run else HuggingFaceFolder(path)
+
+
 def check_supported(folder: HuggingFaceFolder) -> None:
     """Raise TeacherError if the type of a Hugging Face folder's model or its sampling rate is not supported."""
     if folder.model_type not in HUGGINGFACE_LOADERS:
@@ -132,7 +152,7 @@ def _load(spec: str, device: str | torch.device) -> Teacher:
         return _load_from_hub(name, device)
     path = Path(spec).expanduser()
     if path.is_dir():
-        folder = HuggingFaceFolder(path)
+        folder = open_folder(path)
         check_supported(folder)
         return HUGGINGFACE_LOADERS[folder.model_type](folder, device)
     if not path.is_file():

@@ -14,6 +14,9 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 from ray_distill.teacher_cache.untrusted import load_untrusted
 
+STUDENT = "distilled_student"
+"""Type of the students that this project exports."""
+
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Files that may have the weights; the first that exists is read, or its shards."""
 
@@ -38,10 +41,14 @@ class HuggingFaceFolder:
         """Content of config.json."""
         return _read_json(self.path / "config.json")
 
+    is_local = True
+    """Whether the weights are files of the folder."""
+
     @property
     def model_type(self) -> str:
-        """``model_type`` in config.json, such as ``hubert``."""
-        return str(self.config.get("model_type"))
+        """``model_type`` in config.json, such as ``hubert``; ``distilled_student`` for students of this project in any format."""
+        ours = isinstance(self.config.get("student"), dict) or "reuses" in str(self.config.get("model"))
+        return str(self.config.get("model_type", STUDENT if ours else None))
 
     @cached_property
     def preprocessor(self) -> dict[str, Any] | None:

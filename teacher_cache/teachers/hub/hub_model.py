@@ -110,6 +110,8 @@ class HubModel:
 class RemoteFolder(HuggingFaceFolder):
     """A Hugging Face folder whose weights are still on the hub: tensors of the right names and shapes, without memory."""
 
+    is_local = False
+
     def __init__(self, model: HubModel, shapes: dict[str, Tensor]) -> None:
         super().__init__(model.folder, model.label)
         self._shapes = shapes

@@ -132,8 +132,8 @@ application.add_typer(_cache, name="cache", rich_help_panel="Teacher cache")
 _teachers = typer.Typer(
     cls=Group, no_args_is_help=True, help="Show which teachers there are, and what is known of one."
 )
-for _name, _function in {"list": list_teachers, "show": show_teacher}.items():
-    _teachers.command(_name, cls=Command)(_function)
+_teachers.command("list", cls=Command)(list_teachers)
+_teachers.command("show", cls=Command)(show_teacher)
 application.add_typer(_teachers, name="teachers", rich_help_panel="Teacher cache")
 
 

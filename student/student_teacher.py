@@ -31,8 +31,13 @@ _TRAINING_FIELDS = (
     "dropout_input",
     "layer_drop",
     "layer_grad_scale",
+    "feature_grad_mult",
+    "target_dim",
+    "split_heads",
+    "split_dim",
+    "heads",
 )
-_TRAINING_FIELDS += ("feature_grad_mult", "target_dim", "split_heads", "split_dim", "heads")
+"""Settings that no output of the encoder's layers depends on."""
 
 
 class StudentTeacher(Teacher):
@@ -101,6 +106,10 @@ def load_student_teacher(folder: HuggingFaceFolder, device: str | torch.device) 
             return StudentTeacher(student, student.mask_embedding, name=folder.name, device=device)
         portable = "model" in described or "model_type" in described
         tree = described.get("model", described.get("student"))
+        if not isinstance(tree, dict):
+            raise TeacherError(
+                f"{folder.name} does not describe a student: its config.json has no configuration of one"
+            )
         try:
             config = _config_of(tree) if portable else StudentConfig.model_validate(tree)
         except pydantic.ValidationError as error:

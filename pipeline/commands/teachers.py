@@ -8,8 +8,8 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 COST = (
-    "Sizes of a cache are those of one pass over all layers with the codec pca, or the one that is named, without the audio, "
-    "as measured for Whisper-small. "
+    "Sizes of a cache are for one pass over all layers, without the audio, with the codec pca unless another is named, as measured "
+    "for Whisper-small. "
     "`ray-distill run --stages index,plan` measures them for a teacher and a corpus."
 )
 

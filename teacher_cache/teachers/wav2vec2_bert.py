@@ -79,7 +79,7 @@ class Wav2Vec2BertTeacher(Teacher):
         self._padding_value = padding_value
         self._layers: list[ConformerLayer] = list(model.encoder["layers"])  # type: ignore[call-overload]
         first = self._layers[0]
-        self.heads = first.self_attn.heads
+        self.heads: int = first.self_attn.heads
         projection: nn.Linear = model.feature_projection["projection"]  # type: ignore[assignment]
         super().__init__(
             model,
@@ -99,7 +99,8 @@ class Wav2Vec2BertTeacher(Teacher):
 
     def map_bytes(self, num_samples: int) -> int:
         """See `Teacher.map_bytes`. It holds the bias of the distances and its masked copy, each (heads, T, T) float32."""
-        return 2 * self.heads * self.num_frames(num_samples) ** 2 * 4
+        frames: int = self.num_frames(num_samples)
+        return 2 * self.heads * frames * frames * 4
 
     def features(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
         """Return the (B, T, 2 M) normalised pairs of mel frames, with zeros in place of pairs of padding.
@@ -117,7 +118,8 @@ class Wav2Vec2BertTeacher(Teacher):
         variance = centred.square().sum(1, keepdim=True) / (total - 1).clamp(min=1)
         mel_BNM = (centred / (variance + _NORMALISE_EPS).sqrt()).masked_fill(padding, self._padding_value)
         mel_BNM = F.pad(mel_BNM, (0, 0, 0, mel_BNM.shape[1] % 2), value=self._padding_value)
-        return mel_BNM.unflatten(1, (-1, 2)).flatten(2)
+        pairs: Tensor = mel_BNM.reshape(len(mel_BNM), -1, 2 * _BANDS)
+        return pairs
 
     def layer_outputs(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None) -> Iterator[Tensor]:
         """See `Teacher.layer_outputs`."""
@@ -169,17 +171,17 @@ def load_wav2vec2_bert(folder: HuggingFaceFolder, device: str | torch.device) ->
         raise TeacherError(f"{folder.name} has sizes from which no model can be built: {count} layers, {sizes}")
     mask_embedding: Tensor | None = None
     weights: dict[str, Tensor] = {}
-    for full_key, value in folder.weights().items():
+    for full_key, weight in folder.weights().items():
         key = full_key.removeprefix("wav2vec2_bert.")
         if key == "masked_spec_embed":
-            mask_embedding = value
+            mask_embedding = weight
         elif key.startswith(("lm_head.", "classifier.", "projector.", "tdnn.", "objective.")):
             raise TeacherError(
                 f"{folder.name} is a fine-tuned model, since it has the weight {full_key!r} of a task's head; use the pre-trained "
                 "model that it was made from"
             )
         elif not key.startswith(_UNUSED):
-            weights[key] = value
+            weights[key] = weight
 
     def build() -> ConformerEncoder:
         return ConformerEncoder(sizes["dim"], [ConformerLayer(**sizes, eps=eps) for _ in range(count)], eps)

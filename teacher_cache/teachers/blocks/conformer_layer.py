@@ -77,7 +77,9 @@ class _Attention(nn.Module):
         """Return the (B, H, T, T) scores that a query gives to the distances to the keys, beside those of the keys."""
         frames = torch.arange(query_BHTh.shape[2], device=query_BHTh.device)
         distance_TT = (frames - frames[:, None]).clamp(-self.left, self.right) + self.left
-        scores = query_BHTh @ self.distance_embedding.weight.to(query_BHTh.dtype).T * query_BHTh.shape[3] ** -0.5
+        scores: Tensor = (
+            query_BHTh @ self.distance_embedding.weight.to(query_BHTh.dtype).T * query_BHTh.shape[3] ** -0.5
+        )
         return scores.gather(3, distance_TT.expand(*scores.shape[:3], -1))
 
 

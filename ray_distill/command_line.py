@@ -22,6 +22,7 @@ from ray_distill.pipeline.commands.import_config import import_config
 from ray_distill.pipeline.commands.plan_cluster import plan_cluster
 from ray_distill.pipeline.commands.probe import probe
 from ray_distill.pipeline.commands.profile import profile
+from ray_distill.pipeline.commands.push import push
 from ray_distill.pipeline.commands.run import run
 from ray_distill.pipeline.commands.teachers import list_teachers, show_teacher
 from ray_distill.serve.command import serve
@@ -116,7 +117,7 @@ _PANELS: dict[str, dict[str, Any]] = {
         "import-config": import_config,
         "plan-cluster": plan_cluster,
     },
-    "Students": {"export": export, "convert": convert, "profile": profile, "probe": probe},
+    "Students": {"export": export, "push": push, "convert": convert, "profile": profile, "probe": probe},
     "Service": {"serve": serve},
 }
 for _panel, _commands in _PANELS.items():

@@ -1,7 +1,9 @@
 """A small Hugging Face Hub: the part of its HTTP interface that ``huggingface_hub`` uses to find and download models."""
 
+import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +44,8 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, Repository] = {}
+        self.uploads = Path()
+        """Folder for the files of commits over HTTP."""
         self.requests: list[str] = []
         self.status: int | None = None
         """Status of every answer, for a hub that is out of order."""
@@ -76,6 +80,43 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append(f"POST {path}")
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._send(403, b"{}")
+        if path == "/api/validate-yaml":
+            return self._send_json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            access = "private" if wanted.get("visibility") == "private" else "public"
+            self.server.repositories[name] = Repository(access=access)
+            return self._send_json({"url": f"{self.server.endpoint}/{name}"})
+        parts = path.strip("/").split("/")
+        name, action = "/".join(parts[2:4]), parts[4]
+        if action == "preupload":
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            return self._send_json({"files": files})
+        assert action == "commit"
+        repository = self.server.repositories[name]
+        folder = self.server.uploads / f"{len(self.server.requests)}"
+        if repository.commits:
+            shutil.copytree([*repository.commits.values()][-1], folder)
+        for line in map(json.loads, body.decode().splitlines()):
+            if line["key"] == "file":
+                file = folder / line["value"]["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(base64.b64decode(line["value"]["content"]))
+            elif line["key"] == "deletedFile":
+                (folder / line["value"]["path"]).unlink()
+        commit = self.server.add(name, folder)
+        return self._send_json({"commitOid": commit, "commitUrl": f"{self.server.endpoint}/{name}/commit/{commit}"})
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)

@@ -25,6 +25,7 @@ COMMANDS = (
     "import-config",
     "plan-cluster",
     "export",
+    "push",
     "convert",
     "profile",
     "probe",

@@ -55,7 +55,7 @@ class HubModel:
                 return self.description.shard_names(f"{name}.index.json")
         if self.files is None:
             raise self.incomplete("the weights")
-        others = sorted(path for path in present if path.endswith((".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".pt")))
+        others = sorted(path for path in present if path.endswith((".h5", ".msgpack", ".onnx", ".gguf", ".pt")))
         has = f"only {', '.join(others[:3])}" if others else "no weights"
         raise TeacherError(
             f"{self.label} has {has}, but a teacher needs {' or '.join(WEIGHT_FILES)}, or one of them in shards with an index"

@@ -91,8 +91,11 @@ class HubModel:
                 header = HfApi().parse_safetensors_file_metadata(
                     self.name.repository, path, revision=self.name.revision
                 )
-            for key, info in header.tensors.items():
-                state[key] = torch.empty(info.shape, dtype=_DTYPES.get(info.dtype, torch.int64), device="meta")
+            try:
+                for key, info in header.tensors.items():
+                    state[key] = torch.empty(info.shape, dtype=_DTYPES.get(info.dtype, torch.int64), device="meta")
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TeacherError(f"{path} of {self.label} has a header with shapes that are not shapes") from error
         return state
 
     def incomplete(self, lacking: str) -> TeacherError:

@@ -71,9 +71,8 @@ def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
     Args:
         spec: One of: the path of a fairseq checkpoint (pre-trained HuBERT or wav2vec 2.0) or of a WavLM checkpoint; the path
             of a Hugging Face folder (config.json, model.safetensors) with a ``model_type`` in HUGGINGFACE_LOADERS; the folder of a
-            run or of a student of this project, exported or not; the name of
-            such a model on the hub, ``OWNER/NAME``, ``OWNER/NAME@REVISION`` or the same after ``hf://``, if there is no file or
-            folder of that name;
+            run, or of a student of this project, exported or not; the name of a model on the hub, ``OWNER/NAME`` or
+            ``OWNER/NAME@REVISION`` if there is no file or folder of that name, or ``hf://`` and such a name;
             ``torchaudio:NAME``, a torchaudio bundle such as ``torchaudio:HUBERT_BASE``; ``builtin:phone-hubert``, a small
             HuBERT in this package; ``random:LAYERSxDIM``, a HuBERT with seeded random weights. It may begin with options:
             ``mean-mask:`` replaces masked frames by the mean of the utterance's frames, for a teacher without a mask

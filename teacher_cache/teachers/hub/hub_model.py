@@ -1,5 +1,6 @@
 """A model on the Hugging Face Hub at one commit: its files, and their download into the hub's cache."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from ray_distill.teacher_cache.teachers.huggingface_folder import WEIGHT_FILES, 
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 
 _DESCRIPTIONS = ["config.json", "preprocessor_config.json", *(f"{name}.index.json" for name in WEIGHT_FILES)]
+_SPECIAL = re.compile(r"([*?[])")
+"""Characters with a meaning in the library's patterns of file names."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -52,7 +55,12 @@ class HubModel:
             if name in present:
                 return [name]
             if f"{name}.index.json" in present:
-                return self.description.shard_names(f"{name}.index.json")
+                shards = self.description.shard_names(f"{name}.index.json")
+                if missing := [shard for shard in shards if self.files is not None and shard not in self.files]:
+                    raise TeacherError(
+                        f"{self.label} lacks {missing[0]}, a shard that its {name}.index.json names; use another one"
+                    )
+                return shards
         if self.files is None:
             raise self.incomplete("the weights")
         others = sorted(path for path in present if path.endswith((".h5", ".msgpack", ".onnx", ".gguf", ".pt")))
@@ -73,7 +81,8 @@ class HubModel:
 
         if self.missing:
             with hub_errors(self.name):
-                snapshot_download(self.name.repository, revision=self.name.revision, allow_patterns=self.weight_files)
+                patterns = [_SPECIAL.sub(r"[\1]", path) for path in self.weight_files]
+                snapshot_download(self.name.repository, revision=self.name.revision, allow_patterns=patterns)
         return self.folder
 
     def shapes(self) -> dict[str, Tensor] | None:

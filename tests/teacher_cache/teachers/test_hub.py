@@ -120,6 +120,12 @@ def test_what_can_go_wrong_is_a_sentence(
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "config.json").write_text('{"model_type": "bert"}')
     hub.add("owner/text", tmp_path / "text")
+    for shard in ("*", "part-9.safetensors"):
+        folder = tmp_path / f"shard-{len(shard)}"
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "hubert"}')
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+        hub.add(f"owner/{folder.name}", folder)
     hub.add("owner/empty", tmp_path / "config.json")
 
     def refused(spec: str, message: str) -> None:
@@ -133,6 +139,8 @@ def test_what_can_go_wrong_is_a_sentence(
     refused("owner/private", "if it is private or gated, note that HF_TOKEN or `hf auth login` sets a token")
     refused("owner/gated", "owner/gated is gated: .* set HF_TOKEN")
     refused("owner/other-weights", "has only tf_model.h5, but a teacher needs model.safetensors or pytorch_model.bin")
+    refused("owner/shard-1", r"lacks \*, a shard that its model.safetensors.index.json names")
+    refused("owner/shard-18", "lacks part-9.safetensors, a shard")
     refused("owner/text", "has a model of type 'bert'; the supported types are hubert")
     refused("owner/empty", "owner/empty@.* has no config.json")
     monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -16,7 +16,17 @@ from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.run_lock import LockHolder, lock_run
 from ray_distill.student.training.field_effects import CHANGES_NO_RESULT, keys_with
 from ray_distill.student.training.metric_rows import read_rows
-from ray_distill.student.training.run_files import BEST, CHECKPOINTS, CONFIG, EXPORT, METRICS, RAY, RESULT, TENSORBOARD
+from ray_distill.student.training.run_files import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    METRICS,
+    RAY,
+    RESULT,
+    TEACHER,
+    TENSORBOARD,
+)
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class RunFolder:
     @property
     def teacher_file(self) -> Path:
         """Commit of a teacher on the hub; see `stages.run_teacher`."""
-        return self.path / "teacher.json"
+        return self.path / TEACHER
 
     @property
     def ray(self) -> Path:

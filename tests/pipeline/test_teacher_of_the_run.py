@@ -10,12 +10,15 @@ from rich.console import Console
 
 from ray_distill.pipeline.config import ConfigError, load_config
 from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.export import export_best
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
+from ray_distill.pipeline.student_export import open_student
+from ray_distill.student import Student, save_student
 from ray_distill.teacher_cache.teachers import resolve_teacher
 from tests.hub_server import running_hub, use_hub
 from tests.teacher_cache.teachers.huggingface_folders import ENCODER
-from tests.tiny import demo_config
+from tests.tiny import demo_config, tiny_student
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
@@ -74,6 +77,26 @@ def test_workers_find_a_teacher_with_options(ast: Path, monkeypatch: pytest.Monk
     assert resolve_teacher("layer-norm:mean-mask:ast") == f"layer-norm:mean-mask:{ast}"
     assert resolve_teacher("ast") == str(ast)
     assert resolve_teacher("random:2x32") == "random:2x32"
+
+
+def test_an_export_names_the_commit_of_its_teacher(tmp_path: Path, speech_folder: Path) -> None:
+    source = f"hf://owner/tiny@{'b' * 40}"
+    run = Run(
+        demo_config(tmp_path, f"corpus.path={speech_folder}", "teacher.checkpoint=mean-mask:owner/tiny"), Console()
+    )
+    run.checkpoint = f"mean-mask:{source}"
+    save_student(Student(tiny_student()), run.folder.best)
+    run.folder.result_file.write_text("{}")
+    run.keep_checkpoint()
+    export_best(run)
+    moved = tmp_path / "elsewhere" / "deep" / "student"
+    moved.parent.mkdir(parents=True)
+    run.folder.export.rename(moved)
+    _, origin = open_student(moved)
+    assert (origin["teacher"], origin["teacher_source"]) == ("owner/tiny", source)
+    (moved / "teacher.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"teacher.json is damaged; restore it from a copy, or remove it"):
+        open_student(moved)
 
 
 def test_a_run_keeps_the_commit_of_a_branch_that_moves(

@@ -8,7 +8,7 @@ import torch
 
 from ray_distill.teacher_cache.teachers.builtin import load_builtin
 from ray_distill.teacher_cache.teachers.bundles import load_bundle
-from ray_distill.teacher_cache.teachers.fairseq import load_fairseq
+from ray_distill.teacher_cache.teachers.fairseq import is_distiller, load_distiller, load_fairseq
 from ray_distill.teacher_cache.teachers.hub.hub_model import RemoteFolder, open_hub_model
 from ray_distill.teacher_cache.teachers.hub.hub_name import HubName, parse_hub_name
 from ray_distill.teacher_cache.teachers.huggingface import MODEL_TYPES, load_huggingface
@@ -160,7 +160,7 @@ def _load(spec: str, device: str | torch.device) -> Teacher:
             "OWNER/NAME of a model on the Hugging Face Hub, torchaudio:NAME, builtin:NAME, or random:LAYERSxDIM"
         )
     checkpoint = load_untrusted(path)
-    load = load_wavlm if is_wavlm(checkpoint) else load_fairseq
+    load = load_wavlm if is_wavlm(checkpoint) else load_distiller if is_distiller(checkpoint) else load_fairseq
     return load(checkpoint, path.name, device)
 
 

@@ -1,6 +1,8 @@
 """Teachers from Hugging Face folders equal transformers' models, for one utterance without padding."""
 
+import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,51 @@ def test_distilhubert_and_plain_mert(tmp_path: Path) -> None:
         config.write_text(json.dumps(settings | change))
         with pytest.raises(TeacherError, match=message):
             load_teacher(str(tmp_path))
+
+
+def test_distilhubert_of_s3prl_is_that_of_transformers(tmp_path: Path) -> None:
+    model = tiny_model("hubert", num_hidden_layers=2, feat_proj_layer_norm=False)
+    rules = (
+        (r"conv_layers\.(\d+)\.conv\.", r"conv_layers.\1.0."),
+        (r"conv_layers\.0\.layer_norm\.", "conv_layers.0.2."),
+        (r"feature_projection\.projection\.", "post_extract_proj."),
+        (r"pos_conv_embed\.conv\.", "pos_conv.0."),
+        (r"parametrizations\.weight\.original0", "weight_g"),
+        (r"parametrizations\.weight\.original1", "weight_v"),
+        (r"(layers\.\d+)\.layer_norm\.", r"\1.self_attn_layer_norm."),
+        (r"\.attention\.", ".self_attn."),
+        (r"feed_forward\.intermediate_dense\.", "fc1."),
+        (r"feed_forward\.output_dense\.", "fc2."),
+    )
+    state = {"output_layer.0.weight": torch.zeros(1)}
+    for full_key, value in model.state_dict().items():
+        key = full_key
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key) if "conv_layers" in key or "conv_layers" not in pattern else key
+        if key != "masked_spec_embed":
+            state[key] = value
+    config = {
+        "extractor_conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2",
+        "encoder_layers": 2,
+        "encoder_embed_dim": 32,
+        "encoder_ffn_embed_dim": 48,
+        "encoder_attention_heads": 4,
+        "conv_pos_groups": 4,
+        "task_emb_type": "expand-last",
+    }
+    path = tmp_path / "distilhubert.ckpt"
+    torch.save({"Config": {"distiller": config}, "Distiller": state, "Args": argparse.Namespace(x=1), "Step": 1}, path)
+    teacher, waveform = load_teacher(str(path)), noise(8_000)
+    expected = layer_outputs(model.encoder.layers, lambda: model(waveform))
+    assert float((teacher(waveform)[0] - expected).abs().max()) < TOLERANCE and not teacher.has_mask_embedding
+    for changed, message in (
+        ({"distiller": config | {"task_emb_type": "add"}}, "task_emb_type = 'add', but only 'expand-last' or"),
+        ({"distiller": config | {"encoder_embed_dim": 64}}, "shapes don't fit"),
+        ({}, "has no section 'distiller'"),
+    ):
+        torch.save({"Config": changed, "Distiller": state}, path)
+        with pytest.raises(TeacherError, match=message):
+            load_teacher(str(path))
 
 
 def test_whisper_on_the_same_spectrogram(tmp_path: Path) -> None:

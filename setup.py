@@ -19,6 +19,7 @@ setup(
         "ray_distill.pipeline.demo": ["*.txt"],
         "ray_distill.pipeline.reports": ["templates/*"],
         "ray_distill.teacher_cache.teachers.builtin": ["*/*.json", "*/*.safetensors", "*/*.md"],
+        "ray_distill.teacher_cache.teachers.known": ["*.json"],
         **{f"ray_distill.recipes{below}": ["*.yaml", "*.json"] for below in ("", ".ablations", ".clusters")},
         "ray_distill.serve.page": ["*.html", "*.css", "*.js", "*.svg"],
     },

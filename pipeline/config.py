@@ -55,8 +55,10 @@ class TeacherSection(_Section):
     """The teacher."""
 
     checkpoint: Annotated[str, SAME_IN_ABLATION]
-    """Checkpoint of the teacher: a ``.pt`` file, a Hugging Face folder, ``torchaudio:NAME``, ``builtin:phone-hubert``
-    for the small HuBERT in this package (see `ray_distill.teacher_cache.teachers.builtin`), or ``random:LxD`` for random weights.
+    """Checkpoint of the teacher: a ``.pt`` file, a Hugging Face folder, the name of a model on the Hugging Face Hub such as
+    ``facebook/hubert-base-ls960`` or ``OWNER/NAME@REVISION`` (an existing path of that name comes first; ``hf://OWNER/NAME`` always
+    means the hub), the folder of a run or an exported student, ``torchaudio:NAME``, ``builtin:phone-hubert`` for the small HuBERT
+    in this package (see `ray_distill.teacher_cache.teachers.builtin`), or ``random:LxD`` for random weights.
     The prefix ``mean-mask:`` gives a teacher without a mask embedding a substitute, so that it has masked targets. The prefix
     ``layer-norm:`` normalises each frame of each layer, as teachers with layer norms before their blocks need."""
     layers: Annotated[list[int] | None, CHANGES_LOSS_MEANING] = None

@@ -108,6 +108,10 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
         _check(layers, expected, parts, key, keys)
         found |= layers
     if settings.mask_embedding == "teacher":
+        if "mask_embedding" not in weights:
+            raise ConfigError(
+                f"train.mask_embedding: {teacher.name} has no mask embedding that a student could copy; set it to learned"
+            )
         embedding = {"mask_embedding": weights["mask_embedding"]}
         _check(embedding, expected, ("mask_embedding",), "train.mask_embedding", "student.encoder_embed_dim")
         found |= embedding

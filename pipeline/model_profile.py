@@ -27,7 +27,8 @@ from ray_distill.pipeline.student_export import open_student
 from ray_distill.student.model.attention import Attention
 from ray_distill.student.model.student import Student
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
-from ray_distill.teacher_cache.teachers import Teacher, load_teacher
+from ray_distill.teacher_cache.teachers import Teacher, is_path, load_teacher, split_options
+from ray_distill.teacher_cache.teachers.hub.hub_name import parse_hub_name
 from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
 HUBERT_BASE = "random:12x768"
@@ -238,5 +239,7 @@ def load_models(model: Path, teacher: str | None = None) -> tuple[Student, Teach
 
 
 def _shape_of(checkpoint: str) -> str:
-    """Return a specification of the teacher's shape: HuBERT Base's if the checkpoint is not on this machine."""
-    return checkpoint if Path(checkpoint).exists() or ":" in checkpoint else HUBERT_BASE
+    """Return a specification of the teacher's shape: HuBERT Base's if the checkpoint is not on this machine or is on the hub."""
+    name = split_options(checkpoint)[1]
+    there = Path(name).exists() if is_path(name) else parse_hub_name(name) is None
+    return checkpoint if there else HUBERT_BASE

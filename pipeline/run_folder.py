@@ -16,7 +16,17 @@ from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.run_lock import LockHolder, lock_run
 from ray_distill.student.training.field_effects import CHANGES_NO_RESULT, keys_with
 from ray_distill.student.training.metric_rows import read_rows
-from ray_distill.student.training.run_files import BEST, CHECKPOINTS, CONFIG, EXPORT, METRICS, RAY, RESULT, TENSORBOARD
+from ray_distill.student.training.run_files import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    METRICS,
+    RAY,
+    RESULT,
+    TEACHER,
+    TENSORBOARD,
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,11 @@ class RunFolder:
         return self.path / "initial.safetensors"
 
     @property
+    def teacher_file(self) -> Path:
+        """Commit of a teacher on the hub; see `stages.run_teacher`."""
+        return self.path / TEACHER
+
+    @property
     def ray(self) -> Path:
         """Folder of Ray's own records."""
         return self.path / RAY
@@ -147,10 +162,18 @@ class RunFolder:
     def has_results(self) -> bool:
         """Whether the folder contains anything that a run of another configuration must not replace.
 
-        The corpus index, the initial weights and the list of starts are made again where they differ, so they don't count.
+        The corpus index, the initial weights, the teacher's commit and the list of starts are made again where they differ, so they
+        don't count.
         Neither do hidden files, which are locks and unfinished writes.
         """
-        made_again = (self.config_file, self.ray_log, self.corpus, self.initial_weights, self.starts_file)
+        made_again = (
+            self.config_file,
+            self.ray_log,
+            self.corpus,
+            self.initial_weights,
+            self.starts_file,
+            self.teacher_file,
+        )
         replaceable = {path.name for path in made_again}
         return self.path.is_dir() and any(
             entry.name not in replaceable and not entry.name.startswith(".") for entry in self.path.iterdir()

@@ -12,9 +12,11 @@ from ray_distill.student.checkpoints import load_student, student_folder
 from ray_distill.student.exporters.origin import Origin
 from ray_distill.student.exporters.portable import Features, default_features
 from ray_distill.student.model.student import Student
-from ray_distill.student.training.run_files import CHECKPOINTS
+from ray_distill.student.training.run_files import CHECKPOINTS, TEACHER
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.teachers import split_options
+from ray_distill.teacher_cache.teachers.hub.hub_name import PREFIX, parse_hub_name
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -41,11 +43,28 @@ def open_student(model: Path, model_config: Path | None = None) -> tuple[Student
     if (model / "config.json").is_file():
         metadata = json.loads((model / "config.json").read_text()).get("metadata", {})
         origin["metrics"] = {name: value for name, value in metadata.items() if isinstance(value, (int, float))}
+    origin |= _recorded_teacher(model / TEACHER)
     run = _run_folder(model)
     configuration = None if run is None else _configuration(run.config_file)
     if run is not None and configuration is not None:
         origin |= _origin_in_run(run, configuration, origin.get("metrics", {}))
     return student, origin
+
+
+def _recorded_teacher(path: Path) -> Origin:
+    """Return the name and the commit of a teacher on the hub that an export records; nothing if it records none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        source = split_options(json.loads(path.read_text())["resolved"])[1]
+        name = parse_hub_name(source)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged; restore it from a copy, or remove it") from error
+    return {} if name is None else {"teacher": name.repository, "teacher_source": source}
 
 
 def _run_folder(model: Path) -> RunFolder | None:
@@ -91,6 +110,8 @@ def _origin_in_run(run: RunFolder, configuration: dict[str, Any], metrics: dict[
         "metrics": metrics | {name: trained[name] for name in names if trained.get(name) is not None},
         "configuration": configuration,
     }
+    if (source := split_options(str(summary.get("teacher_source", "")))[1]).startswith(PREFIX):
+        origin["teacher_source"] = source
     if summary.get("teacher_is_random"):
         origin["teacher"] += " (RANDOM weights: the features are meaningless)"
     if train.get("targets") == "cached":

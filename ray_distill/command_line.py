@@ -22,7 +22,9 @@ from ray_distill.pipeline.commands.import_config import import_config
 from ray_distill.pipeline.commands.plan_cluster import plan_cluster
 from ray_distill.pipeline.commands.probe import probe
 from ray_distill.pipeline.commands.profile import profile
+from ray_distill.pipeline.commands.push import push
 from ray_distill.pipeline.commands.run import run
+from ray_distill.pipeline.commands.teachers import list_teachers, show_teacher
 from ray_distill.serve.command import serve
 from ray_distill.teacher_cache.commands import info, repair, verify
 
@@ -115,7 +117,7 @@ _PANELS: dict[str, dict[str, Any]] = {
         "import-config": import_config,
         "plan-cluster": plan_cluster,
     },
-    "Students": {"export": export, "convert": convert, "profile": profile, "probe": probe},
+    "Students": {"export": export, "push": push, "convert": convert, "profile": profile, "probe": probe},
     "Service": {"serve": serve},
 }
 for _panel, _commands in _PANELS.items():
@@ -127,6 +129,13 @@ _cache = typer.Typer(cls=Group, no_args_is_help=True, help="Show, check or repai
 for _function in (info, verify, repair):
     _cache.command(cls=Command)(_function)
 application.add_typer(_cache, name="cache", rich_help_panel="Teacher cache")
+
+_teachers = typer.Typer(
+    cls=Group, no_args_is_help=True, help="Show which teachers there are, and what is known of one."
+)
+_teachers.command("list", cls=Command)(list_teachers)
+_teachers.command("show", cls=Command)(show_teacher)
+application.add_typer(_teachers, name="teachers", rich_help_panel="Teacher cache")
 
 
 def main() -> None:

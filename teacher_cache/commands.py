@@ -16,7 +16,8 @@ Location = Annotated[
 TeacherSpec = Annotated[
     str | None,
     typer.Option(
-        help="Teacher: a checkpoint or torchaudio:NAME. Default: the one that the cache names, if that needs no file."
+        help="Teacher: a checkpoint, OWNER/NAME on the hub, torchaudio:NAME, ... Default: the one that the cache names, if that "
+        "needs no file."
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device of the teacher: cpu, cuda.")]

@@ -1,9 +1,10 @@
-"""Log-mel spectrograms of padded batches, as Whisper and AST compute them. A mel frame depends on its own samples only.
+"""Log-mel spectrograms of padded batches, as Whisper, AST and w2v-BERT compute them. A mel frame depends on its own samples only.
 
 Shapes: B utterances, S samples, N mel frames (10 ms), M mel bands.
 """
 
 from functools import cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ MEL_WINDOW = 400
 
 _KALDI_FFT = 512
 _KALDI_PREEMPHASIS = 0.97
+_POVEY_EXPONENT = 0.85
 _KALDI_FLOOR = torch.finfo(torch.float32).eps
 
 
@@ -48,14 +50,15 @@ def whisper_log_mel(waveforms: Tensor, bands: int = 80) -> Tensor:
         return (log_mel + 4.0) / 4.0
 
 
-def kaldi_fbank(waveforms: Tensor, bands: int = 128) -> Tensor:
-    """Return Kaldi's log-mel filter bank values, with a Hann window and no dither.
+def kaldi_fbank(waveforms: Tensor, bands: int = 128, window: Literal["hanning", "povey"] = "hanning") -> Tensor:
+    """Return Kaldi's log-mel filter bank values, without dither.
 
     They equal ``torchaudio.compliance.kaldi.fbank`` of each row.
 
     Args:
         waveforms: (B, S) float32 at 16 kHz in [-1, 1], S >= 400.
         bands: Number of mel bands M from 20 Hz to 8 kHz. Default 128, AST's.
+        window: Kaldi's name of the window. Povey's is the Hann window to the power of 0.85. Default ``hanning``, AST's.
 
     Returns:
         (B, N, M) float32 with N = (S - 400) // 160 + 1.
@@ -64,7 +67,8 @@ def kaldi_fbank(waveforms: Tensor, bands: int = 128) -> Tensor:
         x = waveforms.unfold(1, MEL_WINDOW, MEL_HOP)
         x = x - x.mean(-1, keepdim=True)
         x = x - _KALDI_PREEMPHASIS * torch.cat([x[..., :1], x[..., :-1]], dim=-1)
-        x = x * torch.hann_window(MEL_WINDOW, periodic=False, device=x.device)
+        shape = torch.hann_window(MEL_WINDOW, periodic=False, device=x.device)
+        x = x * (shape**_POVEY_EXPONENT if window == "povey" else shape)
         power = torch.fft.rfft(x, _KALDI_FFT).abs().square()
         energies: Tensor = power @ _kaldi_banks(bands).to(x.device)
         return energies.clamp(min=_KALDI_FLOOR).log()

@@ -24,7 +24,10 @@ _MAX_DEPTH = 64
 _MAX_EXPANSION = 20
 """Maximum size of an archive's content, relative to its file."""
 
-_HARMLESS_PACKAGES = {"fairseq", "omegaconf", "hydra", "pytorch_lightning", "lightning", "lightning_fabric"}
+_HARMLESS_PACKAGES = {
+    *("fairseq", "omegaconf", "hydra", "pytorch_lightning", "lightning", "lightning_fabric"),
+    *("s3prl", "optimizers"),  # Optimisers and schedulers in checkpoints of S3PRL.
+}
 _HARMLESS_GLOBALS = {
     "argparse.Namespace",
     "collections.defaultdict",

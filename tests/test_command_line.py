@@ -25,15 +25,18 @@ COMMANDS = (
     "import-config",
     "plan-cluster",
     "export",
+    "push",
     "convert",
     "profile",
     "probe",
     "serve",
     "cache",
+    "teachers",
 )
 LEAVES = [
-    *([name] for name in COMMANDS if name != "cache"),
+    *([name] for name in COMMANDS if name not in ("cache", "teachers")),
     *(["cache", name] for name in ("info", "verify", "repair")),
+    *(["teachers", name] for name in ("list", "show")),
 ]
 DOORS = {
     "ray-distill": ["-m", "ray_distill"],
@@ -79,7 +82,7 @@ def test_help_lists_every_command_on_one_line() -> None:
         assert f"─ {panel} ─" in shown.output
 
 
-@pytest.mark.parametrize("command", [[], ["cache"], *LEAVES], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["cache"], ["teachers"], *LEAVES], ids=" ".join)
 def test_help_is_fast_and_imports_neither_torch_nor_ray(command: list[str]) -> None:
     done = start("-c", HELP, *command, "--help")
     assert done.returncode == 0, done.stderr

@@ -159,7 +159,7 @@ class Sweep:
         silent = Console(quiet=True)
         self.runs: dict[str, Run] = {}
         for planned in ablation.runs:
-            run = Run(planned.config, silent, self.shared.teacher)
+            run = Run(planned.config, silent, self.shared.teacher, self.shared.checkpoint)
             run.folder.refuse_other_config(planned.config)
             try:
                 initial_student(run)
@@ -193,6 +193,8 @@ class Sweep:
             locks.enter_context(self.shared.folder.begin(self.shared.config, shared=True))
             for run in self.runs.values():
                 locks.enter_context(run.folder.begin(run.config))
+            for run in (self.shared, *self.runs.values()):
+                run.keep_checkpoint()
             return self._run()
 
     def _run(self) -> dict[str, str]:

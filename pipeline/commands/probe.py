@@ -16,7 +16,7 @@ def probe(
         list[Path] | None, typer.Option(help="Folder of a run or of an exported student; may be repeated.")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Teacher, as in configurations: a checkpoint, torchaudio:NAME, ...")
+        str | None, typer.Option(help="Teacher, as in configurations: a checkpoint, OWNER/NAME on the hub, ...")
     ] = None,
     run: Annotated[
         Path | None,

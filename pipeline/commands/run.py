@@ -38,7 +38,7 @@ def run(
         typer.Option(
             "--dry-run",
             help="Check the configuration, find the audio files, read the header of the teacher's checkpoint, and print the "
-            "plan. No audio is decoded, no weights are read, and nothing is started.",
+            "plan. No audio is decoded, no weights are read or downloaded, and nothing is started.",
         ),
     ] = False,
     print_config: Annotated[

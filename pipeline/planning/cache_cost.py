@@ -27,6 +27,23 @@ _SECONDS_SAMPLED = 40.0
 """Seconds of audio for timing the teacher and trying the codecs."""
 _TARGETS: tuple[Targets, ...] = ("clean_and_masked", "composite_only", "clean_only")
 _COMPARED = ("fp16", "int8", "layer-pca", "pca")
+TYPICAL_BYTES_PER_VALUE = {"fp16": 2.0, "int8": 0.81, "layer-pca": 0.17, "pca": 0.073}
+"""Stored bytes of a value by codec, after compression, as measured for Whisper-small (12 layers of width 768) by
+``benchmarks/cache/codec_rate_distortion.py``."""
+
+
+def typical_bytes_per_hour(layers: int, width: int, frame_rate: int) -> dict[str, float]:
+    """Return the size in bytes of the features of one hour of audio in one pass, without the audio, by codec.
+
+    It is exact for fp16. The other codecs depend on the features; `plan_cost` measures them for a teacher and a corpus.
+
+    Args:
+        layers: Number of cached layers.
+        width: Width D of the layers.
+        frame_rate: Frames per second.
+    """
+    values = 3600.0 * frame_rate * layers * width
+    return {codec: size * values for codec, size in TYPICAL_BYTES_PER_VALUE.items()}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from ray_distill.student import Student
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.teachers import Teacher
-from ray_distill.teacher_cache.teachers.header import load_header
+from ray_distill.teacher_cache.teachers.header import hub_model_of, load_header
+from ray_distill.teacher_cache.teachers.hub.hub_model import HubModel
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     RunFolder(config.folder.absolute()).refuse_other_config(config)
     corpus = config.corpus
     found = find_audio(corpus.path.absolute(), corpus.train_splits, corpus.validation_splits)
-    teacher = load_header(config.teacher.checkpoint)
-    run = Run(config, Console(quiet=True), teacher)
+    checkpoint = Run(config, Console(quiet=True)).checkpoint
+    teacher = load_header(checkpoint)
+    run = Run(config, Console(quiet=True), teacher, checkpoint)
     folder, train = run.folder, config.train
     cached = train.targets == "cached"
     cache = Cache.open(run.cache) if cached and Cache.exists(run.cache) else None
@@ -98,6 +100,9 @@ def _listed(counts: dict[str, int]) -> str:
 def _teacher_facts(run: Run, header: Teacher | None) -> str:
     """Describe the teacher, after checking that it has the layers and the mask embedding that the run needs."""
     config = run.config
+    model = hub_model_of(run.checkpoint)
+    if header is None and model is not None:
+        return _unread_facts(config, model)
     if header is None:
         if config.masks.draws and "mean-mask:" not in config.teacher.checkpoint:
             raise ConfigError(
@@ -109,8 +114,26 @@ def _teacher_facts(run: Run, header: Teacher | None) -> str:
     weights = ", RANDOM weights" if run.teacher_is_random else ""
     return (
         f"{teacher.name}: {teacher.num_parameters:,} parameters{weights}, {teacher.num_layers} layers of width {teacher.dim}, "
-        f"{len(run.layers)} used"
+        f"{len(run.layers)} used{_to_download(model)}"
     )
+
+
+def _unread_facts(config: Config, model: HubModel) -> str:
+    """Describe a teacher on the hub whose weights can only be read as a whole, after checking that it has the layers."""
+    count, width = model.description.size
+    for layer in config.teacher.layers or []:
+        if count is not None and not 1 <= layer <= count:
+            raise ConfigError(
+                f"teacher.layers: there is no layer {layer}; {model.label} has layers 1 to {count} by its config.json"
+            )
+    return f"{model.label}: {count} layers of width {width} by its config.json; its weights are not checked{_to_download(model)}"
+
+
+def _to_download(model: HubModel | None) -> str:
+    """Say what would be downloaded of a teacher on the hub."""
+    if model is None or not model.missing:
+        return ""
+    return f", {sum(model.missing.values()) / 1e6:,.1f} MB to download ({', '.join(model.missing)})"
 
 
 def _student_facts(config: Config, teacher: Teacher | None) -> str:

@@ -90,3 +90,4 @@ def _check_start(run: Run, stages: set[str]) -> None:
             student.check_targets(len(run.layers), run.teacher.dim)
         else:
             run.layers  # noqa: B018 (loads the teacher)
+        run.keep_checkpoint()

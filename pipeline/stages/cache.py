@@ -3,7 +3,6 @@
 import csv
 import io
 from collections.abc import Mapping
-from pathlib import Path
 
 from rich.markup import escape
 
@@ -17,7 +16,6 @@ from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
-from ray_distill.teacher_cache.teachers import split_options
 
 _SHOWN_PROBLEMS = 3
 """Number of a cache's problems that an error message lists."""
@@ -55,7 +53,7 @@ def cache_targets(run: Run) -> None:
                 run.cache.location,
                 run.spec,
                 plan_shards(run.utterances, run.spec.shard_seconds, run.teacher.num_frames),
-                absolute_checkpoint(run.config.teacher.checkpoint),
+                run.checkpoint,
                 teacher_name=run.teacher.name,
                 workers=Workers(settings.actors, settings.gpus_per_actor, settings.cpus_per_actor),
                 max_failed=settings.max_failed,
@@ -106,9 +104,3 @@ def check_cache(run: Run) -> None:
             f"the cache at {run.cache.location} is damaged: {'; '.join(problem.text for problem in problems[:_SHOWN_PROBLEMS])}"
             f"{others}; repair it with `ray-distill cache repair {run.cache.location}`"
         )
-
-
-def absolute_checkpoint(checkpoint: str) -> str:
-    """Return a teacher's checkpoint with an absolute path, because workers have other working directories."""
-    options, spec = split_options(checkpoint)
-    return options + str(Path(spec).absolute()) if Path(spec).exists() else checkpoint

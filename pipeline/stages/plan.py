@@ -34,7 +34,7 @@ def plan_cache(run: Run) -> None:
     run.check_precision()
     teacher = run.teacher
     if run.config.cache.gpus_per_actor and torch.cuda.is_available():
-        teacher = load_teacher(run.config.teacher.checkpoint, "cuda")
+        teacher = load_teacher(run.checkpoint, "cuda")
     cost = plan_cost(run.utterances, run.spec, teacher, run.cache.location)
     run.console.print(cost_table(cost))
     for line in cost_lines(cost):

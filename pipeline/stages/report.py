@@ -67,6 +67,7 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
         "skipped_files": len(run.corpus.skipped) - run.corpus.num_unused,
         "failed_utterances": None if size is None else len(failed_utterances(Cache.open(run.cache), run.spec)),
         "teacher": run.teacher.name,
+        "teacher_source": run.checkpoint,
         "teacher_is_random": run.teacher_is_random,
         "teacher_parameters": run.teacher.num_parameters,
         "student_parameters": sum(p.numel() for p in student.parameters()),

@@ -13,6 +13,7 @@ from ray_distill.pipeline.corpus.cached_corpus import known_fingerprint
 from ray_distill.pipeline.corpus.index import CorpusIndex
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
+from ray_distill.pipeline.stages.run_teacher import keep_checkpoint, other_commit, run_checkpoint
 from ray_distill.student.training.train_state import saved_step
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.precision import Precision
@@ -30,6 +31,7 @@ class Run:
         config: Configuration.
         console: Console for progress and messages.
         teacher: Teacher of the configuration on the CPU, if it is already loaded. Default: None.
+        checkpoint: Specification of that teacher; see `checkpoint`. Default: None.
 
     Attributes:
         config: Configuration.
@@ -42,7 +44,9 @@ class Run:
         ConfigError: A path is relative inside a Ray job.
     """
 
-    def __init__(self, config: Config, console: Console, teacher: Teacher | None = None) -> None:
+    def __init__(
+        self, config: Config, console: Console, teacher: Teacher | None = None, checkpoint: str | None = None
+    ) -> None:
         teacher_path = split_options(config.teacher.checkpoint)[1]
         refuse_relative("runs", config.runs, config.runs.is_absolute())
         refuse_relative("cache.path", config.cache.path, config.cache.is_absolute)
@@ -56,10 +60,21 @@ class Run:
         self.cache = Store(config.cache.location)
         self.position = Position("first")
         self._given_teacher = teacher
+        if checkpoint is not None:
+            self.checkpoint = checkpoint
 
     def say(self, text: str) -> None:
         """Print one line for the user."""
         self.console.print(text, highlight=False, soft_wrap=True)
+
+    @cached_property
+    def checkpoint(self) -> str:
+        """Specification of the teacher for any process of any node; see `run_checkpoint`."""
+        return run_checkpoint(self.folder.teacher_file, self.config.teacher.checkpoint)
+
+    def keep_checkpoint(self) -> None:
+        """Keep the commit of a teacher on the hub in the run's folder, for when the run is resumed."""
+        keep_checkpoint(self.folder.teacher_file, self.config.teacher.checkpoint, self.checkpoint)
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -68,7 +83,7 @@ class Run:
         Raises:
             ConfigError: It lacks a layer or the mask embedding that the configuration needs.
         """
-        teacher = self._given_teacher or load_teacher(self.config.teacher.checkpoint, "cpu")
+        teacher = self._given_teacher or load_teacher(self.checkpoint, "cpu")
         if self._given_teacher is None and self.teacher_is_random:
             self.say(
                 "[yellow]The teacher has RANDOM weights: this run only shows that everything works, and its features are "
@@ -118,12 +133,23 @@ class Run:
 
     @cached_property
     def spec(self) -> CacheSpec:
-        """Specification of the cache that the run needs."""
+        """Specification of the cache that the run needs.
+
+        Raises:
+            ConfigError: The cache was made with another commit of the same teacher on the hub, which has other weights.
+        """
         cache = self.config.cache
         teacher, corpus = self.teacher.fingerprint, self.corpus.fingerprint
         if Cache.exists(self.cache):  # It may have been made on another kind of machine, or by an earlier version.
             found = Cache.open(self.cache)
-            teacher = found.spec.teacher if found.is_of_teacher(self.teacher.name, teacher) else teacher
+            if found.is_of_teacher(self.teacher.name, teacher):
+                teacher = found.spec.teacher
+            elif (other := other_commit(found.record["teacher_spec"], self.checkpoint)) is not None:
+                raise ConfigError(
+                    f"teacher.checkpoint: {self.teacher.name} has other weights than commit {other.revision} of it, with which the "
+                    f"cache at {self.cache.location} was made; set teacher.checkpoint={other.repository}@{other.revision}, or "
+                    "cache.path to another folder"
+                )
             corpus = known_fingerprint(found, self.corpus)
         return CacheSpec(
             teacher=teacher,

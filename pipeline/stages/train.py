@@ -12,7 +12,7 @@ from ray_distill.pipeline.initialise import initial_tensors, write_initial
 from ray_distill.pipeline.ray_session import init_ray, owns_ray, quiet_ray, require_resources
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.run_starts import record_start
-from ray_distill.pipeline.stages.cache import absolute_checkpoint, check_cache
+from ray_distill.pipeline.stages.cache import check_cache
 from ray_distill.pipeline.stages.progress import ProgressUpdate
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.student import StudentConfig
@@ -93,7 +93,7 @@ def prepare_training(
         run.folder.path,
         layers=run.layers,
         cache=run.cache.location if cached else None,
-        teacher=absolute_checkpoint(run.config.teacher.checkpoint),
+        teacher=run.checkpoint,
         masks=run.config.masks,
         utterances=[] if cached else run.utterances,
         cache_targets=run.config.cache.targets,

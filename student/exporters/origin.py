@@ -10,12 +10,14 @@ def describe(origin: Origin) -> list[str]:
     """Return readable lines with the known facts.
 
     Args:
-        origin: Any of ``run``, ``teacher``, ``corpus_hours``, ``targets``, ``loss``, ``cache_fingerprint``, ``commit``,
+        origin: Any of ``run``, ``teacher``, ``teacher_source`` (on the hub), ``corpus_hours``,
+            ``targets``, ``loss``, ``cache_fingerprint``, ``commit``,
             ``features`` (of the export), ``metrics`` (numbers by name) and ``configuration`` (of the run).
     """
     names = {
         "run": "run",
         "teacher": "teacher",
+        "teacher_source": "teacher on the hub",
         "corpus_hours": "hours of training and validation audio",
         "targets": "targets",
         "loss": "loss",

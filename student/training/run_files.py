@@ -24,6 +24,8 @@ BEST = "best"
 
 CONFIG = "config.yaml"
 """Configuration of the run, written by the job."""
+TEACHER = "teacher.json"
+"""Commit of a teacher on the hub, written by the job, in the run's folder and in its export."""
 EXPORT = "export"
 """Folder of the exported student, written by the job."""
 

@@ -1,30 +1,57 @@
-"""Loading of teachers from checkpoints, Hugging Face folders, torchaudio bundles and this package."""
+"""Loading of teachers from checkpoints, Hugging Face folders and names on the hub, torchaudio bundles and this package."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from ray_distill.teacher_cache.teachers.builtin import load_builtin
 from ray_distill.teacher_cache.teachers.bundles import load_bundle
-from ray_distill.teacher_cache.teachers.fairseq import load_fairseq
+from ray_distill.teacher_cache.teachers.fairseq import is_distiller, load_distiller, load_fairseq
+from ray_distill.teacher_cache.teachers.hub.hub_model import RemoteFolder, open_hub_model
+from ray_distill.teacher_cache.teachers.hub.hub_name import HubName, parse_hub_name
 from ray_distill.teacher_cache.teachers.huggingface import MODEL_TYPES, load_huggingface
-from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFolder
+from ray_distill.teacher_cache.teachers.huggingface_folder import STUDENT, HuggingFaceFolder
+from ray_distill.teacher_cache.teachers.known import suggestion
 from ray_distill.teacher_cache.teachers.random_weights import load_random
 from ray_distill.teacher_cache.teachers.spectrogram_transformer import load_spectrogram_transformer
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
+from ray_distill.teacher_cache.teachers.wav2vec2_bert import load_wav2vec2_bert
 from ray_distill.teacher_cache.teachers.wavlm import is_wavlm, load_wavlm
 from ray_distill.teacher_cache.teachers.whisper import load_whisper
 from ray_distill.teacher_cache.untrusted import load_untrusted
 
-__all__ = ["HUGGINGFACE_LOADERS", "Teacher", "TeacherError", "is_path", "load_teacher", "split_options"]
+__all__ = [
+    "HUGGINGFACE_LOADERS",
+    "Teacher",
+    "TeacherError",
+    "check_supported",
+    "is_path",
+    "load_teacher",
+    "open_folder",
+    "resolve_teacher",
+    "split_options",
+]
 
 _OPTIONS = ("mean-mask:", "layer-norm:")
 
+_STUDENT_LOADER = ("ray_distill.student.student_teacher", "load_student_teacher")
+"""Module and function, by name as an entry point has them, since this package imports nothing of the student's."""
+
+
+def _load_student(folder: HuggingFaceFolder, device: str | torch.device) -> Teacher:
+    module, function = _STUDENT_LOADER
+    teacher: Teacher = getattr(import_module(module), function)(folder, device)
+    return teacher
+
+
 HUGGINGFACE_LOADERS: dict[str, Callable[[HuggingFaceFolder, str | torch.device], Teacher]] = {
     **dict.fromkeys(MODEL_TYPES, load_huggingface),
+    "wav2vec2-bert": load_wav2vec2_bert,
     "whisper": load_whisper,
     "audio-spectrogram-transformer": load_spectrogram_transformer,
+    STUDENT: _load_student,
 }
 """Loaders of Hugging Face folders by ``model_type``."""
 
@@ -43,7 +70,9 @@ def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
 
     Args:
         spec: One of: the path of a fairseq checkpoint (pre-trained HuBERT or wav2vec 2.0) or of a WavLM checkpoint; the path
-            of a Hugging Face folder (config.json, model.safetensors) with a ``model_type`` in HUGGINGFACE_LOADERS;
+            of a Hugging Face folder (config.json, model.safetensors) with a ``model_type`` in HUGGINGFACE_LOADERS; the folder of a
+            run, or of a student of this project, exported or not; the name of a model on the hub, ``OWNER/NAME`` or
+            ``OWNER/NAME@REVISION`` if there is no file or folder of that name, or ``hf://`` and such a name;
             ``torchaudio:NAME``, a torchaudio bundle such as ``torchaudio:HUBERT_BASE``; ``builtin:phone-hubert``, a small
             HuBERT in this package; ``random:LAYERSxDIM``, a HuBERT with seeded random weights. It may begin with options:
             ``mean-mask:`` replaces masked frames by the mean of the utterance's frames, for a teacher without a mask
@@ -79,28 +108,74 @@ def split_options(spec: str) -> tuple[str, str]:
 
 
 def is_path(spec: str) -> bool:
-    """Return whether a specification without options names a file or folder, not a bundle, a built-in teacher or random weights."""
-    return not spec.startswith(tuple(f"{kind}:" for kind in _NAMED))
+    """Return whether a specification without options names a file or folder, and not a model that is found by its name."""
+    return not spec.startswith(tuple(f"{kind}:" for kind in _NAMED)) and parse_hub_name(spec) is None
+
+
+def resolve_teacher(spec: str) -> str:
+    """Return a specification that names the same teacher in every process of every node, now and later.
+
+    A path becomes absolute, and a name on the hub becomes ``hf://OWNER/NAME@COMMIT``, for which the hub is asked unless the
+    name has a whole commit.
+
+    Raises:
+        TeacherError: If the hub has no such model, or can't be reached and the model is not in its cache.
+    """
+    options, name = split_options(spec)
+    if (found := parse_hub_name(name)) is not None:
+        return options + str(found if found.is_commit else open_hub_model(found).name)
+    path = Path(name).expanduser()
+    return options + str(path.absolute()) if path.exists() else spec
+
+
+def open_folder(path: Path) -> HuggingFaceFolder:
+    """Return the Hugging Face folder at a path. The folder of a run stands for its exported student."""
+    run = not (path / "config.json").exists() and (path / "export" / "config.json").is_file()
+    return HuggingFaceFolder(path / "export", path.name) if run else HuggingFaceFolder(path)
+
+
+def check_supported(folder: HuggingFaceFolder) -> None:
+    """Raise TeacherError if the type of a Hugging Face folder's model or its sampling rate is not supported."""
+    if folder.model_type not in HUGGINGFACE_LOADERS:
+        raise TeacherError(
+            f"{folder.name} has a model of type {folder.model_type!r}; the supported types are {', '.join(HUGGINGFACE_LOADERS)}"
+        )
+    _ = folder.preprocessor  # Its sampling rate is checked for every type.
 
 
 def _load(spec: str, device: str | torch.device) -> Teacher:
     kind, separator, rest = spec.partition(":")
     if separator and kind in _NAMED:
         return _NAMED[kind](rest, device)
+    if (name := parse_hub_name(spec)) is not None:
+        return _load_from_hub(name, device)
     path = Path(spec).expanduser()
     if path.is_dir():
-        folder = HuggingFaceFolder(path)
-        if folder.model_type not in HUGGINGFACE_LOADERS:
-            raise TeacherError(
-                f"{path} has a model of type {folder.model_type!r}; the supported types are {', '.join(HUGGINGFACE_LOADERS)}"
-            )
-        _ = folder.preprocessor  # Its sampling rate is checked for every type.
+        folder = open_folder(path)
+        check_supported(folder)
         return HUGGINGFACE_LOADERS[folder.model_type](folder, device)
     if not path.is_file():
         raise TeacherError(
-            f"there is no teacher {spec!r}; give the path of a checkpoint or of a Hugging Face folder, "
-            "torchaudio:NAME, builtin:NAME, or random:LAYERSxDIM"
+            f"there is no teacher {spec!r}{suggestion(spec)}; give the path of a checkpoint or of a Hugging Face folder, the name "
+            "OWNER/NAME of a model on the Hugging Face Hub, torchaudio:NAME, builtin:NAME, or random:LAYERSxDIM"
         )
     checkpoint = load_untrusted(path)
-    load = load_wavlm if is_wavlm(checkpoint) else load_fairseq
+    load = load_wavlm if is_wavlm(checkpoint) else load_distiller if is_distiller(checkpoint) else load_fairseq
     return load(checkpoint, path.name, device)
+
+
+def _load_from_hub(name: HubName, device: str | torch.device) -> Teacher:
+    """Load a teacher from the hub. On the meta device, its weights are not downloaded if their header can be read alone.
+
+    Raises:
+        TeacherError: If it can't be downloaded or loaded, or on the meta device if its weights are neither in the hub's cache nor
+            safetensors.
+    """
+    model = open_hub_model(name)
+    folder = model.description
+    check_supported(folder)  # Nothing more is downloaded of a model that is refused.
+    if torch.device(device).type != "meta":
+        model.download()
+    elif model.missing and (shapes := model.shapes()) is not None:
+        folder = RemoteFolder(model, shapes)
+    return HUGGINGFACE_LOADERS[folder.model_type](folder, device)

@@ -30,6 +30,7 @@ class Architecture:
         pos_kernel: Kernel size of the position convolution, in frames.
         pos_groups: Number of groups of the position convolution.
         projected: Whether a linear layer projects the convolutions' width to D. fairseq has none if the widths are equal.
+        feature_norm: Whether a layer norm precedes that projection. DistilHuBERT has none.
         relative_positions: (buckets, maximum distance in frames) of WavLM's gated relative position bias, or None for
             HuBERT and wav2vec 2.0.
         pos_depth: Number of stacked position convolutions of data2vec, or None for the single weight-normalised one of
@@ -47,6 +48,7 @@ class Architecture:
     pos_kernel: int
     pos_groups: int
     projected: bool = True
+    feature_norm: bool = True
     relative_positions: tuple[int, int] | None = None
     pos_depth: int | None = None
 
@@ -104,4 +106,6 @@ def build_model(architecture: Architecture, source: str) -> Wav2Vec2Model:
         raise TeacherError(f"{source} has a configuration from which no model can be built: {error}") from error
     if not architecture.projected:
         model.encoder.feature_projection.projection = nn.Identity()
+    if not architecture.feature_norm:
+        model.encoder.feature_projection.layer_norm = nn.Identity()
     return model

@@ -1,6 +1,7 @@
-"""HuBERT and wav2vec 2.0 checkpoints of fairseq, read without fairseq."""
+"""HuBERT and wav2vec 2.0 checkpoints of fairseq, and DistilHuBERT's of S3PRL, which have fairseq's modules. Neither is needed."""
 
 import ast
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +32,13 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "crop_seq_to_multiple": (1,),
     "extractor_mode": ("default", "layer_norm"),
 }
+
+# The same for S3PRL's DistilHuBERT; the first value is the default. Other kinds change the input of the encoder.
+_DISTILLER_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "task_emb_type": ("expand-last", "concat-last", "self-hidden", "none"),
+    "attention_type": ("original",),
+}
+_DISTILLER_HEADS = ("output_layer.", "task_embedding.")
 
 # Names in fairseq's and WavLM's checkpoints, and torchaudio's names. The first pattern that matches the whole name applies.
 _NAMES: tuple[tuple[str, str], ...] = (
@@ -98,6 +106,43 @@ def load_fairseq(checkpoint: Mapping[str, Any], name: str, device: str | torch.d
         normalize_eps=NORMALIZE_EPS if task_cfg.get("normalize") else None,
         device=device,
     )
+
+
+def is_distiller(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint is of S3PRL's DistilHuBERT."""
+    return "Distiller" in checkpoint and "Config" in checkpoint
+
+
+def load_distiller(checkpoint: Mapping[str, Any], name: str, device: str | torch.device) -> Wav2Vec2Teacher:
+    """Build a DistilHuBERT, without its prediction heads, from the dictionary of its checkpoint. It has no mask embedding.
+
+    Args:
+        checkpoint: Result of `load_untrusted`, with ``Config`` and ``Distiller``.
+        name: Name of the file, for messages.
+        device: Device on which the teacher computes.
+
+    Raises:
+        TeacherError: If a setting is not supported, or the weights don't fit the configuration.
+    """
+    config = plain(checkpoint["Config"])
+    cfg = config.get("distiller") if isinstance(config, dict) else None
+    if not isinstance(cfg, dict):
+        raise TeacherError(
+            f"{name} has no section 'distiller' in its configuration, where S3PRL has that of DistilHuBERT"
+        )
+    for key, allowed in _DISTILLER_SUPPORTED.items():
+        if cfg.get(key, allowed[0]) not in allowed:
+            raise TeacherError(
+                f"{name} has {key} = {cfg[key]!r}, but only {' or '.join(map(repr, allowed))} is supported"
+            )
+    renamed = {"encoder_layers": 1} | cfg | {"conv_feature_layers": cfg.get("extractor_conv_feature_layers")}
+    architecture = dataclasses.replace(fairseq_architecture(renamed, name), feature_norm=False)
+    state = checkpoint["Distiller"]
+    if isinstance(state, dict):
+        state = {key: value for key, value in state.items() if not str(key).startswith(_DISTILLER_HEADS)}
+    weights, _ = torchaudio_weights(state, name)
+    model = load_model(lambda: build_model(architecture, name), weights, architecture.modules, name)
+    return Wav2Vec2Teacher(model, None, name=name, device=device)
 
 
 def fairseq_architecture(cfg: Mapping[str, Any], name: str) -> Architecture:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ray_distill.teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
 from ray_distill.teacher_cache.teachers.architecture import Architecture, build_model
 from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFolder
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
@@ -13,7 +14,7 @@ from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 from ray_distill.teacher_cache.teachers.wavlm import join_attention_projections
 from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_model
 
-MODEL_TYPES = ("hubert", "wavlm", "wav2vec2", "unispeech", "unispeech-sat", "data2vec-audio")
+MODEL_TYPES = ("hubert", "wavlm", "wav2vec2", "unispeech", "unispeech-sat", "data2vec-audio", "mert_model")
 """Values of ``model_type`` in config.json."""
 # transformers' Wav2Vec2FeatureExtractor adds this to the variance; fairseq adds 1e-5.
 _NORMALIZE_EPS = 1e-7
@@ -33,11 +34,13 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu",),
     "feat_extract_activation": ("gelu",),
     "feat_extract_norm": ("group", "layer"),
-    "feat_proj_layer_norm": (True,),
+    "feat_proj_layer_norm": (True, False),
     "conv_pos_batch_norm": (False,),
     "layer_norm_eps": (1e-5,),
     "add_adapter": (False,),
     "adapter_attn_dim": (None,),
+    "deepnorm": (False,),
+    "attention_relax": (-1, -1.0),
 }
 
 
@@ -57,6 +60,7 @@ def load_huggingface(folder: HuggingFaceFolder, device: str | torch.device) -> W
     if folder.preprocessor is not None:
         normalize = bool(folder.preprocessor.get("do_normalize", True))
     folder.require(_SUPPORTED)
+    _refuse_other_input(folder)
     architecture = _architecture(config, model_type, folder.name)
     weights, mask_embedding = _weights(folder)
     if model_type == "wavlm":
@@ -93,11 +97,27 @@ def _architecture(config: dict[str, Any], model_type: str, name: str) -> Archite
                 config.get("conv_pos_kernel_size", 19) if stacked else config.get("num_conv_pos_embeddings", 128)
             ),
             pos_groups=int(config.get("num_conv_pos_embedding_groups", 16)),
+            feature_norm=bool(config.get("feat_proj_layer_norm", True)),
             relative_positions=relative if model_type == "wavlm" else None,
             pos_depth=int(config.get("num_conv_pos_embeddings", 5)) if stacked else None,
         )
     except (TypeError, ValueError) as error:
         raise TeacherError(f"{name} has a config.json with a value of the wrong kind: {error}") from error
+
+
+def _refuse_other_input(folder: HuggingFaceFolder) -> None:
+    """Raise TeacherError for a MERT that takes music at another rate or a constant-Q transform beside the waveform."""
+    rate = folder.config.get("sample_rate", SAMPLE_RATE)
+    if rate != SAMPLE_RATE:
+        raise TeacherError(
+            f"{folder.name} takes audio at {rate} Hz, so its frames are {FRAME_SAMPLES / rate * 1000:.3g} ms apart; teachers must "
+            f"take {SAMPLE_RATE} Hz and have a frame every 20 ms"
+        )
+    if folder.config.get("feature_extractor_cqt"):
+        raise TeacherError(
+            f"{folder.name} has feature_extractor_cqt = True: it reads a constant-Q transform that only the code in its repository "
+            "computes, and code of a checkpoint is never run; use a MERT without it"
+        )
 
 
 def _weights(folder: HuggingFaceFolder) -> tuple[dict[str, Tensor], Tensor | None]:

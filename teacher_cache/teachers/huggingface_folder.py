@@ -14,30 +14,41 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 from ray_distill.teacher_cache.untrusted import load_untrusted
 
+STUDENT = "distilled_student"
+"""Type of the students that this project exports."""
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Files that may have the weights; the first that exists is read, or its shards."""
+
 
 class HuggingFaceFolder:
     """A folder written by transformers' ``save_pretrained``. TeacherError is raised if a file is missing or damaged.
 
     Args:
         path: Path of the folder.
+        name: Name for messages. Default: the last part of the path.
 
     Attributes:
         path: Path of the folder.
-        name: Last part of the path, for messages.
+        name: Name for messages.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.name
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path, self.name = path, name or path.name
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """Content of config.json."""
         return _read_json(self.path / "config.json")
 
+    is_local = True
+    """Whether the weights are files of the folder."""
+
     @property
     def model_type(self) -> str:
-        """``model_type`` in config.json, such as ``hubert``."""
-        return str(self.config.get("model_type"))
+        """``model_type`` in config.json, such as ``hubert``; ``distilled_student`` for students of this project in any format."""
+        ours = isinstance(self.config.get("student"), dict) or "reuses" in str(self.config.get("model"))
+        return str(self.config.get("model_type", STUDENT if ours else None))
 
     @cached_property
     def preprocessor(self) -> dict[str, Any] | None:
@@ -53,39 +64,62 @@ class HuggingFaceFolder:
             )
         return content
 
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Number of layers of the encoder and their width as config.json states them; None where it does not."""
+        layers, width = (
+            next((self.config[key] for key in keys if isinstance(self.config.get(key), int)), None)
+            for keys in (("encoder_layers", "num_hidden_layers"), ("d_model", "hidden_size"))
+        )
+        return layers, width
+
     def weights(self) -> dict[str, Tensor]:
         """Return all tensors by name.
 
         They are read from the first of these that exists, as in transformers: model.safetensors, its shards, pytorch_model.bin,
         its shards. A ``.bin`` file is a pickle, which is read without running code.
         """
-        for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
+        for name, read in zip(WEIGHT_FILES, (_read_safetensors, _read_bin), strict=True):
             if (self.path / name).is_file():
                 return read(self.path / name)
-            if (index := self.path / f"{name}.index.json").is_file():
-                return self._shards(index, read)
+            if (self.path / f"{name}.index.json").is_file():
+                return self._shards(f"{name}.index.json", read)
         raise TeacherError(
             f"{self.path} has neither model.safetensors nor pytorch_model.bin; a Hugging Face folder must have its weights in one "
             "of these, or in shards with model.safetensors.index.json or pytorch_model.bin.index.json"
         )
 
-    def _shards(self, index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the tensors of the shards that an index names, which must be the tensors that it lists."""
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise TeacherError(f"{index} has no weight_map from weights to files")
-        names = sorted(set(weight_map.values()))
-        state: dict[str, Tensor] = {}
+    def shard_names(self, index: str) -> list[str]:
+        """Return the sorted names of the shards that an index file of this folder names.
+
+        Raises:
+            TeacherError: If the index is damaged, or names a file of another folder.
+        """
+        path = self.path / index
+        names = sorted(set(self._weight_map(index).values()))
         for name in names:
             if Path(name).name != name:
-                raise TeacherError(f"{index} names {name!r}, but shards must be files of the same folder")
+                raise TeacherError(f"{path} names {name!r}, but shards must be files of the same folder")
+        return names
+
+    def _weight_map(self, index: str) -> dict[str, str]:
+        weight_map = _read_json(self.path / index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise TeacherError(f"{self.path / index} has no weight_map from weights to files")
+        return weight_map
+
+    def _shards(self, index: str, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the tensors of the shards that an index names, which must be the tensors that it lists."""
+        names = self.shard_names(index)
+        state: dict[str, Tensor] = {}
+        for name in names:
             if not (self.path / name).is_file():
                 raise TeacherError(
-                    f"{self.path / name} is missing, one of the {len(names)} shards in {index.name}; download it again"
+                    f"{self.path / name} is missing, one of the {len(names)} shards in {index}; download it again"
                 )
             state |= read(self.path / name)
-        if missing := sorted(set(weight_map) - set(state)):
-            raise TeacherError(f"{self.path} lacks {missing[0]!r}, which {index.name} lists; download its shards again")
+        if missing := sorted(set(self._weight_map(index)) - set(state)):
+            raise TeacherError(f"{self.path} lacks {missing[0]!r}, which {index} lists; download its shards again")
         return state
 
     def require(self, allowed: Mapping[str, tuple[Any, ...]]) -> None:

@@ -76,6 +76,7 @@ def test_wheel_holds_packages_and_recipes_and_nothing_else(wheel: Path) -> None:
         assert f"ray_distill/recipes/{recipe.relative_to(REPOSITORY / 'configs')}" in names
     assert "ray_distill/pipeline/demo/demo_sentences.txt" in names
     assert "ray_distill/pipeline/reports/templates/charts.js" in names
+    assert "ray_distill/teacher_cache/teachers/known/known_teachers.json" in names
     teacher = "ray_distill/teacher_cache/teachers/builtin/phone-hubert"
     assert {f"{teacher}/{name}" for name in ("config.json", "model.safetensors", "README.md")} <= set(names)
     page = [path for path in (REPOSITORY / "serve" / "page").iterdir() if path.is_file()]

@@ -128,6 +128,12 @@ def test_what_does_not_fit_is_named(
         initial_tensors(teacher, like(teacher, **student), settings(**train))
 
 
+def test_a_substitute_for_the_mask_embedding_is_not_copied(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "_mask_embedding", None)
+    with pytest.raises(ConfigError, match="has no mask embedding that a student could copy; set it to learned"):
+        initial_tensors(teacher, like(teacher), settings(mask_embedding="teacher"))
+
+
 def test_other_strides_are_other_convolutions(teacher: Teacher) -> None:
     convolutions = [list(layer) for layer in like(teacher).conv_layers]
     convolutions[0][2], convolutions[1][2] = convolutions[1][2], convolutions[0][2]

@@ -1,6 +1,8 @@
 """Runs with a teacher other than HuBERT: configurations that are refused, and the same run after a correction."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -8,9 +10,15 @@ from rich.console import Console
 
 from ray_distill.pipeline.config import ConfigError, load_config
 from ray_distill.pipeline.stages import Run
-from ray_distill.pipeline.stages.cache import absolute_checkpoint
+from ray_distill.pipeline.stages.export import export_best
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
+from ray_distill.pipeline.student_export import open_student
+from ray_distill.student import Student, save_student
+from ray_distill.teacher_cache.teachers import resolve_teacher
+from tests.hub_server import running_hub, use_hub
+from tests.teacher_cache.teachers.huggingface_folders import ENCODER
+from tests.tiny import demo_config, tiny_student
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
@@ -66,6 +74,68 @@ def test_a_corrected_command_goes_on(ast: Path, tmp_path: Path, speech_folder: P
 
 def test_workers_find_a_teacher_with_options(ast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ast.parent)
-    assert absolute_checkpoint("layer-norm:mean-mask:ast") == f"layer-norm:mean-mask:{ast}"
-    assert absolute_checkpoint("ast") == str(ast)
-    assert absolute_checkpoint("random:2x32") == "random:2x32"
+    assert resolve_teacher("layer-norm:mean-mask:ast") == f"layer-norm:mean-mask:{ast}"
+    assert resolve_teacher("ast") == str(ast)
+    assert resolve_teacher("random:2x32") == "random:2x32"
+
+
+def test_an_export_names_the_commit_of_its_teacher(tmp_path: Path, speech_folder: Path) -> None:
+    source = f"hf://owner/tiny@{'b' * 40}"
+    run = Run(
+        demo_config(tmp_path, f"corpus.path={speech_folder}", "teacher.checkpoint=mean-mask:owner/tiny"), Console()
+    )
+    run.checkpoint = f"mean-mask:{source}"
+    save_student(Student(tiny_student()), run.folder.best)
+    run.folder.result_file.write_text("{}")
+    run.keep_checkpoint()
+    export_best(run)
+    moved = tmp_path / "elsewhere" / "deep" / "student"
+    moved.parent.mkdir(parents=True)
+    run.folder.export.rename(moved)
+    _, origin = open_student(moved)
+    assert (origin["teacher"], origin["teacher_source"]) == ("owner/tiny", source)
+    (moved / "teacher.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"teacher.json is damaged; restore it from a copy, or remove it"):
+        open_student(moved)
+
+
+def test_a_run_keeps_the_commit_of_a_branch_that_moves(
+    tmp_path: Path, speech_folder: Path, make_cache: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        model = transformers.HubertModel(transformers.HubertConfig(**ENCODER))
+        model.save_pretrained(folder)
+    overrides = (f"corpus.path={speech_folder}", "teacher.checkpoint=owner/tiny")
+    with running_hub() as hub:
+        use_hub(hub, tmp_path / "hub-cache", monkeypatch)
+        first = hub.add("owner/tiny", folders[0])
+        begun = Run(demo_config(tmp_path, *overrides), Console(quiet=True))
+        begun.folder.path.mkdir(parents=True)
+        begun.keep_checkpoint()
+        hub.add("owner/tiny", folders[0])
+        same = Run(demo_config(tmp_path, *overrides, "name=same"), Console(quiet=True))
+        assert same.checkpoint != begun.checkpoint == f"hf://owner/tiny@{first}"
+        second = hub.add("owner/tiny", folders[1])
+        resumed = Run(demo_config(tmp_path, *overrides), Console(quiet=True))
+        assert resumed.checkpoint == begun.checkpoint
+        assert not resumed.folder.has_results, (
+            "another configuration may replace a run that has only its teacher's commit"
+        )
+        other = Run(demo_config(tmp_path, *overrides, "teacher.checkpoint=mean-mask:owner/tiny"), Console(quiet=True))
+        assert other.checkpoint == f"mean-mask:hf://owner/tiny@{second}"
+        other.checkpoint = str(folders[0])
+        other.keep_checkpoint()
+        assert not resumed.folder.teacher_file.exists(), "the name of a path has nothing to keep"
+
+        make_cache(tmp_path / "cache", begun.checkpoint, layers=(1, 2))
+        moved = Run(demo_config(tmp_path, *overrides, "name=moved"), Console(quiet=True))
+        index_audio(moved)
+        with pytest.raises(
+            ConfigError,
+            match=f"other weights than commit {first} .*; set teacher.checkpoint=owner/tiny@{first}, or cache",
+        ):
+            _ = moved.spec
+        assert same.teacher.fingerprint == begun.teacher.fingerprint
+        index_audio(same)
+        assert same.spec.teacher == begun.teacher.fingerprint, "a commit with the same weights is the same teacher"

@@ -16,6 +16,8 @@ from ray_distill.pipeline.stages import STAGES, Run
 from ray_distill.pipeline.stages.train import initial_student
 from ray_distill.student import Student
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from tests.hub_server import running_hub, use_hub
+from tests.teacher_cache.teachers.huggingface_folders import save_tiny
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 Make = Callable[..., CacheSpec]
@@ -100,6 +102,35 @@ def test_online_targets_need_no_cache(tmp_path: Path, speech_folder: Path) -> No
 def test_mistakes_are_found(tmp_path: Path, speech_folder: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_run(configure(tmp_path, *overrides), list(STAGES))
+
+
+def test_a_teacher_on_the_hub_is_not_downloaded(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    single = Path(save_tiny("hubert", tmp_path / "single"))
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(single / "config.json", pickled)
+    (pickled / "pytorch_model.bin").write_bytes(bytes(700_000))
+    with running_hub() as hub:
+        use_hub(hub, tmp_path / "hub-cache", monkeypatch)
+        commit = hub.add("owner/single", single)
+        hub.add("owner/pickled", pickled)
+        teacher = plan_run(configure(tmp_path, "teacher.checkpoint=owner/single"), ["index"]).facts["teacher"]
+        assert teacher.startswith(
+            f"owner/single@{commit[:12]}: 60,400 parameters, 3 layers of width 32, 3 used, 0.2 MB to"
+        )
+        config = configure(tmp_path, "teacher.checkpoint=owner/pickled")
+        teacher = plan_run(config, ["index"]).facts["teacher"]
+        assert (
+            "3 layers of width 32 by its config.json; its weights are not checked, 0.7 MB to download (pytorch"
+            in teacher
+        )
+        with pytest.raises(
+            ConfigError, match=r"there is no layer 4; owner/pickled@\w+ has layers 1 to 3 by its config.json"
+        ):
+            plan_run(configure(tmp_path, "teacher.checkpoint=owner/pickled", "teacher.layers=[4]"), ["index"])
+        assert not any(path.suffix in (".bin", ".safetensors") for path in (tmp_path / "hub-cache").rglob("*"))
 
 
 def test_a_folder_without_audio_is_refused(tmp_path: Path) -> None:

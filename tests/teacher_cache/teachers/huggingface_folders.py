@@ -40,12 +40,25 @@ AST = {
     "frequency_stride": 6,
     "max_length": 240,
 }
-SETTINGS: dict[str, dict[str, Any]] = {"whisper": WHISPER, "audio-spectrogram-transformer": AST}
+BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "left_max_position_embeddings": 6,
+    "right_max_position_embeddings": 3,
+    "conv_depthwise_kernel_size": 5,
+}
+SETTINGS: dict[str, dict[str, Any]] = {"whisper": WHISPER, "wav2vec2-bert": BERT, "audio-spectrogram-transformer": AST}
 
 
-def tiny_model(kind: str) -> Any:
+LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+"""Settings of the Large models of HuBERT, WavLM and wav2vec 2.0, and of XLS-R."""
+
+
+def tiny_model(kind: str, **changes: Any) -> Any:
     """Return the model (for pre-training, if there is such a class) in float32 and evaluation mode."""
-    config = transformers.AutoConfig.for_model(kind, **SETTINGS.get(kind, ENCODER))
+    config = transformers.AutoConfig.for_model(kind, **SETTINGS.get(kind, ENCODER) | changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind in ("unispeech-sat", "wav2vec2"):
@@ -61,7 +74,7 @@ def tiny_model(kind: str) -> Any:
     return model.eval()
 
 
-def save_tiny(kind: str, folder: Path) -> str:
+def save_tiny(kind: str, folder: Path, **changes: Any) -> str:
     """Save `tiny_model` and return the folder."""
-    tiny_model(kind).save_pretrained(folder)
+    tiny_model(kind, **changes).save_pretrained(folder)
     return str(folder)

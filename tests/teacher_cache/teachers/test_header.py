@@ -24,7 +24,7 @@ def facts(teacher: Teacher) -> tuple[object, ...]:
     )
 
 
-@pytest.mark.parametrize("kind", HUGGINGFACE_LOADERS)
+@pytest.mark.parametrize("kind", sorted(HUGGINGFACE_LOADERS.keys() - {"mert_model", "distilled_student"}))
 def test_folders(kind: str, tmp_path: Path) -> None:
     spec = save_tiny(kind, tmp_path)
     header = load_header(spec)

@@ -1,5 +1,8 @@
 """Teachers from Hugging Face folders equal transformers' models, for one utterance without padding."""
 
+import argparse
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,16 @@ from torch import Tensor
 from ray_distill.teacher_cache.frames import num_frames
 from ray_distill.teacher_cache.spectrograms import kaldi_fbank, whisper_log_mel
 from ray_distill.teacher_cache.teachers import TeacherError, load_teacher
+from ray_distill.teacher_cache.teachers.wav2vec2_bert import Wav2Vec2BertTeacher
 from ray_distill.teacher_cache.teachers.whisper import WhisperTeacher
 
-from .huggingface_folders import save_tiny, tiny_model
+from .huggingface_folders import LARGE, save_tiny, tiny_model
 
 TOLERANCE = 1e-4
 
 
 def layer_outputs(layers: Any, run: Any) -> Tensor:
-    """Return the (L, T, D) outputs of the layers while the model runs."""
+    """Return the (L, T, D) outputs of the layers while the model runs, or (L, B, T, D) for B > 1 utterances."""
     outputs: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda *args: outputs.append(args[2][0] if isinstance(args[2], tuple) else args[2]))
@@ -28,7 +32,8 @@ def layer_outputs(layers: Any, run: Any) -> Tensor:
         run()
     for hook in hooks:
         hook.remove()
-    return torch.stack([output.view(output.shape[-2:]) for output in outputs])
+    stacked = torch.stack(outputs)
+    return stacked[:, 0] if stacked.shape[1] == 1 else stacked
 
 
 def noise(samples: int) -> Tensor:
@@ -51,6 +56,94 @@ def test_models_with_the_architecture_of_wav2vec2(kind: str, tmp_path: Path) -> 
         expected = layer_outputs(base.encoder.layers, lambda m=frame_mask: base(fed, mask_time_indices=m))
         actual = teacher.hidden_states(waveform, frame_mask=frame_mask)[0]
         assert float((actual - expected).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["hubert", "wavlm", "wav2vec2"])
+def test_large_models_in_a_padded_batch(kind: str, tmp_path: Path) -> None:
+    # Base models of transformers normalise over padding, so only Large ones can be compared in a padded batch.
+    teacher = load_teacher(save_tiny(kind, tmp_path, **LARGE))
+    model = tiny_model(kind, **LARGE)
+    base = getattr(model, model.base_model_prefix, model)
+    waveforms = [noise(samples)[0] for samples in (8_000, 5_200, 3_000)]
+    lengths = torch.tensor([len(waveform) for waveform in waveforms])
+    batch = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+    normalised = [torch.nn.functional.layer_norm(w, w.shape, eps=1e-7) for w in waveforms]
+    fed = torch.nn.utils.rnn.pad_sequence(normalised, batch_first=True)
+    real = torch.arange(fed.shape[1]) < lengths[:, None]
+    expected = layer_outputs(base.encoder.layers, lambda: base(fed, attention_mask=real.long())).transpose(0, 1)
+    actual = teacher.hidden_states(batch, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        frames = slice(0, num_frames(length))
+        assert float((actual[row, :, frames] - expected[row, :, frames]).abs().max()) < TOLERANCE
+
+
+def test_distilhubert_and_plain_mert(tmp_path: Path) -> None:
+    changes = {"num_hidden_layers": 2, "feat_proj_layer_norm": False}
+    teacher = load_teacher(save_tiny("hubert", tmp_path, **changes))
+    assert teacher.num_layers == 2 and not any("feature_projection.layer_norm" in key for key in teacher.weights)
+    model, waveform = tiny_model("hubert", **changes), noise(8_000)
+    expected = layer_outputs(model.encoder.layers, lambda: model(waveform))
+    assert float((teacher(waveform)[0] - expected).abs().max()) < TOLERANCE
+    config = tmp_path / "config.json"
+    settings = json.loads(config.read_text()) | {"model_type": "mert_model", "sample_rate": 16_000, "deepnorm": False}
+    config.write_text(json.dumps(settings))
+    assert load_teacher(str(tmp_path)).fingerprint == teacher.fingerprint
+    for change, message in (
+        ({"sample_rate": 24_000}, "takes audio at 24000 Hz, so its frames are 13.3 ms apart; teachers must take 16000"),
+        (
+            {"feature_extractor_cqt": True},
+            "constant-Q transform that only the code in its repository computes, and code",
+        ),
+        ({"deepnorm": True}, "deepnorm = True, but only False is supported"),
+    ):
+        config.write_text(json.dumps(settings | change))
+        with pytest.raises(TeacherError, match=message):
+            load_teacher(str(tmp_path))
+
+
+def test_distilhubert_of_s3prl_is_that_of_transformers(tmp_path: Path) -> None:
+    model = tiny_model("hubert", num_hidden_layers=2, feat_proj_layer_norm=False)
+    rules = (
+        (r"conv_layers\.(\d+)\.conv\.", r"conv_layers.\1.0."),
+        (r"conv_layers\.0\.layer_norm\.", "conv_layers.0.2."),
+        (r"feature_projection\.projection\.", "post_extract_proj."),
+        (r"pos_conv_embed\.conv\.", "pos_conv.0."),
+        (r"parametrizations\.weight\.original0", "weight_g"),
+        (r"parametrizations\.weight\.original1", "weight_v"),
+        (r"(layers\.\d+)\.layer_norm\.", r"\1.self_attn_layer_norm."),
+        (r"\.attention\.", ".self_attn."),
+        (r"feed_forward\.intermediate_dense\.", "fc1."),
+        (r"feed_forward\.output_dense\.", "fc2."),
+    )
+    state = {"output_layer.0.weight": torch.zeros(1)}
+    for full_key, value in model.state_dict().items():
+        key = full_key
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key) if "conv_layers" in key or "conv_layers" not in pattern else key
+        if key != "masked_spec_embed":
+            state[key] = value
+    config = {
+        "extractor_conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2",
+        "encoder_layers": 2,
+        "encoder_embed_dim": 32,
+        "encoder_ffn_embed_dim": 48,
+        "encoder_attention_heads": 4,
+        "conv_pos_groups": 4,
+        "task_emb_type": "expand-last",
+    }
+    path = tmp_path / "distilhubert.ckpt"
+    torch.save({"Config": {"distiller": config}, "Distiller": state, "Args": argparse.Namespace(x=1), "Step": 1}, path)
+    teacher, waveform = load_teacher(str(path)), noise(8_000)
+    expected = layer_outputs(model.encoder.layers, lambda: model(waveform))
+    assert float((teacher(waveform)[0] - expected).abs().max()) < TOLERANCE and not teacher.has_mask_embedding
+    for changed, message in (
+        ({"distiller": config | {"task_emb_type": "add"}}, "task_emb_type = 'add', but only 'expand-last' or"),
+        ({"distiller": config | {"encoder_embed_dim": 64}}, "shapes don't fit"),
+        ({}, "has no section 'distiller'"),
+    ):
+        torch.save({"Config": changed, "Distiller": state}, path)
+        with pytest.raises(TeacherError, match=message):
+            load_teacher(str(path))
 
 
 def test_whisper_on_the_same_spectrogram(tmp_path: Path) -> None:
@@ -104,6 +197,32 @@ def test_kaldi_fbank_is_torchaudios() -> None:
     for row, waveform in zip(ours, waveforms, strict=True):
         expected = fbank(waveform[None], sample_frequency=16_000, window_type="hanning", num_mel_bins=128)
         torch.testing.assert_close(row, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("padding_value", [0.0, 1.0])
+def test_wav2vec2_bert_in_a_padded_batch(padding_value: float, tmp_path: Path) -> None:
+    from transformers import SeamlessM4TFeatureExtractor
+
+    extractor = SeamlessM4TFeatureExtractor(padding_value=padding_value)
+    extractor.save_pretrained(tmp_path)
+    teacher = load_teacher(save_tiny("wav2vec2-bert", tmp_path))
+    model = tiny_model("wav2vec2-bert")
+    # Even and odd numbers of mel frames. With an odd number, transformers treats the last frame as padding.
+    waveforms = [noise(samples)[0] for samples in (8_000, 8_160, 5_000, 5_160)]
+    lengths = torch.tensor([len(waveform) for waveform in waveforms])
+    batch = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+    inputs = extractor([w.numpy() for w in waveforms], sampling_rate=16_000, return_tensors="pt")
+    assert isinstance(teacher, Wav2Vec2BertTeacher)
+    mask = torch.zeros(4, num_frames(8_160), dtype=torch.bool)
+    mask[:, 5:11] = True
+    for frame_mask in (None, mask):
+        run = lambda m=frame_mask: model(**inputs, mask_time_indices=m)  # noqa: E731
+        expected = layer_outputs(model.encoder.layers, run).transpose(0, 1)
+        actual = teacher.hidden_states(batch, lengths, frame_mask)
+        assert expected.shape == actual.shape
+        for row, length in enumerate(lengths.tolist()):
+            real = slice(0, num_frames(length))
+            assert float((actual[row, :, real] - expected[row, :, real]).abs().max()) < TOLERANCE
 
 
 def test_unusable_whisper_folders(tmp_path: Path) -> None:

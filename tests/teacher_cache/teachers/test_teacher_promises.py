@@ -9,18 +9,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ray_distill.student import Student, save_student
 from ray_distill.teacher_cache.frames import padding_mask
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.teachers import Teacher, TeacherError, load_teacher
 from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
+from tests.tiny import sharpen_attention, tiny_student
 
 from .batch_invariance import assert_batch_invariant
 from .huggingface_folders import save_tiny
 
-TRANSFORMERS = ("hubert", "wavlm", "unispeech-sat", "data2vec-audio", "whisper", "audio-spectrogram-transformer")
+TRANSFORMERS = (
+    "hubert",
+    "wavlm",
+    "unispeech-sat",
+    "data2vec-audio",
+    "wav2vec2-bert",
+    "whisper",
+    "audio-spectrogram-transformer",
+)
+
+
+def save_tiny_student(folder: Path, **changes: Any) -> str:
+    """Save a student with random weights and return its folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_student(sharpen_attention(Student(tiny_student(**changes))), folder)
+    return str(folder)
+
+
 KINDS: dict[str, Callable[[Path], str]] = {
     "random": lambda _: "random:3x48",
     **{kind: lambda folder, kind=kind: save_tiny(kind, folder) for kind in TRANSFORMERS},  # type: ignore[misc]
+    "student": save_tiny_student,
+    "student, time reduction": lambda folder: save_tiny_student(
+        folder, attention_reuse="none", time_reduction="conv1d", time_reduction_index=1
+    ),
     "AST, mean-mask": lambda folder: f"mean-mask:{save_tiny('audio-spectrogram-transformer', folder)}",
     "whisper, options": lambda folder: f"layer-norm:mean-mask:{save_tiny('whisper', folder)}",
 }
@@ -64,10 +88,12 @@ def test_attention_holds_whole_maps_only_if_it_says_so(
     given: list[tuple[Tensor, Tensor]] = []
     attention = F.scaled_dot_product_attention
 
-    def remember(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def remember(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any
+    ) -> Tensor:
         if attn_mask is not None:
             given.append((query, attn_mask))
-        return attention(query, key, value, attn_mask=attn_mask, **options)
+        return attention(query, key, value, attn_mask, *rest, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", remember)
     longer, shorter = sound(teacher, 9_000, 0)

@@ -1,0 +1,1 @@
+"""Publication of a student on the Hugging Face Hub."""

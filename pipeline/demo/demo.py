@@ -142,8 +142,8 @@ def run_demo(
     utterance = run.utterances[0]
     with running_service(Path(summary["export"]), run.folder.path / "service.log") as address:
         console.print(f"serve   {address} is ready; requesting features of {utterance.id}")
-        features = request_features(address, Path(utterance.path))
-    seconds = len(load_audio(Path(utterance.path))) / SAMPLE_RATE
+        features = request_features(address, Path(utterance.address.file))
+    seconds = len(load_audio(utterance.path)) / SAMPLE_RATE
     summary["features"] = f"{features.shape} {features.dtype} for {seconds:.2f} s of audio"
     console.print(summary_table(summary))
     if outcomes is not None:

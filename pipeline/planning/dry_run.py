@@ -53,7 +53,7 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     """
     RunFolder(config.folder.absolute()).refuse_other_config(config)
     corpus = config.corpus
-    found = find_audio(corpus.path.absolute(), corpus.train_splits, corpus.validation_splits)
+    found = find_audio(corpus.path.absolute(), corpus.train_splits, corpus.validation_splits, format=corpus.format)
     teacher = load_header(config.teacher.checkpoint)
     run = Run(config, Console(quiet=True), teacher)
     folder, train = run.folder, config.train

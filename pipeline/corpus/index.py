@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_distill.pipeline.corpus.decoding import Decoded, Limits, LongAudio, decode
+from ray_distill.pipeline.corpus.decoding import Limits, LongAudio, decode
 from ray_distill.pipeline.corpus.found import FoundFile, Skipped
 from ray_distill.pipeline.corpus.labels import label_of, write_labels
 from ray_distill.pipeline.corpus.search import find_audio
@@ -170,17 +170,20 @@ def index_corpus(
     else:
         utterances: list[Utterance] = []
         limits = Limits(min_seconds, max_seconds, channel, long_audio)
-        decoded: list[Decoded] = []
+        totals: Counter[str] = Counter()
         # Neighbours in a file are decoded one after the other. Decoding and hashing release the GIL.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             results = pool.map(lambda entry: decode(entry, limits), sorted(entries, key=_place))
             for done, result in enumerate(results, 1):
-                decoded.append(replace(result, results=[]))
-                for item in result.results:
-                    if isinstance(item, Utterance):
-                        utterances.append(item)
-                    else:
-                        skipped.append(item)
+                kept = [item for item in result.results if isinstance(item, Utterance)]
+                left_out = [item for item in result.results if isinstance(item, Skipped)]
+                utterances += kept
+                skipped += left_out
+                totals["entries"] += 1
+                totals["mixed"] += result.mixed
+                if result.cut:
+                    totals.update(cut=1, windows=len(kept), skipped_windows=len(left_out))
+                totals["too_long"] += any(item.reason == "too_long" for item in left_out)
                 if progress is not None:
                     progress(done, len(entries))
         if not any(entry.role == "validation" for entry in entries):
@@ -188,7 +191,7 @@ def index_corpus(
         index = CorpusIndex(
             sorted(utterances, key=lambda utterance: utterance.id),
             sorted(skipped, key=lambda skip: str(skip.path)),
-            notes=_notes(decoded, max_seconds),
+            notes=_notes(totals, max_seconds),
         )
         _save(index, state, output)
     for split in ("train", "validation"):
@@ -219,15 +222,25 @@ def _place(entry: FoundFile) -> tuple[str, int, int, float]:
     return str(entry.path), row, offset, entry.start or 0.0
 
 
-def _notes(decoded: Sequence[Decoded], max_seconds: float) -> tuple[str, ...]:
+def _notes(totals: Mapping[str, int], max_seconds: float) -> tuple[str, ...]:
+    """Return what a user should know about the audio, from numbers of entries and of windows of long ones."""
     notes = []
-    if mixed := sum(result.mixed for result in decoded):
+    if mixed := totals["mixed"]:
         notes.append(
-            f"{mixed} of {len(decoded)} utterances have several channels, and the mean of them is used; if each channel has its own "
-            "speaker, set corpus.channel to the number of one, counted from 0, and otherwise to mix, so that this is not said again"
+            f"{mixed:,} of {totals['entries']:,} utterances have several channels, and the mean of them is used; if each channel has "
+            "its own speaker, set corpus.channel to the number of one, counted from 0, and otherwise to mix, so that this is not said "
+            "again"
         )
-    if cut := sum(result.cut for result in decoded):
-        notes.append(f"{cut} recordings longer than {max_seconds:g} s were cut into windows, which cover them exactly")
+    if cut := totals["cut"]:
+        notes.append(
+            f"{cut:,} {'recording' if cut == 1 else 'recordings'} longer than {max_seconds:g} s {'was' if cut == 1 else 'were'} cut "
+            f"into {totals['windows']:,} utterances, and {totals['skipped_windows']:,} windows were skipped"
+        )
+    if long := totals["too_long"]:
+        notes.append(
+            f"{long:,} {'recording' if long == 1 else 'recordings'} longer than {max_seconds:g} s {'was' if long == 1 else 'were'} "
+            "skipped; set corpus.long_audio=cut to cut them at pauses"
+        )
     return tuple(notes)
 
 

@@ -127,12 +127,18 @@ def test_long_recordings_are_cut(tmp_path: Path, write_audio: Writer) -> None:
     (tmp_path / "c" / "talk.txt").write_text("a long talk")
     with pytest.raises(ValueError, match="1 too_long"):
         index_corpus(tmp_path / "c", max_seconds=2, output=tmp_path / "i")
+    write_audio(tmp_path / "c" / "brief.wav", 0.5)
+    skipping = index_corpus(tmp_path / "c", max_seconds=2, output=tmp_path / "i")
+    assert skipping.notes == (
+        "1 recording longer than 2 s was skipped; set corpus.long_audio=cut to cut them at pauses",
+    )
     index = index_corpus(tmp_path / "c", max_seconds=2, long_audio="cut", output=tmp_path / "i")
-    windows = [u for u in index.utterances if u.id != "short"]
+    windows = [u for u in index.utterances if u.id not in ("short", "brief")]
     assert windows[0].id.startswith("talk_00000.00_0000") and windows[-1].id.endswith("_00005.30")
     ends = [(u.address.start, u.address.end) for u in windows]
     assert [end for _, end in ends[:-1]] == [start for start, _ in ends[1:]] and ends[-1][1] == 84_800
     assert sum(u.num_samples for u in windows) == 84_800 and all(u.num_samples <= 32_000 for u in windows)
-    assert index.notes == ("1 recordings longer than 2 s were cut into windows, which cover them exactly",)
+    counts = f"1 recording longer than 2 s was cut into {len(windows)} utterances, and 0 windows were skipped"
+    assert index.notes == (counts,)
     assert read_labels(tmp_path / "i") == {}, "the transcript is that of the recording"
     assert index_corpus(tmp_path / "c", max_seconds=2, long_audio="cut", output=tmp_path / "i").reused

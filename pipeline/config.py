@@ -48,7 +48,7 @@ class CorpusSection(_Section):
     format: Annotated[str | None, pydantic.AfterValidator(_check_format)] = None
     """Format of the corpus: ``folder``, ``manifest``, ``nemo``, ``fairseq``, ``kaldi``, ``lhotse``, ``huggingface``, ``webdataset``,
     ``common_voice`` or ``voxpopuli``. None looks at the files."""
-    channel: Annotated[int, pydantic.Field(ge=0, le=63)] | Literal["mix"] | None = None
+    channel: int | Literal["mix"] | None = None
     """Channel to use of audio with several, counted from 0, or ``mix`` for their mean. None also takes the mean, and says how many
     utterances have several channels. A channel that the corpus itself names counts first."""
     train_splits: list[str] | None = None
@@ -65,6 +65,13 @@ class CorpusSection(_Section):
     """Longest utterance in seconds. Longer audio is skipped and listed, or cut; see ``long_audio``."""
     long_audio: Literal["skip", "cut"] = "skip"
     """What becomes of audio longer than ``max_seconds``: ``skip`` it, or ``cut`` it at pauses into windows that cover it."""
+
+    @pydantic.field_validator("channel")
+    @classmethod
+    def _possible(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and not 0 <= value < 64:
+            raise ValueError(f"there is no channel {value}; channels are counted from 0, up to 63")
+        return value
 
 
 class TeacherSection(_Section):

@@ -78,7 +78,7 @@ def test_damaged_texts_are_refused(text: str) -> None:
         ("wav", 16_000, {"subtype": "MS_ADPCM"}, True),
         ("wav", 8_000, {"subtype": "GSM610"}, True),
         ("aiff", 16_000, {}, True),
-        ("caf", 16_000, {"format": "CAF", "subtype": "ALAC_16"}, True),
+        ("caf", 16_000, {"format": "CAF", "subtype": "ALAC_16"}, True),  # codespell:ignore
         ("ogg", 16_000, {"subtype": "VORBIS"}, True),
         ("opus", 16_000, {"format": "OGG", "subtype": "OPUS"}, True),
         ("mp3", 16_000, {}, False),

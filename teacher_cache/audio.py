@@ -324,6 +324,8 @@ def _decode(opened: _Opened, max_seconds: float | None) -> _Decoded:
 
 def _digest(address: AudioAddress) -> str:
     """Return the SHA-256 of all bytes of lossy audio. That of a file is remembered, since it may have many pieces."""
+    if address.is_remote:
+        return _digest_of(address.whole, 0, 0)
     stat = Path(address.file).stat()
     return _digest_of(address.whole, stat.st_mtime_ns, stat.st_size)
 

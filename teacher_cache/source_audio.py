@@ -17,13 +17,19 @@ def load_waveform(utterance: Utterance, *, exact: bool = False) -> np.ndarray:
 
     Args:
         utterance: The utterance.
-        exact: Whether to refuse a file that is only known by its length. Default False: if an earlier version indexed resampled or
-            lossy audio, its hash depends on that machine's rounding, and a file of the same length is taken for the same.
+        exact: Whether to refuse a URL, and a file that is only known by its length, since a cache may come from a stranger.
+            Default False: if an earlier version indexed resampled or lossy audio, its hash depends on that machine's rounding, and a
+            file of the same length is taken for the same.
 
     Raises:
         ValueError: If the file can't be decoded or has changed since the corpus was indexed.
     """
     address = utterance.address
+    if exact and address.is_remote:
+        raise ValueError(
+            f"{address} is not fetched unasked, because a cache may come from a stranger; run the cache stage of a run with this "
+            "corpus"
+        )
     waveform, identity = load_identified_audio(address)
     same = identity == utterance.sha256
     if not same and is_earlier_hash(utterance.sha256, identity):

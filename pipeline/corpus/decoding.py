@@ -52,7 +52,7 @@ class Decoded:
 
 def decode(entry: FoundFile, limits: Limits) -> Decoded:
     """Decode an entry and identify its audio."""
-    if not os.path.isfile(entry.path):  # noqa: PTH113 (Path.is_file raises if a parent folder can't be searched)
+    if not entry.address.is_remote and not os.path.isfile(entry.path):  # noqa: PTH113 (Path.is_file raises if a parent folder can't be searched)
         return Decoded([Skipped(entry.path, "missing", f"{entry.path} does not exist or is not a file")])
     try:
         address = entry.address

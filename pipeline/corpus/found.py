@@ -1,5 +1,6 @@
 """What the search of a corpus finds: the audio to decode, and what can't be used."""
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +21,11 @@ class Skipped:
     path: Path
     reason: str
     message: str
+
+    @property
+    def place(self) -> str:
+        """The path as text, with the two slashes of a URL, of which a path keeps one."""
+        return re.sub(r"^([a-z][a-z0-9+.-]*):/(?!/)", r"\1://", str(self.path))
 
 
 @dataclass(frozen=True, slots=True)

@@ -317,7 +317,7 @@ def _save(index: CorpusIndex, state: str, output: Path) -> None:
     report = io.StringIO(newline="")
     writer = csv.writer(report)
     writer.writerow(["path", "reason", "message"])
-    writer.writerows([str(skip.path), skip.reason, skip.message] for skip in index.skipped)
+    writer.writerows([skip.place, skip.reason, skip.message] for skip in index.skipped)
     for name, text in ((SKIPPED, report.getvalue()), (STATE, state)):
         temporary = output / f"{name}.tmp"
         temporary.write_bytes(text.encode(errors="surrogateescape"))

@@ -32,7 +32,7 @@ def label_of(entry: FoundFile) -> Label:
     ``.normalized.txt`` (LibriTTS) or ``.txt``, also TIMIT's, whose first two numbers are left out. Speakers are the folders of these
     four corpora.
     """
-    if entry.speaker or entry.text or entry.inside is not None or entry.start is not None or entry.end is not None:
+    if entry.speaker or entry.text or entry.inside or entry.start is not None or entry.end is not None:
         return Label(entry.speaker, entry.text)
     path = entry.path
     try:

@@ -22,7 +22,7 @@ class AudioAddress:
     ``{"end":32000,"file":"/data/long.wav","start":16000}``; it begins with a brace, and an absolute path does not.
 
     Attributes:
-        file: Absolute path of a file.
+        file: Absolute path of a file, or a URL such as ``s3://bucket/a.flac``.
         offset: First byte of the audio in the file, as for a member of a tar file. Default: None, the whole file.
         size: Number of bytes from ``offset``. Default: None, all up to the end of the file.
         row: 0-based row of a Parquet file. Default: None.
@@ -81,9 +81,9 @@ class AudioAddress:
         return replace(self, start=None, end=None, channel=None)
 
     @property
-    def is_file(self) -> bool:
-        """Whether the audio is a file, or a piece or a channel of it."""
-        return self.offset is None and self.row is None
+    def is_remote(self) -> bool:
+        """Whether the file is in an object store or on a web server."""
+        return "://" in self.file
 
     def with_file(self, file: str | Path) -> "AudioAddress":
         """Return the address of the same audio in another file."""
@@ -98,8 +98,13 @@ class AudioAddress:
             OSError: The file can't be opened.
         """
         path = Path(self.file)
-        if self.row is not None:
+        if self.is_remote:
             # Models and the service work without pyarrow.
+            from ray_distill.teacher_cache.sources.remote_file import opened_url
+
+            with opened_url(self.file) as remote:
+                yield remote
+        elif self.row is not None:
             from ray_distill.teacher_cache.sources.parquet_row import read_row
 
             yield BytesIO(read_row(path, self.row, str(self.column)))

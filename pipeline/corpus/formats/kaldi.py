@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ray_distill.pipeline.corpus.formats.file_splits import base_folder, split_of_stem
+from ray_distill.pipeline.corpus.formats.file_splits import base_folder, located, split_of_stem
 from ray_distill.pipeline.corpus.formats.text_lines import check_piece, read_lines, seconds_of
 from ray_distill.pipeline.corpus.found import FoundFile, Search
 from ray_distill.teacher_cache.sources.address import AudioAddress
@@ -44,14 +44,15 @@ def _find_in(folder: Path, split: str | None) -> list[FoundFile]:
     )
     found = []
     for utterance, recording, start, end in pieces:
-        audio, inside = recordings[recording], None
+        audio = recordings[recording]
+        file, inside = located(base, audio)
         if archive := re.fullmatch(r"(.+\.ark):(\d+)", audio):
-            audio = archive[1]
-            inside = AudioAddress(str(base / audio), offset=int(archive[2]), name=recording)
+            file = base / archive[1]
+            inside = AudioAddress(str(file), offset=int(archive[2]), name=recording)
         found.append(
             FoundFile(
                 id=utterance,
-                path=base / audio,
+                path=file,
                 split=split,
                 origin=f"data folder {folder.name}",
                 start=start,
@@ -67,8 +68,7 @@ def _find_in(folder: Path, split: str | None) -> list[FoundFile]:
 def _recordings(scp: Path) -> dict[str, str]:
     recordings = {}
     for number, line in read_lines(scp):
-        name, _, audio = line.strip().partition(" ")
-        audio = audio.strip()
+        name, audio = _key_and_value(line)
         if audio.endswith("|"):
             raise ValueError(
                 f"line {number} of {scp} is a command ({audio[:80]!r}), which is never run; run it yourself, and write the path of "
@@ -106,4 +106,10 @@ def _table(file: Path) -> dict[str, str]:
     """Return the lines of a file as keys and values. Empty if there is no such file."""
     if not file.is_file():
         return {}
-    return {key: value.strip() for _, line in read_lines(file) for key, _, value in [line.strip().partition(" ")]}
+    return dict(_key_and_value(line) for _, line in read_lines(file) if line.strip())
+
+
+def _key_and_value(line: str) -> tuple[str, str]:
+    """Split a line at its first white space. The value is empty if there is none."""
+    key, value, *_ = *line.split(maxsplit=1), "", ""
+    return key, value.strip()

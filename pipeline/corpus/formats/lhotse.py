@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_distill.pipeline.corpus.formats.file_splits import base_folder, split_of_stem
+from ray_distill.pipeline.corpus.formats.file_splits import base_folder, located, split_of_stem
 from ray_distill.pipeline.corpus.formats.text_lines import (
     MAX_LOOKED_AT,
     check_piece,
@@ -114,8 +114,10 @@ def _located(file: Path, pieces: list[_Piece], split: str | None) -> list[FoundF
         if not start and end is not None and recording.duration is not None and abs(end - recording.duration) < 1e-6:
             start = end = None  # All of it.
         origin = f"file {file.name}"
-        audio = base / source[0]
-        found.append(FoundFile(piece.id, audio, split, origin, None, start, end, channel, piece.speaker, piece.text))
+        audio, inside = located(base, source[0])
+        found.append(
+            FoundFile(piece.id, audio, split, origin, None, start, end, channel, piece.speaker, piece.text, inside)
+        )
     return found
 
 
@@ -128,15 +130,18 @@ def _recording(record: Any, place: str) -> _Recording:
         )
     sources = []
     for source in record["sources"]:
+        channels = source.get("channels", [0]) if isinstance(source, dict) else None
+        if not isinstance(channels, list) or not all(isinstance(channel, int) for channel in channels):
+            raise ValueError(f"{place} has a source that is no object with a list of channels")
         kind, audio = source.get("type"), source.get("source")
-        if kind != "file" or not isinstance(audio, str):
+        if kind not in ("file", "url") or not isinstance(audio, str):
             raise ValueError(
-                f"{place} has a recording from a {kind!r} source; only files are read, and commands are never run: store the audio as "
-                "a file, for example with save_audios"
+                f"{place} has a recording from a {kind!r} source; only files and URLs are read, and commands are never run: store the "
+                "audio as a file, for example with save_audios"
             )
-        sources.append((audio, [int(channel) for channel in source.get("channels", [0])]))
-    channels = [channel for _, some in sources for channel in some]
-    return _Recording(sources, seconds_of(record.get("duration"), f"the duration in {place}"), channels)
+        sources.append((audio, channels))
+    every = [channel for _, some in sources for channel in some]
+    return _Recording(sources, seconds_of(record.get("duration"), f"the duration in {place}"), every)
 
 
 def _whole_recordings(file: Path) -> list[_Piece]:
@@ -177,12 +182,14 @@ def _cuts(file: Path) -> list[_Piece]:
     return pieces
 
 
-def _piece(record: dict[str, Any], recording: _Recording, supervisions: list[dict[str, Any]], place: str) -> _Piece:
+def _piece(record: dict[str, Any], recording: _Recording, supervisions: Any, place: str) -> _Piece:
     start = seconds_of(record.get("start"), f"the start in {place}") or 0.0
     duration = seconds_of(record.get("duration"), f"the duration in {place}")
     if duration is None:
         raise ValueError(f"{place} has no duration")
     check_piece(start, start + duration, place)
+    if not isinstance(supervisions, list) or not all(isinstance(supervision, dict) for supervision in supervisions):
+        raise ValueError(f"{place} has supervisions that are no list of objects")
     channel = record.get("channel")
     if isinstance(channel, list):
         channel = channel[0] if len(channel) == 1 else None

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ray_distill.pipeline.corpus.formats.file_splits import located
 from ray_distill.pipeline.corpus.formats.text_lines import check_piece, read_records, seconds_of, text_of
 from ray_distill.pipeline.corpus.found import FoundFile, Search, piece_id, without_suffix
 from ray_distill.teacher_cache.sources.address import Channel
@@ -64,9 +65,10 @@ def _entry(values: dict[str, str], number: int, path: Path) -> FoundFile:
     start, end = (seconds_of(values.get(name), f"the {name} in {place}") for name in ("start", "end"))
     check_piece(start, end, place)
     channel = _channel(values.get("channel", ""), place)
+    file, inside = located(path.parent, values["path"])
     return FoundFile(
         id=values.get("id") or piece_id(without_suffix(values["path"]), start, end, channel),
-        path=path.parent / values["path"],
+        path=file,
         split=values.get("split"),
         origin=f"column split of {path.name}" if "split" in values else "",
         start=start,
@@ -74,6 +76,7 @@ def _entry(values: dict[str, str], number: int, path: Path) -> FoundFile:
         channel=channel,
         speaker=text_of(values.get("speaker")),
         text=text_of(values.get("text")),
+        inside=inside,
     )
 
 

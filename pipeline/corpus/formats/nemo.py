@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ray_distill.pipeline.corpus.formats.file_splits import split_of_stem
+from ray_distill.pipeline.corpus.formats.file_splits import located, split_of_stem
 from ray_distill.pipeline.corpus.formats.text_lines import (
     MAX_LOOKED_AT,
     check_piece,
@@ -54,16 +54,18 @@ def find(path: Path, search: Search) -> list[FoundFile]:
             # Without an offset the duration is that of the file, often rounded.
             end = None if start is None or duration is None else start + duration
             check_piece(start, end, place)
+            file, inside = located(manifest.parent, audio)
             found.append(
                 FoundFile(
                     id=piece_id(without_suffix(audio), start, end),
-                    path=manifest.parent / audio,
+                    path=file,
                     split=split,
                     origin=f"file {manifest.name}",
                     start=start,
                     end=end,
                     speaker=text_of(record.get("speaker")),
                     text=text_of(record.get("text")),
+                    inside=inside,
                 )
             )
     return found

@@ -4,6 +4,7 @@ import hashlib
 import io
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ import soundfile
 from ray_distill.teacher_cache import audio
 from ray_distill.teacher_cache.audio import AudioError, load_audio, load_identified_audio, read_blocks, read_header
 from ray_distill.teacher_cache.source_audio import load_waveform
-from ray_distill.teacher_cache.sources import parquet_row
+from ray_distill.teacher_cache.sources import parquet_row, remote_file
 from ray_distill.teacher_cache.sources.address import AudioAddress
 from ray_distill.teacher_cache.sources.byte_range import ByteRange
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
@@ -192,3 +193,27 @@ def test_nothing_outside_a_range_is_read(tmp_path: Path) -> None:
         assert file.read() == bytes(range(10, 30)) and file.read(1) == b""
         assert file.seek(-5, 2) == 15 and file.read(100) == bytes(range(25, 30))
         assert file.seek(1000) == 20 and file.seek(-1000, 1) == 0 and file.read(2) == b"\x0a\x0b"
+
+
+def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.flac", seconds=2)
+    lossy = write(tmp_path / "b.ogg", seconds=2)
+    store = fsspec.filesystem("memory")
+    store.pipe({"/bucket/a.flac": path.read_bytes(), "/bucket/b.ogg": lossy.read_bytes()})
+    for whole in (10**9, 0):  # Fetched whole, and in parts.
+        monkeypatch.setattr(remote_file, "_WHOLE", whole)
+        assert load_identified_audio(AudioAddress("memory://bucket/a.flac"))[1] == load_identified_audio(path)[1]
+        assert load_identified_audio(AudioAddress("memory://bucket/b.ogg"))[1] == load_identified_audio(lossy)[1]
+        piece = load_audio('{"file":"memory://bucket/a.flac","start":16000,"end":20000}')
+        assert np.array_equal(piece, load_audio(path)[16_000:20_000])
+    for url, message in (
+        ("memory://bucket/c.flac", r"memory://bucket/c\.flac can't be read"),
+        ("s3://key:secret@bucket/a.flac", "holds credentials"),
+        ("nothing://bucket/a.flac", "neither Arrow nor fsspec knows nothing://"),
+    ):
+        with pytest.raises(AudioError, match=message):
+            load_audio(url)
+    member = Utterance("a", "memory://bucket/a.flac", 32_000, "train", load_identified_audio(path)[1])
+    assert len(load_waveform(member)) == 32_000
+    with pytest.raises(ValueError, match="is not fetched unasked, because a cache may come from a stranger"):
+        load_waveform(member, exact=True)

@@ -114,8 +114,8 @@ def test_kaldi(tmp_path: Path, write_audio: Writer) -> None:
     (tmp_path / "raw.ark").write_bytes(b"rec3 " + data)
     train, dev = tmp_path / "data/train", tmp_path / "data/dev"
     scp = write_text(train / "wav.scp", "rec1 downloads/rec1.flac", f"rec2  {tmp_path}/downloads/rec2.wav")
-    segments = write_text(train / "segments", "u1 rec1 0.0 0.75", "u2 rec1 0.75 -1", "u3 rec2 0.25 0.5")
-    write_text(train / "utt2spk", "u1 s1", "u2 s1", "u3 s2")
+    segments = write_text(train / "segments", "u1 rec1 0.0 0.75", "u2\trec1 0.75 -1", "u3 rec2 0.25 0.5")
+    write_text(train / "utt2spk", "u1\ts1", "u2 s1", "u3 s2")
     write_text(train / "text", "u1 hello world", "u3")
     write_text(dev / "wav.scp", "rec3 raw.ark:5")
     expected = [
@@ -187,9 +187,11 @@ def test_lhotse_cuts_and_recordings(tmp_path: Path, write_audio: Writer) -> None
         ({"recording": recording("a", "a.wav", transforms=[{"name": "Speed"}])}, "that is to be changed"),
         ({"recording": None}, "line 2 of .* has no recording with sources"),
         ({"duration": None}, "line 2 of .* has no duration"),
+        ({"supervisions": ["x"]}, "line 2 of .* has supervisions that are no list of objects"),
+        ({"recording": recording("a", "a.wav", sources=["a.wav"])}, "line 2 of .* has a source that is no object"),
         (
             {"recording": recording("a", "", sources=[{"type": "command", "channels": [0], "source": "sox"}])},
-            "line 2 of .* has a recording from a 'command' source; only files are read, and commands are never run",
+            "line 2 of .* has a recording from a 'command' source; only files and URLs are read, and commands are never run",
         ),
     ):
         refuse(write_json(cuts, one, one | changed), message)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
@@ -142,3 +143,23 @@ def test_long_recordings_are_cut(tmp_path: Path, write_audio: Writer) -> None:
     assert index.notes == (counts,)
     assert read_labels(tmp_path / "i") == {}, "the transcript is that of the recording"
     assert index_corpus(tmp_path / "c", max_seconds=2, long_audio="cut", output=tmp_path / "i").reused
+
+
+def test_urls_in_a_manifest(tmp_path: Path, write_audio: Writer) -> None:
+    file = write_audio(tmp_path / "a.flac", 1)
+    fsspec.filesystem("memory").pipe({"/corpus/a.flac": file.read_bytes()})
+    rows = [
+        "memory://corpus/a.flac,0,0.5",
+        "memory://corpus/a.flac,0.5,",
+        f"file://{file},,",
+        "memory://corpus/no.wav,,",
+    ]
+    (tmp_path / "m.csv").write_text("path,start,end\n" + "\n".join(rows))
+    index = index_corpus(tmp_path / "m.csv", output=tmp_path / "i")
+    assert [u.num_samples for u in index.utterances] == [16_000, 8_000, 8_000]
+    assert [skip.place for skip in index.skipped] == ["memory://corpus/no.wav"]
+    assert (
+        "memory://corpus/no.wav,undecodable,memory://corpus/no.wav can't be read"
+        in (tmp_path / "i/skipped.csv").read_text()
+    )
+    assert index_corpus(tmp_path / "m.csv", output=tmp_path / "i").reused

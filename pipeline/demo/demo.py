@@ -88,7 +88,7 @@ def request_features(address: str, audio: bytes) -> np.ndarray:
     except httpx.TransportError as error:
         raise OSError(f"the service at {address} can't be reached: {error}") from error
     if not response.is_success:
-        raise OSError(f"the service at {address} refused {audio} ({response.status_code}): {response.text.strip()}")
+        raise OSError(f"the service at {address} refused the audio ({response.status_code}): {response.text.strip()}")
     return np.asarray(np.load(io.BytesIO(response.content), allow_pickle=False))
 
 

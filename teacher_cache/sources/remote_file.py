@@ -30,7 +30,7 @@ def opened_url(url: str) -> Iterator[BinaryIO]:
         if file.size() <= _WHOLE:
             yield BytesIO(file.read())
         else:
-            yield BufferedReader(file, _BUFFER)  # type: ignore[arg-type]
+            yield BufferedReader(file, _BUFFER)
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from ray_distill.pipeline.corpus.long_audio import cut_recording
 from ray_distill.teacher_cache.audio import AudioError, AudioHeader, load_identified_audio, read_blocks, read_header
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.sources.address import AudioAddress, Channel
+from ray_distill.teacher_cache.sources.parquet_row import locate_row
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 
 LongAudio = Literal["skip", "cut"]
@@ -59,6 +60,9 @@ def decode(entry: FoundFile, limits: Limits) -> Decoded:
         if address.channel is None:
             address = replace(address, channel=limits.channel)
         header = read_header(address)
+        if address.row is not None and (place := locate_row(entry.path, address.row, str(address.column))) is not None:
+            name = address.name or f"row {address.row}"
+            address = replace(address, row=None, column=None, offset=place[0], size=place[1], name=name)
         address = _with_piece(address, entry, header)
         mixed = header.channels > 1 and address.channel is None
     except AudioError as error:

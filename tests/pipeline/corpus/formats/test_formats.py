@@ -210,17 +210,20 @@ def audio_table(files: Sequence[Path | None], **columns: list[Any]) -> pa.Table:
     return pa.table({"audio": pa.array(audio, schema), **columns})
 
 
-@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+@pytest.mark.parametrize("kind", ["parquet", "compressed", "stream", "file"])
 def test_huggingface(tmp_path: Path, write_audio: Writer, kind: str) -> None:
     files = [write_audio(tmp_path / "wav" / f"{n}.flac", 0.3 + 0.1 * n) for n in range(5)]
     for split, shard, members in (("train", 0, files[:2]), ("train", 1, files[2:3]), ("validation", 0, files[3:])):
         table = audio_table(
             members, transcription=[f"t {file.stem}" for file in members], speaker_id=[int(f.stem) for f in members]
         )
-        if kind == "parquet":
+        if kind in ("parquet", "compressed"):
             path = tmp_path / "corpus/data" / f"{split}-{shard:05}-of-00002.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table, path, row_group_size=1)
+            if kind == "compressed":
+                pq.write_table(table, path, row_group_size=1)
+            else:  # As the library writes it.
+                pq.write_table(table, path, compression="none", use_dictionary=False, data_page_size=1)
         else:
             path = tmp_path / "corpus" / split / f"data-{shard:05}-of-00002.arrow"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +234,7 @@ def test_huggingface(tmp_path: Path, write_audio: Writer, kind: str) -> None:
     index = check(tmp_path / "corpus", tmp_path, "huggingface", expected)
     assert [u.sha256 for u in index.utterances] == [load_identified_audio(file)[1] for file in files]
     address = index.utterances[1].address
-    assert (address.row, address.column) == (1, "audio") if kind == "parquet" else address.offset and address.size
+    assert (address.row, address.column) == (1, "audio") if kind == "compressed" else address.offset and address.size
     assert len(load_audio(index.utterances[1].path)) == 6_400
 
 

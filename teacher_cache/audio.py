@@ -207,6 +207,7 @@ class _Opened:
 
 @contextmanager
 def _opened(source: AudioAddress | Path | str | BinaryIO) -> Iterator[_Opened]:
+    """Open audio and check its header. Errors of the block that are no AudioError are about reading it, and become one."""
     if isinstance(source, str):
         source = AudioAddress.parse(source)
     elif isinstance(source, Path):

@@ -65,6 +65,8 @@ def decode(entry: FoundFile, limits: Limits) -> Decoded:
             address = replace(address, row=None, column=None, offset=place[0], size=place[1], name=name)
         address = _with_piece(address, entry, header)
         mixed = header.channels > 1 and address.channel is None
+        if address.channel == "mix" or (header.channels == 1 and address.channel == 0):
+            address = replace(address, channel=None)  # The same audio, whose address may be a plain path.
     except AudioError as error:
         return Decoded([Skipped(entry.path, error.reason, str(error))])
     result = _utterance(entry, entry.id, address, limits)

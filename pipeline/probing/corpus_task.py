@@ -44,7 +44,8 @@ def read_corpus_task(folder: Path, task: CorpusTask, hours: float) -> tuple[Task
     if not labelled:
         raise ValueError(
             f"the corpus of {folder} brings no {'transcripts' if task == 'characters' else 'speakers'}; give a CSV manifest with the "
-            f"columns path and {'transcript' if task == 'characters' else 'label'} instead of --task"
+            f"columns path and {'transcript' if task == 'characters' else 'label'} instead of --task, or run the index stage again if "
+            "an earlier version made the index"
         )
     labelled.sort(key=lambda item: hashlib.sha256(item[0].id.encode()).digest())
     if task == "characters":

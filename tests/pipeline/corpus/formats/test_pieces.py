@@ -83,7 +83,7 @@ def test_channels(tmp_path: Path, write_audio: Writer) -> None:
     again = index_corpus(tmp_path / "calls", output=tmp_path / "i")
     assert again.reused and again.notes == plain.notes, "it is said each time"
     mixed = index_corpus(tmp_path / "calls", channel="mix", output=tmp_path / "j")
-    assert mixed.notes == () and mixed.fingerprint == plain.fingerprint
+    assert mixed.notes == () and mixed.utterances == plain.utterances
     second = index_corpus(tmp_path / "calls", channel=1, validation_fraction=0.5, output=tmp_path / "k")
     assert [(skip.path.name, skip.reason) for skip in second.skipped] == [("c.wav", "no_channel")]
     rows = "path,channel\n" + "".join(f"calls/{name}.wav,{channel}\n" for name in "ab" for channel in (0, 1))

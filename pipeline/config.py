@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from ray_distill.pipeline.config_tree import ConfigError as ConfigError  # Exported here too.
 from ray_distill.pipeline.config_tree import compose, default_cache
+from ray_distill.pipeline.corpus.formats import check_format
 from ray_distill.pipeline.suggestions import unknown_key, wrong_word
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT, SAME_IN_ABLATION
@@ -31,12 +32,22 @@ class _Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+def _check_format(name: str | None) -> str | None:
+    return None if name is None else check_format(name)
+
+
 class CorpusSection(_Section):
     """Location of the audio, and which of it is used."""
 
     path: Path
-    """Folder in LibriSpeech's layout, any other folder of audio, or a CSV or Parquet manifest with a column ``path`` and optional
-    columns ``id`` and ``split``."""
+    """Folder in LibriSpeech's layout, any other folder of audio, a manifest (CSV, TSV, Parquet or JSON lines) with a column ``path``,
+    or a corpus in another format; see ``format``."""
+    format: Annotated[str | None, pydantic.AfterValidator(_check_format)] = None
+    """Format of the corpus: ``folder``, ``manifest``, ``nemo``, ``fairseq``, ``kaldi``, ``lhotse``, ``huggingface``, ``webdataset``,
+    ``common_voice`` or ``voxpopuli``. None looks at the files."""
+    channel: int | Literal["mix"] | None = None
+    """Channel to use of audio with several, counted from 0, or ``mix`` for their mean. None also takes the mean, and says how many
+    utterances have several channels. A channel that the corpus itself names counts first."""
     train_splits: list[str] | None = None
     """Splits or folders to train on; ``.`` means the files in no split's folder. None takes those with a word that begins with
     ``train``; see `ray_distill.pipeline.corpus.index`."""
@@ -48,7 +59,16 @@ class CorpusSection(_Section):
     min_seconds: float = pydantic.Field(default=0.025, ge=0.025)
     """Shortest audio in seconds. Shorter files are skipped and listed. The default, also the minimum, is 400 samples (one frame)."""
     max_seconds: float = pydantic.Field(default=40.0, gt=0)
-    """Longest audio in seconds. Longer files are skipped and listed."""
+    """Longest utterance in seconds. Longer audio is skipped and listed, or cut; see ``long_audio``."""
+    long_audio: Literal["skip", "cut"] = "skip"
+    """What becomes of audio longer than ``max_seconds``: ``skip`` it, or ``cut`` it at pauses into windows that cover it."""
+
+    @pydantic.field_validator("channel")
+    @classmethod
+    def _possible(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and not 0 <= value < 64:
+            raise ValueError(f"there is no channel {value}; channels are counted from 0, up to 63")
+        return value
 
 
 class TeacherSection(_Section):

@@ -21,6 +21,8 @@ def decode(audio: bytes, max_seconds: float) -> Array:
     try:
         return load_audio(io.BytesIO(audio), max_seconds=max_seconds)
     except AudioError as error:
+        if error.reason == "no_channel" or error.reason == "outside":
+            raise  # Only pieces and channels of files, which no request names.
         # The loader's own messages name a file and quote the decoder.
         messages: dict[ErrorType, str] = {
             "empty": "The audio file contains no samples.",

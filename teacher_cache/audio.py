@@ -1,8 +1,11 @@
 """Decoding of audio files of any rate and channel count to 16 kHz mono."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -12,8 +15,9 @@ import torch
 import torchaudio.functional
 
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
+from ray_distill.teacher_cache.sources.address import AudioAddress
 
-Reason = Literal["undecodable", "empty", "too_short", "too_long"]
+Reason = Literal["undecodable", "empty", "too_short", "too_long", "no_channel", "outside"]
 
 # Rates outside this range mean a damaged header, or need too much memory for resampling.
 _RATES = (2_000, 768_000)
@@ -30,7 +34,8 @@ class AudioError(ValueError):
     """Audio that can't be used.
 
     Attributes:
-        reason: ``undecodable``, ``empty``, ``too_short`` or ``too_long``.
+        reason: ``undecodable``, ``empty``, ``too_short``, ``too_long``, ``no_channel`` (the audio lacks the channel), or ``outside``
+            (the piece is outside the audio).
     """
 
     def __init__(self, reason: Reason, message: str) -> None:
@@ -38,7 +43,7 @@ class AudioError(ValueError):
         self.reason: Reason = reason
 
 
-def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) -> np.ndarray:
+def load_audio(source: AudioAddress | Path | str | BinaryIO, max_seconds: float | None = None) -> np.ndarray:
     """Decode a wav, flac, ogg, mp3 or other file that libsndfile reads to the waveform that teachers and students take.
 
     Untrusted files are safe: they are decoded in blocks, and memory is limited by ``max_seconds``, or by the real content of
@@ -47,43 +52,50 @@ def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) 
     refused.
 
     Args:
-        source: Path, or a seekable binary file.
-        max_seconds: Maximum duration. It is checked in the header, if that has a length, and while decoding. Default: no
-            limit.
+        source: Path, address or its text, or a seekable binary file. A text that begins with a brace is an address; see
+            `AudioAddress`.
+        max_seconds: Maximum duration of the audio, or of the piece. It is checked in the header, if that has a length, and while
+            decoding. Default: no limit.
 
     Returns:
-        (S,) float32 at 16 kHz, averaged over channels and clipped to [-1, 1], with S >= 400.
+        (S,) float32 at 16 kHz, clipped to [-1, 1], with S >= 400: the address's channel, or the mean of all channels.
 
     Raises:
         AudioError: If the audio can't be used; see its ``reason``.
     """
-    name = str(source) if isinstance(source, (str, Path)) else "the audio"
-    return _waveform(_decode(source, name, max_seconds), name)
+    with _opened(source) as opened:
+        return _waveform(_decode(opened, max_seconds), opened.name)
 
 
-def load_identified_audio(path: Path, max_seconds: float | None = None) -> tuple[np.ndarray, str]:
-    """Return the waveform of a file, as `load_audio`, and an identity of its audio that no rounding can change.
+def load_identified_audio(source: AudioAddress | Path, max_seconds: float | None = None) -> tuple[np.ndarray, str]:
+    """Return the waveform of a file or address, as `load_audio`, and an identity of its audio that no rounding can change.
+
+    A piece is decoded alone, after seeking. That is exact for all encodings but lossy ones, where decoding starts one second
+    earlier: then Vorbis and Opus give the samples that decoding the whole file gives, and mp3 gives them up to rounding.
 
     The identity is the same on every machine:
 
     - Audio in an encoding without floats (PCM, FLAC, ALAC, ADPCM, ...) and PCM of floats are decoded exactly: integers of up to
       24 bits are float32 numbers, and the mean of one or two channels, or of any number with 16 bits, is rounded once. With
-      more channels the order of the sum is fixed. The identity is the SHA-256 of the mean of the channels as little-endian
-      float32 samples, clipped to [-1, 1], before they are resampled, since resampling rounds differently with another number
-      of threads or another processor. So tags may change, and a lossless copy in another format has the same identity. At
-      16 kHz this is the hash of the waveform itself, which indexes and caches of earlier versions contain; at other rates it
-      is ``RATE:SHA-256``.
+      more channels the order of the sum is fixed. The identity is the SHA-256 of the piece's mean of the channels, or of its
+      one channel, as little-endian float32 samples, clipped to [-1, 1], before they are resampled, since resampling rounds
+      differently with another number of threads or another processor. So tags may change, and a lossless copy in another
+      format has the same identity. At 16 kHz this is the hash of the waveform itself, which indexes and caches of earlier
+      versions contain; at other rates it is ``RATE:SHA-256``.
     - Lossy audio (mp3, Vorbis, Opus) is decoded with floats, whose rounding depends on the processor and on the version of
-      libsndfile. Its identity is ``file:SHA-256`` of the file's bytes, so a changed tag makes another file.
+      libsndfile. Its identity is ``file:SHA-256`` of the file's bytes, so a changed tag makes another file. That of a piece or
+      channel is followed by its bounds and channel, as ``:16000-32000:0``.
 
     Raises:
         AudioError: As `load_audio`.
     """
-    decoded = _decode(path, str(path), max_seconds)
-    waveform = _waveform(decoded, str(path))
+    with _opened(source) as opened:
+        decoded, address = _decode(opened, max_seconds), opened.address
+    waveform = _waveform(decoded, opened.name)
     if decoded.lossy:
-        with path.open("rb") as file:
-            return waveform, f"file:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        piece = "" if (address.start, address.end) == (None, None) else f":{address.start or 0}-{address.end or ''}"
+        channel = f":{address.channel}" if isinstance(address.channel, int) else ""
+        return waveform, f"file:{_digest(address)}{piece}{channel}"
     digest = hashlib.sha256(np.clip(decoded.samples, -1.0, 1.0).astype("<f4", copy=False).tobytes()).hexdigest()
     return waveform, digest if decoded.rate == SAMPLE_RATE else f"{decoded.rate}:{digest}"
 
@@ -125,17 +137,105 @@ def _waveform(decoded: _Decoded, name: str) -> np.ndarray:
     return waveform
 
 
-def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None) -> _Decoded:
+@dataclass(frozen=True)
+class AudioHeader:
+    """What a file says about its audio.
+
+    Attributes:
+        rate: Samples per second.
+        channels: Number of channels.
+        frames: Number of samples of a channel. None if the header doesn't know it exactly.
+    """
+
+    rate: int
+    channels: int
+    frames: int | None
+
+
+def read_header(source: AudioAddress | Path) -> AudioHeader:
+    """Return what a file's header says, without decoding it.
+
+    Raises:
+        AudioError: If it is not audio, or its rate or number of channels is not allowed.
+    """
+    with _opened(source) as opened:
+        return AudioHeader(opened.file.samplerate, opened.file.channels, opened.frames)
+
+
+def read_blocks(address: AudioAddress) -> Iterator[np.ndarray]:
+    """Decode audio of any length in bounded memory.
+
+    Yields:
+        (N,) float32 samples at the audio's own rate, of the address's channel or the mean of all; N varies.
+
+    Raises:
+        AudioError: If the audio can't be decoded.
+    """
+    with _opened(address) as opened:
+        for block, _ in _blocks(opened):
+            yield block
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Audio that is open and whose header was checked.
+
+    Attributes:
+        file: Decoder.
+        stream: Path or binary file of the whole audio.
+        address: Address; that of a file without a name is empty.
+        name: Name for messages.
+    """
+
+    file: soundfile.SoundFile
+    stream: Path | BinaryIO
+    address: AudioAddress
+    name: str
+
+    @property
+    def frames(self) -> int | None:
+        """Number of samples of a channel. None if the header doesn't know it exactly."""
+        # MP3 headers have an estimate, and FLAC and Ogg streams the largest possible number.
+        known = self.file.format in ("WAV", "WAVEX", "FLAC") and self.file.frames < 2**62
+        return int(self.file.frames) if known else None
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the decoder computes with floats, so that the samples depend on the machine."""
+        return self.file.subtype in _LOSSY
+
+
+@contextmanager
+def _opened(source: AudioAddress | Path | str | BinaryIO) -> Iterator[_Opened]:
+    """Open audio and check its header. Errors of the block that are no AudioError are about reading it, and become one."""
+    if isinstance(source, str):
+        source = AudioAddress.parse(source)
+    elif isinstance(source, Path):
+        source = AudioAddress(str(source))
+    if not isinstance(source, AudioAddress):
+        with _decoder(source, "the audio") as file:
+            yield _Opened(file, source, AudioAddress(""), "the audio")
+        return
+    name = str(source)
     try:
-        if _num_bytes(source) == 0:
+        with source.opened() as stream, _decoder(stream, name) as file:
+            yield _Opened(file, stream, source, name)
+    except AudioError:
+        raise
+    except (OSError, ValueError) as error:
+        raise AudioError("undecodable", f"{name} can't be read ({_detail(error)})") from error
+
+
+@contextmanager
+def _decoder(stream: Path | BinaryIO, name: str) -> Iterator[soundfile.SoundFile]:
+    try:
+        if _num_bytes(stream) == 0:
             raise AudioError("empty", f"{name} is an empty file")
-        file = soundfile.SoundFile(source)
+        file = soundfile.SoundFile(stream)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         detail = "unknown format" if isinstance(error, TypeError) else _detail(error)
         raise AudioError("undecodable", f"{name} can't be decoded as audio ({detail})") from error
     with file:
-        # soundfile seeks after each read of a seekable file. That fails in FLAC streams of unknown length.
-        file.seekable = lambda: False
         rate, channels = file.samplerate, file.channels
         if not _RATES[0] <= rate <= _RATES[1] or not 1 <= channels <= _MAX_CHANNELS:
             raise AudioError(
@@ -143,35 +243,101 @@ def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None)
                 f"{name} has {channels} channels at {rate} Hz according to its header; the limits are {_MAX_CHANNELS} channels and "
                 f"{_RATES[0]} to {_RATES[1]} Hz",
             )
-        # MP3 headers have an estimate, and FLAC and Ogg streams the largest possible number.
-        length_known = file.format in ("WAV", "WAVEX", "FLAC") and file.frames < 2**62
-        limit = None if max_seconds is None else int(max_seconds * rate)
-        too_long = AudioError("too_long", f"{name} is longer than the {max_seconds} s allowed")
-        if limit is not None and length_known and file.frames > limit:
+        yield file
+
+
+def _blocks(opened: _Opened) -> Iterator[tuple[np.ndarray, float]]:
+    """Decode the piece of an address. Yield (N,) float32 samples of one channel or the mean, and the peak of those channels."""
+    file, address = opened.file, opened.address
+    channel = address.channel if isinstance(address.channel, int) else None
+    if channel is not None and channel >= file.channels:
+        raise AudioError("no_channel", f"{opened.name} has {file.channels} channels, counted from 0")
+    start, end = address.start or 0, address.end
+    outside = AudioError("outside", f"{opened.name} is outside the audio, which is shorter")
+    if opened.frames is not None and max(start, end or 0) > opened.frames:
+        raise outside
+    try:
+        drop = start - _seek(opened, start)
+        # soundfile seeks after each read of a seekable file. That fails in FLAC streams of unknown length.
+        file.seekable = lambda: False
+        most = _BLOCK_VALUES // file.channels
+        while drop and (count := len(file.read(min(drop, most), dtype="float32", always_2d=True))):
+            drop -= count
+        left, at = None if end is None else max(end - start, 0), start - drop
+        while left != 0:
+            block = file.read(most if left is None else min(left, most), dtype="float32", always_2d=True)
+            if not len(block):
+                break
+            left = None if left is None else left - len(block)
+            at += len(block)
+            block = block if channel is None else block[:, channel : channel + 1]
+            yield block.mean(axis=1), float(np.abs(block).max())
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise AudioError("undecodable", f"{opened.name} is damaged ({_detail(error)})") from error
+    if opened.frames is not None and (left or (end is None and at < opened.frames)):
+        expected = opened.frames if end is None else end
+        raise AudioError(
+            "undecodable", f"{opened.name} is damaged (its header says {expected} samples, but it has {at})"
+        )
+    if drop or left:
+        raise outside
+
+
+def _seek(opened: _Opened, start: int) -> int:
+    """Move towards a sample, and return the sample that the decoder gives next.
+
+    Decoders of lossy audio need some audio before the first sample: after seeking right to it, libsndfile sometimes gives other
+    samples for Vorbis.
+    """
+    at = max(start - opened.lossy * opened.file.samplerate, 0)
+    if at == 0 or not opened.file.seekable():  # GSM 6.10 and others can only be read from the beginning.
+        return 0
+    try:
+        return int(opened.file.seek(at))
+    except soundfile.SoundFileError as error:
+        raise AudioError("outside", f"{opened.name} can't be found in the audio ({_detail(error)})") from error
+
+
+def _decode(opened: _Opened, max_seconds: float | None) -> _Decoded:
+    file, address, name = opened.file, opened.address, opened.name
+    rate, start = file.samplerate, address.start or 0
+    limit = None if max_seconds is None else int(max_seconds * rate)
+    too_long = AudioError("too_long", f"{name} is longer than the {max_seconds} s allowed")
+    end = opened.frames if address.end is None else address.end
+    if limit is not None and end is not None and end - start > limit:
+        raise too_long
+    blocks = [np.zeros(0, np.float32)]
+    count, peak = 0, 0.0
+    for block, block_peak in _blocks(opened):
+        count += len(block)
+        if limit is not None and count > limit:
             raise too_long
-        blocks = [np.zeros(0, np.float32)]
-        count, peak = 0, 0.0
-        try:
-            while len(block := file.read(_BLOCK_VALUES // channels, dtype="float32", always_2d=True)):
-                count += len(block)
-                if limit is not None and count > limit:
-                    raise too_long
-                peak = max(peak, float(np.abs(block).max()))
-                blocks.append(block.mean(axis=1))
-        except (soundfile.SoundFileError, RuntimeError) as error:
-            raise AudioError("undecodable", f"{name} is damaged ({_detail(error)})") from error
-        if length_known and count < file.frames:
-            raise AudioError(
-                "undecodable", f"{name} is damaged (its header says {file.frames} samples, but it has {count})"
-            )
-        if count == 0 and file.format in ("WAV", "WAVEX") and (rest := _bytes_after_data(source)):
-            raise AudioError(
-                "undecodable",
-                f"{name} is an unfinished recording or stream: its header says 0 samples, but {rest} bytes follow; rewrite its "
-                "header, for example with sox --ignore-length",
-            )
-        lossy = file.subtype in _LOSSY
-    return _Decoded(np.concatenate(blocks), rate, peak, lossy)
+        peak = max(peak, block_peak)
+        blocks.append(block)
+    if count == 0 and file.format in ("WAV", "WAVEX") and (rest := _bytes_after_data(opened.stream)):
+        raise AudioError(
+            "undecodable",
+            f"{name} is an unfinished recording or stream: its header says 0 samples, but {rest} bytes follow; rewrite its "
+            "header, for example with sox --ignore-length",
+        )
+    return _Decoded(np.concatenate(blocks), rate, peak, opened.lossy)
+
+
+def _digest(address: AudioAddress) -> str:
+    """Return the SHA-256 of all bytes of lossy audio. That of a file is remembered, since it may have many pieces."""
+    if address.is_remote:
+        return _digest_of(address.whole, 0, 0)
+    stat = Path(address.file).stat()
+    return _digest_of(address.whole, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _digest_of(address: AudioAddress, mtime_ns: int, size: int) -> str:
+    with address.opened() as stream:
+        if isinstance(stream, Path):
+            with stream.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _bytes_after_data(source: Path | str | BinaryIO) -> int:

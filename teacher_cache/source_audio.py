@@ -1,7 +1,6 @@
 """Audio of a corpus, checked against its index."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 
@@ -18,24 +17,31 @@ def load_waveform(utterance: Utterance, *, exact: bool = False) -> np.ndarray:
 
     Args:
         utterance: The utterance.
-        exact: Whether to refuse a file that is only known by its length. Default False: if an earlier version indexed resampled or
-            lossy audio, its hash depends on that machine's rounding, and a file of the same length is taken for the same.
+        exact: Whether to refuse a URL, and a file that is only known by its length, since a cache may come from a stranger.
+            Default False: if an earlier version indexed resampled or lossy audio, its hash depends on that machine's rounding, and a
+            file of the same length is taken for the same.
 
     Raises:
         ValueError: If the file can't be decoded or has changed since the corpus was indexed.
     """
-    waveform, identity = load_identified_audio(Path(utterance.path))
+    address = utterance.address
+    if exact and address.is_remote:
+        raise ValueError(
+            f"{address} is not fetched unasked, because a cache may come from a stranger; run the cache stage of a run with this "
+            "corpus"
+        )
+    waveform, identity = load_identified_audio(address)
     same = identity == utterance.sha256
     if not same and is_earlier_hash(utterance.sha256, identity):
         same = not exact or hashlib.sha256(waveform.tobytes()).hexdigest() == utterance.sha256
         if not same:
             raise ValueError(
-                f"{utterance.path} has changed, or an earlier version indexed it on a machine that rounds differently; repair the "
+                f"{address} has changed, or an earlier version indexed it on a machine that rounds differently; repair the "
                 "cache there, or remove the commit record of the shard and run the cache stage of a run again"
             )
     if not same or len(waveform) != utterance.num_samples:
         raise ValueError(
-            f"{utterance.path} has changed since the corpus was indexed; run the index stage again (if it says that the index is "
+            f"{address} has changed since the corpus was indexed; run the index stage again (if it says that the index is "
             "reused, remove the folder corpus in the run's folder first)"
         )
     return quantize(waveform)

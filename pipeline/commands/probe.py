@@ -10,7 +10,10 @@ import typer
 def probe(
     manifest: Annotated[
         Path,
-        typer.Argument(help="CSV file with the columns path and label, transcript or frame_labels; optionally split."),
+        typer.Argument(
+            help="CSV file with the columns path and label, transcript or frame_labels, optionally split; or the folder of a run, "
+            "with --task."
+        ),
     ],
     student: Annotated[
         list[Path] | None, typer.Option(help="Folder of a run or of an exported student; may be repeated.")
@@ -21,6 +24,16 @@ def probe(
     run: Annotated[
         Path | None,
         typer.Option(help="Folder of a run: probes its student and stores the result there, for the run's report."),
+    ] = None,
+    task: Annotated[
+        Literal["characters", "speakers"] | None,
+        typer.Option(
+            help="What to probe with the labels that the corpus of a run brings. Its student is probed, as with --run."
+        ),
+    ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(help="Maximum hours of audio with --task. Default: 2.", min=0.001, show_default=False),
     ] = None,
     log_mel: Annotated[bool, typer.Option(help="Also probe log-mel bands.")] = True,
     units: Annotated[
@@ -42,12 +55,14 @@ def probe(
     from rich.console import Console
 
     from ray_distill.pipeline.files import check_room
+    from ray_distill.pipeline.probing.corpus_task import read_corpus_task
     from ray_distill.pipeline.probing.feature_source import FeatureSource
     from ray_distill.pipeline.probing.linear_probe import run_probes
     from ray_distill.pipeline.probing.probe_record import (
         probe_folder,
         probe_settings,
         refuse_other_results,
+        settings_of,
         write_outcomes,
     )
     from ray_distill.pipeline.probing.task import read_task
@@ -58,9 +73,23 @@ def probe(
 
     console = Console(soft_wrap=True, highlight=False)
     check_device(device)
-    task = read_task(manifest, units)
-    settings = probe_settings(manifest, units, epochs, seed)
-    folder = output or (probe_folder(run, manifest.stem, settings) if run else Path("probe"))
+    if manifest.is_dir() != (task is not None):
+        raise ValueError(
+            f"{manifest} is {'a folder' if task is None else 'no folder'}; give a CSV manifest, or the folder of a run and --task "
+            "characters or speakers"
+        )
+    if (task is None and hours is not None) or (task is not None and units != "characters"):
+        raise ValueError("--hours is for --task and --units is for a CSV manifest; remove one of them")
+    if task is None:
+        labelled, settings, title = (
+            read_task(manifest, units),
+            probe_settings(manifest, units, epochs, seed),
+            manifest.stem,
+        )
+    else:
+        labelled, digest = read_corpus_task(manifest, task, hours or 2.0)
+        settings, title, run = settings_of(digest, "characters", epochs, seed), task, run or manifest
+    folder = output or (probe_folder(run, title, settings) if run else Path("probe"))
     check_room(folder)
     places = [*(student or []), *([run] if run else [])]
     if len(set(places)) < len(places):
@@ -80,9 +109,9 @@ def probe(
         raise ValueError("nothing to probe; give --teacher, --student or --run")
     if output or not run:
         refuse_other_results(folder, settings, sources)
-    outcomes = run_probes(task, sources, epochs=epochs, seed=seed, on_progress=console.print)
+    outcomes = run_probes(labelled, sources, epochs=epochs, seed=seed, on_progress=console.print)
     Console().print(outcome_table(outcomes))
-    write_outcomes(folder, outcomes, task, manifest.stem, origins, settings, run_student)
+    write_outcomes(folder, outcomes, labelled, title, origins, settings, run_student)
     console.print(f"probe   {folder / 'probe.html'}")
 
 

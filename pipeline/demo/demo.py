@@ -21,8 +21,9 @@ from ray_distill.pipeline.demo.demo_corpus import make_demo_corpus
 from ray_distill.pipeline.demo.phone_probe import conclusion, phone_table, probe_phones
 from ray_distill.pipeline.probing.task import PHONES_FILE
 from ray_distill.pipeline.stages import STAGES, Run, run_stages, summary_table
-from ray_distill.teacher_cache.audio import load_audio
+from ray_distill.teacher_cache.embedded_audio import to_flac
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.source_audio import load_waveform
 
 _READY_SECONDS = 120.0
 _TIMEOUT_SECONDS = 120.0
@@ -69,12 +70,12 @@ def _is_healthy(address: str) -> bool:
         return False
 
 
-def request_features(address: str, audio: Path) -> np.ndarray:
-    """Request the features of an audio file from a service.
+def request_features(address: str, audio: bytes) -> np.ndarray:
+    """Request the features of audio from a service.
 
     Args:
         address: Base URL of the service.
-        audio: File to send as it is; any format and sample rate that the service decodes.
+        audio: Content of an audio file, in any format and with any sample rate that the service decodes.
 
     Returns:
         Features of the last layer, (T, D).
@@ -83,11 +84,11 @@ def request_features(address: str, audio: Path) -> np.ndarray:
         OSError: The service can't be reached, or answers with an error.
     """
     try:
-        response = httpx.post(f"{address}/v1/features?format=npy", content=audio.read_bytes(), timeout=_TIMEOUT_SECONDS)
+        response = httpx.post(f"{address}/v1/features?format=npy", content=audio, timeout=_TIMEOUT_SECONDS)
     except httpx.TransportError as error:
         raise OSError(f"the service at {address} can't be reached: {error}") from error
     if not response.is_success:
-        raise OSError(f"the service at {address} refused {audio} ({response.status_code}): {response.text.strip()}")
+        raise OSError(f"the service at {address} refused the audio ({response.status_code}): {response.text.strip()}")
     return np.asarray(np.load(io.BytesIO(response.content), allow_pickle=False))
 
 
@@ -140,10 +141,11 @@ def run_demo(
     summary = run_stages(run, [report])
     assert summary is not None
     utterance = run.utterances[0]
+    waveform = load_waveform(utterance)
     with running_service(Path(summary["export"]), run.folder.path / "service.log") as address:
         console.print(f"serve   {address} is ready; requesting features of {utterance.id}")
-        features = request_features(address, Path(utterance.path))
-    seconds = len(load_audio(Path(utterance.path))) / SAMPLE_RATE
+        features = request_features(address, to_flac(waveform))
+    seconds = len(waveform) / SAMPLE_RATE
     summary["features"] = f"{features.shape} {features.dtype} for {seconds:.2f} s of audio"
     console.print(summary_table(summary))
     if outcomes is not None:

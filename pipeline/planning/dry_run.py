@@ -54,7 +54,7 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     """
     RunFolder(config.folder.absolute()).refuse_other_config(config)
     corpus = config.corpus
-    found = find_audio(corpus.path.absolute(), corpus.train_splits, corpus.validation_splits)
+    found = find_audio(corpus.path.absolute(), corpus.train_splits, corpus.validation_splits, format=corpus.format)
     checkpoint = Run(config, Console(quiet=True)).checkpoint
     teacher = load_header(checkpoint)
     run = Run(config, Console(quiet=True), teacher, checkpoint)

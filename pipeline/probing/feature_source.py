@@ -88,9 +88,9 @@ class Features:
         with file.open("wb") as out:
             for example in task.examples:
                 with memory_named(
-                    f"{source.name} on {example.path}", "leave this utterance out of the manifest if it is long"
+                    f"{source.name} on {example.address}", "leave this utterance out of the manifest if it is long"
                 ):
-                    x_LTD = source.features(load_audio(example.path))
+                    x_LTD = source.features(load_audio(example.address))
                 if self._pooled:
                     x_LTD = x_LTD.mean(1, keepdim=True)
                     self._means.append(x_LTD[:, 0])

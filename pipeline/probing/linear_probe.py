@@ -128,7 +128,7 @@ def _check_frame_labels(features: Features, source: FeatureSource, task: Task) -
     for example, frames in zip(task.examples, features.frames, strict=True):
         if len(example.target) != frames:
             raise ValueError(
-                f"{example.path} has {len(example.target)} frame labels, but {source.name} has {frames} frames; give one label for "
+                f"{example.address} has {len(example.target)} frame labels, but {source.name} has {frames} frames; give one label for "
                 f"each frame, or {NO_LABEL} where there is none"
             )
 

@@ -47,7 +47,11 @@ class ProbeRecord:
 
 def probe_settings(manifest: Path, units: Units, epochs: int, seed: int) -> dict[str, Any]:
     """Return the settings that decide a probe's results, except for its sources: the manifest's SHA-256, units, epochs and seed."""
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    return settings_of(hashlib.sha256(manifest.read_bytes()).hexdigest(), units, epochs, seed)
+
+
+def settings_of(digest: str, units: Units, epochs: int, seed: int) -> dict[str, Any]:
+    """Return the settings that decide a probe's results, from the digest of its utterances and targets instead of a manifest."""
     return {"manifest": digest, "units": units, "epochs": epochs, "seed": seed}
 
 

@@ -2,9 +2,12 @@
 
 import csv
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from ray_distill.teacher_cache.sources.address import AudioAddress
 
 Kind = Literal["class", "ctc", "frame"]
 Units = Literal["characters", "words"]
@@ -23,14 +26,19 @@ class Example:
     """A labelled utterance.
 
     Attributes:
-        path: Audio file.
+        address: Address of the audio.
         target: The class, as the only item; the sequence of characters, words or phones; or the label of each frame.
         test: Whether the utterance belongs to the test split.
     """
 
-    path: Path
+    address: AudioAddress
     target: tuple[str, ...]
     test: bool
+
+    @property
+    def path(self) -> Path:
+        """File that contains the audio."""
+        return Path(self.address.file)
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Task:
 
     Attributes:
         kind: ``class`` if each utterance has one class, ``ctc`` if it has a sequence, ``frame`` if each frame has a class.
-        examples: Utterances in the manifest's order.
+        examples: Utterances, in the order of their manifest or their ids.
         vocabulary: Classes or symbols of the training targets, sorted.
     """
 
@@ -94,21 +102,33 @@ def read_task(manifest: Path, units: Units = "characters") -> Task:
         target = one.get(column) or (tuple(text) if units == "characters" else tuple(text.split()))
         digest = hashlib.sha256(row["path"].encode()).digest()
         test = split == "test" if split else int.from_bytes(digest[:4]) < _TEST_FRACTION * 2**32
-        examples.append(Example(manifest.parent / row["path"], target, test))
+        examples.append(Example(AudioAddress(str(manifest.parent / row["path"])), target, test))
+    return make_task(kinds[column], examples, f"the manifest {manifest}")
+
+
+def make_task(kind: Kind, examples: Sequence[Example], origin: str) -> Task:
+    """Return the task of some examples.
+
+    Args:
+        kind: Kind of the targets.
+        examples: Utterances.
+        origin: Where they came from, for messages.
+
+    Raises:
+        ValueError: A split is empty, a class occurs in the test split only, or there is only one class.
+    """
     vocabulary = {item for example in examples if not example.test for item in example.target}
-    if column == "frame_labels":
+    if kind == "frame":
         vocabulary.discard(NO_LABEL)
-    task = Task(kinds[column], examples, sorted(vocabulary))
+    task = Task(kind, list(examples), sorted(vocabulary))
     if not task.vocabulary or not any(example.test for example in examples):
-        raise ValueError(f"the manifest {manifest} needs utterances in both splits, train and test")
+        raise ValueError(f"{origin} needs utterances in both splits, train and test")
     if task.kind == "class":
         unknown = sorted({e.target[0] for e in examples if e.test} - set(task.vocabulary))
         if unknown:
             raise ValueError(
-                f"the class {unknown[0]!r} of {manifest} occurs in the test split only; it also needs training utterances"
+                f"the class {unknown[0]!r} of {origin} occurs in the test split only; it also needs training utterances"
             )
         if len(task.vocabulary) < 2:
-            raise ValueError(
-                f"the manifest {manifest} has only the class {task.vocabulary[0]!r}; a probe needs at least two classes"
-            )
+            raise ValueError(f"{origin} has only the class {task.vocabulary[0]!r}; a probe needs at least two classes")
     return task

@@ -25,6 +25,9 @@ def index_audio(run: Run) -> None:
             validation_fraction=corpus.validation_fraction,
             min_seconds=corpus.min_seconds,
             max_seconds=corpus.max_seconds,
+            format=corpus.format,
+            channel=corpus.channel,
+            long_audio=corpus.long_audio,
             output=run.folder.corpus,
             progress=update,
         )
@@ -38,6 +41,9 @@ def index_audio(run: Run) -> None:
     unused = f", {counted(index.num_unused, 'file')} of unused splits" if index.num_unused else ""
     where = f" (see {run.folder.skipped_files})" if index.skipped else ""
     again = " (unchanged since last time, reused)" if index.reused else ""
+    labels = [f"{index.transcripts:,} transcripts" if index.transcripts else "", counted(index.speakers, "speaker")]
+    known = ", ".join(label for label in labels if label and not label.startswith("0 "))
+    run.say(f"index   format {index.format}{f', with {known}' if known else ''}")
     run.say(
         f"index   {counted(len(index.utterances), 'utterance')}, {index.hours:.2f} h of audio{skipped}{unused}{where}{again}"
     )

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -108,8 +107,10 @@ def _phones(run: Run, utterance: str) -> Sequence[str]:
     except ValueError as error:
         run.say(f"report  no phones are shown, since {error}")
         return ()
-    path = next(Path(found.path).absolute() for found in run.utterances if found.id == utterance)
-    labels = (example.target for example in task.examples if example.path.absolute() == path)
+    audio = next(found.address for found in run.utterances if found.id == utterance)
+    labels = (
+        example.target for example in task.examples if example.address.with_file(example.path.absolute()) == audio
+    )
     return next(labels, ()) if task.kind == "frame" else ()
 
 

@@ -106,15 +106,16 @@ def _unused_name(store: Store, name: str) -> str:
 
 def _with_moved_corpus(cache: Cache, old: Path, new: Path) -> list[Shard]:
     utterances = [utterance for shard in cache.shards for utterance in shard.utterances]
-    moved = {
-        utterance.id: replace(utterance, path=str(new.absolute() / Path(utterance.path).relative_to(old)))
-        for utterance in utterances
-        if Path(utterance.path).is_relative_to(old)
-    }
+    moved = {}
+    for utterance in utterances:
+        address = utterance.address
+        if Path(address.file).is_relative_to(old):
+            address = address.with_file(new.absolute() / Path(address.file).relative_to(old))
+            moved[utterance.id] = replace(utterance, path=address.encode())
     if not moved:
         raise CacheError(
-            f"no audio file of the cache was below {old}; the first utterance was at {utterances[0].path}: give a folder above "
-            "it as the old path"
+            f"no audio file of the cache was below {old}; the first utterance was at {utterances[0].address.file}: give a folder "
+            "above it as the old path"
         )
     return with_sources(cache.shards, moved)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_distill.teacher_cache.frames import SAMPLE_RATE, num_frames
+from ray_distill.teacher_cache.sources.address import AudioAddress
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Utterance:
 
     Attributes:
         id: Unique identifier within the corpus.
-        path: Absolute path of the audio file.
+        path: Absolute path of the audio file, or the text of another `AudioAddress`.
         num_samples: Number of samples S, at 16 kHz.
         split: ``train`` or ``validation``.
         sha256: Identity of the audio from `load_identified_audio`, which shows whether the file changed since it was indexed. Earlier
@@ -28,6 +29,11 @@ class Utterance:
     num_samples: int
     split: str
     sha256: str
+
+    @property
+    def address(self) -> AudioAddress:
+        """Address of the audio."""
+        return AudioAddress.parse(self.path)
 
 
 def is_earlier_hash(recorded: str, identity: str) -> bool:

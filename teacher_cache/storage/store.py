@@ -54,7 +54,7 @@ class Store:
             self._files = LocalFiles(self.local)
             self._fs, self._root = pafs.LocalFileSystem(), self.location
         else:
-            self._fs, root = _open(self.location)
+            self._fs, root = open_file_system(self.location)
             self._root = root.rstrip("/")
 
     def __repr__(self) -> str:
@@ -223,8 +223,12 @@ def _local_path(location: str) -> str:
         raise ValueError(f"{location} can't be opened: {error}") from error
 
 
-def _open(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Return the file system for a URI (Arrow's, or fsspec's if Arrow has none) and the path within it."""
+def open_file_system(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Return the file system for a URI (Arrow's, or fsspec's if Arrow has none) and the path within it.
+
+    Raises:
+        ValueError: The URI holds credentials, or nothing knows its scheme.
+    """
     scheme, _, rest = uri.partition("://")
     user, at, _ = rest.partition("/")[0].rpartition("@")
     # Azure writes container@account, which is not a credential.

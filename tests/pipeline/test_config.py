@@ -112,7 +112,7 @@ def test_student_follows_the_teacher() -> None:
 
 CHANGES_RESULT = {
     "": "student",
-    "corpus": "path train_splits validation_splits validation_fraction min_seconds max_seconds",
+    "corpus": "path format channel train_splits validation_splits validation_fraction min_seconds max_seconds long_audio",
     "masks": "policies draws seed",
     "masks.policy": "selection mask_prob mask_length mask_other no_overlap min_space",
     "cache": "targets",

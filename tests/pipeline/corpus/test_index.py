@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from ray_distill.pipeline.corpus import index as corpus_index
+from ray_distill.pipeline.corpus import decoding
 from ray_distill.pipeline.corpus.index import CorpusIndex, index_corpus
 from ray_distill.teacher_cache.audio import load_audio
 
@@ -202,7 +202,7 @@ def test_manifest_of_paths_alone(folder: Path, tmp_path: Path) -> None:
         ("m.csv", "", "can't be read"),
         ("m.csv", "path\n", "contains no audio"),
         ("m.parquet", "path\na.wav\n", "can't be read"),
-        ("m.txt", "path\na.wav\n", "neither a folder of audio nor a .csv or .parquet manifest"),
+        ("m.txt", "path\na.wav\n", "neither a folder of audio nor a manifest"),
     ],
 )
 def test_wrong_manifests(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -275,7 +275,7 @@ def test_reuse_without_decoding(folder: Path, tmp_path: Path, monkeypatch: pytes
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_index, "load_identified_audio", never)
+        patch.setattr(decoding, "load_identified_audio", never)
         again = index_corpus(folder, output=tmp_path / "index")
         assert again.reused
         assert again.utterances == index.utterances and again.fingerprint == index.fingerprint

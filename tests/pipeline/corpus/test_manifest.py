@@ -47,7 +47,7 @@ def test_names_of_columns(tmp_path: Path) -> None:
         ("a.wav", "007", "train"),
         ("b.wav", "8", "dev"),
     ]
-    assert len(found.notes) == 1 and "the columns text, duration of" in found.notes[0]
+    assert len(found.notes) == 1 and "the columns duration of" in found.notes[0]
     table = pa.table({"PATH": ["a.wav", "b.wav"], "Split ": ["train", "val"]})
     pq.write_table(table, tmp_path / "m.parquet")
     assert [entry.role for entry in find_audio(tmp_path / "m.parquet", None, None).entries] == ["train", "validation"]
@@ -56,7 +56,10 @@ def test_names_of_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,start,end\na.wav,0,1\na.wav,1,2\n", "the column 'start', but parts of files can't be used"),
+        ("path,start,duration\na.wav,0,1\na.wav,1,2\n", "the column 'duration', but pieces of files are given by"),
+        ("path,start,end\na.wav,0,1\na.wav,2,2\n", "row 2 of the manifest .*m.csv has a piece from 2 s to 2 s; its end must"),
+        ("path,start\na.wav,nan\n", "the start in row 1 of .* is 'nan'; give seconds"),
+        ("path,channel\na.wav,left\n", "the channel in row 1 of .* is 'left'; give a number, counted from 0, or mix"),
         ("path,offset_seconds\na.wav,0\n", "the column 'offset_seconds'"),
         ("path,path\na.wav,b.wav\n", "has 2 columns 'path'; rename or remove"),
         ("path,text,Text\na.wav,b,c\n", "has 2 columns 'text'"),

@@ -82,7 +82,7 @@ def test_other_folders_can_be_named(tmp_path: Path) -> None:
         (("train/a.wav", "train/dev/b.wav"), "'train/dev' in corpus.train_splits or", [None, ["train/dev"]]),
         (("TEST/train/a.wav", "dev/b.wav"), "names several splits", [["train"]]),
         (("train_dev/1/2/1-2-3.flac", "train/1/2/1-2-4.flac"), "names several splits", [None, ["train_dev"]]),
-        (("clips/a.mp3", "train.tsv", "dev.tsv", "test.tsv"), r"lists of splits, such as .*dev\.tsv", [["."]]),
+        (("audio/a.mp3", "train.tsv", "dev.tsv", "test.tsv"), r"lists of splits, such as .*dev\.tsv", [["."]]),
         (("yes/a.wav", "testing_list.txt"), "lists of splits", [["."]]),
     ],
 )  # fmt: skip

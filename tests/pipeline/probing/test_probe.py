@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from ray_distill.command_line import Command
 from ray_distill.pipeline.commands.probe import probe
+from ray_distill.pipeline.corpus.index import index_corpus
+from ray_distill.pipeline.probing.corpus_task import read_corpus_task
 from ray_distill.pipeline.probing.probe_record import distinct_titles, probe_folder, probe_settings, read_probes
 from ray_distill.student import Student, save_student
 
@@ -129,3 +131,41 @@ def test_probes_with_other_settings_lie_beside_each_other_and_know_the_runs_stud
     first, second = distinct_titles(probes)
     assert first.startswith("first (manifest ") and "epochs 1" in first and "epochs 2" in second
     assert distinct_titles(probes[:1]) == ["first"]
+
+
+def test_labels_that_the_corpus_of_a_run_brings(tmp_path: Path, tones: Path) -> None:
+    rows = [row.split(",") for row in (tones / "words.csv").read_text().splitlines()[1:]]
+    manifest = ["path,end,text,speaker,split"]
+    for path, text, split in rows:
+        speaker = "" if path == "0.flac" else "once" if path == "1.flac" else f"s{text[0]}"
+        manifest.append(f"{path},0.4,{text},{speaker},{'dev' if split == 'test' else split}")
+    (tones / "corpus.csv").write_text("\n".join(manifest))
+    run = tmp_path / "runs" / "one"
+    save_student(Student(tiny_student(target_dim=16)), run / "export", {})
+    (run / "config.yaml").write_text("name: one\nteacher: {checkpoint: none}\ntrain: {}\n")
+    index_corpus(tones / "corpus.csv", output=run / "corpus")
+    texts, digest = read_corpus_task(run, "characters", 1)
+    assert texts.kind == "ctc" and texts.vocabulary == ["a", "b", "c"]
+    assert [sum(example.test is test for example in texts.examples) for test in (False, True)] == [30, 10]
+    speakers, other = read_corpus_task(run, "speakers", 1)
+    assert speakers.kind == "class" and speakers.vocabulary == ["sa", "sb", "sc"] and digest != other
+    assert len(speakers.examples) == 38 and 6 <= sum(example.test for example in speakers.examples) <= 9
+    fewer, _ = read_corpus_task(run, "characters", 5 / 3600)
+    assert [sum(example.test is test for example in fewer.examples) for test in (False, True)] == [10, 2]
+    done = CliRunner().invoke(app, [str(run), "--task", "characters", "--no-log-mel", "--epochs", "1"])
+    assert done.exit_code == 0, done.output
+    [probed] = read_probes(run)
+    assert probed.title == "characters" and probed.student is not None
+    for arguments, message in (
+        ([str(run)], "is a folder; give a CSV manifest, or the folder of a run and --task"),
+        ([str(tones / "words.csv"), "--task", "speakers"], "is no folder; give a CSV manifest, or the folder of a run"),
+        ([str(run), "--task", "speakers", "--units", "words"], "--units is for a CSV manifest"),
+        ([str(tones), "--task", "speakers"], "has no complete corpus index"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2 and message in result.output
+    (run / "corpus" / "labels.parquet").unlink()
+    with pytest.raises(
+        ValueError, match=r"brings no transcripts; give a CSV manifest with the columns path and transcript"
+    ):
+        read_corpus_task(run, "characters", 1)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from ray_distill.pipeline.corpus.formats import FORMAT_SUFFIXES, UNSUPPORTED
 from ray_distill.pipeline.corpus.index import index_corpus
 from ray_distill.pipeline.corpus.search import find_audio
+from ray_distill.pipeline.corpus.suffixes import FORMAT_SUFFIXES, UNSUPPORTED
 
 
 def test_every_format_of_libsndfile_is_used(tmp_path: Path) -> None:

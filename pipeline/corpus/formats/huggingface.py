@@ -1,0 +1,206 @@
+"""Hugging Face datasets on disk: Parquet files with embedded audio, or the Arrow files that ``save_to_disk`` writes."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_distill.pipeline.corpus.formats import arrow_bytes
+from ray_distill.pipeline.corpus.formats.text_lines import text_of
+from ray_distill.pipeline.corpus.found import FoundFile, Search, without_suffix
+from ray_distill.pipeline.corpus.splits import split_of_folders
+from ray_distill.teacher_cache.sources.address import AudioAddress
+
+_IDS = ("id", "utt_id", "utterance_id", "segment_id", "key")
+_TEXTS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_text")
+_SPEAKERS = ("speaker_id", "speaker", "spk_id", "client_id")
+_SUFFIXES = (".parquet", ".arrow")
+
+
+def matches(path: Path) -> bool:
+    """Return whether a file, or the first Parquet or Arrow file below a folder, has a column with the bytes of audio."""
+    files = _files(path, 1)
+    return bool(files) and _audio_column(files[0]) is not None
+
+
+def _files(path: Path, most: int | None = None) -> list[Path]:
+    if path.is_file():
+        return [path] if path.suffix in _SUFFIXES else []
+    files = []
+    # Not os.walk, since a folder with millions of audio files shall be told apart quickly.
+    for pattern in (f"{folders}*{suffix}" for folders in ("", "*/", "*/*/", "*/*/*/") for suffix in _SUFFIXES):
+        files += [file for file in path.glob(pattern) if not file.name.startswith(("cache-", "tmp"))]
+        if most is not None and files:
+            break
+    return sorted(files)[:most]
+
+
+def _schema(file: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(file) if file.suffix == ".parquet" else arrow_bytes.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} can't be read ({str(error).splitlines()[0]})") from error
+
+
+def _audio_column(file: Path) -> str | None:
+    """Return the name of the column with the bytes of audio: a struct with a field ``bytes``. None if there is none."""
+    try:
+        schema = _schema(file)
+    except ValueError:
+        return None
+    names = [
+        field.name
+        for field in schema
+        if pa.types.is_struct(field.type) and any(_is_bytes(field.type.field(n)) for n in range(field.type.num_fields))
+    ]
+    return "audio" if "audio" in names else next(iter(names), None)
+
+
+def _is_bytes(field: pa.Field) -> bool:
+    return bool(field.name == "bytes" and (pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row: its file and number, the name of its audio, its labels, and the address of its bytes, if it has any."""
+
+    file: Path
+    number: int
+    name: str
+    labels: dict[str, Any]
+    address: AudioAddress | None
+
+
+def find(path: Path, search: Search) -> list[FoundFile]:
+    """Return the rows of a file or of all files in a folder, up to three folders deep.
+
+    The split is the beginning of a file's name, as in ``train-00000-of-00010.parquet``, or a folder. The id is a column ``id``
+    (or ``utt_id``, ``utterance_id``, ``segment_id``, ``key``), or else the name of the audio without suffix if all are different,
+    or else the file and the row. The transcript and the speaker are the first columns among ``text``, ``transcript``,
+    ``transcription``, ``sentence``, ``normalized_text`` and ``raw_text``, and among ``speaker_id``, ``speaker``, ``spk_id`` and
+    ``client_id``. A row without bytes names a file, which must be inside the folder.
+
+    Raises:
+        ValueError: There is no such file, one can't be read, or a row has neither bytes nor a file inside the folder.
+    """
+    files = _files(path)
+    if not files:
+        raise ValueError(f"{path} has no Parquet or Arrow file of a Hugging Face dataset")
+    root = path if path.is_dir() else path.parent
+    rows: list[_Row] = []
+    for file in files:
+        column = _audio_column(file)
+        if column is None:
+            raise ValueError(
+                f"{file} has no column with the bytes of audio (a struct with a field 'bytes'); its columns are "
+                f"{', '.join(_schema(file).names)}"
+            )
+        rows += _parquet_rows(file, column) if file.suffix == ".parquet" else _arrow_rows(file, column)
+    ids = _ids(rows, root)
+    splits = _splits(files, root, search.wanted)
+    return [_entry(row, id, splits[row.file], root) for row, id in zip(rows, ids, strict=True)]
+
+
+def _entry(row: _Row, id: str, split: tuple[str | None, str], root: Path) -> FoundFile:
+    path, address = row.file, row.address
+    if address is None:
+        path = root / row.name
+        if not path.resolve().is_relative_to(root.resolve()) or not row.name:
+            raise ValueError(
+                f"row {row.number} of {row.file} has no bytes of audio, but names {row.name or 'no file'}, which is not inside "
+                f"{root}; embed the audio (save_to_disk does), or write a manifest with the paths"
+            )
+    return FoundFile(
+        id,
+        path,
+        *split,
+        speaker=_first(row.labels, _SPEAKERS),
+        text=_first(row.labels, _TEXTS),
+        inside=address,
+    )
+
+
+def _first(labels: dict[str, Any], names: tuple[str, ...]) -> str:
+    return next((text_of(labels[name]) for name in names if name in labels), "")
+
+
+def _ids(rows: list[_Row], root: Path) -> list[str]:
+    if all(_first(row.labels, _IDS) for row in rows):
+        return [_first(row.labels, _IDS) for row in rows]
+    stems = [without_suffix(row.name) for row in rows]
+    if all(row.name for row in rows) and max(Counter(stems).values(), default=1) == 1:
+        return stems
+    return [f"{row.file.relative_to(root).with_suffix('').as_posix()}/{row.number}" for row in rows]
+
+
+def _splits(files: list[Path], root: Path, wanted: list[str]) -> dict[Path, tuple[str | None, str]]:
+    """Return the split of each file, and where its name came from."""
+    found: dict[Path, tuple[str | None, str]] = {}
+    for file in files:
+        stem = re.sub(r"-\d+-of-\d+$", "", file.stem)
+        parts = (*file.relative_to(root).parts[:-1], stem)
+        split = split_of_folders(parts, wanted, file)
+        if split is None:
+            found[file] = (None, "")
+        else:
+            origin = f"file {file.name}" if split[1] == len(parts) else f"folder {'/'.join(parts[: split[1]])}"
+            found[file] = (split[0], origin)
+    if any(split for split, _ in found.values()):
+        return {file: (split or ".", origin or "outside the splits") for file, (split, origin) in found.items()}
+    return found
+
+
+def _label_columns(schema: pa.Schema) -> list[str]:
+    return [name for name in (*_IDS, *_TEXTS, *_SPEAKERS) if name in schema.names]
+
+
+def _parquet_rows(file: Path, column: str) -> list[_Row]:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            names = [*_label_columns(parquet.schema_arrow)]
+            paths = f"{column}.path"
+            leaves = [parquet.metadata.schema.column(n).path for n in range(len(parquet.metadata.schema))]
+            records = parquet.read(columns=[*names, *([paths] if paths in leaves else [])]).to_pylist()
+            embedded = _embedded(parquet, leaves.index(f"{column}.bytes"), f"{column}.bytes")
+            if not records:
+                records = [{}] * parquet.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} can't be read ({str(error).splitlines()[0]})") from error
+    rows = []
+    for number, (record, has_bytes) in enumerate(zip(records, embedded, strict=True)):
+        name = (record.get(column) or {}).get("path") or ""
+        shown = Path(name).name[:200] or None
+        address = AudioAddress(str(file), row=number, column=column, name=shown) if has_bytes else None
+        rows.append(_Row(file, number, name, record, address))
+    return rows
+
+
+def _embedded(parquet: pq.ParquetFile, leaf: int, column: str) -> list[bool]:
+    """Return for each row whether it has bytes. They are only read where some rows of a row group have none."""
+    embedded: list[bool] = []
+    for number in range(parquet.metadata.num_row_groups):
+        group = parquet.metadata.row_group(number)
+        statistics = group.column(leaf).statistics
+        nulls = statistics.null_count if statistics is not None and statistics.has_null_count else None
+        if nulls in (0, group.num_rows):
+            embedded += [nulls == 0] * group.num_rows
+        else:
+            values = parquet.read_row_group(number, columns=[column]).column(0)
+            embedded += [has for chunk in values.chunks for has in chunk.field("bytes").is_valid().to_pylist()]
+    return embedded
+
+
+def _arrow_rows(file: Path, column: str) -> list[_Row]:
+    rows = []
+    names = _label_columns(_schema(file))
+    for number, found in enumerate(arrow_bytes.read_rows(file, column, names)):
+        shown = Path(found.name).name[:200] or None
+        address = None
+        if found.offset is not None:
+            address = AudioAddress(str(file), offset=found.offset, size=found.size, name=shown or f"row {number}")
+        rows.append(_Row(file, number, found.name, found.labels, address))
+    return rows

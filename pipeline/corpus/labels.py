@@ -1,0 +1,113 @@
+"""Transcripts and speakers of a corpus, stored beside its index for probes."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_distill.pipeline.corpus.formats.text_lines import read_lines, text_of
+from ray_distill.pipeline.corpus.found import FoundFile
+
+LABELS = "labels.parquet"
+_MAX_TEXT = 1 << 20
+"""Maximum number of bytes of a file with one transcript."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """The speaker and the transcript of an utterance. Both are empty where the corpus has none."""
+
+    speaker: str
+    text: str
+
+
+def label_of(entry: FoundFile) -> Label:
+    """Return the label of an entry: what its format found, or else what files beside it say.
+
+    Read are LibriSpeech's ``SPEAKER-CHAPTER.trans.txt``, MLS's ``transcripts.txt``, and a file with the audio's name and the suffix
+    ``.normalized.txt`` (LibriTTS) or ``.txt``, also TIMIT's, whose first two numbers are left out. Speakers are the folders of these
+    four corpora.
+    """
+    if entry.speaker or entry.text or entry.inside or entry.start is not None or entry.end is not None:
+        return Label(entry.speaker, entry.text)
+    path = entry.path
+    try:
+        return _librispeech(path) or _mls(path) or _beside(path) or Label("", "")
+    except (OSError, ValueError):
+        return Label("", "")  # No transcript is needed.
+
+
+def _librispeech(path: Path) -> Label | None:
+    chapter = path.parent
+    name = f"{chapter.parent.name}-{chapter.name}"
+    if not path.stem.startswith(f"{name}-"):
+        return None
+    return Label(chapter.parent.name, _table(chapter / f"{name}.trans.txt", " ").get(path.stem, ""))
+
+
+def _mls(path: Path) -> Label | None:
+    book = path.parent
+    if not path.stem.startswith(f"{book.parent.name}_{book.name}_") or book.parent.parent.name != "audio":
+        return None
+    return Label(book.parent.name, _table(book.parent.parent.parent / "transcripts.txt", "\t").get(path.stem, ""))
+
+
+def _beside(path: Path) -> Label | None:
+    speaker = ""
+    folder = path.parent
+    if re.fullmatch(r"DR\d", folder.parent.name, re.IGNORECASE):  # TIMIT
+        speaker = folder.name
+    elif path.stem.startswith(f"{folder.parent.name}_{folder.name}_"):  # LibriTTS
+        speaker = folder.parent.name
+    for suffix in (".normalized.txt", ".txt", ".TXT"):
+        file = path.with_name(path.stem + suffix)
+        if file.is_file() and file.stat().st_size <= _MAX_TEXT:
+            text = " ".join(line for _, line in read_lines(file))
+            return Label(speaker, text_of(re.sub(r"^\d+ \d+ ", "", text)))
+    return Label(speaker, "") if speaker else None
+
+
+@lru_cache(maxsize=4)
+def _table(file: Path, separator: str) -> dict[str, str]:
+    """Return the lines of a file as ids and transcripts. Empty if there is no such file."""
+    if not file.is_file():
+        return {}
+    return {id: text_of(text) for _, line in read_lines(file) for id, _, text in [line.partition(separator)]}
+
+
+def write_labels(folder: Path, labels: Iterable[tuple[str, Label]]) -> tuple[int, int]:
+    """Write ``labels.parquet`` with the columns ``id``, ``speaker`` and ``text``, or remove it if all are empty.
+
+    Returns:
+        The number of transcripts and that of speakers.
+    """
+    rows = [{"id": id, "speaker": label.speaker, "text": label.text} for id, label in labels if label != Label("", "")]
+    file = folder / LABELS
+    if not rows:
+        file.unlink(missing_ok=True)
+        return 0, 0
+    temporary = folder / f"{LABELS}.tmp"
+    schema = pa.schema([("id", pa.string()), ("speaker", pa.string()), ("text", pa.string())])
+    pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
+    temporary.replace(file)
+    return sum(bool(row["text"]) for row in rows), len({row["speaker"] for row in rows} - {""})
+
+
+def read_labels(folder: Path) -> dict[str, Label]:
+    """Return the labels beside an index, by id of the utterance. Empty if the corpus has none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    file = folder / LABELS
+    if not file.is_file():
+        return {}
+    try:
+        rows = pq.read_table(file).to_pylist()
+        return {row["id"]: Label(row["speaker"], row["text"]) for row in rows}
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ValueError(f"{file} is damaged; run the index stage again") from error

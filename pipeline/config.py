@@ -13,8 +13,8 @@ import pydantic
 import yaml
 from pydantic_core import ErrorDetails
 
-from ray_distill.pipeline.config_tree import ConfigError as ConfigError  # Exported here too.
-from ray_distill.pipeline.config_tree import compose, default_cache
+from ray_distill.pipeline.composition.config_tree import ConfigError as ConfigError  # Exported here too.
+from ray_distill.pipeline.composition.config_tree import compose, default_cache
 from ray_distill.pipeline.corpus.formats import check_format
 from ray_distill.pipeline.suggestions import unknown_key, wrong_word
 from ray_distill.student.model.student_config import StudentConfig
@@ -203,7 +203,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration from a YAML file with its bases, apply overrides, and check the result.
 
     Args:
-        path: YAML file; see `ray_distill.pipeline.config_tree` for ``base:`` and short keys.
+        path: YAML file; see `ray_distill.pipeline.composition.config_tree` for ``base:`` and short keys.
         overrides: Changes of the form ``section.key=value``, where the value is YAML. Default: none.
 
     Raises:

@@ -54,8 +54,8 @@ def configuration() -> str:
 
 def schema() -> str:
     """Return the JSON schema of a run's YAML file, for editors. Nothing is required, since a base may contain it."""
+    from ray_distill.pipeline.composition.config_tree import SHORT_KEYS
     from ray_distill.pipeline.config import Config
-    from ray_distill.pipeline.config_tree import SHORT_KEYS
     from ray_distill.student.model.student_config import StudentConfig
 
     student = StudentConfig.model_json_schema(ref_template="#/$defs/{model}")

@@ -56,15 +56,15 @@ def run(
     """
     recipe, overrides = _recipe_and_changes(config, words or [])
     if print_config:
-        from ray_distill.pipeline.config_listing import config_with_origins
+        from ray_distill.pipeline.composition.config_listing import config_with_origins
 
         typer.echo(config_with_origins(find_recipe(recipe), overrides), nl=False)
         return
     typer.echo("start   importing PyTorch and Ray")
     from rich.console import Console
 
+    from ray_distill.pipeline.composition.config_tree import compose
     from ray_distill.pipeline.config import check_config
-    from ray_distill.pipeline.config_tree import compose
     from ray_distill.pipeline.stages import STAGES, Run, run_stages, summary_table
 
     selected = list(STAGES) if stages is None else [stage.strip() for stage in stages.split(",")]

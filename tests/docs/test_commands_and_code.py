@@ -12,8 +12,8 @@ import torch
 import typer
 
 from ray_distill.command_line import application
+from ray_distill.pipeline.composition.config_tree import SHORT_KEYS
 from ray_distill.pipeline.config import Config
-from ray_distill.pipeline.config_tree import SHORT_KEYS
 from ray_distill.pipeline.recipes import find_recipe
 from ray_distill.student import Student, StudentConfig, save_student
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec

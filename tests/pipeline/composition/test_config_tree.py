@@ -9,11 +9,11 @@ import yaml
 from typer.testing import CliRunner
 
 from ray_distill.command_line import application
+from ray_distill.pipeline.composition.config_listing import config_with_origins
+from ray_distill.pipeline.composition.config_tree import COMMAND_LINE, compose
 from ray_distill.pipeline.config import ConfigError, load_config
-from ray_distill.pipeline.config_listing import config_with_origins
-from ray_distill.pipeline.config_tree import COMMAND_LINE, compose
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 DEMO = CONFIGS / "demo.yaml"
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
+from ray_distill.pipeline.composition.config_tree import ConfigTree, compose
 from ray_distill.pipeline.config import Config, check_config
-from ray_distill.pipeline.config_tree import ConfigTree, compose
 from ray_distill.student.model.student_config import StudentConfig
 
 _COLUMN = 48

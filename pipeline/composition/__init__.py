@@ -1,0 +1,1 @@
+"""How a configuration is composed of recipes, files and changes, and how that is shown."""

@@ -1,7 +1,7 @@
-"""Initial weights of a student that are copied from its teacher: the front end, the first encoder layers, the mask embedding.
+"""Initial weights of a student: another student's, or parts of the teacher (front end, first encoder layers, mask embedding).
 
-This is what the published ``init_conv_layers`` and ``init_encoder_layers`` do. In addition, the norms that belong to these parts are
-copied: the one between convolutions and projection, and the one before the first layer.
+The latter is what the published ``init_conv_layers`` and ``init_encoder_layers`` do. In addition, the norms that belong to these parts
+are copied: the one between convolutions and projection, and the one before the first layer.
 """
 
 import re
@@ -11,9 +11,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ray_distill.pipeline.config import ConfigError
-from ray_distill.student import StudentConfig
+from ray_distill.student import StudentConfig, load_student
 from ray_distill.student.model.student import Student
 from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.shapes_only import shapes_only
 from ray_distill.teacher_cache.teachers import Teacher
 from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
@@ -116,6 +117,33 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
         _check(embedding, expected, ("mask_embedding",), "train.mask_embedding", "student.encoder_embed_dim")
         found |= embedding
     return found
+
+
+def tensors_of_student(model: str, config: StudentConfig) -> dict[str, Tensor]:
+    """Return the tensors of another student that a student starts from, by name. Heads with other shapes are left out.
+
+    Args:
+        model: Folder of a run, an export or a checkpoint.
+        config: Architecture of the student that starts.
+
+    Raises:
+        ConfigError: The other student can't be read, or another part than the heads does not have this student's shapes.
+    """
+    try:
+        given = load_student(model).state_dict()
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"train.init_from: {error}") from error
+    with shapes_only():
+        expected = Student(config).state_dict()
+    fitting = {name: value for name, value in given.items() if name in expected and value.shape == expected[name].shape}
+    for name in [*expected, *given]:
+        if name not in fitting and not name.startswith(("heads.", "upsamplers.")):
+            shapes = [tuple(tensors[name].shape) if name in tensors else "none" for tensors in (given, expected)]
+            raise ConfigError(
+                f"train.init_from: {name} has the shape {shapes[0]} in {model}, but {shapes[1]} in this student; give the section "
+                "student the same architecture, or remove train.init_from"
+            )
+    return fitting
 
 
 def write_initial(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -50,6 +50,8 @@ class Run:
         teacher_path = split_options(config.teacher.checkpoint)[1]
         refuse_relative("runs", config.runs, config.runs.is_absolute())
         refuse_relative("cache.path", config.cache.path, config.cache.is_absolute)
+        if (start := config.train.init_from) is not None:
+            refuse_relative("train.init_from", start, Path(start).is_absolute())
         refuse_relative("corpus.path", config.corpus.path, config.corpus.path.is_absolute())
         refuse_relative(
             "teacher.checkpoint", teacher_path, Path(teacher_path).is_absolute() or not is_path(teacher_path)

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ray_distill.pipeline.initialise import initial_tensors, write_initial
+from ray_distill.pipeline.initialise import initial_tensors, tensors_of_student, write_initial
 from ray_distill.pipeline.ray_session import init_ray, owns_ray, quiet_ray, require_resources
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.run_starts import record_start
 from ray_distill.pipeline.stages.cache import check_cache
 from ray_distill.pipeline.stages.progress import ProgressUpdate
 from ray_distill.pipeline.stages.run import Run
-from ray_distill.student import StudentConfig
+from ray_distill.student import Student, StudentConfig
 from ray_distill.student.training.metric_rows import read_last_train_row
 from ray_distill.student.training.ray_training import train_on_ray
 from ray_distill.student.training.train_state import refuse_missing_metrics, saved_step
@@ -86,6 +86,10 @@ def prepare_training(
     if tensors:
         initial = run.folder.initial_weights
         write_initial(initial, tensors)
+    if settings.init_from is not None:
+        names = Student(config).state_dict().keys()
+        anew = f"; {len(names) - len(tensors)} tensors of its heads start anew" if len(tensors) < len(names) else ""
+        run.say(f"train   the student starts from {settings.init_from} ({len(tensors)} tensors{anew})")
     return partial(
         train_on_ray,
         config,
@@ -108,13 +112,15 @@ def prepare_training(
 
 
 def initial_student(run: Run) -> tuple[StudentConfig, dict[str, Tensor]]:
-    """Return the student's configuration, and its initial weights that are copied from the teacher, by name.
+    """Return the student's configuration, and its initial weights that are copied from the teacher or another student, by name.
 
     Raises:
-        ConfigError: The student's configuration is impossible, or it can't start from the teacher's weights as configured.
+        ConfigError: The student's configuration is impossible, or it can't start from the given weights.
     """
     config = run.config.resolve_student(len(run.layers), run.teacher.dim, run.teacher.patches)
     settings = run.config.train
+    if settings.init_from is not None:
+        return config, tensors_of_student(settings.init_from, config)
     return config, initial_tensors(run.teacher, config, settings) if settings.starts_from_teacher else {}
 
 

@@ -59,6 +59,9 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     mask_embedding: Literal["learned", "frozen", "teacher"] = "learned"
     """Mask embedding: ``learned``, ``frozen`` at its random initial value, or ``teacher``: frozen at the teacher's, which needs
     a student of the teacher's width."""
+    init_from: str | None = None
+    """Student whose weights the training starts from: the folder of a run, an export or a checkpoint. All parts but the heads must
+    have the shapes of this student's; heads with other shapes start anew. None starts from random weights."""
     init_front_end: bool = False
     """Whether convolutions and projection start from the teacher's, which must have the same shapes."""
     init_encoder_layers: int = pydantic.Field(default=0, ge=0)
@@ -115,6 +118,15 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     def starts_from_teacher(self) -> bool:
         """Whether some of the student's initial weights are the teacher's."""
         return self.init_front_end or self.init_encoder_layers > 0 or self.mask_embedding == "teacher"
+
+    @pydantic.model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.init_from is not None and self.starts_from_teacher:
+            raise ValueError(
+                "train.init_from gives all weights of the encoder, so train.init_front_end, init_encoder_layers and mask_embedding "
+                "teacher can't copy the teacher's; remove one or the other"
+            )
+        return self
 
     @property
     def crop_samples(self) -> int | None:

@@ -8,16 +8,17 @@ import torch
 from rich.console import Console
 
 from ray_distill.pipeline.config import ConfigError, load_config
-from ray_distill.pipeline.initialise import initial_tensors, write_initial
+from ray_distill.pipeline.initialise import initial_tensors, tensors_of_student, write_initial
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.train import prepare_training
 from ray_distill.student import Student, StudentConfig
+from ray_distill.student.checkpoints import save_student
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.weights import load_tensors
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
-from ..tiny import demo_config
+from ..tiny import demo_config, tiny_student
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 HUBERT_CONV = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
@@ -158,3 +159,38 @@ def test_first_weights_that_nothing_was_trained_from_do_not_hold_a_run(tmp_path:
     written = load_tensors(tmp_path / "runs" / "demo" / "initial.safetensors")
     assert written.keys() == {"mask_embedding"}
     assert torch.equal(written["mask_embedding"], run.teacher.weights["mask_embedding"])
+
+
+def test_a_student_starts_from_another(tmp_path: Path) -> None:
+    first = Student(tiny_student())
+    save_student(first, tmp_path / "first")
+    taken = tensors_of_student(str(tmp_path / "first"), tiny_student())
+    assert taken.keys() == first.state_dict().keys()
+    assert all(torch.equal(value, first.state_dict()[name]) for name, value in taken.items())
+    other_teacher = tensors_of_student(str(tmp_path / "first"), tiny_student(target_dim=48))
+    assert taken.keys() - other_teacher.keys() == {name for name in taken if name.startswith("heads.")}
+    with pytest.raises(
+        ConfigError, match=r"train\.init_from: .*has the shape \(.*\) in .*first, but \(.*\) in this student"
+    ):
+        tensors_of_student(str(tmp_path / "first"), tiny_student(encoder_ffn_embed_dim=32))
+    with pytest.raises(ConfigError, match=r"has the shape none in .*, but \(16, 16\) in this student"):
+        tensors_of_student(str(tmp_path / "first"), tiny_student(encoder_layers=3))
+    with pytest.raises(ConfigError, match=r"train\.init_from: .*nothing is not a student"):
+        tensors_of_student(str(tmp_path / "nothing"), tiny_student())
+    with pytest.raises(ValueError, match=r"train\.init_from gives all weights of the encoder"):
+        settings(init_from="x", init_encoder_layers=1)
+
+
+def test_the_training_gets_the_other_students_weights(tmp_path: Path) -> None:
+    config = demo_config(
+        tmp_path, "student.target_dim=teacher", f"train.init_from={tmp_path / 'first'}", "corpus.path=/nowhere"
+    )
+    first = Student(config.resolve_student(2, 64))
+    save_student(first, tmp_path / "first")
+    said: list[str] = []
+    run = Run(config, Console(quiet=True))
+    run.say = said.append  # type: ignore[method-assign]
+    prepare_training(run, 1)
+    assert said[-1:] == [f"train   the student starts from {tmp_path / 'first'} ({len(first.state_dict())} tensors)"]
+    written = load_tensors(run.folder.initial_weights)
+    assert all(torch.equal(written[name], value) for name, value in first.state_dict().items())

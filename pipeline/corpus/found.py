@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from ray_distill.teacher_cache.sources.address import AudioAddress, Channel
@@ -86,9 +87,11 @@ class Search:
         return [*(self.train or []), *(self.validation or [])]
 
 
+@lru_cache(maxsize=4096)  # A file may have many pieces.
 def without_suffix(path: str) -> str:
     """Return a path without its suffix, with slashes, as an id."""
-    return Path(path).with_suffix("").as_posix() if Path(path).name else path
+    name = Path(path)
+    return name.with_suffix("").as_posix() if name.name else path
 
 
 def piece_id(stem: str, start: float | None, end: float | None, channel: Channel | None = None) -> str:

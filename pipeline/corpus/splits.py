@@ -159,7 +159,7 @@ def assign_splits(
         Skipped(
             entry.path,
             "unused_split",
-            f"the split {entry.split!r} is not used; add it to corpus.train_splits to use it",
+            f"{entry.id!r} is in the split {entry.split!r}, which is not used; add it to corpus.train_splits to use it",
         )
         for entry in found
         if entry.split not in role

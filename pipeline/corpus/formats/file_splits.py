@@ -1,6 +1,7 @@
 """Corpora that consist of one file for each split, and where the paths in them lead."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -28,6 +29,7 @@ def base_folder(folder: Path, paths: Iterable[str]) -> Path:
     return next((base for base in (folder, *folder.parents) if (base / first).exists()), folder)
 
 
+@lru_cache(maxsize=4096)  # A file may have many pieces.
 def located(folder: Path, audio: str) -> tuple[Path, AudioAddress | None]:
     """Return the path of audio and, if it is a URL such as ``s3://bucket/a.flac``, its address.
 

@@ -28,6 +28,9 @@ from ray_distill.student.training.run_files import (
     TENSORBOARD,
 )
 
+_LENGTHS = ("epochs", "max_steps")
+"""Keys of ``train`` that limit the length of a training."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -242,7 +245,8 @@ class RunFolder:
         with lock_run(self.lock_file, self.lock_record) as previous:
             try:
                 if not shared:
-                    self.refuse_other_config(config)
+                    self.refuse_other_config(config, may_extend=True)
+                    self._reopen_extended(config)
                 write_text(self.config_file, dump_config(config))
                 yield previous
             except BaseException:
@@ -259,23 +263,43 @@ class RunFolder:
                 break
             folder.rmdir()
 
-    def refuse_other_config(self, config: Config) -> None:
+    @property
+    def finished_before(self) -> list[Path]:
+        """Results of trainings that were finished, and then made longer."""
+        return sorted(self.path.glob("train-[0-9]*.json"))
+
+    def _reopen_extended(self, config: Config) -> None:
+        """Set the result of a finished training aside, as ``train-STEPS.json``, if the configuration makes it longer."""
+        result = self.result()
+        if result is not None and _is_longer(config, self._recorded_config()):
+            self.result_file.rename(self.path / f"train-{result['steps']:06d}.json")
+
+    def refuse_other_config(self, config: Config, *, may_extend: bool = False) -> None:
         """Check that the folder contains no results of another configuration.
 
         Keys that don't change a run's result (`CHANGES_NO_RESULT`) may differ, and so may everything while the folder has no
         results: a corrected configuration may replace one that failed early.
+
+        Args:
+            config: Configuration of the run.
+            may_extend: Whether ``train.epochs`` and ``train.max_steps`` may make the recorded training longer. Default: False.
 
         Raises:
             ConfigError: The folder contains results of another configuration, or of an unknown one.
         """
         if not self.has_results:
             return
-        mine, theirs = _result_keys(config.model_dump(mode="json")), _result_keys(self._recorded_config())
+        recorded = self._recorded_config()
+        mine = _result_keys(config.model_dump(mode="json"))
+        if may_extend and _is_longer(config, recorded):
+            recorded["train"] |= {key: mine["train"][key] for key in _LENGTHS}
+        theirs = _result_keys(recorded)
         changed = [section for section in mine if mine[section] != theirs.get(section)]
         if changed:
             raise ConfigError(
                 f"{self.path} holds a run with another configuration (sections that differ: {', '.join(changed)}); "
                 "choose another name=..., or remove that folder"
+                + ("; only a larger train.epochs or train.max_steps continues it" if may_extend else "")
             )
 
     def _recorded_config(self) -> dict[str, Any]:
@@ -295,6 +319,17 @@ class RunFolder:
             return Config.model_validate(tree).model_dump(mode="json")
         except pydantic.ValidationError:
             return tree  # It has a key that no longer exists; the comparison names its section.
+
+
+def _is_longer(config: Config, recorded: dict[str, Any]) -> bool:
+    """Return whether a configuration makes the recorded training longer, and no limit of it smaller."""
+    train, old = config.train, recorded["train"]
+    before, steps = (old.get(key) for key in _LENGTHS)
+    if not isinstance(before, int) or train.epochs < before or (train.max_steps is not None and steps is None):
+        return False
+    if train.max_steps is not None and train.max_steps < steps:
+        return False
+    return (train.epochs, train.max_steps) != (before, steps)
 
 
 def _result_keys(tree: dict[str, Any]) -> dict[str, Any]:

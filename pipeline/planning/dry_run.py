@@ -52,7 +52,7 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     Raises:
         ValueError: The corpus, the teacher, the cache or the run's folder can't be used with this configuration.
     """
-    RunFolder(config.folder.absolute()).refuse_other_config(config)
+    RunFolder(config.folder.absolute()).refuse_other_config(config, may_extend=True)
     corpus = config.corpus
     found = find_audio(corpus.path.absolute(), corpus.train_splits, corpus.validation_splits, format=corpus.format)
     checkpoint = Run(config, Console(quiet=True)).checkpoint

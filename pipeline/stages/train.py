@@ -42,7 +42,11 @@ def train_student(run: Run) -> None:
     if settings.targets == "cached":
         check_cache(run)
     training = prepare_training(run, max(1, (os.cpu_count() or 1) // settings.workers))
-    if step is not None:
+    if step is not None and run.folder.finished_before:
+        run.say(
+            f"train   continuing from step {step} beyond a finished training; the learning rate follows the schedule of the new length"
+        )
+    elif step is not None:
         run.say(f"train   resuming from step {step}, the last checkpoint")
     with quiet_ray(run.folder.ray_log), run.progress("train", "steps") as update:
         init_ray()

@@ -51,6 +51,11 @@ def build(run: Run) -> None:
         ("train.trackers=[mlflow]", None),
         ("cache.actors=7", None),
         ("cache.verify=false", None),
+        ("train.max_steps=2000", None),
+        ("train.epochs=2000", None),
+        ("train.max_steps=null", None),
+        ("train.max_steps=9", "train"),
+        ("train.epochs=9", "train"),
         ("train.seed=9", "train"),
         ("train.log_every=9", "train"),
         ("cache.shard_minutes=9", "cache"),
@@ -76,6 +81,18 @@ def test_only_keys_that_change_no_result_may_differ(tmp_path: Path, override: st
         ):
             begin(tmp_path, override)
         assert run.folder.config() == run.config, "the refused configuration is not stored"
+
+
+def test_a_finished_training_that_is_made_longer_is_reopened(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    run.folder.result_file.write_text(json.dumps({"steps": 1000}))
+    begin(tmp_path, "cache.actors=2")
+    assert run.folder.is_trained and not run.folder.finished_before, "the same length keeps the result"
+    begin(tmp_path, "train.max_steps=1200")
+    assert not run.folder.is_trained
+    assert run.folder.finished_before == [run.folder.path / "train-001000.json"]
+    with pytest.raises(ConfigError, match=r"only a larger train\.epochs or train\.max_steps continues it"):
+        begin(tmp_path, "train.max_steps=1100")
 
 
 def test_a_stage_that_runs_out_of_memory_names_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

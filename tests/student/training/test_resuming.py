@@ -247,3 +247,24 @@ def test_a_state_without_a_source_is_continued_and_gets_one(tmp_path: Path) -> N
     unknown.save(unknown.load())
     with pytest.raises(ValueError, match="was trained with mine, but now the targets come from other"):
         Checkpoints(folder, {"student": part}, Rank(), other).load()
+
+
+def test_a_finished_training_can_be_made_longer(
+    tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers
+) -> None:
+    short, long = (
+        settings(max_steps=3, validate_every=1, log_every=1),
+        settings(max_steps=6, validate_every=1, log_every=1),
+    )
+    assert train(tiny, short, *readers, tmp_path / "run").steps == 3
+    result = train(tiny, long, *readers, tmp_path / "run")
+    assert result.steps == 6
+    train(tiny, long, *readers, tmp_path / "whole")
+    rows, whole = (
+        [row for row in read_rows(tmp_path / name / "metrics.jsonl") if row["kind"] == "train"]
+        for name in ("run", "whole")
+    )
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    rates = [row["learning_rate"] for row in rows]
+    assert rates[3:] == [row["learning_rate"] for row in whole][3:], "the rest follows the schedule of the new length"
+    assert rates[2] < rates[3] and rates[:3] != [row["learning_rate"] for row in whole][:3]

@@ -1,6 +1,7 @@
 """Decoding of audio files of any rate and channel count to 16 kHz mono."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -38,7 +39,40 @@ class AudioError(ValueError):
         self.reason: Reason = reason
 
 
-def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) -> np.ndarray:
+@dataclass(frozen=True)
+class AudioHeader:
+    """What the header of an audio file says; nothing of it is proven by the content.
+
+    Attributes:
+        format, subtype: Names of libsndfile, such as ``FLAC`` and ``PCM_16``.
+        rate: Samples per second.
+        channels: Number of channels.
+        frames: Samples of each channel: exact for wav and flac, an estimate for mp3, and enormous if the length is unknown.
+    """
+
+    format: str
+    subtype: str
+    rate: int
+    channels: int
+    frames: int
+
+
+def read_header(source: Path | str | BinaryIO) -> AudioHeader:
+    """Return the header of an audio file, without decoding its samples.
+
+    Args:
+        source: Path, or a seekable binary file.
+
+    Raises:
+        AudioError: ``empty`` or ``undecodable``.
+    """
+    with _open(source, _name(source)) as file:
+        return AudioHeader(file.format, file.subtype, file.samplerate, file.channels, file.frames)
+
+
+def load_audio(
+    source: Path | str | BinaryIO, max_seconds: float | None = None, on_block: Callable[[int], None] | None = None
+) -> np.ndarray:
     """Decode a wav, flac, ogg, mp3 or other file that libsndfile reads to the waveform that teachers and students take.
 
     Untrusted files are safe: they are decoded in blocks, and memory is limited by ``max_seconds``, or by the real content of
@@ -50,6 +84,8 @@ def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) 
         source: Path, or a seekable binary file.
         max_seconds: Maximum duration. It is checked in the header, if that has a length, and while decoding. Default: no
             limit.
+        on_block: Called with the number of values, over all channels, of each decoded block; an exception of it stops the
+            decoding. Default: nothing is called.
 
     Returns:
         (S,) float32 at 16 kHz, averaged over channels and clipped to [-1, 1], with S >= 400.
@@ -57,8 +93,8 @@ def load_audio(source: Path | str | BinaryIO, max_seconds: float | None = None) 
     Raises:
         AudioError: If the audio can't be used; see its ``reason``.
     """
-    name = str(source) if isinstance(source, (str, Path)) else "the audio"
-    return _waveform(_decode(source, name, max_seconds), name)
+    name = _name(source)
+    return _waveform(_decode(source, name, max_seconds, on_block), name)
 
 
 def load_identified_audio(path: Path, max_seconds: float | None = None) -> tuple[np.ndarray, str]:
@@ -125,15 +161,27 @@ def _waveform(decoded: _Decoded, name: str) -> np.ndarray:
     return waveform
 
 
-def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None) -> _Decoded:
+def _name(source: Path | str | BinaryIO) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "the audio"
+
+
+def _open(source: Path | str | BinaryIO, name: str) -> soundfile.SoundFile:
     try:
         if _num_bytes(source) == 0:
             raise AudioError("empty", f"{name} is an empty file")
-        file = soundfile.SoundFile(source)
+        return soundfile.SoundFile(source)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         detail = "unknown format" if isinstance(error, TypeError) else _detail(error)
         raise AudioError("undecodable", f"{name} can't be decoded as audio ({detail})") from error
-    with file:
+
+
+def _decode(
+    source: Path | str | BinaryIO,
+    name: str,
+    max_seconds: float | None,
+    on_block: Callable[[int], None] | None = None,
+) -> _Decoded:
+    with _open(source, name) as file:
         # soundfile seeks after each read of a seekable file. That fails in FLAC streams of unknown length.
         file.seekable = lambda: False
         rate, channels = file.samplerate, file.channels
@@ -154,6 +202,8 @@ def _decode(source: Path | str | BinaryIO, name: str, max_seconds: float | None)
         try:
             while len(block := file.read(_BLOCK_VALUES // channels, dtype="float32", always_2d=True)):
                 count += len(block)
+                if on_block is not None:
+                    on_block(block.size)
                 if limit is not None and count > limit:
                     raise too_long
                 peak = max(peak, float(np.abs(block).max()))

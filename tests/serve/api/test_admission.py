@@ -17,7 +17,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from ray_distill.serve import create_app
-from ray_distill.serve.api.request_handler import NUM_DECODERS
+from ray_distill.serve.decoders import NUM_DECODERS
 from ray_distill.serve.decoding import decode
 from ray_distill.serve.server import Server
 from ray_distill.serve.settings import BatchLimits, Limits
@@ -186,7 +186,7 @@ def test_decoders_of_cancelled_requests_still_count(student: Student, monkeypatc
     gate, counting = threading.Event(), threading.Lock()
     running = most = 0
 
-    def slow(file: bytes, seconds: float) -> np.ndarray:
+    def slow(file: bytes, seconds: float, on_block: Any = None) -> np.ndarray:
         nonlocal running, most
         with counting:
             running += 1
@@ -196,7 +196,7 @@ def test_decoders_of_cancelled_requests_still_count(student: Student, monkeypatc
             running -= 1
         return decode(file, seconds)
 
-    monkeypatch.setattr("ray_distill.serve.api.request_handler.decode", slow)
+    monkeypatch.setattr("ray_distill.serve.decoders.decode", slow)
     with TestClient(create_app(student)) as client, ThreadPoolExecutor(12) as pool:
         cancelled = [pool.submit(client.post, "/v1/features?timeout=0.2", content=HALF) for _ in range(12)]
         assert {refusal(request.result()) for request in cancelled} == {(504, "deadline")}
@@ -280,11 +280,11 @@ def test_a_request_is_checked_again_if_its_model_is_replaced_while_it_is_decoded
     app = create_app(student)
     headless = Student(student.config.model_copy(update={"heads": "none"})).eval()
 
-    def swapping(file: bytes, seconds: float) -> np.ndarray:
+    def swapping(file: bytes, seconds: float, on_block: Any = None) -> np.ndarray:
         app.state.models.put("student", headless)
         return decode(file, seconds)
 
-    monkeypatch.setattr("ray_distill.serve.api.request_handler.decode", swapping)
+    monkeypatch.setattr("ray_distill.serve.decoders.decode", swapping)
     with TestClient(app) as client:
         assert refusal(client.post("/v1/features?space=teacher", content=HALF)) == (422, "bad_parameter")
 

@@ -151,7 +151,7 @@ def test_several_files_as_one_npy_are_refused_before_any_is_decoded(
     student: Student, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[bytes] = []
-    monkeypatch.setattr("ray_distill.serve.api.request_handler.decode", lambda file, seconds: decoded.append(file))
+    monkeypatch.setattr("ray_distill.serve.decoders.decode", lambda file, *_: decoded.append(file))
     with TestClient(create_app(student)) as client:
         for options in ({"params": {"format": "npy"}}, {"headers": {"accept": "application/octet-stream"}}):
             assert_refused(client.post("/v1/features", files=FORM, **options), 422, "bad_parameter")

@@ -51,6 +51,7 @@ class Backend(Protocol):
         dim: Dimension of hidden states.
         teacher_dim: Dimension of the predictions of the teacher's layers, or None if the model makes none.
         num_parameters: Number of parameters, heads included.
+        stops_early: Whether a batch runs only to the highest layer that it asks for. Otherwise every batch costs all layers.
     """
 
     runtime: Runtime
@@ -60,6 +61,7 @@ class Backend(Protocol):
     dim: int
     teacher_dim: int | None
     num_parameters: int
+    stops_early: bool
 
     def run(self, batch: Sequence[LayerRequest]) -> list[Array]:
         """Return (T, d) float32 for each utterance, or (L, T, d) for all layers.
@@ -97,6 +99,7 @@ class TorchBackend:
         self.dim = student.config.encoder_embed_dim
         self.teacher_dim = _teacher_dim(student)
         self._compiled = _compile(student, device) if options.compile else None
+        self.stops_early = self._compiled is None
         self._student = student.to(device).eval()
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
         if self._compiled is not None:
@@ -119,7 +122,8 @@ class TorchBackend:
                 with torch.compiler.set_stance("eager_on_recompile"):
                     layers = self._compiled(waveforms, lengths)[1:]
             else:
-                layers, _, _ = self._student.layer_outputs(waveforms, lengths)
+                highest = max(item.layer or self.num_layers for item in batch)
+                layers, _, _ = self._student.layer_outputs(waveforms, lengths, num_layers=highest)
             arrays = []
             for row, (item, frames) in enumerate(zip(batch, self._student.num_frames(lengths).tolist(), strict=True)):
                 numbers = range(len(layers)) if item.layer is None else [item.layer - 1]
@@ -146,6 +150,7 @@ class OnnxBackend:
 
     runtime: Runtime = "onnx"
     device = "cpu"
+    stops_early = False  # ONNX Runtime always runs the whole graph.
 
     def __init__(self, model: Path | Student, options: BackendOptions | None = None) -> None:
         options = options or BackendOptions()

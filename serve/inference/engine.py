@@ -89,7 +89,7 @@ class FeatureEngine:
         self.backend = backend
         self.limits = limits or BatchLimits()
         self.batch_seconds = self.limits.batch_seconds or (8.0 if backend.device == "cpu" else 30.0)
-        self._schedule = Schedule(self.limits, self.batch_seconds, backend.num_layers)
+        self._schedule = Schedule(self.limits, self.batch_seconds, backend.num_layers, stops_early=backend.stops_early)
         self._warm_up()
         self._on_batch = on_batch
         self._closed = False

@@ -67,13 +67,21 @@ class Schedule:
         limits: Bounds of the queue.
         batch_seconds: Audio in a batch, padding included, in seconds.
         num_layers: Number of layers of the model.
+        stops_early: Whether lower layers need less time. Default True.
         clock: Function that returns the time in seconds. Default `time.monotonic`.
     """
 
     def __init__(
-        self, limits: BatchLimits, batch_seconds: float, num_layers: int, clock: Callable[[], float] = time.monotonic
+        self,
+        limits: BatchLimits,
+        batch_seconds: float,
+        num_layers: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        stops_early: bool = True,
     ) -> None:
-        self._limits, self._clock, self._num_layers = limits, clock, num_layers
+        self._limits, self._clock = limits, clock
+        self._num_layers, self._stops_early = num_layers, stops_early
         self._budget = int(batch_seconds * SAMPLE_RATE)
         self._cost = CostEstimate(0.1, clock)  # Seconds of inference per second of audio.
         self._reservations: set[Reservation] = set()
@@ -115,7 +123,7 @@ class Schedule:
             ServiceError: ``overloaded``, with Retry-After; or ``deadline`` if the deadline is too early even for an idle service.
         """
         now = self._clock()
-        depth = layer or self._num_layers
+        depth = self._depth(layer)
         remaining = deadline - now
         seconds = sum(self._cost.seconds(length / SAMPLE_RATE, depth) for length in lengths)
         hopeful = sum(self._cost.seconds(length / SAMPLE_RATE, depth, hopeful=True) for length in lengths)
@@ -184,7 +192,7 @@ class Schedule:
         seconds = np.array([job.seconds for job in self.waiting])
         due = np.array([job.deadline - _MARGIN * (min(job.deadline, 1e12) - job.admitted) for job in self.waiting])
         spare = due - now - np.cumsum(seconds)
-        depths = [self._depth(job) for job in self.waiting]
+        depths = [self._depth(job.layer) for job in self.waiting]
 
         def may_join(index: int) -> bool:
             if min(depths[0], depths[index]) < MIN_FILL * max(depths[0], depths[index]):
@@ -208,7 +216,7 @@ class Schedule:
         if seconds is not None:
             # Padding counts as a part of the cost of real audio.
             mean = sum(len(job.waveform) for job in batch) / len(batch) / SAMPLE_RATE
-            self._cost.record(mean, seconds / len(batch), max(map(self._depth, batch)))
+            self._cost.record(mean, seconds / len(batch), max(self._depth(job.layer) for job in batch))
             for job in self.waiting:
                 job.seconds = self._seconds(job)
             self._queued_seconds = sum(job.seconds for job in self.waiting)
@@ -216,11 +224,12 @@ class Schedule:
     def _outstanding_samples(self) -> int:
         return self.queued_samples + sum(item.samples for item in self._reservations)
 
-    def _depth(self, job: Job) -> int:
-        return job.layer or self._num_layers
+    def _depth(self, layer: int | None) -> int:
+        """Return the number of layers that a request for a layer costs."""
+        return layer if layer is not None and self._stops_early else self._num_layers
 
     def _seconds(self, job: Job, hopeful: bool = False) -> float:
-        return self._cost.seconds(len(job.waveform) / SAMPLE_RATE, self._depth(job), hopeful=hopeful)
+        return self._cost.seconds(len(job.waveform) / SAMPLE_RATE, self._depth(job.layer), hopeful=hopeful)
 
 
 def overloaded(reason: str, wait: float) -> ServiceError:

@@ -45,7 +45,7 @@ def refusal(response: httpx.Response) -> tuple[int, str]:
 def hold(student: Student, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Make inference wait until the returned event is set."""
     gate, real = threading.Event(), student.layer_outputs
-    monkeypatch.setattr(student, "layer_outputs", lambda *a: gate.wait(20) and real(*a))
+    monkeypatch.setattr(student, "layer_outputs", lambda *a, **k: gate.wait(20) and real(*a, **k))
     return gate
 
 

@@ -270,7 +270,7 @@ def test_overload_is_429_and_a_stopped_service_503(student: Student, monkeypatch
     real = student.layer_outputs
     app = create_app(student, limits=Limits(max_requests=2), batch=BatchLimits(queue_seconds=60))
     with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
-        monkeypatch.setattr(student, "layer_outputs", lambda *a: gate.wait(20) and real(*a))
+        monkeypatch.setattr(student, "layer_outputs", lambda *a, **k: gate.wait(20) and real(*a, **k))
         held = [pool.submit(client.post, "/v1/features", content=FILES[0]) for _ in range(2)]
         while "serve_open_requests 3.0" not in client.get("/metrics").text:  # The request for metrics is one of them.
             time.sleep(0.02)

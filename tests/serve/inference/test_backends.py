@@ -73,6 +73,18 @@ def test_onnx_answers_do_not_depend_on_the_batch(onnx: Backend) -> None:
     assert_same(onnx.run(batch), [onnx.run([item])[0] for item in batch], 1e-5)
 
 
+def test_torch_runs_to_the_highest_layer_of_the_batch(
+    student: Student, reference: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = [item for layer in (1, 2) for item in layer_requests("teacher", layer)]
+    expected = [
+        array[item.layer - 1] for array, item in zip(reference.run(layer_requests("teacher") * 2), batch, strict=True)
+    ]
+    monkeypatch.setattr(student.layers[2], "forward", lambda *_: 1 / 0)
+    for found, whole in zip(reference.run(batch), expected, strict=True):
+        np.testing.assert_array_equal(found, whole)
+
+
 @pytest.mark.slow
 def test_an_exported_file_is_served_without_its_heads(onnx_file: Path, reference: Backend) -> None:
     backend = open_backend(onnx_file, BackendOptions())

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import anyio
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ray_distill.serve.api.admission import Admission, HeldBytes
+from ray_distill.serve.api.cross_origin import CrossOriginMiddleware
 from ray_distill.serve.api.embeddings import embeddings_response
 from ray_distill.serve.api.errors import STATUS, ErrorResponse, ErrorType, ServiceError
 from ray_distill.serve.api.formats import check_format, features_response
@@ -75,8 +75,15 @@ def create_app(
         description="Frame-level speech features (one vector per 20 ms) from a distilled student of HuBERT, WavLM or "
         "wav2vec 2.0. The features of an audio file do not depend on other requests.",
         lifespan=lifespan,
+        redirect_slashes=False,  # A redirect would have the Host header of the request in its Location.
     )
     app.state.models, app.state.admission = models, admission
+
+    def reload() -> None:
+        admission.reload_keys(settings.read_api_keys)
+        models.reload()
+
+    app.state.reload = reload  # Called on SIGHUP.
     app.state.draining = False  # Set when the service is about to stop, so that load balancers send no new requests.
     add_page(app)
     _add_status_routes(app, models, admission, metrics)
@@ -84,7 +91,7 @@ def create_app(
     app.add_middleware(ObservabilityMiddleware, metrics=metrics)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            CrossOriginMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-request-id"],
@@ -151,10 +158,12 @@ def _add_feature_routes(app: FastAPI, admission: Admission, handler: RequestHand
 
 
 def _add_status_routes(app: FastAPI, models: Models, admission: Admission, metrics: Metrics) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="Check that the service is alive", tags=["service"])
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="Check that every model is loaded, warmed up and accepts work", tags=["service"])
     async def readyz() -> dict[str, str]:
         if app.state.draining or not all(model.engine.alive for model in models):

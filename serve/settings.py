@@ -211,6 +211,10 @@ class ServeSettings(AppSettings):
     """Address to listen on; 0.0.0.0 for every interface."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 for any free port."""
+    head_seconds: float = Field(default=10.0, gt=0)
+    """Time that a client has to send the request line and the headers, in seconds; then its connection is closed."""
+    max_connections: int = Field(default=1024, ge=1)
+    """Number of connections that may be open at once."""
     leave_seconds: float = Field(default=0.0, ge=0)
     """Time after SIGTERM in which the service still accepts requests while /readyz answers 503, in seconds."""
 

@@ -9,7 +9,9 @@ class FeaturesResponse(BaseModel):
     """Features of one audio file. For several files, ``data`` lists num_frames, dim, shape and features of each."""
 
     model: str = Field(description="Name of the model.")
-    revision: str = Field(description="First 12 hexadecimal digits of the SHA-256 hash of its weights.")
+    revision: str = Field(
+        description="First 12 hexadecimal digits of the SHA-256 hash of its configuration and weights."
+    )
     layer: int | Literal["all"] = Field(description="Layer of the features, counted from 1, or 'all'.")
     space: Literal["student", "teacher"] = Field(
         description="student: hidden states; teacher: predictions of the teacher's layers."
@@ -56,7 +58,9 @@ class ModelRecord(BaseModel):
     id: str = Field(description="Name of the model; NAME@REVISION selects exactly this revision.")
     object: Literal["model"] = "model"
     owned_by: str = "local"
-    revision: str = Field(description="First 12 hexadecimal digits of the SHA-256 hash of its weights.")
+    revision: str = Field(
+        description="First 12 hexadecimal digits of the SHA-256 hash of its configuration and weights."
+    )
     layers: int
     dim: int = Field(description="Dimension of the hidden states.")
     teacher_dim: int | None = Field(

@@ -4,20 +4,20 @@ import math
 import time
 from collections.abc import Callable
 
-_WEIGHT = 0.3  # Weight of a new measurement in the moving average.
-_LARGEST_RISE = (
-    2.0  # A single measurement counts at most as twice the average, since other work may have interrupted it.
+_WEIGHT = 0.3  # Weight of a new measurement in the moving averages.
+_LARGEST_CHANGE = (
+    4.0  # Factor by which a single measurement can differ from the average, since other work may have interrupted it.
 )
 _HALF_LIFE = 300.0
 _LEAST = 0.25
 
 
 class CostEstimate:
-    """Seconds of work for a size, from a moving average of the seconds per unit.
+    """Seconds of work for a size, from moving averages of the seconds per unit.
 
     Work has a kind (such as the number of layers), and time is not proportional to size, because attention grows faster. So each kind
     has an average for every half power of two of the size. What was not measured yet costs what the nearest measured size of the same
-    kind costs, or, without one, of the nearest larger kind.
+    kind costs, or, without one, of the nearest larger kind. A factor for all of them follows the speed of the machine.
 
     Args:
         initial: Seconds per unit before the first measurement.
@@ -27,10 +27,10 @@ class CostEstimate:
     def __init__(self, initial: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._initial = initial
         self._clock = clock
-        self._rates: dict[
-            tuple[int, int], tuple[float, float]
-        ] = {}  # Seconds per unit, and the time of the last measurement.
-        self._nearest: dict[tuple[int, int], tuple[float, float]] = {}  # Rates that were looked up since then.
+        self._slowness = 1.0
+        # Seconds per unit at slowness 1, and the time of the last measurement, by kind and place of the size.
+        self._rates: dict[tuple[int, int], tuple[float, float]] = {}
+        self._nearest: dict[tuple[int, int], tuple[float, float]] = {}  # What was looked up since the last measurement.
 
     def seconds(self, size: float, kind: int = 0, *, hopeful: bool = False) -> float:
         """Return the expected seconds of work for ``size`` units.
@@ -44,15 +44,18 @@ class CostEstimate:
         rate, measured = self._rate(size, kind)
         if hopeful:
             rate *= max(_LEAST, 0.5 ** ((self._clock() - measured) / _HALF_LIFE))
-        return rate * size
+        return rate * self._slowness * size
 
     def record(self, size: float, seconds: float, kind: int = 0) -> None:
         """Record that ``size`` units took so many seconds."""
-        rate = seconds / size
-        key = (kind, _place(size))
+        key = kind, _place(size)
+        rate = max(seconds, 1e-9) / size / self._slowness
         if key in self._rates:
             before, _ = self._rates[key]
-            rate = before + _WEIGHT * (min(rate, _LARGEST_RISE * before) - before)
+            change = min(max(rate / before, 1 / _LARGEST_CHANGE), _LARGEST_CHANGE) ** _WEIGHT
+            # One half of the change is in the speed of the machine, the other in this size.
+            self._slowness *= change**0.5
+            rate = before * change**0.5
         self._rates[key] = rate, self._clock()
         self._nearest.clear()
 

@@ -22,7 +22,8 @@ _NOISE = np.random.default_rng(0).normal(0, 0.1, 2 * SAMPLE_RATE).astype(np.floa
 _WARM_UP = [LayerRequest(_NOISE[:count], None, "student") for count in (RECEPTIVE_FIELD, len(_NOISE))]
 
 _LOG = logging.getLogger(__name__)
-_NICENESS = 10
+NICENESS = 10
+"""Priority of inference on Linux, lower than that of the event loop and higher than that of the decoders."""
 _MAX_FAILED_BATCHES = 3  # After so many failures in a row, inference is considered broken rather than a request.
 
 
@@ -192,7 +193,7 @@ class FeatureEngine:
     def _work(self) -> None:
         # On Linux each thread has its own priority. A lower one lets the event loop respond to other requests during inference.
         # PyTorch's threads are started by this thread and inherit its priority.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while batch := self._next_batch():
             error = self._run(batch)
             if error is None:

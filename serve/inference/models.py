@@ -29,7 +29,7 @@ class ServedModel:
 
     @property
     def revision(self) -> str:
-        """First 12 hexadecimal digits of the SHA-256 hash of the weights."""
+        """First 12 hexadecimal digits of the SHA-256 hash of configuration and weights."""
         return self.engine.backend.revision
 
 
@@ -90,7 +90,10 @@ class Models:
             old.engine.close()
 
     def reload(self) -> None:
-        """Replace each model whose files have changed. A model whose files can't be read is kept, and the error is logged."""
+        """Replace each model whose files have changed.
+
+        A model is kept, and the error is logged, if its files can't be read or give features that are not finite.
+        """
         with self._changing:
             for name, folder in list(self._folders.items()):
                 try:

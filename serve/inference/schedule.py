@@ -93,7 +93,8 @@ class Schedule:
 
     def expected_wait(self) -> float:
         """Return the seconds after which the work that is already admitted is expected to be complete; 0 if there is none."""
-        running = max(0.0, self._busy_until - self._clock())
+        # A batch that takes longer than expected may take as much longer again.
+        running = abs(self._busy_until - self._clock()) if self._busy_until else 0.0
         return running + max(0.0, self._queued_seconds) + sum(item.seconds for item in self._reservations)
 
     def check_room(self, deadline: float = math.inf) -> None:

@@ -48,10 +48,12 @@ def add_page(app: FastAPI) -> None:
             return Response(status_code=304, headers=headers)
         return Response(content, media_type=media_type, headers=headers)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
         return respond("index.html", request)
 
+    @app.head("/page/{name}", include_in_schema=False)
     @app.get("/page/{name}", include_in_schema=False)
     async def page_file(name: str, request: Request) -> Response:
         if name not in contents:

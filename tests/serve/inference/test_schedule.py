@@ -176,9 +176,22 @@ def test_costs_are_learned_by_size_and_kind_and_a_hiccup_counts_little() -> None
     assert cost.seconds(2, 3) == pytest.approx(0.4)  # Not measured: as the deeper one.
     cost.record(2, 0.1, 3)
     assert cost.seconds(2, 3) == pytest.approx(0.1) and cost.seconds(2, 1) == pytest.approx(0.1)
-    cost.record(2, 1000, 12)
-    assert cost.seconds(2, 12) == pytest.approx(0.52)
     clock.now = 300
-    assert cost.seconds(2, 12, hopeful=True) == pytest.approx(0.26)
+    assert cost.seconds(2, 12, hopeful=True) == pytest.approx(0.2)
     clock.now = 1e6
-    assert cost.seconds(2, 12, hopeful=True) == pytest.approx(0.13)
+    assert cost.seconds(2, 12, hopeful=True) == pytest.approx(0.1)
+    cost.record(2, 1000, 12)
+    assert cost.seconds(2, 12) == pytest.approx(0.4 * 4**0.3)
+
+
+def test_a_slower_machine_raises_the_costs_of_all_sizes() -> None:
+    cost = CostEstimate(0.1, Clock())
+    cost.record(2, 0.2)
+    cost.record(60, 12)
+    for _ in range(12):
+        cost.record(2, 1.0)
+    assert cost.seconds(2) == pytest.approx(1.0, rel=0.05)
+    assert cost.seconds(60) > 2 * 12
+    for _ in range(12):
+        cost.record(60, 60)
+    assert cost.seconds(60) == pytest.approx(60, rel=0.05)

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import Annotated, Any
 
 import anyio
@@ -15,12 +16,14 @@ from ray_distill.serve.api.cross_origin import CrossOriginMiddleware
 from ray_distill.serve.api.embeddings import embeddings_response
 from ray_distill.serve.api.errors import STATUS, ErrorResponse, ErrorType, ServiceError
 from ray_distill.serve.api.formats import check_format, features_response
-from ray_distill.serve.api.observability import Metrics, ObservabilityMiddleware
+from ray_distill.serve.api.metrics import Metrics
+from ray_distill.serve.api.observability import ObservabilityMiddleware, record_of
 from ray_distill.serve.api.openapi import BINARY_RESPONSES, describe
 from ray_distill.serve.api.parameters import EmbeddingsQuery, FeaturesQuery, Format, accepted_format
 from ray_distill.serve.api.request_handler import RequestHandler
 from ray_distill.serve.api.schemas import EmbeddingsResponse, FeaturesResponse, ModelList, ModelRecord
 from ray_distill.serve.api.streaming_response import SendTimeoutMiddleware
+from ray_distill.serve.api.traces import Traces
 from ray_distill.serve.inference.models import Models, ServedModel, Source, default_name
 from ray_distill.serve.page import add_page
 from ray_distill.serve.settings import AppSettings
@@ -56,11 +59,13 @@ def create_app(
     settings = settings.model_copy(update={"request_seconds": request_seconds})
     admission = Admission(settings, settings.read_api_keys())
     metrics = Metrics()
-    models = Models(settings, metrics.record_batch)
+    traces = Traces() if settings.traces else None
+    models = Models(settings, metrics.record_batch, lambda outcome: metrics.loads.labels(outcome).inc())
     models.put(settings.name or default_name(model), model)
     for name, source in (more or {}).items():
         models.put(name, source)
     handler = RequestHandler(models, settings, metrics)
+    metrics.watch(models, lambda: admission.held_bytes, lambda: handler.decoders.waiting_seconds)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -68,6 +73,8 @@ def create_app(
         # Uvicorn has already waited for the open requests.
         await anyio.to_thread.run_sync(handler.close)
         await anyio.to_thread.run_sync(models.close)
+        if traces:
+            await anyio.to_thread.run_sync(traces.close)
 
     app = FastAPI(
         title="Student speech features",
@@ -88,7 +95,7 @@ def create_app(
     add_page(app)
     _add_status_routes(app, models, admission, metrics)
     _add_error_handlers(app, metrics)
-    app.add_middleware(ObservabilityMiddleware, metrics=metrics)
+    app.add_middleware(ObservabilityMiddleware, metrics=metrics, traces=traces)
     if settings.cors_origins:
         app.add_middleware(
             CrossOriginMiddleware,
@@ -137,9 +144,11 @@ def _add_feature_routes(app: FastAPI, admission: Admission, handler: RequestHand
         headers = result.headers()
         arrays = [item.array for item in result.features]
         result.features.clear()
+        started = monotonic()
         response = await anyio.to_thread.run_sync(
             features_response, arrays, query.dtype, result.is_list, response_format(query), metadata
         )
+        record_of(request).steps.append(("encode the response", started, monotonic() - started))
         response.headers.update(headers)
         return response
 
@@ -204,13 +213,14 @@ def _record(model: ServedModel) -> ModelRecord:
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Give every failure, including those of the framework, the shape of ``ErrorResponse``."""
 
-    def count_and_respond(error: ServiceError) -> Response:
+    def count_and_respond(request: Request, error: ServiceError) -> Response:
+        record_of(request).error_type = error.error_type
         metrics.errors.labels(error.error_type).inc()
         return error.response()
 
     @app.exception_handler(ServiceError)
-    async def service_error(_: Request, error: ServiceError) -> Response:
-        return count_and_respond(error)
+    async def service_error(request: Request, error: ServiceError) -> Response:
+        return count_and_respond(request, error)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -218,8 +228,9 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         detail = str(error.detail).lower()
         message = f"{request.method} {request.url.path[:80]!r} failed: {detail}. The routes are listed at /docs."
         kind = kinds.get(error.status_code, "bad_request")
-        return count_and_respond(ServiceError(kind, message, dict(error.headers or {})))
+        return count_and_respond(request, ServiceError(kind, message, dict(error.headers or {})))
 
     @app.exception_handler(ClientDisconnect)
-    async def client_disconnected(_: Request, __: ClientDisconnect) -> Response:
-        return count_and_respond(ServiceError("bad_request", "The client disconnected before the response."))
+    async def client_disconnected(request: Request, _: ClientDisconnect) -> Response:
+        error = ServiceError("client_disconnected", "The client disconnected before the response.")
+        return count_and_respond(request, error)

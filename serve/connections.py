@@ -4,6 +4,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
+import h11
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from ray_distill.serve.api.errors import STATUS, ErrorType
@@ -31,6 +32,7 @@ def protocol_class(head_seconds: float, max_connections: int) -> type[Any]:
 
         _head_timer: asyncio.TimerHandle | None = None
         _head_bytes = 0
+        _in_body = False  # Set by the callbacks of httptools.
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
@@ -42,12 +44,12 @@ def protocol_class(head_seconds: float, max_connections: int) -> type[Any]:
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
                 return
-            if not self._in_request():
+            if not self._past_head():
                 self._head_bytes += len(data)
             super().data_received(data)
             if self.transport.is_closing():
                 self._stop_timer()
-            elif self._in_request():
+            elif self._past_head():
                 self._stop_timer()
                 self._head_bytes = 0
             elif self._head_bytes > _MAX_HEAD_BYTES:
@@ -64,8 +66,21 @@ def protocol_class(head_seconds: float, max_connections: int) -> type[Any]:
             """Answer bytes that are not HTTP; called by Uvicorn."""
             self._refuse("bad_request", "The request is not valid HTTP/1.1.")
 
-        def _in_request(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
+        def on_headers_complete(self) -> None:
+            """Note that the body begins; called by httptools."""
+            self._in_body = True
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            """Note that the body is complete; called by httptools."""
+            self._in_body = False
+            super().on_message_complete()
+
+        def _past_head(self) -> bool:
+            """Return whether a request is being answered, or its body is still arriving, maybe after the answer."""
+            is_open = self.cycle is not None and not self.cycle.response_complete
+            connection = getattr(self, "conn", None)  # The state of h11.
+            return is_open or self._in_body or (connection is not None and connection.their_state is h11.SEND_BODY)
 
         def _start_timer(self) -> None:
             self._head_timer = self.loop.call_later(head_seconds, self.transport.abort)

@@ -111,6 +111,12 @@ class Decoders:
                     self._waiting.remove(task)
             raise
 
+    @property
+    def waiting_seconds(self) -> float:
+        """Expected work of the files that wait, in seconds."""
+        with self._changed:
+            return sum(task.seconds for task in self._waiting)
+
     def close(self) -> None:
         """Stop the threads; files that wait are not decoded."""
         with self._changed:

@@ -183,6 +183,9 @@ class AppSettings(BackendOptions, BatchLimits, Limits, BaseSettings):
     )
     """Origin whose pages may send requests from a browser, or *; may be repeated. Default: only the service's own page."""
 
+    traces: bool = False
+    """Send OpenTelemetry traces by OTLP over HTTP, set up by the variables OTEL_...; needs the extra named otel."""
+
     def __init__(self, **values: Any) -> None:
         super().__init__(**_without_tables(values))
 

@@ -4,6 +4,9 @@ The loads are Poisson arrivals of noise in three mixes of lengths, sent as FLAC 
 default deadline of 30 s. Goodput is the audio of the answers in a run, without its first fifth, relative to the same backend on the
 same core in offline batches of the same audio, at the priority that inference has in the service. The flood sends FLAC files of 60 s
 at the highest rate and number of channels that the service accepts, all at once, and then times one short clip.
+
+The backend ``sleep`` is a model that waits for a known time instead of computing. It needs no core, so it also gives figures of
+admission and deadlines on a machine that other work shares; its offline speed is computed.
 """
 
 import asyncio
@@ -23,6 +26,7 @@ import typer
 
 from benchmarks.result_file import REPOSITORY, RESULTS, write_result
 from benchmarks.serve.load import GENERATOR_CORE, PATH, SERVICE_CORE, Clip, offer, offline, running
+from benchmarks.serve.sleeping_server import seconds as waiting
 from ray_distill.pipeline.config import load_config
 from ray_distill.serve.inference.engine import NICENESS
 from ray_distill.serve.settings import Limits
@@ -73,9 +77,9 @@ async def flood(address: str, files: int = 40) -> dict[str, Any]:
 
 def main(
     config: Annotated[Path, typer.Option(help="Recipe.")] = REPOSITORY / "configs/armhubert-s-960.yaml",
-    cases: Annotated[str, typer.Option(help="Pairs BACKEND:MIX, separated by commas; torch, onnx or int8.")] = ",".join(
-        f"{backend}:{mix}" for backend in ("torch", "onnx", "int8") for mix in MIXES
-    ),
+    cases: Annotated[
+        str, typer.Option(help="Pairs BACKEND:MIX, separated by commas; torch, onnx, int8 or sleep.")
+    ] = ",".join(f"{backend}:{mix}" for backend in ("torch", "onnx", "int8") for mix in MIXES),
     loads: Annotated[
         str, typer.Option(help="Offered loads relative to offline, separated by commas.")
     ] = "0.5,1,2,5,10",
@@ -95,19 +99,27 @@ def main(
         save_student(student, models["torch"])
         for case in cases.split(","):
             backend, mix = case.split(":")
-            if not models[backend].exists():
-                export_onnx(student, models[backend], {}, int8=backend == "int8")
-            runtime = "torch" if backend == "torch" else "onnx"
             sounds = clips(*MIXES[mix])
             mean = float(np.mean([clip.seconds for clip in sounds]))
             some = sounds[:: 8 if mean > 20 else 4]
-            command = ["-m", "serve", "--model", str(models[backend]), "--backend", runtime]
+            runtime = "torch" if backend == "torch" else "onnx"
+            if backend in ("onnx", "int8") and not models[backend].exists():
+                export_onnx(student, models[backend], {}, int8=backend == "int8")
+
+            def speed_offline(backend: str = backend, runtime: str = runtime, sounds: list[Clip] = sounds) -> float:
+                if backend == "sleep":
+                    return sum(clip.seconds for clip in sounds) / sum(waiting(1, clip.seconds) for clip in sounds)
+                return offline(models[backend], runtime, some, 8.0, NICENESS)  # noqa: B023 (called at once)
+
+            command = ["-m", "serve", "--model", str(models.get(backend)), "--backend", runtime]
+            if backend == "sleep":
+                command = ["-m", "benchmarks.serve.sleeping_server"]
             with running([*command, "--deadline-seconds", str(deadline)]) as (pid, address):
                 for number, load in enumerate(float(part) for part in loads.split(",")):
-                    before = offline(models[backend], runtime, some, 8.0, NICENESS)
+                    before = speed_offline()
                     row = asyncio.run(offer(address, pid, sounds, load * before / mean, seconds, number, False))
                     del row["memory_mib"]
-                    speed = (before + offline(models[backend], runtime, some, 8.0, NICENESS)) / 2
+                    speed = (before + speed_offline()) / 2
                     row = {
                         "backend": backend,
                         "mix": mix,

@@ -12,7 +12,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from ray_distill.serve.api.admission import HeldBytes
 from ray_distill.serve.api.errors import ServiceError
-from ray_distill.serve.api.observability import Metrics
+from ray_distill.serve.api.metrics import Metrics
+from ray_distill.serve.api.observability import RequestRecord, record_of
 from ray_distill.serve.api.parameters import Query, choose_layer, parse_parameters
 from ray_distill.serve.api.request_body import is_json, read_body
 from ray_distill.serve.decoders import Decoders
@@ -66,11 +67,11 @@ class RequestHandler:
     def __init__(self, models: Models, limits: Limits, metrics: Metrics) -> None:
         self.models, self.limits = models, limits
         self._metrics = metrics
-        self._decoders = Decoders(limits)
+        self.decoders = Decoders(limits, metrics.decoding.observe)
 
     def close(self) -> None:
         """Stop the decoder threads."""
-        self._decoders.close()
+        self.decoders.close()
 
     async def handle(
         self,
@@ -106,33 +107,44 @@ class RequestHandler:
                 # The query string is checked before the body is read; a JSON body may name another model.
                 early = parse_parameters(kind, dict(request.query_params), {})
                 shorten(early.timeout)
-                engine = (await self.models.find(early.model)).engine
+                record = record_of(request)
+                model = await self.models.find(early.model)
+                engine, record.model = model.engine, model.name
                 if early.model or not is_json(request):
                     engine.check_room(due)
+                started = time.monotonic()
                 files, members, is_list = await read_body(request, self.limits.max_bytes, held)
+                record.num_bytes = held.count
+                record.steps.append(("read the body", started, time.monotonic() - started))
                 query = parse_parameters(kind, dict(request.query_params), members)
                 shorten(query.timeout)
                 check(query, len(files))
-                return query, await _unless_disconnected(request, self._features(query, files, is_list, held, due))
+                return query, await _unless_disconnected(
+                    request, self._features(query, files, is_list, held, due, record)
+                )
         except TimeoutError as error:
             raise ServiceError("deadline", f"The request did not finish within {limit:g} seconds.") from error
 
     async def _features(
-        self, query: Any, files: list[bytes], is_list: bool, held: HeldBytes, deadline: float
+        self, query: Any, files: list[bytes], is_list: bool, held: HeldBytes, deadline: float, record: RequestRecord
     ) -> RequestResult:
         # What these checks and the admission refuse costs no decoding.
         model = await self.models.find(query.model)
+        record.model = model.name
         layer, dim = _resolve_layer(query, model.engine.backend)
         model.engine.check_room(deadline)
         headers = [await anyio.to_thread.run_sync(header_of, file, self.limits) for file in files]
-        delay = self._decoders.admit(headers)
+        delay = self.decoders.admit(headers)
         lengths = [_samples(header, self.limits) for header in headers]
         reservation = self._admit(model.engine, lengths, layer, deadline, delay)
         try:
             # Memory of a frame: the features, and the response that is made of them.
             frame_bytes = 2 * 4 * dim * (model.engine.backend.num_layers if layer is None else 1)
             body_bytes = held.count
+            started = time.monotonic()
             waveforms = await self._decode(files, headers, frame_bytes, held)
+            record.steps.append(("decode", started, time.monotonic() - started))
+            record.audio_seconds = sum(map(len, waveforms)) / SAMPLE_RATE
             held.release(body_bytes)
             longer = sum(map(len, waveforms)) > sum(lengths) + SAMPLE_RATE
             lengths = [len(waveform) for waveform in waveforms]
@@ -151,6 +163,9 @@ class RequestHandler:
                     continue  # The model was replaced after it was looked up.
                 for item in features:
                     self._metrics.record_features(item)
+                    end = item.completed
+                    record.steps.append(("wait", end - item.inference_seconds - item.queue_seconds, item.queue_seconds))
+                    record.steps.append(("inference", end - item.inference_seconds, item.inference_seconds))
                 return RequestResult(model, layer, features, is_list)
         finally:
             model.engine.release(reservation)
@@ -177,7 +192,7 @@ class RequestHandler:
         waveforms: list[Array] = []
         remaining_seconds = self.limits.request_seconds
         for file, header in zip(files, headers, strict=True):
-            waveform = await self._decoders.decode(file, header)
+            waveform = await self.decoders.decode(file, header)
             remaining_seconds -= len(waveform) / SAMPLE_RATE
             if remaining_seconds < 0:
                 message = (

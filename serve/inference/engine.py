@@ -57,12 +57,14 @@ class Features:
         queue_seconds: Time in the queue.
         inference_seconds: Inference time of the batch.
         windows: Number of windows in which the utterance ran. Default 1.
+        completed: Time at which inference was complete, by `time.monotonic`. Default 0.
     """
 
     array: Array
     queue_seconds: float
     inference_seconds: float
     windows: int = 1
+    completed: float = 0.0
 
 
 class FeatureEngine:
@@ -111,6 +113,17 @@ class FeatureEngine:
     def queued_seconds(self) -> float:
         """Audio in the queue, in seconds."""
         return self._schedule.queued_samples / SAMPLE_RATE
+
+    @property
+    def queued_utterances(self) -> int:
+        """Number of utterances in the queue."""
+        return len(self._schedule.waiting)
+
+    @property
+    def expected_wait(self) -> float:
+        """Expected time of the admitted work, in seconds."""
+        with self._changed:
+            return self._schedule.expected_wait()
 
     @property
     def alive(self) -> bool:
@@ -224,7 +237,7 @@ class FeatureEngine:
         elapsed = time.monotonic() - started
         self._failed_batches = 0
         for job, array in zip(batch, arrays, strict=True):
-            job.future.set_result(Features(array, started - job.queued, elapsed))
+            job.future.set_result(Features(array, started - job.queued, elapsed, completed=started + elapsed))
         real = sum(len(job.waveform) for job in batch) / SAMPLE_RATE
         padded = len(batch) * max(len(job.waveform) for job in batch) / SAMPLE_RATE
         with self._changed:

@@ -81,10 +81,10 @@ async def features_in_windows(
     # Enough windows at once to fill a batch, and one more.
     semaphore = asyncio.Semaphore(1 + int(engine.batch_seconds // limits.window_seconds))
     array: Array | None = None
-    queue_seconds, inference_seconds = 0.0, 0.0
+    queue_seconds, inference_seconds, completed = 0.0, 0.0, 0.0
 
     async def run(window: Window) -> None:
-        nonlocal array, queue_seconds, inference_seconds
+        nonlocal array, queue_seconds, inference_seconds, completed
         async with semaphore:
             found = await engine.features(waveform[window.samples], layer, space, reservation)
         if array is None:
@@ -94,9 +94,10 @@ async def features_in_windows(
         array[..., window.frames, :] = found.array[..., window.frames.start - start : window.frames.stop - start, :]
         queue_seconds = max(queue_seconds, found.queue_seconds)
         inference_seconds += found.inference_seconds
+        completed = max(completed, found.completed)
 
     async with asyncio.TaskGroup() as group:
         for window in windows:
             group.create_task(run(window))
     assert array is not None
-    return Features(array, queue_seconds, inference_seconds, len(windows))
+    return Features(array, queue_seconds, inference_seconds, len(windows), completed)

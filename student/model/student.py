@@ -351,7 +351,7 @@ class Student(nn.Module):
         attention_mask = _attention_mask(padded)
         layers, head_inputs = [], []
         previous_map: AttentionMap | None = None
-        for number, layer in enumerate(self.layers[:num_layers]):  # type: ignore[arg-type]
+        for number, layer in enumerate(self.layers[:num_layers]):
             if self.reduction is not None and number == config.time_reduction_index:
                 x = self.reduction(x, padded)
                 if padded is not None:

@@ -75,6 +75,20 @@ def test_half_sent_heads_are_closed_and_complete_requests_are_not(base: None) ->
     run(talk, head_seconds=0.5)
 
 
+def test_a_body_that_arrives_after_its_answer_is_read_to_its_end(base: None) -> None:
+    async def talk(connect: Callable[[], Awaitable[Streams]]) -> None:
+        reader, writer = await connect()
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 300000\r\n\r\n")
+        assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        for _ in range(3):
+            writer.write(b"x" * 100_000)
+            await asyncio.sleep(0.1)
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+
+    run(talk, head_seconds=0.15)
+
+
 def test_open_connections_are_limited(base: None) -> None:
     async def talk(connect: Callable[[], Awaitable[Streams]]) -> None:
         held = [await connect() for _ in range(2)]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import anyio
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -14,18 +15,25 @@ from starlette.requests import ClientDisconnect
 from ray_distill.serve.api.admission import Admission, HeldBytes
 from ray_distill.serve.api.cross_origin import CrossOriginMiddleware
 from ray_distill.serve.api.embeddings import embeddings_response
-from ray_distill.serve.api.errors import STATUS, ErrorResponse, ErrorType, ServiceError
+from ray_distill.serve.api.errors import ErrorType, ServiceError
 from ray_distill.serve.api.formats import check_format, features_response
 from ray_distill.serve.api.metrics import Metrics
 from ray_distill.serve.api.observability import ObservabilityMiddleware, record_of
-from ray_distill.serve.api.openapi import BINARY_RESPONSES, describe
+from ray_distill.serve.api.openapi import BINARY_RESPONSES, COMMON_HEADERS, ERROR_RESPONSES, FEATURE_HEADERS, describe
 from ray_distill.serve.api.parameters import EmbeddingsQuery, FeaturesQuery, Format, accepted_format
 from ray_distill.serve.api.request_handler import RequestHandler
-from ray_distill.serve.api.schemas import EmbeddingsResponse, FeaturesResponse, ModelList, ModelRecord
+from ray_distill.serve.api.schemas import (
+    EmbeddingsResponse,
+    FeaturesResponse,
+    ModelList,
+    ModelRecord,
+    SeveralFeaturesResponse,
+)
 from ray_distill.serve.api.streaming_response import SendTimeoutMiddleware
 from ray_distill.serve.api.traces import Traces
 from ray_distill.serve.inference.models import Models, ServedModel, Source, default_name
 from ray_distill.serve.page import add_page
+from ray_distill.serve.reference import add_reference
 from ray_distill.serve.settings import AppSettings
 
 
@@ -82,6 +90,8 @@ def create_app(
         description="Frame-level speech features (one vector per 20 ms) from a distilled student of HuBERT, WavLM or "
         "wav2vec 2.0. The features of an audio file do not depend on other requests.",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         redirect_slashes=False,  # A redirect would have the Host header of the request in its Location.
     )
     app.state.models, app.state.admission = models, admission
@@ -93,6 +103,7 @@ def create_app(
     app.state.reload = reload  # Called on SIGHUP.
     app.state.draining = False  # Set when the service is about to stop, so that load balancers send no new requests.
     add_page(app)
+    add_reference(app)
     _add_status_routes(app, models, admission, metrics)
     _add_error_handlers(app, metrics)
     app.add_middleware(ObservabilityMiddleware, metrics=metrics, traces=traces)
@@ -105,15 +116,13 @@ def create_app(
             expose_headers=["*"],
         )
     app.add_middleware(SendTimeoutMiddleware, seconds=settings.deadline_seconds)  # The outermost middleware.
-    _add_feature_routes(app, admission, handler)
+    _add_feature_routes(app, admission, handler, needs_key=settings.api_keys is not None)
     return app
 
 
-def _add_feature_routes(app: FastAPI, admission: Admission, handler: RequestHandler) -> None:
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse, "description": ", ".join(kind for kind in STATUS if STATUS[kind] == status)}
-        for status in sorted({*STATUS.values()} - {405, 500})
-    }
+def _add_feature_routes(app: FastAPI, admission: Admission, handler: RequestHandler, needs_key: bool) -> None:
+    # The scheme gives /docs its button for the key; `Admission` checks it.
+    security = [Depends(HTTPBearer(auto_error=False, description="An API key of this service."))] if needs_key else []
 
     @app.post(
         "/v1/features",
@@ -121,9 +130,15 @@ def _add_feature_routes(app: FastAPI, admission: Admission, handler: RequestHand
         tags=["features"],
         response_class=Response,
         responses={
-            200: {"model": FeaturesResponse, "description": "The features.", "content": BINARY_RESPONSES},
-            **errors,
+            200: {
+                "model": FeaturesResponse | SeveralFeaturesResponse,
+                "description": "The features.",
+                "content": BINARY_RESPONSES,
+                "headers": FEATURE_HEADERS,
+            },
+            **ERROR_RESPONSES,
         },
+        dependencies=security,
         openapi_extra=describe(FeaturesQuery),
     )
     async def features(request: Request, held: Annotated[HeldBytes, Depends(admission.admit)]) -> Response:
@@ -157,7 +172,11 @@ def _add_feature_routes(app: FastAPI, admission: Admission, handler: RequestHand
         summary="Compute one vector per audio file, in the shape of OpenAI's embeddings",
         tags=["features"],
         response_class=Response,
-        responses={200: {"model": EmbeddingsResponse, "description": "The embeddings."}, **errors},
+        responses={
+            200: {"model": EmbeddingsResponse, "description": "The embeddings.", "headers": COMMON_HEADERS},
+            **ERROR_RESPONSES,
+        },
+        dependencies=security,
         openapi_extra=describe(EmbeddingsQuery),
     )
     async def embeddings(request: Request, held: Annotated[HeldBytes, Depends(admission.admit)]) -> Response:

@@ -3,7 +3,9 @@
 import logging
 import math
 import signal
+import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -19,8 +21,12 @@ _LOG = logging.getLogger(__name__)
 _SENDING_SECONDS = 10
 
 
-def run(settings: ServeSettings) -> None:
+def run(settings: ServeSettings, on_ready: Callable[[], object] | None = None) -> None:
     """Serve until a signal stops the process.
+
+    Args:
+        settings: Models, application and server.
+        on_ready: Called when the service accepts requests. Default: nothing is called.
 
     Raises:
         ValueError: a setting is impossible, or a model can't be read.
@@ -28,7 +34,7 @@ def run(settings: ServeSettings) -> None:
     silence_decoders()
     app = create_app(settings.model, settings, more=settings.more)
     connection = protocol_class(settings.head_seconds, settings.max_connections)
-    Server(app, settings.host, settings.port, settings.leave_seconds, connection).run()
+    Server(app, settings.host, settings.port, settings.leave_seconds, connection, on_ready).run()
 
 
 class Server(uvicorn.Server):  # type: ignore[misc]
@@ -43,10 +49,17 @@ class Server(uvicorn.Server):  # type: ignore[misc]
         host, port: Address to listen on.
         leave_seconds: Time after SIGTERM in which requests are still accepted. Default 0.
         connection: Class of connections, made by `protocol_class`. Default: Uvicorn's own.
+        on_ready: Called when the server accepts requests. Default: nothing is called.
     """
 
     def __init__(
-        self, app: FastAPI, host: str, port: int, leave_seconds: float = 0.0, connection: type[Any] | None = None
+        self,
+        app: FastAPI,
+        host: str,
+        port: int,
+        leave_seconds: float = 0.0,
+        connection: type[Any] | None = None,
+        on_ready: Callable[[], object] | None = None,
     ) -> None:
         # By then every open request has its response, and some time to send it.
         timeout = math.ceil(app.state.admission.limits.deadline_seconds + _SENDING_SECONDS)
@@ -62,7 +75,13 @@ class Server(uvicorn.Server):  # type: ignore[misc]
         )
         super().__init__(config)
         self._state = app.state
-        self._leave_seconds = leave_seconds
+        self._leave_seconds, self._on_ready = leave_seconds, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen; called by Uvicorn."""
+        await super().startup(sockets)
+        if self._on_ready is not None and self.started:
+            self._on_ready()
 
     def run(self) -> None:
         """Serve until a signal stops the server."""

@@ -20,7 +20,7 @@ setup(
         "ray_distill.pipeline.reports": ["templates/*"],
         "ray_distill.teacher_cache.teachers.builtin": ["*/*.json", "*/*.safetensors", "*/*.md"],
         **{f"ray_distill.recipes{below}": ["*.yaml"] for below in ("", ".ablations", ".clusters")},
-        "ray_distill.serve.page": ["*.html", "*.css", "*.js", "*.svg"],
+        "ray_distill.serve.page": ["*.html", "*.css", "*.js", "*.svg", "*.flac"],
         "ray_distill.serve.reference": ["*.html", "*.js", "*.gz", "*.txt"],
     },
 )

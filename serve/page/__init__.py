@@ -17,6 +17,7 @@ _MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".flac": "audio/flac",  # The samples: one sentence in two voices of espeak-ng.
 }
 _HEADERS = {
     # Only files of this service, no inline scripts or styles, no markup made from strings, and no embedding in frames.

@@ -60,6 +60,10 @@ async def read_body(request: Request, max_bytes: int, held: HeldBytes) -> tuple[
     if declared and declared.isdecimal() and int(declared) > max_bytes:
         raise too_large
     received = 0
+    media_type = media_type_of(request)
+    copies = (
+        2 if media_type == "multipart/form-data" else 1
+    )  # The parser's parts, and the files that are read from them.
 
     async def receive() -> Message:
         nonlocal received
@@ -68,15 +72,15 @@ async def read_body(request: Request, max_bytes: int, held: HeldBytes) -> tuple[
         received += count
         if received > max_bytes:
             raise too_large
-        held.acquire(count)
+        held.acquire(copies * count)
         return message
 
     limited = Request(request.scope, receive)
-    media_type = media_type_of(request)
     members: dict[str, Any] = {}
     is_list = False
     if media_type == "multipart/form-data":
         files = await _read_multipart(limited)
+        held.release(received)
         is_list = len(files) > 1
     elif media_type == "application/json":
         files, members, is_list = await anyio.to_thread.run_sync(_read_json, await limited.body())

@@ -105,6 +105,13 @@ def test_bodies_that_arrive_together_are_bounded(student: Student) -> None:
         assert pool.submit(lambda: admission.held_bytes).result() == 0
 
 
+def test_the_parts_of_a_form_count_until_they_are_read(student: Student) -> None:
+    with TestClient(create_app(student, limits=Limits(max_bytes=100_000, open_bytes=150_000))) as client:
+        padded = HALF.ljust(80_000, b"\0")
+        assert refusal(client.post("/v1/features", files={"file": padded})) == (413, "too_large")
+        assert client.post("/v1/features", content=padded).status_code == 200
+
+
 def test_held_bytes_are_always_released(student: Student) -> None:
     app = create_app(student)
     with TestClient(app, raise_server_exceptions=False) as client:
@@ -233,6 +240,28 @@ def test_a_full_queue_refuses_for_its_own_model_only(student: Student, monkeypat
         assert post("idle").status_code == 200
         gate.set()
         assert {request.result().status_code for request in running} <= {200, 429}
+
+
+def test_a_request_that_would_wait_beyond_its_deadline_is_refused_before_it_is_decoded(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(student)
+    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+        gate, engine = hold(student, monkeypatch), app.state.models.get(None).engine
+        running = pool.submit(client.post, "/v1/features", content=HALF)
+        while engine.expected_wait < 0.3:  # The batch takes longer than expected, and so may what follows.
+            time.sleep(0.01)
+        decoded: list[bytes] = []
+        monkeypatch.setattr("ray_distill.serve.decoders.decode", lambda file, *_: decoded.append(file))
+        body = {"input": base64.b64encode(HALF).decode(), "timeout": 0.35}
+        refused = [
+            client.post("/v1/features?timeout=0.35", content=HALF),
+            client.post("/v1/features", json=body),
+        ]
+        gate.set()
+        assert running.result().status_code == 200
+    assert [refusal(response) for response in refused] == [(429, "overloaded")] * 2
+    assert all(int(response.headers["retry-after"]) >= 1 for response in refused) and not decoded
 
 
 def test_loading_a_model_of_the_library_is_within_the_deadline(student: Student, tmp_path: Path) -> None:

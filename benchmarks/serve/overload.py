@@ -92,6 +92,19 @@ def main(
     os.sched_setaffinity(0, {GENERATOR_CORE})
     rows: list[dict[str, Any]] = []
     flooded: dict[str, Any] | None = None
+
+    def write() -> None:
+        write_result(
+            output,
+            student=config.stem,
+            cores={"service": SERVICE_CORE, "generator": GENERATOR_CORE},
+            shared_machine=shared,
+            point_seconds=seconds,
+            deadline_seconds=deadline,
+            flood=flooded,
+            rows=rows,
+        )
+
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         student = Student(load_config(config).resolve_student(12, 768)).eval()
@@ -128,6 +141,7 @@ def main(
                     } | row
                     row["goodput_of_offline"] = row["throughput_audio_seconds_per_second"] / speed
                     rows.append(row)
+                    write()
                     latency = row["latency_seconds"] or {}
                     print(
                         f"{backend:5} {mix:7} {load:4.1f}x  {row['statuses']}  goodput {row['goodput_of_offline']:.2f} of "
@@ -136,17 +150,8 @@ def main(
                     )
                 if flooded is None:
                     flooded = asyncio.run(flood(address))
+                    write()
                     print(flooded, flush=True)
-    write_result(
-        output,
-        student=config.stem,
-        cores={"service": SERVICE_CORE, "generator": GENERATOR_CORE},
-        shared_machine=shared,
-        point_seconds=seconds,
-        deadline_seconds=deadline,
-        flood=flooded,
-        rows=rows,
-    )
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def describe(query: type[BaseModel]) -> dict[str, Any]:
         ],
         "requestBody": {
             "required": True,
-            "description": "Audio files: wav, flac, ogg (Vorbis, Opus) or mp3, with any sample rate and number of channels. "
+            "description": "Audio files: wav, flac, ogg (Vorbis, Opus) or mp3; /info has the limits on sampling rate and channels. "
             "Channels are averaged, and the audio is resampled to 16 kHz.",
             "content": {
                 **dict.fromkeys(_RAW_TYPES, _BINARY),

@@ -21,6 +21,7 @@ setup(
         "ray_distill.teacher_cache.teachers.builtin": ["*/*.json", "*/*.safetensors", "*/*.md"],
         "ray_distill.teacher_cache.teachers.known": ["*.json"],
         **{f"ray_distill.recipes{below}": ["*.yaml", "*.json"] for below in ("", ".ablations", ".clusters")},
-        "ray_distill.serve.page": ["*.html", "*.css", "*.js", "*.svg"],
+        "ray_distill.serve.page": ["*.html", "*.css", "*.js", "*.svg", "*.flac"],
+        "ray_distill.serve.reference": ["*.html", "*.js", "*.gz", "*.txt"],
     },
 )

@@ -2,27 +2,38 @@
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import Annotated, Any
 
 import anyio
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.middleware.cors import CORSMiddleware
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ray_distill.serve.api.admission import Admission, HeldBytes
+from ray_distill.serve.api.cross_origin import CrossOriginMiddleware
 from ray_distill.serve.api.embeddings import embeddings_response
-from ray_distill.serve.api.errors import STATUS, ErrorResponse, ErrorType, ServiceError
+from ray_distill.serve.api.errors import ErrorType, ServiceError
 from ray_distill.serve.api.formats import check_format, features_response
-from ray_distill.serve.api.observability import Metrics, ObservabilityMiddleware
-from ray_distill.serve.api.openapi import BINARY_RESPONSES, describe
+from ray_distill.serve.api.metrics import Metrics
+from ray_distill.serve.api.observability import ObservabilityMiddleware, record_of
+from ray_distill.serve.api.openapi import BINARY_RESPONSES, COMMON_HEADERS, ERROR_RESPONSES, FEATURE_HEADERS, describe
 from ray_distill.serve.api.parameters import EmbeddingsQuery, FeaturesQuery, Format, accepted_format
 from ray_distill.serve.api.request_handler import RequestHandler
-from ray_distill.serve.api.schemas import EmbeddingsResponse, FeaturesResponse, ModelList, ModelRecord
+from ray_distill.serve.api.schemas import (
+    EmbeddingsResponse,
+    FeaturesResponse,
+    ModelList,
+    ModelRecord,
+    SeveralFeaturesResponse,
+)
 from ray_distill.serve.api.streaming_response import SendTimeoutMiddleware
+from ray_distill.serve.api.traces import Traces
 from ray_distill.serve.inference.models import Models, ServedModel, Source, default_name
 from ray_distill.serve.page import add_page
+from ray_distill.serve.reference import add_reference
 from ray_distill.serve.settings import AppSettings
 
 
@@ -56,11 +67,13 @@ def create_app(
     settings = settings.model_copy(update={"request_seconds": request_seconds})
     admission = Admission(settings, settings.read_api_keys())
     metrics = Metrics()
-    models = Models(settings, metrics.record_batch)
+    traces = Traces() if settings.traces else None
+    models = Models(settings, metrics.record_batch, lambda outcome: metrics.loads.labels(outcome).inc())
     models.put(settings.name or default_name(model), model)
     for name, source in (more or {}).items():
         models.put(name, source)
     handler = RequestHandler(models, settings, metrics)
+    metrics.watch(models, lambda: admission.held_bytes, lambda: handler.decoders.waiting_seconds)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -68,6 +81,8 @@ def create_app(
         # Uvicorn has already waited for the open requests.
         await anyio.to_thread.run_sync(handler.close)
         await anyio.to_thread.run_sync(models.close)
+        if traces:
+            await anyio.to_thread.run_sync(traces.close)
 
     app = FastAPI(
         title="Student speech features",
@@ -75,31 +90,39 @@ def create_app(
         description="Frame-level speech features (one vector per 20 ms) from a distilled student of HuBERT, WavLM or "
         "wav2vec 2.0. The features of an audio file do not depend on other requests.",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # A redirect would have the Host header of the request in its Location.
     )
     app.state.models, app.state.admission = models, admission
+
+    def reload() -> None:
+        admission.reload_keys(settings.read_api_keys)
+        models.reload()
+
+    app.state.reload = reload  # Called on SIGHUP.
     app.state.draining = False  # Set when the service is about to stop, so that load balancers send no new requests.
     add_page(app)
+    add_reference(app)
     _add_status_routes(app, models, admission, metrics)
     _add_error_handlers(app, metrics)
-    app.add_middleware(ObservabilityMiddleware, metrics=metrics)
+    app.add_middleware(ObservabilityMiddleware, metrics=metrics, traces=traces)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            CrossOriginMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["*"],
         )
     app.add_middleware(SendTimeoutMiddleware, seconds=settings.deadline_seconds)  # The outermost middleware.
-    _add_feature_routes(app, admission, handler)
+    _add_feature_routes(app, admission, handler, needs_key=settings.api_keys is not None)
     return app
 
 
-def _add_feature_routes(app: FastAPI, admission: Admission, handler: RequestHandler) -> None:
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse, "description": ", ".join(kind for kind in STATUS if STATUS[kind] == status)}
-        for status in sorted({*STATUS.values()} - {405, 500})
-    }
+def _add_feature_routes(app: FastAPI, admission: Admission, handler: RequestHandler, needs_key: bool) -> None:
+    # The scheme gives /docs its button for the key; `Admission` checks it.
+    security = [Depends(HTTPBearer(auto_error=False, description="An API key of this service."))] if needs_key else []
 
     @app.post(
         "/v1/features",
@@ -107,9 +130,15 @@ def _add_feature_routes(app: FastAPI, admission: Admission, handler: RequestHand
         tags=["features"],
         response_class=Response,
         responses={
-            200: {"model": FeaturesResponse, "description": "The features.", "content": BINARY_RESPONSES},
-            **errors,
+            200: {
+                "model": FeaturesResponse | SeveralFeaturesResponse,
+                "description": "The features.",
+                "content": BINARY_RESPONSES,
+                "headers": FEATURE_HEADERS,
+            },
+            **ERROR_RESPONSES,
         },
+        dependencies=security,
         openapi_extra=describe(FeaturesQuery),
     )
     async def features(request: Request, held: Annotated[HeldBytes, Depends(admission.admit)]) -> Response:
@@ -130,9 +159,11 @@ def _add_feature_routes(app: FastAPI, admission: Admission, handler: RequestHand
         headers = result.headers()
         arrays = [item.array for item in result.features]
         result.features.clear()
+        started = monotonic()
         response = await anyio.to_thread.run_sync(
             features_response, arrays, query.dtype, result.is_list, response_format(query), metadata
         )
+        record_of(request).steps.append(("encode the response", started, monotonic() - started))
         response.headers.update(headers)
         return response
 
@@ -141,7 +172,11 @@ def _add_feature_routes(app: FastAPI, admission: Admission, handler: RequestHand
         summary="Compute one vector per audio file, in the shape of OpenAI's embeddings",
         tags=["features"],
         response_class=Response,
-        responses={200: {"model": EmbeddingsResponse, "description": "The embeddings."}, **errors},
+        responses={
+            200: {"model": EmbeddingsResponse, "description": "The embeddings.", "headers": COMMON_HEADERS},
+            **ERROR_RESPONSES,
+        },
+        dependencies=security,
         openapi_extra=describe(EmbeddingsQuery),
     )
     async def embeddings(request: Request, held: Annotated[HeldBytes, Depends(admission.admit)]) -> Response:
@@ -151,10 +186,12 @@ def _add_feature_routes(app: FastAPI, admission: Admission, handler: RequestHand
 
 
 def _add_status_routes(app: FastAPI, models: Models, admission: Admission, metrics: Metrics) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="Check that the service is alive", tags=["service"])
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="Check that every model is loaded, warmed up and accepts work", tags=["service"])
     async def readyz() -> dict[str, str]:
         if app.state.draining or not all(model.engine.alive for model in models):
@@ -195,13 +232,14 @@ def _record(model: ServedModel) -> ModelRecord:
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Give every failure, including those of the framework, the shape of ``ErrorResponse``."""
 
-    def count_and_respond(error: ServiceError) -> Response:
+    def count_and_respond(request: Request, error: ServiceError) -> Response:
+        record_of(request).error_type = error.error_type
         metrics.errors.labels(error.error_type).inc()
         return error.response()
 
     @app.exception_handler(ServiceError)
-    async def service_error(_: Request, error: ServiceError) -> Response:
-        return count_and_respond(error)
+    async def service_error(request: Request, error: ServiceError) -> Response:
+        return count_and_respond(request, error)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -209,8 +247,9 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         detail = str(error.detail).lower()
         message = f"{request.method} {request.url.path[:80]!r} failed: {detail}. The routes are listed at /docs."
         kind = kinds.get(error.status_code, "bad_request")
-        return count_and_respond(ServiceError(kind, message, dict(error.headers or {})))
+        return count_and_respond(request, ServiceError(kind, message, dict(error.headers or {})))
 
     @app.exception_handler(ClientDisconnect)
-    async def client_disconnected(_: Request, __: ClientDisconnect) -> Response:
-        return count_and_respond(ServiceError("bad_request", "The client disconnected before the response."))
+    async def client_disconnected(request: Request, _: ClientDisconnect) -> Response:
+        error = ServiceError("client_disconnected", "The client disconnected before the response.")
+        return count_and_respond(request, error)

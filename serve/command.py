@@ -7,6 +7,10 @@ import inspect
 import logging
 import signal
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,11 +41,42 @@ def serve(**values: Any) -> None:
     # Uvicorn shuts down, then raises the signal again; without this handler a requested stop would look like a crash.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _configure_logging()
-    _LOG.info("Importing PyTorch and the service")
+    with reporting_seconds() as ready:
+        _LOG.info("Importing PyTorch and the service")
 
-    from ray_distill.serve.server import run
+        from ray_distill.serve.server import run
 
-    run(settings)
+        run(settings, ready)
+
+
+@contextmanager
+def reporting_seconds(interval: float = 1.0) -> Iterator[Callable[[], None]]:
+    """Log a line for each second that the start takes.
+
+    Args:
+        interval: Seconds between two lines. Default 1.
+
+    Yields:
+        A function that ends the lines; it says how long the start took.
+    """
+    started, done, writing = time.monotonic(), threading.Event(), threading.Lock()
+
+    def report() -> None:
+        while not done.wait(interval):
+            with writing:
+                if not done.is_set():
+                    _LOG.info("Starting for %.0f s", time.monotonic() - started)
+
+    def ready() -> None:
+        with writing:
+            done.set()
+            _LOG.info("Ready after %.1f s", time.monotonic() - started)
+
+    threading.Thread(target=report, daemon=True).start()
+    try:
+        yield ready
+    finally:
+        done.set()
 
 
 def _configure_logging() -> None:

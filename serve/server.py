@@ -3,13 +3,17 @@
 import logging
 import math
 import signal
+import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from ray_distill.serve.app import create_app
+from ray_distill.serve.connections import protocol_class
 from ray_distill.serve.decoding import silence_decoders
 from ray_distill.serve.settings import ServeSettings
 
@@ -17,40 +21,71 @@ _LOG = logging.getLogger(__name__)
 _SENDING_SECONDS = 10
 
 
-def run(settings: ServeSettings) -> None:
+def run(settings: ServeSettings, on_ready: Callable[[], object] | None = None) -> None:
     """Serve until a signal stops the process.
+
+    Args:
+        settings: Models, application and server.
+        on_ready: Called when the service accepts requests. Default: nothing is called.
 
     Raises:
         ValueError: a setting is impossible, or a model can't be read.
     """
     silence_decoders()
     app = create_app(settings.model, settings, more=settings.more)
-    Server(app, settings.host, settings.port, settings.leave_seconds).run()
+    connection = protocol_class(settings.head_seconds, settings.max_connections)
+    Server(app, settings.host, settings.port, settings.leave_seconds, connection, on_ready).run()
 
 
 class Server(uvicorn.Server):  # type: ignore[misc]
     """A Uvicorn server that gives load balancers time to react, and reloads models without a restart.
 
     On SIGTERM, /readyz starts to answer 503; after ``leave_seconds`` the server accepts no new connections, finishes the open
-    requests and stops. SIGINT or a second SIGTERM skips the wait; a second SIGINT stops at once. SIGHUP calls
-    `ray_distill.serve.inference.models.Models.reload`.
+    requests and stops. SIGINT or a second SIGTERM skips the wait; a second SIGINT stops at once. SIGHUP reads the models and the API
+    keys again.
 
     Args:
         app: Application made by `create_app`.
         host, port: Address to listen on.
         leave_seconds: Time after SIGTERM in which requests are still accepted. Default 0.
+        connection: Class of connections, made by `protocol_class`. Default: Uvicorn's own.
+        on_ready: Called when the server accepts requests. Default: nothing is called.
     """
 
-    def __init__(self, app: FastAPI, host: str, port: int, leave_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        host: str,
+        port: int,
+        leave_seconds: float = 0.0,
+        connection: type[Any] | None = None,
+        on_ready: Callable[[], object] | None = None,
+    ) -> None:
         # By then every open request has its response, and some time to send it.
         timeout = math.ceil(app.state.admission.limits.deadline_seconds + _SENDING_SECONDS)
-        super().__init__(uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=timeout, access_log=False))
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            http=connection or "auto",
+            ws="none",
+            timeout_graceful_shutdown=timeout,
+            access_log=False,
+            server_header=False,
+        )
+        super().__init__(config)
         self._state = app.state
-        self._leave_seconds = leave_seconds
+        self._leave_seconds, self._on_ready = leave_seconds, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen; called by Uvicorn."""
+        await super().startup(sockets)
+        if self._on_ready is not None and self.started:
+            self._on_ready()
 
     def run(self) -> None:
         """Serve until a signal stops the server."""
-        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self._state.models.reload, daemon=True).start())
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self._state.reload, daemon=True).start())
         super().run()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

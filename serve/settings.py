@@ -60,6 +60,12 @@ class Limits(_Group):
     """Least overlap of neighbouring windows, in seconds. Each frame comes from the window whose centre is nearer."""
     request_seconds: float = Field(default=300.0, gt=0)
     """Audio in all files of one request, in seconds; at most queue_seconds, but one file of the longest length is always accepted."""
+    max_sample_rate: int = Field(default=192_000, ge=16_000)
+    """Highest sampling rate of an audio file, in Hz."""
+    max_channels: int = Field(default=8, ge=1)
+    """Most channels of an audio file."""
+    decode_seconds: float = Field(default=5.0, gt=0)
+    """Decoding that may wait, in seconds of expected work. Idle decoders accept any file."""
     max_bytes: int = Field(default=32 * 2**20, ge=1)
     """Largest request body, in bytes."""
     open_bytes: int = Field(default=2**30, ge=1)
@@ -177,6 +183,9 @@ class AppSettings(BackendOptions, BatchLimits, Limits, BaseSettings):
     )
     """Origin whose pages may send requests from a browser, or *; may be repeated. Default: only the service's own page."""
 
+    traces: bool = False
+    """Send OpenTelemetry traces by OTLP over HTTP, set up by the variables OTEL_...; needs the extra named otel."""
+
     def __init__(self, **values: Any) -> None:
         super().__init__(**_without_tables(values))
 
@@ -205,6 +214,10 @@ class ServeSettings(AppSettings):
     """Address to listen on; 0.0.0.0 for every interface."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port to listen on; 0 for any free port."""
+    head_seconds: float = Field(default=10.0, gt=0)
+    """Time that a client has to send the request line and the headers, in seconds; then its connection is closed."""
+    max_connections: int = Field(default=1024, ge=1)
+    """Number of connections that may be open at once."""
     leave_seconds: float = Field(default=0.0, ge=0)
     """Time after SIGTERM in which the service still accepts requests while /readyz answers 503, in seconds."""
 

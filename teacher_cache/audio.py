@@ -1,7 +1,7 @@
 """Decoding of audio files of any rate and channel count to 16 kHz mono."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -43,7 +43,11 @@ class AudioError(ValueError):
         self.reason: Reason = reason
 
 
-def load_audio(source: AudioAddress | Path | str | BinaryIO, max_seconds: float | None = None) -> np.ndarray:
+def load_audio(
+    source: AudioAddress | Path | str | BinaryIO,
+    max_seconds: float | None = None,
+    on_block: Callable[[int], None] | None = None,
+) -> np.ndarray:
     """Decode a wav, flac, ogg, mp3 or other file that libsndfile reads to the waveform that teachers and students take.
 
     Untrusted files are safe: they are decoded in blocks, and memory is limited by ``max_seconds``, or by the real content of
@@ -56,6 +60,8 @@ def load_audio(source: AudioAddress | Path | str | BinaryIO, max_seconds: float 
             `AudioAddress`.
         max_seconds: Maximum duration of the audio, or of the piece. It is checked in the header, if that has a length, and while
             decoding. Default: no limit.
+        on_block: Called with the number of values, over all channels, of each decoded block; an exception of it stops the
+            decoding. Default: nothing is called.
 
     Returns:
         (S,) float32 at 16 kHz, clipped to [-1, 1], with S >= 400: the address's channel, or the mean of all channels.
@@ -64,7 +70,7 @@ def load_audio(source: AudioAddress | Path | str | BinaryIO, max_seconds: float 
         AudioError: If the audio can't be used; see its ``reason``.
     """
     with _opened(source) as opened:
-        return _waveform(_decode(opened, max_seconds), opened.name)
+        return _waveform(_decode(opened, max_seconds, on_block), opened.name)
 
 
 def load_identified_audio(source: AudioAddress | Path, max_seconds: float | None = None) -> tuple[np.ndarray, str]:
@@ -145,21 +151,27 @@ class AudioHeader:
         rate: Samples per second.
         channels: Number of channels.
         frames: Number of samples of a channel. None if the header doesn't know it exactly.
+        claimed_frames: The same, or an estimate for mp3, or an enormous number if the length is unknown.
+        format, subtype: Names of libsndfile, such as ``FLAC`` and ``PCM_16``.
     """
 
     rate: int
     channels: int
     frames: int | None
+    claimed_frames: int
+    format: str
+    subtype: str
 
 
-def read_header(source: AudioAddress | Path) -> AudioHeader:
-    """Return what a file's header says, without decoding it.
+def read_header(source: AudioAddress | Path | BinaryIO) -> AudioHeader:
+    """Return what a file's header says, without decoding it. Nothing of it is proven by the content.
 
     Raises:
         AudioError: If it is not audio, or its rate or number of channels is not allowed.
     """
     with _opened(source) as opened:
-        return AudioHeader(opened.file.samplerate, opened.file.channels, opened.frames)
+        file = opened.file
+        return AudioHeader(file.samplerate, file.channels, opened.frames, file.frames, file.format, file.subtype)
 
 
 def read_blocks(address: AudioAddress) -> Iterator[np.ndarray]:
@@ -246,7 +258,7 @@ def _decoder(stream: Path | BinaryIO, name: str) -> Iterator[soundfile.SoundFile
         yield file
 
 
-def _blocks(opened: _Opened) -> Iterator[tuple[np.ndarray, float]]:
+def _blocks(opened: _Opened, on_block: Callable[[int], None] | None = None) -> Iterator[tuple[np.ndarray, float]]:
     """Decode the piece of an address. Yield (N,) float32 samples of one channel or the mean, and the peak of those channels."""
     file, address = opened.file, opened.address
     channel = address.channel if isinstance(address.channel, int) else None
@@ -270,6 +282,8 @@ def _blocks(opened: _Opened) -> Iterator[tuple[np.ndarray, float]]:
                 break
             left = None if left is None else left - len(block)
             at += len(block)
+            if on_block is not None:
+                on_block(block.size)
             block = block if channel is None else block[:, channel : channel + 1]
             yield block.mean(axis=1), float(np.abs(block).max())
     except (soundfile.SoundFileError, RuntimeError) as error:
@@ -298,7 +312,7 @@ def _seek(opened: _Opened, start: int) -> int:
         raise AudioError("outside", f"{opened.name} can't be found in the audio ({_detail(error)})") from error
 
 
-def _decode(opened: _Opened, max_seconds: float | None) -> _Decoded:
+def _decode(opened: _Opened, max_seconds: float | None, on_block: Callable[[int], None] | None = None) -> _Decoded:
     file, address, name = opened.file, opened.address, opened.name
     rate, start = file.samplerate, address.start or 0
     limit = None if max_seconds is None else int(max_seconds * rate)
@@ -308,7 +322,7 @@ def _decode(opened: _Opened, max_seconds: float | None) -> _Decoded:
         raise too_long
     blocks = [np.zeros(0, np.float32)]
     count, peak = 0, 0.0
-    for block, block_peak in _blocks(opened):
+    for block, block_peak in _blocks(opened, on_block):
         count += len(block)
         if limit is not None and count > limit:
             raise too_long

@@ -114,12 +114,12 @@ def resident_mib(pid: int) -> float:
     return sum(one.memory_info().rss for one in (process, *process.children(recursive=True))) / 2**20
 
 
-def offline(model: Path, runtime: str, sounds: list[Clip], batch_seconds: float) -> float:
+def offline(model: Path, runtime: str, sounds: list[Clip], batch_seconds: float, niceness: int = 0) -> float:
     """Return the seconds of audio per second that a batch job gets: the backend in batches of similar length, decoding included."""
     code = f"import benchmarks.serve.load as b; b.print_offline({str(model)!r}, {runtime!r}, {batch_seconds})"
     data = json.dumps([clip.data.hex() for clip in sounds])
     done = subprocess.run(
-        ["taskset", "-c", str(SERVICE_CORE), sys.executable, "-c", code],
+        ["nice", "-n", str(niceness), "taskset", "-c", str(SERVICE_CORE), sys.executable, "-c", code],
         cwd=REPOSITORY,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         input=data,

@@ -1,15 +1,18 @@
 """Admission of requests: API keys, open requests, requests per key, and the memory that open requests hold."""
 
 import hmac
+import logging
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from time import monotonic
 
 from starlette.requests import Request
 
 from ray_distill.serve.api.errors import ServiceError
 from ray_distill.serve.settings import Limits
+
+_LOG = logging.getLogger(__name__)
 
 
 class HeldBytes:
@@ -65,6 +68,13 @@ class Admission:
         self._open: Counter[bytes] = Counter()
         # The theoretical arrival time of each key's next request (generic cell rate algorithm).
         self._next_arrival: dict[bytes, float] = {}
+
+    def reload_keys(self, read: Callable[[], Sequence[str]]) -> None:
+        """Replace the API keys by what ``read`` returns; keep them, and log the error, if that fails."""
+        try:
+            self._keys = [key.encode() for key in read()]
+        except (ValueError, OSError) as error:
+            _LOG.error("The API keys stay as they were: %s", error)
 
     def check_key(self, request: Request) -> bytes:
         """Return the API key of a request, b"" if the service needs none.

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ray_distill.serve.api.errors import ServiceError
 
@@ -14,6 +14,14 @@ class CommonQuery(BaseModel):
     """Parameters of every route that accepts audio; unknown parameters are refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any) -> Any:
+        """Refuse true and false, which would be read as the numbers 1 and 0."""
+        if isinstance(value, bool):
+            raise ValueError("no parameter is true or false")
+        return value
 
     model: str | None = Field(None, description="Name of a model in /v1/models. Default: the first one.")
     space: Literal["student", "teacher"] = Field(

@@ -2,12 +2,13 @@
 
 import base64
 import binascii
-import json
+import re
 from typing import Any
 
 import anyio
+import orjson
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.types import Message
 
@@ -16,6 +17,7 @@ from ray_distill.serve.api.errors import ServiceError
 
 MAX_FILES = 64
 _MAX_DELIMITERS = 1000
+_DATA_URL = re.compile(r"\A\s*data:[^,]{0,100};base64,", re.IGNORECASE)
 _OTHER_TYPES = ("", "application/octet-stream", "application/ogg", "application/x-www-form-urlencoded")
 
 
@@ -33,9 +35,9 @@ async def read_body(request: Request, max_bytes: int, held: HeldBytes) -> tuple[
     """Read the audio files of a request, in order.
 
     ``multipart/form-data`` holds one or more files in fields named ``file``. ``application/json`` holds base64 in ``input``, a string
-    or a list of strings, beside parameters. For audio and video types, application/octet-stream and the type that curl's
-    --data-binary sends, the body is the file itself. The limit counts the body as it arrives, so it also holds for chunked bodies
-    and wrong lengths.
+    or a list of strings, beside parameters; it may have line breaks or the prefix of a data URL. For audio and video types,
+    application/octet-stream and the type that curl's --data-binary sends, the body is the file itself. The limit counts the body as
+    it arrives, so it also holds for chunked bodies and wrong lengths.
 
     Args:
         request: Request whose body has not been read yet.
@@ -48,6 +50,9 @@ async def read_body(request: Request, max_bytes: int, held: HeldBytes) -> tuple[
     Raises:
         ServiceError: ``length_required``, ``too_large``, ``overloaded``, ``unsupported_media_type``, ``empty`` or ``bad_body``.
     """
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        message = "The body must not be compressed: send it without a Content-Encoding header."
+        raise ServiceError("unsupported_media_type", message, {"accept-encoding": "identity"})
     too_large = ServiceError("too_large", f"The request body is larger than the limit of {max_bytes} bytes.")
     declared = request.headers.get("content-length")
     if declared is None and "transfer-encoding" not in request.headers:
@@ -55,6 +60,10 @@ async def read_body(request: Request, max_bytes: int, held: HeldBytes) -> tuple[
     if declared and declared.isdecimal() and int(declared) > max_bytes:
         raise too_large
     received = 0
+    media_type = media_type_of(request)
+    copies = (
+        2 if media_type == "multipart/form-data" else 1
+    )  # The parser's parts, and the files that are read from them.
 
     async def receive() -> Message:
         nonlocal received
@@ -63,15 +72,15 @@ async def read_body(request: Request, max_bytes: int, held: HeldBytes) -> tuple[
         received += count
         if received > max_bytes:
             raise too_large
-        held.acquire(count)
+        held.acquire(copies * count)
         return message
 
     limited = Request(request.scope, receive)
-    media_type = media_type_of(request)
     members: dict[str, Any] = {}
     is_list = False
     if media_type == "multipart/form-data":
         files = await _read_multipart(limited)
+        held.release(received)
         is_list = len(files) > 1
     elif media_type == "application/json":
         files, members, is_list = await anyio.to_thread.run_sync(_read_json, await limited.body())
@@ -88,17 +97,24 @@ async def read_body(request: Request, max_bytes: int, held: HeldBytes) -> tuple[
     return files, members, is_list
 
 
+class _InMemoryParser(MultiPartParser):
+    """Parser that writes nothing to the disk, since the body is within the limits of memory."""
+
+    spool_max_size = 2**62
+
+
 async def _read_multipart(request: Request) -> list[bytes]:
     message = (
         f"A multipart/form-data body must be valid and contain 1 to {MAX_FILES} files, all in fields named 'file'."
     )
     try:
-        async with request.form(max_files=MAX_FILES, max_fields=0) as form:
-            parts = form.multi_items()
-            if parts and all(name == "file" and isinstance(part, UploadFile) for name, part in parts):
-                return [await part.read() for _, part in parts if isinstance(part, UploadFile)]
-    except (HTTPException, UnicodeError) as error:  # UnicodeError: the charset is unknown or wrong.
+        form = await _InMemoryParser(request.headers, request.stream(), max_files=MAX_FILES, max_fields=0).parse()
+    # KeyError: there is no boundary. UnicodeError: the charset is unknown or wrong.
+    except (MultiPartException, KeyError, UnicodeError, LookupError) as error:
         raise ServiceError("bad_body", message) from error
+    parts = form.multi_items()
+    if parts and all(name == "file" and isinstance(part, UploadFile) for name, part in parts):
+        return [await part.read() for _, part in parts if isinstance(part, UploadFile)]
     raise ServiceError("bad_body", message)
 
 
@@ -112,13 +128,20 @@ def _read_json(body: bytes) -> tuple[list[bytes], dict[str, Any], bool]:
         )
     message = f"A JSON body must be an object whose 'input' is the base64 of an audio file, or a list of 1 to {MAX_FILES} of them."
     try:
-        members = json.loads(body)
+        members = orjson.loads(
+            body
+        )  # Unlike json, it refuses halves of surrogate pairs, which no other library accepts.
         audio = members.pop("input")
         is_list = isinstance(audio, list)
         texts = audio if is_list else [audio]
         if not 1 <= len(texts) <= MAX_FILES:
             raise ServiceError("bad_body", message)
-        return [base64.b64decode(text.encode("ascii"), validate=True) for text in texts], members, is_list
-    # RecursionError: the body is deeply nested.
-    except (ValueError, AttributeError, TypeError, KeyError, binascii.Error, RecursionError) as error:
+        return [_decode_base64(text) for text in texts], members, is_list
+    except (ValueError, AttributeError, TypeError, KeyError, binascii.Error) as error:
         raise ServiceError("bad_body", message) from error
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decode base64 that may have white space, as the command base64 writes it, or the prefix of a data URL."""
+    plain = _DATA_URL.sub("", text, count=1)
+    return base64.b64decode(b"".join(plain.encode("ascii").split()), validate=True)

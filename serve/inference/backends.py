@@ -46,11 +46,12 @@ class Backend(Protocol):
     Attributes:
         runtime: Library that runs the model.
         device: Device that runs the model.
-        revision: First 12 hexadecimal digits of the SHA-256 hash of the weights.
+        revision: First 12 hexadecimal digits of the SHA-256 hash of all that the features depend on: configuration and weights.
         num_layers: Number of Transformer layers.
         dim: Dimension of hidden states.
         teacher_dim: Dimension of the predictions of the teacher's layers, or None if the model makes none.
         num_parameters: Number of parameters, heads included.
+        stops_early: Whether a batch runs only to the highest layer that it asks for. Otherwise every batch costs all layers.
     """
 
     runtime: Runtime
@@ -60,6 +61,7 @@ class Backend(Protocol):
     dim: int
     teacher_dim: int | None
     num_parameters: int
+    stops_early: bool
 
     def run(self, batch: Sequence[LayerRequest]) -> list[Array]:
         """Return (T, d) float32 for each utterance, or (L, T, d) for all layers.
@@ -97,6 +99,7 @@ class TorchBackend:
         self.dim = student.config.encoder_embed_dim
         self.teacher_dim = _teacher_dim(student)
         self._compiled = _compile(student, device) if options.compile else None
+        self.stops_early = self._compiled is None
         self._student = student.to(device).eval()
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
         if self._compiled is not None:
@@ -119,7 +122,8 @@ class TorchBackend:
                 with torch.compiler.set_stance("eager_on_recompile"):
                     layers = self._compiled(waveforms, lengths)[1:]
             else:
-                layers, _, _ = self._student.layer_outputs(waveforms, lengths)
+                highest = max(item.layer or self.num_layers for item in batch)
+                layers, _, _ = self._student.layer_outputs(waveforms, lengths, num_layers=highest)
             arrays = []
             for row, (item, frames) in enumerate(zip(batch, self._student.num_frames(lengths).tolist(), strict=True)):
                 numbers = range(len(layers)) if item.layer is None else [item.layer - 1]
@@ -135,6 +139,9 @@ class TorchBackend:
 class OnnxBackend:
     """A student in ONNX Runtime on the CPU, with as many threads as PyTorch uses. It needs the ``onnx`` extra.
 
+    A file with int8 weights runs one utterance at a time, since its activations have one scale for a whole batch; an utterance would
+    get other features beside a louder one.
+
     Args:
         model: File written by ``export --format onnx``, which has no heads, or a student, which is exported here without its heads;
             NumPy then applies them.
@@ -146,6 +153,7 @@ class OnnxBackend:
 
     runtime: Runtime = "onnx"
     device = "cpu"
+    stops_early = False  # ONNX Runtime always runs the whole graph.
 
     def __init__(self, model: Path | Student, options: BackendOptions | None = None) -> None:
         options = options or BackendOptions()
@@ -199,6 +207,8 @@ class OnnxBackend:
             data = model.read_bytes()
             self.revision = hashlib.sha256(data).hexdigest()[:12]
             self.num_parameters = _parameters_in(data)
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self._one_by_one = metadata.get("weights") == "int8"
         states = self._session.run(
             ["hidden_states"], _feed([LayerRequest(np.zeros(RECEPTIVE_FIELD, np.float32), None, "student")])
         )
@@ -207,6 +217,8 @@ class OnnxBackend:
 
     def run(self, batch: Sequence[LayerRequest]) -> list[Array]:
         """Return the features of a batch; see `Backend`."""
+        if self._one_by_one and len(batch) > 1:
+            return [array for item in batch for array in self.run([item])]
         states, num_frames = self._session.run(None, _feed(batch))
         arrays = []
         for item, row, frames in zip(batch, states, num_frames, strict=True):
@@ -250,8 +262,8 @@ def _compile(student: Student, device: torch.device) -> Callable[[Tensor, Tensor
 
 
 def revision_of(student: Student) -> str:
-    """Return the first 12 hexadecimal digits of the SHA-256 hash of a student's weights and their names."""
-    digest = hashlib.sha256()
+    """Return the first 12 hexadecimal digits of the SHA-256 hash of a student's configuration, and of its weights and their names."""
+    digest = hashlib.sha256(student.config.model_dump_json().encode())
     for key, tensor in sorted(student.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

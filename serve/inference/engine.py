@@ -6,24 +6,24 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ray_distill.memory import ran_out_of_memory
 from ray_distill.serve.api.errors import ServiceError
 from ray_distill.serve.inference.backends import Array, Backend, LayerRequest, Space
-from ray_distill.serve.inference.batch_selection import choose_batch
+from ray_distill.serve.inference.schedule import Job, Reservation, Schedule
 from ray_distill.serve.settings import BatchLimits
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 
-_SILENCE = [LayerRequest(np.zeros(count, np.float32), None, "student") for count in (RECEPTIVE_FIELD, 2 * SAMPLE_RATE)]
+_NOISE = np.random.default_rng(0).normal(0, 0.1, 2 * SAMPLE_RATE).astype(np.float32)
+_WARM_UP = [LayerRequest(_NOISE[:count], None, "student") for count in (RECEPTIVE_FIELD, len(_NOISE))]
 
 _LOG = logging.getLogger(__name__)
-_NICENESS = 10
-_RETRY_SECONDS = 0.05  # Time between attempts of an utterance that waits for room in the queue.
+NICENESS = 10
+"""Priority of inference on Linux, lower than that of the event loop and higher than that of the decoders."""
 _MAX_FAILED_BATCHES = 3  # After so many failures in a row, inference is considered broken rather than a request.
 
 
@@ -57,18 +57,14 @@ class Features:
         queue_seconds: Time in the queue.
         inference_seconds: Inference time of the batch.
         windows: Number of windows in which the utterance ran. Default 1.
+        completed: Time at which inference was complete, by `time.monotonic`. Default 0.
     """
 
     array: Array
     queue_seconds: float
     inference_seconds: float
     windows: int = 1
-
-
-@dataclass(eq=False)
-class _Job(LayerRequest):
-    future: "Future[Features]" = field(default_factory=Future)
-    queued: float = field(default_factory=time.monotonic)
+    completed: float = 0.0
 
 
 class FeatureEngine:
@@ -82,6 +78,9 @@ class FeatureEngine:
         backend: Model to run; it is warmed up here.
         limits: Bounds of batches and of the queue. Default: ``BatchLimits()``.
         on_batch: Called in the inference thread after each batch. Default: nothing is called.
+
+    Raises:
+        ValueError: the model's features are not finite.
     """
 
     def __init__(
@@ -93,85 +92,108 @@ class FeatureEngine:
         self.backend = backend
         self.limits = limits or BatchLimits()
         self.batch_seconds = self.limits.batch_seconds or (8.0 if backend.device == "cpu" else 30.0)
-        backend.run(_SILENCE)
+        self._schedule = Schedule(self.limits, self.batch_seconds, backend.num_layers, stops_early=backend.stops_early)
+        self._warm_up()
         self._on_batch = on_batch
-        self._waiting: list[_Job] = []
-        self._queued_samples = 0
         self._closed = False
         self._failed_batches = 0
-        self._speed = 10.0  # Seconds of audio per second, a moving average for Retry-After.
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
 
+    def _warm_up(self) -> None:
+        if not all(np.isfinite(array).all() for array in self.backend.run(_WARM_UP)):
+            raise ValueError("The model's features of noise are not finite numbers, so its weights are damaged.")
+        (long,) = _WARM_UP[1:]
+        started = time.monotonic()
+        self.backend.run([long])
+        self._schedule.finish([Job(long.waveform, long.layer, long.space)], time.monotonic() - started)
+
     @property
     def queued_seconds(self) -> float:
         """Audio in the queue, in seconds."""
-        return self._queued_samples / SAMPLE_RATE
+        return self._schedule.queued_samples / SAMPLE_RATE
+
+    @property
+    def queued_utterances(self) -> int:
+        """Number of utterances in the queue."""
+        return len(self._schedule.waiting)
+
+    @property
+    def expected_wait(self) -> float:
+        """Expected time of the admitted work, in seconds."""
+        with self._changed:
+            return self._schedule.expected_wait()
 
     @property
     def alive(self) -> bool:
         """Whether the engine accepts and completes work; False after three failed batches in a row."""
         return self._thread.is_alive() and not self._closed and self._failed_batches < _MAX_FAILED_BATCHES
 
-    def check_room(self) -> None:
-        """Refuse a request before its body is read if the queue is full.
+    def check_room(self, deadline: float = math.inf) -> None:
+        """Refuse a request before its body is read; see `Schedule.check_room`.
 
         Raises:
             ServiceError: ``overloaded``, with Retry-After.
         """
-        if self.queued_seconds >= self.limits.queue_seconds:
-            raise self._overloaded()
+        with self._changed:
+            self._schedule.check_room(deadline)
+
+    def admit(
+        self, lengths: Sequence[int], layer: int | None, deadline: float = math.inf, delay: float = 0.0
+    ) -> Reservation:
+        """Reserve a place in the queue for utterances that are not decoded yet, until `release`; see `Schedule.admit`.
+
+        Raises:
+            ServiceError: ``overloaded`` or ``deadline``.
+        """
+        with self._changed:
+            return self._schedule.admit(lengths, layer, deadline, delay)
+
+    def release(self, reservation: Reservation) -> None:
+        """Give up what is left of a reservation."""
+        with self._changed:
+            self._schedule.release(reservation)
 
     async def features(
         self,
         waveform: Array,
         layer: int | None = None,
         space: Space = "student",
-        *,
-        wait_for_room: bool = False,
+        reservation: Reservation | None = None,
     ) -> Features:
         """Return the features of one utterance; they do not depend on the rest of its batch.
 
-        If the caller is cancelled while the utterance is in the queue, the utterance is removed and never runs.
+        If the caller is cancelled while the utterance is in the queue, the utterance is removed and never runs. Neither does one
+        that can't be complete by the deadline of its reservation.
 
         Args:
             waveform: (S,) float32, 16 kHz, in [-1, 1], at least 400 samples.
             layer: Transformer layer counted from 1, or None for all layers. Default None.
             space: ``student`` for hidden states, ``teacher`` for predictions of the teacher's layers. Default ``student``.
-            wait_for_room: Whether to wait while the queue is full, for the further utterances of an admitted request. Default
-                False: refuse.
+            reservation: Place of an admitted request. Default: the utterance is admitted here, without a deadline.
 
         Raises:
-            ServiceError: ``overloaded``.
+            ServiceError: ``overloaded`` or ``deadline``.
             EngineClosedError: ``close`` was called.
         """
-        while True:
-            try:
-                return await self._queue(_Job(waveform, layer, space))
-            except ServiceError:
-                if not wait_for_room:
-                    raise
-                await asyncio.sleep(_RETRY_SECONDS)
-
-    async def _queue(self, job: _Job) -> Features:
-        assert job.layer is None or 1 <= job.layer <= self.backend.num_layers
+        assert layer is None or 1 <= layer <= self.backend.num_layers
+        job = Job(waveform, layer, space)
         with self._changed:
             if self._closed:
                 raise EngineClosedError
-            room = self.limits.queue_seconds * SAMPLE_RATE - self._queued_samples
-            if self._waiting and len(job.waveform) > room:
-                raise self._overloaded()
-            self._waiting.append(job)
-            self._queued_samples += len(job.waveform)
+            if reservation is None:
+                own = self._schedule.admit([len(waveform)], layer)
+                self._schedule.add(job, own)
+                self._schedule.release(own)
+            else:
+                self._schedule.add(job, reservation)
             self._changed.notify()
         try:
             return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
             with self._changed:
-                if job in self._waiting:  # Frees the room in the queue at once.
-                    self._waiting.remove(job)
-                    self._queued_samples -= len(job.waveform)
+                self._schedule.remove(job)  # Frees the room in the queue at once.
             raise
 
     def close(self) -> None:
@@ -181,17 +203,10 @@ class FeatureEngine:
             self._changed.notify()
         self._thread.join()
 
-    def _overloaded(self) -> ServiceError:
-        seconds = max(1, math.ceil(self.queued_seconds / self._speed))
-        message = (
-            f"The service is overloaded: {self.queued_seconds:.0f} seconds of audio are in the queue; try again later."
-        )
-        return ServiceError("overloaded", message, {"retry-after": str(min(seconds, 60))})
-
     def _work(self) -> None:
         # On Linux each thread has its own priority. A lower one lets the event loop respond to other requests during inference.
         # PyTorch's threads are started by this thread and inherit its priority.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while batch := self._next_batch():
             error = self._run(batch)
             if error is None:
@@ -210,41 +225,46 @@ class FeatureEngine:
                 if own is not None:
                     job.future.set_exception(own)
 
-    def _run(self, batch: list[_Job]) -> Exception | None:
+    def _run(self, batch: list[Job]) -> Exception | None:
         """Complete all jobs, or complete none and return the error of the backend."""
         started = time.monotonic()
         try:
             arrays = self.backend.run(batch)
         except Exception as error:
+            with self._changed:
+                self._schedule.finish(batch, None)
             return error
         elapsed = time.monotonic() - started
         self._failed_batches = 0
         for job, array in zip(batch, arrays, strict=True):
-            job.future.set_result(Features(array, started - job.queued, elapsed))
+            job.future.set_result(Features(array, started - job.queued, elapsed, completed=started + elapsed))
         real = sum(len(job.waveform) for job in batch) / SAMPLE_RATE
         padded = len(batch) * max(len(job.waveform) for job in batch) / SAMPLE_RATE
-        self._speed += 0.1 * (real / max(elapsed, 1e-6) - self._speed)
+        with self._changed:
+            self._schedule.finish(batch, elapsed)
         if self._on_batch:
             self._on_batch(BatchRecord(len(batch), real, padded, elapsed))
         return None
 
-    def _next_batch(self) -> list[_Job]:
+    def _next_batch(self) -> list[Job]:
         """Wait for the next batch; return an empty list when the engine is closed and its queue is empty."""
-        budget = int(self.batch_seconds * SAMPLE_RATE)
+        schedule = self._schedule
         with self._changed:
             while True:
-                while not self._waiting and not self._closed:
+                while not schedule.waiting and not self._closed:
                     self._changed.wait()
-                if not self._waiting:
+                if not schedule.waiting:
                     return []
-                remaining = self._waiting[0].queued + self.limits.wait_seconds - time.monotonic()
-                if remaining > 0 and self._queued_samples < budget and not self._closed:
+                for job in schedule.take_late():
+                    if job.future.set_running_or_notify_cancel():
+                        message = "The request can't be complete by its deadline any more, so it did not run."
+                        job.future.set_exception(ServiceError("deadline", message))
+                if not schedule.waiting:
+                    continue
+                if (remaining := schedule.fill_seconds()) > 0 and not self._closed:
                     self._changed.wait(remaining)
                     continue
-                chosen = choose_batch([len(job.waveform) for job in self._waiting], budget)
-                batch = [self._waiting[index] for index in chosen]
-                taken = set(chosen)
-                self._waiting = [job for index, job in enumerate(self._waiting) if index not in taken]
-                self._queued_samples -= sum(len(job.waveform) for job in batch)
+                batch = schedule.take_batch()
                 if running := [job for job in batch if job.future.set_running_or_notify_cancel()]:
                     return running
+                schedule.finish(batch, None)

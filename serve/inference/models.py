@@ -29,7 +29,7 @@ class ServedModel:
 
     @property
     def revision(self) -> str:
-        """First 12 hexadecimal digits of the SHA-256 hash of the weights."""
+        """First 12 hexadecimal digits of the SHA-256 hash of configuration and weights."""
         return self.engine.backend.revision
 
 
@@ -40,13 +40,19 @@ class Models:
         settings: How models run, the bounds of their batches and queues, the library of further models (``library``), and how many
             of those stay loaded (``library_loaded``).
         on_batch: Called in the inference threads after each batch.
+        on_load: Called with ``loaded`` or ``failed`` after each attempt to load a model. Default: nothing is called.
 
     Raises:
         ValueError: the library is not a folder.
     """
 
-    def __init__(self, settings: AppSettings, on_batch: Callable[[BatchRecord], None]) -> None:
-        self._settings, self._on_batch = settings, on_batch
+    def __init__(
+        self,
+        settings: AppSettings,
+        on_batch: Callable[[BatchRecord], None],
+        on_load: Callable[[str], object] = lambda outcome: None,
+    ) -> None:
+        self._settings, self._on_batch, self._on_load = settings, on_batch, on_load
         if settings.library is not None and not settings.library.is_dir():
             raise ValueError(f"There is no folder of models at '{settings.library}'.")
         self._models: dict[str, ServedModel] = {}
@@ -86,11 +92,15 @@ class Models:
             self._folders.pop(name, None)
         else:
             self._folders[name] = Path(source)
+        self._on_load("loaded")
         if old is not None:
             old.engine.close()
 
     def reload(self) -> None:
-        """Replace each model whose files have changed. A model whose files can't be read is kept, and the error is logged."""
+        """Replace each model whose files have changed.
+
+        A model is kept, and the error is logged, if its files can't be read or give features that are not finite.
+        """
         with self._changing:
             for name, folder in list(self._folders.items()):
                 try:
@@ -99,6 +109,7 @@ class Models:
                         self._put(name, folder, backend)
                         _LOG.info("Model %s now has revision %s", name, backend.revision)
                 except _LOAD_ERRORS as error:
+                    self._on_load("failed")
                     _LOG.error("Model %s keeps revision %s: %s", name, self._models[name].revision, error)
 
     def get(self, name: str | None) -> ServedModel:
@@ -149,6 +160,7 @@ class Models:
                 folder = self.in_library()[name]
                 self._put(name, folder, open_backend(folder, self._settings))
             except (KeyError, *_LOAD_ERRORS) as error:
+                self._on_load("failed")
                 _LOG.error("Model %s of the library can't be loaded: %s", name, error)
                 message = f"The model {name[:80]!r} can't be loaded; the reason is in the service's log."
                 raise ServiceError("not_ready", message) from error

@@ -8,6 +8,7 @@ import numpy as np
 
 from ray_distill.serve.inference.backends import Array, Space
 from ray_distill.serve.inference.engine import FeatureEngine, Features
+from ray_distill.serve.inference.schedule import Reservation
 from ray_distill.serve.settings import Limits
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD, SAMPLE_RATE, num_frames
 
@@ -47,12 +48,17 @@ def _frames(seconds: float) -> int:
 
 
 async def features_in_windows(
-    engine: FeatureEngine, waveform: Array, limits: Limits, layer: int | None = None, space: Space = "student"
+    engine: FeatureEngine,
+    waveform: Array,
+    limits: Limits,
+    layer: int | None = None,
+    space: Space = "student",
+    reservation: Reservation | None = None,
 ) -> Features:
     """Compute the features of audio of any length in windows of ``limits.window_seconds``.
 
-    They differ from the features of the audio as a whole; docs/in-depth/serving.md has measurements. A full queue refuses the
-    first window; the others wait for room. The queue time is the longest of a window, the inference time the sum.
+    They differ from the features of the audio as a whole; docs/in-depth/serving.md has measurements. The queue time is the longest
+    of a window, the inference time the sum.
 
     Args:
         engine: Engine that runs the windows.
@@ -60,20 +66,27 @@ async def features_in_windows(
         limits: Length and overlap of windows.
         layer: Transformer layer counted from 1, or None for all layers.
         space: ``student`` for hidden states, ``teacher`` for predictions of the teacher's layers.
+        reservation: Place of an admitted request for all windows. Default: they are admitted here, without a deadline.
 
     Raises:
         ExceptionGroup: with the errors of `FeatureEngine.features`.
     """
     windows = split_windows(len(waveform), limits.window_seconds, limits.overlap_seconds)
+    if reservation is None:
+        own = engine.admit([window.samples.stop - window.samples.start for window in windows], layer)
+        try:
+            return await features_in_windows(engine, waveform, limits, layer, space, own)
+        finally:
+            engine.release(own)
     # Enough windows at once to fill a batch, and one more.
     semaphore = asyncio.Semaphore(1 + int(engine.batch_seconds // limits.window_seconds))
     array: Array | None = None
-    queue_seconds, inference_seconds = 0.0, 0.0
+    queue_seconds, inference_seconds, completed = 0.0, 0.0, 0.0
 
-    async def run(number: int, window: Window) -> None:
-        nonlocal array, queue_seconds, inference_seconds
+    async def run(window: Window) -> None:
+        nonlocal array, queue_seconds, inference_seconds, completed
         async with semaphore:
-            found = await engine.features(waveform[window.samples], layer, space, wait_for_room=number > 0)
+            found = await engine.features(waveform[window.samples], layer, space, reservation)
         if array is None:
             shape = (*found.array.shape[:-2], windows[-1].frames.stop, found.array.shape[-1])
             array = np.empty(shape, np.float32)
@@ -81,9 +94,10 @@ async def features_in_windows(
         array[..., window.frames, :] = found.array[..., window.frames.start - start : window.frames.stop - start, :]
         queue_seconds = max(queue_seconds, found.queue_seconds)
         inference_seconds += found.inference_seconds
+        completed = max(completed, found.completed)
 
     async with asyncio.TaskGroup() as group:
-        for number, window in enumerate(windows):
-            group.create_task(run(number, window))
+        for window in windows:
+            group.create_task(run(window))
     assert array is not None
-    return Features(array, queue_seconds, inference_seconds, len(windows))
+    return Features(array, queue_seconds, inference_seconds, len(windows), completed)

@@ -17,6 +17,7 @@ _MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".flac": "audio/flac",  # The samples: one sentence in two voices of espeak-ng.
 }
 _HEADERS = {
     # Only files of this service, no inline scripts or styles, no markup made from strings, and no embedding in frames.
@@ -48,10 +49,12 @@ def add_page(app: FastAPI) -> None:
             return Response(status_code=304, headers=headers)
         return Response(content, media_type=media_type, headers=headers)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
         return respond("index.html", request)
 
+    @app.head("/page/{name}", include_in_schema=False)
     @app.get("/page/{name}", include_in_schema=False)
     async def page_file(name: str, request: Request) -> Response:
         if name not in contents:

@@ -3,7 +3,7 @@
 import { Features } from "./npy.js";
 import { divergingPalette, drawMatrix, drawScale, drawWaveform, outlineRow } from "./pictures.js";
 import { getFeatures, getLimits, getModels, hasKey, query, ServiceError, setKey } from "./service.js";
-import { changes, cosine, frameSimilarity, meanBestMatch, meanVector, quantiles } from "./similarity.js";
+import { bestMatch, changes, frameSimilarity, meanVector, quantiles } from "./similarity.js";
 import { BANDS, decodeForDisplay, logMel, Recording, SAMPLE_RATE } from "./sound.js";
 
 const FRAME_SHIFT = 0.02, FRAME_LENGTH = 0.025; // seconds
@@ -105,7 +105,7 @@ class Clip {
   async open(file) {
     const limit = state.limits.max_bytes;
     if (limit && file.size > limit) {
-      throw new ServiceError(`${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MiB, but the service accepts at most ${(limit / 2 ** 20).toFixed(0)} MiB.`, "too_large", 413);
+      throw new ServiceError(`Clip ${this.letter}: ${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MiB, but the service accepts at most ${(limit / 2 ** 20).toFixed(0)} MiB.`, "too_large", 413);
     }
     this.audio.pause();
     this.next = file;
@@ -143,6 +143,9 @@ class Clip {
       const samples = file === this.file ? this.samples : await decodeForDisplay(file);
       request.signal.throwIfAborted();
       return { file, features, samples, summary };
+    } catch (error) {
+      if (error instanceof ServiceError && error.status !== 401) error.message = `Clip ${this.letter}, ${file.name}: ${error.message}`;
+      throw error;
     } finally {
       if (request === this.request) { // Otherwise a later request is running.
         this.part("status").textContent = this.summary;
@@ -257,7 +260,7 @@ class Clip {
     part("last-layer").textContent = layers;
     part("last-dim").textContent = dim - 1;
     part("features-title").textContent = `Layer ${layer}`;
-    part("features-title").append(tagged("small", "standardised in each dimension"));
+    part("features-title").append(tagged("small", "blue below, red above the mean"));
     part("save").textContent = `Download layer ${layer}`;
     part("ticks").replaceChildren(...[0, 0.25, 0.5, 0.75, 1].map((share) => tagged("span", seconds(share * duration))));
 
@@ -299,10 +302,10 @@ function compare() {
   $("comparison").hidden = !comparable();
   if ($("comparison").hidden) return;
   const [a, b] = clips, dim = a.features.dim;
-  const pooled = a.features.means.map((mean, k) => cosine(mean, b.features.means[k]));
-  $("pooled").textContent = number(pooled[state.layer - 1]);
-  $("pooled-layer").textContent = state.layer;
-  $("by-layer").replaceChildren(...pooled.map((value, k) => {
+  const centred = $("centred").checked, byLayer = matches(a.features, b.features, centred);
+  $("match").textContent = number(byLayer[state.layer - 1]);
+  $("match-layer").textContent = state.layer;
+  $("by-layer").replaceChildren(...byLayer.map((value, k) => {
     const item = document.createElement("li"), button = document.createElement("button");
     button.type = "button";
     button.setAttribute("aria-pressed", k + 1 === state.layer);
@@ -319,7 +322,7 @@ function compare() {
   if (focused !== null) $("by-layer").children[focused].firstChild.focus();
   focused = null;
 
-  const found = frameSimilarity(a.values, b.values, dim, $("centred").checked), { values, rows, columns, stride } = found;
+  const found = frameSimilarity(a.values, b.values, dim, centred), { values, rows, columns, stride } = found;
   const [low, high] = quantiles(values, 0.01, 0.995);
   const canvas = $("matrix");
   canvas.style.aspectRatio = `${Math.min(3, Math.max(0.75, columns / rows))}`;
@@ -331,11 +334,19 @@ function compare() {
   $("matrix-about").textContent = `cosine similarity at layer ${state.layer}${stride > 1 ? `, one frame in ${stride}` : ""}`;
   $("matrix-a").textContent = seconds(a.duration);
   $("matrix-b").textContent = seconds(b.duration);
-  $("best-match").textContent = `Highest similarity of a frame of A with any frame of B: ${number(meanBestMatch(found))} on average.`;
   matrix = found;
 }
 
-let matrix = null, cell = [0, 0], focused = null;
+let matrix = null, cell = [0, 0], focused = null, matched = {};
+
+/** Returns the average similarity of best matches for each layer; at most 150 frames of a clip, so that it takes a fraction of a second. */
+function matches(a, b, centred) {
+  if (matched.a !== a || matched.b !== b || matched.centred !== centred) {
+    const of = (k) => bestMatch(frameSimilarity(a.layer(k + 1), b.layer(k + 1), a.dim, centred, 150));
+    matched = { a, b, centred, values: Array.from({ length: a.layers }, (_, k) => of(k)) };
+  }
+  return matched.values;
+}
 
 /** Shows the value of a cell of the matrix, and marks its times in both clips. */
 function readMatrix(column, row) {
@@ -438,6 +449,13 @@ $("key-form").addEventListener("submit", (event) => {
   setKey($("key").value);
   attempt(start)();
 });
+$("sample").addEventListener("click", attempt(async () => {
+  await Promise.all(clips.map(async (clip) => {
+    const name = `sample-${clip.letter.toLowerCase()}.flac`, response = await fetch(`page/${name}`);
+    if (!response.ok) throw new ServiceError(`The sample can't be loaded: the service responded with status ${response.status}.`, "sample", response.status);
+    await clip.open(new File([await response.blob()], name, { type: "audio/flac" }));
+  }));
+}));
 $("settings").addEventListener("submit", (event) => event.preventDefault());
 $("layer").addEventListener("input", () => chooseLayer(Number($("layer").value)));
 $("space").addEventListener("change", reloadClips);

@@ -23,16 +23,6 @@ export function meanVector(values, dim) {
   return mean;
 }
 
-export function cosine(a, b) {
-  let dot = 0, aa = 0, bb = 0;
-  for (let d = 0; d < a.length; d++) {
-    dot += a[d] * b[d];
-    aa += a[d] * a[d];
-    bb += b[d] * b[d];
-  }
-  return aa && bb ? dot / Math.sqrt(aa * bb) : 0;
-}
-
 /** Returns 1 minus the cosine similarity of each frame with the previous one; 0 for the first frame. */
 export function changes(values, dim) {
   const unit = unitRows(values, dim, 1), frames = values.length / dim, found = new Float32Array(frames);
@@ -68,15 +58,16 @@ export function frameSimilarity(a, b, dim, centred, most = 600) {
   return { values, rows, columns, stride };
 }
 
-/** Returns the highest similarity of each frame of A with any frame of B, averaged over the frames of A. */
-export function meanBestMatch({ values, rows, columns }) {
-  let sum = 0;
-  for (let column = 0; column < columns; column++) {
-    let best = -1;
-    for (let row = 0; row < rows; row++) best = Math.max(best, values[row * columns + column]);
-    sum += best;
-  }
-  return sum / columns;
+/** Returns the highest similarity of each frame with any frame of the other clip, averaged over the frames of each clip and both clips. */
+export function bestMatch({ values, rows, columns }) {
+  const bestOfRow = new Float32Array(rows).fill(-1), bestOfColumn = new Float32Array(columns).fill(-1);
+  values.forEach((value, i) => {
+    const row = Math.floor(i / columns), column = i % columns;
+    bestOfRow[row] = Math.max(bestOfRow[row], value);
+    bestOfColumn[column] = Math.max(bestOfColumn[column], value);
+  });
+  const average = (best) => best.reduce((sum, value) => sum + value, 0) / best.length;
+  return (average(bestOfRow) + average(bestOfColumn)) / 2;
 }
 
 /** Returns the quantiles `low` and `high` of the finite values. */

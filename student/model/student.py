@@ -253,9 +253,14 @@ class Student(nn.Module):
             return like.new_empty(len(like), 0, like.shape[1], self.config.target_dim)
         return torch.stack([head(x) for head, x in zip(self.heads, head_inputs, strict=True)], dim=1)
 
-    def encode(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the hidden states (B, L, T, d) and num_frames (B,), without computing projections; see `forward`."""
-        layers, _, num_frames = self.layer_outputs(waveforms, lengths)
+    def encode(
+        self, waveforms: Tensor, lengths: Tensor | None = None, num_layers: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the hidden states (B, L, T, d) and num_frames (B,), without computing projections; see `forward`.
+
+        With ``num_layers``, L is that number, and higher layers are not computed; see `layer_outputs`.
+        """
+        layers, _, num_frames = self.layer_outputs(waveforms, lengths, num_layers=num_layers)
         return torch.stack(layers, dim=1), num_frames
 
     def layer_outputs(
@@ -264,6 +269,7 @@ class Student(nn.Module):
         lengths: Tensor | None = None,
         frame_mask: Tensor | None = None,
         augment: Callable[[Tensor, Tensor], Tensor] | None = None,
+        num_layers: int | None = None,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Return each layer's output (B, T, d), each head's input (B, T, .), and the number of real frames (B,).
 
@@ -274,10 +280,14 @@ class Student(nn.Module):
             waveforms, lengths, frame_mask: As for `forward`.
             augment: Function of the projected features (B, T, d) and the number of real frames (B,) that returns augmented
                 features; applied before masking. Default None: no augmentation.
+            num_layers: Number of layers to compute, from the first. The result holds the same values as that of all layers; with
+                fewer than all, there are inputs of heads only for heads on layers. Default None: all.
 
         Raises:
-            ValueError: as for `forward`.
+            ValueError: as for `forward`, or there are not so many layers.
         """
+        if num_layers is not None and not 1 <= num_layers <= self.config.encoder_layers:
+            raise ValueError(f"num_layers must be from 1 to {self.config.encoder_layers}, not {num_layers}")
         if lengths is None and waveforms.ndim == 2:
             lengths = torch.full(waveforms.shape[:1], waveforms.shape[1], device=waveforms.device)
         if lengths is None or waveforms.ndim != 2 or lengths.shape != waveforms.shape[:1]:
@@ -323,22 +333,25 @@ class Student(nn.Module):
         if self.position is not None:
             x = x + self.position(x, padded)
         x = self.encoder_dropout(x if self.config.layer_norm_first else self.encoder_norm(x))
-        layers, head_inputs = self._encode(x, padded, num_frames)
+        layers, head_inputs = self._encode(x, padded, num_frames, num_layers)
         return layers, head_inputs, num_frames
 
-    def _encode(self, x: Tensor, padded: Tensor | None, num_frames: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _encode(
+        self, x: Tensor, padded: Tensor | None, num_frames: Tensor, num_layers: int | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Return the layers' outputs and the heads' inputs.
 
         Args:
             x: (B, T, d) float, input of the encoder.
             padded: (B, T, 1) bool, True at padding; None if nothing is padded.
             num_frames: (B,) integer, real frames.
+            num_layers: Number of layers to compute; None for all.
         """
         config, count, frames = self.config, self.config.encoder_layers, x.shape[1]
         attention_mask = _attention_mask(padded)
         layers, head_inputs = [], []
         previous_map: AttentionMap | None = None
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers[:num_layers]):
             if self.reduction is not None and number == config.time_reduction_index:
                 x = self.reduction(x, padded)
                 if padded is not None:
@@ -368,7 +381,8 @@ class Student(nn.Module):
                 head_input = repeat_frames(head_input, config.time_reduction_factor, frames)
             head_inputs.append(head_input)
         if self.split is not None:
-            head_inputs = list(F.gelu(self.split(head_inputs[-1])).chunk(config.split_heads, -1))
+            is_last = len(layers) == count
+            head_inputs = list(F.gelu(self.split(head_inputs[-1])).chunk(config.split_heads, -1)) if is_last else []
         return layers, head_inputs
 
 

@@ -206,14 +206,19 @@ def test_dashboard_has_three_parts_of_panels_with_queries() -> None:
 def test_dashboard_reads_metrics_the_service_has() -> None:
     from prometheus_client import generate_latest
 
-    from ray_distill.serve.api.observability import Metrics
+    from ray_distill.serve.api.metrics import Metrics
 
     known = set()
-    for family in text_string_to_metric_families(generate_latest(Metrics().registry).decode()):
+    metrics = Metrics()
+    metrics.watch([], lambda: 0, lambda: 0.0)  # type: ignore[arg-type]
+    for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
         ends = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
         known |= {family.name + end for end in ends}
     of_service = {name for name in dashboard_metrics() if name.startswith("serve_")}
     assert of_service and of_service <= known, f"unknown: {of_service - known}"
+    own = {re.sub("_(total|bucket|sum|count|created)$", "", name) for name in known if name.startswith("serve_")}
+    shown = {re.sub("_(total|bucket|sum|count)$", "", name) for name in of_service}
+    assert own == shown, "some metrics are in no panel"
 
 
 def test_dashboard_reads_metrics_that_ray_exported_in_a_job() -> None:

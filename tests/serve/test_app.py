@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -305,7 +306,7 @@ def test_other_paths_and_methods_get_the_same_shape_of_error(client: httpx.Clien
 
 def test_a_failure_of_the_service_shows_no_trace(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     with TestClient(create_app(student), raise_server_exceptions=False) as client:
-        monkeypatch.setattr(student, "layer_outputs", lambda *_: 1 / 0)
+        monkeypatch.setattr(student, "layer_outputs", lambda *_, **__: 1 / 0)
         response = client.post("/v1/features", content=encode(sound(0.1)), headers={"x-request-id": "abc"})
         metrics = client.get("/metrics").text
     assert "division" not in assert_refused(response, 500, "internal")
@@ -348,12 +349,45 @@ def test_openapi_describes_the_interface(client: httpx.Client) -> None:
         "model",
         "timeout",
     }
-    assert set(post["responses"]) == {"200", "400", "401", "404", "411", "413", "415", "422", "429", "503", "504"}
+    assert set(post["responses"]) == {
+        "200",
+        "400",
+        "401",
+        "404",
+        "411",
+        "413",
+        "415",
+        "422",
+        "429",
+        "500",
+        "503",
+        "504",
+    }
     assert {"application/json", NPY, "application/x-npz"} < set(post["responses"]["200"]["content"])
     for status in ("400", "413", "422"):
         reference = post["responses"][status]["content"]["application/json"]["schema"]["$ref"]
         assert reference == "#/components/schemas/ErrorResponse"
-    assert client.get("/docs").status_code == 200
+    assert "retry-after" in post["responses"]["429"]["headers"] and "x-shape" in post["responses"]["200"]["headers"]
+    answers = client.post("/v1/features", content=encode(sound(0.1)))
+    assert set(post["responses"]["200"]["headers"]) <= set(answers.headers)
+    for path in ("features", "embeddings"):
+        for example in schema["paths"][f"/v1/{path}"]["post"]["requestBody"]["content"]["application/json"][
+            "examples"
+        ].values():
+            assert client.post(f"/v1/{path}", json=example["value"]).status_code == 200
+
+
+def test_the_reference_needs_no_network(client: httpx.Client, student: Student) -> None:
+    page = client.get("/docs")
+    assert page.status_code == 200 and "connect-src 'self'" in page.headers["content-security-policy"]
+    assert "http" not in page.text.replace("http-equiv", "")
+    for name in re.findall(r'(?:src|href)="(/docs/[^"]+)"', page.text):
+        assert client.get(name).status_code == 200 and client.get(name).content
+    assert "SmartBear" in client.get("/docs/NOTICE.txt").text
+    assert_refused(client.get("/docs/none.js"), 404, "not_found")
+    schema = create_app(student, api_keys=["secret"]).openapi()
+    assert schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    assert schema["paths"]["/v1/features"]["post"]["security"] == [{"HTTPBearer": []}]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -61,6 +62,49 @@ def test_each_curl_line_works(line: str, address: str, speech: Path) -> None:
     assert done.returncode == 0, done
     written = [path for path in speech.parent.iterdir() if path != speech]
     assert (written[0].stat().st_size > 0) if "-o" in line else done.stdout
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None or shutil.which("openssl") is None, reason="needs nginx and openssl")
+def test_the_nginx_example_works(address: str, speech: Path, tmp_path: Path) -> None:
+    (block,) = re.findall(r"^    # nginx.conf.*\n((?:    .*\n)+)", DOCUMENT.read_text(), re.MULTILINE)
+    with socket.socket() as probe, socket.socket() as unused:
+        probe.bind(("127.0.0.1", 0))
+        unused.bind(("127.0.0.1", 0))
+        port, closed = probe.getsockname()[1], unused.getsockname()[1]
+    certificate = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run(
+        [*certificate, "-keyout", tmp_path / "key", "-out", tmp_path / "pem"], check=True, capture_output=True
+    )
+    block = block.replace("listen 443", f"listen 127.0.0.1:{port}").replace("32m", "100k")
+    block = block.replace("/etc/ssl/features.pem", f"{tmp_path}/pem").replace(
+        "/etc/ssl/features.key", f"{tmp_path}/key"
+    )
+    block = block.replace("http://127.0.0.1:8000", address)
+    temporary = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    gone = f"location = /healthz {{ proxy_pass http://127.0.0.1:{closed}; }} location / {{"  # A service that does not answer.
+    block = block.replace("location / {", gone, 1)
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/log; events {{}} http {{ access_log off; {temporary}\n{block} }}"
+    )
+    with subprocess.Popen(["nginx", "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-e", tmp_path / "log"]) as process:
+        try:
+            with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=False, trust_env=False) as client:
+                for _ in range(200):
+                    with suppress(httpx.TransportError):
+                        client.get("/readyz")
+                        break
+                    time.sleep(0.05)
+                answer = client.post("/v1/features", content=speech.read_bytes(), headers={"x-request-id": "mine"})
+                assert answer.json()["shape"] == [49, 16] and len(answer.headers["x-request-id"]) == 32
+                large = client.post("/v1/features", content=b"x" * 200_000)
+                assert (large.status_code, large.json()["error_type"]) == (413, "too_large")
+                down = client.get("/healthz")
+                assert (down.status_code, down.json()["error_type"]) == (503, "not_ready")
+        finally:
+            process.terminate()
+            process.wait(20)
 
 
 def test_the_client_sync_and_async(address: str, speech: Path) -> None:

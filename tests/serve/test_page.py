@@ -190,18 +190,28 @@ def test_two_clips_from_drop_to_download(
             np.array(httpx.post(f"{address}/v1/features?layer=1", content=path.read_bytes()).json()["features"])
             for path in clips
         )
-        mean_a, mean_b = a.mean(0), b.mean(0)
-        expected = mean_a @ mean_b / np.linalg.norm(mean_a) / np.linalg.norm(mean_b)
-        assert float(page.inner_text("#pooled").replace("−", "-")) == pytest.approx(expected, abs=2e-3)
+        centre = np.concatenate([a, b]).mean(0)
+        rows = [(clip - centre) / np.linalg.norm(clip - centre, axis=1, keepdims=True) for clip in (a, b)]
+        similar = rows[0] @ rows[1].T
+        expected = (similar.max(0).mean() + similar.max(1).mean()) / 2
+        assert float(page.inner_text("#match").replace("−", "-")) == pytest.approx(expected, abs=3e-3)
+        assert page.inner_text("#by-layer li:first-child").endswith(page.inner_text("#match"))
         assert varied(page, "#matrix") > 0.1
         page.focus("#matrix")
         for _ in range(3):
             page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowDown")
-        cosine = a[3] @ b[1] / np.linalg.norm(a[3]) / np.linalg.norm(b[1])
+        cosine = similar[3, 1]
         read = page.inner_text("#matrix-readout")
         assert read.startswith("A 0.06 s · B 0.02 s: ")
-        assert float(read.split(": ")[1].replace("−", "-")) == pytest.approx(cosine, abs=2e-3)
+        assert float(read.split(": ")[1].replace("−", "-")) == pytest.approx(cosine, abs=3e-3)
+        page.uncheck("#centred")
+        raw = [clip / np.linalg.norm(clip, axis=1, keepdims=True) for clip in (a, b)]
+        similar = raw[0] @ raw[1].T
+        expected = (similar.max(0).mean() + similar.max(1).mean()) / 2
+        page.wait_for_timeout(200)  # Drawn before the next repaint.
+        assert float(page.inner_text("#match").replace("−", "-")) == pytest.approx(expected, abs=3e-3)
+        page.check("#centred")
 
         with page.expect_download() as download:
             page.click("#clip-a .save")
@@ -215,6 +225,16 @@ def test_two_clips_from_drop_to_download(
         for letter in "ab":
             shows(page, f"#clip-{letter} .last-dim", "31")
         assert "space=teacher" in page.inner_text("#command")
+
+
+def test_a_sample_shows_two_clips(app: FastAPI, open_page: Any) -> None:
+    with served(app) as address:
+        page = open_page(address)
+        page.click("#sample")
+        for letter in "ab":
+            shows(page, f"#clip-{letter} .clip-title", f"sample-{letter}.flac")
+        shows(page, "#comparison", "Similarity of the two clips")
+        assert not page.is_visible("#sample") and varied(page, "#clip-b canvas.waveform") > 0.01
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -302,6 +322,7 @@ def test_errors_of_the_service_are_shown(
             page.set_input_files("#clip-b input[type=file]", tmp_path / name)
             shows(page, "#alert-kind", kind)
             shows(page, "#alert[role=alert]", words)
+            shows(page, "#alert-text", f"Clip B, {name}: ")
         assert not page.is_visible("#comparison") and page.is_visible("#clip-a canvas.features")
         page.click("#alert-close")
         assert not page.is_visible("#alert")

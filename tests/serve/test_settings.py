@@ -3,9 +3,11 @@
 ``python -m tests.serve.test_settings`` rewrites that table.
 """
 
+import logging
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ray_distill.serve.command import serve
+from ray_distill.serve.command import reporting_seconds, serve
 from ray_distill.serve.settings import AppSettings, Limits, ServeSettings, options
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,7 +39,7 @@ def read_options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ServeSetti
     monkeypatch.setattr("ray_distill.serve.command.check_model_path", lambda *_: None)
     monkeypatch.setattr("ray_distill.serve.command._configure_logging", lambda: None)
     monkeypatch.setattr("ray_distill.serve.command.signal.signal", lambda *_: None)
-    monkeypatch.setattr("ray_distill.serve.server.run", found.append)
+    monkeypatch.setattr("ray_distill.serve.server.run", lambda settings, ready: found.append(settings))
     app = typer.Typer()
     app.command()(serve)
     result = CliRunner().invoke(app, arguments)
@@ -45,6 +47,17 @@ def read_options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ServeSetti
         raise result.exception
     assert result.exit_code == 0, result.output
     return found[0]
+
+
+def test_a_start_says_each_second_that_it_has_not_ended(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ray_distill.serve"), reporting_seconds(0.01) as ready:
+        while len(caplog.messages) < 3:
+            time.sleep(0.005)
+        ready()
+        count = len(caplog.messages)
+        time.sleep(0.05)
+    assert len(caplog.messages) == count and caplog.messages[-1].startswith("Ready after 0.")
+    assert caplog.messages[0] == "Starting for 0 s"
 
 
 def test_the_document_has_the_table_of_settings() -> None:

@@ -17,7 +17,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from ray_distill.serve import create_app
-from ray_distill.serve.api.request_handler import NUM_DECODERS
+from ray_distill.serve.decoders import NUM_DECODERS
 from ray_distill.serve.decoding import decode
 from ray_distill.serve.server import Server
 from ray_distill.serve.settings import BatchLimits, Limits
@@ -45,7 +45,7 @@ def refusal(response: httpx.Response) -> tuple[int, str]:
 def hold(student: Student, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Make inference wait until the returned event is set."""
     gate, real = threading.Event(), student.layer_outputs
-    monkeypatch.setattr(student, "layer_outputs", lambda *a: gate.wait(20) and real(*a))
+    monkeypatch.setattr(student, "layer_outputs", lambda *a, **k: gate.wait(20) and real(*a, **k))
     return gate
 
 
@@ -105,6 +105,13 @@ def test_bodies_that_arrive_together_are_bounded(student: Student) -> None:
         assert pool.submit(lambda: admission.held_bytes).result() == 0
 
 
+def test_the_parts_of_a_form_count_until_they_are_read(student: Student) -> None:
+    with TestClient(create_app(student, limits=Limits(max_bytes=100_000, open_bytes=150_000))) as client:
+        padded = HALF.ljust(80_000, b"\0")
+        assert refusal(client.post("/v1/features", files={"file": padded})) == (413, "too_large")
+        assert client.post("/v1/features", content=padded).status_code == 200
+
+
 def test_held_bytes_are_always_released(student: Student) -> None:
     app = create_app(student)
     with TestClient(app, raise_server_exceptions=False) as client:
@@ -128,7 +135,7 @@ def test_models_and_info_need_a_key_and_health_does_not(student: Student) -> Non
             assert client.get(path, headers=key("two")).status_code == 200
         assert client.get("/healthz").json() == {"status": "ok"}
         assert client.get("/readyz").json() == {"status": "ready"}
-        assert "student" not in client.get("/metrics").text
+        assert client.get("/metrics").status_code == 200
 
 
 def test_only_named_origins_are_allowed(student: Student) -> None:
@@ -186,7 +193,7 @@ def test_decoders_of_cancelled_requests_still_count(student: Student, monkeypatc
     gate, counting = threading.Event(), threading.Lock()
     running = most = 0
 
-    def slow(file: bytes, seconds: float) -> np.ndarray:
+    def slow(file: bytes, seconds: float, on_block: Any = None) -> np.ndarray:
         nonlocal running, most
         with counting:
             running += 1
@@ -196,7 +203,7 @@ def test_decoders_of_cancelled_requests_still_count(student: Student, monkeypatc
             running -= 1
         return decode(file, seconds)
 
-    monkeypatch.setattr("ray_distill.serve.api.request_handler.decode", slow)
+    monkeypatch.setattr("ray_distill.serve.decoders.decode", slow)
     with TestClient(create_app(student)) as client, ThreadPoolExecutor(12) as pool:
         cancelled = [pool.submit(client.post, "/v1/features?timeout=0.2", content=HALF) for _ in range(12)]
         assert {refusal(request.result()) for request in cancelled} == {(504, "deadline")}
@@ -233,6 +240,28 @@ def test_a_full_queue_refuses_for_its_own_model_only(student: Student, monkeypat
         assert post("idle").status_code == 200
         gate.set()
         assert {request.result().status_code for request in running} <= {200, 429}
+
+
+def test_a_request_that_would_wait_beyond_its_deadline_is_refused_before_it_is_decoded(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(student)
+    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+        gate, engine = hold(student, monkeypatch), app.state.models.get(None).engine
+        running = pool.submit(client.post, "/v1/features", content=HALF)
+        while engine.expected_wait < 0.3:  # The batch takes longer than expected, and so may what follows.
+            time.sleep(0.01)
+        decoded: list[bytes] = []
+        monkeypatch.setattr("ray_distill.serve.decoders.decode", lambda file, *_: decoded.append(file))
+        body = {"input": base64.b64encode(HALF).decode(), "timeout": 0.35}
+        refused = [
+            client.post("/v1/features?timeout=0.35", content=HALF),
+            client.post("/v1/features", json=body),
+        ]
+        gate.set()
+        assert running.result().status_code == 200
+    assert [refusal(response) for response in refused] == [(429, "overloaded")] * 2
+    assert all(int(response.headers["retry-after"]) >= 1 for response in refused) and not decoded
 
 
 def test_loading_a_model_of_the_library_is_within_the_deadline(student: Student, tmp_path: Path) -> None:
@@ -280,11 +309,11 @@ def test_a_request_is_checked_again_if_its_model_is_replaced_while_it_is_decoded
     app = create_app(student)
     headless = Student(student.config.model_copy(update={"heads": "none"})).eval()
 
-    def swapping(file: bytes, seconds: float) -> np.ndarray:
+    def swapping(file: bytes, seconds: float, on_block: Any = None) -> np.ndarray:
         app.state.models.put("student", headless)
         return decode(file, seconds)
 
-    monkeypatch.setattr("ray_distill.serve.api.request_handler.decode", swapping)
+    monkeypatch.setattr("ray_distill.serve.decoders.decode", swapping)
     with TestClient(app) as client:
         assert refusal(client.post("/v1/features?space=teacher", content=HALF)) == (422, "bad_parameter")
 

@@ -151,7 +151,7 @@ def test_several_files_as_one_npy_are_refused_before_any_is_decoded(
     student: Student, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[bytes] = []
-    monkeypatch.setattr("ray_distill.serve.api.request_handler.decode", lambda file, seconds: decoded.append(file))
+    monkeypatch.setattr("ray_distill.serve.decoders.decode", lambda file, *_: decoded.append(file))
     with TestClient(create_app(student)) as client:
         for options in ({"params": {"format": "npy"}}, {"headers": {"accept": "application/octet-stream"}}):
             assert_refused(client.post("/v1/features", files=FORM, **options), 422, "bad_parameter")
@@ -270,7 +270,7 @@ def test_overload_is_429_and_a_stopped_service_503(student: Student, monkeypatch
     real = student.layer_outputs
     app = create_app(student, limits=Limits(max_requests=2), batch=BatchLimits(queue_seconds=60))
     with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
-        monkeypatch.setattr(student, "layer_outputs", lambda *a: gate.wait(20) and real(*a))
+        monkeypatch.setattr(student, "layer_outputs", lambda *a, **k: gate.wait(20) and real(*a, **k))
         held = [pool.submit(client.post, "/v1/features", content=FILES[0]) for _ in range(2)]
         while "serve_open_requests 3.0" not in client.get("/metrics").text:  # The request for metrics is one of them.
             time.sleep(0.02)
@@ -286,7 +286,9 @@ def test_overload_is_429_and_a_stopped_service_503(student: Student, monkeypatch
 
 def test_headers_logs_and_metrics(app_client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "ray_distill.serve.requests"):
-        answer = app_client.post("/v1/features", content=FILES[0], headers={"x-request-id": "abc-1"})
+        parent = f"00-{'a' * 32}-{'b' * 16}-01"
+        headers = {"x-request-id": "abc-1", "traceparent": parent}
+        answer = app_client.post("/v1/features", content=FILES[0], headers=headers)
         app_client.post("/v1/features", content=b"x", headers={"x-request-id": "bad id\t"})
     assert answer.headers["x-request-id"] == "abc-1"
     assert float(answer.headers["x-queue-time"]) >= 0 and float(answer.headers["x-inference-time"]) > 0
@@ -294,7 +296,12 @@ def test_headers_logs_and_metrics(app_client: TestClient, caplog: pytest.LogCapt
         json.loads(record.message) for record in caplog.records if record.name == "ray_distill.serve.requests"
     )
     assert (first["request_id"], first["status"], first["route"]) == ("abc-1", 200, "/v1/features")
-    assert len(second["request_id"]) == 32 and second["status"] == 400
+    assert (first["trace_id"], first["model"], first["bytes"]) == ("a" * 32, "tiny", len(FILES[0]))
+    assert (first["audio_seconds"], first["error_type"]) == (0.5, None) and first["time"].endswith("+00:00")
+    version, trace, span, flags = answer.headers["traceparent"].split("-")
+    assert (version, trace, flags) == ("00", "a" * 32, "01") and span != "b" * 16
+    assert len(second["request_id"]) == 32 and second["status"] == 400 and second["error_type"] == "undecodable"
+    assert len(second["trace_id"]) == 32 and second["trace_id"] != "a" * 32
     text = app_client.get("/metrics").text
     for name in (
         'serve_requests_total{route="/v1/features",status="200"}',
@@ -303,6 +310,17 @@ def test_headers_logs_and_metrics(app_client: TestClient, caplog: pytest.LogCapt
         "serve_inference_seconds_count",
         "serve_batch_audio_seconds_bucket",
         "serve_padding_seconds_total",
+        'serve_request_seconds_bucket{le="0.5",model="tiny",route="/v1/features",status="200"}',
+        "serve_request_audio_seconds_sum",
+        "serve_batch_utterances_count",
+        "serve_decode_seconds_count",
+        'serve_model_loads_total{outcome="loaded"}',
+        'serve_queued_utterances{model="other"} 0.0',
+        'serve_queued_audio_seconds{model="tiny"} 0.0',
+        'serve_expected_wait_seconds{model="tiny"} 0.0',
+        "serve_held_bytes 0.0",
+        "serve_decoding_waiting_seconds 0.0",
+        "process_resident_memory_bytes",
     ):
         assert name in text
     assert app_client.get("/info").json()["limits"]["max_seconds"] == 20

@@ -1,6 +1,7 @@
 """Every backend returns PyTorch's features for every batch, and refuses what it can't run."""
 
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,36 @@ def test_onnx_gives_what_torch_gives(reference: Backend, onnx: Backend, space: A
     )
 
 
+@pytest.fixture(scope="module")
+def int8(student: Student, tmp_path_factory: pytest.TempPathFactory) -> Backend:
+    from ray_distill.student.exporters.onnx import export_onnx
+
+    file = tmp_path_factory.mktemp("exports") / "int8.onnx"
+    export_onnx(student, file, {}, int8=True)
+    return open_backend(file, BackendOptions())
+
+
 @pytest.mark.slow
-def test_onnx_answers_do_not_depend_on_the_batch(onnx: Backend) -> None:
+@pytest.mark.parametrize("name", ["reference", "onnx", "int8"])
+def test_answers_of_every_backend_do_not_depend_on_the_batch(name: str, request: pytest.FixtureRequest) -> None:
+    backend: Backend = request.getfixturevalue(name)
     batch = layer_requests()
-    assert_same(onnx.run(batch), [onnx.run([item])[0] for item in batch], 1e-5)
+    batch[1].waveform *= 8  # One scale for all rows would be too coarse for the others.
+    alone = [backend.run([item])[0] for item in batch]
+    assert_same(backend.run(batch), alone, 1e-5)
+    assert_same(backend.run(batch[::-1])[::-1], alone, 1e-5)
+
+
+def test_torch_runs_to_the_highest_layer_of_the_batch(
+    student: Student, reference: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = [item for layer in (1, 2) for item in layer_requests("teacher", layer)]
+    expected = [
+        array[item.layer - 1] for array, item in zip(reference.run(layer_requests("teacher") * 2), batch, strict=True)
+    ]
+    monkeypatch.setattr(student.layers[2], "forward", lambda *_: 1 / 0)
+    for found, whole in zip(reference.run(batch), expected, strict=True):
+        np.testing.assert_array_equal(found, whole)
 
 
 @pytest.mark.slow
@@ -147,6 +174,34 @@ def test_reload_takes_new_weights_and_keeps_what_works(student: Student, tmp_pat
     save_student(Student(student.config).eval(), tmp_path, None)
     models.reload()
     assert models.get("tiny").engine.backend.revision == before.engine.backend.revision
+    models.close()
+
+
+def test_a_reload_sees_a_changed_configuration_and_refuses_weights_that_are_not_finite(
+    student: Student, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    save_student(student, tmp_path, None)
+    models = create_app(tmp_path, name="tiny").state.models
+    before = models.get("tiny")
+    file = tmp_path / "config.json"
+    tree = json.loads(file.read_text())
+    assert not tree["student"].get("layer_norm_first")
+    tree["student"]["layer_norm_first"] = True
+    del tree["seal"]
+    file.write_text(json.dumps(tree))
+    models.reload()
+    after = models.get("tiny")
+    assert after.revision != before.revision
+    broken = Student(student.config).eval()
+    with torch.no_grad():
+        broken.layers[1].up.weight[0, 0] = float("nan")
+    save_student(broken, tmp_path, None)
+    models.reload()
+    assert models.get("tiny") is after and after.engine.alive and "not finite" in caplog.text
+    with pytest.raises(ValueError, match="not finite"):
+        create_app(tmp_path)
     models.close()
 
 

@@ -29,11 +29,11 @@ class Gate:
         self.batches: list[int] = []
         real = student.layer_outputs
 
-        def held(waveforms: torch.Tensor, lengths: torch.Tensor) -> Any:
+        def held(waveforms: torch.Tensor, lengths: torch.Tensor, **options: Any) -> Any:
             self.entered.set()
             assert self.open.wait(20)
             self.batches.append(len(lengths))
-            return real(waveforms, lengths)
+            return real(waveforms, lengths, **options)
 
         monkeypatch.setattr(student, "layer_outputs", held)
 
@@ -142,10 +142,10 @@ def test_closing_finishes_what_is_queued(student: Student, monkeypatch: pytest.M
 def test_a_failed_batch_does_not_stop_the_engine(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FeatureEngine(TorchBackend(student))
     with monkeypatch.context() as patch:
-        patch.setattr(student, "layer_outputs", lambda *_: 1 / 0)
+        patch.setattr(student, "layer_outputs", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             asyncio.run(engine.features(waveforms(1)[0]))
-        patch.setattr(student, "layer_outputs", lambda *_: torch.empty(2**58))
+        patch.setattr(student, "layer_outputs", lambda *_, **__: torch.empty(2**58))
         with pytest.raises(
             ServiceError, match=r"too little memory for 1.\d s of audio at once; send shorter audio"
         ) as caught:
@@ -160,10 +160,10 @@ def test_a_failing_utterance_does_not_fail_its_batch(student: Student, monkeypat
     real = student.layer_outputs
     sizes: list[int] = []
 
-    def picky(waveforms: torch.Tensor, lengths: torch.Tensor) -> Any:
+    def picky(waveforms: torch.Tensor, lengths: torch.Tensor, **options: Any) -> Any:
         sizes.append(len(lengths))
         assert not (waveforms[:, 0] == 0.5).any(), "this one"
-        return real(waveforms, lengths)
+        return real(waveforms, lengths, **options)
 
     monkeypatch.setattr(student, "layer_outputs", picky)
     clips = [np.full(8_000, value, np.float32) for value in (0.1, 0.5, 0.2)]
@@ -181,7 +181,7 @@ def test_a_failing_utterance_does_not_fail_its_batch(student: Student, monkeypat
 def test_an_engine_that_keeps_failing_is_not_alive(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FeatureEngine(TorchBackend(student))
     with monkeypatch.context() as patch:
-        patch.setattr(student, "layer_outputs", lambda *_: 1 / 0)
+        patch.setattr(student, "layer_outputs", lambda *_, **__: 1 / 0)
         for alive in (True, True, False):
             with pytest.raises(ZeroDivisionError):
                 asyncio.run(engine.features(waveforms(1)[0]))

@@ -150,8 +150,8 @@ def test_unknown_options_and_weights_are_refused() -> None:
 
 def test_other_arithmetic_is_refused() -> None:
     class Louder(Student):
-        def layer_outputs(self, *given):  # type: ignore[no-untyped-def]
-            layers, heads, frames = super().layer_outputs(*given)
+        def layer_outputs(self, *given, **options):  # type: ignore[no-untyped-def]
+            layers, heads, frames = super().layer_outputs(*given, **options)
             return [2 * layer for layer in layers], heads, frames
 
     with pytest.raises(ValueError, match="features of the exported model differ"):

@@ -253,6 +253,24 @@ def test_encode_gives_the_hidden_states_without_heads() -> None:
     assert out.projections.shape == (2, 4, 12, 48)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_layers_alone_are_bit_equal(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = lively(KINDS[kind])
+    waveforms, lengths = batch([4000, 2100], 4000), torch.tensor([4000, 2100])
+    with torch.no_grad():
+        layers, heads, _ = student.layer_outputs(waveforms, lengths)
+        monkeypatch.setattr(student.layers[3], "forward", lambda *_: 1 / 0)  # Never called.
+        first, first_heads, _ = student.layer_outputs(waveforms, lengths, num_layers=3)
+    assert len(first) == 3 and all(torch.equal(a, b) for a, b in zip(first, layers[:3], strict=True))
+    if KINDS[kind].heads == "split":
+        assert first_heads == []
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(first_heads, heads[:3], strict=True))
+    for number in (0, 5):
+        with pytest.raises(ValueError, match=f"num_layers must be from 1 to 4, not {number}"):
+            student.encode(waveforms, lengths, num_layers=number)
+
+
 def test_a_teacher_as_wide_as_the_student_needs_no_heads() -> None:
     student = Student(TINY.model_copy(update={"target_dim": 24})).eval()
     out = student(torch.randn(1, 4000), torch.tensor([4000]))

@@ -1,0 +1,107 @@
+"""The connections of the server: a deadline for a request's head, a cap on open connections, and refusals in JSON."""
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import h11
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from ray_distill.serve.api.errors import STATUS, ErrorType
+
+if TYPE_CHECKING:
+    _Base = Any
+else:
+    _Base = AutoHTTPProtocol
+
+_MAX_HEAD_BYTES = 2**16
+_PHRASES = {400: "Bad Request", 429: "Too Many Requests"}
+
+
+def protocol_class(head_seconds: float, max_connections: int) -> type[Any]:
+    """Return the class of connections for `uvicorn.Config`.
+
+    Args:
+        head_seconds: Seconds that a client has for the request line and the headers, from the opening of the connection and from the
+            first byte of each further request. Then the connection is closed.
+        max_connections: Open connections; further ones get 429 and are closed.
+    """
+
+    class Connection(_Base):  # type: ignore[misc]
+        """A connection of Uvicorn."""
+
+        _head_timer: asyncio.TimerHandle | None = None
+        _head_bytes = 0
+        _in_body = False  # Set by the callbacks of httptools.
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                self._refuse("overloaded", f"The service has {max_connections} open connections; try again later.")
+            else:
+                self._start_timer()
+
+        def data_received(self, data: bytes) -> None:
+            if self.transport.is_closing():
+                return
+            if not self._past_head():
+                self._head_bytes += len(data)
+            super().data_received(data)
+            if self.transport.is_closing():
+                self._stop_timer()
+            elif self._past_head():
+                self._stop_timer()
+                self._head_bytes = 0
+            elif self._head_bytes > _MAX_HEAD_BYTES:
+                message = f"The request line and the headers must have at most {_MAX_HEAD_BYTES} bytes."
+                self._refuse("bad_request", message)
+            elif self._head_timer is None:
+                self._start_timer()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
+            super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            """Answer bytes that are not HTTP; called by Uvicorn."""
+            self._refuse("bad_request", "The request is not valid HTTP/1.1.")
+
+        def on_headers_complete(self) -> None:
+            """Note that the body begins; called by httptools."""
+            self._in_body = True
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            """Note that the body is complete; called by httptools."""
+            self._in_body = False
+            super().on_message_complete()
+
+        def _past_head(self) -> bool:
+            """Return whether a request is being answered, or its body is still arriving, maybe after the answer."""
+            is_open = self.cycle is not None and not self.cycle.response_complete
+            connection = getattr(self, "conn", None)  # The state of h11.
+            return is_open or self._in_body or (connection is not None and connection.their_state is h11.SEND_BODY)
+
+        def _start_timer(self) -> None:
+            self._head_timer = self.loop.call_later(head_seconds, self.transport.abort)
+
+        def _stop_timer(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+        def _refuse(self, kind: ErrorType, message: str) -> None:
+            self._stop_timer()
+            status = STATUS[kind]
+            body = json.dumps({"error": message, "error_type": kind})
+            head = [
+                f"HTTP/1.1 {status} {_PHRASES[status]}",
+                "content-type: application/json",
+                f"content-length: {len(body)}",
+                "connection: close",
+                *(["retry-after: 1"] if status == 429 else []),
+            ]
+            self.transport.write("\r\n".join([*head, "", body]).encode())
+            self.transport.close()
+
+    return Connection

@@ -1,0 +1,6 @@
+SwaggerUIBundle({
+  url: "/openapi.json",
+  dom_id: "#reference",
+  validatorUrl: null,
+  presets: [SwaggerUIBundle.presets.apis],
+});

@@ -73,7 +73,8 @@ class CacheSection(_Section):
     """Folder of the cache, or a URI such as ``s3://bucket/prefix``."""
     codec: Annotated[str, pydantic.AfterValidator(check_codec), SAME_IN_ABLATION] = DEFAULT_CODEC
     """Storage format of the features: ``pca``, ``layer-pca``, ``int8``, ``fp16`` or ``fp32``. ``pca:STEP`` and
-    ``layer-pca:STEP`` set the quantisation step."""
+    ``layer-pca:STEP`` set the quantisation step. ``units:CLUSTERS`` and ``mvq:CODEBOOKS`` store discrete targets, for the objectives
+    ``units`` and ``mvq``."""
     targets: Targets = "clean_and_masked"
     """Targets to store: ``clean_and_masked``, ``composite_only`` or ``clean_only``; see `CacheSpec`."""
     precision: Annotated[Precision | None, SAME_IN_ABLATION] = None

@@ -154,8 +154,20 @@ class Config(_Section):
         placeholder = len(pattern) if isinstance(pattern, (list, tuple)) else len(self.teacher.layers or range(12))
         student = self.resolve_student(placeholder, StudentConfig.model_fields["target_dim"].default)
         self.train.check_student(student)
-        if self.train.mask_embedding == "teacher" and not self.masks.draws:
+        fresh = self.train.masks == "fresh"
+        if fresh and self.masks.draws:
+            raise ValueError(
+                f"train.masks fresh draws a mask for each epoch, so the {self.masks.draws} mask draws of the cache are not used; set "
+                "masks.draws=0"
+            )
+        if self.train.mask_embedding == "teacher" and not self.masks.draws and not fresh:
             raise ValueError("train.mask_embedding teacher needs masks.draws; without masks no embedding is used")
+        self.train.chosen_objective.check_source(
+            self.cache.codec,
+            cached=self.train.targets == "cached",
+            draws=self.masks.draws,
+            fresh_masks=fresh,
+        )
         return self
 
     def resolve_student(self, num_layers: int, dim: int, patches: PatchGeometry | None = None) -> StudentConfig:

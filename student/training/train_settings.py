@@ -20,6 +20,10 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
 
     targets: Literal["cached", "online"] = "cached"
     """Source of the targets: ``cached`` reads them from a cache, ``online`` runs the teacher at each step, for comparison."""
+    masks: Literal["cached", "fresh"] = "cached"
+    """Masks of the student's input: ``cached`` uses the cached draws (``masks.draws``), ``fresh`` draws new ones for each epoch from
+    ``masks.policy``, ``masks.seed``, the epoch and the utterance's id, with the targets of the clean pass everywhere. ``fresh`` needs
+    ``masks.draws: 0``."""
     epochs: int = pydantic.Field(default=200, ge=1)
     """Passes over the training split."""
     max_steps: int | None = pydantic.Field(default=None, ge=1)
@@ -107,6 +111,10 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
         if self.draw_order == "in_order" and self.targets == "online":
             raise ValueError(
                 "train.draw_order in_order needs train.targets cached: online targets have no fixed number of draws"
+            )
+        if self.draw_order == "in_order" and self.masks == "fresh":
+            raise ValueError(
+                "train.draw_order in_order does nothing with train.masks fresh, which has a draw for each epoch; remove one of them"
             )
         objective_of(self)
         return self

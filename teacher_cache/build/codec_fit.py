@@ -35,8 +35,7 @@ def fit_codec_to_corpus(
     Raises:
         ValueError: If more utterances are left out than `allowed_failures` allows.
     """
-    utterances = [u for shard in shards_of(plan) for u in shard.utterances if u.split == "train"]
-    utterances.sort(key=lambda u: hashlib.sha256(f"codec/{u.id}".encode()).digest())
+    utterances = sample_order([u for shard in shards_of(plan) for u in shard.utterances if u.split == "train"])
     fitted: list[Tensor] = []
     held_out: list[Tensor] = []
     num_fitted = num_held_out = 0
@@ -62,6 +61,11 @@ def fit_codec_to_corpus(
     sample = torch.cat(fitted or held_out)
     state = fit_codec(spec.codec, sample, torch.cat(held_out or fitted))
     return {key: value.cpu() for key, value in state.items()}
+
+
+def sample_order(utterances: Sequence[Utterance]) -> list[Utterance]:
+    """Return utterances in the order in which a codec's sample takes them, which is that of the hashes of their ids."""
+    return sorted(utterances, key=lambda u: hashlib.sha256(f"codec/{u.id}".encode()).digest())
 
 
 class _UnusableError(ValueError):

@@ -51,7 +51,8 @@ def repair_cache(
     Raises:
         CacheError: If both copies of a record are missing or damaged, ``cache.json`` and its copy are intact but describe
             different caches, anything in the cache is a link, the folder can't be written to, the teacher is not the cache's or
-            must be named, no audio file was below the old path, or audio can't be read (everything else is repaired first).
+            must be named, shard files of a derived cache are damaged, no audio file was below the old path, or audio can't be read
+            (everything else is repaired first).
     """
     store = Store(location)
     if not Cache.exists(store) and store.size(f"{COPIES}/{CACHE_JSON}") is None:

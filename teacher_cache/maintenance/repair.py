@@ -14,7 +14,7 @@ from ray_distill.teacher_cache.build.shard_audio import (
 from ray_distill.teacher_cache.build.shard_writer import open_writer
 from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
 from ray_distill.teacher_cache.maintenance.verify import Problem, verify_cache
-from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile
+from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile, derived_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
 from ray_distill.teacher_cache.storage.shard_plan import Shard, with_sources
@@ -80,6 +80,10 @@ def repair_cache(
         damaged = [problem.file for problem in problems if problem.file is not None]
         if damaged:
             cache = Cache.open(store)
+            if cache.spec.derived_from is not None:
+                for file in damaged:
+                    store.remove(file.commit)
+                raise derived_error(cache)
             shards = cache.shards if corpus_moved is None else _with_moved_corpus(cache, *map(Path, corpus_moved))
             done += _rebuild(cache, shards, damaged, teacher_spec, device, check_lock)
     return done

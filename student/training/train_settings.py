@@ -7,7 +7,7 @@ import pydantic
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.objective import Objective
 from ray_distill.student.objectives.objective_keys import ObjectiveKeys, objective_of
-from ray_distill.student.training.field_effects import CHANGES_NO_RESULT
+from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT
 from ray_distill.student.training.spec_augment import SpecAugment
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
@@ -20,7 +20,7 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
 
     targets: Literal["cached", "online"] = "cached"
     """Source of the targets: ``cached`` reads them from a cache, ``online`` runs the teacher at each step, for comparison."""
-    masks: Literal["cached", "fresh"] = "cached"
+    masks: Annotated[Literal["cached", "fresh"], CHANGES_LOSS_MEANING] = "cached"
     """Masks of the student's input: ``cached`` uses the cached draws (``masks.draws``), ``fresh`` draws new ones for each epoch from
     ``masks.policy``, ``masks.seed``, the epoch and the utterance's id, with the targets of the clean pass everywhere. ``fresh`` needs
     ``masks.draws: 0``."""

@@ -86,8 +86,7 @@ def train(
         settings: Settings of the training.
         train_reader: Targets of the training split.
         validation_reader: Targets of the validation split.
-        folder: Run folder; receives ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` (see `Checkpoints`) and, at the end
-            of the training, ``train.json`` with the result.
+        folder: Run folder; receives the files of `run_files`, at the end of the training ``train.json`` with the result.
         rank: This process. Default: the only one.
         initial: Safetensors file of initial weights by name, such as the teacher's; all others are random. Default None.
         wrap: Function that wraps the module with student and loss in DDP. Default: no wrapping.

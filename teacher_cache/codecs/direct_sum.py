@@ -78,7 +78,7 @@ def choose_entries(frames: Tensor, codebooks: Tensor) -> Tensor:
     """Return the entries (F, N) int64 whose sums are close to the frames (F, D). The choice does not depend on other frames."""
     flat = codebooks.flatten(0, 1)
     twice = 2 * (flat @ flat.T).view(len(codebooks), SIZE, len(codebooks), SIZE)
-    found = [_choose(part, codebooks, twice) for part in frames.split(_CHUNK)]
+    found = [_choose(part, codebooks, twice) for part in torch.split(frames, _CHUNK)]
     return torch.cat(found) if found else torch.zeros(0, len(codebooks), dtype=torch.int64, device=frames.device)
 
 

@@ -26,7 +26,7 @@ def nearest(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """
     norms = centroids.square().sum(1)
     found, distances = [], []
-    for part in frames.split(_CHUNK):
+    for part in torch.split(frames, _CHUNK):
         # The frame's own norm is the same for all centroids.
         score, index = torch.addmm(norms, part, centroids.T, alpha=-2).min(1)
         found.append(index)
@@ -39,7 +39,7 @@ def nearest(frames: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def sums_by_index(frames: Tensor, index: Tensor, size: int) -> Tensor:
     """Return the (size, D) sums of the frames (N, D) that have each index (N,)."""
     total = frames.new_zeros(size, frames.shape[1])
-    for part, chosen in zip(frames.split(_CHUNK), index.split(_CHUNK), strict=True):
+    for part, chosen in zip(torch.split(frames, _CHUNK), torch.split(index, _CHUNK), strict=True):
         one_hot = torch.zeros(size, len(part), device=part.device)
         one_hot[chosen, torch.arange(len(part), device=part.device)] = 1
         total += one_hot @ part

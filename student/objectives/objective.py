@@ -1,6 +1,7 @@
 """The interface of a training objective: its settings, its module with student and loss, and the loss that it returns."""
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from copy import copy
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self, get_args
@@ -96,9 +97,10 @@ class Distiller(nn.Module, ABC):
         """Set the 0-based epoch and step, for objectives that vary. To be called before each forward pass of a training."""
 
     def with_student(self, student: Student) -> Self:
-        """Return this module with another student and the same predictors."""
+        """Return this module with another student and the same predictors, without hooks."""
         other = copy(self)
         other._modules = {**self._modules, "student": student}
+        other._forward_pre_hooks, other._forward_hooks = OrderedDict(), OrderedDict()
         return other
 
     def forward(

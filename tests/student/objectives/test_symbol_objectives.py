@@ -47,7 +47,7 @@ def last_layer(student: Student) -> list[tuple[int, int, bool, Tensor]]:
     return [(b, t, bool(MASK[b, t]), states[b, t].detach()) for b, count in enumerate(FRAMES) for t in range(count)]
 
 
-def nce(projected: Tensor, embeddings: Tensor, unit: int) -> float:
+def frame_loss(projected: Tensor, embeddings: Tensor, unit: int) -> float:
     """Return fairseq's loss of a frame: a list with the right embedding first, and its copy among all embeddings taken out."""
     candidates = [embeddings[unit], *embeddings]
     logits = torch.stack([F.cosine_similarity(projected, candidate, 0) / 0.1 for candidate in candidates])
@@ -69,7 +69,7 @@ def test_units_as_in_fairseq(bare: Student, masked: float, unmasked: float) -> N
             assert isinstance(predictor, UnitPredictor)
             projected = predictor.projection(x).detach()
             unit = int(targets[b, layer, t, 0])
-            sums[layer] += weight * nce(projected, predictor.embeddings.detach(), unit)
+            sums[layer] += weight * frame_loss(projected, predictor.embeddings.detach(), unit)
             best = F.cosine_similarity(projected[None], predictor.embeddings, 1).argmax()
             right[1 - is_masked, layer] += float(weight > 0 and best == unit)
         right[1 - is_masked, 2] += float(weight > 0)
@@ -110,7 +110,7 @@ def test_units_agree_with_fairseq(bare: Student) -> None:
     model = type("Model", (), {"logit_temp": settings.unit_temperature})()
     projected = predictor.projection(x)
     positive, negatives = predictor.embeddings[units], predictor.embeddings[:, None].expand(-1, 7, -1)
-    logits = hubert.HubertModel.compute_nce(model, projected, positive, negatives)
+    logits = hubert.HubertModel.compute_frame_loss(model, projected, positive, negatives)
     expected = F.cross_entropy(logits, torch.zeros(7, dtype=torch.int64), reduction="sum")
     torch.testing.assert_close(F.cross_entropy(predictor(x), units, reduction="sum"), expected)
 
@@ -195,7 +195,7 @@ def test_mixtures_add_up_and_start_at_their_steps(still: StudentConfig) -> None:
         "the student appears once, with two predictors of three tensors"
     )
     other = distiller.with_student(Student(still))
-    assert float(other(WAVEFORMS, LENGTHS, MASK, (features, units)).total) != pytest.approx(float(found.total))
+    assert other(WAVEFORMS, LENGTHS, MASK, (features, units)).total.item() != pytest.approx(found.total.item())
     assert distiller.student is student
 
 

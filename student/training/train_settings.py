@@ -48,6 +48,9 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     """Peak learning rate. Published: 5e-3 with attention reuse, 5e-4 without."""
     warmup_fraction: float = pydantic.Field(default=0.05, ge=0, le=1)
     """Share of the steps in which the learning rate rises linearly from 0; after them it falls linearly to 0."""
+    optimizer: Literal["adamw", "published"] = "adamw"
+    """Optimiser: PyTorch's ``adamw``, or ``published``: the update and the schedule of S3PRL's ``AdamW_with_schedule``, which adds eps
+    before the bias correction, scales the weight decay by it, and counts the schedule from step 1."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's betas."""
     eps: float = 1e-6

@@ -19,7 +19,7 @@ from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training import run_files
 from ray_distill.student.training.metrics import Metrics, MetricWindow
-from ray_distill.student.training.optimizer import make_optimizer, schedule_factor
+from ray_distill.student.training.optimizer import learning_rate, make_optimizer
 from ray_distill.student.training.prefetch import MicroBatch, TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.target_source import TargetSource
@@ -286,7 +286,7 @@ class _Loop:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a 0-based optimiser step."""
-        return self.settings.learning_rate * schedule_factor(step, self.plan.total_steps, self.settings.warmup_fraction)
+        return learning_rate(self.settings, step, self.plan.total_steps)
 
     def count_loss(self) -> None:
         for record in self.step_batches:

@@ -127,7 +127,8 @@ CHANGES_RESULT = {
     "masks.policy": "selection mask_prob mask_length mask_other no_overlap min_space",
     "cache": "targets",
     "train": "targets epochs max_steps batch_size batch_seconds crop_seconds accumulate workers use_gpu precision learning_rate "
-    "warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding init_front_end init_encoder_layers "
+    "optimizer warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding init_front_end "
+    "init_encoder_layers "
     "unit_dim codebook_hidden "
     "max_grad_norm ema_decay draw_order validate_every log_every seed",
 }

@@ -43,7 +43,7 @@ class PublishedUpdate(torch.optim.Optimizer):
         super().__init__(groups, {"betas": betas, "eps": eps, "lr": 0.0, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update all parameters with gradients."""
         for group in self.param_groups:
             first, second = group["betas"]

@@ -12,6 +12,7 @@ setup(
         *RECIPES,
         "ray_distill.recipes.ablations",
         "ray_distill.recipes.clusters",
+        "ray_distill.recipes.discrete",
     ],
     package_dir={f"ray_distill.{folder}": folder for folder in FOLDERS} | RECIPES,
     package_data={
@@ -20,7 +21,10 @@ setup(
         "ray_distill.pipeline.reports": ["templates/*"],
         "ray_distill.teacher_cache.teachers.builtin": ["*/*.json", "*/*.safetensors", "*/*.md"],
         "ray_distill.teacher_cache.teachers.known": ["*.json"],
-        **{f"ray_distill.recipes{below}": ["*.yaml", "*.json"] for below in ("", ".ablations", ".clusters")},
+        **{
+            f"ray_distill.recipes{below}": ["*.yaml", "*.json"]
+            for below in ("", ".ablations", ".clusters", ".discrete")
+        },
         "ray_distill.serve.page": ["*.html", "*.css", "*.js", "*.svg", "*.flac"],
         "ray_distill.serve.reference": ["*.html", "*.js", "*.gz", "*.txt"],
     },

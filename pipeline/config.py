@@ -93,7 +93,8 @@ class CacheSection(_Section):
     ``caches/TEACHER-CORPUS``."""
     codec: Annotated[str, pydantic.AfterValidator(check_codec), SAME_IN_ABLATION] = DEFAULT_CODEC
     """Storage format of the features: ``pca``, ``layer-pca``, ``int8``, ``fp16`` or ``fp32``. ``pca:STEP`` and
-    ``layer-pca:STEP`` set the quantisation step."""
+    ``layer-pca:STEP`` set the quantisation step. ``units:CLUSTERS`` and ``mvq:CODEBOOKS`` store discrete targets, for the objectives
+    ``units`` and ``mvq``."""
     targets: Targets = "clean_and_masked"
     """Targets to store: ``clean_and_masked``, ``composite_only`` or ``clean_only``; see `CacheSpec`."""
     precision: Annotated[Precision | None, SAME_IN_ABLATION] = None
@@ -173,8 +174,20 @@ class Config(_Section):
         placeholder = len(pattern) if isinstance(pattern, (list, tuple)) else len(self.teacher.layers or range(12))
         student = self.resolve_student(placeholder, StudentConfig.model_fields["target_dim"].default)
         self.train.check_student(student)
-        if self.train.mask_embedding == "teacher" and not self.masks.draws:
+        fresh = self.train.masks == "fresh"
+        if fresh and self.masks.draws:
+            raise ValueError(
+                f"train.masks fresh draws a mask for each epoch, so the {self.masks.draws} mask draws of the cache are not used; set "
+                "masks.draws=0"
+            )
+        if self.train.mask_embedding == "teacher" and not self.masks.draws and not fresh:
             raise ValueError("train.mask_embedding teacher needs masks.draws; without masks no embedding is used")
+        self.train.chosen_objective.check_source(
+            self.cache.codec,
+            cached=self.train.targets == "cached",
+            draws=self.masks.draws,
+            fresh_masks=fresh,
+        )
         return self
 
     def resolve_student(self, num_layers: int, dim: int, patches: PatchGeometry | None = None) -> StudentConfig:

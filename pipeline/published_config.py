@@ -147,7 +147,8 @@ def _changes(given: dict[str, Any], config: Config) -> list[str]:
     """Return a sentence for each published key or setting that has another meaning or value here; see docs/fidelity.md."""
     changes = [
         f"masks.draws: the {DRAWS} cached draws are used in turn, where the published recipe draws a new mask each time",
-        "optimizer.name: PyTorch's AdamW, where the published optimiser is S3PRL's Lamb without its trust ratio",
+        "optimizer.name: PyTorch's AdamW, where the published optimiser is S3PRL's Lamb without its trust ratio "
+        "(train.optimizer published)",
         "train.count_padding: the loss counts real frames, and each micro-batch by its frames, where the published loss counts "
         "padded frames and each micro-batch equally",
         "train.validate_every, train.keep_best: a validation after each epoch, and the three best students, as the published code "

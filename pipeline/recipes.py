@@ -54,9 +54,13 @@ def other_recipes(name: Path, folder: str | None = None) -> str:
 
     Args:
         name: Name that was given.
-        folder: Sub-folder of ``configs/`` whose recipes are listed. Default: ``configs/`` itself, and ``ablations`` too.
+        folder: Sub-folder of ``configs/`` whose recipes are listed. Default: ``configs/`` itself, ``ablations`` and ``discrete``.
     """
-    names = [*recipe_names(), *recipe_names("ablations")] if folder is None else recipe_names(folder)
+    names = (
+        [*recipe_names(), *recipe_names("ablations"), *recipe_names("discrete")]
+        if folder is None
+        else recipe_names(folder)
+    )
     given = name.with_suffix("").as_posix() if name.suffix == ".yaml" else name.as_posix()
     stems = {other.rpartition("/")[2]: other for other in names}
     near = nearest(given, names) or [stems[stem] for stem in nearest(given.rpartition("/")[2], stems)]

@@ -26,7 +26,7 @@ from ray_distill.pipeline.commands.push import push
 from ray_distill.pipeline.commands.run import run
 from ray_distill.pipeline.commands.teachers import list_teachers, show_teacher
 from ray_distill.serve.command import serve
-from ray_distill.teacher_cache.commands import info, repair, verify
+from ray_distill.teacher_cache.commands import derive, info, repair, verify
 
 MISTAKES = (ValueError, OSError, FloatingPointError)
 """Exceptions that mean a mistake of the user; any other exception is our own and keeps its traceback."""
@@ -125,8 +125,10 @@ for _panel, _commands in _PANELS.items():
         kind = ServerCommand if _name == "serve" else Command
         application.command(_name, cls=kind, rich_help_panel=_panel)(_function)
 
-_cache = typer.Typer(cls=Group, no_args_is_help=True, help="Show, check or repair a teacher cache.")
-for _function in (info, verify, repair):
+_cache = typer.Typer(
+    cls=Group, no_args_is_help=True, help="Show, check or repair a teacher cache, or derive another one from it."
+)
+for _function in (info, verify, repair, derive):
     _cache.command(cls=Command)(_function)
 application.add_typer(_cache, name="cache", rich_help_panel="Teacher cache")
 

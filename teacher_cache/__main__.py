@@ -1,4 +1,4 @@
-"""``python -m teacher_cache info|verify|repair CACHE``: the same as ``ray-distill cache``."""
+"""``python -m teacher_cache info|verify|repair|derive CACHE``: the same as ``ray-distill cache``."""
 
 from ray_distill.command_line import main_cache
 

@@ -1,4 +1,4 @@
-"""``ray-distill cache info|verify|repair``: show a cache, check it, rebuild what is damaged.
+"""``ray-distill cache info|verify|repair|derive``: show a cache, check it, rebuild what is damaged, make another from it.
 
 Only typer is imported at the top, so that ``--help`` is fast; each function imports what it needs.
 """
@@ -114,6 +114,44 @@ def repair(
         console.print(f"{cache} is sound; nothing to repair")
     else:
         console.print(f"{cache}: {len(done)} {'repair' if len(done) == 1 else 'repairs'} made")
+
+
+def derive(
+    cache: Location,
+    layer: Annotated[
+        list[int], typer.Option(help="Layer of the new cache, counted from 1; may be given several times.")
+    ],
+    units: Annotated[
+        int | None, typer.Option(help="Number of clusters, for the objective units. Give this or --mvq.")
+    ] = None,
+    mvq: Annotated[
+        int | None, typer.Option(help="Number of codebooks, for the objective mvq. Give this or --units.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder or URI of the new cache. Default: that of CACHE, with codec and layers added."),
+    ] = None,
+) -> None:
+    """Make a cache of discrete targets from the clean pass of another cache, without the teacher.
+
+    The new cache contains the audio too. Its fingerprint names the cache that it was derived from. The same command finishes an
+    interrupted derivation.
+    """
+    from ray_distill.teacher_cache.maintenance.derive import derive_cache
+    from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
+
+    if (units is None) == (mvq is None):
+        raise ValueError("give exactly one of --units and --mvq, such as --units 500")
+    codec = f"units:{units}" if units is not None else f"mvq:{mvq}"
+    name = f"{codec.replace(':', '-')}-layer-{'-'.join(map(str, sorted(set(layer))))}"
+    place = output or f"{cache.rstrip('/')}-{name}"
+    console = _console()
+    written = derive_cache(cache, place, codec, layer)
+    made = Cache.open(place)
+    console.print(
+        f"{place}: {written} of {len(made.shards)} shards written, {cache_bytes(made) / 1e6:.1f} MB with the audio",
+        markup=False,
+    )
 
 
 def _console() -> "Console":

@@ -55,7 +55,8 @@ class MaskDraws(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
     policies: tuple[MaskPolicy, ...] = ()
     """Policies of the first draws, one each, where they differ from ``policy``; for example a schedule of mask_prob."""
     draws: int = pydantic.Field(default=1, ge=0, le=MAX_DRAWS)
-    """Number of independent masks per utterance. 0 trains without masks."""
+    """Number of independent masks per utterance whose masked pass is cached. 0 caches none, and trains without masks unless
+    ``train.masks`` is ``fresh``."""
     seed: int = 0
     """Seed of all draws."""
 

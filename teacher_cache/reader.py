@@ -24,7 +24,13 @@ from ray_distill.teacher_cache.storage.failed_utterances import check_failed
 from ray_distill.teacher_cache.storage.shard_file_pool import ShardFilePool
 from ray_distill.teacher_cache.storage.shard_plan import Shard
 from ray_distill.teacher_cache.storage.store import Store
-from ray_distill.teacher_cache.targets.target_batch import Batch, CachedUtterance, CodedTargets, pad_waveforms
+from ray_distill.teacher_cache.targets.target_batch import (
+    Batch,
+    CachedUtterance,
+    CodedTargets,
+    pad_waveforms,
+    symbol_layout,
+)
 
 _OPEN_FILES = 256
 """Maximum number of idle open files on a local disk."""
@@ -64,6 +70,7 @@ class CacheReader:
         layers: 1-based layers of the targets.
         dim: Width D of the teacher.
         draws: Number of mask draws of the split. Validation uses no masks, so it has 0.
+        symbols: Layout of discrete targets; None if the codec is not discrete.
         bytes_read: Number of bytes read from shard files so far.
         batches_at_once: Number of `read` calls that a prefetcher should keep in flight.
 
@@ -114,6 +121,7 @@ class CacheReader:
             if set(layer_set.layers) & set(self.layers)
         }
         self._codecs = [codec for codecs in self._sets.values() for codec in codecs]
+        self.symbols = symbol_layout(self._codecs)
         self._files: dict[tuple[int, str, int | None, int], ShardFile] = {}
         for shard in shards:
             for file in self.cache.files(shard):

@@ -27,8 +27,7 @@ from benchmarks.result_file import REPOSITORY, RESULTS, write_result
 from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances, whisper_folder
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
-from ray_distill.teacher_cache.build.codec_fit import SAMPLE_FRAMES
-from ray_distill.teacher_cache.codecs import ColumnCodec, fit_codec, open_codec, relative_error
+from ray_distill.teacher_cache.codecs import ColumnCodec, fit_codec, open_codec, relative_error, sample_frames
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.source_audio import load_waveform
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
@@ -37,6 +36,9 @@ from ray_distill.teacher_cache.teachers import load_teacher
 
 CODECS = "fp32,int8,pca:0.25,pca:0.5,pca:1,pca:2,pca:4"
 UNTRAINED = "fp16,layer-pca:0.5,layer-pca:1"
+DISCRETE = (
+    "fp16,int8,layer-pca:0.5,layer-pca:1,layer-pca:2,layer-pca:4,units:100,units:500,mvq:1,mvq:2,mvq:4,mvq:8,mvq:16"
+)
 MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=10), draws=2)
 FRAMES_PER_SECOND = 50
 
@@ -152,7 +154,7 @@ def fit(name: str, split: Split, layers: int, dim: int) -> tuple[ColumnCodec, ..
     for number, x in enumerate(split.clean):
         blocks.append(x)
         blocks += [draw[number] for draw in split.composites[:1]]
-        if sum(len(block) for block in blocks) >= SAMPLE_FRAMES:
+        if sum(len(block) for block in blocks) >= sample_frames(name, layers, dim):
             break
     held_out = torch.cat(blocks[::10])
     sample = torch.cat([block for number, block in enumerate(blocks) if number % 10])
@@ -330,6 +332,44 @@ def loud(
     write_result(output, rows=rows)
 
 
+def discrete(
+    layer: Annotated[int, typer.Option(help="Layer of hubert_small.")] = 4,
+    codecs: Annotated[str, typer.Option(help="Codecs of one layer, separated by commas.")] = DISCRETE,
+    seconds: Annotated[float, typer.Option(help="Seconds of training audio to fit the codecs to, at most.")] = 1200,
+    output: Annotated[Path, typer.Option()] = RESULTS / "cache/codec_discrete.json",
+) -> None:
+    """Measure size and error of discrete codecs beside others for the clean pass of one layer, on held-out speakers."""
+    torch.set_num_threads(1)
+    training, validation = (load_split("hubert_small", name, s) for name, s in ((TRAIN, seconds), (HELD_OUT, 150)))
+    training.composites.clear()
+    for split in (training, validation):
+        split.clean[:] = [x[:, layer - 1 : layer].clone() for x in split.clean]
+    held_out = torch.cat(validation.clean)
+    rows: list[dict[str, Any]] = []
+    for name in codecs.split(","):
+        began = time.process_time()
+        coder = fit(name, training, 1, held_out.shape[2])
+        fitted = time.process_time()
+        decoded = coder[0].decode(coder[0].encode(held_out))
+        encoded = time.process_time()
+        per_frame = stored_bytes(coder, validation)
+        rows.append(
+            {
+                "codec": name,
+                "bytes_per_frame": per_frame,
+                "kilobytes_per_second": per_frame * FRAMES_PER_SECOND / 1e3,
+                "error": float(relative_error(held_out, decoded)),
+                "fit_cpu_seconds": fitted - began,
+                "code_microseconds_per_frame": 1e6 * (encoded - fitted) / len(held_out),
+            }
+        )
+        print(rows[-1], flush=True)
+        frames = sum(map(len, training.clean))
+        write_result(
+            output, teacher="hubert_small", layer=layer, train_frames=frames, test_frames=len(held_out), rows=rows
+        )
+
+
 def plot(output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "pictures" / "codecs.svg") -> None:
     """Plot bytes per second against the change of the student's loss, for both teachers, and print the table as Markdown."""
     import matplotlib
@@ -383,6 +423,6 @@ def plot(output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "pictur
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    for command in (measure, check, loud, plot):
+    for command in (measure, check, loud, discrete, plot):
         app.command()(command)
     app()

@@ -10,7 +10,6 @@
 5. ``mask_ramp``: the mask probability of four levels (here) and of a change after each epoch (published).
 """
 
-import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,42 +25,13 @@ from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, small_student,
 from ray_distill.pipeline.published_config import DRAWS
 from ray_distill.student import Student
 from ray_distill.student.objectives.layer_prediction import LayerDistiller
-from ray_distill.student.training.optimizer import make_optimizer, schedule_factor
+from ray_distill.student.training.optimizer import PublishedUpdate, make_optimizer, schedule_factor
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, num_frames
 from ray_distill.teacher_cache.targets.batch_sampler import plan_epoch
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
-
-
-class PublishedUpdate(torch.optim.Optimizer):
-    """The update of S3PRL's Lamb with ``adam=True`` and ``correct_bias=True``, at the learning rates of its groups."""
-
-    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
-        super().__init__(groups, {"betas": betas, "eps": eps, "lr": 0.0, "weight_decay": 0.0})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Update all parameters with gradients."""
-        for group in self.param_groups:
-            first, second = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"], state["mean"], state["square"] = (
-                        0,
-                        torch.zeros_like(parameter),
-                        torch.zeros_like(parameter),
-                    )
-                state["step"] += 1
-                state["mean"].lerp_(parameter.grad, 1 - first)
-                state["square"].lerp_(parameter.grad.square(), 1 - second)
-                update = state["mean"] / (state["square"].sqrt() + group["eps"]) + group["weight_decay"] * parameter
-                correction = math.sqrt(1 - second ** state["step"]) / (1 - first ** state["step"])
-                parameter -= group["lr"] * correction * update
 
 
 def step_gradient(distiller: LayerDistiller, micros: list[tuple[Tensor, ...]], weights: list[float]) -> Tensor:
@@ -115,21 +85,16 @@ def train(teacher: Teacher, data: list[Tensor], held_out: list[Tensor], seed: in
     torch.manual_seed(seed)
     student = Student(small_student(teacher.num_layers, teacher.dim))
     distiller = LayerDistiller(student)
-    settings = TrainSettings(batch_size=4)
-    optimizer: torch.optim.Optimizer = make_optimizer(student, settings)
-    if published:
-        optimizer = PublishedUpdate(
-            [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optimizer.param_groups],
-            settings.betas,
-            settings.eps,
-        )
+    settings = TrainSettings(batch_size=4, optimizer="published" if published else "adamw")
+    optimizer = make_optimizer(student, settings)
+    assert isinstance(optimizer, PublishedUpdate) == published
 
     def order() -> Iterator[Tensor]:
         while True:
             yield from torch.randperm(len(data[0])).split(4)
 
     for step, rows in zip(range(steps), order(), strict=False):
-        factor = schedule_factor(step + published, steps, settings.warmup_fraction)
+        factor = schedule_factor(step, steps, settings.warmup_fraction, published=published)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
         optimizer.zero_grad()

@@ -19,9 +19,14 @@ _LAYER_CHARTS = (
     ("Cosine similarity, validation (no masks)", "validation", "cosine_unmasked_layer_", "cosine similarity"),
     ("Cosine similarity at masked frames, training", "train", "cosine_masked_layer_", "cosine similarity"),
     ("Cosine similarity at unmasked frames, training", "train", "cosine_unmasked_layer_", "cosine similarity"),
+    ("Symbols predicted right at masked frames, validation", "validation", "accuracy_masked_layer_", "share"),
+    ("Symbols predicted right at unmasked frames, validation", "validation", "accuracy_unmasked_layer_", "share"),
 )
 """Title, kind of row, prefix of the keys and title of the y axis of each chart with a curve per layer."""
-_LAYER_COLUMNS = ("validation loss", "cosine, validation", "cosine, masked, training", "cosine, unmasked, training")
+_LAYER_COLUMNS = (
+    *("validation loss", "cosine, validation", "cosine, masked, training", "cosine, unmasked, training"),
+    *("symbols right, masked, validation", "symbols right, unmasked, validation"),
+)
 """Headings of the same values in the table of layers."""
 
 
@@ -51,7 +56,7 @@ def training_charts(metrics: Rows) -> list[Chart]:
 
 
 def similarity_charts(metrics: Rows) -> list[Chart]:
-    """Return the charts of the cosine similarity between teacher and student, with a curve per layer."""
+    """Return the charts of the cosine similarity or the right symbols of teacher and student, with a curve per layer."""
     return _layer_charts(metrics, _LAYER_CHARTS[1:])
 
 
@@ -154,6 +159,6 @@ def _layer_charts(metrics: Rows, charts: Sequence[tuple[str, str, str, str]]) ->
             for n, (layer, key) in enumerate(keys.items())
         ]
         if series:
-            scale: Scale = "linear" if prefix.startswith("cosine") else "auto"
+            scale: Scale = "linear" if prefix.startswith(("cosine", "accuracy")) else "auto"
             found.append(line_chart(title, series, y_title, y_scale=scale))
     return found

@@ -87,7 +87,7 @@ def _check_start(run: Run, stages: set[str]) -> None:
             run.check_precision()
         if training:
             student, _ = initial_student(run)
-            student.check_targets(len(run.layers), run.teacher.dim)
+            run.config.train.chosen_objective.check_targets(student, len(run.layers), run.teacher.dim)
         else:
             run.layers  # noqa: B018 (loads the teacher)
         run.keep_checkpoint()

@@ -1,7 +1,7 @@
 """Layer prediction (DistilHuBERT, FitHuBERT, ARMHuBERT): heads predict the teacher's layers."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pydantic
@@ -11,12 +11,22 @@ from torch import Tensor
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.layer_loss import combine_layers, head_loss
-from ray_distill.student.objectives.objective import DistillationLoss, Distiller, ErrorKind, Objective, cosine_sums
+from ray_distill.student.objectives.objective import (
+    DistillationLoss,
+    Distiller,
+    Encoded,
+    ErrorKind,
+    FeatureObjective,
+    Targets,
+    check_kind,
+    cosine_sums,
+)
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
 from ray_distill.student.training.spec_augment import SpecAugment
+from ray_distill.teacher_cache.targets.target_batch import SymbolLayout
 
 
-class LayerPrediction(Objective, frozen=True):
+class LayerPrediction(FeatureObjective, frozen=True):
     """Heads predict the teacher's layers (ARMHuBERT, DistilHuBERT)."""
 
     objective: Literal["prediction"] = "prediction"
@@ -29,6 +39,8 @@ class LayerPrediction(Objective, frozen=True):
     hint_layers: int | None = pydantic.Field(default=None, ge=1)
     """Number of layers below the last that take part in the loss, drawn anew for each epoch (published
     ``distil_random_layer``). None uses all."""
+
+    uses_heads: ClassVar[bool] = True
 
     def check_student(self, config: StudentConfig) -> None:
         """See `Objective.check_student`."""
@@ -49,7 +61,9 @@ class LayerPrediction(Objective, frozen=True):
             return None
         return float(self.hint_weight * variance[:-1].sum() + self.final_weight * variance[-1])
 
-    def distiller(self, student: Student, *, spec_augment: SpecAugment | None, seed: int) -> "LayerDistiller":
+    def distiller(
+        self, student: Student, *, spec_augment: SpecAugment | None, seed: int, symbols: SymbolLayout | None = None
+    ) -> "LayerDistiller":
         """See `Objective.distiller`."""
         return LayerDistiller(
             student,
@@ -70,14 +84,14 @@ class LayerDistiller(Distiller):
     each head and no (B, L, T, D) tensor is made beside the targets.
 
     Args:
-        student: The student; its parameters (under ``student.``) are all the parameters of this module.
+        student: The student.
         kind, hint_weight, final_weight, cosine_weight: As for `distillation_loss`.
         hint_layers: Number of layers below the last that take part in each epoch. Default None: all.
         seed: Seed of the choice of hint layers. Default 0.
         spec_augment: Augmentation of the student's features in training mode. Default None: no augmentation.
 
     Attributes:
-        hints: For each layer below the last, whether it takes part in the hint; None if all do. Set by `set_epoch`.
+        hints: For each layer below the last, whether it takes part in the hint; None if all do. Set by `set_progress`.
 
     Raises:
         ValueError: unknown kind.
@@ -100,29 +114,31 @@ class LayerDistiller(Distiller):
         seed: int = 0,
         spec_augment: SpecAugment | None = None,
     ) -> None:
-        super().__init__(student, kind=kind, spec_augment=spec_augment)
+        super().__init__(student, spec_augment=spec_augment)
+        check_kind(kind)
+        self.kind = kind
         self.hint_weight, self.final_weight, self.cosine_weight = hint_weight, final_weight, cosine_weight
         self.hint_layers, self.seed = hint_layers, seed
         self.hints: Sequence[bool] | None = None
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_progress(self, epoch: int, step: int) -> None:
         """Draw the epoch's hint layers."""
         if self.hint_layers is not None:
             self.hints = draw_hint_layers(self.hint_layers, self.student.config.num_predictions - 1, self.seed, epoch)
 
-    def forward(
+    def loss(
         self,
-        waveforms: Tensor,
-        lengths: Tensor,
+        encoded: Encoded,
         frame_mask: Tensor | None,
-        targets: Tensor,
-        normalizer: float | Tensor | None = None,
+        targets: Targets,
+        divisor: float | Tensor,
         *,
         cosines: bool = False,
     ) -> DistillationLoss:
-        """See `Distiller.forward`; targets are (B, P, T, D), one for each head."""
-        head_inputs, num_frames, padded = self.encode(waveforms, lengths, frame_mask)
-        expected = (len(waveforms), len(head_inputs), padded.shape[1], self.student.config.target_dim)
+        """See `Distiller.loss`; targets are (B, P, T, D), one for each head."""
+        head_inputs, padded = encoded.head_inputs, encoded.padded
+        assert isinstance(targets, Tensor)
+        expected = (len(padded), len(head_inputs), padded.shape[1], self.student.config.target_dim)
         if targets.shape != expected:
             raise ValueError(f"targets must be (B, P, T, D) = {expected}, not {tuple(targets.shape)}")
         sums, errors, similarities = zip(
@@ -132,7 +148,6 @@ class LayerDistiller(Distiller):
             ),
             strict=True,
         )
-        divisor = num_frames.sum() if normalizer is None else normalizer
         loss = combine_layers(
             torch.stack(sums) / divisor,
             torch.stack(errors, 1),

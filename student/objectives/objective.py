@@ -1,8 +1,10 @@
 """The interface of a training objective: its settings, its module with student and loss, and the loss that it returns."""
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
+from copy import copy
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self, get_args
 
 import pydantic
 import torch
@@ -13,6 +15,7 @@ from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
 from ray_distill.student.training.spec_augment import SpecAugment, augmentation
 from ray_distill.teacher_cache.frames import padding_mask
+from ray_distill.teacher_cache.targets.target_batch import Batch, SymbolLayout
 
 ErrorKind = Literal["mse", "l1"]
 """Squared or absolute error."""
@@ -33,6 +36,7 @@ class DistillationLoss:
         cosines: (2, L + 1) float64, not differentiable, only if requested from a `Distiller`: for masked, then for unmasked
             frames, each layer's cosine similarity of student and teacher summed over frames, and the number of frames.
             The values of several batches and ranks can be added up.
+        accuracies: The same for the share of a frame's symbols that the student predicts, for objectives with discrete targets.
     """
 
     total: Tensor
@@ -44,35 +48,67 @@ class DistillationLoss:
     mask_final: Tensor | None = None
     unmask_final: Tensor | None = None
     cosines: Tensor | None = None
+    accuracies: Tensor | None = None
+
+    def agreement(self) -> Tensor:
+        """Return the cosine similarities and the accuracies (2, 2, L + 1) float64, zeros where there are none."""
+        empty = torch.zeros(2, len(self.per_layer) + 1, dtype=torch.float64, device=self.per_layer.device)
+        return torch.stack([empty if sums is None else sums for sums in (self.cosines, self.accuracies)])
+
+
+class Encoded(NamedTuple):
+    """Outputs of the student for a batch, from which objectives compute their losses.
+
+    Attributes:
+        layers: Output of each encoder layer, (B, T, d) float.
+        head_inputs: Input of each head, (B, T, .) float; without heads the layers' outputs.
+        num_frames: (B,) integer, real frames.
+        padded: (B, T) bool, True at padding.
+    """
+
+    layers: list[Tensor]
+    head_inputs: list[Tensor]
+    num_frames: Tensor
+    padded: Tensor
+
+
+Targets = Tensor | tuple[Tensor, ...]
+"""Targets of a batch: (B, L, T, D) float features, (B, L, T, S) int64 symbols, or for a mixture those of each part."""
 
 
 class Distiller(nn.Module, ABC):
     """A student and an objective's loss in one forward pass: the module that training wraps in DDP.
 
     Args:
-        student: The student; its parameters (under ``student.``) are all the parameters of this module.
-        kind: Error between student and teacher.
+        student: The student.
         spec_augment: Augmentation of the student's features in training mode. None disables it.
 
-    Raises:
-        ValueError: unknown kind.
+    Attributes:
+        predictors: Modules of the objective that are trained with the student and are not part of it, such as the predictors of
+            discrete targets. They are in the checkpoints from which a training continues. Default: none.
     """
 
-    def __init__(self, student: Student, *, kind: ErrorKind = "mse", spec_augment: SpecAugment | None = None) -> None:
+    def __init__(self, student: Student, *, spec_augment: SpecAugment | None = None) -> None:
         super().__init__()
-        check_kind(kind)
-        self.student, self.kind, self.spec_augment = student, kind, spec_augment
+        self.student, self.spec_augment = student, spec_augment
+        self.predictors = nn.ModuleList()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, for objectives that vary between epochs. To be called before each forward pass of a training."""
+    def set_progress(self, epoch: int, step: int) -> None:
+        """Set the 0-based epoch and step, for objectives that vary. To be called before each forward pass of a training."""
 
-    @abstractmethod
+    def with_student(self, student: Student) -> Self:
+        """Return this module with another student and the same predictors, without hooks."""
+        other = copy(self)
+        other._modules = {**self._modules, "student": student}
+        other._forward_pre_hooks, other._forward_hooks = OrderedDict(), OrderedDict()
+        return other
+
     def forward(
         self,
         waveforms: Tensor,
         lengths: Tensor,
         frame_mask: Tensor | None,
-        targets: Tensor,
+        targets: Targets,
         normalizer: float | Tensor | None = None,
         *,
         cosines: bool = False,
@@ -81,27 +117,35 @@ class Distiller(nn.Module, ABC):
 
         Args:
             waveforms, lengths, frame_mask: The batch, as `Student.forward` takes it.
-            targets: (B, L, T, D) float, teacher layers.
+            targets: Targets, as `Objective.targets_of` returns them; (B, L, T, D) float teacher layers for most objectives.
             normalizer: Number of frames that the loss is divided by. Default: the real frames of this batch. With DDP or
                 gradient accumulation, give the frames of the whole step and sum the losses.
-            cosines: Whether to compute cosine similarities as well.
+            cosines: Whether to compute cosine similarities or accuracies as well.
 
         Raises:
             ValueError: a shape that does not fit.
         """
+        encoded = self.encode(waveforms, lengths, frame_mask)
+        divisor = encoded.num_frames.sum() if normalizer is None else normalizer
+        return self.loss(encoded, frame_mask, targets, divisor, cosines=cosines)
 
-    def encode(
-        self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Run the student, with augmentation in training mode.
+    @abstractmethod
+    def loss(
+        self,
+        encoded: Encoded,
+        frame_mask: Tensor | None,
+        targets: Targets,
+        divisor: float | Tensor,
+        *,
+        cosines: bool = False,
+    ) -> DistillationLoss:
+        """Return the loss of an encoded batch, the sum over frames divided by ``divisor``; see `forward`."""
 
-        Returns:
-            The inputs of the heads, or without heads the layers' outputs, (B, T, d) each; the number of real frames (B,);
-            and the padding (B, T) bool.
-        """
+    def encode(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None) -> Encoded:
+        """Run the student, with augmentation in training mode."""
         augment = augmentation(self.spec_augment, self.training)
-        _, head_inputs, num_frames = self.student.layer_outputs(waveforms, lengths, frame_mask, augment)
-        return head_inputs, num_frames, padding_mask(num_frames, head_inputs[0].shape[1])
+        layers, head_inputs, num_frames = self.student.layer_outputs(waveforms, lengths, frame_mask, augment)
+        return Encoded(layers, head_inputs, num_frames, padding_mask(num_frames, layers[0].shape[1]))
 
 
 class Objective(pydantic.BaseModel, ABC, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -112,12 +156,33 @@ class Objective(pydantic.BaseModel, ABC, frozen=True, extra="forbid", use_attrib
 
     objective: str
     """Name of the objective."""
-    loss: Annotated[ErrorKind, CHANGES_LOSS_MEANING] = "mse"
-    """Error between student and teacher: squared (``mse``) or absolute (``l1``)."""
+
+    uses_heads: ClassVar[bool] = False
+    """Whether the objective trains the student's heads."""
+    validates_masked: ClassVar[bool] = False
+    """Whether validation masks the student's input, if training draws masks of its own (``train.masks: fresh``)."""
 
     @abstractmethod
     def check_student(self, config: StudentConfig) -> None:
         """Raise ValueError if a student of this architecture cannot learn with this objective."""
+
+    def check_targets(self, config: StudentConfig, num_layers: int, dim: int) -> None:
+        """Raise ValueError if such a student cannot learn from ``num_layers`` teacher layers of width ``dim``."""
+        config.check_targets(num_layers, dim)
+
+    def check_source(self, codec: str, *, cached: bool, draws: int, fresh_masks: bool) -> None:
+        """Raise ValueError if the objective cannot learn from such targets.
+
+        Args:
+            codec: Codec of the cache.
+            cached: Whether the targets come from a cache.
+            draws: Number of cached mask draws.
+            fresh_masks: Whether training draws masks of its own.
+        """
+
+    def targets_of(self, batch: Batch) -> Targets:
+        """Return the targets of a batch, on its device, in the form that `Distiller.forward` takes."""
+        return batch.targets
 
     def constant_loss(self, variance: Tensor) -> float | None:
         """Return the validation loss of the best prediction that is the same for all frames.
@@ -131,14 +196,27 @@ class Objective(pydantic.BaseModel, ABC, frozen=True, extra="forbid", use_attrib
         return None
 
     @abstractmethod
-    def distiller(self, student: Student, *, spec_augment: SpecAugment | None, seed: int) -> Distiller:
+    def distiller(
+        self, student: Student, *, spec_augment: SpecAugment | None, seed: int, symbols: SymbolLayout | None = None
+    ) -> Distiller:
         """Return the module with student and loss.
 
         Args:
             student: The student to train or validate.
             spec_augment: Augmentation in training mode. None disables it.
             seed: Seed of everything random in the objective.
+            symbols: Layout of discrete targets; None if the targets are features only.
+
+        Raises:
+            ValueError: The objective needs discrete targets, and there are none.
         """
+
+
+class FeatureObjective(Objective, frozen=True):
+    """Settings of an objective that compares real numbers of student and teacher."""
+
+    loss: Annotated[ErrorKind, CHANGES_LOSS_MEANING] = "mse"
+    """Error between student and teacher: squared (``mse``) or absolute (``l1``)."""
 
 
 def check_kind(kind: str) -> None:

@@ -19,12 +19,22 @@ from torch import Tensor
 
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.objectives.objective import DistillationLoss, Distiller, ErrorKind, Objective, cosine_sums
+from ray_distill.student.objectives.objective import (
+    DistillationLoss,
+    Distiller,
+    Encoded,
+    ErrorKind,
+    FeatureObjective,
+    Targets,
+    check_kind,
+    cosine_sums,
+)
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
 from ray_distill.student.training.spec_augment import SpecAugment
+from ray_distill.teacher_cache.targets.target_batch import SymbolLayout
 
 
-class TemporalRelation(Objective, frozen=True):
+class TemporalRelation(FeatureObjective, frozen=True):
     """The student matches temporal relations between the teacher's frames, without heads (STaR)."""
 
     objective: Literal["star"] = "star"
@@ -39,7 +49,9 @@ class TemporalRelation(Objective, frozen=True):
                 "student.heads to none"
             )
 
-    def distiller(self, student: Student, *, spec_augment: SpecAugment | None, seed: int) -> "RelationDistiller":
+    def distiller(
+        self, student: Student, *, spec_augment: SpecAugment | None, seed: int, symbols: SymbolLayout | None = None
+    ) -> "RelationDistiller":
         """See `Objective.distiller`."""
         layer_weight, intra_weight = self.relation_weights
         return RelationDistiller(
@@ -80,20 +92,21 @@ class RelationDistiller(Distiller):
         intra_weight: float = 1.0,
         spec_augment: SpecAugment | None = None,
     ) -> None:
-        super().__init__(student, kind=kind, spec_augment=spec_augment)
+        super().__init__(student, spec_augment=spec_augment)
+        check_kind(kind)
+        self.kind = kind
         self.layer_weight, self.intra_weight = layer_weight, intra_weight
 
-    def forward(
+    def loss(
         self,
-        waveforms: Tensor,
-        lengths: Tensor,
+        encoded: Encoded,
         frame_mask: Tensor | None,
-        targets: Tensor,
-        normalizer: float | Tensor | None = None,
+        targets: Targets,
+        divisor: float | Tensor,
         *,
         cosines: bool = False,
     ) -> DistillationLoss:
-        """See `Distiller.forward`.
+        """See `Distiller.loss`.
 
         Cosine similarities are those of the rows of the layer-wise relation matrices: a frame's relations to all frames.
 
@@ -101,15 +114,15 @@ class RelationDistiller(Distiller):
             The loss, with each layer's weighted contribution to the total in ``per_layer``. It is not split into masked and
             unmasked frames.
         """
-        outputs, num_frames, padded = self.encode(waveforms, lengths, frame_mask)
+        outputs, num_frames, padded = encoded.head_inputs, encoded.num_frames, encoded.padded
+        assert isinstance(targets, Tensor)
         layers, frames = len(outputs), padded.shape[1]
-        if targets.ndim != 4 or targets.shape[:3] != (len(waveforms), layers, frames):
+        if targets.ndim != 4 or targets.shape[:3] != (len(padded), layers, frames):
             raise ValueError(
-                f"targets must be (B, L, T, D) = {(len(waveforms), layers, frames)} and a width, not {tuple(targets.shape)}"
+                f"targets must be (B, L, T, D) = {(len(padded), layers, frames)} and a width, not {tuple(targets.shape)}"
             )
         ours = [x.masked_fill(padded[..., None], 0) for x in outputs]
         theirs = [x.masked_fill(padded[..., None], 0) for x in targets.unbind(1)]
-        divisor = num_frames.sum() if normalizer is None else normalizer
         losses, similarities = [], []
         for layer in range(layers):
             found, expected = relation(ours[layer], ours[layer]), relation(theirs[layer], theirs[layer])

@@ -20,15 +20,16 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 
-def cosine_row(sums: Tensor, layers: Sequence[int]) -> dict[str, float]:
-    """Return `DistillationLoss.cosines` as means for a row, without the kinds of frames that do not occur."""
+def agreement_row(sums: Tensor, layers: Sequence[int]) -> dict[str, float]:
+    """Return `DistillationLoss.agreement` as means for a row, without the kinds of frames that do not occur."""
     row: dict[str, float] = {}
-    for kind, (*cosines, frames) in zip(("masked", "unmasked"), sums.tolist(), strict=True):
-        if frames:
-            row |= {
-                f"cosine_{kind}_layer_{layer:02d}": cosine / frames
-                for layer, cosine in zip(layers, cosines, strict=True)
-            }
+    for measure, of_measure in zip(("cosine", "accuracy"), sums.tolist(), strict=True):
+        for kind, (*values, frames) in zip(("masked", "unmasked"), of_measure, strict=True):
+            if frames:
+                row |= {
+                    f"{measure}_{kind}_layer_{layer:02d}": value / frames
+                    for layer, value in zip(layers, values, strict=True)
+                }
     return row
 
 
@@ -42,7 +43,7 @@ class MetricWindow:
     Attributes:
         loss: () float64, sum of this rank's losses over steps with a finite loss.
         waited: Seconds spent waiting for the reader.
-        cosines: `DistillationLoss.cosines` of the step at which the row is written.
+        agreement: `DistillationLoss.agreement` of the step at which the row is written.
     """
 
     def __init__(self, reader: TargetReader, rank: Rank) -> None:
@@ -54,7 +55,7 @@ class MetricWindow:
     def _reset(self) -> None:
         self.loss.zero_()
         self.waited = 0.0
-        self.cosines = torch.zeros(2, len(self._reader.layers) + 1, dtype=torch.float64, device=self._rank.device)
+        self.agreement = torch.zeros(2, 2, len(self._reader.layers) + 1, dtype=torch.float64, device=self._rank.device)
         self._real = self._padded = 0
         self._read = self._bytes_read()
         self._started = time.monotonic()
@@ -83,7 +84,7 @@ class MetricWindow:
         read = self._bytes_read()
         read_here = 0 if read is None or self._read is None else read - self._read
         mine = self.loss.new_tensor([self._real, self._padded, self.waited / elapsed, read_here])
-        cells = self._rank.sum(torch.cat([mine, self.cosines.flatten()])).cpu()
+        cells = self._rank.sum(torch.cat([mine, self.agreement.flatten()])).cpu()
         real, padded, waited, total_read = cells[: len(mine)].tolist()
         row = {
             "audio_hours_per_minute": real / SAMPLE_RATE / 60 / elapsed,
@@ -92,7 +93,7 @@ class MetricWindow:
         }
         if read is not None:
             row["bytes_per_second"] = total_read / elapsed
-        row |= cosine_row(cells[len(mine) :].reshape(2, -1), self._reader.layers)
+        row |= agreement_row(cells[len(mine) :].reshape(2, 2, -1), self._reader.layers)
         self._reset()
         return row
 
@@ -184,8 +185,8 @@ class Metrics:
     Rows have ``kind`` and ``step`` (optimiser steps done). The other fields depend on the kind:
 
     - ``train``: loss (mean since the last row), learning_rate, gradient_norm (before clipping), audio_hours_per_minute,
-      data_wait (share of the time), padding_waste (share of the samples), skipped_steps (so far), cosine_KIND_layer_NN (of
-      this step only).
+      data_wait (share of the time), padding_waste (share of the samples), skipped_steps (so far), and
+      cosine_KIND_layer_NN or, for discrete targets, accuracy_KIND_layer_NN (of this step only).
     - ``validation``: loss, layer_NN (unweighted), cosine_unmasked_layer_NN; in the first row also constant_loss and
       constant_layer_NN, the losses of the best constant prediction, if the error is the squared one.
     - ``skipped``: cause of a skipped step, and its utterances.

@@ -4,6 +4,7 @@ import logging
 import threading
 import uuid
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 _LOG = logging.getLogger(__name__)
@@ -35,15 +37,18 @@ class TrainingError(ValueError):
 
 
 def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, TargetReader, TargetSource]:
-    layers = job["layers"]
+    layers, masks = job["layers"], MaskDraws.model_validate(job["masks"])
+    fresh = job["settings"]["masks"] == "fresh"
     if job["settings"]["targets"] == "cached":
         reader = CacheReader(job["cache"], "train", layers, job["masks"]["draws"], targets=job["cache_targets"])
-        return reader, CacheReader(job["cache"], "validation", layers), cached_source(reader)
+        validation = CacheReader(job["cache"], "validation", layers)
+        if fresh:
+            return FreshMasks(reader, masks), FreshMasks(validation, masks), cached_source(reader, masks)
+        return reader, validation, cached_source(reader)
     from ray_distill.teacher_cache.targets.online_targets import OnlineReader
     from ray_distill.teacher_cache.teachers import load_teacher
 
     teacher = load_teacher(job["teacher"], device)
-    masks = MaskDraws.model_validate(job["masks"])
     utterances = [Utterance(**utterance) for utterance in job["utterances"]]
     by_split = {
         split: OnlineReader(
@@ -57,6 +62,9 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
         for split in ("train", "validation")
     }
     source = online_source(job["teacher"], teacher.fingerprint, layers, masks, job["cache_targets"], utterances)
+    if fresh:
+        source = replace(source, key=f"{source.key} fresh masks")
+        return FreshMasks(by_split["train"], masks), FreshMasks(by_split["validation"], masks), source
     return by_split["train"], by_split["validation"], source
 
 

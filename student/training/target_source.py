@@ -27,7 +27,7 @@ class TargetSource:
     cache_fingerprint: str | None = None
 
 
-def cached_source(reader: CacheReader) -> TargetSource:
+def cached_source(reader: CacheReader, fresh_masks: MaskDraws | None = None) -> TargetSource:
     """Return the source of targets from a cache.
 
     Layers and mask draws that the training does not read are not part of the key, so a cache may be extended. Utterances that the
@@ -35,10 +35,15 @@ def cached_source(reader: CacheReader) -> TargetSource:
 
     Args:
         reader: Reader of the training split.
+        fresh_masks: Masks that are drawn for each epoch. Default None: those of the cache.
     """
     cache = reader.cache
     spec = cache.spec
-    failed = {"failed": sorted(reader.failed)} if reader.failed else {}  # Keys of earlier versions stay valid.
+    failed: dict[str, Any] = (
+        {"failed": sorted(reader.failed)} if reader.failed else {}
+    )  # Keys of earlier versions stay valid.
+    if fresh_masks is not None:
+        failed["fresh_masks"] = fresh_masks.model_dump(mode="json")
     key = _digest(
         failed
         | {

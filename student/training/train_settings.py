@@ -7,7 +7,7 @@ import pydantic
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.objective import Objective
 from ray_distill.student.objectives.objective_keys import ObjectiveKeys, objective_of
-from ray_distill.student.training.field_effects import CHANGES_NO_RESULT
+from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT
 from ray_distill.student.training.spec_augment import SpecAugment
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
@@ -20,6 +20,10 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
 
     targets: Literal["cached", "online"] = "cached"
     """Source of the targets: ``cached`` reads them from a cache, ``online`` runs the teacher at each step, for comparison."""
+    masks: Annotated[Literal["cached", "fresh"], CHANGES_LOSS_MEANING] = "cached"
+    """Masks of the student's input: ``cached`` uses the cached draws (``masks.draws``), ``fresh`` draws new ones for each epoch from
+    ``masks.policy``, ``masks.seed``, the epoch and the utterance's id, with the targets of the clean pass everywhere. ``fresh`` needs
+    ``masks.draws: 0``."""
     epochs: int = pydantic.Field(default=200, ge=1)
     """Passes over the training split."""
     max_steps: int | None = pydantic.Field(default=None, ge=1)
@@ -44,6 +48,9 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     """Peak learning rate. Published: 5e-3 with attention reuse, 5e-4 without."""
     warmup_fraction: float = pydantic.Field(default=0.05, ge=0, le=1)
     """Share of the steps in which the learning rate rises linearly from 0; after them it falls linearly to 0."""
+    optimizer: Literal["adamw", "published"] = "adamw"
+    """Optimiser: PyTorch's ``adamw``, or ``published``: the update and the schedule of S3PRL's ``AdamW_with_schedule``, which adds eps
+    before the bias correction, scales the weight decay by it, and counts the schedule from step 1."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's betas."""
     eps: float = 1e-6
@@ -110,6 +117,10 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
         if self.draw_order == "in_order" and self.targets == "online":
             raise ValueError(
                 "train.draw_order in_order needs train.targets cached: online targets have no fixed number of draws"
+            )
+        if self.draw_order == "in_order" and self.masks == "fresh":
+            raise ValueError(
+                "train.draw_order in_order does nothing with train.masks fresh, which has a draw for each epoch; remove one of them"
             )
         objective_of(self)
         return self

@@ -19,7 +19,7 @@ from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training import run_files
 from ray_distill.student.training.metrics import Metrics, MetricWindow
-from ray_distill.student.training.optimizer import make_optimizer, schedule_factor
+from ray_distill.student.training.optimizer import learning_rate, make_optimizer
 from ray_distill.student.training.prefetch import MicroBatch, TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.target_source import TargetSource
@@ -86,8 +86,7 @@ def train(
         settings: Settings of the training.
         train_reader: Targets of the training split.
         validation_reader: Targets of the validation split.
-        folder: Run folder; receives ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` (see `Checkpoints`) and, at the end
-            of the training, ``train.json`` with the result.
+        folder: Run folder; receives the files of `run_files`, at the end of the training ``train.json`` with the result.
         rank: This process. Default: the only one.
         initial: Safetensors file of initial weights by name, such as the teacher's; all others are random. Default None.
         wrap: Function that wraps the module with student and loss in DDP. Default: no wrapping.
@@ -102,10 +101,12 @@ def train(
             loss is not finite, or no step has a finite loss.
         OSError: a checkpoint or the metrics can't be written.
     """
-    config.check_targets(len(train_reader.layers), train_reader.dim)
     settings.check_student(config)
+    settings.chosen_objective.check_targets(config, len(train_reader.layers), train_reader.dim)
     for reader in (train_reader, validation_reader):
         _check_frames(config, reader)
+        if settings.masks == "fresh" and reader.draws is not None:
+            raise ValueError("train.masks fresh needs readers that draw masks for each epoch; wrap them in FreshMasks")
     loop = _Loop(
         config, settings, train_reader, validation_reader, folder, rank, initial, wrap, on_row, on_validation, source
     )
@@ -161,15 +162,18 @@ class _Loop:
         self.student.checkpoint_activations = settings.checkpoint_activations
         # Without masks the mask embedding is unused, and DDP would wait for its gradient.
         self.student.mask_embedding.requires_grad_(train_reader.draws != 0 and settings.mask_embedding == "learned")
+        self.distiller = make_distiller(self.student, settings, train_reader).to(rank.device)
         # Ranks start from the same weights, but draw different dropout masks.
         torch.manual_seed(settings.seed * 1_000_003 + 1 + rank.index)
-        self.optimizer = make_optimizer(self.student, settings)
+        self.optimizer = make_optimizer(self.distiller, settings)
         self.scaler = GradScaler(rank.device.type, enabled=settings.precision == "fp16")
         parts: dict[str, Stateful] = {
             "student": self.student,
             "optimizer": self.optimizer,
             "scaler": self.scaler,
         }
+        if len(self.distiller.predictors.state_dict()):
+            parts["predictors"] = self.distiller.predictors
         self.average: AveragedModel | None = None
         if settings.ema_decay is not None:
             average = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
@@ -179,7 +183,6 @@ class _Loop:
         self.checkpoints = Checkpoints(folder / run_files.CHECKPOINTS, parts, rank, source)
         self.state = self.checkpoints.load()
         self.started = time.monotonic() - self.state.seconds
-        self.distiller = make_distiller(self.student, settings)
         self.model = wrap(self.distiller)
         self.window = MetricWindow(train_reader, rank)
         self.step_batches: list[_BatchRecord] = []
@@ -242,9 +245,9 @@ class _Loop:
 
     def backward(self, micro: MicroBatch) -> None:
         """Run forward and backward for one batch; ranks exchange gradients only at the last batch of a step."""
-        batch = micro.batch.to(self.rank.device)
+        batch = micro.batch.moved(self.rank.device)
         self.window.count(micro.num_samples)
-        self.distiller.set_epoch(micro.epoch)
+        self.distiller.set_progress(micro.epoch, micro.step)
         exchange = micro.last_of_step or self.rank.world_size == 1
         with nullcontext() if exchange else self.model.no_sync():  # type: ignore[operator]
             logged = self.is_logged(micro.step + 1)
@@ -255,8 +258,8 @@ class _Loop:
             self.scaler.scale(loss.total * factor).backward()  # type: ignore[no-untyped-call]
         seconds = dict(zip(batch.ids, (micro.num_samples / SAMPLE_RATE).tolist(), strict=True))
         self.step_batches.append(_BatchRecord(loss.total.detach(), seconds))
-        if loss.cosines is not None:
-            self.window.cosines += loss.cosines
+        if logged:
+            self.window.agreement += loss.agreement()
 
     def step(self, micro: MicroBatch) -> None:
         """Take an optimiser step, or skip it if a loss or gradient is not finite; the norm is the same on every rank."""
@@ -264,12 +267,12 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(micro.step)
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.distiller.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         state.step += 1
         if math.isfinite(value := float(norm)):
             if settings.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(self.student.parameters(), settings.max_grad_norm, norm)
+                nn.utils.clip_grads_with_norm_(self.distiller.parameters(), settings.max_grad_norm, norm)
             self.scaler.step(self.optimizer)
             if self.average is not None:
                 self.average.update_parameters(self.student)
@@ -283,7 +286,7 @@ class _Loop:
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a 0-based optimiser step."""
-        return self.settings.learning_rate * schedule_factor(step, self.plan.total_steps, self.settings.warmup_fraction)
+        return learning_rate(self.settings, step, self.plan.total_steps)
 
     def count_loss(self) -> None:
         for record in self.step_batches:
@@ -299,7 +302,7 @@ class _Loop:
         state.skipped_steps += 1
         state.skipped_in_a_row += not searching
         if in_loss:
-            self.window.cosines.zero_()
+            self.window.agreement.zero_()
         else:
             self.count_loss()
         longest = max(seconds, key=lambda utterance: seconds[utterance])
@@ -370,7 +373,7 @@ class _Loop:
         state, settings = self.state, self.settings
         student = self.student if self.average is None else cast(Student, self.average.module)
         row: dict[str, Any] = {"kind": "validation", "step": state.step} | validate(
-            student, self.validation_reader, settings, self.rank, constant=self.is_fresh()
+            self.distiller.with_student(student), self.validation_reader, settings, self.rank, constant=self.is_fresh()
         )
         loss = row["loss"]
         if not math.isfinite(loss):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ray_distill.student.model.student import Student
 from ray_distill.student.objectives.objective import DistillationLoss, Distiller
-from ray_distill.student.training.metrics import cosine_row
+from ray_distill.student.training.metrics import agreement_row
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.frames import padding_mask
@@ -16,10 +16,17 @@ from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
 from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
 
 
-def make_distiller(student: Student, settings: TrainSettings) -> Distiller:
-    """Return the module with the student and the loss of the settings' objective."""
+def make_distiller(student: Student, settings: TrainSettings, reader: TargetReader | None = None) -> Distiller:
+    """Return the module with the student and the loss of the settings' objective.
+
+    Args:
+        student: The student.
+        settings: Settings of the training.
+        reader: Reader of the targets, which objectives with discrete targets need. Default None.
+    """
+    symbols = getattr(reader, "symbols", None)
     objective = settings.chosen_objective
-    return objective.distiller(student, spec_augment=settings.spec_augment, seed=settings.seed)
+    return objective.distiller(student, spec_augment=settings.spec_augment, seed=settings.seed, symbols=symbols)
 
 
 def batch_loss(
@@ -33,22 +40,26 @@ def batch_loss(
         settings: Settings of the training.
         normalizer, cosines: As for `Distiller.forward`.
     """
+    targets = settings.chosen_objective.targets_of(batch)
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
     with nullcontext() if dtype is None else torch.autocast(batch.waveforms.device.type, dtype):
         loss: DistillationLoss = model(
-            batch.waveforms, batch.lengths, batch.frame_mask, batch.targets, normalizer, cosines=cosines
+            batch.waveforms, batch.lengths, batch.frame_mask, targets, normalizer, cosines=cosines
         )
     return loss
 
 
 @torch.no_grad()
 def validate(
-    student: Student, reader: TargetReader, settings: TrainSettings, rank: Rank, *, constant: bool = False
+    distiller: Distiller, reader: TargetReader, settings: TrainSettings, rank: Rank, *, constant: bool = False
 ) -> dict[str, float]:
-    """Compare the student on unmasked input with clean targets over the whole validation split.
+    """Compare the student with clean targets over the whole validation split.
+
+    Its input is unmasked, except for objectives that predict masked frames (`Objective.validates_masked`) with fresh masks: then each
+    utterance has the same mask in all validations.
 
     Args:
-        student: The student.
+        distiller: The student and its loss.
         reader: Targets of the validation split.
         settings: Settings of the training.
         rank: This process.
@@ -56,10 +67,12 @@ def validate(
 
     Returns:
         Means per real frame, the same on every rank: ``loss`` (weighted), ``layer_NN`` (unweighted) and
-        ``cosine_unmasked_layer_NN``; with ``constant`` and the squared error also ``constant_loss`` and ``constant_layer_NN``, the
-        losses of predicting the mean of the split's targets (see `TargetVariance`).
+        ``cosine_unmasked_layer_NN`` or accuracies; with ``constant`` and the squared error also ``constant_loss`` and
+        ``constant_layer_NN``, the losses of predicting the mean of the split's targets (see `TargetVariance`).
     """
-    distiller = make_distiller(student, settings).eval()
+    objective = settings.chosen_objective
+    draw = 0 if objective.validates_masked and settings.masks == "fresh" else None
+    distiller.eval()
     longest_first = np.argsort(-reader.num_samples, kind="stable").tolist()
     if settings.batch_size is not None:
         starts = range(0, len(longest_first), settings.batch_size)
@@ -68,25 +81,27 @@ def validate(
         assert settings.batch_seconds is not None
         batches = cut_by_seconds(longest_first, reader.num_samples, settings.batch_seconds)
     losses = torch.zeros(len(reader.layers) + 1, dtype=torch.float64, device=rank.device)
-    cosines = torch.zeros(2, len(reader.layers) + 1, dtype=torch.float64, device=rank.device)
+    agreement = torch.zeros(2, 2, len(reader.layers) + 1, dtype=torch.float64, device=rank.device)
+    frames = torch.zeros((), dtype=torch.float64, device=rank.device)
     variance = TargetVariance(len(reader.layers), reader.dim, rank)
     for indices in batches[rank.index :: rank.world_size]:
-        batch = reader.read(indices, None).to(rank.device)
+        batch = reader.read(indices, draw).moved(rank.device)
         loss = batch_loss(distiller, batch, settings, 1.0, cosines=True)
         losses += torch.cat([loss.total[None], loss.per_layer]).double()
-        assert loss.cosines is not None
-        cosines += loss.cosines
+        agreement += loss.agreement()
+        frames += batch.num_frames.sum()
         if constant:
             variance.add(batch.targets, batch.num_frames)
     distiller.train()
     rank.sum(losses)
-    rank.sum(cosines)
-    total, *layers = (losses / cosines[1, -1]).tolist()
+    rank.sum(agreement)
+    rank.sum(frames)
+    total, *layers = (losses / frames).tolist()
     by_layer = {f"layer_{layer:02d}": loss for layer, loss in zip(reader.layers, layers, strict=True)}
-    row = {"loss": total} | by_layer | cosine_row(cosines, reader.layers)
+    row = {"loss": total} | by_layer | agreement_row(agreement, reader.layers)
     if constant:
         per_layer = variance.per_layer()
-        if (lowest := settings.chosen_objective.constant_loss(per_layer)) is not None:
+        if (lowest := objective.constant_loss(per_layer)) is not None:
             row["constant_loss"] = lowest
             row |= {
                 f"constant_layer_{n:02d}": value for n, value in zip(reader.layers, per_layer.tolist(), strict=True)

@@ -16,7 +16,7 @@ from ray_distill.teacher_cache.build.codec_fit import fit_codec_to_corpus
 from ray_distill.teacher_cache.build.shard_workers import Workers, ray_errors_as_cache_errors, records_of
 from ray_distill.teacher_cache.codecs import is_learned
 from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, write_build_statistics
-from ray_distill.teacher_cache.storage.cache import Cache, check_location
+from ray_distill.teacher_cache.storage.cache import Cache, check_location, derived_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.create import create_cache, grow_cache, remove_unused_states
 from ray_distill.teacher_cache.storage.failed_utterances import (
@@ -152,7 +152,10 @@ def _create_or_grow(
             threads=torch.get_num_threads() if workers is None else workers.cpus_per_actor,
         )
     cache = Cache.open(store)
-    if cache.covers(spec):
+    covered = cache.covers(spec)
+    if cache.spec.derived_from is not None and not (covered and not cache.missing(spec)):
+        raise derived_error(cache)
+    if covered:
         return cache
     new = tuple(sorted(set(spec.layers) - set(cache.spec.layers)))
     state = _fit(spec, new, plan, teacher_spec, workers, max_failed) if new else {}

@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ray_distill.teacher_cache.codecs import State, fit_codec
+from ray_distill.teacher_cache.codecs import State, fit_codec, sample_frames
 from ray_distill.teacher_cache.source_audio import load_waveform
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.failed_utterances import (
@@ -20,8 +20,6 @@ from ray_distill.teacher_cache.storage.shard_plan import Utterance, shards_of
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher
 
-SAMPLE_FRAMES = 20_000
-"""Number of frames to fit the codec to, about 7 minutes of speech."""
 HELD_OUT = 0.1
 """Held-out frames per fitted frame; the codec's error is measured on the held-out frames."""
 
@@ -37,11 +35,11 @@ def fit_codec_to_corpus(
     Raises:
         ValueError: If more utterances are left out than `allowed_failures` allows.
     """
-    utterances = [u for shard in shards_of(plan) for u in shard.utterances if u.split == "train"]
-    utterances.sort(key=lambda u: hashlib.sha256(f"codec/{u.id}".encode()).digest())
+    utterances = sample_order([u for shard in shards_of(plan) for u in shard.utterances if u.split == "train"])
     fitted: list[Tensor] = []
     held_out: list[Tensor] = []
     num_fitted = num_held_out = 0
+    wanted = sample_frames(spec.codec, len(layers), spec.dim)
     failed: dict[str, str] = {}
     for number, utterance in enumerate(utterances):
         # The last utterance of a small corpus is held out too, so that there is always one.
@@ -58,11 +56,16 @@ def fit_codec_to_corpus(
             num_held_out += len(frames)
         else:
             num_fitted += len(frames)
-        if num_fitted >= SAMPLE_FRAMES:
+        if num_fitted >= wanted:
             break
     sample = torch.cat(fitted or held_out)
     state = fit_codec(spec.codec, sample, torch.cat(held_out or fitted))
     return {key: value.cpu() for key, value in state.items()}
+
+
+def sample_order(utterances: Sequence[Utterance]) -> list[Utterance]:
+    """Return utterances in the order in which a codec's sample takes them, which is that of the hashes of their ids."""
+    return sorted(utterances, key=lambda u: hashlib.sha256(f"codec/{u.id}".encode()).digest())
 
 
 class _UnusableError(ValueError):

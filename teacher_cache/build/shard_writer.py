@@ -6,33 +6,25 @@ An utterance that can't be decoded or encoded is left out and recorded; see `fai
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from ray_distill.memory import ran_out_of_memory
 from ray_distill.teacher_cache.build.shard_audio import ShardAudio, load_shard_audio
+from ray_distill.teacher_cache.build.shard_output import ShardOutput, open_output
 from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.embedded_audio import from_pcm
 from ray_distill.teacher_cache.frames import SAMPLE_RATE, padding_mask
 from ray_distill.teacher_cache.storage.build_statistics import PassTime, TeacherTime
-from ray_distill.teacher_cache.storage.cache import (
-    CONTENT_KEY,
-    Cache,
-    ShardFile,
-    column_name,
-    file_record,
-    write_commit,
-)
+from ray_distill.teacher_cache.storage.cache import Cache, ShardFile
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.failed_utterances import reason_of
 from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterance
@@ -166,7 +158,9 @@ class ShardWriter:
             )
         busy = 0.0
         with ExitStack() as stack:
-            outputs = [stack.enter_context(_output(self._cache, file, self._codecs, shard, audio)) for file in files]
+            outputs = [
+                stack.enter_context(open_output(self._cache, file, self._codecs, shard, audio)) for file in files
+            ]
             pool = stack.enter_context(ThreadPoolExecutor(1))
             waiting: list[Future[None]] = []
             for batch in cut_by_seconds(rows, samples, self._cache.spec.batch_seconds):
@@ -194,7 +188,7 @@ class ShardWriter:
 
     def _encode(
         self,
-        outputs: list["_Output"],
+        outputs: list[ShardOutput],
         ids: list[str],
         waveforms: list[np.ndarray],
         num_frames: list[int],
@@ -295,88 +289,3 @@ def open_writer(
         yield ShardWriter(cache.store.location, teacher, device, max_failed=max_failed)
     finally:
         torch.set_num_threads(threads)
-
-
-class _Output:
-    """A shard file that is being written, with one row group per utterance in the shard's order, without the failed ones.
-
-    Attributes:
-        failed: Reasons by id for the utterances that the file lacks.
-        rows: Number of rows written so far.
-    """
-
-    def __init__(
-        self, path: Path, file: ShardFile, codecs: tuple[ColumnCodec, ...], shard: Shard, audio: ShardAudio
-    ) -> None:
-        self.part, self.codecs = file.part, codecs
-        self.failed = dict(audio.failed)
-        self.rows = 0
-        self._shard = shard
-        part = file.part
-        self._audio = audio.embedded if part.has_audio else None
-        fields = [pa.field("id", pa.string(), nullable=False)]
-        if self._audio is not None:
-            fields += [
-                pa.field("num_samples", pa.int64(), nullable=False),
-                pa.field("num_frames", pa.int64(), nullable=False),
-                pa.field("audio", pa.large_binary(), nullable=False),
-            ]
-        if part.kind != "clean":
-            fields.append(pa.field("mask", pa.list_(pa.field("element", pa.bool_(), nullable=False)), nullable=False))
-        compression = {field.name: "none" for field in fields}
-        for codec in codecs:
-            fields.append(pa.field(column_name(codec.layers), pa.large_binary(), nullable=False))
-            compression[fields[-1].name] = codec.compression
-        self._schema = pa.schema(fields, metadata={CONTENT_KEY: file.content})
-        # Statistics of codes are useless, and dictionary encoding would double the time.
-        self.writer = pq.ParquetWriter(
-            path,
-            self._schema,
-            compression=compression,
-            use_dictionary=False,
-            write_statistics=False,
-            write_page_checksum=True,
-        )
-
-    def fail(self, failed: Mapping[str, str]) -> None:
-        """Leave out utterances, with reasons by id. The first reason of an utterance counts."""
-        self.failed = {**failed, **self.failed}
-
-    def write(self, rows: list[int], codes: list[np.ndarray], masks: np.ndarray | None) -> None:
-        """Append rows of the shard. Codes hold the kept frames of all rows, concatenated."""
-        starts = [0] * len(codes)
-        for b, row in enumerate(rows):
-            frames = self._shard.num_frames[row]
-            values: list[Any] = [self._shard.utterances[row].id]
-            kept = frames
-            if self._audio is not None:
-                values += [self._shard.utterances[row].num_samples, frames, self._audio[row]]
-            if masks is not None:
-                values.append(masks[b, :frames])
-                if self.part.kind == "masked":
-                    kept -= int(masks[b, :frames].sum())
-            for n, (codec, column) in enumerate(zip(self.codecs, codes, strict=True)):
-                value = column[starts[n] : starts[n] + kept]
-                starts[n] += kept
-                values.append(np.ascontiguousarray(value.T if codec.planar else value).tobytes())
-            if self._shard.utterances[row].id in self.failed:
-                continue
-            self.rows += 1
-            arrays = [pa.array([value], field.type) for value, field in zip(values, self._schema, strict=True)]
-            self.writer.write_table(pa.table(arrays, schema=self._schema), row_group_size=1)
-
-
-@contextmanager
-def _output(
-    cache: Cache, file: ShardFile, codecs: list[tuple[ColumnCodec, ...]], shard: Shard, audio: ShardAudio
-) -> Iterator[_Output]:
-    """Yield a shard file, which is moved into place and committed when the block ends without an error."""
-    chosen = codecs[file.part.layer_set] if file.part.features else ()
-    with cache.store.create(file.name) as path:
-        output = _Output(path, file, chosen, shard, audio)
-        try:
-            yield output
-        finally:
-            output.writer.close()
-        record = file_record(path, output.rows, file.content, output.failed)
-    write_commit(cache.store, file, record)

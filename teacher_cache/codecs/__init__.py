@@ -1,27 +1,48 @@
 """Codecs, which encode layer outputs to bytes in a shard and decode them on the training device.
 
 ``cache.json`` has the codec's name. ``fp32``, ``fp16``, ``int8`` and ``layer-pca`` encode each layer separately, with one column
-per layer; ``pca`` encodes all layers together in one column. Every codec uses a fixed number of bytes per frame (before Parquet
-compresses them), so frames can be selected and combined before they are decoded. The parameters that `fit_codec` learns (bases,
-scales) are the codec's state, a dict of tensors stored beside the shards.
+per layer; ``pca`` encodes all layers together in one column. ``units`` and ``mvq`` are discrete, with one column per layer: their
+codes are numbers of clusters or of codebooks' entries, which some objectives predict. Every codec uses a fixed number of bytes per
+frame (before Parquet compresses them), so frames can be selected and combined before they are decoded. The parameters that
+`fit_codec` learns (bases, scales, centroids) are the codec's state, a dict of tensors stored beside the shards.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ray_distill.teacher_cache.codecs.int8 import Int8Codec
+from ray_distill.teacher_cache.codecs.mvq import MAX_CODEBOOKS, MvqCodec
 from ray_distill.teacher_cache.codecs.pca import DEFAULT_STEP, PcaCodec
 from ray_distill.teacher_cache.codecs.raw import RawCodec
+from ray_distill.teacher_cache.codecs.units import MAX_UNITS, UnitsCodec
 
-CODECS = ("fp32", "fp16", "int8", "pca", "layer-pca")
-"""Names of codecs. ``pca`` and ``layer-pca`` take a quantisation step, as in ``pca:0.5``; the default is DEFAULT_STEP."""
+CODECS = ("fp32", "fp16", "int8", "pca", "layer-pca", "units", "mvq")
+"""Names of codecs. ``pca`` and ``layer-pca`` take a quantisation step, as in ``pca:0.5``; the default is DEFAULT_STEP. ``units`` needs
+a number of clusters, as in ``units:500``, and ``mvq`` a number of codebooks, as in ``mvq:16``."""
+
+_MOST = {"units": MAX_UNITS, "mvq": MAX_CODEBOOKS}
+"""Largest number after the colon of the discrete codecs."""
+_SAMPLE_FRAMES = 20_000
+"""Number of frames to fit a codec to, about 7 minutes of speech."""
+_FRAMES_PER_UNIT = 100
+_FRAMES_PER_CODEBOOK = 4000
+_SAMPLE_BYTES = 2 << 30
+"""Limit of the sample's memory, beyond which it is not enlarged for a discrete codec."""
 
 DEFAULT_CODEC = "pca"
 
 State = dict[str, Tensor]
+
+_LEARNED: dict[str, Callable[[tuple[int, ...], State], "Int8Codec | PcaCodec | UnitsCodec | MvqCodec"]] = {
+    "int8": Int8Codec,
+    "pca": PcaCodec,
+    "layer-pca": PcaCodec,
+    "units": UnitsCodec,
+    "mvq": MvqCodec,
+}
 
 
 class ColumnCodec(Protocol):
@@ -63,13 +84,40 @@ class ColumnCodec(Protocol):
         ...
 
 
+@runtime_checkable
+class DiscreteCodec(ColumnCodec, Protocol):
+    """Codec of one layer whose codes are symbols, which objectives such as ``units`` and ``mvq`` predict.
+
+    Attributes:
+        symbols_per_frame: Number S of symbols of a frame: 1 for ``units``, the number of codebooks for ``mvq``.
+        alphabet: Number of different symbols.
+    """
+
+    @property
+    def symbols_per_frame(self) -> int: ...
+    @property
+    def alphabet(self) -> int: ...
+
+    def symbols(self, codes: Tensor) -> Tensor:
+        """Return the symbols (..., 1, S) int64, from 0 to alphabet - 1, of codes (..., bytes_per_frame) uint8."""
+        ...
+
+
 def check_codec(name: str) -> str:
     """Return the name of a codec unchanged. ValueError if it is unknown."""
     kind, colon, step = name.partition(":")
-    if kind not in CODECS or (colon and not kind.endswith("pca")):
+    if kind not in CODECS or (colon and not kind.endswith("pca") and kind not in _MOST):
+        plain = ", ".join(codec for codec in CODECS if codec not in _MOST)
         raise ValueError(
-            f"codec {name!r} is not known; known codecs: {', '.join(CODECS)}, and pca:STEP, layer-pca:STEP"
+            f"codec {name!r} is not known; known codecs: {plain}, and pca:STEP, layer-pca:STEP, units:CLUSTERS, mvq:CODEBOOKS"
         )
+    if kind in _MOST:
+        if not (step.isascii() and step.isdigit() and len(step) < 10 and 1 <= int(step) <= _MOST[kind]):
+            example = {"units": "units:500", "mvq": "mvq:16"}[kind]
+            raise ValueError(
+                f"codec {name!r}: the number after the colon must be a whole number from 1 to {_MOST[kind]}, as in {example}"
+            )
+        return name
     if colon:
         try:
             good = 0 < float(step) < float("inf")
@@ -83,6 +131,24 @@ def check_codec(name: str) -> str:
 def is_joint(name: str) -> bool:
     """Return whether the codec has one column for all its layers."""
     return name.partition(":")[0] == "pca"
+
+
+def is_discrete(name: str) -> bool:
+    """Return whether the codec is a `DiscreteCodec`."""
+    return name.partition(":")[0] in _MOST
+
+
+def discrete_bytes(name: str) -> int:
+    """Return the bytes per frame and layer of a discrete codec, which do not depend on the features."""
+    kind, _, number = name.partition(":")
+    return 2 if kind == "units" else int(number)
+
+
+def sample_frames(name: str, layers: int, dim: int) -> int:
+    """Return the number of frames to fit a codec to: more for codecs with many clusters, within the limit of memory."""
+    kind, _, number = name.partition(":")
+    wanted = int(number) * {"units": _FRAMES_PER_UNIT, "mvq": _FRAMES_PER_CODEBOOK}[kind] if is_discrete(name) else 0
+    return max(_SAMPLE_FRAMES, min(wanted, _SAMPLE_BYTES // (4 * layers * dim)))
 
 
 def is_learned(name: str) -> bool:
@@ -100,6 +166,9 @@ def fit_codec(name: str, sample: Tensor, held_out: Tensor) -> State:
 
     Returns:
         The state. Empty for ``fp32`` and ``fp16``.
+
+    Raises:
+        ValueError: If the sample has too few frames for a discrete codec.
     """
     kind, _, step = check_codec(name).partition(":")
     if not is_learned(name):
@@ -112,6 +181,12 @@ def fit_codec(name: str, sample: Tensor, held_out: Tensor) -> State:
         if kind == "int8":
             learned = Int8Codec.fit(inside)
             codec: ColumnCodec = Int8Codec((1,), learned)
+        elif kind == "units":
+            learned = UnitsCodec.fit(inside, int(step))
+            codec = UnitsCodec((1,), learned)
+        elif kind == "mvq":
+            learned = MvqCodec.fit(inside, int(step))
+            codec = MvqCodec((1,), learned)
         else:
             learned = PcaCodec.fit(inside, float(step or DEFAULT_STEP))
             codec = PcaCodec(tuple(range(1, len(group) + 1)), learned)
@@ -132,7 +207,7 @@ def open_codec(name: str, layers: Sequence[int], dim: int, state: State) -> tupl
     Raises:
         ValueError: If the name is unknown, or the state is that of other layers or another width.
     """
-    kind = check_codec(name).partition(":")[0]
+    kind, _, number_given = check_codec(name).partition(":")
     if not is_learned(name):
         return tuple(RawCodec(kind, layer, dim) for layer in layers)
     groups = [tuple(layers)] if is_joint(name) else [(layer,) for layer in layers]
@@ -144,10 +219,9 @@ def open_codec(name: str, layers: Sequence[int], dim: int, state: State) -> tupl
         parts[int(number)][rest] = value
     if not all(parts):
         raise ValueError(f"the state of codec {name!r} was made for other layers than {list(layers)}")
-    made: type[Int8Codec] | type[PcaCodec] = Int8Codec if kind == "int8" else PcaCodec
     try:
-        codecs = tuple(made(group, part) for group, part in zip(groups, parts, strict=True))
-    except (KeyError, RuntimeError) as error:
+        codecs = tuple(_LEARNED[kind](group, part) for group, part in zip(groups, parts, strict=True))
+    except (KeyError, RuntimeError, IndexError) as error:
         raise ValueError(f"the state of codec {name!r} was made for another codec ({error})") from error
     for codec in codecs:
         if codec.state_shape != (len(codec.layers), dim):
@@ -155,6 +229,9 @@ def open_codec(name: str, layers: Sequence[int], dim: int, state: State) -> tupl
                 f"the state of codec {name!r} was made for {codec.state_shape[0]} layers of width {codec.state_shape[1]}, "
                 f"not for {len(codec.layers)} of width {dim}"
             )
+        size = codec.alphabet if isinstance(codec, UnitsCodec) else getattr(codec, "symbols_per_frame", None)
+        if size is not None and size != int(number_given):
+            raise ValueError(f"the state of codec {name!r} was made for {kind}:{size}")
     return codecs
 
 

@@ -38,6 +38,8 @@ def info_table(location: str | Path) -> Table:
         f"{record['seconds'] / 3600:.2f} h, {record['utterances']} utterances, {record['frames']} frames, {spec.audio}",
     )
     table.add_row("targets", spec.targets)
+    if spec.derived_from is not None:
+        table.add_row("derived from", f"the cache with the fingerprint {spec.derived_from[:16]}...")
     for number, layer_set in enumerate(cache.layer_sets):
         codecs = cache.codecs(number)
         error = torch.cat([codec.error for codec in codecs])

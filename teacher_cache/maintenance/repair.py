@@ -14,7 +14,7 @@ from ray_distill.teacher_cache.build.shard_audio import (
 from ray_distill.teacher_cache.build.shard_writer import open_writer
 from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
 from ray_distill.teacher_cache.maintenance.verify import Problem, verify_cache
-from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile
+from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile, derived_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
 from ray_distill.teacher_cache.storage.shard_plan import Shard, with_sources
@@ -51,7 +51,8 @@ def repair_cache(
     Raises:
         CacheError: If both copies of a record are missing or damaged, ``cache.json`` and its copy are intact but describe
             different caches, anything in the cache is a link, the folder can't be written to, the teacher is not the cache's or
-            must be named, no audio file was below the old path, or audio can't be read (everything else is repaired first).
+            must be named, shard files of a derived cache are damaged, no audio file was below the old path, or audio can't be read
+            (everything else is repaired first).
     """
     store = Store(location)
     if not Cache.exists(store) and store.size(f"{COPIES}/{CACHE_JSON}") is None:
@@ -79,6 +80,10 @@ def repair_cache(
         damaged = [problem.file for problem in problems if problem.file is not None]
         if damaged:
             cache = Cache.open(store)
+            if cache.spec.derived_from is not None:
+                for file in damaged:
+                    store.remove(file.commit)
+                raise derived_error(cache)
             shards = cache.shards if corpus_moved is None else _with_moved_corpus(cache, *map(Path, corpus_moved))
             done += _rebuild(cache, shards, damaged, teacher_spec, device, check_lock)
     return done

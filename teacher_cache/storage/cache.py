@@ -312,6 +312,14 @@ class Cache:
         return set(needed.layers) <= set(self.spec.layers) and needed.masks.draws <= self.spec.masks.draws
 
 
+def derived_error(cache: Cache) -> CacheError:
+    """Return the error for a derived cache that lacks files, layers or draws, which its teacher would compute differently."""
+    return CacheError(
+        f"the cache at {cache.store.location} was derived from another one, with the fingerprint {cache.spec.derived_from}, and lacks "
+        "files, layers or draws; run `ray-distill cache derive` from that cache again"
+    )
+
+
 def check_location(store: Store) -> None:
     """Raise CacheError if a location has no cache but other files, except for those of an interrupted `create_cache`."""
     known = (CACHE_JSON, PLAN, "codec", COPIES, BUILDS, LEASE, CLAIMS)

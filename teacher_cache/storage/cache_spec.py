@@ -55,15 +55,26 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
     """Precision of the teacher's arithmetic: ``fp32``, ``fp16`` or ``bf16``."""
     audio: AudioFormat = "flac"
     """Format of the embedded waveforms: ``flac`` is a third smaller, ``pcm`` is faster to read."""
+    derived_from: str | None = pydantic.Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Fingerprint of the cache whose decoded features were encoded. None if they are the teacher's own."""
     schema_version: int = SCHEMA_VERSION
     """Version of the file format."""
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_absent(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out ``derived_from`` where it is None, so that fingerprints of earlier versions stay valid."""
+        tree: dict[str, Any] = dump(self)
+        if self.derived_from is None:
+            tree.pop("derived_from", None)
+        return tree
 
     def differences(self, needed: "CacheSpec") -> list[str]:
         """Return the differences that prevent this cache, even when extended, from serving a need.
 
         A cache serves needs with fewer layers or draws, and ``clean_and_masked`` serves ``clean_only``. Missing layers and
         draws can be added. The exception is ``composite_only``: such a cache has clean training targets only if it has no
-        draws, so a cache with draws and one without can't serve each other.
+        draws, so a cache with draws and one without can't serve each other. A need that does not name a cache to be derived from
+        is served by any.
 
         Returns:
             One phrase per difference, ``name: present -> needed``.
@@ -71,6 +82,8 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
         mine, theirs = (
             spec.model_dump(mode="json", exclude={"layers": True, "masks": True}) for spec in (self, needed)
         )
+        if needed.derived_from is None:
+            mine.pop("derived_from", None)
         if (self.targets, needed.targets) == ("clean_and_masked", "clean_only"):
             theirs["targets"] = self.targets
         if self.targets == needed.targets == "composite_only" and (self.masks.draws == 0) != (needed.masks.draws == 0):

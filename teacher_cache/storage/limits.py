@@ -17,6 +17,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ray_distill.teacher_cache.codecs import is_joint
+from ray_distill.teacher_cache.codecs.direct_sum import SIZE
 from ray_distill.teacher_cache.embedded_audio import MAX_SAMPLES
 from ray_distill.teacher_cache.masks import MaskPolicy
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, LayerSet
@@ -166,8 +167,10 @@ def _check_shapes(state: Mapping[str, Tensor], groups: Iterable[tuple[int, ...]]
             "spread": (count,),
             "error": (count,),
             "basis": (count, dim),
+            "centroids": (count, dim),
+            "codebooks": (SIZE, dim),
         }
-        shape = tuple(value.shape[1:] if name == "basis" else value.shape)
+        shape = tuple(value.shape[1:] if name in ("basis", "centroids", "codebooks") else value.shape)
         if shape != shapes.get(name, ()):
             raise ValueError(f"its {key} has shape {tuple(value.shape)}, which does not fit its layers of width {dim}")
         if name == "wide" and not 0 <= int(value) <= len(state.get(f"{number}.basis", ())):

@@ -8,7 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_distill.teacher_cache.codecs import ColumnCodec
+from ray_distill.teacher_cache.codecs import ColumnCodec, DiscreteCodec
+
+
+@dataclass(frozen=True)
+class SymbolLayout:
+    """Layout of discrete targets.
+
+    Attributes:
+        layers: Number of layers L.
+        per_frame: Number S of symbols of a frame and layer.
+        alphabet: Number of different symbols.
+    """
+
+    layers: int
+    per_frame: int
+    alphabet: int
+
+
+def symbol_layout(codecs: Sequence[ColumnCodec]) -> SymbolLayout | None:
+    """Return the layout of the symbols of the layers' codecs, or None if they are not discrete."""
+    first = codecs[0]
+    if not isinstance(first, DiscreteCodec):
+        return None
+    return SymbolLayout(len(codecs), first.symbols_per_frame, first.alphabet)
 
 
 @dataclass(frozen=True)
@@ -37,6 +60,15 @@ class CodedTargets:
             if codec.layers == self.layers:
                 return decoded.transpose(1, 2)
             found |= {layer: decoded[..., n, :] for n, layer in enumerate(codec.layers)}
+        return torch.stack([found[layer] for layer in self.layers], dim=1)
+
+    def symbols(self) -> Tensor:
+        """Return the (B, L, T, S) int64 symbols on the device of the codes. ValueError if the codec is not discrete."""
+        found: dict[int, Tensor] = {}
+        for codec, codes in self.columns:
+            if not isinstance(codec, DiscreteCodec):
+                raise ValueError("the targets are features, not symbols; give the cache the codec units:K or mvq:N")
+            found[codec.layers[0]] = codec.symbols(codes)[..., 0, :]
         return torch.stack([found[layer] for layer in self.layers], dim=1)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "CodedTargets":
@@ -96,6 +128,15 @@ class Batch:
         """
         return self.coded if isinstance(self.coded, Tensor) else self.coded.decode()
 
+    @property
+    def symbols(self) -> Tensor:
+        """(B, L, T, S) int64: the symbols of a discrete codec, with any values at padding. ValueError for other targets."""
+        if isinstance(self.coded, Tensor):
+            raise ValueError(
+                "the targets are decoded features, not symbols; read them from a cache of codec units:K or mvq:N"
+            )
+        return self.coded.symbols()
+
     def __repr__(self) -> str:
         return (
             f"Batch({len(self.ids)} utterances, waveforms={tuple(self.waveforms.shape)}, targets={tuple(self.coded.shape)}, "
@@ -104,11 +145,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device, with its targets decoded there."""
+        moved = self.moved(device)
+        return replace(moved, coded=moved.targets)
+
+    def moved(self, device: torch.device | str) -> "Batch":
+        """Return the batch on a device, with its targets as they are: decoded at each access of ``targets`` if encoded."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
-        coded = move(self.coded) if isinstance(self.coded, Tensor) else self.coded.map(move).decode()
+        coded = move(self.coded) if isinstance(self.coded, Tensor) else self.coded.map(move)
         return replace(self._map_inputs(move), coded=coded)
 
     def pinned(self) -> "Batch":

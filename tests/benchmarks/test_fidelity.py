@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.student.fidelity import PublishedUpdate, ramp
+from benchmarks.student.fidelity import ramp
+from ray_distill.student.training.optimizer import PublishedUpdate
 
 
 def trained(make: Any, steps: int) -> torch.Tensor:

@@ -26,7 +26,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "configs" / "demo.yaml"
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for folder in ("", "discrete") for path in (REPOSITORY / "configs" / folder).glob("*.yaml")),
+    ids=lambda path: path.stem,
+)
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
@@ -74,6 +78,12 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("student.encoder_attention_heads=5", "student"),
         ("masks.policy.selection=often", r"masks\.policy\.selection: .*'static', 'uniform', 'normal' or 'poisson'"),
         ("name=../elsewhere", "name"),
+        (
+            "train.masks=fresh",
+            r"train\.masks fresh draws a mask for each epoch, so the 2 mask draws .* set masks\.draws=0",
+        ),
+        ("train.objective=units", "train.hint_weight does nothing with train.objective units"),
+        ("train.codebooks=independent", "it belongs to objective mvq"),
         ("train", "not an override"),
         ("name.x=1", "is a value, not a section"),
     ],
@@ -117,8 +127,9 @@ CHANGES_RESULT = {
     "masks.policy": "selection mask_prob mask_length mask_other no_overlap min_space",
     "cache": "targets",
     "train": "targets epochs max_steps batch_size batch_seconds crop_seconds accumulate workers use_gpu precision learning_rate "
-    "warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding init_from init_front_end "
+    "optimizer warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding init_from init_front_end "
     "init_encoder_layers "
+    "unit_dim codebook_hidden "
     "max_grad_norm ema_decay draw_order validate_every log_every seed",
 }
 """Keys without an effect, by section: they change a run's result, keep the loss's meaning, and may differ within an ablation."""
@@ -137,7 +148,14 @@ def test_the_effects_of_every_key_are_decided() -> None:
     }
     assert set(keys_with(Config, CHANGES_LOSS_MEANING)) == {
         *("teacher.layers", "train.objective", "train.hint_weight", "train.final_weight", "train.loss"),
-        *("train.cosine_weight", "train.relation_weights"),
+        *(
+            "train.cosine_weight",
+            "train.relation_weights",
+            "train.masks",
+            "train.masked_weight",
+            "train.unmasked_weight",
+        ),
+        *("train.unit_temperature", "train.codebooks", "train.parts"),
     }
     shared = [f"cache.{name}" for name in CacheSection.model_fields if name != "targets"]
     assert keys_with(Config, SAME_IN_ABLATION) == ["name", "runs", "corpus", "teacher.checkpoint", *shared]

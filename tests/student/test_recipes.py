@@ -41,6 +41,15 @@ def test_size_as_the_papers_round_it(name: str, millions: float) -> None:
 
 
 def test_every_recipe_can_be_built() -> None:
-    for path in CONFIGS.glob("*.yaml"):
+    for path in (*CONFIGS.glob("*.yaml"), *(CONFIGS / "discrete").glob("*.yaml")):
         config = load_config(path)
-        config.train.check_student(config.resolve_student(len(config.teacher.layers or range(12)), 768))
+        layers = len(config.teacher.layers or range(12))
+        student = config.resolve_student(layers, 768)
+        config.train.check_student(student)
+        config.train.chosen_objective.check_targets(student, layers, 768)
+
+
+def test_students_of_base_size_have_the_parameters_of_hubert_base() -> None:
+    for name in ("hubert-base-960", "mvq-base-960"):
+        student = Student(load_config(CONFIGS / "discrete" / f"{name}.yaml").resolve_student(1, 768))
+        assert round(sum(parameter.numel() for parameter in student.parameters()) / 1e6, 1) == 94.4

@@ -43,7 +43,7 @@ def alter_values(root: Path, layer: str, folder: str = "clean") -> None:
     write_commit(cache.store, file, file_record(root / file.name, altered.num_rows, file.content))
 
 
-@pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "pca:0.3", "layer-pca:0.3"])
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "pca:0.3", "layer-pca:0.3", "units:20", "mvq:1"])
 def test_the_deep_check_passes_for_a_sound_cache(tmp_path: Path, make_cache: Make, codec: str) -> None:
     make_cache(tmp_path / "cache", codec=codec)
     checks = verify_deep(tmp_path / "cache", load_teacher(TEACHER), sample=9)

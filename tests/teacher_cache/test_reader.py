@@ -184,7 +184,7 @@ def test_targets_are_the_composite(cache: Path, cache_spec: Make) -> None:
     assert mask.tolist() == draw_mask(masks.policy, masks.seed, 0, composite.ids[0], len(mask)).tolist()
 
 
-@pytest.mark.parametrize("codec", ["fp32", "int8", "layer-pca:0.1", "pca:0.1"])
+@pytest.mark.parametrize("codec", ["fp32", "int8", "layer-pca:0.1", "pca:0.1", "units:20"])
 def test_layers_can_be_chosen(tmp_path: Path, make_cache: Make, codec: str) -> None:
     make_cache(tmp_path / "cache", codec=codec)
     both = CacheReader(tmp_path / "cache", "train").read([0], 1)

@@ -5,13 +5,23 @@ from typing import Any
 import pydantic
 import pytest
 
+from ray_distill.student.objectives.codebook_prediction import CodebookPrediction
 from ray_distill.student.objectives.layer_prediction import LayerPrediction
+from ray_distill.student.objectives.mixture import Mixture, Part
 from ray_distill.student.objectives.objective_keys import AnyObjective
 from ray_distill.student.objectives.temporal_relation import TemporalRelation
+from ray_distill.student.objectives.unit_prediction import UnitPrediction
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
 from ray_distill.student.training.train_settings import TrainSettings
 
-OBJECTIVES = {"prediction": LayerPrediction, "star": TemporalRelation}
+OBJECTIVES = {
+    "prediction": LayerPrediction,
+    "star": TemporalRelation,
+    "units": UnitPrediction,
+    "mvq": CodebookPrediction,
+}
+ARCHITECTURE = ("hint_layers", "unit_dim", "codebook_hidden")
+"""Keys that do not change what the loss means."""
 
 
 @pytest.mark.parametrize(
@@ -22,6 +32,13 @@ OBJECTIVES = {"prediction": LayerPrediction, "star": TemporalRelation}
         (
             {"objective": "star", "loss": "l1", "relation_weights": [1, 2]},
             TemporalRelation(loss="l1", relation_weights=(1, 2)),
+        ),
+        (
+            {
+                "objective": "mixture",
+                "parts": [{"settings": {"objective": n}, "from_step": 9 * (n == "mvq")} for n in ("mvq", "prediction")],
+            },
+            Mixture(parts=(Part(settings=CodebookPrediction(), from_step=9), Part(settings=LayerPrediction()))),
         ),
     ],
 )
@@ -41,7 +58,7 @@ def test_every_key_of_an_objective_is_a_documented_key_of_train() -> None:
             if key != "objective":
                 assert (flat.annotation, flat.default) == (field.annotation, field.default)
                 assert flat.description is not None and flat.description.startswith(str(field.description))
-            assert (CHANGES_LOSS_MEANING in flat.metadata) == (key != "hint_layers"), key
+            assert (CHANGES_LOSS_MEANING in flat.metadata) == (key not in ARCHITECTURE), key
         assert f"``{name}``" in str(TrainSettings.model_fields["objective"].description)
 
 
@@ -52,5 +69,5 @@ def test_the_name_tells_objectives_apart() -> None:
     for wrong in ({"objective": "ctc"}, {"objective": "star", "hint_weight": 1.0}):
         with pytest.raises(pydantic.ValidationError):
             adapter.validate_python(wrong)
-    with pytest.raises(pydantic.ValidationError, match="'prediction' or 'star'"):
+    with pytest.raises(pydantic.ValidationError, match="'prediction', 'star', 'units', 'mvq' or 'mixture'"):
         TrainSettings(batch_size=2, objective="ctc")

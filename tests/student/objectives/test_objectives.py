@@ -132,7 +132,7 @@ def test_drawn_hint_layers_change_with_the_epoch_and_follow_the_seed(settings: S
 
     def hints(epoch: int, **changes: Any) -> Any:
         distiller = make_distiller(student, settings(**changes))
-        distiller.set_epoch(epoch)
+        distiller.set_progress(epoch, 0)
         return distiller.hints
 
     chosen = [hints(epoch, hint_layers=3) for epoch in range(200)]

@@ -368,6 +368,7 @@ def test_schedule() -> None:
     assert factors[1] == pytest.approx(0.2)
     assert factors[52] == pytest.approx(48 / 95)
     assert factors[100] == 0
+    assert [schedule_factor(step, 100, 0.05, published=True) for step in range(100)] == factors[1:]
 
 
 def test_weight_decay_spares_biases_only(tiny: StudentConfig, settings: Settings) -> None:

@@ -94,7 +94,7 @@ def test_draws_with_policies_of_their_own(tmp_path: Path, make_cache: Make) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("codec", "tolerance"), [("fp32", 1e-5), ("int8", 0.1), ("pca:0.1", 0.3)])
+@pytest.mark.parametrize(("codec", "tolerance"), [("fp32", 1e-5), ("int8", 0.1), ("pca:0.1", 0.3), ("units:20", 1.0)])
 def test_layers(tmp_path: Path, make_cache: Make, codec: str, tolerance: float) -> None:
     root = tmp_path / "cache"
     make_cache(root, TEACHER, layers=(2,), codec=codec)

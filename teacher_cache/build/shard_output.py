@@ -1,0 +1,107 @@
+"""A shard file while it is written: one row group per utterance, and the commit record at the end."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ray_distill.teacher_cache.build.shard_audio import ShardAudio
+from ray_distill.teacher_cache.codecs import ColumnCodec
+from ray_distill.teacher_cache.storage.cache import (
+    CONTENT_KEY,
+    Cache,
+    ShardFile,
+    column_name,
+    file_record,
+    write_commit,
+)
+from ray_distill.teacher_cache.storage.shard_plan import Shard
+
+
+class ShardOutput:
+    """A shard file that is being written, with one row group per utterance in the shard's order, without the failed ones.
+
+    Attributes:
+        failed: Reasons by id for the utterances that the file lacks.
+        rows: Number of rows written so far.
+    """
+
+    def __init__(
+        self, path: Path, file: ShardFile, codecs: tuple[ColumnCodec, ...], shard: Shard, audio: ShardAudio
+    ) -> None:
+        self.part, self.codecs = file.part, codecs
+        self.failed = dict(audio.failed)
+        self.rows = 0
+        self._shard = shard
+        part = file.part
+        self._audio = audio.embedded if part.has_audio else None
+        fields = [pa.field("id", pa.string(), nullable=False)]
+        if self._audio is not None:
+            fields += [
+                pa.field("num_samples", pa.int64(), nullable=False),
+                pa.field("num_frames", pa.int64(), nullable=False),
+                pa.field("audio", pa.large_binary(), nullable=False),
+            ]
+        if part.kind != "clean":
+            fields.append(pa.field("mask", pa.list_(pa.field("element", pa.bool_(), nullable=False)), nullable=False))
+        compression = {field.name: "none" for field in fields}
+        for codec in codecs:
+            fields.append(pa.field(column_name(codec.layers), pa.large_binary(), nullable=False))
+            compression[fields[-1].name] = codec.compression
+        self._schema = pa.schema(fields, metadata={CONTENT_KEY: file.content})
+        # Statistics of codes are useless, and dictionary encoding would double the time.
+        self.writer = pq.ParquetWriter(
+            path,
+            self._schema,
+            compression=compression,
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        )
+
+    def fail(self, failed: Mapping[str, str]) -> None:
+        """Leave out utterances, with reasons by id. The first reason of an utterance counts."""
+        self.failed = {**failed, **self.failed}
+
+    def write(self, rows: list[int], codes: list[np.ndarray], masks: np.ndarray | None) -> None:
+        """Append rows of the shard. Codes hold the kept frames of all rows, concatenated."""
+        starts = [0] * len(codes)
+        for b, row in enumerate(rows):
+            frames = self._shard.num_frames[row]
+            values: list[Any] = [self._shard.utterances[row].id]
+            kept = frames
+            if self._audio is not None:
+                values += [self._shard.utterances[row].num_samples, frames, self._audio[row]]
+            if masks is not None:
+                values.append(masks[b, :frames])
+                if self.part.kind == "masked":
+                    kept -= int(masks[b, :frames].sum())
+            for n, (codec, column) in enumerate(zip(self.codecs, codes, strict=True)):
+                value = column[starts[n] : starts[n] + kept]
+                starts[n] += kept
+                values.append(np.ascontiguousarray(value.T if codec.planar else value).tobytes())
+            if self._shard.utterances[row].id in self.failed:
+                continue
+            self.rows += 1
+            arrays = [pa.array([value], field.type) for value, field in zip(values, self._schema, strict=True)]
+            self.writer.write_table(pa.table(arrays, schema=self._schema), row_group_size=1)
+
+
+@contextmanager
+def open_output(
+    cache: Cache, file: ShardFile, codecs: list[tuple[ColumnCodec, ...]], shard: Shard, audio: ShardAudio
+) -> Iterator[ShardOutput]:
+    """Yield a new shard file, which is moved into place and committed when the block ends without an error."""
+    chosen = codecs[file.part.layer_set] if file.part.features else ()
+    with cache.store.create(file.name) as path:
+        output = ShardOutput(path, file, chosen, shard, audio)
+        try:
+            yield output
+        finally:
+            output.writer.close()
+        record = file_record(path, output.rows, file.content, output.failed)
+    write_commit(cache.store, file, record)

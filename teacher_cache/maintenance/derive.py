@@ -1,0 +1,160 @@
+"""Derivation of a cache from another one: its decoded features are encoded with another codec, without the teacher."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ray_distill.teacher_cache.build.codec_fit import HELD_OUT, sample_order
+from ray_distill.teacher_cache.build.shard_audio import load_shard_audio
+from ray_distill.teacher_cache.build.shard_output import open_output
+from ray_distill.teacher_cache.codecs import fit_codec, is_discrete, sample_frames
+from ray_distill.teacher_cache.masks import MaskDraws
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache import Cache, check_location
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.create import create_cache, remove_unused_states
+from ray_distill.teacher_cache.storage.failed_utterances import reason_of
+from ray_distill.teacher_cache.storage.lock import cache_lock
+from ray_distill.teacher_cache.storage.shard_plan import Shard
+from ray_distill.teacher_cache.storage.store import Store
+
+
+def derive_cache(
+    source: str | Path,
+    location: str | Path,
+    codec: str,
+    layers: Sequence[int],
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, shards: None,
+) -> int:
+    """Write a cache of the clean pass of another cache's layers, encoded with another codec, or finish an interrupted one.
+
+    The codec is fitted to the source's decoded features, whose errors it inherits. The audio is copied. The new cache has the teacher,
+    the corpus and the plan of the source, whose fingerprint is part of its identity.
+
+    Args:
+        source: Location of a finished cache with a clean pass, of any codec but a discrete one.
+        location: Location of the new cache.
+        codec: Name of its codec, such as ``units:500`` or ``mvq:8``.
+        layers: Its layers, 1-based.
+        on_progress: Called after each shard with the numbers of finished and of all shards.
+
+    Returns:
+        The number of shards that were written now.
+
+    Raises:
+        CacheError: If the source is missing, incomplete or damaged or has no such layer or no clean pass, if its codec is discrete, if
+            the location holds something else, or if the codec can't be fitted.
+    """
+    origin = Cache.open(source)
+    spec = _derived_spec(origin, codec, layers)
+    store = Store(location)
+    if store.location == origin.store.location:
+        raise CacheError(f"a cache can't be derived into its own location, {store.location}; give another output")
+    check_location(store)
+    written = 0
+    with cache_lock(store) as check_lock:
+        store.remove_leftovers()
+        readers = {
+            split: CacheReader(origin.store, split, spec.layers, 0)
+            for split in sorted({shard.split for shard in origin.shards})
+        }
+        if Cache.exists(store):
+            cache = Cache.open(store)
+            if cache.spec != spec:
+                different = "; ".join(cache.spec.differences(spec)) or "other layers"
+                raise CacheError(f"{store.location} holds another cache ({different}); give another output")
+        else:
+            state = _fit(spec, readers["train"])
+            check_lock()
+            record = origin.record
+            cache = create_cache(
+                store,
+                spec,
+                origin.plan,
+                teacher_name=record["teacher_name"],
+                teacher_spec=record["teacher_spec"],
+                state=state,
+                threads=record["threads"],
+            )
+        remove_unused_states(cache)
+        missing = cache.missing()
+        for shard in (shard for shard in cache.shards if shard.number in missing):
+            check_lock()
+            _write(cache, origin, shard, readers[shard.split])
+            written += 1
+            on_progress(len(cache.shards) - len(missing) + written, len(cache.shards))
+        store.remove_leftovers()
+    return written
+
+
+def _derived_spec(origin: Cache, codec: str, layers: Sequence[int]) -> CacheSpec:
+    spec, place = origin.spec, origin.store.location
+    if unknown := sorted(set(layers) - set(spec.layers)):
+        raise CacheError(f"the cache at {place} has no layer {unknown[0]}; it has layers {list(spec.layers)}")
+    if is_discrete(spec.codec):
+        raise CacheError(
+            f"the cache at {place} has the codec {spec.codec}, which keeps too little to derive other targets from; use a cache "
+            "of codec pca, int8 or fp16"
+        )
+    if spec.targets == "composite_only" and spec.masks.draws:
+        raise CacheError(
+            f"the cache at {place} has no clean pass of the training split, because its targets are composite_only; use another cache"
+        )
+    return CacheSpec.model_validate(
+        spec.model_dump()
+        | {
+            "layers": tuple(sorted(set(layers))),
+            "codec": codec,
+            "masks": MaskDraws(draws=0),
+            "targets": "clean_and_masked",
+            "derived_from": origin.fingerprint,
+        }
+    )
+
+
+def _fit(spec: CacheSpec, reader: CacheReader) -> Mapping[str, Tensor]:
+    """Fit the codec to utterances of the training split, chosen by the hash of their ids, as for the teacher's own outputs."""
+    index = {name: number for number, name in enumerate(reader.ids)}
+    known = [u for shard in reader.cache.shards for u in shard.utterances if u.id in index]
+    wanted = sample_frames(spec.codec, len(spec.layers), spec.dim)
+    fitted: list[Tensor] = []
+    held_out: list[Tensor] = []
+    for number, utterance in enumerate(order := sample_order(known)):
+        count = sum(map(len, fitted))
+        if count >= wanted:
+            break
+        hold_out = sum(map(len, held_out)) < HELD_OUT * count or number == len(order) - 1
+        (held_out if hold_out else fitted).append(reader[index[utterance.id]].targets.transpose(0, 1))
+    try:
+        return fit_codec(spec.codec, torch.cat(fitted or held_out), torch.cat(held_out or fitted))
+    except ValueError as error:
+        raise CacheError(f"the codec could not be fitted: {error}") from error
+
+
+def _write(cache: Cache, origin: Cache, shard: Shard, reader: CacheReader) -> None:
+    """Write the clean file of a shard."""
+    (file,) = cache.files(shard)
+    audio = load_shard_audio(origin, shard)
+    if audio.problem:
+        raise CacheError(audio.problem)
+    index = {name: number for number, name in enumerate(reader.ids)}
+    codecs = cache.codecs(0)
+    with open_output(cache, file, [codecs], shard, audio) as output:
+        output.fail({u.id: reader.failed[u.id] for u in shard.utterances if u.id in reader.failed})
+        for row, utterance in enumerate(shard.utterances):
+            if utterance.id in output.failed:
+                continue
+            frames = reader[index[utterance.id]].targets.transpose(0, 1)
+            codes: list[np.ndarray] = []
+            try:
+                for codec in codecs:
+                    positions = [cache.spec.layers.index(layer) for layer in codec.layers]
+                    codes.append(codec.encode(frames[:, positions]).numpy())
+            except ValueError as error:
+                output.fail({utterance.id: reason_of(error)})
+                continue
+            output.write([row], codes, None)

@@ -8,7 +8,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from ray_distill.student.model.student import Student
+from ray_distill.student.model.student import Lengths, Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.layer_loss import combine_layers, head_loss
 from ray_distill.student.objectives.objective import DistillationLoss, Distiller, ErrorKind, Objective, cosine_sums
@@ -113,7 +113,7 @@ class LayerDistiller(Distiller):
     def forward(
         self,
         waveforms: Tensor,
-        lengths: Tensor,
+        lengths: Lengths,
         frame_mask: Tensor | None,
         targets: Tensor,
         normalizer: float | Tensor | None = None,

@@ -8,7 +8,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from ray_distill.student.model.student import Student
+from ray_distill.student.model.student import Lengths, Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
 from ray_distill.student.training.spec_augment import SpecAugment, augmentation
@@ -70,7 +70,7 @@ class Distiller(nn.Module, ABC):
     def forward(
         self,
         waveforms: Tensor,
-        lengths: Tensor,
+        lengths: Lengths,
         frame_mask: Tensor | None,
         targets: Tensor,
         normalizer: float | Tensor | None = None,
@@ -91,7 +91,7 @@ class Distiller(nn.Module, ABC):
         """
 
     def encode(
-        self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None
+        self, waveforms: Tensor, lengths: Lengths, frame_mask: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Run the student, with augmentation in training mode.
 

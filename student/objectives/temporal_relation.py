@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ray_distill.student.model.student import Student
+from ray_distill.student.model.student import Lengths, Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.objective import DistillationLoss, Distiller, ErrorKind, Objective, cosine_sums
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
@@ -86,7 +86,7 @@ class RelationDistiller(Distiller):
     def forward(
         self,
         waveforms: Tensor,
-        lengths: Tensor,
+        lengths: Lengths,
         frame_mask: Tensor | None,
         targets: Tensor,
         normalizer: float | Tensor | None = None,

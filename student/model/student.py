@@ -22,6 +22,9 @@ from ray_distill.student.model.time_reduction import TimeReduction, Upsampler, r
 from ray_distill.student.model.transformer import TransformerLayer
 from ray_distill.teacher_cache.frames import conv_output_length, group_norm_over_real, padding_mask
 
+Lengths = Tensor | Sequence[int]
+"""Numbers of samples (B,): an integer tensor, or integers on the host."""
+
 
 class StudentOutput(NamedTuple):
     """Output of a student for a batch. Values at padded frames are finite and meaningless.
@@ -226,13 +229,14 @@ class Student(nn.Module):
         return self.config.num_frames(lengths)
 
     def forward(
-        self, waveforms: Tensor, lengths: Tensor | None = None, frame_mask: Tensor | None = None
+        self, waveforms: Tensor, lengths: Lengths | None = None, frame_mask: Tensor | None = None
     ) -> StudentOutput:
         """Return the hidden states and the heads' projections of a padded batch.
 
         Args:
             waveforms: (B, S) float, 16 kHz, in [-1, 1]; padding may hold any finite values.
-            lengths: (B,) integer, real samples of each row. Default None: S for all rows.
+            lengths: (B,) integer, real samples of each row: a tensor, or numbers on the host, with which the host does not wait
+                for a GPU. Default None: S for all rows.
             frame_mask: (B, T) bool, True where a frame is replaced by the mask embedding. Default None: no masking.
 
         Returns:
@@ -254,7 +258,7 @@ class Student(nn.Module):
         return torch.stack([head(x) for head, x in zip(self.heads, head_inputs, strict=True)], dim=1)
 
     def encode(
-        self, waveforms: Tensor, lengths: Tensor | None = None, num_layers: int | None = None
+        self, waveforms: Tensor, lengths: Lengths | None = None, num_layers: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the hidden states (B, L, T, d) and num_frames (B,), without computing projections; see `forward`.
 
@@ -266,7 +270,7 @@ class Student(nn.Module):
     def layer_outputs(
         self,
         waveforms: Tensor,
-        lengths: Tensor | None = None,
+        lengths: Lengths | None = None,
         frame_mask: Tensor | None = None,
         augment: Callable[[Tensor, Tensor], Tensor] | None = None,
         num_layers: int | None = None,
@@ -278,8 +282,8 @@ class Student(nn.Module):
 
         Args:
             waveforms, lengths, frame_mask: As for `forward`.
-            augment: Function of the projected features (B, T, d) and the number of real frames (B,) that returns augmented
-                features; applied before masking. Default None: no augmentation.
+            augment: Function of the projected features (B, T, d) and the number of real frames (B,), on the host, that returns
+                augmented features; applied before masking. Default None: no augmentation.
             num_layers: Number of layers to compute, from the first. The result holds the same values as that of all layers; with
                 fewer than all, there are inputs of heads only for heads on layers. Default None: all.
 
@@ -288,16 +292,17 @@ class Student(nn.Module):
         """
         if num_layers is not None and not 1 <= num_layers <= self.config.encoder_layers:
             raise ValueError(f"num_layers must be from 1 to {self.config.encoder_layers}, not {num_layers}")
-        if lengths is None and waveforms.ndim == 2:
-            lengths = torch.full(waveforms.shape[:1], waveforms.shape[1], device=waveforms.device)
-        if lengths is None or waveforms.ndim != 2 or lengths.shape != waveforms.shape[:1]:
-            given = None if lengths is None else tuple(lengths.shape)
+        given = None if lengths is None else tuple(lengths.shape) if isinstance(lengths, Tensor) else (len(lengths),)
+        if waveforms.ndim != 2 or given not in (None, tuple(waveforms.shape[:1])):
             raise ValueError(f"waveforms must be (B, S) and lengths (B,), not {tuple(waveforms.shape)} and {given}")
-        if not waveforms.is_floating_point() or lengths.is_floating_point():
-            raise ValueError(f"waveforms must be float and lengths integer, not {waveforms.dtype} and {lengths.dtype}")
-        samples = (
-            lengths.tolist()
-        )  # The only synchronisation with a GPU: for the checks, and to see whether anything is padded.
+        if not waveforms.is_floating_point() or (isinstance(lengths, Tensor) and lengths.is_floating_point()):
+            kind = lengths.dtype if isinstance(lengths, Tensor) else "int"
+            raise ValueError(f"waveforms must be float and lengths integer, not {waveforms.dtype} and {kind}")
+        if isinstance(lengths, Tensor):
+            samples = lengths.tolist()  # For the checks. With lengths on a GPU, the host waits for it here.
+        else:
+            samples = [waveforms.shape[1]] * len(waveforms) if lengths is None else list(lengths)
+            lengths = torch.tensor(samples, dtype=torch.int64).to(waveforms.device, non_blocking=True)
         if not samples:
             raise ValueError("the batch has no waveforms; give at least one")
         if min(samples) < self.config.receptive_field or max(samples) > waveforms.shape[1]:
@@ -317,7 +322,7 @@ class Student(nn.Module):
             x = scale_gradient(x, self.config.feature_grad_mult)
         x = self.input_dropout(self.projection(self.feature_norm(x)))
         if augment is not None:
-            x = augment(x, num_frames)
+            x = augment(x, self.num_frames(torch.tensor(samples)))
         if frame_mask is not None:
             if frame_mask.shape != x.shape[:2] or frame_mask.dtype != torch.bool:
                 raise ValueError(

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, Literal, Self
 
+import numpy as np
 import pydantic
+import torch
 
 from ray_distill.teacher_cache.frames import Length, conv_output_length
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
@@ -130,6 +132,21 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
                 f"the student predicts {self.num_predictions} layers of width {self.target_dim}, but the targets have "
                 f"{num_layers} layers of width {dim}; set student.encoder_layers (student.split_heads "
                 "with split heads) and student.target_dim to match, or choose other teacher.layers"
+            )
+
+    def check_frames(self, num_samples: np.ndarray, num_frames: np.ndarray) -> None:
+        """Raise ValueError if this student and the targets differ in the number of frames of an utterance.
+
+        Args:
+            num_samples: (N,) integer, lengths of the utterances.
+            num_frames: (N,) integer, numbers of frames of their targets.
+        """
+        ours = self.num_frames(torch.as_tensor(num_samples)).numpy()
+        if (wrong := np.flatnonzero(ours != num_frames)).size:
+            first = wrong[0]
+            raise ValueError(
+                f"the student makes {ours[first]} frames from an utterance of {num_samples[first]} samples, but the targets have "
+                f"{num_frames[first]}; set student.patches to the teacher's, or change student.conv_layers"
             )
 
     @property

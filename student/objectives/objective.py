@@ -10,7 +10,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from ray_distill.student.model.student import Student
+from ray_distill.student.model.student import Lengths, Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
 from ray_distill.student.training.spec_augment import SpecAugment, augmentation
@@ -106,7 +106,7 @@ class Distiller(nn.Module, ABC):
     def forward(
         self,
         waveforms: Tensor,
-        lengths: Tensor,
+        lengths: Lengths,
         frame_mask: Tensor | None,
         targets: Targets,
         normalizer: float | Tensor | None = None,
@@ -141,7 +141,7 @@ class Distiller(nn.Module, ABC):
     ) -> DistillationLoss:
         """Return the loss of an encoded batch, the sum over frames divided by ``divisor``; see `forward`."""
 
-    def encode(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None) -> Encoded:
+    def encode(self, waveforms: Tensor, lengths: Lengths, frame_mask: Tensor | None) -> Encoded:
         """Run the student, with augmentation in training mode."""
         augment = augmentation(self.spec_augment, self.training)
         layers, head_inputs, num_frames = self.student.layer_outputs(waveforms, lengths, frame_mask, augment)

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ray_distill.student.training.train_settings import TrainSettings
 
@@ -90,3 +90,14 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
         eps=settings.eps,
         fused=next(model.parameters()).is_cuda,
     )
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Take a step of a fused optimiser unless a gradient norm is not finite. The device decides, and the host does not wait.
+
+    Args:
+        optimizer: The optimiser, with ``fused``. A step that is not taken changes nothing, as with PyTorch's loss scaling.
+        norm: () float, norm of the gradients.
+    """
+    optimizer.found_inf = 1 - norm.isfinite().float()  # type: ignore[attr-defined]
+    optimizer.step()

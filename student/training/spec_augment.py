@@ -40,7 +40,7 @@ def spec_augment(x: Tensor, num_frames: Tensor, policy: SpecAugment) -> Tensor:
 
     Args:
         x: (B, T, d) float.
-        num_frames: (B,) integer, real frames of each row, at least 1; padded frames are unchanged.
+        num_frames: (B,) integer on the host, real frames of each row, at least 1; padded frames are unchanged.
         policy: SpecAugment policy.
 
     Returns:
@@ -61,7 +61,7 @@ def spec_augment(x: Tensor, num_frames: Tensor, policy: SpecAugment) -> Tensor:
                 first = _random_integer(0, len(line) - size + 1)
                 line[first : first + size] = False
         filling = real.mean() if policy.fill == "mean" else real.new_zeros(())
-        real = torch.where((keep[0] & keep[1]).to(x.device), real, filling)
+        real = torch.where((keep[0] & keep[1]).to(x.device, non_blocking=True), real, filling)
         rows.append(torch.cat([real, row[frames:]]))
     return torch.stack(rows)
 

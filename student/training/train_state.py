@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the state from which it continues, and its best students."""
+"""Progress and result of a training, and its checkpoints: the state from which it continues, and its best students."""
 
 import io
 import pickle
@@ -56,6 +56,33 @@ class TrainState:
     first_validation_loss: float | None = None
     last_validation_loss: float | None = None
     best: list[tuple[float, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Result of a finished training, stored as ``train.json``. Losses are per frame, weighted as in training.
+
+    Attributes:
+        steps: Optimiser steps, skipped ones included.
+        skipped_steps: Steps that were skipped because a loss or gradient was not finite.
+        first_loss, last_loss: Losses of the first and of the last training row.
+        first_validation_loss, last_validation_loss: Validation losses before the first and after the last step.
+        best_validation_loss: Lowest validation loss.
+        best_step: Optimiser steps done at the lowest validation loss.
+        seconds: Wall-clock time.
+        cache_fingerprint: Fingerprint of the cache that the targets were read from; None for online targets.
+    """
+
+    steps: int
+    skipped_steps: int
+    first_loss: float
+    last_loss: float
+    first_validation_loss: float
+    last_validation_loss: float
+    best_validation_loss: float
+    best_step: int
+    seconds: float
+    cache_fingerprint: str | None = None
 
 
 class Stateful(Protocol):

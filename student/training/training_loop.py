@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -19,12 +18,12 @@ from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training import run_files
 from ray_distill.student.training.metrics import Metrics, MetricWindow
-from ray_distill.student.training.optimizer import learning_rate, make_optimizer
+from ray_distill.student.training.optimizer import learning_rate, make_optimizer, step_if_finite
 from ray_distill.student.training.prefetch import MicroBatch, TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.target_source import TargetSource
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.student.training.train_state import Checkpoints, Stateful
+from ray_distill.student.training.train_state import Checkpoints, Stateful, TrainResult
 from ray_distill.student.training.validation import batch_loss, make_distiller, validate
 from ray_distill.student.weights import load_tensors, load_weights
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
@@ -32,33 +31,6 @@ from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 MIN_LOSS_SCALE = 1e-4
 """Loss scale of fp16 below which the search for it ends; fairseq's ``--min-loss-scale``."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Result of a finished training, stored as ``train.json``. Losses are per frame, weighted as in training.
-
-    Attributes:
-        steps: Optimiser steps, skipped ones included.
-        skipped_steps: Steps that were skipped because a loss or gradient was not finite.
-        first_loss, last_loss: Losses of the first and of the last training row.
-        first_validation_loss, last_validation_loss: Validation losses before the first and after the last step.
-        best_validation_loss: Lowest validation loss.
-        best_step: Optimiser steps done at the lowest validation loss.
-        seconds: Wall-clock time.
-        cache_fingerprint: Fingerprint of the cache that the targets were read from; None for online targets.
-    """
-
-    steps: int
-    skipped_steps: int
-    first_loss: float
-    last_loss: float
-    first_validation_loss: float
-    last_validation_loss: float
-    best_validation_loss: float
-    best_step: int
-    seconds: float
-    cache_fingerprint: str | None = None
 
 
 def train(
@@ -104,7 +76,7 @@ def train(
     settings.check_student(config)
     settings.chosen_objective.check_targets(config, len(train_reader.layers), train_reader.dim)
     for reader in (train_reader, validation_reader):
-        _check_frames(config, reader)
+        config.check_frames(reader.num_samples, reader.num_frames)
         if settings.masks == "fresh" and reader.draws is not None:
             raise ValueError("train.masks fresh needs readers that draw masks for each epoch; wrap them in FreshMasks")
     loop = _Loop(
@@ -117,23 +89,28 @@ def train(
     return result
 
 
-def _check_frames(config: StudentConfig, reader: TargetReader) -> None:
-    """Raise ValueError if the student and the targets differ in the number of frames of an utterance."""
-    ours = config.num_frames(torch.as_tensor(reader.num_samples)).numpy()
-    if (wrong := np.flatnonzero(ours != reader.num_frames)).size:
-        first = wrong[0]
-        raise ValueError(
-            f"the student makes {ours[first]} frames from an utterance of {reader.num_samples[first]} samples, but the targets "
-            f"have {reader.num_frames[first]}; set student.patches to the teacher's, or change student.conv_layers"
-        )
-
-
 @dataclass(frozen=True)
 class _BatchRecord:
     """One batch of this rank in the current step: its loss, and the seconds of each utterance by id."""
 
     loss: Tensor
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _StepRecord:
+    """A step whose gradient norm has not been read from the device."""
+
+    step: int
+    learning_rate: float
+    norm: Tensor
+    loss_scale: Tensor
+    batches: list[_BatchRecord]
+
+
+def _can_defer(device: torch.device) -> bool:
+    """Return whether the host should not wait for the outcome of each step. On a CPU there is nothing to wait for."""
+    return device.type == "cuda"
 
 
 class _Loop:
@@ -186,6 +163,10 @@ class _Loop:
         self.model = wrap(self.distiller)
         self.window = MetricWindow(train_reader, rank)
         self.step_batches: list[_BatchRecord] = []
+        # On a GPU, the outcomes of steps are read together. An average of the weights needs each outcome, and only a fused
+        # optimiser leaves the decision to the device.
+        self.defers = _can_defer(rank.device) and self.average is None and settings.optimizer == "adamw"
+        self.unread_steps: list[_StepRecord] = []
         configuration = {f"student.{key}": value for key, value in config.model_dump(mode="json").items()} | {
             f"train.{key}": value for key, value in settings.model_dump(mode="json").items()
         }
@@ -251,7 +232,8 @@ class _Loop:
         exchange = micro.last_of_step or self.rank.world_size == 1
         with nullcontext() if exchange else self.model.no_sync():  # type: ignore[operator]
             logged = self.is_logged(micro.step + 1)
-            loss = batch_loss(self.model, batch, self.settings, micro.step_frames, cosines=logged)
+            lengths = micro.num_samples.tolist()
+            loss = batch_loss(self.model, batch, self.settings, micro.step_frames, cosines=logged, lengths=lengths)
             # DDP averages gradients over ranks, but their sum is needed. If a loss is not finite, its gradients may still
             # be (with L1 they are); the factor then makes them NaN, which informs every rank at no cost.
             factor = self.rank.world_size + 0 * loss.total.detach()
@@ -264,53 +246,67 @@ class _Loop:
     def step(self, micro: MicroBatch) -> None:
         """Take an optimiser step, or skip it if a loss or gradient is not finite; the norm is the same on every rank."""
         settings, state = self.settings, self.state
+        rate = self.learning_rate(micro.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(micro.step)
+            group["lr"] = rate
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.distiller.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         state.step += 1
-        if math.isfinite(value := float(norm)):
+        scale = self.scaler.scale(torch.ones_like(norm))
+        self.unread_steps.append(_StepRecord(state.step, rate, norm, scale, self.step_batches))
+        self.step_batches = []
+        if self.defers or math.isfinite(float(norm)):
             if settings.max_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(self.distiller.parameters(), settings.max_grad_norm, norm)
-            self.scaler.step(self.optimizer)
+            if self.defers:
+                step_if_finite(self.optimizer, norm)
+            else:
+                self.scaler.step(self.optimizer)
             if self.average is not None:
                 self.average.update_parameters(self.student)
-            state.gradient_norm, state.skipped_in_a_row = value, 0
-            self.count_loss()
-        else:
-            self.skip(micro)
+        if not self.defers:
+            self.read_steps()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step_batches.clear()
+
+    def read_steps(self) -> None:
+        """Read the outcomes of the steps since the last call from the device, and count or record them in order."""
+        records, self.unread_steps = self.unread_steps, []
+        for record in records:
+            if math.isfinite(norm := float(record.norm)):
+                self.state.gradient_norm, self.state.skipped_in_a_row = norm, 0
+                self.count_loss(record)
+            else:
+                self.skip(record)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a 0-based optimiser step."""
         return learning_rate(self.settings, step, self.plan.total_steps)
 
-    def count_loss(self) -> None:
-        for record in self.step_batches:
-            self.window.loss += record.loss
+    def count_loss(self, record: _StepRecord) -> None:
+        for batch in record.batches:
+            self.window.loss += batch.loss
         self.state.loss_steps += 1
 
-    def skip(self, micro: MicroBatch) -> None:
+    def skip(self, record: _StepRecord) -> None:
         """Count and record a skipped step; raise FloatingPointError after too many in a row."""
         state, limit = self.state, self.settings.max_skipped_steps
-        in_loss, seconds = self.find_suspects()
-        searching = self.scaler.is_enabled() and not in_loss and self.scaler.get_scale() > MIN_LOSS_SCALE
+        in_loss, seconds = self.find_suspects(record)
+        searching = self.scaler.is_enabled() and not in_loss and float(record.loss_scale) > MIN_LOSS_SCALE
         cause = "loss scale" if searching else "loss" if in_loss else "gradient"
         state.skipped_steps += 1
         state.skipped_in_a_row += not searching
-        if in_loss:
+        if not in_loss:
+            self.count_loss(record)
+        elif self.is_logged(record.step):
             self.window.agreement.zero_()
-        else:
-            self.count_loss()
         longest = max(seconds, key=lambda utterance: seconds[utterance])
         row = {
             "kind": "skipped",
-            "step": state.step,
+            "step": record.step,
             "cause": cause,
-            "learning_rate": self.learning_rate(micro.step),
+            "learning_rate": record.learning_rate,
             "utterances": list(seconds),
             "longest": longest,
             "longest_seconds": seconds[longest],
@@ -319,25 +315,26 @@ class _Loop:
         if state.skipped_in_a_row >= limit:
             some = ", ".join(list(seconds)[:8]) + (", ..." if len(seconds) > 8 else "")
             raise FloatingPointError(
-                f"the {cause} was not finite in {limit} steps in a row, up to step {state.step} (learning rate "
-                f"{row['learning_rate']:.3g}); the last of these steps had utterances {some} (the longest is {longest}, "
+                f"the {cause} was not finite in {limit} steps in a row, up to step {record.step} (learning rate "
+                f"{record.learning_rate:.3g}); the last of these steps had utterances {some} (the longest is {longest}, "
                 f"{seconds[longest]:.1f} s); lower train.learning_rate, set train.max_grad_norm, or check these utterances in the "
                 "cache"
             )
 
-    def find_suspects(self) -> tuple[bool, dict[str, float]]:
-        """Return whether a loss of this step is not finite, and the seconds of the utterances that may be the cause.
+    def find_suspects(self, record: _StepRecord) -> tuple[bool, dict[str, float]]:
+        """Return whether a loss of a step is not finite, and the seconds of the utterances that may be the cause.
 
         The utterances of all ranks are returned: those of batches without a finite loss, or else all of the step's.
         """
-        bad = [record for record in self.step_batches if not record.loss.isfinite()]
-        mine = {name: seconds for record in bad or self.step_batches for name, seconds in record.seconds.items()}
+        bad = [batch for batch in record.batches if not batch.loss.isfinite()]
+        mine = {name: seconds for batch in bad or record.batches for name, seconds in batch.seconds.items()}
         everyone: list[tuple[bool, dict[str, float]]] = self.rank.gather((bool(bad), mine))
         in_loss = any(bad for bad, _ in everyone)
         return in_loss, {k: v for bad, theirs in everyone if bad == in_loss for k, v in theirs.items()}
 
     def log(self, micro: MicroBatch) -> None:
         """Write a training row, unless no step since the last row had a finite loss."""
+        self.read_steps()
         state = self.state
         state.loss_sum += self.window.take_loss()
         fields = self.window.close()
@@ -369,6 +366,7 @@ class _Loop:
 
     def validate(self) -> None:
         """Validate, keep the student if it is among the best, and write a checkpoint."""
+        self.read_steps()
         began = time.monotonic()
         state, settings = self.state, self.settings
         student = self.student if self.average is None else cast(Student, self.average.module)
@@ -393,6 +391,7 @@ class _Loop:
 
     def checkpoint(self) -> None:
         """Save the state after this step as ``last``."""
+        self.read_steps()
         began = time.monotonic()
         self.state.loss_sum += self.window.take_loss()
         self.state.seconds = began - self.started

@@ -1,5 +1,6 @@
 """Loss of a batch in the training's precision, and validation over a split, also of the best constant prediction."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -30,7 +31,13 @@ def make_distiller(student: Student, settings: TrainSettings, reader: TargetRead
 
 
 def batch_loss(
-    model: nn.Module, batch: Batch, settings: TrainSettings, normalizer: float | None = None, *, cosines: bool = False
+    model: nn.Module,
+    batch: Batch,
+    settings: TrainSettings,
+    normalizer: float | None = None,
+    *,
+    cosines: bool = False,
+    lengths: Sequence[int] | None = None,
 ) -> DistillationLoss:
     """Return the loss of a batch, computed under autocast where the settings' precision asks for it.
 
@@ -39,12 +46,18 @@ def batch_loss(
         batch: The batch, on the model's device.
         settings: Settings of the training.
         normalizer, cosines: As for `Distiller.forward`.
+        lengths: ``batch.lengths`` on the host, with which the host does not wait for a GPU. Default: they are read from there.
     """
     targets = settings.chosen_objective.targets_of(batch)
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
     with nullcontext() if dtype is None else torch.autocast(batch.waveforms.device.type, dtype):
         loss: DistillationLoss = model(
-            batch.waveforms, batch.lengths, batch.frame_mask, targets, normalizer, cosines=cosines
+            batch.waveforms,
+            batch.lengths if lengths is None else lengths,
+            batch.frame_mask,
+            targets,
+            normalizer,
+            cosines=cosines,
         )
     return loss
 

@@ -80,7 +80,10 @@ class ColumnCodec(Protocol):
         ...
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Decode (..., bytes_per_frame) uint8 to (..., layers, D) float32 on the same device."""
+        """Decode (..., bytes_per_frame) uint8 to (..., layers, D) float32 on the same device.
+
+        A codec with several layers in its column also takes the layers to decode, as `PcaCodec.decode` does.
+        """
         ...
 
 

@@ -6,6 +6,8 @@ left out. This is the reverse water-filling of rate-distortion theory (Cover and
 10.3.3).
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ _ITERATIONS = 3
 _OVERSAMPLING = 32
 _HEADROOM = 1.25
 """Range of a coefficient, relative to its largest value in the sample. Larger coefficients are clipped."""
+_ALIGNMENT = 8
+"""The depth of a half-precision product is padded to a multiple of this, without which tensor cores are slow."""
 
 
 class PcaCodec:
@@ -43,20 +47,22 @@ class PcaCodec:
         self._wide = int(state["wide"])
         components = len(state["basis"])
         self.bytes_per_frame = components + self._wide
-        basis = state["basis"].float().reshape(components, -1)
+        self._basis = state["basis"]
+        self._scale = state["spread"] * state["step"]
+        basis = self._basis.float().reshape(components, -1)
         spread = state["spread"].repeat_interleave(self.dim)
         self._encoder = (basis / spread / state["step"]).T.contiguous()
         self._decoder = basis * spread * state["step"]
-        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._on: dict[tuple[torch.device, str, tuple[int, ...]], tuple[Tensor, ...]] = {}
 
-    def _matrices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        if device not in self._on:
-            self._on[device] = (
-                self._encoder.to(device),
-                self._decoder.to(device),
-                self._mean.reshape(-1).to(device),
-            )
-        return self._on[device]
+    def _kept(
+        self, device: torch.device, use: str, layers: tuple[int, ...], make: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Return on a device the tensors that a use with some layers needs. They are made once."""
+        key = device, use, layers
+        if key not in self._on:
+            self._on[key] = tuple(tensor.to(device) for tensor in make())
+        return self._on[key]
 
     @staticmethod
     def fit(sample: Tensor, step: float) -> dict[str, Tensor]:
@@ -84,7 +90,7 @@ class PcaCodec:
 
     def encode(self, frames: Tensor) -> Tensor:
         """See `ColumnCodec.encode`. Coefficients outside the range are clipped. ValueError if a value is not finite."""
-        encoder, _, mean = self._matrices(frames.device)
+        encoder, mean = self._kept(frames.device, "encode", self.layers, lambda: (self._encoder, self._mean.flatten()))
         codes = ((frames.flatten(1) - mean) @ encoder).round()
         if not bool(codes.isfinite().all()):
             finite = frames.isfinite().all(2).all(0).tolist()
@@ -99,14 +105,71 @@ class PcaCodec:
         # The low bytes of all wide components come before their high bytes, because similar planes compress better together.
         return torch.cat([wide[:, 0::2], wide[:, 1::2], narrow], dim=1)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """See `ColumnCodec.decode`."""
-        _, decoder, mean = self._matrices(codes.device)
-        low = codes[..., : self._wide].float()
-        signed = codes[..., self._wide :].contiguous().view(torch.int8).float()
-        coefficients = torch.cat([low + 256 * signed[..., : self._wide], signed[..., self._wide :]], dim=-1)
-        frames = torch.addmm(mean, coefficients.flatten(0, -2), decoder)
-        return frames.view(*codes.shape[:-1], *self.state_shape)
+    def decode(self, codes: Tensor, layers: Sequence[int] | None = None) -> Tensor:
+        """See `ColumnCodec.decode`.
+
+        On a GPU the product has operands in fp16 and sums in fp32. The basis is stored in fp16 and codes are split into their bytes,
+        so no operand is rounded, and the result differs from that on a CPU only by the rounding of sums.
+
+        Args:
+            codes: (..., bytes_per_frame) uint8.
+            layers: Layers of the column to decode, in this order; no others are computed. Default: all.
+
+        Returns:
+            (..., layers, D) float32.
+        """
+        wanted = self.layers if layers is None else tuple(layers)
+        if codes.is_cuda:
+            frames = self._decode_in_halves(codes.flatten(0, -2), wanted, _product_on_tensor_cores)
+        else:
+            low = codes[..., : self._wide].float()
+            signed = codes[..., self._wide :].contiguous().view(torch.int8).float()
+            coefficients = torch.cat([low + 256 * signed[..., : self._wide], signed[..., self._wide :]], dim=-1)
+
+            def matrices() -> tuple[Tensor, Tensor]:
+                places = self._places(wanted)
+                decoder = self._decoder.unflatten(1, self.state_shape)[:, places].flatten(1)  # type: ignore[no-untyped-call]
+                return decoder, self._mean[places].flatten()
+
+            decoder, mean = self._kept(codes.device, "decode", wanted, matrices)
+            frames = torch.addmm(mean, coefficients.flatten(0, -2), decoder)
+        return frames.view(*codes.shape[:-1], len(wanted), self.dim)
+
+    def _places(self, layers: Sequence[int]) -> list[int]:
+        return [self.layers.index(layer) for layer in layers]
+
+    def _decode_in_halves(
+        self, codes: Tensor, layers: tuple[int, ...], product: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Decode (N, bytes_per_frame) uint8 to (N, layers * D) float32 with half-precision operands.
+
+        A code of two bytes can be larger than 2,048, above which fp16 does not hold all integers. Its low and its high byte are
+        separate operands, and the rows of the basis for high bytes are multiplied by 256, all of which is exact.
+
+        Args:
+            codes: The codes.
+            layers: Layers to decode.
+            product: Product of (N, K) and (K, M) float16 as (N, M) float32.
+        """
+        wide, size = self._wide, self.bytes_per_frame
+        surplus = -size % _ALIGNMENT
+
+        def matrices() -> tuple[Tensor, Tensor, Tensor]:
+            places = self._places(layers)
+            basis = self._basis[:, places].flatten(1)
+            rows = torch.cat([basis[:wide], 256 * basis[:wide], basis[wide:], basis.new_zeros(surplus, basis.shape[1])])
+            return rows.half(), self._scale[places].repeat_interleave(self.dim), self._mean[places].flatten()
+
+        rows, scale, mean = self._kept(codes.device, "decode in halves", layers, matrices)
+        operand = torch.zeros(len(codes), size + surplus, dtype=torch.float16, device=codes.device)
+        operand[:, :wide] = codes[:, :wide]
+        operand[:, wide:size] = codes[:, wide:].view(torch.int8)
+        return torch.addcmul(mean, product(operand, rows), scale)
+
+
+def _product_on_tensor_cores(left: Tensor, right: Tensor) -> Tensor:
+    """Return the (N, M) float32 product of (N, K) and (K, M) float16 on a GPU, with sums in float32."""
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def _leading_vectors(x: Tensor, count: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ray_distill.teacher_cache.codecs import ColumnCodec, DiscreteCodec
+from ray_distill.teacher_cache.codecs.pca import PcaCodec
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,14 @@ class CodedTargets:
         """Return the (B, L, T, D) float32 targets on the device of the codes."""
         found: dict[int, Tensor] = {}
         for codec, codes in self.columns:
-            decoded = codec.decode(codes)
-            if codec.layers == self.layers:
+            if isinstance(codec, PcaCodec):
+                wanted = tuple(layer for layer in self.layers if layer in codec.layers)
+                decoded = codec.decode(codes, wanted)
+            else:
+                wanted, decoded = codec.layers, codec.decode(codes)
+            if wanted == self.layers:
                 return decoded.transpose(1, 2)
-            found |= {layer: decoded[..., n, :] for n, layer in enumerate(codec.layers)}
+            found |= {layer: decoded[..., n, :] for n, layer in enumerate(wanted)}
         return torch.stack([found[layer] for layer in self.layers], dim=1)
 
     def symbols(self) -> Tensor:

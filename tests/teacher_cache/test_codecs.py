@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ray_distill.teacher_cache.codecs import ColumnCodec, check_codec, fit_codec, open_codec, relative_error
+from ray_distill.teacher_cache.codecs.pca import PcaCodec
 from ray_distill.teacher_cache.targets.target_batch import CodedTargets
 
 LAYERS, DIM = 3, 24
@@ -88,6 +89,61 @@ def test_decoding_happens_where_the_codes_are(name: str) -> None:
         assert targets.device.type == "meta"
         assert targets.shape == (2, len(layers), 7, DIM)
         assert targets.dtype == torch.float32
+
+
+def test_pca_computes_only_the_layers_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    (codec,) = fitted("pca:0.2")
+    codes = codec.encode(features(50, 4))[None]
+    every = CodedTargets((1, 2, 3), ((codec, codes),))
+    shapes = []
+    product = torch.addmm
+
+    def recorded(*arguments: Tensor) -> Tensor:
+        result = product(*arguments)
+        shapes.append(tuple(result.shape))
+        return result
+
+    monkeypatch.setattr(torch, "addmm", recorded)
+    targets = every.decode()
+    some = CodedTargets((3, 1), ((codec, codes),)).decode()
+    assert shapes == [(50, 3 * DIM), (50, 2 * DIM)]
+    torch.testing.assert_close(some, targets[:, [2, 0]], rtol=1e-5, atol=1e-5)
+
+
+def test_pca_on_a_cpu_decodes_to_the_same_bits_as_ever() -> None:
+    name = "pca:0.01"
+    state = fit_codec(name, features(900, 1), features(300, 2))
+    (codec,) = open_codec(name, range(1, LAYERS + 1), DIM, state)
+    assert isinstance(codec, PcaCodec)
+    codes, wide = codec.encode(features(50, 4)), int(state["0.wide"])
+    signed = codes[:, wide:].contiguous().view(torch.int8).float()
+    coefficients = torch.cat([codes[:, :wide].float() + 256 * signed[:, :wide], signed[:, wide:]], 1)
+    spread = state["0.spread"].repeat_interleave(DIM)
+    decoder = state["0.basis"].float().flatten(1) * spread * state["0.step"]
+    expected = torch.addmm(state["0.mean"].flatten(), coefficients, decoder)
+    assert torch.equal(codec.decode(codes), expected.view(-1, LAYERS, DIM))
+
+
+@pytest.mark.parametrize("name", ["pca:0.2", "pca:0.0005"])
+def test_half_precision_adds_nothing_to_the_error_of_pca(name: str) -> None:
+    """On a CPU, operands in fp16 and sums in fp32 stand for those of a GPU."""
+    (codec,) = fitted(name)
+    assert isinstance(codec, PcaCodec)
+    frames = features(200, 4)
+    codes = codec.encode(frames)
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        assert left.dtype == right.dtype == torch.float16
+        assert left.shape[1] % 8 == 0
+        assert left.abs().max() <= 255, "an operand that is no byte may be rounded"
+        return left.float() @ right.float()
+
+    exact = codec.decode(codes)
+    halves = codec._decode_in_halves(codes, (1, 2, 3), product).view_as(exact)
+    assert (relative_error(exact, halves) < 0.01 * codec.error).all()
+    assert (relative_error(frames, halves) < 1.001 * relative_error(frames, exact)).all()
+    some = codec._decode_in_halves(codes, (3, 1), product).view(-1, 2, DIM)
+    assert torch.equal(some, halves[:, [2, 0]])
 
 
 @pytest.mark.parametrize(("name", "bits"), [("fp32", 0), ("fp16", 11)])

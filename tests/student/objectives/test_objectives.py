@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from ray_distill.student.training.training_loop import train
 from ray_distill.student.training.validation import make_distiller
 from ray_distill.teacher_cache.reader import CacheReader
 
+from ...tiny import tiny_student
+
 Readers = tuple[CacheReader, CacheReader]
 Settings = Callable[..., TrainSettings]
 Rows = Callable[..., list[dict[str, Any]]]
@@ -32,6 +35,35 @@ def bare(still: StudentConfig) -> Student:
     """A student without heads and dropout."""
     torch.manual_seed(0)
     return Student(still.model_copy(update={"heads": "none", "encoder_layers": 3})).eval()
+
+
+@pytest.mark.parametrize("objective", ["prediction", "star"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layer_drop": 0.1, "feature_grad_mult": 0.1, "layer_grad_scale": True, "attention_reuse": "alternate"},
+        {"conv_norm": "layer_norm", "conv_pos_depth": 2, "attention_reuse": "alternate", "reuse_behaviour": "released"},
+        {"layer_type": "conformer", "position": "relative"},
+        {"position": "rotary", "time_reduction": "fc1", "time_reduction_index": 1, "attention_reuse": "none"},
+    ],
+)
+def test_the_host_waits_for_no_result_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings, options: dict[str, Any], objective: str
+) -> None:
+    """The meta device replaces a GPU: it refuses each read by the host. All but its attention are the operations of a GPU."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # Meta tensors know no autocast.
+    monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())
+    config = tiny_student(encoder_layers=4, heads="none" if objective == "star" else "layerwise", **options)
+    with torch.device("meta"):
+        student = Student(config)
+    distiller = make_distiller(student, settings(objective=objective, spec_augment={"time_warp_window": 2}))
+    frames = config.num_frames(6400)
+    waveforms, targets = torch.zeros(2, 6400, device="meta"), torch.zeros(2, 4, frames, 32, device="meta")
+    mask = torch.zeros(2, frames, dtype=torch.bool, device="meta")
+    distiller(waveforms, LENGTHS.tolist(), mask, targets, 28).total.backward()
+    assert all(p.grad is not None for p in student.parameters())
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        distiller(waveforms, LENGTHS.to("meta"), mask, targets, 28)
 
 
 @pytest.mark.parametrize("kind", ["mse", "l1"])

@@ -20,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.layer_prediction import LayerDistiller
+from ray_distill.student.training import training_loop
+from ray_distill.student.training.optimizer import make_optimizer
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import CheckpointError
-from ray_distill.student.training.training_loop import MIN_LOSS_SCALE, train
+from ray_distill.student.training.training_loop import MIN_LOSS_SCALE, _Loop, train
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
 
@@ -110,6 +112,53 @@ def test_a_skipped_step_leaves_the_weights_alone(
     assert torch.equal(weights[7], weights[8]) and torch.equal(weights[8], weights[9])
     assert not torch.equal(weights[9], weights[10])
     assert not torch.equal(weights[6], weights[7])
+
+
+def test_reading_the_outcomes_of_steps_later_changes_nothing(
+    tmp_path: Path,
+    tiny: StudentConfig,
+    settings: Settings,
+    readers: Readers,
+    last: Callable[[Path], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: the optimiser is fused, and the host reads nothing in a step."""
+
+    def fused(student: Student, options: TrainSettings) -> torch.optim.AdamW:
+        optimizer = make_optimizer(student, options)
+        for group in optimizer.param_groups:
+            group["fused"] = True
+        return optimizer
+
+    reads: list[int] = []
+    step, real_float, real_item = _Loop.step, Tensor.__float__, Tensor.item
+
+    def counted(loop: _Loop, micro: Any) -> None:
+        before = len(reads)
+        step(loop, micro)
+        assert len(reads) == before or not loop.defers
+
+    monkeypatch.setattr(training_loop, "make_optimizer", fused)
+    monkeypatch.setattr(_Loop, "step", counted)
+    monkeypatch.setattr(Tensor, "__float__", lambda x: (reads.append(1), real_float(x))[1])
+    monkeypatch.setattr(Tensor, "item", lambda x: (reads.append(1), real_item(x))[1])
+    options = settings(log_every=5, max_grad_norm=0.5, checkpoint_every=4)
+    found = {}
+    for name, defers in (("at once", False), ("later", True)):
+        monkeypatch.setattr(training_loop, "_can_defer", lambda device, defers=defers: defers)
+        reader = Faulty(readers[0], lambda number, batch: poisoned(batch) if number in (1, 6, 7) else batch)
+        result = train(tiny, options, reader, readers[1], tmp_path / name)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        timing = ("audio_hours_per_minute", "data_wait")
+        kept = [{key: value for key, value in row.items() if key not in timing} for row in lines]
+        found[name] = replace(result, seconds=0), kept, last(tmp_path / name)
+    assert found["at once"][:2] == found["later"][:2]
+    assert found["later"][0].skipped_steps == 3
+    parts, other = (found[name][2]["parts"] for name in found)
+    for key, weight in parts["student"].items():
+        assert torch.equal(weight, other["student"][key])
+    for number, moments in parts["optimizer"]["state"].items():
+        assert all(torch.equal(value, other["optimizer"]["state"][number][key]) for key, value in moments.items())
 
 
 def test_a_run_that_only_skips_stops_and_says_why(

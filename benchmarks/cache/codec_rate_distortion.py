@@ -36,9 +36,7 @@ from ray_distill.teacher_cache.teachers import load_teacher
 
 CODECS = "fp32,int8,pca:0.25,pca:0.5,pca:1,pca:2,pca:4"
 UNTRAINED = "fp16,layer-pca:0.5,layer-pca:1"
-DISCRETE = (
-    "fp16,int8,layer-pca:0.5,layer-pca:1,layer-pca:2,layer-pca:4,units:100,units:500,mvq:1,mvq:2,mvq:4,mvq:8,mvq:16"
-)
+DISCRETE = "fp16,int8,layer-pca:0.5,layer-pca:1,layer-pca:2,layer-pca:4,units:100,units:500,mvq:1,mvq:2,mvq:4,mvq:8"
 MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=10), draws=2)
 FRAMES_PER_SECOND = 50
 

@@ -20,7 +20,7 @@ _CHUNK = 1024
 _BEAM = 4
 _PASSES = 2
 """Maximum number of times that each entry is improved after the beam search."""
-_ROUNDS = 4
+_ROUNDS = 8
 """Times that codebooks and entries are improved by turns."""
 _RIDGE = 0.03
 """Weight of the squared entries in the least-squares problem, relative to the mean number of frames that have an entry. It keeps

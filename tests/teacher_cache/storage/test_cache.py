@@ -40,6 +40,7 @@ def create(location: Path, **changes: object) -> Cache:
 
 
 CHANGES: dict[str, Any] = {
+    "derived_from": "a" * 64,
     "teacher": "u",
     "num_layers": 5,
     "dim": 9,

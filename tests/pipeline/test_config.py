@@ -118,7 +118,7 @@ CHANGES_RESULT = {
     "cache": "targets",
     "train": "targets epochs max_steps batch_size batch_seconds crop_seconds accumulate workers use_gpu precision learning_rate "
     "warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding init_front_end init_encoder_layers "
-    "max_grad_norm ema_decay draw_order validate_every log_every seed",
+    "max_grad_norm compile ema_decay draw_order validate_every log_every seed",
 }
 """Keys without an effect, by section: they change a run's result, keep the loss's meaning, and may differ within an ablation."""
 

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def write_result(path: Path, **measured: Any) -> None:
     record = {
         "machine": machine(),
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "pyarrow", "ray")},
+        | {name: version(name) for name in ("torch", "pyarrow", "ray") if find_spec(name)},
         "commit": commit(),
         "command": " ".join(["python -m", module_name(Path(sys.argv[0])), *sys.argv[1:]]),
     }

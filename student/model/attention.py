@@ -169,7 +169,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor
         attention_mask: (B, 1, 1, T) bool, False at padding, which follows the real frames; None if nothing is padded.
         dropout: Probability of dropping an entry of the map.
     """
-    if dropout and queries.device.type == "cpu":  # PyTorch's fused attention for CPUs has no dropout.
+    # PyTorch's fused attention for CPUs has no dropout. The compiler can't trace the hand-written one.
+    if dropout and queries.device.type == "cpu" and not torch.compiler.is_compiling():
         mixed: Tensor = _DropoutAttention.apply(queries, keys, values, attention_mask, dropout)  # type: ignore[no-untyped-call]
         return mixed
     if queries.is_cuda and (attention_mask is not None or queries.element_size() > 2):

@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 class Dropout(nn.Module):
     """`torch.nn.Dropout`, with less time and memory on a CPU. There the rate is rounded as in `dropout_mask`.
 
+    The compiler gets PyTorch's dropout, since it can't trace the hand-written one.
+
     Args:
         rate: Probability of zeroing an entry, from 0 to below 1.
     """
@@ -24,7 +26,7 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x with entries zeroed in training mode; any shape."""
-        if x.device.type != "cpu" or not self.training or not self.rate:
+        if x.device.type != "cpu" or not self.training or not self.rate or torch.compiler.is_compiling():
             return F.dropout(x, self.rate, self.training)
         y: Tensor = _ByteMaskDropout.apply(x, self.rate)  # type: ignore[no-untyped-call]
         return y

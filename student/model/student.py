@@ -4,6 +4,7 @@ Shape suffixes: B batch, S samples, C channels, T frames, L layers, P prediction
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -130,6 +131,8 @@ class Student(nn.Module):
 
     Attributes:
         config: Architecture.
+        compile_layers: Whether training compiles the encoder layers. One program serves all layers of a kind (those that compute an
+            attention map, and those that reuse one) and all sizes of batches; the weights keep their names. Default False.
         checkpoint_activations: Whether training recomputes each encoder layer in the backward pass instead of storing its
             activations, which takes less memory and more time. Default False.
 
@@ -145,7 +148,7 @@ class Student(nn.Module):
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False
+        self.checkpoint_activations = self.compile_layers = False
         width = config.encoder_embed_dim
         blocks = []
         inputs = 1
@@ -356,6 +359,7 @@ class Student(nn.Module):
         attention_mask = _attention_mask(padded)
         layers, head_inputs = [], []
         previous_map: AttentionMap | None = None
+        run = compiled_layer() if self.compile_layers and self.training else _run_layer
         for number, layer in enumerate(self.layers[:num_layers]):
             if self.reduction is not None and number == config.time_reduction_index:
                 x = self.reduction(x, padded)
@@ -363,10 +367,11 @@ class Student(nn.Module):
                     reduced_frames = self.reduction.num_frames(num_frames)
                     attention_mask = _attention_mask(padding_mask(reduced_frames, x.shape[1])[..., None])
             layer_input = x
+            reused = previous_map if config.reuses[number] else None
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, previous_map = checkpoint(layer, x, attention_mask, previous_map, use_reentrant=False)
+                x, previous_map = checkpoint(run, layer, x, attention_mask, reused, use_reentrant=False)
             else:
-                x, previous_map = layer(x, attention_mask, previous_map)
+                x, previous_map = run(layer, x, attention_mask, reused)
             if config.layer_drop and self.training:
                 # The layer is always computed: DDP needs all parameters in the graph, and later layers may reuse its map.
                 x = torch.where(torch.rand((), device=x.device) < config.layer_drop, layer_input, x)
@@ -389,6 +394,19 @@ class Student(nn.Module):
             is_last = len(layers) == count
             head_inputs = list(F.gelu(self.split(head_inputs[-1])).chunk(config.split_heads, -1)) if is_last else []
         return layers, head_inputs
+
+
+def _run_layer(
+    layer: nn.Module, x: Tensor, attention_mask: Tensor | None, previous_map: AttentionMap | None
+) -> tuple[Tensor, AttentionMap]:
+    result: tuple[Tensor, AttentionMap] = layer(x, attention_mask, previous_map)
+    return result
+
+
+@cache
+def compiled_layer() -> Callable[..., tuple[Tensor, AttentionMap]]:
+    """Return the compiled form of a layer's forward pass, with the layer as its first argument."""
+    return torch.compile(_run_layer, dynamic=True)
 
 
 def _attention_mask(padded: Tensor | None) -> Tensor | None:

@@ -82,6 +82,10 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     checkpoint_activations: Annotated[bool, CHANGES_NO_RESULT] = False
     """Activation checkpointing: recompute each encoder layer in the backward pass instead of storing its activations. Uses less
     memory and more time; results do not change."""
+    compile: bool = False
+    """Whether torch.compile compiles the encoder layers for training, which takes a minute or two at the start and needs a C++
+    compiler. One program serves all layers of a kind and all sizes of batches. Results differ by rounding and by the random
+    numbers of dropout. Names of weights do not change, so checkpoints with and without it are interchangeable."""
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, for example 0.999. The average is then validated and exported.
     None, as published, disables it."""

@@ -137,6 +137,7 @@ class _Loop:
         if initial is not None:
             load_weights(self.student, load_tensors(initial), initial)
         self.student.checkpoint_activations = settings.checkpoint_activations
+        self.student.compile_layers = settings.compile
         # Without masks the mask embedding is unused, and DDP would wait for its gradient.
         self.student.mask_embedding.requires_grad_(train_reader.draws != 0 and settings.mask_embedding == "learned")
         self.distiller = make_distiller(self.student, settings, train_reader).to(rank.device)

@@ -130,7 +130,7 @@ CHANGES_RESULT = {
     "optimizer warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding init_from init_front_end "
     "init_encoder_layers "
     "unit_dim codebook_hidden "
-    "max_grad_norm ema_decay draw_order validate_every log_every seed",
+    "max_grad_norm compile ema_decay draw_order validate_every log_every seed",
 }
 """Keys without an effect, by section: they change a run's result, keep the loss's meaning, and may differ within an ablation."""
 

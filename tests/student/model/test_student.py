@@ -1,7 +1,9 @@
 """The student: reuse, padding, masking, gradient scaling, initialisation, and refused configurations and inputs."""
 
 import math
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
@@ -11,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from ray_distill.student import Student, StudentConfig, StudentOutput
+from ray_distill.student.model import student as student_module
 from ray_distill.student.model.student import scale_gradient
 
 from ...tiny import sharpen_attention, tiny_student
@@ -148,6 +151,48 @@ def test_a_pattern_reuses_the_last_computed_map() -> None:
         found = student(waveforms, torch.full((2,), 6000)).hidden_states
         expected = torch.stack(explicit_layers(student, waveforms, 1), 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_no_number_and_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor would take minutes, so the programs that the compiler traces are run by PyTorch."""
+    compiled: list[Any] = []
+
+    def trace(function: Any, *, dynamic: bool) -> Any:
+        compiled.append(function)
+        return real_compile(function, dynamic=dynamic, backend="eager")
+
+    real_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", trace)
+    monkeypatch.setattr(student_module, "compiled_layer", cache(student_module.compiled_layer.__wrapped__))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = tiny_student(encoder_layers=6, attention_reuse="alternate", attention_dropout=0.0, dropout=0.0)
+    student = sharpen_attention(Student(config.model_copy(update={"activation_dropout": 0.0, "dropout_input": 0.0})))
+    names = list(student.state_dict())
+    student.train().checkpoint_activations = True
+    found = []
+    for wanted in (False, True):
+        student.compile_layers = wanted
+        student.zero_grad()
+        outputs = [student(batch(sizes, max(sizes)), sizes).projections for sizes in ([4000, 2500], [6000, 3000, 5000])]
+        sum(out.square().sum() for out in outputs).backward()
+        found.append([*outputs, *(p.grad for n, p in student.named_parameters() if n != "mask_embedding")])
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(plain, other)
+    assert compiled == [student_module._run_layer]
+    # Six layers of two kinds and two sizes of batches; the first layer has another input.
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert list(student.state_dict()) == names
+    traced = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    student.eval()(batch([4000], 4000))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == traced, "validation is not compiled"
+    student.train().layers[1].dropout.rate = student.layers[0].attention.dropout = 0.5
+    student.checkpoint_activations = False
+    dropped = [student(batch([4000, 2500], 4000), [4000, 2500]).projections for _ in range(2)]
+    assert not torch.equal(*dropped)
+    assert not torch._dynamo.utils.counters["graph_break"], "dropout can be traced"
 
 
 @pytest.mark.parametrize("kind", KINDS)

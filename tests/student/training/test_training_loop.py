@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ray_distill.student.checkpoints import load_student
+from ray_distill.student.model import student as student_module
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.layer_prediction import LayerDistiller
@@ -249,6 +251,29 @@ def test_checkpointed_activations_change_no_loss(
     for name, on in (("plain", False), ("checkpointed", True)):
         train(tiny, settings(checkpoint_activations=on), *readers, tmp_path / name)
     assert losses(rows(tmp_path / "plain")) == losses(rows(tmp_path / "checkpointed"))
+
+
+@pytest.mark.slow
+def test_a_run_with_compiled_layers_goes_on_without_them(
+    tmp_path: Path,
+    still: StudentConfig,
+    settings: Settings,
+    readers: Readers,
+    rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traced = cache(lambda: torch.compile(student_module._run_layer, dynamic=True, backend="eager"))
+    monkeypatch.setattr(student_module, "compiled_layer", traced)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train(still, settings(max_steps=3), *readers, tmp_path / "plain")
+    train(still, settings(max_steps=3, compile=True), *readers, tmp_path / "compiled")
+    programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert programs > 0
+    assert losses(rows(tmp_path / "compiled")) == pytest.approx(losses(rows(tmp_path / "plain")), rel=1e-4)
+    train(still, settings(max_steps=5), *readers, tmp_path / "compiled")
+    assert len(rows(tmp_path / "compiled")) == 5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == programs
 
 
 def test_clipping_bounds_the_step(

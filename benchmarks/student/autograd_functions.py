@@ -22,7 +22,7 @@ from benchmarks.result_file import RESULTS, write_result
 from ray_distill.student.model.attention import attend
 from ray_distill.student.model.convolution import gelu_convolution
 from ray_distill.student.model.dropout import Dropout
-from ray_distill.student.model.student import scale_gradient
+from ray_distill.student.model.scaled_gradient import scale_gradient
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.teacher_cache.frames import num_frames
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_distill.student import Student
-from ray_distill.student.model.student import scale_gradient
+from ray_distill.student.model.scaled_gradient import scale_gradient
 
 
 class PublishedStudent(nn.Module):

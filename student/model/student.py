@@ -18,6 +18,7 @@ from ray_distill.student.model.convolution import gelu_convolution
 from ray_distill.student.model.dropout import Dropout
 from ray_distill.student.model.patch_embedding import PatchEmbedding
 from ray_distill.student.model.position_encoding import DeepPositionConv, PositionConv
+from ray_distill.student.model.scaled_gradient import scale_gradient
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.model.time_reduction import TimeReduction, Upsampler, repeat_frames
 from ray_distill.student.model.transformer import TransformerLayer
@@ -54,29 +55,6 @@ class StudentOutput(NamedTuple):
         if not 1 <= number <= self.hidden_states.shape[1]:
             raise ValueError(f"the student has layers 1 to {self.hidden_states.shape[1]}, not {number}")
         return self.hidden_states[:, number - 1]
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is scaled.
-
-    The forward pass returns x itself, as a view. The plain form ``scale * x + (1 - scale) * x.detach()`` would round x, and
-    needs about 1.7 times the CPU time (benchmarks/student/autograd_functions.py).
-    """
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale  # type: ignore[attr-defined]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.scale, None  # type: ignore[attr-defined]
-
-
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Return x, with the gradient that flows back through it multiplied by ``scale``."""
-    scaled: Tensor = _ScaleGradient.apply(x, scale)  # type: ignore[no-untyped-call]
-    return scaled
 
 
 class ConvBlock(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ray_distill.student import Student, StudentConfig, StudentOutput
 from ray_distill.student.model import student as student_module
-from ray_distill.student.model.student import scale_gradient
+from ray_distill.student.model.scaled_gradient import scale_gradient
 
 from ...tiny import sharpen_attention, tiny_student
 

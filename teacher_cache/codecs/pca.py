@@ -128,7 +128,7 @@ class PcaCodec:
 
             def matrices() -> tuple[Tensor, Tensor]:
                 places = self._places(wanted)
-                decoder = self._decoder.view(-1, *self.state_shape)[:, places].flatten(1)
+                decoder = self._decoder.unflatten(1, self.state_shape)[:, places].flatten(1)  # type: ignore[no-untyped-call]
                 return decoder, self._mean[places].flatten()
 
             decoder, mean = self._kept(codes.device, "decode", wanted, matrices)

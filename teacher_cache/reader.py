@@ -36,6 +36,8 @@ _OPEN_FILES = 256
 """Maximum number of idle open files on a local disk."""
 _OPEN_REMOTE_FILES = 1024
 """The same for an object store, where opening a file takes two requests. Each footer has tens of kilobytes."""
+_LOCAL_THREADS = 16
+"""Maximum default number of threads for a local disk, where they mostly decompress, outside the interpreter's lock."""
 _REMOTE_THREADS = 32
 """Default number of threads for an object store, where they mostly wait for requests."""
 _REMOTE_BATCHES = 4
@@ -56,7 +58,7 @@ class CacheReader:
         split: ``train`` or ``validation``.
         layers: 1-based layers to read. Default all cached layers.
         draws: Number of cached mask draws to use. Default all.
-        threads: Number of threads that read and decode. Default up to 4 (limited by the number of cores) for a local
+        threads: Number of threads that read and decode. Default up to 16 (limited by the number of cores) for a local
             cache, 32 for an object store.
         targets: Kind of targets. ``clean_only`` reads no masked pass from a ``clean_and_masked`` cache, so that targets are
             clean at unmasked frames too. Default the cache's own kind.
@@ -156,7 +158,7 @@ class CacheReader:
         }
         remote = self.cache.store.local is None
         self.batches_at_once = _REMOTE_BATCHES if remote else 1
-        default = _REMOTE_THREADS if remote else min(4, os.cpu_count() or 1)
+        default = _REMOTE_THREADS if remote else min(_LOCAL_THREADS, os.cpu_count() or 1)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads or default, "cache-reader")
         self._open = ShardFilePool(self.cache.store, _OPEN_REMOTE_FILES if remote else _OPEN_FILES)

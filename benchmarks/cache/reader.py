@@ -2,11 +2,13 @@
 
 ``speed`` trains the same student in turns from a cache (with each codec), from targets that are resident on the device, and with the
 teacher in the training loop, and compares the speed. It also reads as fast as the reader can, and records memory and the wait for
-the first batch of an epoch. ``order`` measures padding and the randomness of epochs, against a full shuffle and against fixed
-buckets by length.
+the first batch of an epoch. ``feed`` replaces the student by one that takes a fixed time per second of audio, as a GPU would, and
+reports the share of the time spent waiting for data, with either format of the embedded audio. ``order`` measures padding and the
+randomness of epochs, against a full shuffle and against fixed buckets by length.
 """
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -28,6 +30,7 @@ from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.embedded_audio import DECODERS
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
@@ -211,6 +214,99 @@ def read_alone(way: str, reader: TargetReader, settings: TrainSettings) -> dict[
     return row
 
 
+def feed(
+    seconds: Annotated[float, typer.Option(help="Seconds of training audio.")] = 480,
+    rounds: Annotated[int, typer.Option(help="Number of rounds; medians over them are reported.")] = 5,
+    rates: Annotated[
+        str, typer.Option(help="Seconds of audio per second of a rank, separated by commas.")
+    ] = "2000,7300,20000",
+    rank_cores: Annotated[
+        int, typer.Option(help="Cores of such a rank; its rate is scaled to the cores used here.")
+    ] = 16,
+    cores: Annotated[int, typer.Option(help="Cores used here.")] = 2,
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cache/reader_feed.json",
+) -> None:
+    """Measure the CPU time of reading, and how long a student of fixed speed waits for it."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    torch.set_num_threads(1)
+    checkpoint = str(shared_data() / "teacher" / "hubert_small.pt")
+    teacher = load_teacher(checkpoint, "cpu")
+    members = utterances(TRAIN, seconds)
+    settings = TrainSettings(epochs=2, batch_seconds=60, validate_every=10**6)
+    found: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        readers = {}
+        for audio in ("flac", "pcm"):
+            spec = CacheSpec(
+                teacher=teacher.fingerprint,
+                num_layers=teacher.num_layers,
+                dim=teacher.dim,
+                layers=tuple(range(1, teacher.num_layers + 1)),
+                masks=MASKS,
+                codec="pca",
+                audio=audio,
+                corpus="small speech",
+                shard_seconds=120,
+                batch_seconds=60,
+            )
+            folder = Path(name) / audio
+            plan = plan_shards(members, spec.shard_seconds)
+            build_cache(folder, spec, plan, checkpoint, teacher_name="hubert_small", workers=None)
+            readers[audio] = CacheReader(folder, "train", threads=cores)
+        for number in range(rounds + 1):  # The first round warms up.
+            for audio in list(readers) if number % 2 else reversed(list(readers)):
+                measured = measure_feed(
+                    readers[audio], settings, [float(r) * cores / rank_cores for r in rates.split(",")]
+                )
+                if number:
+                    for key, value in measured.items():
+                        found.setdefault(audio, {}).setdefault(key, []).append(value)
+    rows = [{"audio": audio} | {key: statistics.median(v) for key, v in kept.items()} for audio, kept in found.items()]
+    ratio = statistics.median(
+        a / b for a, b in zip(*(found[audio]["audio_seconds_per_cpu_second"] for audio in ("pcm", "flac")), strict=True)
+    )
+    for row in rows:
+        print(row)
+    write_result(output, teacher="hubert_small", rank_cores=rank_cores, cores=cores, rows=rows, pcm_over_flac=ratio)
+
+
+def measure_feed(reader: CacheReader, settings: TrainSettings, rates: Sequence[float]) -> dict[str, float]:
+    """Return the speed of reading per CPU second, the share of decoding audio in it, and the shares of time spent waiting.
+
+    Args:
+        reader: Reader of the training split.
+        settings: Settings of the training, which give the batches.
+        rates: Seconds of audio per second that the student takes, one measurement each.
+    """
+    plan = TrainingPlan(reader.num_samples, settings, 1)
+    decode, spent = DECODERS[reader.cache.spec.audio], [0.0]
+
+    def timed(data: bytes | memoryview) -> np.ndarray:
+        began = time.thread_time()
+        waveform = decode(data)
+        spent[0] += time.thread_time() - began
+        return waveform
+
+    DECODERS[reader.cache.spec.audio] = timed
+    try:
+        began, samples = time.process_time(), 0
+        for micro in micro_batches(plan, reader, Rank(), 0, 1):
+            samples += int(micro.num_samples.sum())
+        cpu = time.process_time() - began
+    finally:
+        DECODERS[reader.cache.spec.audio] = decode
+    found = {"audio_seconds_per_cpu_second": samples / SAMPLE_RATE / cpu, "share_of_decoding_audio": spent[0] / cpu}
+    for rate in rates:
+        waited = 0.0
+        begun = mark = time.perf_counter()
+        for micro in micro_batches(plan, reader, Rank(), 0, 1):
+            waited += time.perf_counter() - mark
+            time.sleep(micro.num_samples.sum() / SAMPLE_RATE / rate)
+            mark = time.perf_counter()
+        found[f"waiting_at_{rate:g}"] = waited / (time.perf_counter() - begun)
+    return found
+
+
 Epochs = Callable[[int], list[list[int]]]
 
 
@@ -305,6 +401,6 @@ def measure_order(planned: list[list[list[int]]], lengths: np.ndarray) -> dict[s
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    for command in (speed, order):
+    for command in (speed, feed, order):
         app.command()(command)
     app()

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 
 from ray_distill.teacher_cache.audio import AudioError, load_audio
+from ray_distill.teacher_cache.embedded_audio import DECODERS, ENCODERS, AudioFormat
 
 
 def tone(seconds: float, rate: int, frequency: float = 440.0) -> np.ndarray:
@@ -238,3 +239,11 @@ def test_mp3_inside_wav() -> None:
 def test_wave_format_extensible(subtype: str) -> None:
     waveform = load_audio(io.BytesIO(encode(tone(0.5, 16_000), 16_000, "WAVEX", subtype)))
     np.testing.assert_allclose(waveform, tone(0.5, 16_000), atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["flac", "pcm"])
+def test_embedded_audio_keeps_every_value_of_16_bits(kind: AudioFormat) -> None:
+    waveform = np.arange(-32768, 32768).astype(np.float32) / 32768
+    decoded = DECODERS[kind](ENCODERS[kind](waveform))
+    assert decoded.dtype == np.float32
+    assert np.array_equal(decoded, waveform)

@@ -243,7 +243,7 @@ def check_config(tree: dict[str, Any]) -> Config:
 
 def _names_teacher_and_corpus(tree: dict[str, Any]) -> bool:
     keys = (("teacher", "checkpoint"), ("corpus", "path"))
-    return all(isinstance(tree.get(section), dict) and key in tree[section] for section, key in keys)
+    return all(isinstance(tree.get(section), dict) and tree[section].get(key) for section, key in keys)
 
 
 def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str) -> str:

@@ -1,5 +1,6 @@
 """Ray as a run uses it: the cluster to connect to, its resources, and its log."""
 
+import math
 import os
 import resource
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import ray_distill
 from ray_distill.interruption import kept_handlers
-from ray_distill.pipeline.config import ConfigError
+from ray_distill.pipeline.config import Config, ConfigError
 
 _STARTS = 3
 """Attempts to start a local Ray, each of which Ray gives up after 30 s."""
@@ -145,6 +146,34 @@ def count_fitting_workers(nodes: Sequence[Mapping[str, float]], cpus: int, gpus:
         by_cores = int(node.get("CPU", 0)) // cpus
         total += min(by_cores, int(node.get("GPU", 0) / gpus)) if gpus else by_cores
     return total
+
+
+def missing_gpus(config: Config) -> str:
+    """Say which GPUs a configuration needs and this machine lacks. Empty if it has them."""
+    wanted = {
+        "the training": config.train.workers if config.train.use_gpu else 0,
+        "a teacher of the cache": math.ceil(config.cache.gpus_per_actor) if config.train.targets == "cached" else 0,
+    }
+    if not any(wanted.values()):
+        return ""
+    import torch  # Slow to import, and this module starts commands.
+
+    present = torch.cuda.device_count()
+    lacking = [f"{who} needs {counted(count, 'GPU')}" for who, count in wanted.items() if count > present]
+    return f"{' and '.join(lacking)}, but this machine has {present or 'none'}" if lacking else ""
+
+
+def require_gpus(config: Config) -> None:
+    """Check, before any work, that a local Ray has the GPUs that a configuration needs.
+
+    Raises:
+        ConfigError: This machine has too few, and no cluster is used.
+    """
+    if owns_ray() and (lacking := missing_gpus(config)):
+        raise ConfigError(
+            f"train.use_gpu, train.workers, cache.gpus_per_actor: {lacking}; submit the job to a cluster, or run on CPUs with "
+            "train.use_gpu=false train.precision=fp32 cache.gpus_per_actor=0"
+        )
 
 
 def require_resources(keys: str, workers: int, cpus: int, gpus: float, say: Callable[[str], None]) -> None:

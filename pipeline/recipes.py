@@ -63,7 +63,8 @@ def other_recipes(name: Path, folder: str | None = None) -> str:
     )
     given = name.with_suffix("").as_posix() if name.suffix == ".yaml" else name.as_posix()
     stems = {other.rpartition("/")[2]: other for other in names}
-    near = nearest(given, names) or [stems[stem] for stem in nearest(given.rpartition("/")[2], stems)]
+    begun = [name for name in names if name.startswith(given)]
+    near = begun or nearest(given, names) or [stems[stem] for stem in nearest(given.rpartition("/")[2], stems)]
     listed = f"the recipes are {', '.join(by_nearness(given, names))}"
     return f"{question(near[:1])} {listed}" if near else listed
 

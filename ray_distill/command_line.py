@@ -25,6 +25,7 @@ from ray_distill.pipeline.commands.profile import profile
 from ray_distill.pipeline.commands.push import push
 from ray_distill.pipeline.commands.run import run
 from ray_distill.pipeline.commands.teachers import list_teachers, show_teacher
+from ray_distill.pipeline.recipes import find_recipe
 from ray_distill.serve.command import serve
 from ray_distill.teacher_cache.commands import derive, info, repair, verify
 
@@ -82,8 +83,10 @@ class _Application(Group):
     """The group of all commands, whose default command is ``run``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        own = {"--help", *(name for parameter in self.params for name in parameter.opts)}
-        if args and args[0].split("=")[0] not in own and (args[0].startswith("-") or "=" in args[0]):
+        own = {"--help", *self.commands, *(name for parameter in self.params for name in parameter.opts)}
+        first = args[0] if args else ""
+        is_recipe = "=" in first or first.startswith("-") or (first not in own and find_recipe(first).is_file())
+        if first and first.split("=")[0] not in own and is_recipe:
             args = ["run", *args]
         return super().parse_args(ctx, args)
 

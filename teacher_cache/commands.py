@@ -71,6 +71,12 @@ def verify(
             table.add_row(name, str(check.layer), f"{check.error:.4f}", f"{check.allowed:.4f}", style=style)
             good &= check.good
         console.print(table)
+    if problems and all(problem.unfinished for problem in problems):
+        console.print(
+            f"{cache} is not finished: {len(problems)} shard files were not committed; the command that builds it goes on from here, "
+            f"and `ray-distill cache repair {cache}` builds them too"
+        )
+        raise typer.Exit(1)
     if not good:
         console.print(f"{cache} is damaged; run `ray-distill cache repair {cache}` to rebuild the damaged parts")
         raise typer.Exit(1)

@@ -181,7 +181,8 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
             raise ConfigError(f"{key!r} can't be set: {section!r} is a value, not a section")
-    node[name] = value
+    # YAML reads a path such as 2024 as a number.
+    node[name] = str(value) if key in SHORT_KEYS and not isinstance(value, (dict, list)) else value
 
 
 def default_cache(tree: dict[str, Any]) -> str:
@@ -209,14 +210,22 @@ def _has_folder(path: Path, name: str) -> bool:
 
 
 def _long_key(key: str, value: Any) -> str:
-    """Return the dotted key that a short key stands for; other keys as they are."""
-    return f"{key}.{SHORT_KEYS[key]}" if key in SHORT_KEYS and isinstance(value, str) else key
+    """Return the dotted key that a short key stands for; other keys as they are.
+
+    Raises:
+        ConfigError: A short key has no value.
+    """
+    if key not in SHORT_KEYS or isinstance(value, dict):
+        return key
+    if value is None:
+        raise ConfigError(f"{key}= has no value; write {key}={'NAME' if key == 'teacher' else 'PATH'}")
+    return f"{key}.{SHORT_KEYS[key]}"
 
 
 def _expanded(sections: dict[str, Any]) -> dict[str, Any]:
     """Return the sections with short keys written out."""
     return {
-        name: {SHORT_KEYS[name]: value} if name in SHORT_KEYS and isinstance(value, str) else value
+        name: {SHORT_KEYS[name]: str(value)} if _long_key(name, value) != name else value
         for name, value in sections.items()
     }
 

@@ -197,10 +197,11 @@ def index_corpus(
     for split in ("train", "validation"):
         if not any(utterance.split == split for utterance in index.utterances):
             counts = Counter(skip.reason for skip in index.skipped)
+            first = next((skip.message for skip in index.skipped if skip.reason == counts.most_common(1)[0][0]), "")
             why = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none"
             raise ValueError(
                 f"no usable audio is left for the {split} split of {path} (files skipped: {why}; they are listed in "
-                f"{output / SKIPPED}); add audio or choose other splits"
+                f"{output / SKIPPED}{f'; one of them: {first}' if first else ''}); add audio or choose other splits"
             )
     by_id = {entry.id: entry for entry in entries}
     labels = ((utterance.id, label_of(_entry_of(utterance, by_id))) for utterance in index.utterances)

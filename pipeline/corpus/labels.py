@@ -28,15 +28,15 @@ class Label:
 def label_of(entry: FoundFile) -> Label:
     """Return the label of an entry: what its format found, or else what files beside it say.
 
-    Read are LibriSpeech's ``SPEAKER-CHAPTER.trans.txt``, MLS's ``transcripts.txt``, and a file with the audio's name and the suffix
-    ``.normalized.txt`` (LibriTTS) or ``.txt``, also TIMIT's, whose first two numbers are left out. Speakers are the folders of these
-    four corpora.
+    Read are LibriSpeech's ``SPEAKER-CHAPTER.trans.txt``, MLS's ``transcripts.txt``, LJSpeech's ``metadata.csv``, and a file with
+    the audio's name and the suffix ``.normalized.txt`` (LibriTTS) or ``.txt``, also TIMIT's, whose first two numbers are left out.
+    Speakers are the folders of LibriSpeech, MLS, LibriTTS and TIMIT.
     """
     if entry.speaker or entry.text or entry.inside or entry.start is not None or entry.end is not None:
         return Label(entry.speaker, entry.text)
     path = entry.path
     try:
-        return _librispeech(path) or _mls(path) or _beside(path) or Label("", "")
+        return _librispeech(path) or _mls(path) or _ljspeech(path) or _beside(path) or Label("", "")
     except (OSError, ValueError):
         return Label("", "")  # No transcript is needed.
 
@@ -54,6 +54,14 @@ def _mls(path: Path) -> Label | None:
     if not path.stem.startswith(f"{book.parent.name}_{book.name}_") or book.parent.parent.name != "audio":
         return None
     return Label(book.parent.name, _table(book.parent.parent.parent / "transcripts.txt", "\t").get(path.stem, ""))
+
+
+def _ljspeech(path: Path) -> Label | None:
+    if path.parent.name != "wavs":
+        return None
+    # The columns are the id, the text, and the text with numbers written out.
+    text = _table(path.parent.parent / "metadata.csv", "|").get(path.stem)
+    return None if text is None else Label("", text_of(text.rpartition("|")[2]))
 
 
 def _beside(path: Path) -> Label | None:

@@ -1,8 +1,9 @@
 """Search for the audio of a corpus: the format finds it, and its splits decide what is used."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from ray_distill.pipeline.corpus.formats import FORMATS, recognise
@@ -44,15 +45,25 @@ def find_audio(
     Raises:
         ValueError: The corpus doesn't exist, has no audio, lacks a split, or it is ambiguous which splits its files belong to.
     """
+    if format is None:
+        _refuse_wrong_level(path)
     search = Search(None if train is None else list(train), None if validation is None else list(validation))
     format = format or recognise(path)
     found = FORMATS[format].find(path, search)
     skipped, notes = search.skipped, search.notes
+    others = [
+        name for name, other in FORMATS.items() if name not in (format, "folder", "manifest") and other.matches(path)
+    ]
+    if others and format != "folder":
+        notes.append(
+            f"{path} is read in the format {format}; it also has data in the format {' and '.join(others)}, which is not used; "
+            "corpus.format chooses another"
+        )
     if not found:
-        others = Counter(skip.path.suffix.lower() for skip in skipped if skip.reason == "unsupported_format")
+        undecoded = Counter(skip.path.suffix.lower() for skip in skipped if skip.reason == "unsupported_format")
         also = (
-            f" ({', '.join(f'{n} {suffix}' for suffix, n in sorted(others.items()))} files can't be decoded)"
-            if others
+            f" ({', '.join(f'{n} {suffix}' for suffix, n in sorted(undecoded.items()))} files can't be decoded)"
+            if undecoded
             else ""
         )
         raise ValueError(f"{path} contains no audio{also}; audio files end in {', '.join(SUFFIXES)}")
@@ -78,6 +89,37 @@ def find_audio(
             "and they are used for training; move them to a folder named test or dev, or add a column split to the manifest"
         )
     return FoundCorpus(list(entries.values()), skipped, splits, notes, format)
+
+
+_TABLES = ("kaldi", "common_voice", "voxpopuli")
+"""Formats whose tables say what the audio below them is for, and which are told by a few names of files."""
+_LOOKED_AT = 200
+
+
+def _refuse_wrong_level(path: Path) -> None:
+    """Raise ValueError if a folder is in no format with tables, but one above or below it is."""
+    if not path.is_dir() or recognise(path) != "folder":
+        return
+    if path.name == "clips" and FORMATS["common_voice"].matches(path.parent):
+        raise ValueError(
+            f"{path} has the clips of all splits of a Common Voice corpus; give {path.parent}, whose tables tell them apart, or set "
+            "corpus.format=folder to use all of them"
+        )
+    children = list(islice(_folders(path), _LOOKED_AT))
+    for inner in [*children, *(inner for child in children[:10] for inner in islice(_folders(child), _LOOKED_AT))]:
+        for name in _TABLES:
+            if FORMATS[name].matches(inner):
+                raise ValueError(
+                    f"{path} is no corpus with tables itself, but {inner} is one in the format {name}; give that folder, or set "
+                    f"corpus.format=folder to use all audio below {path}"
+                )
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    try:
+        yield from sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
+    except OSError:
+        return  # The search lists folders that can't be read.
 
 
 def _words_of(file: Path, corpus: Path) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.pipeline.corpus.index import INDEX
 from ray_distill.pipeline.corpus.search import count_files, find_audio
 from ray_distill.pipeline.corpus.splits import SplitSummary
-from ray_distill.pipeline.ray_session import counted
+from ray_distill.pipeline.initialise import tensors_of_student
+from ray_distill.pipeline.ray_session import counted, missing_gpus
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.index import split_table
@@ -84,7 +85,7 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
         "index": _index_action(folder),
         "plan": "estimate the size of the cache" if cached else "check the lengths of the utterances",
         "cache": _cache_action(config, cache, teacher),
-        "train": _train_action(folder),
+        "train": _train_action(folder, config),
         "export": f"{'update' if folder.export.is_dir() else 'write'} {folder.export}",
         "report": f"write {folder.report}",
     }
@@ -142,6 +143,9 @@ def _student_facts(config: Config, teacher: Teacher | None) -> str:
         return "not resolved, since it depends on the teacher"
     layers = len(config.teacher.layers or range(teacher.num_layers))
     settings = config.resolve_student(layers, teacher.dim, teacher.patches)
+    config.train.chosen_objective.check_targets(settings, layers, teacher.dim)
+    if config.train.init_from is not None:
+        tensors_of_student(config.train.init_from, settings)
     with torch.device("meta"):
         student = Student(settings)
     parameters = sum(parameter.numel() for parameter in student.parameters())
@@ -188,13 +192,15 @@ def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) 
     return f"reuse {present} if it belongs to the same teacher weights and audio"
 
 
-def _train_action(folder: RunFolder) -> str:
-    """Say what the train stage would do."""
+def _train_action(folder: RunFolder, config: Config) -> str:
+    """Say what the train stage would do, and whether this machine has its GPUs."""
     if folder.is_trained:
         return "nothing, since the training is finished"
+    gpus = missing_gpus(config)
+    lacking = f"; {gpus}, so it needs another machine or a cluster" if gpus else ""
     if folder.checkpoints.is_dir():
-        return f"resume from the last checkpoint in {folder.checkpoints}"
-    return f"train from the first step, with checkpoints in {folder.checkpoints}"
+        return f"resume from the last checkpoint in {folder.checkpoints}{lacking}"
+    return f"train from the first step, with checkpoints in {folder.checkpoints}{lacking}"
 
 
 def print_plan(plan: RunPlan, console: Console) -> None:

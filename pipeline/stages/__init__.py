@@ -5,7 +5,7 @@ from typing import Any
 
 from ray_distill.interruption import described
 from ray_distill.memory import memory_named
-from ray_distill.pipeline.ray_session import check_ray
+from ray_distill.pipeline.ray_session import check_ray, require_gpus
 from ray_distill.pipeline.stages.cache import cache_targets
 from ray_distill.pipeline.stages.export import export_best
 from ray_distill.pipeline.stages.index import index_audio
@@ -77,6 +77,8 @@ def _check_start(run: Run, stages: set[str]) -> None:
     cached = run.config.train.targets == "cached"
     if training or ("cache" in stages and cached):
         check_ray()
+    if training or ("cache" in stages and cached):
+        require_gpus(run.config)
     if training:
         check_trackers(run.config.train.trackers)
     if stages & {"plan", "cache", "train"}:

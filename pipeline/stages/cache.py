@@ -97,6 +97,11 @@ def check_cache(run: Run) -> None:
             f"the cache at {run.cache.location} lacks layers or draws that this run needs; run the cache stage"
         )
     problems = verify_cache(run.cache, checksums=run.config.cache.verify, needed=run.spec)
+    if problems and all(problem.unfinished for problem in problems):
+        raise CacheError(
+            f"the cache at {run.cache.location} is not finished: {counted(len(problems), 'shard file')} that this run needs were not "
+            "committed; run the cache stage too, which goes on from there"
+        )
     if problems:
         more = len(problems) - _SHOWN_PROBLEMS
         others = f" and {counted(more, 'more problem')}" if more > 0 else ""

@@ -53,7 +53,7 @@ def train_student(run: Run) -> None:
         require_resources("train.workers, train.use_gpu", settings.workers, 1, float(settings.use_gpu), run.say)
         record_start(run.folder.starts_file, first=step is None)
         done = threading.Event()
-        watcher = threading.Thread(target=_show_metrics, args=(run, update, done), daemon=True)
+        watcher = threading.Thread(target=_show_metrics, args=(run, update, done, step or 0), daemon=True)
         watcher.start()
         try:
             training()
@@ -133,13 +133,13 @@ def last_row(folder: RunFolder) -> dict[str, Any] | None:
     return read_last_train_row(folder.metrics_file)
 
 
-def _show_metrics(run: Run, update: ProgressUpdate, done: threading.Event) -> None:
-    """Show the last logged step, once a second."""
+def _show_metrics(run: Run, update: ProgressUpdate, done: threading.Event, start: int) -> None:
+    """Show the last logged step after ``start``, once a second."""
     while not done.wait(1.0):
         try:
             row = last_row(run.folder)
         except ValueError as error:
             run.say(f"train   the progress is no longer shown: {error}")
             return
-        if row is not None:
+        if row is not None and row["step"] > start:
             update(row["step"], row.get("steps", row["step"]), f"loss {row['loss']:.4f}")

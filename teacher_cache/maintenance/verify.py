@@ -38,12 +38,14 @@ class Problem:
             (a file that does not belong to the cache, or a folder in the place of a file), or ``conflict`` (``cache.json``
             and its copy are both intact but describe different caches).
         file: The shard file, if the kind is ``shard``.
+        unfinished: Whether the shard file was not committed, as after an interrupted build.
     """
 
     name: str
     text: str
     kind: Literal["identity", "shard", "foreign", "conflict"]
     file: ShardFile | None = None
+    unfinished: bool = False
 
 
 def verify_cache(
@@ -161,9 +163,8 @@ def _check_file(cache: Cache, file: ShardFile, shard: Shard, sizes: dict[str, in
     except CacheError as error:
         return Problem(file.commit, str(error), "shard", file)
     if record is None:
-        return Problem(
-            file.commit, f"{store.at(file.commit)} is missing, so its shard file is not finished", "shard", file
-        )
+        text = f"{store.at(file.commit)} is missing, so its shard file is not finished"
+        return Problem(file.commit, text, "shard", file, unfinished=True)
     try:
         check_failed(record, [utterance.id for utterance in shard.utterances])
     except ValueError as error:

@@ -48,6 +48,7 @@ def test_the_names_are_the_files() -> None:
             None,
             "did you mean armhubert-s-100? the recipes are armhubert-s-100, armhubert-s-960, ",
         ),
+        ("armhubert", None, "did you mean armhubert-960? the recipes are "),
         ("smokee", None, "did you mean ablations/smoke? the recipes are "),
         ("this_machine", "clusters", "did you mean clusters/this-machine? the recipes are clusters/this-machine, "),
         ("qqq", "clusters", "the recipes are clusters/"),

@@ -23,6 +23,20 @@ _SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.
 # Other columns with such a word select a piece of a file.
 _PARTS = {"start", "end", "begin", "stop", "offset", "onset"}
 
+_NAMES_OF_PATHS = (
+    "file",
+    "filename",
+    "file_name",
+    "filepath",
+    "file_path",
+    "audio",
+    "audio_path",
+    "audio_file",
+    "wav",
+    "wav_path",
+)
+"""Names that other programs give the column ``path``."""
+
 
 def matches(path: Path) -> bool:
     """Return whether a file has the suffix of a manifest."""
@@ -42,9 +56,15 @@ def find(path: Path, search: Search) -> list[FoundFile]:
     if path.is_dir():
         raise ValueError(f"{path} is a folder, but a manifest is a file; set corpus.path to the file")
     header, rows = _read(path)
+    if header and not rows:
+        raise ValueError(f"the manifest {path} has a header, but no rows")
     columns = _known(header, path)
     if "path" not in columns:
-        hint = "; separate the columns by commas" if len(header) == 1 and re.search(r"[;\t|]", header[0]) else ""
+        other = next((name for name in header if name.strip().lower() in _NAMES_OF_PATHS), None)
+        hint = "" if other is None else f"; rename the column {other!r} to path"
+        hint = hint or (
+            "; separate the columns by commas" if len(header) == 1 and re.search(r"[;\t|]", header[0]) else ""
+        )
         raise ValueError(
             f"the manifest {path} has no column 'path'; its columns are {', '.join(header) or 'none'}{hint}"
         )

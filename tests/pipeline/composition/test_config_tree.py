@@ -57,6 +57,13 @@ def test_short_keys_set_their_long_keys(tmp_path: Path) -> None:
     assert load_config(file, ["teacher.layers=[2]"]).teacher.layers == [2]
 
 
+@pytest.mark.parametrize("key", ["teacher", "corpus", "cache"])
+def test_a_short_key_needs_a_value(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}= has no value; write {key}="):
+        load_config(DEMO, [f"{key}="])
+    assert load_config(DEMO, ["corpus=2024"]).corpus.path == Path("2024"), "YAML reads a number"
+
+
 def test_another_teacher_or_corpus_gets_a_cache_of_its_own() -> None:
     recipe = CONFIGS / "armhubert-s-100.yaml"
     composed = compose(recipe, ["teacher=microsoft/wavlm-base-plus"])
@@ -114,5 +121,7 @@ def test_the_recipe_may_stand_before_the_changes() -> None:
 
     listed = invoke("demo", "train.epochs=3", "--print-config")
     assert listed == invoke("--config", "demo", "train.epochs=3", "--print-config") and listed[0] == 0
+    bare = CliRunner().invoke(application, ["demo.yaml", "train.epochs=3", "--print-config"])
+    assert (bare.exit_code, bare.output + bare.stderr) == listed, "the command run may be left out"
     assert "give one recipe or YAML file, such as demo" in invoke("train.epochs=3")[1]
     assert "give one recipe or YAML file, not demo, demo" in invoke("demo", "--config", "demo")[1]

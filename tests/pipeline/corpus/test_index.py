@@ -200,7 +200,7 @@ def test_manifest_of_paths_alone(folder: Path, tmp_path: Path) -> None:
         ("m.csv", "path,id\na.wav,\n", "row 1 of the manifest .* has no id"),
         ("m.csv", "path,id\na.wav\n", "can't be read"),
         ("m.csv", "", "can't be read"),
-        ("m.csv", "path\n", "contains no audio"),
+        ("m.csv", "path\n", "has a header, but no rows"),
         ("m.parquet", "path\na.wav\n", "can't be read"),
         ("m.txt", "path\na.wav\n", "neither a folder of audio nor a manifest"),
     ],

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from ray_distill.command_line import application
 from ray_distill.pipeline.config import Config, ConfigError, dump_config, load_config
 from ray_distill.pipeline.planning.dry_run import plan_run
+from ray_distill.pipeline.ray_session import require_gpus
 from ray_distill.pipeline.stages import STAGES, Run
 from ray_distill.pipeline.stages.train import initial_student
 from ray_distill.student import Student
@@ -166,3 +167,22 @@ def test_the_folder_of_another_run_is_refused(tmp_path: Path, speech_folder: Pat
     assert plan_run(config, ["index"]).name == "demo"
     with pytest.raises(ConfigError, match=r"another configuration \(sections that differ: train\)"):
         plan_run(configure(tmp_path, "train.seed=9"), ["index"])
+
+
+def test_a_student_that_does_not_fit_and_missing_gpus_are_told(tmp_path: Path, speech_folder: Path) -> None:
+    recipe = DEMO.with_name("armhubert-s-100.yaml")
+    paths = [f"corpus={speech_folder}", f"runs={tmp_path}"]
+    with pytest.raises(
+        ValueError, match="the student predicts 12 layers of width 768, but the targets have 3 layers of width 48"
+    ):
+        plan_run(load_config(recipe, ["teacher=random:3x48", *paths]), list(STAGES))
+    small = [*paths, "teacher=random:2x32", "train.use_gpu=true", "train.workers=3", "cache.gpus_per_actor=0.5"]
+    config = load_config(DEMO, small)
+    there = torch.cuda.device_count()
+    if there < 3:
+        assert "the training needs 3 GPUs" in plan_run(config, list(STAGES)).stages["train"]
+        with pytest.raises(
+            ConfigError, match=r"train\.use_gpu, .*: the training needs 3 GPUs.*submit the job to a cluster, or run"
+        ):
+            require_gpus(config)
+    require_gpus(load_config(DEMO, paths))

@@ -404,3 +404,52 @@ def test_lines_have_limits(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"audio_filepath": "a.wav"}\n{"text": "' + b"x" * MAX_LINE))
     refuse(path, "line 2 of .* has more than 16 MiB")
+
+
+def test_a_level_too_high_or_too_deep_is_refused(tmp_path: Path, write_audio: Writer) -> None:
+    voice = tmp_path / "cv" / "en"
+    for name in "ab":
+        write_audio(voice / "clips" / f"{name}.wav", 1)
+        write_text(
+            voice / f"{'train' if name == 'a' else 'test'}.tsv", "client_id\tpath\tsentence", f"x\t{name}.wav\thi"
+        )
+    refuse(voice / "clips", r"clips has the clips of all splits of a Common Voice corpus; give .*/cv/en, whose tables")
+    refuse(
+        tmp_path / "cv",
+        r"cv is no corpus with tables itself, but .*/cv/en is one in the format common_voice; give that folder",
+    )
+    refuse(tmp_path, r"but .*/cv/en is one in the format common_voice")
+    assert len(find_audio(voice / "clips", ["."], None, format="folder").entries) == 2
+    write_text(tmp_path / "k" / "data" / "train" / "wav.scp", f"a {voice / 'clips' / 'a.wav'}")
+    refuse(tmp_path / "k", r"k is no corpus with tables itself, but .*/k/data is one in the format kaldi")
+
+
+def test_another_format_in_the_folder_is_named(tmp_path: Path, write_audio: Writer) -> None:
+    write_audio(tmp_path / "a.wav", 1)
+    write_json(tmp_path / "train.json", {"audio_filepath": "a.wav", "duration": 1.0, "text": "one"})
+    assert find_audio(tmp_path, None, None).notes == []
+    table = pa.table({"audio": [{"bytes": (tmp_path / "a.wav").read_bytes(), "path": "a.wav"}]})
+    (tmp_path / "pq").mkdir()
+    pq.write_table(table, tmp_path / "pq" / "train-00000-of-00001.parquet")
+    notes = find_audio(tmp_path, None, None).notes
+    assert len(notes) == 1 and "also has data in the format huggingface, which is not used; corpus.format" in notes[0]
+
+
+def test_ljspeech_has_its_transcripts(tmp_path: Path, write_audio: Writer) -> None:
+    write_audio(tmp_path / "wavs" / "LJ001-0001.wav", 1)
+    write_audio(tmp_path / "wavs" / "LJ001-0002.wav", 1)
+    write_text(tmp_path / "metadata.csv", "LJ001-0001|In 1455|In fourteen fifty-five", "LJ001-0002|Two|Two")
+    index_corpus(tmp_path, output=tmp_path / "index", validation_fraction=0.5)
+    assert read_labels(tmp_path / "index")["wavs/LJ001-0001"] == Label("", "In fourteen fifty-five")
+
+
+def test_manifests_say_what_to_rename(tmp_path: Path, write_audio: Writer) -> None:
+    refuse(
+        write_text(tmp_path / "a.csv", "Audio,text", "a.wav,hi"),
+        "no column 'path'.*; rename the column 'Audio' to path$",
+    )
+    refuse(write_text(tmp_path / "b.csv", "path,text"), "has a header, but no rows")
+    write_audio(tmp_path / "a.wav", 1)
+    late = write_text(tmp_path / "c.csv", "path,start,end", "a.wav,1200,1800")
+    with pytest.raises(ValueError, match=r"1 outside.*; one of them: .*a\.wav"):
+        index_corpus(late, output=tmp_path / "index")

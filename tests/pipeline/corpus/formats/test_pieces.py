@@ -147,10 +147,11 @@ def test_long_recordings_are_cut(tmp_path: Path, write_audio: Writer) -> None:
 
 def test_urls_in_a_manifest(tmp_path: Path, write_audio: Writer) -> None:
     file = write_audio(tmp_path / "a.flac", 1)
-    fsspec.filesystem("memory").pipe({"/corpus/a.flac": file.read_bytes()})
+    # One file each: threads that open the same file of this file system share its position.
+    fsspec.filesystem("memory").pipe({f"/corpus/{name}.flac": file.read_bytes() for name in "ab"})
     rows = [
         "memory://corpus/a.flac,0,0.5",
-        "memory://corpus/a.flac,0.5,",
+        "memory://corpus/b.flac,0.5,",
         f"file://{file},,",
         "memory://corpus/no.wav,,",
     ]

@@ -101,7 +101,7 @@ application = typer.Typer(cls=_Application, no_args_is_help=True, pretty_excepti
 
 
 @application.callback(
-    epilog="`ray-distill --config RECIPE` is short for `ray-distill run --config RECIPE`. An invalid input is reported in "
+    epilog="`ray-distill RECIPE` is short for `ray-distill run RECIPE`. An invalid input is reported in "
     f"one sentence, with exit code 2; {TRACEBACK}=1 shows its traceback as well."
 )
 def _describe(
@@ -129,7 +129,7 @@ for _panel, _commands in _PANELS.items():
         application.command(_name, cls=kind, rich_help_panel=_panel)(_function)
 
 _cache = typer.Typer(
-    cls=Group, no_args_is_help=True, help="Show, check or repair a teacher cache, or derive another one from it."
+    cls=Group, no_args_is_help=True, help="Show, check or repair a teacher cache, or derive another."
 )
 for _function in (info, verify, repair, derive):
     _cache.command(cls=Command)(_function)

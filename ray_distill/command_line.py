@@ -128,9 +128,7 @@ for _panel, _commands in _PANELS.items():
         kind = ServerCommand if _name == "serve" else Command
         application.command(_name, cls=kind, rich_help_panel=_panel)(_function)
 
-_cache = typer.Typer(
-    cls=Group, no_args_is_help=True, help="Show, check or repair a teacher cache, or derive another."
-)
+_cache = typer.Typer(cls=Group, no_args_is_help=True, help="Show, check or repair a teacher cache, or derive another.")
 for _function in (info, verify, repair, derive):
     _cache.command(cls=Command)(_function)
 application.add_typer(_cache, name="cache", rich_help_panel="Teacher cache")

@@ -170,10 +170,12 @@ def show_table(teacher: TeacherFacts) -> Table:
         "frames": "patches of a spectrogram" if teacher.frame_rate is None else f"{teacher.frame_rate} per second",
         "mask embedding": unknown if teacher.mask_embedding is None else "yes" if teacher.mask_embedding else "no",
         "license": escape(teacher.license),
-        "to download": unknown if teacher.to_download is None else f"{teacher.to_download / 1e6:,.1f} MB",
     }
+    if teacher.to_download != 0:
+        rows["to download"] = unknown if teacher.to_download is None else f"{teacher.to_download / 1e6:,.1f} MB"
     for name, text in rows.items():
         table.add_row(name, text)
     for codec, size in teacher.bytes_per_hour.items():
-        table.add_row(f"cache, {codec}", f"{size / 1e9:,.2f} GB per hour of audio and pass")
+        amount = f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+        table.add_row(f"cache, {codec}", f"{amount} per hour of audio and pass")
     return table

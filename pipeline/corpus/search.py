@@ -46,19 +46,23 @@ def find_audio(
         ValueError: The corpus doesn't exist, has no audio, lacks a split, or it is ambiguous which splits its files belong to.
     """
     if format is None:
-        _refuse_wrong_level(path)
+        format = recognise(path)
+        if format == "folder":
+            _refuse_wrong_level(path)
     search = Search(None if train is None else list(train), None if validation is None else list(validation))
-    format = format or recognise(path)
     found = FORMATS[format].find(path, search)
     skipped, notes = search.skipped, search.notes
-    others = [
-        name for name, other in FORMATS.items() if name not in (format, "folder", "manifest") and other.matches(path)
-    ]
-    if others and format != "folder":
-        notes.append(
-            f"{path} is read in the format {format}; it also has data in the format {' and '.join(others)}, which is not used; "
-            "corpus.format chooses another"
-        )
+    if format != "folder":
+        others = [
+            name
+            for name, other in FORMATS.items()
+            if name not in (format, "folder", "manifest") and other.matches(path)
+        ]
+        if others:
+            notes.append(
+                f"{path} is read in the format {format}; it also has data in the format {' and '.join(others)}, which is not used; "
+                "corpus.format chooses another"
+            )
     if not found:
         undecoded = Counter(skip.path.suffix.lower() for skip in skipped if skip.reason == "unsupported_format")
         also = (
@@ -97,8 +101,8 @@ _LOOKED_AT = 200
 
 
 def _refuse_wrong_level(path: Path) -> None:
-    """Raise ValueError if a folder is in no format with tables, but one above or below it is."""
-    if not path.is_dir() or recognise(path) != "folder":
+    """Raise ValueError if a folder, which is in no format with tables, is above or below one that is."""
+    if not path.is_dir():
         return
     if path.name == "clips" and FORMATS["common_voice"].matches(path.parent):
         raise ValueError(

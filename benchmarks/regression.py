@@ -125,7 +125,7 @@ def quality(students: list[Student], corpus: Path, teacher_name: str) -> dict[st
         *(FeatureSource.of_student(student, f"student {n}") for n, student in enumerate(students)),
         FeatureSource.of_teacher(load_teacher(teacher_name), "teacher"),
     ]
-    outcomes = run_probes(read_task(corpus / PHONES_FILE), sources, on_progress=lambda line: None)
+    outcomes = run_probes(read_task(corpus / PHONES_FILE), sources, epochs=20, on_progress=lambda line: None)
     halves = [(outcome.high - outcome.low) / 2 for outcome in outcomes]
     errors = [outcome.value for outcome in outcomes[1:-1]]
     return {

@@ -17,7 +17,7 @@ import yaml
 
 from benchmarks.result_file import REPOSITORY, RESULTS, write_result
 from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, utterances
-from benchmarks.student.probe import write_manifest
+from benchmarks.student.probe_tasks import write_manifest
 
 
 def main(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.result_file import RESULTS, write_result
 from benchmarks.small_speech import HELD_OUT, TRAIN, small_student, utterances, whisper_folder
-from benchmarks.student.probe import write_manifest
+from benchmarks.student.probe_tasks import write_manifest
 from ray_distill.pipeline.probing.feature_source import FeatureSource
 from ray_distill.pipeline.probing.linear_probe import run_probes
 from ray_distill.pipeline.probing.task import read_task
@@ -193,9 +193,9 @@ def distil(
         untrained = Student(config).eval()
         student = load_student(run / "checkpoints" / "best")
         manifest = Path(scratch) / "phones.csv"
-        write_manifest(manifest, "phones", seconds / 3)
+        write_manifest(manifest, "phone sequences", seconds / 3)
         train_rows = Path(scratch) / "train.csv"
-        write_manifest(train_rows, "phones", seconds)
+        write_manifest(train_rows, "phone sequences", seconds)
         # Train and test the probes on as much speech as was cached.
         lines = [line for line in train_rows.read_text().splitlines() if not line.endswith(",test")]
         lines += [line for line in manifest.read_text().splitlines() if line.endswith(",test")]

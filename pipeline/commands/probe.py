@@ -40,7 +40,15 @@ def probe(
         Literal["characters", "words"],
         typer.Option(help="Units of transcripts: characters, or words separated by spaces (also for phones)."),
     ] = "characters",
-    epochs: Annotated[int, typer.Option(help="Number of passes over the training utterances.", min=1)] = 20,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of passes over the training utterances. Default: until a probe stops improving on a tenth of them, which is "
+            "left out.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the probes.")] = 0,
     device: Annotated[str, typer.Option(help="Device of the teacher and the students: cpu, cuda.")] = "cpu",
     output: Annotated[

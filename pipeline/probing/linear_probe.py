@@ -6,7 +6,8 @@ greedily; for classes of frames it reads every frame. Two differences make the r
 SUPERB's: each dimension of each layer is normalised over the training split, so that layers of different scale start equal, and
 the encoder's input is not among the layers.
 
-All sources share utterances, optimiser and number of steps. The 95 % confidence intervals are bootstrapped over test utterances.
+All sources share utterances and optimiser, and the number of epochs if it is given; otherwise each probe is trained until it stops
+improving. The 95 % confidence intervals are bootstrapped over test utterances.
 They don't cover the variation between trainings, nor between speakers if only a few were tested.
 """
 
@@ -17,15 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from ray_distill.pipeline.probing.feature_source import Features, FeatureSource
+from ray_distill.pipeline.probing.probe_training import LinearProbe, train_probe
 from ray_distill.pipeline.probing.task import NO_LABEL, Task
 
 _BOOTSTRAP_SAMPLES = 1000
-_BATCH_SIZE = 8
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class Outcome:
             the first source.
         layer_weights: Weight of each layer; they sum to 1.
         training_loss: Mean training loss of the last epoch.
+        epochs: Number of epochs that the probe was trained for; None in records of earlier versions.
     """
 
     source: str
@@ -51,34 +50,14 @@ class Outcome:
     difference: tuple[float, float, float] | None
     layer_weights: list[float]
     training_loss: float
-
-
-class LinearProbe(nn.Module):
-    """A linear layer on a weighted sum of layers.
-
-    Args:
-        layers: Number of layers, L.
-        dim: Width of a layer, D.
-        outputs: Number of classes or symbols.
-    """
-
-    def __init__(self, layers: int, dim: int, outputs: int) -> None:
-        super().__init__()
-        self.layer_weights = nn.Parameter(torch.zeros(layers))
-        self.linear = nn.Linear(dim, outputs)
-
-    def forward(self, x_BTLD: Tensor) -> Tensor:
-        """Map (B, T, L, D) features to (B, T, outputs) logits."""
-        mixed = torch.einsum("btld,l->btd", x_BTLD, self.layer_weights.softmax(0))
-        logits: Tensor = self.linear(mixed)
-        return logits
+    epochs: int | None = None
 
 
 def run_probes(
     task: Task,
     sources: Sequence[FeatureSource],
     *,
-    epochs: int = 20,
+    epochs: int | None = None,
     seed: int = 0,
     on_progress: Callable[[str], object] = print,
 ) -> list[Outcome]:
@@ -87,7 +66,7 @@ def run_probes(
     Args:
         task: Labelled utterances.
         sources: Feature sources; the others are compared with the first.
-        epochs: Passes over the training split.
+        epochs: Passes over the training split; None trains each probe until it stops improving (see `train_probe`).
         seed: Seed of initialisation, order and bootstrap.
         on_progress: Called with one line of text after each source.
 
@@ -102,8 +81,8 @@ def run_probes(
         with tempfile.TemporaryDirectory() as folder:
             features = Features(source, task, Path(folder))
             _check_frame_labels(features, source, task)
-            probe, loss = _fit(features, source, task, epochs, seed)
-            errors, items = _count_errors(probe, features, task)
+            trained = train_probe(features, source, task, epochs, seed)
+            errors, items = _count_errors(trained.probe, features, task)
         value = float(errors.sum() / items.sum())
         values = errors[samples].sum(1) / items[samples].sum(1)
         if task.kind == "class":
@@ -114,8 +93,9 @@ def run_probes(
             difference = value - first[0], float(low), float(high)
         first = first or (value, values)
         low, high = np.quantile(values, [0.025, 0.975])
-        weights = probe.layer_weights.detach().softmax(0).tolist()
-        outcome = Outcome(source.name, task.metric, value, float(low), float(high), difference, weights, loss)
+        weights = trained.probe.layer_weights.detach().softmax(0).tolist()
+        interval = float(low), float(high)
+        outcome = Outcome(source.name, task.metric, value, *interval, difference, weights, trained.loss, trained.epochs)
         outcomes.append(outcome)
         on_progress(f"probe   {source.name}: {task.metric} {value:.1%} ({low:.1%} to {high:.1%})")
     return outcomes
@@ -131,52 +111,6 @@ def _check_frame_labels(features: Features, source: FeatureSource, task: Task) -
                 f"{example.address} has {len(example.target)} frame labels, but {source.name} has {frames} frames; give one label for "
                 f"each frame, or {NO_LABEL} where there is none"
             )
-
-
-def _fit(features: Features, source: FeatureSource, task: Task, epochs: int, seed: int) -> tuple[LinearProbe, float]:
-    """Train a probe with AdamW and a cosine schedule; return it with the mean loss of the last epoch."""
-    torch.manual_seed(seed)
-    blank = int(task.kind == "ctc")  # CTC reserves index 0 for the blank.
-    ids = {item: number for number, item in enumerate(task.vocabulary, start=blank)}
-    if task.kind == "frame":
-        ids[NO_LABEL] = _IGNORED
-    probe = LinearProbe(source.layers, source.dim, len(task.vocabulary) + blank)
-    # AdamW moves each parameter by about the learning rate per step, and layer weights have further to go.
-    groups = [
-        {"params": [probe.layer_weights], "lr": 5e-2, "weight_decay": 0.0},
-        {"params": probe.linear.parameters(), "lr": 1e-2, "weight_decay": 1e-2},
-    ]
-    optimizer = torch.optim.AdamW(groups)
-    train = [number for number, example in enumerate(task.examples) if not example.test]
-    steps = epochs * -(-len(train) // _BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    rng, loss_sum = np.random.default_rng(seed), 0.0
-    for _ in range(epochs):
-        order = rng.permutation(train)
-        loss_sum = 0.0
-        for begin in range(0, len(order), _BATCH_SIZE):
-            batch = order[begin : begin + _BATCH_SIZE]
-            logits = probe(nn.utils.rnn.pad_sequence([features[n] for n in batch], batch_first=True))
-            targets = [torch.tensor([ids[item] for item in task.examples[n].target]) for n in batch]
-            if task.kind == "frame":
-                padded = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=_IGNORED)
-                loss = F.cross_entropy(logits.flatten(0, 1), padded.flatten(), ignore_index=_IGNORED)
-            elif task.kind == "class":
-                loss = F.cross_entropy(logits[:, 0], torch.cat(targets))
-            else:
-                loss = F.ctc_loss(
-                    logits.log_softmax(-1).transpose(0, 1),
-                    torch.cat(targets),
-                    torch.tensor([features.frames[n] for n in batch]),
-                    torch.tensor([len(target) for target in targets]),
-                    zero_infinity=True,
-                )
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            loss_sum += loss.item() * len(batch)
-    return probe, loss_sum / len(train)
 
 
 @torch.no_grad()

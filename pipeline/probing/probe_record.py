@@ -45,12 +45,12 @@ class ProbeRecord:
         return json.dumps(self.settings, sort_keys=True)
 
 
-def probe_settings(manifest: Path, units: Units, epochs: int, seed: int) -> dict[str, Any]:
+def probe_settings(manifest: Path, units: Units, epochs: int | None, seed: int) -> dict[str, Any]:
     """Return the settings that decide a probe's results, except for its sources: the manifest's SHA-256, units, epochs and seed."""
     return settings_of(hashlib.sha256(manifest.read_bytes()).hexdigest(), units, epochs, seed)
 
 
-def settings_of(digest: str, units: Units, epochs: int, seed: int) -> dict[str, Any]:
+def settings_of(digest: str, units: Units, epochs: int | None, seed: int) -> dict[str, Any]:
     """Return the settings that decide a probe's results, from the digest of its utterances and targets instead of a manifest."""
     return {"manifest": digest, "units": units, "epochs": epochs, "seed": seed}
 
@@ -129,7 +129,11 @@ def distinct_titles(probes: Sequence[ProbeRecord]) -> list[str]:
     """Return a distinct title for each probe: probes that share a title have their settings appended."""
     titles = []
     for probe in probes:
-        settings = ", ".join(f"{k} {v[:8] if k == 'manifest' else v}" for k, v in probe.settings.items())
+        shown: dict[str, Any] = {
+            "manifest": lambda digest: digest[:8],
+            "epochs": lambda count: count or "until it stops improving",
+        }
+        settings = ", ".join(f"{k} {shown.get(k, str)(v)}" for k, v in probe.settings.items())
         unique = sum(other.title == probe.title for other in probes) == 1
         titles.append(probe.title if unique else f"{probe.title} ({settings})")
     return titles

@@ -32,6 +32,13 @@ def test_a_probe_finds_what_is_there_and_not_what_is_not(tones: Path) -> None:
     assert len(lines) == 2 and "noise" in lines[1]
 
 
+def test_training_until_a_probe_stops_improving(tones: Path) -> None:
+    """It needs no number of epochs, and what noise can't teach ends soon."""
+    mel, noise = run_probes(read_task(tones / "words.csv"), [FeatureSource.log_mel(), useless()])
+    assert mel.value < 0.3 < 0.55 < noise.value
+    assert mel.epochs is not None and noise.epochs is not None and 20 < mel.epochs < 500 > noise.epochs
+
+
 def test_classes(tones: Path) -> None:
     def first_tone(wave: np.ndarray) -> torch.Tensor:
         return (

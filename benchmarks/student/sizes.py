@@ -72,7 +72,7 @@ def distil(width: int, config: Config, readers: list[CacheReader], teacher: Teac
 
 def main(
     folder: Annotated[Path, typer.Option(help="Folder for the cache and the students; it is kept.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each training.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each training.")] = 800,
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of each probe. Default: until it stops improving.", show_default=False)
     ] = None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ray_distill.pipeline.corpus.formats import FORMATS, recognise
+from ray_distill.pipeline.corpus.formats import FORMATS, open_format, recognise
 from ray_distill.pipeline.corpus.found import FoundFile, Search, Skipped
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary, assign_splits, kinds
 from ray_distill.pipeline.corpus.suffixes import SUFFIXES
@@ -50,9 +50,9 @@ def find_audio(
         if format == "folder":
             _refuse_wrong_level(path)
     search = Search(None if train is None else list(train), None if validation is None else list(validation))
-    found = FORMATS[format].find(path, search)
+    found = open_format(format).find(path, search)
     skipped, notes = search.skipped, search.notes
-    if format != "folder":
+    if format != "folder" and format in FORMATS:
         others = [
             name
             for name, other in FORMATS.items()

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_distill.pipeline.corpus.formats import arrow_bytes
+from ray_distill.pipeline.corpus.formats.huggingface import arrow_bytes
 from ray_distill.pipeline.corpus.formats.text_lines import text_of
 from ray_distill.pipeline.corpus.found import FoundFile, Search, without_suffix
 from ray_distill.pipeline.corpus.splits import split_of_folders

@@ -56,7 +56,7 @@ def find_audio(
         others = [
             name
             for name, other in FORMATS.items()
-            if name not in (format, "folder", "manifest") and other.matches(path)
+            if name not in (format, "folder", "manifest", *_PARTS.get(format, ())) and other.matches(path)
         ]
         if others:
             notes.append(
@@ -95,6 +95,8 @@ def find_audio(
     return FoundCorpus(list(entries.values()), skipped, splits, notes, format)
 
 
+_PARTS = {"lhotse_shar": ("lhotse", "webdataset")}
+"""Formats whose files also look like those of others: Shar's cuts are manifests of Lhotse, and its audio is in tar files."""
 _TABLES = ("kaldi", "common_voice", "voxpopuli")
 """Formats whose tables say what the audio below them is for, and which are told by a few names of files."""
 _LOOKED_AT = 200

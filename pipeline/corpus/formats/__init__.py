@@ -15,13 +15,14 @@ from ray_distill.pipeline.corpus.formats import (
 from ray_distill.pipeline.corpus.formats.corpus_format import CorpusFormat
 from ray_distill.pipeline.corpus.formats.format_of_package import format_of_package
 from ray_distill.pipeline.corpus.formats.huggingface import dataset
-from ray_distill.pipeline.corpus.formats.lhotse import manifests
+from ray_distill.pipeline.corpus.formats.lhotse import manifests, shar
 from ray_distill.plugins import PluginError, find_plugin, of_packages, plugin_names
 
 # The first one that matches is used. Formats with a table of their audio come before a folder of audio, and this one before
 # archives, since the archives of a download often remain beside its audio.
 FORMATS: dict[str, CorpusFormat] = {
     "kaldi": kaldi,
+    "lhotse_shar": shar,
     "lhotse": manifests,
     "nemo": nemo,
     "common_voice": common_voice,

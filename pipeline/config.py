@@ -43,8 +43,8 @@ class CorpusSection(_Section):
     """Folder in LibriSpeech's layout, any other folder of audio, a manifest (CSV, TSV, Parquet or JSON lines) with a column ``path``,
     or a corpus in another format; see ``format``."""
     format: Annotated[str | None, pydantic.AfterValidator(_check_format)] = None
-    """Format of the corpus: ``folder``, ``manifest``, ``nemo``, ``fairseq``, ``kaldi``, ``lhotse``, ``huggingface``, ``webdataset``,
-    ``common_voice`` or ``voxpopuli``. None looks at the files."""
+    """Format of the corpus: ``folder``, ``manifest``, ``nemo``, ``fairseq``, ``kaldi``, ``lhotse``, ``lhotse_shar``, ``huggingface``,
+    ``webdataset``, ``common_voice``, ``voxpopuli``, or one that an installed package adds. None looks at the files."""
     channel: int | Literal["mix"] | None = None
     """Channel to use of audio with several, counted from 0, or ``mix`` for their mean. None also takes the mean, and says how many
     utterances have several channels. A channel that the corpus itself names counts first."""

@@ -14,6 +14,7 @@ from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_
 from ray_distill.pipeline.corpus.index import SKIPPED
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.run_lock import LockHolder, lock_run
+from ray_distill.pipeline.run_plugins import absent_plugin, needed_plugins, note_plugins
 from ray_distill.student.training.field_effects import CHANGES_NO_RESULT, keys_with
 from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.student.training.run_files import (
@@ -127,6 +128,11 @@ class RunFolder:
         return self.path / TEACHER
 
     @property
+    def plugins_file(self) -> Path:
+        """What the run needs of other packages; see `run_plugins`. It exists if there is anything."""
+        return self.path / "plugins.json"
+
+    @property
     def ray(self) -> Path:
         """Folder of Ray's own records."""
         return self.path / RAY
@@ -176,6 +182,7 @@ class RunFolder:
             self.initial_weights,
             self.starts_file,
             self.teacher_file,
+            self.plugins_file,
         )
         replaceable = {path.name for path in made_again}
         return self.path.is_dir() and any(
@@ -196,7 +203,12 @@ class RunFolder:
             raise ConfigError(f"{self.config_file} is damaged: {' '.join(str(error).split())}") from error
         if not isinstance(tree, dict):
             raise ConfigError(f"{self.config_file} is damaged: it contains no configuration")
-        return check_config(tree)
+        try:
+            return check_config(tree)
+        except ConfigError as error:
+            if (absent := absent_plugin(self.plugins_file)) is not None:
+                raise ConfigError(f"the run {self.path} needs {absent}") from error
+            raise
 
     def result(self) -> dict[str, Any] | None:
         """Return the result of the training, or None if it is not finished.
@@ -246,8 +258,11 @@ class RunFolder:
             try:
                 if not shared:
                     self.refuse_other_config(config, may_extend=True)
+                    if self.has_results and (absent := absent_plugin(self.plugins_file)) is not None:
+                        raise ConfigError(f"the run {self.path} needs {absent}")
                     self._reopen_extended(config)
                 write_text(self.config_file, dump_config(config))
+                note_plugins(self.plugins_file, needed_plugins(config))
                 yield previous
             except BaseException:
                 if new and not self.has_results and not self.corpus.exists():

@@ -4,12 +4,22 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_distill.pipeline.corpus.formats.text_lines import read_lines, text_of
+from ray_distill.pipeline.corpus.formats.manifest import read_table
+from ray_distill.pipeline.corpus.formats.text_lines import (
+    SPEAKERS,
+    TEXTS,
+    first_of,
+    first_record,
+    read_lines,
+    read_records,
+    text_of,
+)
 from ray_distill.pipeline.corpus.found import FoundFile
 
 LABELS = "labels.parquet"
@@ -28,17 +38,49 @@ class Label:
 def label_of(entry: FoundFile) -> Label:
     """Return the label of an entry: what its format found, or else what files beside it say.
 
-    Read are LibriSpeech's ``SPEAKER-CHAPTER.trans.txt``, MLS's ``transcripts.txt``, LJSpeech's ``metadata.csv``, and a file with
-    the audio's name and the suffix ``.normalized.txt`` (LibriTTS) or ``.txt``, also TIMIT's, whose first two numbers are left out.
-    Speakers are the folders of LibriSpeech, MLS, LibriTTS and TIMIT.
+    Read are the ``metadata.csv`` or ``metadata.jsonl`` of an audio folder of Hugging Face (with a column ``file_name``), LibriSpeech's
+    ``SPEAKER-CHAPTER.trans.txt``, MLS's ``transcripts.txt``, LJSpeech's ``metadata.csv``, and a file with the audio's name and the
+    suffix ``.normalized.txt`` (LibriTTS) or ``.txt``, also TIMIT's, whose first two numbers are left out. Speakers are the folders of
+    LibriSpeech, MLS, LibriTTS and TIMIT.
+
+    Raises:
+        ValueError: A table of an audio folder is damaged.
     """
     if entry.speaker or entry.text or entry.inside or entry.start is not None or entry.end is not None:
         return Label(entry.speaker, entry.text)
     path = entry.path
+    if (label := _audio_folder(path)) is not None:
+        return label
     try:
         return _librispeech(path) or _mls(path) or _ljspeech(path) or _beside(path) or Label("", "")
     except (OSError, ValueError):
         return Label("", "")  # No transcript is needed.
+
+
+def _audio_folder(path: Path) -> Label | None:
+    """Return what a table of an audio folder says, in the folder of the audio or up to three above it, whose column ``file_name`` has
+    paths from the folder of the table."""
+    for folder in path.parents[:4]:
+        if (label := _metadata(folder).get(path.relative_to(folder).as_posix())) is not None:
+            return label
+    return None
+
+
+@lru_cache(maxsize=64)
+def _metadata(folder: Path) -> dict[str, Label]:
+    """Return the rows of the ``metadata.csv`` and ``metadata.jsonl`` of a folder by ``file_name``. Empty without such a column."""
+    rows: list[dict[str, Any]] = []
+    lines, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    if lines.is_file() and "file_name" in first_record(lines):
+        rows += [record for _, record in read_records(lines)]
+    if table.is_file() and "file_name" in next(read_lines(table), (1, ""))[1]:  # LJSpeech's has no such column.
+        header, values = read_table(table)
+        rows += [dict(zip(header, line, strict=True)) for line in values]
+    return {
+        PurePosixPath(name).as_posix(): Label(first_of(row, SPEAKERS), first_of(row, TEXTS))
+        for row in rows
+        if (name := text_of(row.get("file_name")))
+    }
 
 
 def _librispeech(path: Path) -> Label | None:
@@ -93,6 +135,7 @@ def write_labels(folder: Path, labels: Iterable[tuple[str, Label]]) -> tuple[int
     Returns:
         The number of transcripts and that of speakers.
     """
+    _metadata.cache_clear()  # The tables may have changed since another index of this process.
     rows = [{"id": id, "speaker": label.speaker, "text": label.text} for id, label in labels if label != Label("", "")]
     file = folder / LABELS
     if not rows:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ray_distill.pipeline.corpus.formats import FORMATS, recognise
+from ray_distill.pipeline.corpus.formats import FORMATS, open_format, recognise
 from ray_distill.pipeline.corpus.found import FoundFile, Search, Skipped
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary, assign_splits, kinds
 from ray_distill.pipeline.corpus.suffixes import SUFFIXES
@@ -50,13 +50,13 @@ def find_audio(
         if format == "folder":
             _refuse_wrong_level(path)
     search = Search(None if train is None else list(train), None if validation is None else list(validation))
-    found = FORMATS[format].find(path, search)
+    found = open_format(format).find(path, search)
     skipped, notes = search.skipped, search.notes
-    if format != "folder":
+    if format != "folder" and format in FORMATS:
         others = [
             name
             for name, other in FORMATS.items()
-            if name not in (format, "folder", "manifest") and other.matches(path)
+            if name not in (format, "folder", "manifest", *_PARTS.get(format, ())) and other.matches(path)
         ]
         if others:
             notes.append(
@@ -95,6 +95,8 @@ def find_audio(
     return FoundCorpus(list(entries.values()), skipped, splits, notes, format)
 
 
+_PARTS = {"lhotse_shar": ("lhotse", "webdataset")}
+"""Formats whose files also look like those of others: Shar's cuts are manifests of Lhotse, and its audio is in tar files."""
 _TABLES = ("kaldi", "common_voice", "voxpopuli")
 """Formats whose tables say what the audio below them is for, and which are told by a few names of files."""
 _LOOKED_AT = 200

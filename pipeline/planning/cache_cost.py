@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ray_distill.teacher_cache.codecs import check_codec, discrete_bytes, fit_codec, is_discrete, open_codec
+from ray_distill.teacher_cache.codecs import check_codec, discrete_bytes, fit_codec, open_codec
 from ray_distill.teacher_cache.embedded_audio import to_flac
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.source_audio import load_waveform
@@ -178,8 +178,8 @@ def _timed(teacher: Teacher, spec: CacheSpec, batches: list[tuple[Tensor, Tensor
 def _bytes_per_frame(name: str, hidden: list[Tensor]) -> float:
     """Return the stored bytes of a frame of all layers, from encoding some utterances one by one as in a shard."""
     frames = torch.cat(hidden)
-    if is_discrete(name):
-        return float(frames.shape[1] * discrete_bytes(name))
+    if (size := discrete_bytes(name)) is not None:
+        return float(frames.shape[1] * size)
     state = fit_codec(check_codec(name), frames, frames[:: max(1, len(frames) // 200)])
     zstd = pa.Codec("zstd")
     stored = 0

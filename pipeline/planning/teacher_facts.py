@@ -9,9 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ray_distill.pipeline.planning.cache_cost import typical_bytes_per_hour
+from ray_distill.plugins import plugin_names
 from ray_distill.teacher_cache.codecs import DEFAULT_CODEC
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
-from ray_distill.teacher_cache.teachers import Teacher, open_folder, split_options
+from ray_distill.teacher_cache.teachers import NAMED, Teacher, open_folder, split_options, teacher_of_package
 from ray_distill.teacher_cache.teachers.builtin import builtin_folder
 from ray_distill.teacher_cache.teachers.bundles import bundle_names
 from ray_distill.teacher_cache.teachers.header import hub_model_of, load_header
@@ -116,6 +117,8 @@ def _folder(name: str, model: HubModel | None) -> HuggingFaceFolder | None:
 
 
 def _kind(name: str) -> str:
+    if (other := teacher_of_package(name)) is not None:
+        return f"teacher of the package {other.plugin.package} {other.plugin.version}"
     kinds = {"random:": "hubert with random weights", "torchaudio:": "torchaudio bundle"}
     return next((kind for prefix, kind in kinds.items() if name.startswith(prefix)), "checkpoint of fairseq or WavLM")
 
@@ -137,6 +140,11 @@ def kinds_table() -> Table:
         ("torchaudio:NAME", f"a bundle of torchaudio, without mask embedding: {', '.join(bundle_names())}"),
         ("builtin:phone-hubert", "a small HuBERT in this package, trained on synthetic speech"),
         ("random:LAYERSxDIM", "a HuBERT with random weights, to try things out"),
+        *(
+            (f"{name}:...", "a teacher of an installed package")
+            for name in plugin_names("teacher")
+            if name not in NAMED
+        ),
         ("mean-mask:..., layer-norm:...", "options before any of these; see the documentation of teachers"),
     ):
         table.add_row(*row)

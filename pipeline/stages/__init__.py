@@ -3,9 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rich.markup import escape
+
 from ray_distill.interruption import described
 from ray_distill.memory import memory_named
 from ray_distill.pipeline.ray_session import check_ray, require_gpus
+from ray_distill.pipeline.run_plugins import needed_plugins, unused_plugins
 from ray_distill.pipeline.stages.cache import cache_targets
 from ray_distill.pipeline.stages.export import export_best
 from ray_distill.pipeline.stages.index import index_audio
@@ -57,6 +60,7 @@ def run_stages(run: Run, stages: Sequence[str]) -> dict[str, Any] | None:
     with described(run.interruption), run.folder.begin(run.config) as previous:
         if previous is not None:
             run.say(f"resume  {previous} was stopped before it finished; continuing its run")
+        _tell_plugins(run)
         _check_start(run, set(stages))
         summary = None
         for name, stage in _STAGES.items():
@@ -65,6 +69,14 @@ def run_stages(run: Run, stages: Sequence[str]) -> dict[str, Any] | None:
                 with memory_named(f"the {name} stage", _LOWER[name]):
                     summary = stage(run)
         return summary
+
+
+def _tell_plugins(run: Run) -> None:
+    """Say what the run takes from other packages, and which installed plug-ins can't be used because of their names."""
+    if plugins := needed_plugins(run.config):
+        run.say(f"plugin  {escape('; '.join(map(str, plugins)))}")
+    for sentence in unused_plugins():
+        run.say(f"[yellow]plugin  {escape(sentence)}[/yellow]")
 
 
 def _check_start(run: Run, stages: set[str]) -> None:

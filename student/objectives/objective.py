@@ -151,7 +151,8 @@ class Distiller(nn.Module, ABC):
 class Objective(pydantic.BaseModel, ABC, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Settings of a training objective, and all that the training asks of it.
 
-    A subclass narrows ``objective`` to a `Literal` with its name, adds its keys, and is listed in `AnyObjective`.
+    A subclass narrows ``objective`` to a `Literal` with its name, adds its keys, and is listed in `AnyObjective`, or is named by an
+    entry point of another package.
     """
 
     objective: str

@@ -5,14 +5,18 @@ per layer; ``pca`` encodes all layers together in one column. ``units`` and ``mv
 codes are numbers of clusters or of codebooks' entries, which some objectives predict. Every codec uses a fixed number of bytes per
 frame (before Parquet compresses them), so frames can be selected and combined before they are decoded. The parameters that
 `fit_codec` learns (bases, scales, centroids) are the codec's state, a dict of tensors stored beside the shards.
+
+Other packages add codecs by entry points; see `CodecKind`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ray_distill.plugins import of_packages
+from ray_distill.teacher_cache.codecs.codec_kind import CodecOfPackage, codec_of_package
+from ray_distill.teacher_cache.codecs.column_codec import ColumnCodec, DiscreteCodec, State
 from ray_distill.teacher_cache.codecs.int8 import Int8Codec
 from ray_distill.teacher_cache.codecs.mvq import MAX_CODEBOOKS, MvqCodec
 from ray_distill.teacher_cache.codecs.pca import DEFAULT_STEP, PcaCodec
@@ -34,7 +38,22 @@ _SAMPLE_BYTES = 2 << 30
 
 DEFAULT_CODEC = "pca"
 
-State = dict[str, Tensor]
+__all__ = [
+    "CODECS",
+    "DEFAULT_CODEC",
+    "ColumnCodec",
+    "DiscreteCodec",
+    "State",
+    "check_codec",
+    "discrete_bytes",
+    "fit_codec",
+    "is_discrete",
+    "is_joint",
+    "is_learned",
+    "open_codec",
+    "relative_error",
+    "sample_frames",
+]
 
 _LEARNED: dict[str, Callable[[tuple[int, ...], State], "Int8Codec | PcaCodec | UnitsCodec | MvqCodec"]] = {
     "int8": Int8Codec,
@@ -45,74 +64,22 @@ _LEARNED: dict[str, Callable[[tuple[int, ...], State], "Int8Codec | PcaCodec | U
 }
 
 
-class ColumnCodec(Protocol):
-    """Codec of one column of a shard, which holds one or more layers. It is deterministic and runs on any device.
-
-    Attributes:
-        layers: 1-based layers in the column.
-        dim: Width D of each layer.
-        bytes_per_frame: Number of bytes per frame of all layers, before compression.
-        compression: Parquet compression of the column: ``none`` or ``zstd``.
-        planar: Whether a value has the first bytes of all frames, then the second bytes, and so on, which compresses
-            better. Otherwise it has one frame after the other.
-        error: (len(layers),) expected relative RMS error of each layer, as defined by `relative_error`.
-    """
-
-    @property
-    def layers(self) -> tuple[int, ...]: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def bytes_per_frame(self) -> int: ...
-    @property
-    def compression(self) -> str: ...
-    @property
-    def planar(self) -> bool: ...
-    @property
-    def error(self) -> Tensor: ...
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """Encode (T, layers, D) float32 to (T, bytes_per_frame) uint8 on the same device.
-
-        Raises:
-            ValueError: If a value can't be represented.
-        """
-        ...
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Decode (..., bytes_per_frame) uint8 to (..., layers, D) float32 on the same device.
-
-        A codec with several layers in its column also takes the layers to decode, as `PcaCodec.decode` does.
-        """
-        ...
-
-
-@runtime_checkable
-class DiscreteCodec(ColumnCodec, Protocol):
-    """Codec of one layer whose codes are symbols, which objectives such as ``units`` and ``mvq`` predict.
-
-    Attributes:
-        symbols_per_frame: Number S of symbols of a frame: 1 for ``units``, the number of codebooks for ``mvq``.
-        alphabet: Number of different symbols.
-    """
-
-    @property
-    def symbols_per_frame(self) -> int: ...
-    @property
-    def alphabet(self) -> int: ...
-
-    def symbols(self, codes: Tensor) -> Tensor:
-        """Return the symbols (..., 1, S) int64, from 0 to alphabet - 1, of codes (..., bytes_per_frame) uint8."""
-        ...
+def _of_package(name: str) -> CodecOfPackage | None:
+    """Return the codec of another package that a name means. None for a codec of this package."""
+    kind = name.partition(":")[0]
+    return None if kind in CODECS else codec_of_package(name)
 
 
 def check_codec(name: str) -> str:
     """Return the name of a codec unchanged. ValueError if it is unknown."""
     kind, colon, step = name.partition(":")
+    if _of_package(name) is not None:
+        return name
     if kind not in CODECS or (colon and not kind.endswith("pca") and kind not in _MOST):
         plain = ", ".join(codec for codec in CODECS if codec not in _MOST)
         raise ValueError(
             f"codec {name!r} is not known; known codecs: {plain}, and pca:STEP, layer-pca:STEP, units:CLUSTERS, mvq:CODEBOOKS"
+            f"{of_packages('codec', CODECS)}"
         )
     if kind in _MOST:
         if not (step.isascii() and step.isdigit() and len(step) < 10 and 1 <= int(step) <= _MOST[kind]):
@@ -133,30 +100,34 @@ def check_codec(name: str) -> str:
 
 def is_joint(name: str) -> bool:
     """Return whether the codec has one column for all its layers."""
+    if (other := _of_package(name)) is not None:
+        return other.joint
     return name.partition(":")[0] == "pca"
 
 
 def is_discrete(name: str) -> bool:
     """Return whether the codec is a `DiscreteCodec`."""
+    if (other := _of_package(name)) is not None:
+        return other.discrete
     return name.partition(":")[0] in _MOST
 
 
-def discrete_bytes(name: str) -> int:
-    """Return the bytes per frame and layer of a discrete codec, which do not depend on the features."""
+def discrete_bytes(name: str) -> int | None:
+    """Return the bytes per frame and layer of a discrete codec of this package, which do not depend on the features; else None."""
     kind, _, number = name.partition(":")
-    return 2 if kind == "units" else int(number)
+    return None if kind not in _MOST else 2 if kind == "units" else int(number)
 
 
 def sample_frames(name: str, layers: int, dim: int) -> int:
     """Return the number of frames to fit a codec to: more for codecs with many clusters, within the limit of memory."""
     kind, _, number = name.partition(":")
-    wanted = int(number) * {"units": _FRAMES_PER_UNIT, "mvq": _FRAMES_PER_CODEBOOK}[kind] if is_discrete(name) else 0
+    wanted = int(number) * {"units": _FRAMES_PER_UNIT, "mvq": _FRAMES_PER_CODEBOOK}[kind] if kind in _MOST else 0
     return max(_SAMPLE_FRAMES, min(wanted, _SAMPLE_BYTES // (4 * layers * dim)))
 
 
 def is_learned(name: str) -> bool:
     """Return whether the codec must be fitted to a sample of the teacher's outputs."""
-    return not name.startswith("fp")
+    return name not in ("fp32", "fp16")
 
 
 def fit_codec(name: str, sample: Tensor, held_out: Tensor) -> State:
@@ -178,12 +149,16 @@ def fit_codec(name: str, sample: Tensor, held_out: Tensor) -> State:
         return {}
     layers = range(sample.shape[1])
     groups = [list(layers)] if is_joint(name) else [[layer] for layer in layers]
+    other = _of_package(name)
     state: State = {}
     for number, group in enumerate(groups):
         inside, outside = sample[:, group], held_out[:, group]
-        if kind == "int8":
+        if other is not None:
+            learned = other.fit(inside)
+            codec: ColumnCodec = other.open(tuple(range(1, len(group) + 1)), sample.shape[2], learned)
+        elif kind == "int8":
             learned = Int8Codec.fit(inside)
-            codec: ColumnCodec = Int8Codec((1,), learned)
+            codec = Int8Codec((1,), learned)
         elif kind == "units":
             learned = UnitsCodec.fit(inside, int(step))
             codec = UnitsCodec((1,), learned)
@@ -222,6 +197,8 @@ def open_codec(name: str, layers: Sequence[int], dim: int, state: State) -> tupl
         parts[int(number)][rest] = value
     if not all(parts):
         raise ValueError(f"the state of codec {name!r} was made for other layers than {list(layers)}")
+    if (other := _of_package(name)) is not None:
+        return tuple(other.open(group, dim, part) for group, part in zip(groups, parts, strict=True))
     try:
         codecs = tuple(_LEARNED[kind](group, part) for group, part in zip(groups, parts, strict=True))
     except (KeyError, RuntimeError, IndexError) as error:

@@ -1,5 +1,6 @@
 """The teacher that repair and deep verification run. A cache may come from a stranger, who chooses what it says."""
 
+from ray_distill.plugins import missing_plugin
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.teachers import split_options
@@ -31,6 +32,9 @@ def chosen_teacher(cache: Cache, named: str | None) -> str:
         return spec
     if name in [f"builtin:{name}" for name in builtin_names()]:
         return spec
+    absent = missing_plugin(cache.record.get("plugins"), "teacher")
+    if absent is not None:
+        raise CacheError(f"the cache at {cache.store.location} was made with {absent}")
     raise CacheError(
         f"the cache at {cache.store.location} names the teacher {spec!r}, which is not loaded unasked because a cache may come "
         f"from a stranger; if you trust it, run again with --teacher and this name, or the place of your own copy"

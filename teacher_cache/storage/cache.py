@@ -28,6 +28,7 @@ import pyarrow as pa
 import pydantic
 from torch import Tensor
 
+from ray_distill.plugins import missing_plugin
 from ray_distill.teacher_cache.codecs import ColumnCodec, open_codec
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache_spec import (
@@ -173,6 +174,8 @@ class Cache:
                 f"the cache at {store.location} has schema version {str(version)[:20]}, but this program reads version "
                 f"{SCHEMA_VERSION}; build the cache again or use the program that built it"
             )
+        if (absent := missing_plugin(record.get("plugins"), "codec")) is not None:
+            raise CacheError(f"the cache at {store.location} needs {absent}")
         try:
             spec = CacheSpec.model_validate(tree)
             sets = tuple(LayerSet.model_validate(item) for item in record["sets"])

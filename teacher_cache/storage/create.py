@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import safetensors.torch
 from torch import Tensor
 
-from ray_distill.teacher_cache.codecs import is_learned
+from ray_distill.plugins import Plugin, find_plugin
+from ray_distill.teacher_cache.codecs import CODECS, is_learned
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, PLAN, Cache, check_location, state_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, fingerprint
@@ -19,6 +20,7 @@ from ray_distill.teacher_cache.storage.json_record import encode_record
 from ray_distill.teacher_cache.storage.limits import check_identity, check_plan
 from ray_distill.teacher_cache.storage.shard_plan import shard_numbers
 from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.teachers import split_options, teacher_of_package
 
 
 def create_cache(
@@ -64,8 +66,18 @@ def create_cache(
         "seconds": float(samples.sum() / SAMPLE_RATE),
         "frames": int(plan["num_frames"].to_numpy().sum()),
     }
+    if needed := _plugins(spec.codec, teacher_spec):
+        record["plugins"] = [plugin.record() for plugin in needed]
     layer_set = LayerSet(layers=spec.layers, state=_write_state(store, 0, state))
     return _write_record(store, spec, (layer_set,), record)
+
+
+def _plugins(codec: str, teacher_spec: str) -> list[Plugin]:
+    """Return what the cache needs of other packages: its codec, and its teacher for repair."""
+    kind = codec.partition(":")[0]
+    teacher = teacher_of_package(split_options(teacher_spec)[1])
+    found = [None if kind in CODECS else find_plugin("codec", kind), None if teacher is None else teacher.plugin]
+    return [plugin for plugin in found if plugin is not None]
 
 
 def grow_cache(cache: Cache, needed: CacheSpec, state: Mapping[str, Tensor]) -> Cache:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ray_distill.plugins import find_plugin, plugin_names
 from ray_distill.teacher_cache.teachers.builtin import load_builtin
 from ray_distill.teacher_cache.teachers.bundles import load_bundle
 from ray_distill.teacher_cache.teachers.fairseq import is_distiller, load_distiller, load_fairseq
@@ -13,6 +14,7 @@ from ray_distill.teacher_cache.teachers.hub.hub_model import RemoteFolder, open_
 from ray_distill.teacher_cache.teachers.hub.hub_name import HubName, parse_hub_name
 from ray_distill.teacher_cache.teachers.huggingface import MODEL_TYPES, load_huggingface
 from ray_distill.teacher_cache.teachers.huggingface_folder import STUDENT, HuggingFaceFolder
+from ray_distill.teacher_cache.teachers.installed import TeacherPlugin
 from ray_distill.teacher_cache.teachers.known import suggestion
 from ray_distill.teacher_cache.teachers.random_weights import load_random
 from ray_distill.teacher_cache.teachers.spectrogram_transformer import load_spectrogram_transformer
@@ -24,6 +26,7 @@ from ray_distill.teacher_cache.untrusted import load_untrusted
 
 __all__ = [
     "HUGGINGFACE_LOADERS",
+    "NAMED",
     "Teacher",
     "TeacherError",
     "check_supported",
@@ -32,6 +35,7 @@ __all__ = [
     "open_folder",
     "resolve_teacher",
     "split_options",
+    "teacher_of_package",
 ]
 
 _OPTIONS = ("mean-mask:", "layer-norm:")
@@ -62,6 +66,9 @@ _NAMED: dict[str, Callable[[str, str | torch.device], Teacher]] = {
     "random": load_random,
 }
 
+NAMED = (*_NAMED, "hf", *(option.removesuffix(":") for option in _OPTIONS))
+"""Words before a colon that have a meaning of their own in a specification."""
+
 
 def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
     """Load a frozen teacher.
@@ -74,7 +81,8 @@ def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
             run, or of a student of this project, exported or not; the name of a model on the hub, ``OWNER/NAME`` or
             ``OWNER/NAME@REVISION`` if there is no file or folder of that name, or ``hf://`` and such a name;
             ``torchaudio:NAME``, a torchaudio bundle such as ``torchaudio:HUBERT_BASE``; ``builtin:phone-hubert``, a small
-            HuBERT in this package; ``random:LAYERSxDIM``, a HuBERT with seeded random weights. It may begin with options:
+            HuBERT in this package; ``random:LAYERSxDIM``, a HuBERT with seeded random weights; ``NAME:REST``, a teacher that an
+            installed package adds (see `ray_distill.teacher_cache.teachers.installed`). It may begin with options:
             ``mean-mask:`` replaces masked frames by the mean of the utterance's frames, for a teacher without a mask
             embedding; ``layer-norm:`` normalises each frame of each layer's output (see `Teacher`).
         device: Device on which the teacher computes. Default the CPU.
@@ -107,9 +115,25 @@ def split_options(spec: str) -> tuple[str, str]:
     return options, spec
 
 
+def teacher_of_package(spec: str) -> TeacherPlugin | None:
+    """Return the teacher of another package that a specification without options names, without importing it. None if it is ours.
+
+    An existing file or folder of that name comes first.
+
+    Raises:
+        PluginError: Two packages use the name.
+    """
+    kind, colon, rest = spec.partition(":")
+    if not colon or kind in NAMED or Path(spec).exists():
+        return None
+    plugin = find_plugin("teacher", kind)
+    return None if plugin is None else TeacherPlugin(plugin, rest)
+
+
 def is_path(spec: str) -> bool:
     """Return whether a specification without options names a file or folder, and not a model that is found by its name."""
-    return not spec.startswith(tuple(f"{kind}:" for kind in _NAMED)) and parse_hub_name(spec) is None
+    named = spec.startswith(tuple(f"{kind}:" for kind in _NAMED)) or teacher_of_package(spec) is not None
+    return not named and parse_hub_name(spec) is None
 
 
 def resolve_teacher(spec: str) -> str:
@@ -122,6 +146,8 @@ def resolve_teacher(spec: str) -> str:
         TeacherError: If the hub has no such model, or can't be reached and the model is not in its cache.
     """
     options, name = split_options(spec)
+    if (other := teacher_of_package(name)) is not None:
+        return options + other.resolved()
     if (found := parse_hub_name(name)) is not None:
         return options + str(found if found.is_commit else open_hub_model(found).name)
     path = Path(name).expanduser()
@@ -147,6 +173,8 @@ def _load(spec: str, device: str | torch.device) -> Teacher:
     kind, separator, rest = spec.partition(":")
     if separator and kind in _NAMED:
         return _NAMED[kind](rest, device)
+    if (other := teacher_of_package(spec)) is not None:
+        return other.load(device)
     if (name := parse_hub_name(spec)) is not None:
         return _load_from_hub(name, device)
     path = Path(spec).expanduser()
@@ -158,6 +186,7 @@ def _load(spec: str, device: str | torch.device) -> Teacher:
         raise TeacherError(
             f"there is no teacher {spec!r}{suggestion(spec)}; give the path of a checkpoint or of a Hugging Face folder, the name "
             "OWNER/NAME of a model on the Hugging Face Hub, torchaudio:NAME, builtin:NAME, or random:LAYERSxDIM"
+            f"{''.join(f', or {name}:... of an installed package' for name in plugin_names('teacher'))}"
         )
     checkpoint = load_untrusted(path)
     load = load_wavlm if is_wavlm(checkpoint) else load_distiller if is_distiller(checkpoint) else load_fairseq

@@ -14,6 +14,7 @@ from ray_distill.teacher_cache.teachers import (
     load_teacher,
     resolve_teacher,
     split_options,
+    teacher_of_package,
 )
 from ray_distill.teacher_cache.teachers.bundles import bundle_names
 from ray_distill.teacher_cache.teachers.hub.hub_model import HubModel, open_hub_model
@@ -31,7 +32,8 @@ def load_header(spec: str) -> Teacher | None:
         spec: Specification of a teacher as for `load_teacher`.
 
     Returns:
-        The teacher, which can't be called; one with seeded random weights is complete. None for a torchaudio bundle and for a
+        The teacher, which can't be called; one with seeded random weights or of another package is
+        complete. None for a torchaudio bundle and for a
         model on the hub without safetensors, which would have to be downloaded; see `hub_model_of`.
 
     Raises:
@@ -44,7 +46,7 @@ def load_header(spec: str) -> Teacher | None:
         if rest not in bundle_names():
             raise TeacherError(f"torchaudio has no pre-trained bundle {rest!r}; it has {', '.join(bundle_names())}")
         return None
-    if kind == "random":
+    if kind == "random" or teacher_of_package(name) is not None:  # A package's loader need not know the meta device.
         return load_teacher(spec)
     model = hub_model_of(spec)
     if model is not None and any(path.endswith(".bin") for path in model.missing):

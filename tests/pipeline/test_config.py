@@ -155,7 +155,7 @@ def test_the_effects_of_every_key_are_decided() -> None:
             "train.masked_weight",
             "train.unmasked_weight",
         ),
-        *("train.unit_temperature", "train.codebooks", "train.parts"),
+        *("train.unit_temperature", "train.codebooks", "train.parts", "train.objective_options"),
     }
     shared = [f"cache.{name}" for name in CacheSection.model_fields if name != "targets"]
     assert keys_with(Config, SAME_IN_ABLATION) == ["name", "runs", "corpus", "teacher.checkpoint", *shared]

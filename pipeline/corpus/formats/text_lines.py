@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,11 @@ MAX_LINE = 1 << 24
 """Maximum number of bytes of a line."""
 MAX_LOOKED_AT = 50
 """Number of JSON files of a folder that are looked at, to tell its format. A folder may have one for each audio file."""
+
+TEXTS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_text")
+"""Columns of Hugging Face's datasets that have a transcript, the first of them first."""
+SPEAKERS = ("speaker_id", "speaker", "spk_id", "client_id")
+"""Columns of Hugging Face's datasets that have a speaker."""
 
 _JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
@@ -120,3 +125,8 @@ def check_piece(start: float | None, end: float | None, place: str) -> None:
 def text_of(value: object) -> str:
     """Return a text, number or missing value as one line of text."""
     return "" if value is None else " ".join(str(value).split())
+
+
+def first_of(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the text of the first of some columns that a row has; empty if it has none."""
+    return next((text_of(row[name]) for name in names if name in row), "")

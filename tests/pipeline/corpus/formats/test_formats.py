@@ -391,7 +391,9 @@ def test_an_archive_beside_its_audio_is_left_alone(tmp_path: Path, write_audio: 
 
 
 def test_a_format_that_is_named_but_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no corpus format 'esp'; the formats are kaldi, lhotse, nemo"):
+    with pytest.raises(
+        ValueError, match="there is no corpus format 'esp'; the formats are kaldi, lhotse_shar, lhotse, nemo"
+    ):
         check_format("esp")
     path = write_text(tmp_path / "c/x.csv", "path", "a.wav").parent
     for name in sorted(FORMATS.keys() - {"manifest"}):

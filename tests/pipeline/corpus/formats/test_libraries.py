@@ -69,6 +69,22 @@ def test_lhotse(tmp_path: Path, files: dict[str, Path], kind: str) -> None:
     check(folder, tmp_path, "lhotse", files)
 
 
+def test_lhotse_shar(tmp_path: Path, files: dict[str, Path]) -> None:
+    lhotse = pytest.importorskip("lhotse")
+    for split, names in (("train", list(files)[:4]), ("dev", list(files)[4:])):
+        cuts = []
+        for name in names:
+            recording = lhotse.Recording.from_file(files[name])
+            supervision = lhotse.SupervisionSegment(
+                name, name, 0, recording.duration, text=f"text {name}", speaker=f"s{name}"
+            )
+            cuts.append(recording.to_cut().with_id(name))
+            cuts[-1].supervisions = [supervision]
+        (tmp_path / "corpus" / split).mkdir(parents=True)
+        lhotse.CutSet.from_cuts(cuts).to_shar(tmp_path / "corpus" / split, fields={"recording": "wav"}, shard_size=3)
+    check(tmp_path / "corpus", tmp_path, "lhotse_shar", files)
+
+
 def test_webdataset(tmp_path: Path, files: dict[str, Path]) -> None:
     webdataset = pytest.importorskip("webdataset")
     (tmp_path / "corpus").mkdir()

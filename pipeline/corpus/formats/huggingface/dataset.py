@@ -9,15 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_distill.pipeline.corpus.formats import arrow_bytes
-from ray_distill.pipeline.corpus.formats.text_lines import text_of
+from ray_distill.pipeline.corpus.formats.huggingface import arrow_bytes
+from ray_distill.pipeline.corpus.formats.text_lines import SPEAKERS, TEXTS, first_of
 from ray_distill.pipeline.corpus.found import FoundFile, Search, without_suffix
 from ray_distill.pipeline.corpus.splits import split_of_folders
 from ray_distill.teacher_cache.sources.address import AudioAddress
 
 _IDS = ("id", "utt_id", "utterance_id", "segment_id", "key")
-_TEXTS = ("text", "transcript", "transcription", "sentence", "normalized_text", "raw_text")
-_SPEAKERS = ("speaker_id", "speaker", "spk_id", "client_id")
 _SUFFIXES = (".parquet", ".arrow")
 
 
@@ -118,19 +116,15 @@ def _entry(row: _Row, id: str, split: tuple[str | None, str], root: Path) -> Fou
         id,
         path,
         *split,
-        speaker=_first(row.labels, _SPEAKERS),
-        text=_first(row.labels, _TEXTS),
+        speaker=first_of(row.labels, SPEAKERS),
+        text=first_of(row.labels, TEXTS),
         inside=address,
     )
 
 
-def _first(labels: dict[str, Any], names: tuple[str, ...]) -> str:
-    return next((text_of(labels[name]) for name in names if name in labels), "")
-
-
 def _ids(rows: list[_Row], root: Path) -> list[str]:
-    if all(_first(row.labels, _IDS) for row in rows):
-        return [_first(row.labels, _IDS) for row in rows]
+    if all(first_of(row.labels, _IDS) for row in rows):
+        return [first_of(row.labels, _IDS) for row in rows]
     stems = [without_suffix(row.name) for row in rows]
     if all(row.name for row in rows) and max(Counter(stems).values(), default=1) == 1:
         return stems
@@ -155,7 +149,7 @@ def _splits(files: list[Path], root: Path, wanted: list[str]) -> dict[Path, tupl
 
 
 def _label_columns(schema: pa.Schema) -> list[str]:
-    return [name for name in (*_IDS, *_TEXTS, *_SPEAKERS) if name in schema.names]
+    return [name for name in (*_IDS, *TEXTS, *SPEAKERS) if name in schema.names]
 
 
 def _parquet_rows(file: Path, column: str) -> list[_Row]:

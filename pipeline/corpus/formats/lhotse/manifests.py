@@ -72,7 +72,7 @@ def _split_name(file: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Recording:
+class Recording:
     """A recording of a manifest: its sources as pairs of a path and its channels, its duration and its channels."""
 
     sources: list[tuple[str, list[int]]]
@@ -81,9 +81,11 @@ class _Recording:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
+    """A piece of a recording, with what is said of it. ``place`` is its line, for messages."""
+
     id: str
-    recording: _Recording
+    recording: Recording
     start: float | None
     end: float | None
     channel: int | None
@@ -92,7 +94,7 @@ class _Piece:
     place: str
 
 
-def _located(file: Path, pieces: list[_Piece], split: str | None) -> list[FoundFile]:
+def _located(file: Path, pieces: list[Piece], split: str | None) -> list[FoundFile]:
     base = base_folder(file.parent, [source for piece in pieces for source, _ in piece.recording.sources])
     found = []
     for piece in pieces:
@@ -121,7 +123,7 @@ def _located(file: Path, pieces: list[_Piece], split: str | None) -> list[FoundF
     return found
 
 
-def _recording(record: Any, place: str) -> _Recording:
+def _recording(record: Any, place: str) -> Recording:
     if not isinstance(record, dict) or not isinstance(record.get("sources"), list) or not record["sources"]:
         raise ValueError(f"{place} has no recording with sources")
     if record.get("transforms"):
@@ -141,18 +143,18 @@ def _recording(record: Any, place: str) -> _Recording:
             )
         sources.append((audio, channels))
     every = [channel for _, some in sources for channel in some]
-    return _Recording(sources, seconds_of(record.get("duration"), f"the duration in {place}"), every)
+    return Recording(sources, seconds_of(record.get("duration"), f"the duration in {place}"), every)
 
 
-def _whole_recordings(file: Path) -> list[_Piece]:
+def _whole_recordings(file: Path) -> list[Piece]:
     pieces = []
     for line, record in read_records(file):
         place = f"line {line} of {file}"
-        pieces.append(_Piece(_id(record, place), _recording(record, place), None, None, None, "", "", place))
+        pieces.append(Piece(_id(record, place), _recording(record, place), None, None, None, "", "", place))
     return pieces
 
 
-def _supervisions(file: Path) -> list[_Piece]:
+def _supervisions(file: Path) -> list[Piece]:
     beside = file.with_name(file.name.replace("supervisions", "recordings"))
     if beside == file or not beside.is_file():
         raise ValueError(
@@ -165,11 +167,11 @@ def _supervisions(file: Path) -> list[_Piece]:
         name = record.get("recording_id")
         if name not in places:
             raise ValueError(f"{place} names the recording {name!r}, which is not in {beside}")
-        pieces.append(_piece(record, _recording(*places[name]), [record], place))
+        pieces.append(cut_piece(record, _recording(*places[name]), [record], place))
     return pieces
 
 
-def _cuts(file: Path) -> list[_Piece]:
+def _cuts(file: Path) -> list[Piece]:
     pieces = []
     for line, record in read_records(file):
         place = f"line {line} of {file}"
@@ -177,12 +179,13 @@ def _cuts(file: Path) -> list[_Piece]:
         if kind not in ("MonoCut", "MultiCut"):
             raise ValueError(f"{place} is a {kind}; only MonoCut and MultiCut, pieces of one recording, are read")
         pieces.append(
-            _piece(record, _recording(record.get("recording"), place), record.get("supervisions") or [], place)
+            cut_piece(record, _recording(record.get("recording"), place), record.get("supervisions") or [], place)
         )
     return pieces
 
 
-def _piece(record: dict[str, Any], recording: _Recording, supervisions: Any, place: str) -> _Piece:
+def cut_piece(record: dict[str, Any], recording: Recording, supervisions: Any, place: str) -> Piece:
+    """Return the piece of a cut or a supervision. ValueError if its times, its supervisions or its id are wrong."""
     start = seconds_of(record.get("start"), f"the start in {place}") or 0.0
     duration = seconds_of(record.get("duration"), f"the duration in {place}")
     if duration is None:
@@ -198,7 +201,7 @@ def _piece(record: dict[str, Any], recording: _Recording, supervisions: Any, pla
     only = channel if isinstance(channel, int) and len(recording.channels) > 1 else None
     speaker = speakers.pop() if len(speakers) == 1 else ""
     # Lhotse rounds times to 8 decimals, and the sum of two is rounded too.
-    return _Piece(_id(record, place), recording, start, round(start + duration, 8), only, speaker, text, place)
+    return Piece(_id(record, place), recording, start, round(start + duration, 8), only, speaker, text, place)
 
 
 def _id(record: dict[str, Any], place: str) -> str:

@@ -1,0 +1,42 @@
+"""Corpus formats of other packages, which entry points of the group ``ray_distill.corpus_formats`` name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_distill.pipeline.corpus.formats.corpus_format import CorpusFormat
+from ray_distill.pipeline.corpus.found import FoundFile, Search
+from ray_distill.plugins import Plugin, find_plugin
+
+
+@dataclass(frozen=True)
+class FormatOfPackage:
+    """A format of another package. What it raises, other than ValueError, is said with the package's name."""
+
+    plugin: Plugin
+    format: CorpusFormat
+
+    def matches(self, path: Path) -> bool:
+        """See `CorpusFormat.matches`."""
+        return bool(self.plugin.run("matches", lambda: self.format.matches(path)))
+
+    def find(self, path: Path, search: Search) -> list[FoundFile]:
+        """See `CorpusFormat.find`."""
+        found = self.plugin.run("find", lambda: list(self.format.find(path, search)))
+        if not all(isinstance(item, FoundFile) for item in found):
+            raise self.plugin.lacks("returns something else than FoundFile from find")
+        return found
+
+
+def format_of_package(name: str) -> FormatOfPackage:
+    """Import and return the format of that name of an installed package, which there must be.
+
+    Raises:
+        PluginError: It can't be imported, or is no `CorpusFormat`.
+    """
+    plugin = find_plugin("corpus format", name)
+    assert plugin is not None, f"no package has the corpus format {name}"
+    found = plugin.load()
+    for function in ("matches", "find"):
+        if not callable(getattr(found, function, None)):
+            raise plugin.lacks(f"has no function {function}")
+    return FormatOfPackage(plugin, found)

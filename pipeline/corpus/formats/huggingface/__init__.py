@@ -1,0 +1,1 @@
+"""Formats of Hugging Face: datasets and audio folders."""

@@ -1,0 +1,1 @@
+"""Formats of Lhotse: manifests and Shar."""

@@ -1,0 +1,5 @@
+"""Audio streams over a WebSocket, answered window by window while the audio arrives.
+
+`samples` turns bytes into a waveform, `window_buffer` cuts windows out of it, `inbox` holds what has arrived, and `session` is one
+connection.
+"""

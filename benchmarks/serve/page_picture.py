@@ -51,7 +51,9 @@ def draw(browser: Any, address: str, state: str, scheme: str, size: dict[str, in
         page.wait_for_selector(".busy", state="hidden")
         # What differs from run to run: times of the service, and its port.
         page.evaluate("document.querySelectorAll('.status').forEach((line) => { line.hidden = true; })")
-        page.evaluate("$('command').textContent = $('command').textContent.replace(/:[0-9]+/, ':8000')".replace("$", BY_ID))
+        page.evaluate(
+            "$('command').textContent = $('command').textContent.replace(/:[0-9]+/, ':8000')".replace("$", BY_ID)
+        )
     elif state == "recording":
         page.click("#clip-a .record")
         page.get_by_text("175 frames").wait_for()

@@ -168,7 +168,13 @@ def test_two_clips_from_drop_to_download(
         shows(page, "#layer-value", "3 / 3")
         shows(page, "#clip-a .features-title", "Layer 3")
         assert "59 frames × 16 values, 3 layers" in page.inner_text("#clip-a .status")
-        assert page.inner_text("#clip-a .pictures .ticks").split("\n") == ["0.00 s", "0.30 s", "0.60 s", "0.90 s", "1.20 s"]
+        assert page.inner_text("#clip-a .pictures .ticks").split("\n") == [
+            "0.00 s",
+            "0.30 s",
+            "0.60 s",
+            "0.90 s",
+            "1.20 s",
+        ]
         for picture in ("waveform", "spectrogram", "layers", "features"):
             assert varied(page, f"#clip-a canvas.{picture}") > 0.1, picture
         assert not page.is_visible("#comparison")

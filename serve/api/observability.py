@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ray_distill.serve.api.errors import ServiceError
 from ray_distill.serve.api.metrics import Metrics
 from ray_distill.serve.api.traces import Traces
+from ray_distill.serve.streams import CLOSE_CODE
 
 _LOG = logging.getLogger(__name__)
 _REQUEST_LOG = logging.getLogger("ray_distill.serve.requests")
@@ -85,7 +86,7 @@ class ObservabilityMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
             elif message["type"] == "websocket.close":
-                status = 200 if message["code"] == 1000 else message["code"] - 4000
+                status = 200 if message["code"] == 1000 else message["code"] - CLOSE_CODE
             if message["type"] in ("http.response.start", "websocket.accept"):
                 added = MutableHeaders(scope=message)
                 added["x-request-id"] = request_id

@@ -26,6 +26,7 @@ from ray_distill.serve.inference.engine import EngineClosedError, FeatureEngine,
 from ray_distill.serve.inference.models import Models, ServedModel
 from ray_distill.serve.inference.schedule import Reservation
 from ray_distill.serve.settings import Limits
+from ray_distill.serve.streams import CLOSE_CODE
 from ray_distill.serve.streams.inbox import Inbox
 from ray_distill.serve.streams.samples import SampleReader, bytes_per_second
 from ray_distill.serve.streams.window_buffer import StreamWindow, WindowBuffer
@@ -37,8 +38,6 @@ MAX_MESSAGE_BYTES = 2**20
 """Largest message of a client."""
 SUBPROTOCOL = "features"
 """Subprotocol that a client may offer; it must if it offers an API key as another one."""
-CLOSE_CODE = 4000
-"""The close code after an error is this number plus the status of the error."""
 _LEAST_WINDOW = 1.0  # Seconds.
 _LONGEST_PAUSE = 1.0  # Seconds until an overloaded model is asked again.
 

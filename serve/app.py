@@ -35,6 +35,7 @@ from ray_distill.serve.inference.models import Models, ServedModel, Source, defa
 from ray_distill.serve.page import add_page
 from ray_distill.serve.reference import add_reference
 from ray_distill.serve.settings import AppSettings
+from ray_distill.serve.streams.session import add_streams
 
 
 def create_app(
@@ -88,7 +89,8 @@ def create_app(
         title="Student speech features",
         version="1",
         description="Frame-level speech features (one vector per 20 ms) from a distilled student of HuBERT, WavLM or "
-        "wav2vec 2.0. The features of an audio file do not depend on other requests.",
+        "wav2vec 2.0. The features of an audio file do not depend on other requests. Audio that is still being recorded is sent "
+        "to the WebSocket /v1/features/stream, which OpenAPI can't describe; docs/in-depth/serving.md does.",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -117,6 +119,7 @@ def create_app(
         )
     app.add_middleware(SendTimeoutMiddleware, seconds=settings.deadline_seconds)  # The outermost middleware.
     _add_feature_routes(app, admission, handler, needs_key=settings.api_keys is not None)
+    add_streams(app, models, admission, metrics, settings.cors_origins)
     return app
 
 

@@ -1,6 +1,8 @@
 """The connections of the server: a deadline for a request's head, a cap on open connections, and refusals in JSON."""
 
 import asyncio
+import base64
+import binascii
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,7 @@ def protocol_class(head_seconds: float, max_connections: int) -> type[Any]:
         _head_timer: asyncio.TimerHandle | None = None
         _head_bytes = 0
         _in_body = False  # Set by the callbacks of httptools.
+        _upgraded = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
@@ -47,7 +50,7 @@ def protocol_class(head_seconds: float, max_connections: int) -> type[Any]:
             if not self._past_head():
                 self._head_bytes += len(data)
             super().data_received(data)
-            if self.transport.is_closing():
+            if self.transport.is_closing() or self._upgraded:
                 self._stop_timer()
             elif self._past_head():
                 self._stop_timer()
@@ -65,6 +68,15 @@ def protocol_class(head_seconds: float, max_connections: int) -> type[Any]:
         def send_400_response(self, msg: str) -> None:
             """Answer bytes that are not HTTP; called by Uvicorn."""
             self._refuse("bad_request", "The request is not valid HTTP/1.1.")
+
+        def handle_websocket_upgrade(self, *event: Any) -> None:
+            """Hand the connection over to the WebSocket protocol; called by Uvicorn."""
+            headers: dict[bytes, bytes] = dict(self.scope["headers"])
+            if self.scope["method"] != "GET" or not _is_handshake(headers):
+                self._refuse("bad_request", "The request is not a handshake of a WebSocket of version 13 (RFC 6455).")
+                return
+            self._upgraded = True
+            super().handle_websocket_upgrade(*event)
 
         def on_headers_complete(self) -> None:
             """Note that the body begins; called by httptools."""
@@ -105,3 +117,12 @@ def protocol_class(head_seconds: float, max_connections: int) -> type[Any]:
             self.transport.close()
 
     return Connection
+
+
+def _is_handshake(headers: dict[bytes, bytes]) -> bool:
+    """Return whether the headers of a request with ``Upgrade: websocket`` are those of RFC 6455, section 4.2.1."""
+    try:
+        key = base64.b64decode(headers.get(b"sec-websocket-key", b"").strip(), validate=True)
+    except binascii.Error:
+        return False
+    return len(key) == 16 and headers.get(b"sec-websocket-version", b"").strip() == b"13"

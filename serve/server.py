@@ -16,6 +16,7 @@ from ray_distill.serve.app import create_app
 from ray_distill.serve.connections import protocol_class
 from ray_distill.serve.decoding import silence_decoders
 from ray_distill.serve.settings import ServeSettings
+from ray_distill.serve.streams.session import MAX_MESSAGE_BYTES
 
 _LOG = logging.getLogger(__name__)
 _SENDING_SECONDS = 10
@@ -68,7 +69,9 @@ class Server(uvicorn.Server):  # type: ignore[misc]
             host=host,
             port=port,
             http=connection or "auto",
-            ws="none",
+            ws="auto",
+            ws_max_size=2 * MAX_MESSAGE_BYTES,  # The application answers messages that are a little too large.
+            ws_per_message_deflate=False,  # Audio and features hardly compress.
             timeout_graceful_shutdown=timeout,
             access_log=False,
             server_header=False,

@@ -24,8 +24,8 @@ _RATES = (2_000, 768_000)
 _MAX_CHANNELS = 64
 # Number of values decoded at a time, over all channels. A length in a header allocates no memory before it is read.
 _BLOCK_VALUES = 1 << 20
-# Largest sample, where 1 is full scale. Overshoots of recordings are far below it, and 16-bit integers stored as floats far above.
-_MAX_SAMPLE = 8.0
+MAX_SAMPLE = 8.0
+"""Largest sample, where 1 is full scale. Overshoots of recordings are far below it, and 16-bit integers stored as floats far above."""
 # Decoders of these encodings compute with floats, and their results differ between processors and versions of libsndfile.
 _LOSSY = ("VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
 
@@ -129,7 +129,7 @@ def _waveform(decoded: _Decoded, name: str) -> np.ndarray:
         raise AudioError("empty", f"{name} has no samples")
     if not np.isfinite(decoded.samples).all():
         raise AudioError("undecodable", f"{name} has samples that are not finite numbers")
-    if decoded.peak > _MAX_SAMPLE:
+    if decoded.peak > MAX_SAMPLE:
         raise AudioError(
             "undecodable",
             f"{name} has float samples up to {decoded.peak:.6g}, which are not in [-1, 1]; divide them by their full scale, such as "
@@ -382,14 +382,22 @@ def _detail(error: Exception) -> str:
     return str(text).rstrip(".")
 
 
-def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Resample (N,) samples to 16 kHz.
+def resampling_ratio(rate: int) -> Fraction:
+    """Return the ratio of a sampling rate to 16 kHz with which `load_audio` resamples.
 
     torchaudio tabulates p x q values for the ratio p / q in lowest terms, which would be gigabytes for 44,101 Hz. Unusual
     ratios are therefore rounded, by about 1 in 10,000 at most. All rates of common recorders are exact.
+
+    Args:
+        rate: Samples per second.
     """
+    return Fraction(rate, SAMPLE_RATE).limit_denominator(640 if rate <= 48_000 else 160)
+
+
+def _resample(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Resample (N,) samples to 16 kHz."""
     if rate == SAMPLE_RATE:
         return samples
-    ratio = Fraction(rate, SAMPLE_RATE).limit_denominator(640 if rate <= 48_000 else 160)
+    ratio = resampling_ratio(rate)
     resampled = torchaudio.functional.resample(torch.from_numpy(samples), ratio.numerator, ratio.denominator)
     return np.asarray(resampled.numpy())

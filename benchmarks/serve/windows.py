@@ -34,7 +34,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Length of the longest recording in seconds.")] = 150,
     windows: Annotated[
         str, typer.Option(help="Pairs window:overlap in seconds, separated by commas.")
-    ] = "15:4,30:0,30:1,30:4,30:10,60:4",
+    ] = "1:0,1:0.5,2:0,2:0.5,2:1,5:0,5:1,5:2.5,15:4,30:0,30:1,30:4,30:10,60:4",
     output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "serve/windows.json",
 ) -> None:
     """Compare windows with a single pass."""

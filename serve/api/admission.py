@@ -1,5 +1,7 @@
 """Admission of requests: API keys, open requests, requests per key, and the memory that open requests hold."""
 
+import base64
+import binascii
 import hmac
 import logging
 import math
@@ -7,12 +9,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from time import monotonic
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 
 from ray_distill.serve.api.errors import ServiceError
 from ray_distill.serve.settings import Limits
 
 _LOG = logging.getLogger(__name__)
+KEY_PREFIX = "key."
+"""Prefix of the subprotocol of a WebSocket that holds an API key."""
 
 
 class HeldBytes:
@@ -76,8 +80,11 @@ class Admission:
         except (ValueError, OSError) as error:
             _LOG.error("The API keys stay as they were: %s", error)
 
-    def check_key(self, request: Request) -> bytes:
-        """Return the API key of a request, b"" if the service needs none.
+    def check_key(self, request: HTTPConnection) -> bytes:
+        """Return the API key of a request or WebSocket, b"" if the service needs none.
+
+        Pages of browsers can't set headers of a WebSocket, so it may also have the key in its subprotocols, in URL-safe base64
+        after ``key.``.
 
         Raises:
             ServiceError: ``unauthorized`` if the request has no valid key.
@@ -85,15 +92,15 @@ class Admission:
         if not self._keys:
             return b""
         scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-        token = credentials.strip().encode() if scheme.lower() == "bearer" else b""
+        token = credentials.strip().encode() if scheme.lower() == "bearer" else _subprotocol_key(request)
         # All keys are compared, each in constant time, so that the duration reveals nothing about them.
         if not sum([hmac.compare_digest(token, key) for key in self._keys]):
             headers = {"www-authenticate": "Bearer"}
             raise ServiceError("unauthorized", "Send a valid API key as 'Authorization: Bearer KEY'.", headers)
         return token
 
-    async def admit(self, request: Request) -> AsyncIterator[HeldBytes]:
-        """Admit a request until its response is sent; a dependency of routes.
+    async def admit(self, request: HTTPConnection) -> AsyncIterator[HeldBytes]:
+        """Admit a request until its response is sent, or a WebSocket until it is closed; a dependency of routes.
 
         Raises:
             ServiceError: ``unauthorized``, ``overloaded`` or ``rate_limited``.
@@ -126,3 +133,15 @@ class Admission:
             message = f"This API key is limited to {rate:g} requests per second; try again later."
             raise ServiceError("rate_limited", message, {"retry-after": str(math.ceil(wait))})
         self._next_arrival[key] = next_arrival + 1 / rate
+
+
+def _subprotocol_key(connection: HTTPConnection) -> bytes:
+    """Return the API key in the subprotocols of a WebSocket; b"" if there is none."""
+    for name in connection.scope.get("subprotocols", ()):
+        if name.startswith(KEY_PREFIX):
+            text = name.removeprefix(KEY_PREFIX)
+            try:
+                return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+            except binascii.Error:
+                return b""
+    return b""

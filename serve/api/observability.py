@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ray_distill.serve.api.errors import ServiceError
 from ray_distill.serve.api.metrics import Metrics
 from ray_distill.serve.api.traces import Traces
+from ray_distill.serve.streams import CLOSE_CODE
 
 _LOG = logging.getLogger(__name__)
 _REQUEST_LOG = logging.getLogger("ray_distill.serve.requests")
@@ -47,8 +48,8 @@ class RequestRecord:
     steps: list[tuple[str, float, float]] = field(default_factory=list)
 
 
-def record_of(request: Request) -> RequestRecord:
-    """Return the record of a request."""
+def record_of(request: HTTPConnection) -> RequestRecord:
+    """Return the record of a request or WebSocket."""
     state = request.scope.setdefault("state", {})
     if "record" not in state:
         state["record"] = RequestRecord(uuid.uuid4().hex)
@@ -59,6 +60,8 @@ def record_of(request: Request) -> RequestRecord:
 class ObservabilityMiddleware:
     """ASGI middleware that logs, counts and traces every request, and gives every response a request ID and a ``traceparent``.
 
+    A WebSocket is a request whose response ends when it is closed; its status is 200, or that of the error that ended it.
+
     An ``x-request-id`` header of up to 64 letters, digits, dots, dashes and underscores is kept; any other is replaced. A
     ``traceparent`` header (W3C Trace Context) is continued.
     """
@@ -67,7 +70,7 @@ class ObservabilityMiddleware:
         self._app, self._metrics, self._traces = app, metrics, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -82,6 +85,9 @@ class ObservabilityMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif message["type"] == "websocket.close":
+                status = 200 if message["code"] == 1000 else message["code"] - CLOSE_CODE
+            if message["type"] in ("http.response.start", "websocket.accept"):
                 added = MutableHeaders(scope=message)
                 added["x-request-id"] = request_id
                 added["traceparent"] = f"00-{record.trace_id}-{record.span_id}-{parent[3] if parent else '00'}"
@@ -91,7 +97,9 @@ class ObservabilityMiddleware:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            if status != 499:  # The response has begun; the server cuts it off and logs the error.
+            if (
+                status != 499 or scope["type"] == "websocket"
+            ):  # The response has begun; the server cuts it off and logs the error.
                 raise
             # This is not an exception handler of the framework, because the responses of those bypass middleware.
             _LOG.exception("Request %s failed", request_id)
@@ -114,7 +122,7 @@ class ObservabilityMiddleware:
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "request_id": request_id,
                 "trace_id": record.trace_id,
-                "method": scope["method"],
+                "method": scope.get("method", "WEBSOCKET"),
                 "route": route,
                 "status": status,
                 "error_type": record.error_type or None,

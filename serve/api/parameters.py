@@ -5,6 +5,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ray_distill.serve.api.errors import ServiceError
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
 Format = Literal["json", "base64", "npy", "npz", "safetensors", "arrow"]
 Pooling = Literal["mean", "max", "mean_std"]
@@ -44,6 +45,39 @@ class FeaturesQuery(CommonQuery):
     )
     format: Format | None = Field(None, description="Format of the response. Default: chosen by the Accept header.")
     dtype: Literal["float32", "float16"] = Field("float32", description="Data type of the values.")
+
+
+class StreamQuery(CommonQuery):
+    """Parameters of ``/v1/features/stream``, in the query string."""
+
+    layer: int | Literal["last", "all"] = Field(
+        "last", description="Transformer layer counted from 1, 'last', or 'all' for every layer at once."
+    )
+    format: Literal["json", "binary"] = Field(
+        "json",
+        description="json: each window is one text message. binary: its values are a binary message after the text message.",
+    )
+    dtype: Literal["float32", "float16"] = Field("float32", description="Data type of the values.")
+    encoding: Literal["s16le", "f32le"] = Field(
+        "s16le", description="Encoding of the samples: 16-bit integers, or floats of which 1 is full scale."
+    )
+    rate: int = Field(SAMPLE_RATE, ge=2_000, description="Sampling rate in Hz.")
+    channels: int = Field(1, ge=1, description="Number of interleaved channels; they are averaged.")
+    window: float | None = Field(
+        None, allow_inf_nan=False, description="Length of a window in seconds. Default: the service's window_seconds."
+    )
+    overlap: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Least overlap of two windows in seconds, at most half of a window. Default: the service's overlap_seconds.",
+    )
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest wait for audio, and for the features of a window, in seconds.",
+    )
 
 
 class EmbeddingsQuery(CommonQuery):

@@ -131,7 +131,7 @@ class RequestHandler:
         # What these checks and the admission refuse costs no decoding.
         model = await self.models.find(query.model)
         record.model = model.name
-        layer, dim = _resolve_layer(query, model.engine.backend)
+        layer, dim = resolve_layer(query, model.engine.backend)
         model.engine.check_room(deadline)
         headers = [await anyio.to_thread.run_sync(header_of, file, self.limits) for file in files]
         delay = self.decoders.admit(headers)
@@ -150,7 +150,7 @@ class RequestHandler:
             lengths = [len(waveform) for waveform in waveforms]
             while True:
                 current = await self.models.find(query.model)
-                layer, _ = _resolve_layer(query, current.engine.backend)
+                layer, _ = resolve_layer(query, current.engine.backend)
                 if longer or current is not model:  # The headers promised less, or the model has been replaced.
                     model.engine.release(reservation)
                     reservation = self._admit(current.engine, lengths, layer, deadline)
@@ -217,7 +217,7 @@ class RequestHandler:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(run(waveform)) for waveform in waveforms]
         except ExceptionGroup as errors:
-            raise _first_exception(errors) from None
+            raise first_exception(errors) from None
         return [task.result() for task in tasks]
 
 
@@ -227,8 +227,12 @@ def _samples(header: AudioHeader, limits: Limits) -> int:
     return max(RECEPTIVE_FIELD, round(seconds * SAMPLE_RATE))
 
 
-def _resolve_layer(query: Any, backend: Backend) -> tuple[int | None, int]:
-    """Return the layer that a request selects (None for all) and the dimension of its features."""
+def resolve_layer(query: Any, backend: Backend) -> tuple[int | None, int]:
+    """Return the layer that a request selects (None for all) and the dimension of its features.
+
+    Raises:
+        ServiceError: ``bad_layer``, or ``bad_parameter`` if the model has no features in this space.
+    """
     layer = choose_layer(query.layer, backend.num_layers)
     dim = backend.dim if query.space == "student" else backend.teacher_dim
     if dim is None:
@@ -239,7 +243,8 @@ def _resolve_layer(query: Any, backend: Backend) -> tuple[int | None, int]:
     return layer, dim
 
 
-def _first_exception(error: BaseException) -> BaseException:
+def first_exception(error: BaseException) -> BaseException:
+    """Return the first exception of a group that is not a group itself."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

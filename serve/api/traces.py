@@ -62,7 +62,7 @@ class Traces:
             context = trace.set_span_in_context(trace.NonRecordingSpan(parent))
         self._ids.trace_id, self._ids.span_id = int(record.trace_id, 16), int(record.span_id, 16)
         span = self._tracer.start_span(
-            f"POST {route}" if route.startswith("/v1/") else route,
+            f"POST {route}" if route in ("/v1/features", "/v1/embeddings") else route,
             context,
             kind=trace.SpanKind.SERVER,
             start_time=nanoseconds(started),

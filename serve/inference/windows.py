@@ -1,7 +1,6 @@
 """Long audio in overlapping windows, whose features are joined."""
 
 import asyncio
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +23,8 @@ def split_windows(num_samples: int, window_seconds: float, overlap_seconds: floa
     """Split audio into windows that contain every frame once, in order.
 
     All windows have the same length, so the last one overlaps by more. They start at multiples of 320 samples, so that frames of a
-    window are frames of the audio.
+    window are frames of the audio. Which frames are kept of a window does not depend on the audio behind it, so that a stream gives
+    the same features; see `ray_distill.serve.streams.window_buffer`.
 
     Args:
         num_samples: Length of the audio in samples, at least 400.
@@ -32,15 +32,25 @@ def split_windows(num_samples: int, window_seconds: float, overlap_seconds: floa
         overlap_seconds: Least overlap of neighbouring windows, at most half of a window. Each contributes the frames of its half.
     """
     total = num_frames(num_samples)
-    size = min(_frames(window_seconds), total)
-    hop = size - min(_frames(overlap_seconds), size - 1)
+    size, hop = size_and_hop(window_seconds, overlap_seconds)
+    size = min(size, total)
     starts = [*range(0, total - size, hop), total - size]
-    # A window ends in the middle of its overlap with the next one.
-    ends = [(start + size + following) // 2 for start, following in itertools.pairwise(starts)]
+    ends = [start + kept_frames(size, hop) for start in starts[:-1]]
     return [
         Window(slice(start * FRAME_SAMPLES, (start + size - 1) * FRAME_SAMPLES + RECEPTIVE_FIELD), slice(first, end))
         for start, first, end in zip(starts, [0, *ends], [*ends, total], strict=True)
     ]
+
+
+def size_and_hop(window_seconds: float, overlap_seconds: float) -> tuple[int, int]:
+    """Return the frames of a window and the frames between the starts of two windows."""
+    size = _frames(window_seconds)
+    return size, size - min(_frames(overlap_seconds), size - 1)
+
+
+def kept_frames(size: int, hop: int) -> int:
+    """Return the number of a window's first frames that it contributes, up to the middle of the overlap with the next window."""
+    return (size + hop) // 2
 
 
 def _frames(seconds: float) -> int:

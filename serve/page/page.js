@@ -1,5 +1,6 @@
 // The page: two clips, the selected layer, and their comparison.
 
+import { LiveView } from "./live.js";
 import { Features } from "./npy.js";
 import { divergingPalette, drawMatrix, drawScale, drawWaveform, outlineRow } from "./pictures.js";
 import { getFeatures, getLimits, getModels, hasKey, query, ServiceError, setKey } from "./service.js";
@@ -203,6 +204,8 @@ class Clip {
     button.textContent = "Stop";
     button.classList.add("on");
     this.part("recording").hidden = false;
+    this.live = new LiveView(this.part("live"), { ...state.shown, layer: state.layer || "last" });
+    this.live.start(this.recording);
   }
 
   endRecording(button) {
@@ -211,6 +214,7 @@ class Clip {
     button.textContent = "Record";
     button.classList.remove("on");
     this.part("recording").hidden = true;
+    this.live.stop();
     return recording.stop();
   }
 

@@ -1,4 +1,4 @@
-// Requests to the service: /v1/features, /v1/models and /info.
+// Requests to the service: /v1/features, /v1/features/stream, /v1/models and /info.
 
 /** An error response of the service, or the reason why it can't be reached. */
 export class ServiceError extends Error {
@@ -49,4 +49,14 @@ export function query(parameters) {
 export function getFeatures(audio, parameters, signal) {
   // The service detects the format from the content; browsers guess it from file names, sometimes wrongly.
   return send(`v1/features?${query(parameters)}`, { method: "POST", body: audio, headers: { "content-type": "application/octet-stream" }, signal });
+}
+
+/** Opens a stream. Pages can't set headers of a WebSocket, so the key is a subprotocol. */
+export function openStream(parameters) {
+  const url = new URL(`v1/features/stream?${query(parameters)}`, location.href);
+  url.protocol = url.protocol.replace("http", "ws");
+  const encoded = btoa(String.fromCharCode(...new TextEncoder().encode(key))).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+  const socket = new WebSocket(url, key ? ["features", `key.${encoded}`] : "features");
+  socket.binaryType = "arraybuffer";
+  return socket;
 }

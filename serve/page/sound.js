@@ -68,7 +68,8 @@ export class Recording {
       this.recorder.start();
       this.context = new AudioContext();
       const analyser = new AnalyserNode(this.context, { fftSize: 1024 }), wave = new Float32Array(1024);
-      this.context.createMediaStreamSource(stream).connect(analyser);
+      this.source = this.context.createMediaStreamSource(stream);
+      this.source.connect(analyser);
       this.timer = setInterval(() => {
         analyser.getFloatTimeDomainData(wave);
         const loudness = 20 * Math.log10(Math.hypot(...wave) / 32 + 1e-9);
@@ -78,6 +79,14 @@ export class Recording {
       this.release();
       throw error;
     }
+  }
+
+  /** Calls back with the samples as they are recorded, in blocks of about 0.1 s, at the sampling rate of `context`. */
+  async tap(onSamples) {
+    await this.context.audioWorklet.addModule("page/tap.js");
+    const node = new AudioWorkletNode(this.context, "tap", { numberOfOutputs: 0, channelCount: 1, channelCountMode: "explicit" });
+    node.port.onmessage = ({ data }) => onSamples(data);
+    this.source.connect(node);
   }
 
   /** Releases the microphone. */

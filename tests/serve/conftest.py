@@ -29,6 +29,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_BYTES = 2**20
 MAX_SECONDS = 20.0
 LIBRARY_LOADED = 2
+RAY_FOLDER = "RAY_DISTILL_TEST_FOLDER"
+"""Environment variable of all processes of a service under Ray Serve."""
 TINY = tiny_student(encoder_layers=3)
 
 
@@ -69,11 +71,15 @@ def app_client(student: Student, other: Student, library: Path) -> Iterator[Test
 
 
 @pytest.fixture(scope="session")
-def ray_client(
-    student: Student, other: Student, library: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[httpx.Client]:
+def ray_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the service under Ray Serve; it is in the environment of its processes."""
+    return tmp_path_factory.mktemp("ray")
+
+
+@pytest.fixture(scope="session")
+def ray_client(student: Student, other: Student, library: Path, ray_folder: Path) -> Iterator[httpx.Client]:
     """The same application under Ray Serve, deployed with the file in docs/in-depth/serving.md, with paths and sizes for the tests."""
-    folder = tmp_path_factory.mktemp("ray")
+    folder = ray_folder
     for name, model in (("tiny", student), ("other", other)):
         save_student(model, folder / "runs" / name / "export", None)
     arguments: dict[str, Any] = {"library": str(library), "library_loaded": LIBRARY_LOADED}
@@ -118,6 +124,8 @@ def ray_serve(folder: Path, model: str, **arguments: Any) -> Iterator[str]:
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(REPOSITORY),
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ray_distill.serve.ray_proxy.middlewares",
+            RAY_FOLDER: str(folder),
         }
         command = [str(Path(sys.executable).parent / "serve"), "run", "--address", "local", str(file)]
         log = folder / "serve.log"

@@ -16,6 +16,12 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.accept"})
+        await asyncio.sleep(0.3)
+        await send({"type": "websocket.send", "text": "ok"})
+        await send({"type": "websocket.close", "code": 4429})
+        return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 
@@ -100,6 +106,36 @@ def test_open_connections_are_limited(base: None) -> None:
         reader, writer = await connect()
         writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+
+    run(talk)
+
+
+def handshake(key: str = "dGhlIHNhbXBsZSBub25jZQ==", version: int = 13, method: str = "GET") -> bytes:
+    lines = [f"{method} /v1/features/stream HTTP/1.1", "Host: a", "Upgrade: websocket", "Connection: Upgrade"]
+    lines += [f"Sec-WebSocket-Key: {key}", f"Sec-WebSocket-Version: {version}"]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def test_a_websocket_outlives_the_deadline_of_its_head_and_counts_as_a_connection(base: None) -> None:
+    async def talk(connect: Callable[[], Awaitable[Streams]]) -> None:
+        reader, writer = await connect()
+        writer.write(handshake())
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+        _, other = await connect()
+        third, _ = await connect()
+        assert refusal(await third.read()) == (b"429", "overloaded")
+        other.close()
+        assert await reader.readexactly(2 + 2 + 2 + 2) == b"\x81\x02ok\x88\x02" + (4429).to_bytes(2, "big")
+
+    run(talk, head_seconds=0.1)
+
+
+@pytest.mark.parametrize("wrong", [{"key": "short"}, {"key": "?"}, {"version": 8}, {"method": "POST"}])
+def test_an_impossible_handshake_is_refused_in_json(base: None, wrong: dict[str, Any]) -> None:
+    async def talk(connect: Callable[[], Awaitable[Streams]]) -> None:
+        reader, writer = await connect()
+        writer.write(handshake(**wrong))
+        assert refusal(await reader.read()) == (b"400", "bad_request")
 
     run(talk)
 

@@ -1,10 +1,13 @@
 """The command lines in docs/in-depth/serving.md and the Python client, against a running service."""
 
 import asyncio
+import json
 import re
 import shutil
 import socket
+import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,12 +21,14 @@ import numpy as np
 import pytest
 import soundfile
 import uvicorn
+import websockets.sync.client as websockets
 
 from ray_distill.serve import create_app
 from ray_distill.serve.client import AsyncClient, Client, RefusedError
 from ray_distill.student import Student
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "in-depth" / "serving.md"
+HOW_TO = DOCUMENT.parents[1] / "how-to" / "caller.md"
 LINES = re.findall(r"^    (curl .*?)(?:  +#.*)?$", DOCUMENT.read_text(), re.MULTILINE)
 
 
@@ -102,9 +107,30 @@ def test_the_nginx_example_works(address: str, speech: Path, tmp_path: Path) -> 
                 assert (large.status_code, large.json()["error_type"]) == (413, "too_large")
                 down = client.get("/healthz")
                 assert (down.status_code, down.json()["error_type"]) == (503, "not_ready")
+            trusting = ssl.create_default_context(cafile=tmp_path / "pem")
+            trusting.check_hostname = False
+            with websockets.connect(f"wss://127.0.0.1:{port}/v1/features/stream", ssl=trusting, proxy=None) as stream:
+                assert json.loads(stream.recv())["model"] == "tiny"
+                stream.send("end")
+                assert json.loads(stream.recv())["error_type"] == "too_short"
         finally:
             process.terminate()
             process.wait(20)
+
+
+def test_the_stream_of_the_how_to_works(address: str, speech: Path) -> None:
+    """The example runs as it is, against Uvicorn, but for the address."""
+    (block,) = re.findall(r"^```python\n([^`]*websockets[^`]*)^```", HOW_TO.read_text(), re.MULTILINE)
+    soundfile.write(speech, np.sin(np.arange(50_000) / 20), 16_000)
+    code = block.replace("ws://127.0.0.1:8000", address.replace("http", "ws"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=speech.parent, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stdout.splitlines() == [
+        "75 frames from frame 0",
+        "50 frames from frame 75",
+        "31 frames from frame 125",
+    ], done
 
 
 def test_the_client_sync_and_async(address: str, speech: Path) -> None:

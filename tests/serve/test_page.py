@@ -134,7 +134,9 @@ def test_files_are_sent_with_a_strict_policy(app: FastAPI) -> None:
         assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
         named = re.findall(r'(?:src|href)="(page/[^"]+)"', page.text)
         named += [
-            f"page/{name}" for path in FOLDER.glob("*.js") for name in re.findall(r'from "\./(.+?)"', path.read_text())
+            f"page/{name}"
+            for path in FOLDER.glob("*.js")
+            for name in re.findall(r'(?:from "\./|addModule\("page/)(.+?)"', path.read_text())
         ]
         assert {path.name for path in FOLDER.iterdir() if path.suffix in (".js", ".css", ".svg")} == {
             name.removeprefix("page/") for name in named
@@ -166,6 +168,13 @@ def test_two_clips_from_drop_to_download(
         shows(page, "#layer-value", "3 / 3")
         shows(page, "#clip-a .features-title", "Layer 3")
         assert "59 frames × 16 values, 3 layers" in page.inner_text("#clip-a .status")
+        assert page.inner_text("#clip-a .pictures .ticks").split("\n") == [
+            "0.00 s",
+            "0.30 s",
+            "0.60 s",
+            "0.90 s",
+            "1.20 s",
+        ]
         for picture in ("waveform", "spectrogram", "layers", "features"):
             assert varied(page, f"#clip-a canvas.{picture}") > 0.1, picture
         assert not page.is_visible("#comparison")
@@ -350,17 +359,41 @@ def test_a_key_is_requested_only_if_the_service_needs_one(
         assert "$KEY" in page.inner_text("#command") and "secret" not in page.content()
 
 
-def test_the_microphone_becomes_a_clip(app: FastAPI, open_page: Any) -> None:
+def test_the_microphone_is_shown_live_and_becomes_a_clip(student: Student, open_page: Any) -> None:
     """Chromium has a fake microphone, which beeps."""
-    with served(app) as address:
+    with served(create_app(student, name="tiny", api_keys=["s/e+c ret"])) as address:
         page = open_page(address, permissions=["microphone"])
+        page.fill("#key", "s/e+c ret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#key-form", state="hidden")
+        assert "needs https or localhost" in page.inner_text("#clip-a .drop")
         page.click("#clip-a .record")
-        shows(page, "#clip-a .record", "Stop (1.")
+        shows(page, "#clip-a .of-live", "125 frames")  # Of two windows of two seconds each.
+        shows(page, "#clip-a .live-title", "Layer 3 while recording")
+        assert varied(page, "#clip-a .live-features") > 0.05
         assert page.is_visible("#clip-a meter")
         page.click("#clip-a .record")
         shows(page, "#clip-a .clip-title", "recording-")
+        assert not page.is_visible("#clip-a .live")
+        metrics = httpx.get(f"{address}/metrics").text
+        assert 'serve_requests_total{route="/v1/features/stream",status="499"} 1.0' in metrics
         assert varied(page, "#clip-a canvas.waveform") > 0.005
         assert page.inner_text("#clip-a .record") == "Record"
+
+
+def test_a_recording_goes_on_when_the_live_view_fails(app: FastAPI, open_page: Any) -> None:
+    def refuse(socket: Any) -> None:
+        socket.send(json.dumps({"error": "There is no room.", "error_type": "overloaded"}))
+        socket.close(code=4429)
+
+    with served(app) as address:
+        page = open_page(address, permissions=["microphone"])
+        page.route_web_socket(re.compile("/v1/features/stream"), refuse)
+        page.click("#clip-a .record")
+        shows(page, "#clip-a .of-live", "The live view ended: There is no room.")
+        shows(page, "#clip-a .record", "Stop (1.")
+        page.click("#clip-a .record")
+        shows(page, "#clip-a .clip-title", "recording-")
 
 
 STREAMS = """() => {

@@ -7,23 +7,23 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ray_distill.pipeline.corpus.decoding import Limits, LongAudio, decode
 from ray_distill.pipeline.corpus.found import FoundFile, Skipped
 from ray_distill.pipeline.corpus.labels import label_of, write_labels
 from ray_distill.pipeline.corpus.search import find_audio
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary
+from ray_distill.pipeline.corpus.utterance_files import fingerprint_of, read_utterances, write_utterances
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from ray_distill.teacher_cache.sources.address import Channel
-from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, Utterances
 
 INDEX = "index.parquet"
 SKIPPED = "skipped.csv"
@@ -50,7 +50,7 @@ class CorpusIndex:
         speakers: Number of speakers that the corpus names. 0 if the index was only loaded.
     """
 
-    utterances: list[Utterance]
+    utterances: Utterances
     skipped: list[Skipped]
     reused: bool = False
     splits: tuple[SplitSummary, ...] = ()
@@ -67,7 +67,7 @@ class CorpusIndex:
     @property
     def hours(self) -> float:
         """Duration of the utterances, in hours."""
-        return sum(utterance.num_samples for utterance in self.utterances) / SAMPLE_RATE / 3600
+        return self.utterances.seconds / 3600
 
     @cached_property
     def fingerprint(self) -> str:
@@ -75,10 +75,7 @@ class CorpusIndex:
 
         All of it is exact: `load_identified_audio` gives identities that rounding can't change.
         """
-        digest = hashlib.sha256()
-        for u in sorted(self.utterances, key=lambda utterance: utterance.id):
-            digest.update(json.dumps([u.id, u.split, u.sha256]).encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.utterances)
 
     @classmethod
     def load(cls, folder: Path) -> "CorpusIndex":
@@ -90,13 +87,12 @@ class CorpusIndex:
             ValueError: The folder has no complete index.
         """
         try:
-            table = pq.read_table(folder / INDEX)
+            utterances, metadata = read_utterances(folder / INDEX)
             with (folder / SKIPPED).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 skipped = [Skipped(Path(row["path"]), row["reason"], row["message"]) for row in csv.DictReader(file)]
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, LookupError, pa.ArrowException) as error:
             raise ValueError(f"{folder} has no complete corpus index; run the index stage first") from error
-        utterances = [Utterance(**row) for row in table.to_pylist()]
-        notes = json.loads((table.schema.metadata or {}).get(_NOTES, b"[]"))
+        notes = json.loads(metadata.get(_NOTES, b"[]"))
         return cls(utterances, skipped, reused=True, notes=tuple(notes))
 
 
@@ -189,7 +185,7 @@ def index_corpus(
         if not any(entry.role == "validation" for entry in entries):
             utterances = _hold_out(utterances, validation_fraction)
         index = CorpusIndex(
-            sorted(utterances, key=lambda utterance: utterance.id),
+            Utterances.of(sorted(utterances, key=lambda utterance: utterance.id)),
             sorted(skipped, key=lambda skip: str(skip.path)),
             notes=_notes(totals, max_seconds),
         )
@@ -255,7 +251,7 @@ def _entry_of(utterance: Utterance, entries: Mapping[str, FoundFile]) -> FoundFi
 
 
 def _summarise(
-    splits: list[SplitSummary], entries: list[FoundFile], utterances: list[Utterance]
+    splits: list[SplitSummary], entries: list[FoundFile], utterances: Iterable[Utterance]
 ) -> tuple[SplitSummary, ...]:
     """Add the hours of the usable files to the splits that are used, and say from which ones a part is held out."""
     by_id = {entry.id: entry for entry in entries}
@@ -306,14 +302,8 @@ def _save(index: CorpusIndex, state: str, output: Path) -> None:
     """Write the index atomically: each file is renamed into place, and the state that validates them exists only at the end."""
     output.mkdir(parents=True, exist_ok=True)
     (output / STATE).unlink(missing_ok=True)
-    schema = pa.schema(
-        [("id", "string"), ("path", "string"), ("num_samples", "int64"), ("split", "string"), ("sha256", "string")]
-    )
-    if index.notes:
-        schema = schema.with_metadata({_NOTES: json.dumps(index.notes)})
-    rows = [asdict(utterance) for utterance in index.utterances]
     temporary = output / f"{INDEX}.tmp"
-    pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
+    write_utterances(temporary, index.utterances, {_NOTES: json.dumps(index.notes)} if index.notes else {})
     temporary.replace(output / INDEX)
     report = io.StringIO(newline="")
     writer = csv.writer(report)

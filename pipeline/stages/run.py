@@ -217,7 +217,7 @@ class Run:
         at = self.position
         far = f" after {at.done:,} of {at.total:,} {at.unit}" if at.total else ""
         advice = "the same command runs this stage again"
-        if at.stage == "cache":
+        if at.stage in ("index", "cache"):
             advice = "the same command resumes from there"
         elif at.stage == "train":
             step = saved_step(self.folder.checkpoints)

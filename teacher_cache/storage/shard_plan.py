@@ -122,6 +122,11 @@ class Utterances(Sequence[Utterance]):
         column = self.table["split"].cast(pa.string()).dictionary_encode().unify_dictionaries().combine_chunks()
         return column.dictionary.to_pylist(), column.indices.to_numpy()
 
+    def ids(self) -> Iterator[str]:
+        """Yield the ids."""
+        for begin in range(0, len(self), _BATCH):
+            yield from self.table["id"].slice(begin, _BATCH).cast(pa.large_string()).to_pylist()
+
     def of_split(self, split: str) -> "Utterances":
         """Return the utterances of a split."""
         return Utterances(self.table.filter(pc.equal(self.table["split"], split)))

@@ -27,7 +27,7 @@ DECODED = "decoded.parquet"
 DECODING = "decoding"
 PART_SOURCES = 5000
 """Maximum number of sources whose results are not on disk yet."""
-PART_SECONDS = 30.0
+PART_SECONDS = 10.0
 """Seconds after which results are written, however few they are."""
 _SETTINGS = b"settings"
 _CORPUS = b"corpus"

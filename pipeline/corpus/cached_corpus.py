@@ -1,14 +1,14 @@
 """The corpus of a cache, compared with an index that another version of this program may have made."""
 
-from collections.abc import Sequence
-
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_distill.pipeline.corpus.index import CorpusIndex
 from ray_distill.teacher_cache.build.shard_audio import load_shard_audio
 from ray_distill.teacher_cache.source_audio import load_waveform
 from ray_distill.teacher_cache.storage.cache import Cache
-from ray_distill.teacher_cache.storage.shard_plan import Utterance, is_earlier_hash
+from ray_distill.teacher_cache.storage.shard_plan import Utterances, is_earlier_hash
 
 _COMPARED = 8
 """Maximum number of utterances whose audio is compared."""
@@ -25,34 +25,37 @@ def known_fingerprint(cache: Cache, index: CorpusIndex) -> str:
     """
     if cache.spec.corpus == index.fingerprint or cache.record["utterances"] != len(index.utterances):
         return index.fingerprint
-    mine = {utterance.id: utterance for utterance in index.utterances}
-    theirs = {utterance.id: utterance for shard in cache.shards for utterance in shard.utterances}
-    if mine.keys() != theirs.keys() or not all(_may_be_equal(mine[name], theirs[name]) for name in mine):
+    mine, theirs = (_by_id(table) for table in (index.utterances.table, cache.plan))
+    if any(not mine[name].equals(theirs[name]) for name in ("id", "split", "num_samples")):
         return index.fingerprint
-    doubtful = [name for name in sorted(mine) if mine[name].sha256 != theirs[name].sha256]
-    return cache.spec.corpus if _sounds_equal(cache, mine, doubtful) else index.fingerprint
+    doubtful = pc.filter(mine["id"], different := pc.not_equal(mine["sha256"], theirs["sha256"]))
+    identities = (pc.filter(table["sha256"], different).to_pylist() for table in (mine, theirs))
+    if not all(is_earlier_hash(one, two) or is_earlier_hash(two, one) for one, two in zip(*identities, strict=True)):
+        return index.fingerprint
+    return cache.spec.corpus if _sounds_equal(cache, index.utterances, doubtful) else index.fingerprint
 
 
-def _may_be_equal(one: Utterance, other: Utterance) -> bool:
-    return (one.split, one.num_samples) == (other.split, other.num_samples) and (
-        one.sha256 == other.sha256
-        or is_earlier_hash(one.sha256, other.sha256)
-        or is_earlier_hash(other.sha256, one.sha256)
-    )
+def _by_id(table: pa.Table) -> pa.Table:
+    columns = {name: table[name].cast(pa.large_string()) for name in ("id", "split", "sha256")}
+    plain = pa.table(columns | {"num_samples": table["num_samples"]}).combine_chunks()
+    return plain.take(pc.sort_indices(plain["id"]))
 
 
-def _sounds_equal(cache: Cache, utterances: dict[str, Utterance], doubtful: Sequence[str]) -> bool:
+def _sounds_equal(cache: Cache, utterances: Utterances, doubtful: pa.ChunkedArray) -> bool:
     """Compare the corpus with the audio of some doubtful utterances in a finished shard, without files that can't be read."""
     for shard in cache.shards:
-        members = {utterance.id for utterance in shard.utterances} & set(doubtful)
-        if not members or cache.store.size(cache.files(shard)[0].commit) is None:
+        if cache.store.size(cache.files(shard)[0].commit) is None:
+            continue
+        ids = shard.utterances.texts("id")
+        members = pc.filter(ids, pc.is_in(ids, value_set=doubtful))
+        if not len(members):
             continue
         audio = load_shard_audio(cache, shard)
-        stored = dict(zip((utterance.id for utterance in shard.utterances), audio.waveforms, strict=False))
+        stored = dict(zip(ids.to_pylist(), audio.waveforms, strict=False))
         compared = 0
-        for name in sorted(members & stored.keys() - audio.failed.keys())[:_COMPARED]:
+        for name in sorted(set(members.to_pylist()) & stored.keys() - audio.failed.keys())[:_COMPARED]:
             try:
-                waveform = load_waveform(utterances[name])
+                waveform = load_waveform(utterances[int(pc.index(utterances.table["id"], name).as_py())])
             except ValueError:
                 continue  # The build leaves it out and counts it.
             if len(stored[name]) != len(waveform) or float(np.abs(stored[name] - waveform).max()) > _TOLERANCE:

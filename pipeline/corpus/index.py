@@ -3,27 +3,30 @@
 import csv
 import hashlib
 import io
+import itertools
 import json
-import os
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
-from ray_distill.pipeline.corpus.decoding import Limits, LongAudio, decode
+from ray_distill.pipeline.corpus.decoded_sources import DecodedSources, Stamp, remove_parts, skipped_of, stamps_of
+from ray_distill.pipeline.corpus.decoding import Limits, LongAudio
+from ray_distill.pipeline.corpus.decoding_work import decode_here
 from ray_distill.pipeline.corpus.found import FoundFile, Skipped
-from ray_distill.pipeline.corpus.labels import label_of, write_labels
+from ray_distill.pipeline.corpus.labels import Label, label_of, write_labels
 from ray_distill.pipeline.corpus.search import find_audio
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary
+from ray_distill.pipeline.corpus.utterance_files import fingerprint_of, read_utterances, write_utterances
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from ray_distill.teacher_cache.sources.address import Channel
-from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.storage.shard_assignment import hash_order
+from ray_distill.teacher_cache.storage.shard_plan import UTTERANCE_SCHEMA, Utterances
 
 INDEX = "index.parquet"
 SKIPPED = "skipped.csv"
@@ -50,7 +53,7 @@ class CorpusIndex:
         speakers: Number of speakers that the corpus names. 0 if the index was only loaded.
     """
 
-    utterances: list[Utterance]
+    utterances: Utterances
     skipped: list[Skipped]
     reused: bool = False
     splits: tuple[SplitSummary, ...] = ()
@@ -67,7 +70,7 @@ class CorpusIndex:
     @property
     def hours(self) -> float:
         """Duration of the utterances, in hours."""
-        return sum(utterance.num_samples for utterance in self.utterances) / SAMPLE_RATE / 3600
+        return self.utterances.seconds / 3600
 
     @cached_property
     def fingerprint(self) -> str:
@@ -75,10 +78,7 @@ class CorpusIndex:
 
         All of it is exact: `load_identified_audio` gives identities that rounding can't change.
         """
-        digest = hashlib.sha256()
-        for u in sorted(self.utterances, key=lambda utterance: utterance.id):
-            digest.update(json.dumps([u.id, u.split, u.sha256]).encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.utterances)
 
     @classmethod
     def load(cls, folder: Path) -> "CorpusIndex":
@@ -90,13 +90,12 @@ class CorpusIndex:
             ValueError: The folder has no complete index.
         """
         try:
-            table = pq.read_table(folder / INDEX)
+            utterances, metadata = read_utterances(folder / INDEX)
             with (folder / SKIPPED).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 skipped = [Skipped(Path(row["path"]), row["reason"], row["message"]) for row in csv.DictReader(file)]
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, LookupError, pa.ArrowException) as error:
             raise ValueError(f"{folder} has no complete corpus index; run the index stage first") from error
-        utterances = [Utterance(**row) for row in table.to_pylist()]
-        notes = json.loads((table.schema.metadata or {}).get(_NOTES, b"[]"))
+        notes = json.loads(metadata.get(_NOTES, b"[]"))
         return cls(utterances, skipped, reused=True, notes=tuple(notes))
 
 
@@ -112,6 +111,7 @@ def index_corpus(
     channel: Channel | None = None,
     long_audio: LongAudio = "skip",
     output: Path,
+    others: Sequence[Path] = (),
     progress: Callable[[int, int], object] | None = None,
 ) -> CorpusIndex:
     """Find, decode and list the audio of a corpus.
@@ -143,7 +143,10 @@ def index_corpus(
             Default: ``skip``.
         output: Folder to write ``index.parquet``, ``skipped.csv`` (path, reason, message) and, if the corpus has transcripts or
             speakers, ``labels.parquet`` (id, speaker, text) to. If it contains an index of the same files (by path, size and
-            modification time) that was made with the same arguments, that index is returned.
+            modification time) that was made with the same arguments, that index is returned. Otherwise only files that it, or an
+            interrupted call, has not decoded with the same arguments are decoded.
+        others: Output folders of other indexes. What they decoded of the same corpus, with the same arguments, is not decoded again.
+            Default: none.
         progress: Called as ``progress(done, total)`` while files are decoded. Default: None.
 
     Returns:
@@ -155,60 +158,57 @@ def index_corpus(
     """
     path = path.absolute()
     found = find_audio(path, train_splits, validation_splits, format=format)
-    entries, skipped = found.entries, list(found.skipped)
-    settings: list[object] = [validation_fraction, min_seconds, max_seconds]
+    stamped = list(zip(found.entries, stamps_of(found.entries), strict=True))
+    skipped = list(found.skipped)
+    audio: list[object] = [min_seconds, max_seconds]
     if channel is not None or long_audio != "skip":  # Indexes of earlier versions stay valid.
-        settings += [channel, long_audio]
-    state = _state(_SCHEMA, entries, skipped, settings)
+        audio += [channel, long_audio]
+    states = _states((_SCHEMA, *_EARLIER_SCHEMAS), stamped, skipped, [validation_fraction, *audio])
     stored = (output / STATE).read_text() if all((output / name).is_file() for name in (INDEX, SKIPPED, STATE)) else ""
-    if stored == state or any(
-        stored == _state(schema, entries, skipped, settings) for schema in _EARLIER_SCHEMAS if stored
-    ):
+    if stored in states:
         index = CorpusIndex.load(output)
         if progress is not None:
-            progress(len(entries), len(entries))
+            progress(len(stamped), len(stamped))
     else:
-        utterances: list[Utterance] = []
+        stamped.sort(key=lambda item: _place(item[0]))  # Neighbours in a file are decoded one after the other.
+        entries = [entry for entry, _ in stamped]
+        sources = DecodedSources(stamped, json.dumps([_SCHEMA, *audio]), path)
+        sources.add_known(output, others)
+        unknown = sources.unknown
+        done = len(entries) - len(unknown)
+        if progress is not None and done:
+            progress(done, len(entries))
         limits = Limits(min_seconds, max_seconds, channel, long_audio)
-        totals: Counter[str] = Counter()
-        # Neighbours in a file are decoded one after the other. Decoding and hashing release the GIL.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = pool.map(lambda entry: decode(entry, limits), sorted(entries, key=_place))
-            for done, result in enumerate(results, 1):
-                kept = [item for item in result.results if isinstance(item, Utterance)]
-                left_out = [item for item in result.results if isinstance(item, Skipped)]
-                utterances += kept
-                skipped += left_out
-                totals["entries"] += 1
-                totals["mixed"] += result.mixed
-                if result.cut:
-                    totals.update(cut=1, windows=len(kept), skipped_windows=len(left_out))
-                totals["too_long"] += any(item.reason == "too_long" for item in left_out)
+        with sources.recording(output) as record:
+            for rows in decode_here([(sources.keys[n], entries[n]) for n in unknown], limits):
+                record(rows)
+                done += 1
                 if progress is not None:
                     progress(done, len(entries))
-        if not any(entry.role == "validation" for entry in entries):
-            utterances = _hold_out(utterances, validation_fraction)
+        results, positions = sources.results()
+        skipped += skipped_of(results)
         index = CorpusIndex(
-            sorted(utterances, key=lambda utterance: utterance.id),
+            _utterances(results, positions, entries, validation_fraction),
             sorted(skipped, key=lambda skip: str(skip.path)),
-            notes=_notes(totals, max_seconds),
+            notes=_notes(_totals(results, positions), max_seconds),
         )
-        _save(index, state, output)
-    for split in ("train", "validation"):
-        if not any(utterance.split == split for utterance in index.utterances):
-            counts = Counter(skip.reason for skip in index.skipped)
-            first = next((skip.message for skip in index.skipped if skip.reason == counts.most_common(1)[0][0]), "")
-            why = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none"
-            raise ValueError(
-                f"no usable audio is left for the {split} split of {path} (files skipped: {why}; they are listed in "
-                f"{output / SKIPPED}{f'; one of them: {first}' if first else ''}); add audio or choose other splits"
-            )
-    by_id = {entry.id: entry for entry in entries}
-    labels = ((utterance.id, label_of(_entry_of(utterance, by_id))) for utterance in index.utterances)
+        _save(index, states[0], output)
+        sources.save(results, output)
+        remove_parts(output)
+    if empty := {"train", "validation"} - set(pc.unique(index.utterances.table["split"]).to_pylist()):
+        counts = Counter(skip.reason for skip in index.skipped)
+        first = next((skip.message for skip in index.skipped if skip.reason == counts.most_common(1)[0][0]), "")
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none"
+        raise ValueError(
+            f"no usable audio is left for the {min(empty)} split of {path} (files skipped: {why}; they are listed in "
+            f"{output / SKIPPED}{f'; one of them: {first}' if first else ''}); add audio or choose other splits"
+        )
+    positions = _positions(index.utterances, found.entries)
+    labels = _labels(index.utterances, positions, found.entries)
     transcripts, speakers = write_labels(output, labels)
     return replace(
         index,
-        splits=_summarise(found.splits, entries, index.utterances),
+        splits=_summarise(found.splits, found.entries, index.utterances.num_samples, positions),
         notes=(*found.notes, *index.notes),
         format=found.format,
         transcripts=transcripts,
@@ -221,6 +221,52 @@ def _place(entry: FoundFile) -> tuple[str, int, int, float]:
     inside = entry.inside
     offset, row = (0, 0) if inside is None else (inside.offset or 0, inside.row or 0)
     return str(entry.path), row, offset, entry.start or 0.0
+
+
+def _utterances(rows: pa.Table, positions: np.ndarray, entries: Sequence[FoundFile], fraction: float) -> Utterances:
+    """Return the utterances among the results of entries, sorted by id, with their splits.
+
+    Args:
+        rows: (M,) results.
+        positions: (M,) positions of their entries.
+        entries: Entries.
+        fraction: Fraction to hold out if no entry is for validation.
+    """
+    usable = pc.equal(rows["reason"], "")
+    rows, of = rows.filter(usable), positions[usable.to_numpy()]
+    roles = np.array([entry.role == "validation" for entry in entries], np.int32)
+    ids = rows["id"].combine_chunks()
+    chosen = roles[of] if roles.any() else _held_out(ids, fraction)
+    columns = {
+        "id": ids,
+        "path": rows["path"].cast(pa.large_string()),
+        "num_samples": rows["num_samples"],
+        "split": pa.DictionaryArray.from_arrays(pa.array(chosen), ["train", "validation"]),
+        "sha256": rows["sha256"],
+    }
+    return Utterances(pa.table(columns, UTTERANCE_SCHEMA).take(pc.sort_indices(ids)).combine_chunks())
+
+
+def _held_out(ids: pa.LargeStringArray, fraction: float) -> np.ndarray:
+    """Return (N,) int32, 1 for the ids with the smallest hashes: at least one, but never all.
+
+    The choice depends neither on the order of the utterances nor on their number, beyond how many are held out.
+    """
+    held_out = np.zeros(len(ids), np.int32)
+    held_out[hash_order(ids)[: max(0, min(max(1, round(fraction * len(ids))), len(ids) - 1))]] = 1
+    return held_out
+
+
+def _totals(rows: pa.Table, positions: np.ndarray) -> Counter[str]:
+    """Return numbers of entries and of windows for the notes."""
+    skipped, too_long = (
+        fits(rows["reason"], text).to_numpy() for fits, text in ((pc.not_equal, ""), (pc.equal, "too_long"))
+    )
+    mixed, cut = (rows[name].to_numpy() for name in ("mixed", "cut"))
+    entries = {"entries": positions >= 0, "mixed": mixed, "cut": cut, "too_long": too_long}
+    return Counter({name: len(np.unique(positions[chosen])) for name, chosen in entries.items()}) + Counter(
+        windows=int((cut & ~skipped).sum()), skipped_windows=int((cut & skipped).sum())
+    )
 
 
 def _notes(totals: Mapping[str, int], max_seconds: float) -> tuple[str, ...]:
@@ -245,23 +291,35 @@ def _notes(totals: Mapping[str, int], max_seconds: float) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _entry_of(utterance: Utterance, entries: Mapping[str, FoundFile]) -> FoundFile:
-    """Return the entry of an utterance. A window's has the transcript left out, since it belongs to the whole recording."""
-    entry = entries.get(utterance.id)
-    if entry is None:
-        recording = entries[re.sub(r"_\d{5,}\.\d\d_\d{5,}\.\d\d$", "", utterance.id)]
-        entry = replace(recording, text="", speaker=label_of(recording).speaker, start=recording.start or 0.0)
-    return entry
+def _positions(utterances: Utterances, entries: Sequence[FoundFile]) -> np.ndarray:
+    """Return the (N,) positions of utterances' entries, by id. A window's entry is that of the recording that it was cut from."""
+    known = pa.array((entry.id for entry in entries), pa.large_string())
+    ids = utterances.texts("id")
+    positions = pc.index_in(ids, value_set=known)
+    if positions.null_count:
+        recordings = pc.replace_substring_regex(ids, r"_\d{5,}\.\d\d_\d{5,}\.\d\d$", "")
+        positions = pc.coalesce(positions, pc.index_in(recordings, value_set=known))
+    assert not positions.null_count
+    found: np.ndarray = positions.to_numpy()
+    return found
+
+
+def _labels(utterances: Utterances, positions: np.ndarray, entries: Sequence[FoundFile]) -> Iterator[tuple[str, Label]]:
+    """Yield the labels by id. A window has no transcript, since that belongs to the whole recording."""
+    for id, position in zip(utterances.ids(), positions.tolist(), strict=True):
+        entry = entries[position]
+        label = label_of(entry)
+        yield id, label if entry.id == id else Label(label.speaker, "")
 
 
 def _summarise(
-    splits: list[SplitSummary], entries: list[FoundFile], utterances: list[Utterance]
+    splits: list[SplitSummary], entries: Sequence[FoundFile], num_samples: np.ndarray, positions: np.ndarray
 ) -> tuple[SplitSummary, ...]:
     """Add the hours of the usable files to the splits that are used, and say from which ones a part is held out."""
-    by_id = {entry.id: entry for entry in entries}
+    by_entry = np.bincount(positions, num_samples, len(entries))
     samples: Counter[str] = Counter()
-    for utterance in utterances:
-        samples[_entry_of(utterance, by_id).split or NO_SPLIT] += utterance.num_samples
+    for entry, count in zip(entries, by_entry.tolist(), strict=True):
+        samples[entry.split or NO_SPLIT] += int(count)
     held_out = not any(entry.role == "validation" for entry in entries)
     return tuple(
         replace(
@@ -273,47 +331,47 @@ def _summarise(
     )
 
 
-def _hold_out(utterances: list[Utterance], fraction: float) -> list[Utterance]:
-    """Move the utterances with the smallest hashes of their ids to the validation split: at least one, but never all.
+def _states(
+    schemas: Sequence[int], entries: Sequence[tuple[FoundFile, Stamp]], skipped: list[Skipped], settings: list[object]
+) -> list[str]:
+    """Return, for each version, a hash of everything that an index of that version depends on.
 
-    The choice depends neither on the order of the utterances nor on their number, beyond how many are held out.
+    Args:
+        schemas: Versions.
+        entries: The entries sorted by id, with the stamps of their files.
+        skipped: What isn't used.
+        settings: Settings of the index.
     """
-    count = min(max(1, round(fraction * len(utterances))), len(utterances) - 1)
-    by_hash = sorted(utterances, key=lambda utterance: hashlib.sha256(utterance.id.encode()).digest())
-    return [replace(u, split="validation" if n < count else "train") for n, u in enumerate(by_hash)]
+
+    def files() -> Iterator[object]:
+        for entry, stamp in entries:
+            yield [entry.id, str(entry.path), entry.role, *(stamp or ["missing"])]
+            piece = [entry.start, entry.end, entry.channel, entry.inside and entry.inside.encode()]
+            if piece != [None] * 4:
+                yield piece
+
+    digests = [hashlib.sha256(f"[{schema}, [".encode()) for schema in schemas]
+    end = f"], {json.dumps([[str(skip.path), skip.reason] for skip in skipped])}, {json.dumps(settings)}]"
+    for text in itertools.chain(_separated(files()), [end]):
+        for digest in digests:
+            digest.update(text.encode())
+    return [json.dumps({"sha256": digest.hexdigest()}) for digest in digests]
 
 
-def _state(schema: int, entries: list[FoundFile], skipped: list[Skipped], settings: list[object]) -> str:
-    """Return a hash of everything that an index of a version depends on."""
-    files: list[object] = []
-    known: dict[Path, list[object]] = {}
-    for entry in entries:
-        if entry.path not in known:
-            try:
-                stat = entry.path.stat()
-                known[entry.path] = [stat.st_size, stat.st_mtime_ns]
-            except OSError:
-                known[entry.path] = ["missing"]
-        files.append([entry.id, str(entry.path), entry.role, *known[entry.path]])
-        piece = [entry.start, entry.end, entry.channel, entry.inside and entry.inside.encode()]
-        if piece != [None] * 4:
-            files.append(piece)
-    content = [schema, files, [[str(skip.path), skip.reason] for skip in skipped], settings]
-    return json.dumps({"sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest()})
+def _separated(items: Iterable[object]) -> Iterator[str]:
+    """Yield the JSON of items with what separates them in an array."""
+    separator = ""
+    for item in items:
+        yield f"{separator}{json.dumps(item)}"
+        separator = ", "
 
 
 def _save(index: CorpusIndex, state: str, output: Path) -> None:
     """Write the index atomically: each file is renamed into place, and the state that validates them exists only at the end."""
     output.mkdir(parents=True, exist_ok=True)
     (output / STATE).unlink(missing_ok=True)
-    schema = pa.schema(
-        [("id", "string"), ("path", "string"), ("num_samples", "int64"), ("split", "string"), ("sha256", "string")]
-    )
-    if index.notes:
-        schema = schema.with_metadata({_NOTES: json.dumps(index.notes)})
-    rows = [asdict(utterance) for utterance in index.utterances]
     temporary = output / f"{INDEX}.tmp"
-    pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
+    write_utterances(temporary, index.utterances, {_NOTES: json.dumps(index.notes)} if index.notes else {})
     temporary.replace(output / INDEX)
     report = io.StringIO(newline="")
     writer = csv.writer(report)

@@ -1,5 +1,6 @@
 """Transcripts and speakers of a corpus, stored beside its index for probes."""
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from ray_distill.pipeline.corpus.found import FoundFile
 LABELS = "labels.parquet"
 _MAX_TEXT = 1 << 20
 """Maximum number of bytes of a file with one transcript."""
+_ROWS = 1 << 20
+"""Number of labels that are written at a time, which is that of Parquet's row groups."""
 
 
 @dataclass(frozen=True)
@@ -136,16 +139,22 @@ def write_labels(folder: Path, labels: Iterable[tuple[str, Label]]) -> tuple[int
         The number of transcripts and that of speakers.
     """
     _metadata.cache_clear()  # The tables may have changed since another index of this process.
-    rows = [{"id": id, "speaker": label.speaker, "text": label.text} for id, label in labels if label != Label("", "")]
-    file = folder / LABELS
-    if not rows:
-        file.unlink(missing_ok=True)
-        return 0, 0
-    temporary = folder / f"{LABELS}.tmp"
+    file, temporary = folder / LABELS, folder / f"{LABELS}.tmp"
     schema = pa.schema([("id", pa.string()), ("speaker", pa.string()), ("text", pa.string())])
-    pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
-    temporary.replace(file)
-    return sum(bool(row["text"]) for row in rows), len({row["speaker"] for row in rows} - {""})
+    rows = ((id, label.speaker, label.text) for id, label in labels if label != Label("", ""))
+    transcripts, count, speakers = 0, 0, set[str]()
+    with pq.ParquetWriter(temporary, schema) as writer:
+        while batch := list(itertools.islice(rows, _ROWS)):
+            writer.write_table(pa.table(list(zip(*batch, strict=True)), schema=schema), _ROWS)
+            count += len(batch)
+            transcripts += sum(bool(text) for *_, text in batch)
+            speakers |= {speaker for _, speaker, _ in batch}
+    if count:
+        temporary.replace(file)
+    else:
+        temporary.unlink()
+        file.unlink(missing_ok=True)
+    return transcripts, len(speakers - {""})
 
 
 def read_labels(folder: Path) -> dict[str, Label]:

@@ -17,7 +17,8 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.source_audio import load_waveform
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, Targets
-from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.storage.shard_assignment import count_frames
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, Utterances
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher
@@ -120,11 +121,12 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
         teacher: Teacher, on the device to time it on.
         location: Folder or URI of the cache.
     """
-    frames = [teacher.num_frames(u.num_samples) for u in utterances]
+    utterances = Utterances.of(utterances)
+    frames = count_frames(utterances.num_samples, teacher.num_frames)
     masked = 0.0
     if spec.masks.draws:
         step = max(1, len(utterances) // _MASKS_SAMPLED)
-        chosen, counts = utterances[::step], frames[::step]
+        chosen, counts = utterances[::step], frames[::step].tolist()
         masked = float(spec.masks.frame_mask(0, [u.id for u in chosen], counts).sum()) / sum(counts)
     waveforms: list[np.ndarray] = []
     problem: ValueError | None = None
@@ -142,11 +144,11 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
     per_second = 32_000.0 if spec.audio == "pcm" else sum(len(to_flac(w)) for w in waveforms) / seconds
     hidden, audio_per_second = _timed(teacher, spec, [pad_waveforms([w]) for w in waveforms])
     store = Store(location)
-    total = sum(u.num_samples for u in utterances) / SAMPLE_RATE
+    total = utterances.seconds
     return CostPlan(
         hours=total / 3600,
         utterances=len(utterances),
-        frames=sum(frames),
+        frames=int(frames.sum()),
         draws=spec.masks.draws,
         masked_fraction=masked,
         bytes_per_frame={codec: _bytes_per_frame(codec, hidden) for codec in dict.fromkeys([spec.codec, *_COMPARED])},

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from ray_distill.pipeline.ablation.definition import Ablation
 from ray_distill.pipeline.ray_session import counted
 from ray_distill.pipeline.reports.ablation_results import RunResult
@@ -11,6 +9,7 @@ from ray_distill.student.training.prefetch import TrainingPlan
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, total_teacher_time
 from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.shard_plan import Utterances
 from ray_distill.teacher_cache.storage.store import Store
 
 
@@ -38,7 +37,7 @@ def teacher_time_sentences(ablation: Ablation, results: Sequence[RunResult]) -> 
     if not Cache.exists(store):
         return ""
     cache = Cache.open(store)
-    samples = np.array([u.num_samples for shard in cache.shards if shard.split == "train" for u in shard.utterances])
+    samples = Utterances(cache.plan).of_split("train").num_samples
     passes = {True: 0.0, False: 0.0}
     finished = 0
     for planned, result in zip(ablation.runs, results, strict=True):

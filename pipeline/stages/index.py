@@ -1,9 +1,11 @@
 """The index stage: find and check the audio."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.markup import escape
 
+from ray_distill.pipeline.corpus.decoded_sources import DECODED
 from ray_distill.pipeline.corpus.index import index_corpus
 from ray_distill.pipeline.corpus.splits import SplitSummary
 from ray_distill.pipeline.ray_session import counted
@@ -29,6 +31,7 @@ def index_audio(run: Run) -> None:
             channel=corpus.channel,
             long_audio=corpus.long_audio,
             output=run.folder.corpus,
+            others=_other_indexes(run),
             progress=update,
         )
     run.corpus = index
@@ -47,6 +50,19 @@ def index_audio(run: Run) -> None:
     run.say(
         f"index   {counted(len(index.utterances), 'utterance')}, {index.hours:.2f} h of audio{skipped}{unused}{where}{again}"
     )
+
+
+def _other_indexes(run: Run) -> list[Path]:
+    """Return the index folders of the runs beside this one, with the newest first."""
+    decoded = list(run.folder.path.parent.glob(f"*/{run.folder.corpus.name}/{DECODED}"))
+    return [file.parent for file in sorted(decoded, key=_modified, reverse=True) if file.parent != run.folder.corpus]
+
+
+def _modified(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # The run was removed just now.
+        return 0.0
 
 
 def split_table(splits: Sequence[SplitSummary]) -> list[str]:

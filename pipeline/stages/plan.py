@@ -4,6 +4,7 @@ import math
 import os
 from bisect import bisect
 
+import numpy as np
 import torch
 
 from ray_distill.pipeline.config import ConfigError
@@ -56,10 +57,11 @@ def _check_memory(run: Run) -> None:
     if on_gpu or not owns_ray():
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lengths = sorted(utterance.num_samples for utterance in run.utterances)
-    fitting = bisect(lengths, memory, key=run.teacher.map_bytes)
+    lengths = np.sort(run.utterances.num_samples)
+    fitting = bisect(lengths, memory, key=lambda samples: run.teacher.map_bytes(int(samples)))
     if fitting < len(lengths):
-        longest, limit = lengths[-1], math.floor(lengths[fitting - 1] / SAMPLE_RATE * 100) / 100 if fitting else 0.0
+        longest = int(lengths[-1])
+        limit = math.floor(int(lengths[fitting - 1]) / SAMPLE_RATE * 100) / 100 if fitting else 0.0
         advice = (
             f"; set corpus.max_seconds={limit:g} to skip {counted(len(lengths) - fitting, 'utterance')}"
             if limit
@@ -73,13 +75,13 @@ def _check_memory(run: Run) -> None:
 
 def _check_lengths(run: Run) -> None:
     """Raise a ConfigError if an utterance is too short or too long for the teacher."""
-    teacher, samples = run.teacher, [utterance.num_samples for utterance in run.utterances]
-    least, most = teacher.min_samples, teacher.max_samples or max(samples)
+    teacher, samples = run.teacher, run.utterances.num_samples
+    least, most = teacher.min_samples, teacher.max_samples or int(samples.max())
     upper = f"to {most / SAMPLE_RATE:g} s" if teacher.max_samples else "s or more"
     # The suggested limits are rounded inwards.
     for key, limit, what, wrong in (
-        ("min_seconds", math.ceil(least / SAMPLE_RATE * 1000) / 1000, "shorter", sum(n < least for n in samples)),
-        ("max_seconds", math.floor(most / SAMPLE_RATE * 100) / 100, "longer", sum(n > most for n in samples)),
+        ("min_seconds", math.ceil(least / SAMPLE_RATE * 1000) / 1000, "shorter", int((samples < least).sum())),
+        ("max_seconds", math.floor(most / SAMPLE_RATE * 100) / 100, "longer", int((samples > most).sum())),
     ):
         if wrong:
             raise ConfigError(

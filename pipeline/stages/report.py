@@ -117,7 +117,7 @@ def _phones(run: Run, utterance: str) -> Sequence[str]:
 def _validation_reader(run: Run) -> TargetReader:
     if run.config.train.targets == "cached":
         return CacheReader(run.cache.location, "validation", run.layers)
-    members = [utterance for utterance in run.utterances if utterance.split == "validation"]
+    members = run.utterances.of_split("validation")
     return OnlineReader(members, run.teacher, run.config.masks, run.layers, precision=run.precision)
 
 

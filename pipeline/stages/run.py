@@ -15,11 +15,10 @@ from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
 from ray_distill.pipeline.stages.run_teacher import keep_checkpoint, other_commit, run_checkpoint
 from ray_distill.student.training.train_state import saved_step
-from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
-from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.storage.shard_plan import Utterances
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import Teacher, is_path, load_teacher, split_options
 
@@ -124,14 +123,14 @@ class Run:
         return CorpusIndex.load(self.folder.corpus)
 
     @property
-    def utterances(self) -> list[Utterance]:
+    def utterances(self) -> Utterances:
         """All utterances of the corpus index."""
         return self.corpus.utterances
 
     @property
     def seconds(self) -> float:
         """Duration of all utterances, in seconds."""
-        return sum(utterance.num_samples for utterance in self.utterances) / SAMPLE_RATE
+        return self.utterances.seconds
 
     @cached_property
     def spec(self) -> CacheSpec:
@@ -218,7 +217,7 @@ class Run:
         at = self.position
         far = f" after {at.done:,} of {at.total:,} {at.unit}" if at.total else ""
         advice = "the same command runs this stage again"
-        if at.stage == "cache":
+        if at.stage in ("index", "cache"):
             advice = "the same command resumes from there"
         elif at.stage == "train":
             step = saved_step(self.folder.checkpoints)

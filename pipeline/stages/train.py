@@ -103,7 +103,7 @@ def prepare_training(
         cache=run.cache.location if cached else None,
         teacher=run.checkpoint,
         masks=run.config.masks,
-        utterances=[] if cached else run.utterances,
+        utterances=[] if cached else list(run.utterances),
         cache_targets=run.config.cache.targets,
         precision="fp32" if cached else run.precision,
         initial=initial,

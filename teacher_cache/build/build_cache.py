@@ -26,7 +26,7 @@ from ray_distill.teacher_cache.storage.failed_utterances import (
     too_many_error,
 )
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
-from ray_distill.teacher_cache.storage.shard_plan import Shard, shards_of, with_sources
+from ray_distill.teacher_cache.storage.shard_plan import Shards, with_sources
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -122,8 +122,7 @@ def build_cache(
         cache = _create_or_grow(store, spec, plan, teacher_spec, teacher_name, workers, max_failed, check_lock)
         remove_unused_states(cache)
         # The corpus may have moved since the cache was created. The identity of each file shows that it is the same.
-        sources = {utterance.id: utterance for shard in shards_of(plan) for utterance in shard.utterances}
-        shards = with_sources(cache.shards, sources)
+        shards = Shards(with_sources(cache.plan, plan))
         report = _write_missing(cache, shards, teacher_spec, workers, max_failed, on_progress, check_lock)
         store.remove_leftovers()
     return report
@@ -207,7 +206,7 @@ def _fit_failure(error: Exception) -> str:
 
 def _write_missing(
     cache: Cache,
-    shards: list[Shard],
+    shards: Shards,
     teacher_spec: str,
     workers: Workers | None,
     max_failed: float,

@@ -1,7 +1,6 @@
 """Fitting a codec to the teacher's outputs on a fixed sample of the corpus, before a cache is built."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import torch
@@ -16,7 +15,8 @@ from ray_distill.teacher_cache.storage.failed_utterances import (
     reason_of,
     too_many_error,
 )
-from ray_distill.teacher_cache.storage.shard_plan import Utterance, shards_of
+from ray_distill.teacher_cache.storage.shard_assignment import hash_order
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, Utterances
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher
 
@@ -35,13 +35,13 @@ def fit_codec_to_corpus(
     Raises:
         ValueError: If more utterances are left out than `allowed_failures` allows.
     """
-    utterances = sample_order([u for shard in shards_of(plan) for u in shard.utterances if u.split == "train"])
+    utterances = Utterances(plan).of_split("train")
     fitted: list[Tensor] = []
     held_out: list[Tensor] = []
     num_fitted = num_held_out = 0
     wanted = sample_frames(spec.codec, len(layers), spec.dim)
     failed: dict[str, str] = {}
-    for number, utterance in enumerate(utterances):
+    for number, utterance in enumerate(sample_order(utterances)):
         # The last utterance of a small corpus is held out too, so that there is always one.
         hold_out = num_held_out < HELD_OUT * num_fitted or number == len(utterances) - 1
         try:
@@ -63,9 +63,10 @@ def fit_codec_to_corpus(
     return {key: value.cpu() for key, value in state.items()}
 
 
-def sample_order(utterances: Sequence[Utterance]) -> list[Utterance]:
-    """Return utterances in the order in which a codec's sample takes them, which is that of the hashes of their ids."""
-    return sorted(utterances, key=lambda u: hashlib.sha256(f"codec/{u.id}".encode()).digest())
+def sample_order(utterances: Utterances) -> Iterator[Utterance]:
+    """Yield utterances in the order in which a codec's sample takes them, which is that of the hashes of their ids."""
+    for position in hash_order(utterances.texts("id"), "codec/").tolist():
+        yield utterances[position]
 
 
 class _UnusableError(ValueError):

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,9 @@ from ray_distill.teacher_cache.embedded_audio import to_pcm
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.shard_plan import Shard
+
+_SHARDS_AT_ONCE = 20_000
+"""Number of shards, with the addresses of their audio, that are given to Ray at a time."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class ShardWriterActor:
 
 
 def records_of(
-    cache: Cache, shards: list[Shard], teacher_spec: str, workers: Workers | None, max_failed: int
+    cache: Cache, shards: Sequence[Shard], teacher_spec: str, workers: Workers | None, max_failed: int
 ) -> Generator[dict[str, Any], None, None]:
     """Write the missing files of shards, and yield the record of each as it is finished; see `ShardWriter.write`.
 
@@ -133,12 +136,21 @@ def records_of(
             for shard in shards:
                 yield writer.write(shard)
         return
+    with ray_errors_as_cache_errors():
+        for begin in range(0, len(shards), _SHARDS_AT_ONCE):
+            yield from _records_on_ray(
+                cache.store.location, shards[begin : begin + _SHARDS_AT_ONCE], teacher_spec, workers, max_failed
+            )
+
+
+def _records_on_ray(
+    location: str, shards: Sequence[Shard], teacher_spec: str, workers: Workers, max_failed: int
+) -> Iterator[dict[str, Any]]:
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    location = cache.store.location
 
     def decode(row: dict[str, Any]) -> dict[str, Any]:
         shard = shard_from_json(row["shard"])
@@ -154,21 +166,20 @@ def records_of(
             "problem": decoded.problem,
         }
 
-    with ray_errors_as_cache_errors():
-        dataset = ray.data.from_items(
-            [{"shard": shard_to_json(shard)} for shard in shards], override_num_blocks=len(shards)
-        ).map(decode, num_cpus=1)
-        yield from dataset.map_batches(
-            ShardWriterActor,
-            fn_constructor_args=(location, teacher_spec, workers.device, max_failed),
-            batch_size=1,
-            batch_format="pyarrow",
-            # An actor takes two shards at a time: the teacher runs on one while the other is unpacked, written or synced.
-            compute=ray.data.ActorPoolStrategy(
-                size=min(workers.actors, len(shards)),
-                max_concurrent_calls_per_actor=2,
-                enable_true_multi_threading=True,
-            ),
-            num_gpus=workers.gpus_per_actor,
-            num_cpus=workers.cpus_per_actor,
-        ).iter_rows()
+    dataset = ray.data.from_items(
+        [{"shard": shard_to_json(shard)} for shard in shards], override_num_blocks=len(shards)
+    ).map(decode, num_cpus=1)
+    yield from dataset.map_batches(
+        ShardWriterActor,
+        fn_constructor_args=(location, teacher_spec, workers.device, max_failed),
+        batch_size=1,
+        batch_format="pyarrow",
+        # An actor takes two shards at a time: the teacher runs on one while the other is unpacked, written or synced.
+        compute=ray.data.ActorPoolStrategy(
+            size=min(workers.actors, len(shards)),
+            max_concurrent_calls_per_actor=2,
+            enable_true_multi_threading=True,
+        ),
+        num_gpus=workers.gpus_per_actor,
+        num_cpus=workers.cpus_per_actor,
+    ).iter_rows()

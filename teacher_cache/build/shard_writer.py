@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from ray_distill.teacher_cache.storage.build_statistics import PassTime, Teacher
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.failed_utterances import reason_of
-from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterance
+from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterance, Utterances
 from ray_distill.teacher_cache.storage.store import is_disk_full
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
@@ -39,13 +38,13 @@ _PENDING_BATCHES = 4
 
 def shard_to_json(shard: Shard) -> str:
     """Serialise a shard for Ray Data."""
-    return json.dumps(asdict(shard))
+    return json.dumps(vars(shard) | {"utterances": [vars(utterance) for utterance in shard.utterances]})
 
 
 def shard_from_json(text: str) -> Shard:
     """Deserialise the text of `shard_to_json`."""
     tree = json.loads(text)
-    return Shard(**(tree | {"utterances": [Utterance(**u) for u in tree["utterances"]]}))
+    return Shard(**(tree | {"utterances": Utterances.of(Utterance(**u) for u in tree["utterances"])}))
 
 
 class ShardWriter:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.create import create_cache, remove_unused_states
 from ray_distill.teacher_cache.storage.failed_utterances import reason_of
 from ray_distill.teacher_cache.storage.lock import cache_lock
-from ray_distill.teacher_cache.storage.shard_plan import Shard
+from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterances
 from ray_distill.teacher_cache.storage.store import Store
 
 
@@ -119,15 +121,16 @@ def _derived_spec(origin: Cache, codec: str, layers: Sequence[int]) -> CacheSpec
 def _fit(spec: CacheSpec, reader: CacheReader) -> Mapping[str, Tensor]:
     """Fit the codec to utterances of the training split, chosen by the hash of their ids, as for the teacher's own outputs."""
     index = {name: number for number, name in enumerate(reader.ids)}
-    known = [u for shard in reader.cache.shards for u in shard.utterances if u.id in index]
+    plan = reader.cache.plan
+    known = Utterances(plan.filter(pc.is_in(plan["id"].cast(pa.string()), value_set=pa.array(reader.ids, pa.string()))))
     wanted = sample_frames(spec.codec, len(spec.layers), spec.dim)
     fitted: list[Tensor] = []
     held_out: list[Tensor] = []
-    for number, utterance in enumerate(order := sample_order(known)):
+    for number, utterance in enumerate(sample_order(known)):
         count = sum(map(len, fitted))
         if count >= wanted:
             break
-        hold_out = sum(map(len, held_out)) < HELD_OUT * count or number == len(order) - 1
+        hold_out = sum(map(len, held_out)) < HELD_OUT * count or number == len(known) - 1
         (held_out if hold_out else fitted).append(reader[index[utterance.id]].targets.transpose(0, 1))
     try:
         return fit_codec(spec.codec, torch.cat(fitted or held_out), torch.cat(held_out or fitted))

@@ -6,7 +6,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache import Cache, commit_name, file_name
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.storage.store import Store
 
@@ -22,11 +22,11 @@ def info_table(location: str | Path) -> Table:
     sizes = cache.store.sizes()
     by_folder: dict[str, list[int]] = {}
     finished = total = 0
-    for shard in cache.shards:
-        for file in cache.files(shard):
+    for part, members in cache.parts():
+        for shard in cache.shards.numbers[members].tolist():
             total += 1
-            finished += file.commit in sizes
-            by_folder.setdefault(file.part.folder, []).append(sizes.get(file.name, 0))
+            finished += commit_name(part, shard) in sizes
+            by_folder.setdefault(part.folder, []).append(sizes.get(file_name(part, shard), 0))
     size = sum(sum(part) for part in by_folder.values())
     table = Table(show_header=False, title=f"teacher cache at {escape(cache.store.location)}")
     table.add_row("fingerprint", f"{cache.fingerprint[:16]}...")

@@ -1,8 +1,11 @@
 """Repair of a cache: missing and damaged files are rebuilt, and all others are kept."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import pyarrow as pa
 
 from ray_distill.teacher_cache.build.build_cache import raise_failures
 from ray_distill.teacher_cache.build.shard_audio import (
@@ -14,10 +17,11 @@ from ray_distill.teacher_cache.build.shard_audio import (
 from ray_distill.teacher_cache.build.shard_writer import open_writer
 from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
 from ray_distill.teacher_cache.maintenance.verify import Problem, verify_cache
+from ray_distill.teacher_cache.sources.address import AudioAddress
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile, derived_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
-from ray_distill.teacher_cache.storage.shard_plan import Shard, with_sources
+from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA, Shard, Shards, plain_rows, with_sources
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -109,20 +113,24 @@ def _unused_name(store: Store, name: str) -> str:
     return unused
 
 
-def _with_moved_corpus(cache: Cache, old: Path, new: Path) -> list[Shard]:
-    utterances = [utterance for shard in cache.shards for utterance in shard.utterances]
-    moved = {}
-    for utterance in utterances:
-        address = utterance.address
-        if Path(address.file).is_relative_to(old):
-            address = address.with_file(new.absolute() / Path(address.file).relative_to(old))
-            moved[utterance.id] = replace(utterance, path=address.encode())
-    if not moved:
+def _with_moved_corpus(cache: Cache, old: Path, new: Path) -> Shards:
+    moved: list[pa.Table] = []
+    for rows in plain_rows(cache.plan):
+        addresses = [AudioAddress.parse(path) for path in rows["path"].to_pylist()]
+        below = [Path(address.file).is_relative_to(old) for address in addresses]
+        paths = [
+            address.with_file(new.absolute() / Path(address.file).relative_to(old)).encode()
+            for address in itertools.compress(addresses, below)
+        ]
+        members = rows.filter(pa.array(below, pa.bool_()))
+        moved.append(members.set_column(rows.schema.get_field_index("path"), "path", pa.array(paths, pa.string())))
+    sources = pa.concat_tables([*moved, PLAN_SCHEMA.empty_table()])
+    if not sources.num_rows:
+        first = AudioAddress.parse(cache.plan["path"][0].as_py()).file
         raise CacheError(
-            f"no audio file of the cache was below {old}; the first utterance was at {utterances[0].address.file}: give a folder "
-            "above it as the old path"
+            f"no audio file of the cache was below {old}; the first utterance was at {first}: give a folder above it as the old path"
         )
-    return with_sources(cache.shards, moved)
+    return Shards(with_sources(cache.plan, sources))
 
 
 def _recorded_audio(cache: Cache, shard: Shard) -> tuple[ShardAudio, list[str]]:
@@ -147,7 +155,7 @@ def _recorded_audio(cache: Cache, shard: Shard) -> tuple[ShardAudio, list[str]]:
 
 def _rebuild(
     cache: Cache,
-    shards: list[Shard],
+    shards: Shards,
     damaged: list[ShardFile],
     teacher_spec: str | None,
     device: str,

@@ -18,12 +18,13 @@ their own.
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pydantic
 from torch import Tensor
@@ -50,7 +51,8 @@ from ray_distill.teacher_cache.storage.limits import (
     read_plan,
 )
 from ray_distill.teacher_cache.storage.lock import CLAIMS, LEASE
-from ray_distill.teacher_cache.storage.shard_plan import Shard, shards_of
+from ray_distill.teacher_cache.storage.missing_files import MissingFiles
+from ray_distill.teacher_cache.storage.shard_plan import Shard, Shards
 from ray_distill.teacher_cache.storage.store import Store
 
 CACHE_JSON = "cache.json"
@@ -86,6 +88,16 @@ def _invalid(store: Store, name: str, error: Exception) -> CacheError:
     return CacheError(f"{store.at(name)} is not valid ({reason}); build the cache again")
 
 
+def file_name(part: Part, shard: int) -> str:
+    """Return the name of a shard file, relative to the cache."""
+    return f"{part.folder}/part-{shard:05d}.parquet"
+
+
+def commit_name(part: Part, shard: int) -> str:
+    """Return the name of its commit record, relative to the cache."""
+    return f"commits/{part.folder}/part-{shard:05d}.json"
+
+
 @dataclass(frozen=True)
 class ShardFile:
     """One file of a shard.
@@ -103,12 +115,12 @@ class ShardFile:
     @property
     def name(self) -> str:
         """Name of the file, relative to the cache."""
-        return f"{self.part.folder}/part-{self.shard:05d}.parquet"
+        return file_name(self.part, self.shard)
 
     @property
     def commit(self) -> str:
         """Name of the commit record, relative to the cache."""
-        return f"commits/{self.part.folder}/part-{self.shard:05d}.json"
+        return commit_name(self.part, self.shard)
 
 
 @dataclass(frozen=True, repr=False)
@@ -207,9 +219,9 @@ class Cache:
             raise _invalid(self.store, PLAN, error) from error
 
     @cached_property
-    def shards(self) -> list[Shard]:
+    def shards(self) -> Shards:
         """The shards of the plan, sorted by number."""
-        return shards_of(self.plan)
+        return Shards(self.plan)
 
     def _read_checked(self, name: str, sha256: str) -> bytes:
         try:
@@ -261,12 +273,25 @@ class Cache:
                 part,
                 content_key(self.spec, self.layer_sets[part.layer_set], part, shard.number, shard.split),
             )
-            for part in parts_of(self.spec, len(self.layer_sets), shard.split)
-            if needed is None or self._reads(needed, part)
+            for part in self._parts(shard.split, needed)
         ]
 
-    def _reads(self, needed: CacheSpec, part: Part) -> bool:
-        if part.has_audio:
+    def _parts(self, split: str, needed: CacheSpec | None) -> list[Part]:
+        parts = parts_of(self.spec, len(self.layer_sets), split)
+        return [part for part in parts if self._reads(needed, part)]
+
+    def parts(self, needed: CacheSpec | None = None) -> Iterator[tuple[Part, np.ndarray]]:
+        """Yield the parts of each split with the (K,) bool that says which shards have them; see `files`.
+
+        The parts of a split come in the order of its files, and splits by name.
+        """
+        splits, split_of = self.shards.splits
+        for split in sorted(range(len(splits)), key=splits.__getitem__):
+            for part in self._parts(splits[split], needed):
+                yield part, split_of == split
+
+    def _reads(self, needed: CacheSpec | None, part: Part) -> bool:
+        if needed is None or part.has_audio:
             return True
         if part.draw is not None and (part.draw >= needed.masks.draws or needed.targets == "clean_only"):
             return False
@@ -291,14 +316,18 @@ class Cache:
             raise damage_error(self.store, file.commit, "belongs to another file or cache")
         return record
 
-    def missing(self, needed: CacheSpec | None = None) -> dict[int, list[ShardFile]]:
+    def missing(self, needed: CacheSpec | None = None) -> MissingFiles:
         """Return the files without a commit record by shard number, or only those that a need reads."""
         committed = set(self.store.names("commits"))
-        absent = {
-            shard.number: [file for file in self.files(shard, needed) if file.commit not in committed]
-            for shard in self.shards
-        }
-        return {number: files for number, files in absent.items() if files}
+        shards = self.shards
+        count = max((len(self._parts(split, needed)) for split in shards.splits[0]), default=0)
+        absent = np.zeros((len(shards), count), bool)
+        position = np.zeros(len(shards), np.int64)
+        for part, members in self.parts(needed):
+            numbers = shards.numbers[members].tolist()
+            absent[members, position[members]] = [commit_name(part, number) not in committed for number in numbers]
+            position[members] += 1
+        return MissingFiles(shards.numbers, absent, lambda number: self.files(shards.numbered(number), needed))
 
     def covers(self, needed: CacheSpec) -> bool:
         """Return whether the specification has all layers and draws that a need reads.
@@ -354,5 +383,7 @@ def write_commit(store: Store, file: ShardFile, record: dict[str, Any]) -> None:
 
 def cache_bytes(cache: Cache) -> int:
     """Return the total size in bytes of the existing shard files of a cache."""
-    sizes = cache.store.sizes()
-    return sum(sizes.get(file.name, 0) for shard in cache.shards for file in cache.files(shard))
+    sizes, numbers = cache.store.sizes(), cache.shards.numbers
+    return sum(
+        sizes.get(file_name(part, shard), 0) for part, members in cache.parts() for shard in numbers[members].tolist()
+    )

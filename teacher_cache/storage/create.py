@@ -1,7 +1,7 @@
 """Creation of a cache, and its extension by layers and mask draws."""
 
 import hashlib
-import io
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, PLAN, Ca
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, fingerprint
 from ray_distill.teacher_cache.storage.json_record import encode_record
 from ray_distill.teacher_cache.storage.limits import check_identity, check_plan
-from ray_distill.teacher_cache.storage.shard_plan import shard_numbers
+from ray_distill.teacher_cache.storage.shard_plan import PLAN_ROWS, PLAN_SCHEMA, plain_rows, shard_numbers
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import split_options, teacher_of_package
 
@@ -50,26 +50,35 @@ def create_cache(
     """
     assert bool(state) == is_learned(spec.codec)
     check_location(store)
-    samples = plan["num_samples"].to_numpy()
-    _check(store, lambda: check_plan(samples))
-    buffer = io.BytesIO()
-    pq.write_table(plan, buffer, compression="zstd")
-    for name in (PLAN, f"{COPIES}/{PLAN}"):
-        store.write(name, buffer.getvalue())
+    samples, shards = plan["num_samples"].to_numpy(), len(shard_numbers(plan))
+    _check(store, lambda: check_plan(samples, shards, spec, 1))
     record = {
-        "plan": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "plan": _write_plan(store, plan),
         "teacher_name": teacher_name,
         "teacher_spec": teacher_spec,
         "threads": threads,
         "utterances": plan.num_rows,
-        "shards": len(shard_numbers(plan)),
+        "shards": shards,
         "seconds": float(samples.sum() / SAMPLE_RATE),
         "frames": int(plan["num_frames"].to_numpy().sum()),
     }
     if needed := _plugins(spec.codec, teacher_spec):
         record["plugins"] = [plugin.record() for plugin in needed]
     layer_set = LayerSet(layers=spec.layers, state=_write_state(store, 0, state))
-    return _write_record(store, spec, (layer_set,), record)
+    cache = _write_record(store, spec, (layer_set,), record)
+    vars(cache)["plan"] = plan  # It needs not be read again.
+    return cache
+
+
+def _write_plan(store: Store, plan: pa.Table) -> str:
+    """Write a plan and its copy, and return the SHA-256 of the file."""
+    with store.create(f"{COPIES}/{PLAN}") as copy, store.create(PLAN) as path:
+        with path.open("wb") as output, pq.ParquetWriter(output, PLAN_SCHEMA, compression="zstd") as writer:
+            for rows in plain_rows(plan):
+                writer.write_table(rows, PLAN_ROWS)
+        shutil.copyfile(path, copy)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plugins(codec: str, teacher_spec: str) -> list[Plugin]:

@@ -28,8 +28,8 @@ MAX_DIM = 65_536
 MAX_THREADS = 1024
 MAX_TEXT = 4096
 """Maximum number of bytes of an id, a path or a name."""
-MAX_UTTERANCES = 10_000_000
-MAX_FILES = 10_000_000
+MAX_UTTERANCES = 1_000_000_000
+MAX_FILES = 100_000_000
 """Maximum number of shard files."""
 MAX_STATE_HEADER = 1 << 20
 """Maximum size of the JSON header of a codec's state."""
@@ -96,39 +96,44 @@ def read_plan(data: bytes, spec: CacheSpec, num_sets: int) -> pa.Table:
                 raise ValueError(f"it has {rows} rows in {len(data)} bytes, which can't be rows of utterances")
             if file.schema_arrow.names != PLAN_SCHEMA.names:
                 raise ValueError(f"its columns are not {', '.join(PLAN_SCHEMA.names)}")
-            table = file.read()
-        for field in PLAN_SCHEMA:
-            if pa.types.is_string(field.type):
-                _check_texts(table[field.name])
-        table = table.cast(PLAN_SCHEMA)
+            groups = [_checked_texts(file.read_row_group(n)) for n in range(file.num_row_groups)]
+        table = pa.concat_tables([*groups, PLAN_SCHEMA.empty_table()])
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"it is not a plan: {str(error).splitlines()[0]}") from error
     if any(column.null_count for column in table.columns):
         raise ValueError("it has empty values")
     samples, frames, shards, row = (table[name].to_numpy() for name in ("num_samples", "num_frames", "shard", "row"))
-    check_plan(samples)
+    starts = np.flatnonzero(np.diff(shards, prepend=-1))
+    check_plan(samples, len(starts), spec, num_sets)
     if len(frames) and (frames.min() < 0 or bool((frames > samples).any())):
         raise ValueError("it has an utterance with more frames than samples")
-    starts = np.flatnonzero(np.diff(shards, prepend=-1))
     expected = np.arange(rows) - np.repeat(starts, np.diff(starts, append=rows))
     if bool((np.diff(shards, prepend=0) < 0).any()) or not np.array_equal(row, expected):
         raise ValueError("its rows are not in the order of shards")
-    if (files := len(starts) * num_sets * (1 + spec.masks.draws)) > MAX_FILES:
-        raise ValueError(f"it has {len(starts)} shards, so there would be {files} files; the limit is {MAX_FILES}")
     return table
 
 
-def check_plan(num_samples: np.ndarray) -> None:
-    """Check the number of utterances of a plan and their numbers of samples."""
+def check_plan(num_samples: np.ndarray, shards: int, spec: CacheSpec, num_sets: int) -> None:
+    """Check the number of utterances of a plan, their numbers of samples, and the number of files of its shards."""
     _check_rows(len(num_samples))
     if len(num_samples) and (num_samples.min() < 0 or num_samples.max() > MAX_SAMPLES):
         worst = num_samples.max() if num_samples.min() >= 0 else num_samples.min()
         raise ValueError(f"it has an utterance of {worst} samples; the limit is {MAX_SAMPLES} (four hours)")
+    if (files := shards * num_sets * (1 + spec.masks.draws)) > MAX_FILES:
+        raise ValueError(f"it has {shards} shards, so there would be {files} files; the limit is {MAX_FILES}")
 
 
 def _check_rows(rows: int) -> None:
     if rows > MAX_UTTERANCES:
         raise ValueError(f"it has {rows} utterances; the limit is {MAX_UTTERANCES}")
+
+
+def _checked_texts(rows: pa.Table) -> pa.Table:
+    """Return a row group with PLAN_SCHEMA. Its texts are checked before their dictionaries are expanded."""
+    for field in PLAN_SCHEMA:
+        if pa.types.is_string(field.type):
+            _check_texts(rows[field.name])
+    return rows.cast(PLAN_SCHEMA)
 
 
 def _check_texts(column: pa.ChunkedArray) -> None:

@@ -50,7 +50,9 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_an_interruption_says_where_it_was_and_what_comes_next(tmp_path: Path) -> None:
     run = Run(demo_config(tmp_path), Console(quiet=True))
     run.position = Position("index", "files")
-    assert run.interruption() == "interrupted in the index stage; the same command runs this stage again"
+    assert run.interruption() == "interrupted in the index stage; the same command resumes from there"
+    run.position = Position("plan")
+    assert run.interruption() == "interrupted in the plan stage; the same command runs this stage again"
     with run.progress("cache", "utterances") as update:
         update(5, 20)
     assert run.interruption() == (

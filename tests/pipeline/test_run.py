@@ -155,6 +155,17 @@ def test_a_report_without_the_cache_says_so(tmp_path: Path, speech_folder: Path)
     assert f"The cache at {tmp_path / 'cache'} no longer exists" in page and 'href="summary.json"' in page
 
 
+def test_runs_beside_each_other_decode_their_corpus_once(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = begin(tmp_path, f"corpus.path={speech_folder}")
+    index_audio(first)
+    monkeypatch.setattr("ray_distill.pipeline.corpus.decoding_work.decode", lambda *_: pytest.fail("decoded again"))
+    second = begin(tmp_path, f"corpus.path={speech_folder}", "name=second")
+    index_audio(second)
+    assert second.utterances == first.utterances and second.folder.path != first.folder.path
+
+
 def test_another_run_that_adds_to_the_cache_stops_nobody(
     tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from ray_distill.pipeline.corpus.index import CorpusIndex, index_corpus
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
-from ray_distill.teacher_cache.storage.shard_plan import plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, Utterances, plan_shards
 
 from ...tiny import TEACHER
 
@@ -38,7 +38,7 @@ def as_earlier(index: CorpusIndex) -> CorpusIndex:
         u if ":" not in u.sha256 else replace(u, sha256=hashlib.sha256(u.id.encode()).hexdigest())
         for u in index.utterances
     ]
-    return CorpusIndex(earlier, index.skipped)
+    return CorpusIndex(Utterances.of(earlier), index.skipped)
 
 
 def build(folder: Path, cache_spec: Make, index: CorpusIndex, **changes: object) -> Cache:
@@ -74,8 +74,8 @@ def test_another_corpus_is_not_taken_for_that_of_the_cache(corpus: Path, tmp_pat
     cache = build(tmp_path / "cache", cache_spec, as_earlier(index), layers=(1,))
     members = index.utterances
 
-    def known(*changed: object) -> bool:
-        other = CorpusIndex([*changed], [])  # type: ignore[list-item]
+    def known(*changed: Utterance) -> bool:
+        other = CorpusIndex(Utterances.of(changed), [])
         return known_fingerprint(cache, other) != other.fingerprint
 
     assert known(*members)

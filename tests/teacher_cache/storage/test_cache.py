@@ -11,7 +11,7 @@ from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, Part, content_key, fingerprint
 from ray_distill.teacher_cache.storage.create import create_cache
 from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
-from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
+from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA, Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 
 
@@ -59,7 +59,7 @@ CHANGES: dict[str, Any] = {
 def test_plan_is_independent_of_order_and_complete() -> None:
     corpus = utterances(23) + utterances(4, "validation")
     plan = plan_shards(corpus, 10)
-    assert plan.equals(plan_shards(corpus[::-1], 10))
+    assert plan.cast(PLAN_SCHEMA).equals(plan_shards(corpus[::-1], 10).cast(PLAN_SCHEMA))
     assert sorted(plan["id"].to_pylist()) == sorted(u.id for u in corpus)
     by_shard: dict[int, list[dict[str, Any]]] = {}
     for row in plan.to_pylist():

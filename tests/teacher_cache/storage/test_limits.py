@@ -127,10 +127,12 @@ def test_a_plan_beyond_the_limits_is_refused(tmp_path: Path, table: pa.Table | N
 
 
 def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = create(tmp_path)
+    create(tmp_path)
     monkeypatch.setattr("ray_distill.teacher_cache.storage.limits.MAX_FILES", 3)
     with pytest.raises(CacheError, match="there would be 6 files; the limit is 3"):
-        _ = cache.shards
+        _ = Cache.open(tmp_path).shards
+    with pytest.raises(CacheError, match="can't be created: it has 2 shards, so there would be 6 files"):
+        create(tmp_path / "other")
     with pytest.raises(ValueError, match="less than or equal to 1000"):
         MaskDraws(draws=1001)
 

@@ -22,7 +22,8 @@ from typing import Any, Literal, Self
 import pydantic
 
 from ray_distill.pipeline.composition.config_tree import ConfigTree, compose, parse_override, read_tree, set_key
-from ray_distill.pipeline.config import Config, ConfigError, check_config, explain
+from ray_distill.pipeline.composition.explanation import explain
+from ray_distill.pipeline.config import Config, ConfigError, check_config
 from ray_distill.student.training.field_effects import SAME_IN_ABLATION, keys_with
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

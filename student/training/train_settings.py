@@ -179,4 +179,8 @@ class SeveralTeacherSettings(TrainSettings, frozen=True):
     @property
     def chosen_objective(self) -> Objective:
         """The weighted sum of the teachers' objectives."""
-        return SeveralTeachers(terms=self.terms, balance=self.balance)
+        try:
+            return SeveralTeachers(terms=self.terms, balance=self.balance)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(str(first.get("ctx", {}).get("error", first["msg"]))) from error

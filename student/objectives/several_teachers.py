@@ -297,10 +297,10 @@ class SeveralDistiller(Distiller):
         return [term.weight if not self.training or term.counts_at(self._step) else 0.0 for term in self.terms]
 
     def row_fields(self) -> dict[str, float]:
-        """Return the factor of each teacher's loss as ``weight_NAME``."""
+        """Return the factor of each teacher's loss as ``teacher_weight_NAME``."""
         factors = self.balance.factors(len(self.terms))
         return {
-            f"weight_{term.name}": weight * factor
+            f"teacher_weight_{term.name}": weight * factor
             for term, weight, factor in zip(self.terms, self.weights(), factors, strict=True)
         }
 

@@ -126,7 +126,7 @@ class MetricWindow:
         }
         if read is not None:
             row["bytes_per_second"] = total_read / elapsed
-        row |= {f"loss_{name}": loss for name, loss in zip(names, losses.tolist(), strict=True)}
+        row |= {f"teacher_loss_{name}": loss for name, loss in zip(names, losses.tolist(), strict=True)}
         row |= agreement_fields(agreement.reshape(2, 2, -1), self._reader)
         self._reset()
         return row
@@ -221,7 +221,8 @@ class Metrics:
     - ``train``: loss (mean since the last row), learning_rate, gradient_norm (before clipping), audio_hours_per_minute,
       data_wait (share of the time), padding_waste (share of the samples), skipped_steps (so far), and
       cosine_KIND_layer_NN or, for discrete targets, accuracy_KIND_layer_NN (of this step only). With several teachers also
-      loss_NAME (of this step only, before it is balanced) and weight_NAME (the factor of that loss), and layers are NAME_NN.
+      teacher_loss_NAME (of this step only, before it is balanced) and teacher_weight_NAME (the factor of that loss), and the layers
+      are NAME_NN.
     - ``validation``: loss, layer_NN (unweighted), cosine_unmasked_layer_NN; in the first row also constant_loss and
       constant_layer_NN, the losses of the best constant prediction, if the error is the squared one.
     - ``skipped``: cause of a skipped step, and its utterances.

@@ -100,8 +100,8 @@ def validate(
         constant: Whether to measure the best constant prediction too, which is the same in every validation. Default False.
 
     Returns:
-        Means per real frame, the same on every rank: ``loss`` (weighted), with several teachers the ``loss_NAME`` of each before it
-        is balanced, over the frames that the teacher has, ``layer_NN`` or ``layer_NAME_NN`` (unweighted) and
+        Means per real frame, the same on every rank: ``loss`` (weighted), with several teachers ``teacher_loss_NAME`` (before it is
+        balanced, over the frames that the teacher has), ``layer_NN`` or ``layer_NAME_NN`` (unweighted) and
         ``cosine_unmasked_layer_NN`` or accuracies; with ``constant`` and the squared error also ``constant_loss`` and
         ``constant_layer_NN``, the losses of predicting the mean of the split's targets (see `TargetVariance`).
     """
@@ -133,7 +133,7 @@ def validate(
     rank.sum(agreement)
     rank.sum(frames)
     names = layer_names(reader, reader.layers)
-    fields = ["loss", *(f"loss_{teacher.name}" for teacher in teachers), *(f"layer_{name}" for name in names)]
+    fields = ["loss", *(f"teacher_loss_{teacher.name}" for teacher in teachers), *(f"layer_{name}" for name in names)]
     row = dict(zip(fields, (losses / frames.clamp(min=1)).tolist(), strict=True))
     row |= agreement_fields(agreement, reader)
     if constant:

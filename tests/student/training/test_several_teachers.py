@@ -150,17 +150,20 @@ def test_a_validation_counts_the_frames_that_a_teacher_has(
     chosen = several()
     distiller = make_distiller(Student(still), chosen, validation)
     whole = validate(distiller, validation, chosen, Rank(), constant=True)
-    assert whole["loss"] == pytest.approx(0.5 * whole["loss_a"] + 2 * whole["loss_b"])
-    assert whole["loss_b"] == pytest.approx(0.1 * whole["layer_b_01"] + whole["layer_b_02"])
+    assert whole["loss"] == pytest.approx(0.5 * whole["teacher_loss_a"] + 2 * whole["teacher_loss_b"])
+    assert whole["teacher_loss_b"] == pytest.approx(0.1 * whole["layer_b_01"] + whole["layer_b_02"])
     assert {"cosine_unmasked_layer_a_01", "constant_layer_b_02"} < whole.keys()
     last = int(validation.num_samples.argmin())
     validation._rows[last, 1] = -1
     part = validate(distiller, validation, chosen, Rank(), constant=True)
-    assert part["loss_a"] == whole["loss_a"] and part["constant_layer_a_01"] == whole["constant_layer_a_01"]
+    assert (
+        part["teacher_loss_a"] == whole["teacher_loss_a"]
+        and part["constant_layer_a_01"] == whole["constant_layer_a_01"]
+    )
     frames = validation.num_frames
     one = batch_loss(distiller.eval(), validation.read([last], None), chosen, 1.0)
-    assert part["loss_b"] > 0 and one.parts[1].total.item() == 0  # type: ignore[attr-defined]
-    ratio = part["loss_b"] / whole["loss_b"]
+    assert part["teacher_loss_b"] > 0 and one.parts[1].total.item() == 0  # type: ignore[attr-defined]
+    ratio = part["teacher_loss_b"] / whole["teacher_loss_b"]
     assert ratio == pytest.approx(1, abs=0.2) and ratio != frames.sum() / (frames.sum() - frames[last])
 
 
@@ -183,7 +186,9 @@ def test_balances(
         )
         sizes = [0.1 * constants[f"constant_layer_{name}_01"] + constants[f"constant_layer_{name}_02"] for name in "ab"]
         assert loss.total.item() == pytest.approx(0.5 * a / sizes[0] + 2 * b / sizes[1])
-        assert plain["loss"] == pytest.approx(0.5 * plain["loss_a"] / sizes[0] + 2 * plain["loss_b"] / sizes[1])
+        assert plain["loss"] == pytest.approx(
+            0.5 * plain["teacher_loss_a"] / sizes[0] + 2 * plain["teacher_loss_b"] / sizes[1]
+        )
         return
     bias = distiller.balance.log_variance_bias
     assert bias is not None
@@ -194,7 +199,9 @@ def test_balances(
     halves = [both.read(rows, 0) for rows in ([0, 3], [5])]
     parts = [batch_loss(distiller, half, chosen, frames).total.item() for half in halves]
     assert sum(parts) == pytest.approx(expected, rel=1e-5), "the log variances count once in a step"
-    assert distiller.row_fields() == pytest.approx({"weight_a": 0.5 * np.exp(-0.3), "weight_b": 2 * np.exp(0.2)})
+    assert distiller.row_fields() == pytest.approx(
+        {"teacher_weight_a": 0.5 * np.exp(-0.3), "teacher_weight_b": 2 * np.exp(0.2)}
+    )
 
 
 def test_a_teacher_takes_part_between_its_steps(
@@ -242,8 +249,8 @@ def test_a_resumed_training_is_bit_equal(
         [{k: v for k, v in row.items() if "loss" in k or "weight" in k} for row in rows(tmp_path / name)]
         for name in ("run", "whole")
     )
-    assert mine == theirs and {"loss_a", "loss_b", "weight_a"} < mine[0].keys()
-    assert [row["weight_b"] > 0 for row in rows(tmp_path / "run")] == [False, False, True, True, True, True]
+    assert mine == theirs and {"teacher_loss_a", "teacher_loss_b", "teacher_weight_a"} < mine[0].keys()
+    assert [row["teacher_weight_b"] > 0 for row in rows(tmp_path / "run")] == [False, False, True, True, True, True]
 
 
 def test_caches_that_do_not_fit_together_are_refused(

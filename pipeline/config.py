@@ -174,7 +174,7 @@ class Config(_Section):
     """Location of the audio, and which of it is used."""
     teacher: TeacherSection
     """The teacher. With ``teachers`` this section is not given."""
-    teachers: tuple[TeacherEntry, ...] = ()
+    teachers: Annotated[tuple[TeacherEntry, ...], CHANGES_LOSS_MEANING] = ()
     """Several teachers, in place of ``teacher``: a list of tables with the keys of ``teacher`` and those below. Each has a cache of
     its own, from the same corpus and with the same masks, and its own heads or predictors. See
     [several teachers](../how-to/several-teachers.md)."""
@@ -289,6 +289,11 @@ class Config(_Section):
         """Return the configuration of a run of one of several teachers, with which its cache is planned and built."""
         teacher = TeacherSection(checkpoint=entry.checkpoint, layers=entry.layers)
         return self.model_copy(update={"teacher": teacher, "cache": entry.cache, "teachers": ()})
+
+    @property
+    def parts(self) -> "list[Config]":
+        """The configuration of a run of each of several teachers; this one if there is one teacher."""
+        return [self.of_teacher(entry) for entry in self.teachers] or [self]
 
     def training(self, sizes: Sequence[tuple[int, int]] = ()) -> TrainSettings:
         """Return the settings of the training, with an objective for each of several teachers.

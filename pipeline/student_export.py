@@ -100,16 +100,15 @@ def _configuration(path: Path) -> dict[str, Any] | None:
         ) from error
     if not isinstance(tree, dict) or "name" not in tree or not isinstance(tree.get("train"), dict):
         return None
-    return tree if _checkpoints(tree) else None
+    return tree if checkpoints(tree) else None
 
 
-def _checkpoints(configuration: dict[str, Any]) -> list[str]:
+def checkpoints(configuration: dict[str, Any]) -> list[str]:
     """Return the checkpoints of the teachers of an unchecked configuration; nothing if it has none."""
     teacher, teachers = configuration.get("teacher"), configuration.get("teachers")
-    entries = teachers if isinstance(teachers, list) and teachers else [teacher]
-    if not all(isinstance(entry, dict) and "checkpoint" in entry for entry in entries):
-        return []
-    return [str(entry["checkpoint"]) for entry in entries]
+    entries: list[Any] = teachers if isinstance(teachers, list) and teachers else [teacher]
+    complete = all(isinstance(entry, dict) and "checkpoint" in entry for entry in entries)
+    return [str(entry["checkpoint"]) for entry in entries] if complete else []
 
 
 def _origin_in_run(run: RunFolder, configuration: dict[str, Any], metrics: dict[str, float]) -> Origin:
@@ -120,7 +119,7 @@ def _origin_in_run(run: RunFolder, configuration: dict[str, Any], metrics: dict[
     train = configuration["train"]
     origin: Origin = {
         "run": configuration["name"],
-        "teacher": summary.get("teacher", " and ".join(_checkpoints(configuration))),
+        "teacher": summary.get("teacher", " and ".join(checkpoints(configuration))),
         "corpus_hours": None if "hours" not in summary else round(summary["hours"], 2),
         "targets": train.get("targets"),
         "loss": train.get("loss"),

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 if TYPE_CHECKING:
     import pydantic  # The commands import this module for their recipes, and are to start fast.
@@ -92,9 +92,11 @@ def wrong_word(message: str, value: Any) -> str:
 
 
 def _all_keys(model: "type[pydantic.BaseModel]", prefix: str) -> Iterator[str]:
-    """Yield the dotted keys of a model and of the sections in it."""
+    """Yield the dotted keys of a model and of the sections in it. Sections in a list have no dotted keys."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
+        if get_origin(field.annotation) in (list, tuple):
+            continue
         for kind in (field.annotation, *_parts_of(field.annotation)):
             if hasattr(kind, "model_fields"):
                 yield from _all_keys(kind, f"{prefix}{name}.")

@@ -53,7 +53,7 @@ def _student(config: Config) -> dict[str, Any]:
 
 def _sources_of_entries(composed: ConfigTree) -> dict[str, str]:
     """Return where the values of several teachers come from, by keys such as ``teachers.NAME.cache.codec``."""
-    found = {}
+    found: dict[str, str] = {}
     common = composed.tree.get("cache") or {}
     for entry in composed.tree.get("teachers") or ():
         prefix = f"teachers.{entry['name']}"

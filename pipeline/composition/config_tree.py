@@ -95,8 +95,10 @@ class ConfigTree:
         """Drop the paths of the caches of several teachers, unless they are from the command line."""
         names = []
         for entry in self.tree.get("teachers") or ():
-            name = entry.get("name") if isinstance(entry, dict) else None
-            cache = {"path": entry.get("cache")} if isinstance(entry.get("cache"), str) else entry.get("cache")
+            if not isinstance(entry, dict):
+                continue
+            name, cache = str(entry.get("name")), entry.get("cache")
+            cache = {"path": cache} if isinstance(cache, str) else cache
             given = any(key.startswith(f"teachers.{name}.cache") for key in self.sources)
             if isinstance(cache, dict) and "path" in cache and not given:
                 set_key(self.tree, f"teachers.{name}.cache", {k: v for k, v in cache.items() if k != "path"})

@@ -30,9 +30,10 @@ def plan_cache(run: Run) -> None:
     planned = [cost for cost in costs if cost is not None]
     if len(planned) > 1:
         size = sum(cost.total_bytes(cost.spec.codec, cost.spec.targets) for cost in planned)
+        read, hours = sum(cost.bytes_per_epoch for cost in planned), sum(cost.teacher_hours for cost in planned)
         run.say(
-            f"plan    the {len(planned)} caches: about {size / 1e9:.2f} GB, {sum(cost.bytes_per_epoch for cost in planned) / 1e9:.2f} GB "
-            f"read per epoch, {sum(cost.teacher_hours for cost in planned):.2g} h of teacher time one after another"
+            f"plan    the {len(planned)} caches: about {size / 1e9:.2f} GB, {read / 1e9:.2f} GB read per epoch, {hours:.2g} h of "
+            "teacher time one after another"
         )
 
 

@@ -145,7 +145,7 @@ class SeveralTeachers(Objective, frozen=True):
         """See `Objective.constant_loss`; ``variance`` has the layers of all teachers, one after another."""
         if self.balance != "weights":
             return None
-        parts = variance.split([term.num_layers for term in self.terms])
+        parts = variance.split_with_sizes([term.num_layers for term in self.terms])
         losses = [term.settings.constant_loss(part) for term, part in zip(self.terms, parts, strict=True)]
         if any(loss is None for loss in losses):
             return None

@@ -34,7 +34,7 @@ def agreement_fields(sums: Tensor, reader: TargetReader) -> dict[str, float]:
     teachers: tuple[TeacherTargets, ...] = getattr(reader, "teachers", ())
     counts = [len(teacher.layers) for teacher in teachers] or [len(names)]
     row: dict[str, float] = {}
-    for block, count in zip(sums.split([count + 1 for count in counts], -1), counts, strict=True):
+    for block, count in zip(sums.split_with_sizes([count + 1 for count in counts], -1), counts, strict=True):
         row |= agreement_row(block, names[:count])
         names = names[count:]
     return row
@@ -117,7 +117,7 @@ class MetricWindow:
         mine = self.loss.new_tensor([self._real, self._padded, self.waited / elapsed, read_here])
         cells = self._rank.sum(torch.cat([mine, self.teachers, self.agreement.flatten()])).cpu()
         names = [teacher.name for teacher in getattr(self._reader, "teachers", ())]
-        totals, losses, agreement = cells.split([len(mine), len(names), self.agreement.numel()])
+        totals, losses, agreement = cells.split_with_sizes([len(mine), len(names), self.agreement.numel()])
         real, padded, waited, total_read = totals.tolist()
         row = {
             "audio_hours_per_minute": real / SAMPLE_RATE / 60 / elapsed,

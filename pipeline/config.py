@@ -11,15 +11,18 @@ from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
-from pydantic_core import ErrorDetails
 
 from ray_distill.pipeline.composition.config_tree import ConfigError as ConfigError  # Exported here too.
 from ray_distill.pipeline.composition.config_tree import compose, default_cache
+from ray_distill.pipeline.composition.explanation import explain
+from ray_distill.pipeline.composition.teacher_entries import with_teacher_entries
 from ray_distill.pipeline.corpus.formats import check_format
-from ray_distill.pipeline.suggestions import unknown_key, wrong_word
 from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.objectives.mixture import Mixture
+from ray_distill.student.objectives.objective_keys import ObjectiveKeys
+from ray_distill.student.objectives.several_teachers import SeveralTeachers, TeacherObjective, TeacherTerm
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT, SAME_IN_ABLATION
-from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.train_settings import SeveralTeacherSettings, TrainSettings
 from ray_distill.teacher_cache.codecs import DEFAULT_CODEC, check_codec
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
@@ -142,6 +145,24 @@ class CacheSection(_Section):
         return str(path) if isinstance(path, Path) else path
 
 
+class TeacherEntry(TeacherSection):
+    """One of several teachers."""
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """Name of the teacher, by which metrics and reports call it."""
+    cache: CacheSection
+    """Cache of this teacher. Keys that are not given are those of the section ``cache``. A text is its path."""
+    objective: TeacherObjective | None = None
+    """Objective with this teacher: a table with ``objective`` (its name) and its keys as in ``train``, or the name alone. None takes
+    the objective of ``train``."""
+    weight: Annotated[float, CHANGES_LOSS_MEANING] = pydantic.Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Weight of this teacher's loss. 0 leaves the teacher out of the loss."""
+    start_step: int = pydantic.Field(default=0, ge=0)
+    """First optimiser step, counted from 0, at which the teacher takes part. Validation always counts all teachers."""
+    stop_step: int | None = pydantic.Field(default=None, ge=1)
+    """First optimiser step at which the teacher takes no more part. None for the end of the training."""
+
+
 class Config(_Section):
     """The configuration of a run."""
 
@@ -152,7 +173,11 @@ class Config(_Section):
     corpus: Annotated[CorpusSection, SAME_IN_ABLATION]
     """Location of the audio, and which of it is used."""
     teacher: TeacherSection
-    """The teacher."""
+    """The teacher. With ``teachers`` this section is not given."""
+    teachers: Annotated[tuple[TeacherEntry, ...], CHANGES_LOSS_MEANING] = ()
+    """Several teachers, in place of ``teacher``: a list of tables with the keys of ``teacher`` and those below. Each has a cache of
+    its own, from the same corpus and with the same masks, and its own heads or predictors. See
+    [several teachers](../how-to/several-teachers.md)."""
     masks: MaskDraws = MaskDraws()
     """Random masks that the student is trained with."""
     cache: CacheSection
@@ -168,12 +193,37 @@ class Config(_Section):
         """Folder of the run."""
         return self.runs / self.name
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _with_entries(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or not tree.get("teachers"):
+            return tree
+        if isinstance(common := tree.get("cache", {}), dict):
+            try:
+                CacheSection.model_validate(common | {"path": "caches"})
+            except pydantic.ValidationError as error:  # Once, and not for each teacher.
+                raise ValueError(explain(error, CacheSection, "cache.")) from error
+        return with_teacher_entries(tree)
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_copies(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what `with_teacher_entries` adds, and an empty list of teachers."""
+        tree: dict[str, Any] = dump(self)
+        if not self.teachers:
+            tree.pop("teachers", None)
+            return tree
+        cache = {key: value for key, value in tree["cache"].items() if key != "path"}
+        return {key: cache if key == "cache" else value for key, value in tree.items() if key != "teacher"}
+
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> Self:
         pattern = self.student.get("attention_reuse")
-        placeholder = len(pattern) if isinstance(pattern, (list, tuple)) else len(self.teacher.layers or range(12))
-        student = self.resolve_student(placeholder, StudentConfig.model_fields["target_dim"].default)
-        self.train.check_student(student)
+        chosen = (self.teachers or (self.teacher,))[self.owner].layers
+        placeholder = len(pattern) if isinstance(pattern, (list, tuple)) else len(chosen or range(12))
+        dim = StudentConfig.model_fields["target_dim"].default
+        training = self.training([(len(entry.layers or range(12)), dim) for entry in self.teachers])
+        student = self.resolve_student(placeholder, dim)
+        training.check_student(student)
         fresh = self.train.masks == "fresh"
         if fresh and self.masks.draws:
             raise ValueError(
@@ -182,13 +232,105 @@ class Config(_Section):
             )
         if self.train.mask_embedding == "teacher" and not self.masks.draws and not fresh:
             raise ValueError("train.mask_embedding teacher needs masks.draws; without masks no embedding is used")
-        self.train.chosen_objective.check_source(
-            self.cache.codec,
-            cached=self.train.targets == "cached",
-            draws=self.masks.draws,
-            fresh_masks=fresh,
-        )
+        objective = training.chosen_objective
+        parts = [("", objective, self.cache)]
+        if isinstance(objective, SeveralTeachers):
+            pairs = zip(objective.terms, self.teachers, strict=True)
+            parts = [(f"teachers.{term.name}: ", term.settings, entry.cache) for term, entry in pairs]
+        for name, settings, cache in parts:
+            try:
+                settings.check_source(
+                    cache.codec, cached=self.train.targets == "cached", draws=self.masks.draws, fresh_masks=fresh
+                )
+            except ValueError as error:
+                raise ValueError(f"{name}{error}") from error
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_teachers(self) -> Self:
+        names = [entry.name for entry in self.teachers]
+        if not names:
+            given = {"balance": self.train.balance != "weights", "init_teacher": self.train.init_teacher is not None}
+            for key in (key for key, is_given in given.items() if is_given):
+                raise ValueError(f"train.{key} is for several teachers, but there is one; remove it, or give teachers")
+            return self
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ValueError(f"teachers: two have the name {name}; give each a name of its own")
+        if self.train.targets == "online":
+            raise ValueError("train.targets online runs one teacher; set it to cached, which several teachers need")
+        if self.train.init_teacher is not None and self.train.init_teacher not in names:
+            raise ValueError(
+                f"train.init_teacher: there is no teacher {self.train.init_teacher}; they are {', '.join(names)}"
+            )
+        if self.train.init_teacher is not None and not self.train.starts_from_teacher:
+            raise ValueError(
+                "train.init_teacher does nothing without init_front_end, init_encoder_layers or mask_embedding teacher; remove it, or "
+                "set one of them"
+            )
+        for number, entry in enumerate(self.teachers):
+            for other in self.teachers[:number]:
+                same_place = entry.cache.location == other.cache.location
+                if same_place and (entry.checkpoint, entry.cache) != (other.checkpoint, other.cache):
+                    raise ValueError(
+                        f"teachers: {other.name} and {entry.name} have the same cache.path {entry.cache.path}, but differ in the "
+                        "checkpoint or in other keys of cache; give one of them another cache.path"
+                    )
+        return self
+
+    @property
+    def owner(self) -> int:
+        """Number of the teacher that the student's own heads predict: the first whose objective uses heads, or else the first."""
+        default = self.train.objective == "prediction"
+        uses = [default if entry.objective is None else entry.objective.uses_heads for entry in self.teachers]
+        return uses.index(True) if True in uses else 0
+
+    def of_teacher(self, entry: TeacherEntry) -> "Config":
+        """Return the configuration of a run of one of several teachers, with which its cache is planned and built."""
+        teacher = TeacherSection(checkpoint=entry.checkpoint, layers=entry.layers)
+        return self.model_copy(update={"teacher": teacher, "cache": entry.cache, "teachers": ()})
+
+    @property
+    def parts(self) -> "list[Config]":
+        """The configuration of a run of each of several teachers; this one if there is one teacher."""
+        return [self.of_teacher(entry) for entry in self.teachers] or [self]
+
+    def training(self, sizes: Sequence[tuple[int, int]] = ()) -> TrainSettings:
+        """Return the settings of the training, with an objective for each of several teachers.
+
+        Args:
+            sizes: For each of several teachers the number of layers to learn from and its width.
+
+        Raises:
+            ValueError: The objectives or the schedules of the teachers are impossible.
+        """
+        if not self.teachers:
+            return self.train
+        default = self.train.chosen_objective
+        if all(entry.objective is not None for entry in self.teachers):
+            fields = ObjectiveKeys.model_fields
+            unused = [key for key in fields if getattr(self.train, key) != fields[key].default]
+            if unused:
+                raise ValueError(
+                    f"train.{unused[0]} does nothing, since every teacher has an objective of its own; remove it, or give it there"
+                )
+        elif isinstance(default, Mixture):
+            raise ValueError(
+                "train.objective mixture is for one teacher; give each of teachers an objective of its own"
+            )
+        terms = tuple(
+            TeacherTerm.model_validate(
+                {
+                    "name": entry.name,
+                    "settings": entry.objective or default,
+                    **{key: getattr(entry, key) for key in ("weight", "start_step", "stop_step")},
+                    "num_layers": num_layers,
+                    "dim": dim,
+                }
+            )
+            for entry, (num_layers, dim) in zip(self.teachers, sizes, strict=True)
+        )
+        return SeveralTeacherSettings(**dict(self.train), terms=terms)
 
     def resolve_student(self, num_layers: int, dim: int, patches: PatchGeometry | None = None) -> StudentConfig:
         """Return the student's configuration with the values that it takes from the teacher filled in.
@@ -244,50 +386,6 @@ def check_config(tree: dict[str, Any]) -> Config:
 def _names_teacher_and_corpus(tree: dict[str, Any]) -> bool:
     keys = (("teacher", "checkpoint"), ("corpus", "path"))
     return all(isinstance(tree.get(section), dict) and tree[section].get(key) for section, key in keys)
-
-
-def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str) -> str:
-    """Describe each validation error: its key, what is wrong, and the nearest known key or word.
-
-    Args:
-        error: Errors of pydantic.
-        model: Model that was validated.
-        prefix: Dotted prefix of the model's keys, with its final dot, or an empty string.
-    """
-    sentences = []
-    for item in _without_alternatives(error.errors()):
-        location = [str(part) for part in item["loc"]]
-        key = prefix + ".".join(location)
-        if item["type"] == "extra_forbidden":
-            sentences.append(f"{key}: unknown key; {unknown_key(item['loc'], model, prefix)}")
-        elif item["type"] == "missing":
-            sentences.append(f"{key}: missing; this key is required")
-        elif item["type"] == "literal_error":
-            sentences.append(f"{key}: {wrong_word(item['msg'], item['input'])}")
-        elif item["type"] == "value_error":
-            reason = str(item["ctx"]["error"])
-            sentences.append(
-                f"{key}: {reason}" if location else f"{prefix.rstrip('.')}: {reason}" if prefix else reason
-            )
-        else:
-            sentences.append(f"{key}: {item['msg']} (got {item['input']!r})")
-    return "; ".join(sentences)
-
-
-def _without_alternatives(errors: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Return the errors without those of the other types that a mistyped word could have had.
-
-    Where a key takes some words or another type, pydantic reports an error for each, and names the type in the location.
-    """
-    kept: list[ErrorDetails] = []
-    words = [item for item in errors if item["type"] == "literal_error" and isinstance(item["input"], str)]
-    for item in errors:
-        same = [word for word in words if word["loc"][:-1] == item["loc"][:-1] and word["input"] == item["input"]]
-        if item in words and str(item["loc"][-1]).startswith("literal["):
-            kept.append(ErrorDetails(**{**item, "loc": item["loc"][:-1]}))
-        elif item in words or not any(str(word["loc"][-1]).startswith("literal[") for word in same):
-            kept.append(item)
-    return kept
 
 
 def dump_config(config: Config) -> str:

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ray_distill.pipeline.config import load_config
-from ray_distill.pipeline.student_export import open_student
+from ray_distill.pipeline.student_export import checkpoints, open_student
 from ray_distill.student.model.attention import Attention
 from ray_distill.student.model.student import Student
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
@@ -230,12 +230,14 @@ def load_models(model: Path, teacher: str | None = None) -> tuple[Student, Teach
     """
     if model.suffix in (".yaml", ".yml"):
         config = load_config(model)
-        loaded = load_teacher(teacher or _shape_of(config.teacher.checkpoint))
-        layers = len(config.teacher.layers or range(loaded.num_layers))
+        section = config.parts[config.owner].teacher
+        loaded = load_teacher(teacher or _shape_of(section.checkpoint))
+        layers = len(section.layers or range(loaded.num_layers))
         return Student(config.resolve_student(layers, loaded.dim, loaded.patches)), loaded
     student, origin = open_student(model)
     run = origin.get("configuration")
-    return student, load_teacher(teacher or (HUBERT_BASE if run is None else _shape_of(run["teacher"]["checkpoint"])))
+    named = [] if run is None else checkpoints(run)
+    return student, load_teacher(teacher or (_shape_of(named[0]) if named else HUBERT_BASE))
 
 
 def _shape_of(checkpoint: str) -> str:

@@ -150,9 +150,10 @@ def count_fitting_workers(nodes: Sequence[Mapping[str, float]], cpus: int, gpus:
 
 def missing_gpus(config: Config) -> str:
     """Say which GPUs a configuration needs and this machine lacks. Empty if it has them."""
+    most = max(part.cache.gpus_per_actor for part in config.parts)
     wanted = {
         "the training": config.train.workers if config.train.use_gpu else 0,
-        "a teacher of the cache": math.ceil(config.cache.gpus_per_actor) if config.train.targets == "cached" else 0,
+        "a teacher of the cache": math.ceil(most) if config.train.targets == "cached" else 0,
     }
     if not any(wanted.values()):
         return ""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ray_distill.pipeline.suggestions import by_nearness, nearest, question
+from ray_distill.pipeline.composition.suggestions import by_nearness, nearest, question
 
 _ROOT = Path(__file__).resolve().parents[1]
 _FOLDERS = (_ROOT / "recipes", _ROOT / "configs")

@@ -10,12 +10,12 @@ from typing import Any
 import pydantic
 import yaml
 
-from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_config
+from ray_distill.pipeline.config import CacheSection, Config, ConfigError, check_config, dump_config
 from ray_distill.pipeline.corpus.index import SKIPPED
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.run_lock import LockHolder, lock_run
 from ray_distill.pipeline.run_plugins import absent_plugin, needed_plugins, note_plugins
-from ray_distill.student.training.field_effects import CHANGES_NO_RESULT, keys_with
+from ray_distill.student.training.field_effects import CHANGES_NO_RESULT, fields_with, keys_with
 from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.student.training.run_files import (
     BEST,
@@ -72,6 +72,10 @@ class RunFolder:
         """Table of the utterances that the cache lacks, with reasons. It exists if there are any."""
         return self.corpus / "failed.csv"
 
+    def failed_utterances_of(self, name: str) -> Path:
+        """The same for the cache of one of several teachers."""
+        return self.corpus / f"failed-{name}.csv"
+
     @property
     def result_file(self) -> Path:
         """Result of the training. It exists once the training is finished."""
@@ -126,6 +130,19 @@ class RunFolder:
     def teacher_file(self) -> Path:
         """Commit of a teacher on the hub; see `stages.run_teacher`."""
         return self.path / TEACHER
+
+    def teacher_file_of(self, name: str) -> Path:
+        """The same for one of several teachers."""
+        return self.teacher_file.with_stem(f"{self.teacher_file.stem}-{name}")
+
+    @property
+    def teacher_files(self) -> list[Path]:
+        """Existing files with the commits of teachers on the hub."""
+        return [
+            path
+            for path in (self.teacher_file, *sorted(self.path.glob(self.teacher_file_of("*").name)))
+            if path.is_file()
+        ]
 
     @property
     def plugins_file(self) -> Path:
@@ -184,7 +201,7 @@ class RunFolder:
             self.teacher_file,
             self.plugins_file,
         )
-        replaceable = {path.name for path in made_again}
+        replaceable = {path.name for path in (*made_again, *self.path.glob(self.teacher_file_of("*").name))}
         return self.path.is_dir() and any(
             entry.name not in replaceable and not entry.name.startswith(".") for entry in self.path.iterdir()
         )
@@ -355,6 +372,9 @@ def _result_keys(tree: dict[str, Any]) -> dict[str, Any]:
         for section in sections:
             node = node[section]
         node.pop(name, None)
+    for entry in tree.get("teachers", ()):
+        for name in fields_with(CacheSection, CHANGES_NO_RESULT):
+            entry["cache"].pop(name, None)
     return tree
 
 

@@ -44,6 +44,13 @@ def open_student(model: Path, model_config: Path | None = None) -> tuple[Student
         metadata = json.loads((model / "config.json").read_text()).get("metadata", {})
         origin["metrics"] = {name: value for name, value in metadata.items() if isinstance(value, (int, float))}
     origin |= _recorded_teacher(model / TEACHER)
+    recorded = (
+        [_recorded_teacher(path) for path in sorted(model.glob(f"{Path(TEACHER).stem}-*.json"))]
+        if model.is_dir()
+        else []
+    )
+    if recorded:
+        origin["teacher"] = " and ".join(one["teacher"] for one in recorded if one)
     run = _run_folder(model)
     configuration = None if run is None else _configuration(run.config_file)
     if run is not None and configuration is not None:
@@ -91,8 +98,17 @@ def _configuration(path: Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{path}, the configuration of the student's run, is not valid YAML: {' '.join(str(error).split())}"
         ) from error
-    has_sections = isinstance(tree, dict) and all(isinstance(tree.get(name), dict) for name in ("teacher", "train"))
-    return tree if has_sections and "name" in tree and "checkpoint" in tree["teacher"] else None
+    if not isinstance(tree, dict) or "name" not in tree or not isinstance(tree.get("train"), dict):
+        return None
+    return tree if checkpoints(tree) else None
+
+
+def checkpoints(configuration: dict[str, Any]) -> list[str]:
+    """Return the checkpoints of the teachers of an unchecked configuration; nothing if it has none."""
+    teacher, teachers = configuration.get("teacher"), configuration.get("teachers")
+    entries: list[Any] = teachers if isinstance(teachers, list) and teachers else [teacher]
+    complete = all(isinstance(entry, dict) and "checkpoint" in entry for entry in entries)
+    return [str(entry["checkpoint"]) for entry in entries] if complete else []
 
 
 def _origin_in_run(run: RunFolder, configuration: dict[str, Any], metrics: dict[str, float]) -> Origin:
@@ -103,14 +119,18 @@ def _origin_in_run(run: RunFolder, configuration: dict[str, Any], metrics: dict[
     train = configuration["train"]
     origin: Origin = {
         "run": configuration["name"],
-        "teacher": summary.get("teacher", configuration["teacher"]["checkpoint"]),
+        "teacher": summary.get("teacher", " and ".join(checkpoints(configuration))),
         "corpus_hours": None if "hours" not in summary else round(summary["hours"], 2),
         "targets": train.get("targets"),
         "loss": train.get("loss"),
         "metrics": metrics | {name: trained[name] for name in names if trained.get(name) is not None},
         "configuration": configuration,
     }
-    if (source := split_options(str(summary.get("teacher_source", "")))[1]).startswith(PREFIX):
+    if teachers := summary.get("teachers"):
+        origin["teachers"] = [
+            {key: one.get(key) for key in ("name", "teacher", "teacher_source", "objective")} for one in teachers
+        ]
+    elif (source := split_options(str(summary.get("teacher_source", "")))[1]).startswith(PREFIX):
         origin["teacher_source"] = source
     if summary.get("teacher_is_random"):
         origin["teacher"] += " (RANDOM weights: the features are meaningless)"

@@ -223,8 +223,22 @@ class CacheReader:
                     raise damage_error(store, file.commit, f"does not fit the plan ({error})") from error
         return failed
 
-    def read(self, indices: Sequence[int], draw: int | None) -> Batch:
+    @property
+    def split(self) -> str:
+        """Split of the utterances."""
+        return self._split
+
+    @property
+    def codecs(self) -> tuple[ColumnCodec, ...]:
+        """Codecs of the columns that a batch has, in order."""
+        return tuple(self._codecs)
+
+    def read(self, indices: Sequence[int], draw: int | None, *, audio: bool = True) -> Batch:
         """Return a padded batch; see `TargetReader.read`.
+
+        Args:
+            indices, draw: As for `TargetReader.read`.
+            audio: Whether to read the audio too. Without it the waveforms are (B, 0). Default True.
 
         Raises:
             CacheError: If the draw is not cached or a file is damaged.
@@ -238,7 +252,7 @@ class CacheReader:
                 f"the cache at {self.cache.store.location} has no clean targets for the training split, because its targets "
                 "are composite_only"
             )
-        rows = list(self._pool.map(self._read_row, indices, [draw] * len(indices)))
+        rows = list(self._pool.map(self._read_row, indices, [draw] * len(indices), [audio] * len(indices)))
         waveforms, lengths = pad_waveforms([waveform for waveform, *_ in rows])
         frames = torch.from_numpy(self.num_frames[list(indices)])
         width = int(frames.max())
@@ -257,17 +271,28 @@ class CacheReader:
         ids = [self.ids[i] for i in indices]
         return Batch(ids, waveforms, lengths, frames, CodedTargets(self.layers, tuple(columns)), frame_mask)
 
-    def _read_row(self, index: int, draw: int | None) -> tuple[np.ndarray, list[np.ndarray], np.ndarray | None]:
-        """Return the (S,) waveform, the (T, bytes_per_frame) codes of each column and the (T,) mask of an utterance."""
+    def _read_row(
+        self, index: int, draw: int | None, audio: bool = True
+    ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray | None]:
+        """Return the (S,) waveform, the (T, bytes_per_frame) codes of each column and the (T,) mask of an utterance.
+
+        Without ``audio`` the waveform is empty.
+        """
         spec = self.cache.spec
         composite = self._targets == "composite_only" and draw is not None
-        first = self._columns(index, "clean", None, 0, ["audio"], [] if composite or 0 not in self._sets else None)
-        try:
-            waveform = DECODERS[spec.audio](first[0].as_buffer())
-        except ValueError as error:
-            raise self._damaged(self._file(index, "clean", None, 0), str(error)) from error
-        if len(waveform) != self.num_samples[index]:
-            raise self._damaged(self._file(index, "clean", None, 0), "the audio does not have the planned length")
+        no_features = composite or 0 not in self._sets
+        first: list[Any] = []
+        waveform = np.zeros(0, np.float32)
+        if audio or not no_features:
+            extra = ["audio"] if audio else []
+            first = self._columns(index, "clean", None, 0, extra, [] if no_features else None)
+        if audio:
+            try:
+                waveform = DECODERS[spec.audio](first.pop(0).as_buffer())
+            except ValueError as error:
+                raise self._damaged(self._file(index, "clean", None, 0), str(error)) from error
+            if len(waveform) != self.num_samples[index]:
+                raise self._damaged(self._file(index, "clean", None, 0), "the audio does not have the planned length")
         codes: list[np.ndarray] = []
         mask: np.ndarray | None = None
         count = int(self.num_frames[index])
@@ -277,7 +302,7 @@ class CacheReader:
                 mask = self._mask(index, "composite", draw, number, mask_value)
                 codes += self._codes(index, "composite", draw, number, values, count)
                 continue
-            clean = first[1:] if number == 0 else self._columns(index, "clean", None, number, [], None)
+            clean = first if number == 0 else self._columns(index, "clean", None, number, [], None)
             arrays = self._codes(index, "clean", None, number, clean, count)
             if draw is not None and self._targets == "clean_only":
                 mask = draw_mask(spec.masks.policy_of(draw), spec.masks.seed, draw, self.ids[index], count)

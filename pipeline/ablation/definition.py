@@ -22,7 +22,8 @@ from typing import Any, Literal, Self
 import pydantic
 
 from ray_distill.pipeline.composition.config_tree import ConfigTree, compose, parse_override, read_tree, set_key
-from ray_distill.pipeline.config import Config, ConfigError, check_config, explain
+from ray_distill.pipeline.composition.explanation import explain
+from ray_distill.pipeline.config import Config, ConfigError, check_config
 from ray_distill.student.training.field_effects import SAME_IN_ABLATION, keys_with
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -93,7 +94,8 @@ class AblationSettings(pydantic.BaseModel, frozen=True, extra="forbid", use_attr
                 raise ValueError(
                     "train.targets: can't differ between runs; all runs of an ablation train from one cache"
                 )
-            if any(key == one or key.startswith(f"{one}.") for one in shared):
+            of_teacher = re.match(r"teachers\.[^.]+\.(name|checkpoint|cache)\b", key) is not None
+            if of_teacher or any(key == one or key.startswith(f"{one}.") for one in shared):
                 raise ValueError(
                     f"{key}: can't differ between runs, which share a corpus, a teacher and a cache; give one value under `set`"
                 )
@@ -286,7 +288,6 @@ def _needs(runs: list[PlannedRun]) -> Config:
         ConfigError: No single cache can serve all runs.
     """
     most = max(runs, key=lambda run: run.config.masks.draws).config
-    targets = {run.config.cache.targets for run in runs}
     for run in runs:
         masks = run.config.masks
         if run.config.train.targets != "cached":
@@ -297,19 +298,41 @@ def _needs(runs: list[PlannedRun]) -> Config:
                     f"variant {run.variant}: masks: mask draw {draw} has another policy or seed than in the run with most draws, "
                     "but one cache has one mask per draw; put this variant into an ablation with a cache of its own"
                 )
-        if "composite_only" in targets and (len(targets) > 1 or (most.masks.draws and not masks.draws)):
+    needs = [_needs_of_teacher(runs, k, most) for k in range(len(most.parts))]
+    teachers = [
+        entry.model_copy(update={"layers": one.teacher.layers, "cache": one.cache})
+        for entry, one in zip(most.teachers, needs, strict=False)
+    ]
+    update = {"name": "cache", "teacher": needs[0].teacher, "cache": needs[0].cache, "teachers": tuple(teachers)}
+    return most.model_copy(update=update)
+
+
+def _needs_of_teacher(runs: list[PlannedRun], number: int, most: Config) -> Config:
+    """Return a configuration of one teacher whose cache has the layers and targets of all runs.
+
+    Args:
+        runs: The runs.
+        number: Number of the teacher in `Config.parts`.
+        most: Configuration of the run with most mask draws.
+
+    Raises:
+        ConfigError: No single cache can serve all runs.
+    """
+    parts = [run.config.parts[number] for run in runs]
+    targets = {part.cache.targets for part in parts}
+    for run in runs:
+        if "composite_only" in targets and (len(targets) > 1 or (most.masks.draws and not run.config.masks.draws)):
             raise ConfigError(
                 f"variant {run.variant}: cache.targets composite_only stores no clean targets, which some runs need; set "
                 "cache.targets to clean_and_masked"
             )
-    layers = {tuple(run.config.teacher.layers or ()) for run in runs}
+    layers = {tuple(part.teacher.layers or ()) for part in parts}
     union = None if () in layers else sorted({layer for chosen in layers for layer in chosen})
-    return most.model_copy(
+    mine = most.parts[number]
+    update = {"targets": "clean_and_masked" if len(targets) > 1 else targets.pop()}
+    return mine.model_copy(
         update={
-            "name": "cache",
-            "teacher": most.teacher.model_copy(update={"layers": union}),
-            "cache": most.cache.model_copy(
-                update={"targets": "clean_and_masked" if len(targets) > 1 else targets.pop()}
-            ),
+            "teacher": mine.teacher.model_copy(update={"layers": union}),
+            "cache": mine.cache.model_copy(update=update),
         }
     )

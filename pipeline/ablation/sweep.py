@@ -79,10 +79,11 @@ class Probing:
         student = load_student(folder.best)
         self._run(folder.path, [FeatureSource.of_student(student, "student")], {"run": folder.name}, run_student=0)
 
-    def probe_baselines(self, folder: Path, teacher: Teacher) -> None:
-        """Probe the teacher and log-mel features, unless the folder already has the results."""
+    def probe_baselines(self, folder: Path, teachers: Sequence[Teacher]) -> None:
+        """Probe the teachers and log-mel features, unless the folder already has the results."""
         if not read_probes(folder, self.settings):
-            self._run(folder, [FeatureSource.of_teacher(teacher), FeatureSource.log_mel()], {}, run_student=None)
+            sources = [FeatureSource.of_teacher(teacher) for teacher in teachers]
+            self._run(folder, [*sources, FeatureSource.log_mel()], {}, run_student=None)
 
     def _run(
         self, folder: Path, sources: Sequence[FeatureSource], origin: dict[str, Any], run_student: int | None
@@ -159,7 +160,7 @@ class Sweep:
         silent = Console(quiet=True)
         self.runs: dict[str, Run] = {}
         for planned in ablation.runs:
-            run = Run(planned.config, silent, self.shared.teacher, self.shared.checkpoint)
+            run = self.shared.sibling(planned.config, silent)
             run.folder.refuse_other_config(planned.config)
             try:
                 initial_student(run)
@@ -216,7 +217,7 @@ class Sweep:
                     _copy_index(self.shared.folder.corpus, run.folder.corpus)
             failures = self._train(self._jobs(cpus), concurrent)
         if self.probing is not None:
-            self.probing.probe_baselines(self.ablation.folder, self.shared.teacher)
+            self.probing.probe_baselines(self.ablation.folder, [part.teacher for part in self.shared.parts])
         for run in self.runs.values():
             if run.folder.is_trained and not _is_reported(run.folder):
                 export_best(run)

@@ -1,6 +1,6 @@
 """The resolved configuration of a run as YAML, with where each value comes from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,12 @@ def config_with_origins(path: Path, overrides: Sequence[str] = ()) -> str:
     config = check_config(composed.tree)
     lines = [f"# {note}" for note in composed.notes]
     tree = config.model_dump(mode="json") | {"student": _student(config)}
-    lines += _lines(tree, composed, "", 0)
+    of_entries = _sources_of_entries(composed)
+
+    def source_of(key: str) -> str | None:
+        return of_entries.get(key) if key.startswith("teachers.") else composed.source_of(key)
+
+    lines += _lines(tree, source_of, "", 0)
     return "\n".join(lines) + "\n"
 
 
@@ -46,14 +51,37 @@ def _student(config: Config) -> dict[str, Any]:
     }
 
 
-def _lines(tree: dict[str, Any], composed: ConfigTree, prefix: str, depth: int) -> Iterator[str]:
+def _sources_of_entries(composed: ConfigTree) -> dict[str, str]:
+    """Return where the values of several teachers come from, by keys such as ``teachers.NAME.cache.codec``."""
+    found: dict[str, str] = {}
+    common = composed.tree.get("cache") or {}
+    for entry in composed.tree.get("teachers") or ():
+        prefix = f"teachers.{entry['name']}"
+        found |= {f"{prefix}.cache.{key}": composed.source_of(f"cache.{key}") or "default" for key in common}
+        cache = entry.get("cache", {})
+        for key in [*entry, *(f"cache.{key}" for key in (cache if isinstance(cache, dict) else ["path"]))]:
+            found[f"{prefix}.{key}"] = composed.source_of(f"{prefix}.{key}") or "default"
+        objective = entry.get("objective")
+        for key in objective if isinstance(objective, dict) else ["objective"] if objective else []:
+            found[f"{prefix}.objective.{key}"] = composed.source_of(f"{prefix}.objective.{key}") or "default"
+    return found
+
+
+def _lines(tree: dict[str, Any], source_of: Callable[[str], str | None], prefix: str, depth: int) -> Iterator[str]:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         indent = "  " * depth
         if isinstance(value, dict) and value:
             yield f"{indent}{name}:"
-            yield from _lines(value, composed, f"{key}.", depth + 1)
+            yield from _lines(value, source_of, f"{key}.", depth + 1)
+            continue
+        if key == "teachers":
+            yield "teachers:"
+            for entry in value:
+                lines = _lines({"name": entry["name"]} | entry, source_of, f"teachers.{entry['name']}.", 2)
+                for number, line in enumerate(lines):
+                    yield f"  - {line[4:]}" if number == 0 else line
             continue
         text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
         text = text.removesuffix("...\n").strip()
-        yield f"{indent}{name}: {text}".ljust(_COLUMN) + f"  # {composed.source_of(key) or 'default'}"
+        yield f"{indent}{name}: {text}".ljust(_COLUMN) + f"  # {source_of(key) or 'default'}"

@@ -5,6 +5,7 @@ differs. Sections are merged key by key; lists and values replace those of the b
 as one text, which stands for ``teacher.checkpoint``, ``corpus.path`` and ``cache.path``.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,8 +42,21 @@ class ConfigTree:
     notes: list[str] = field(default_factory=list)
 
     def merge(self, sections: dict[str, Any], source: str) -> None:
-        """Merge the sections of a file into this tree."""
+        """Merge the sections of a file into this tree. Several teachers replace the teacher and its cache, and the other way round."""
+        for given, replaced in (("teachers", ("teacher", "cache.path")), ("teacher", ("teachers",))):
+            if sections.get(given):
+                for key in replaced:
+                    self._drop(key)
         _merge(self.tree, _expanded(sections), self.sources, source, "")
+
+    def _drop(self, key: str) -> None:
+        *sections, name = key.split(".")
+        node = self.tree
+        for section in sections:
+            node = node.get(section, {})
+        node.pop(name, None)
+        for old in [old for old in self.sources if old == key or old.startswith(f"{key}.")]:
+            del self.sources[old]
 
     def set(self, key: str, value: Any) -> None:
         """Set a dotted or short key from the command line; see `set_key`."""
@@ -74,6 +88,23 @@ class ConfigTree:
             self.notes.append(
                 f"the cache is {default_cache(self.tree)}, for this teacher and corpus; cache=PATH sets another"
             )
+        if "corpus" in keys:
+            self._drop_caches_of_teachers()
+
+    def _drop_caches_of_teachers(self) -> None:
+        """Drop the paths of the caches of several teachers, unless they are from the command line."""
+        names = []
+        for entry in self.tree.get("teachers") or ():
+            if not isinstance(entry, dict):
+                continue
+            name, cache = str(entry.get("name")), entry.get("cache")
+            cache = {"path": cache} if isinstance(cache, str) else cache
+            given = any(key.startswith(f"teachers.{name}.cache") for key in self.sources)
+            if isinstance(cache, dict) and "path" in cache and not given:
+                set_key(self.tree, f"teachers.{name}.cache", {k: v for k, v in cache.items() if k != "path"})
+                names.append(name)
+        if names:
+            self.notes.append(f"the teachers {', '.join(names)} have caches for this corpus in caches/TEACHER-CORPUS")
 
     def _drop_foreign_splits(self) -> None:
         corpus = self.tree["corpus"]
@@ -168,21 +199,35 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, or a short key of `SHORT_KEYS`, in place.
+    """Set a dotted key, or a short key of `SHORT_KEYS`, in place. ``teachers.NAME.KEY`` is a key of one of several teachers.
 
     Raises:
-        ConfigError: A part of the key before its last dot names a value instead of a section.
+        ConfigError: A part of the key before its last dot names a value instead of a section, or there is no such teacher.
     """
     *sections, name = _long_key(key, value).split(".")
     node = tree
+    if sections[:1] == ["teachers"] and len(sections) > 1:
+        node, sections = _teacher_named(tree, sections[1], key), sections[2:]
     for section in sections:
-        if section in SHORT_KEYS and node is tree and isinstance(node.get(section), str):
+        if section in SHORT_KEYS and isinstance(node.get(section), str):
             node[section] = {SHORT_KEYS[section]: node[section]}
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
             raise ConfigError(f"{key!r} can't be set: {section!r} is a value, not a section")
     # YAML reads a path such as 2024 as a number.
     node[name] = str(value) if key in SHORT_KEYS and not isinstance(value, (dict, list)) else value
+
+
+def _teacher_named(tree: dict[str, Any], name: str, key: str) -> dict[str, Any]:
+    """Return a copy of the table of one of several teachers, put in its place, so that a base's own list is unchanged."""
+    entries = tree.get("teachers")
+    names = [str(entry.get("name")) if isinstance(entry, dict) else "" for entry in entries or ()]
+    if not isinstance(entries, list) or name not in names:
+        known = f"they are {', '.join(names)}" if names else "the configuration has no list teachers"
+        raise ConfigError(f"{key!r} can't be set: there is no teacher {name!r}; {known}")
+    tree["teachers"] = copy.deepcopy(entries)
+    entry: dict[str, Any] = tree["teachers"][names.index(name)]
+    return entry
 
 
 def default_cache(tree: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The plan of a run, made without starting or writing anything."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from ray_distill.pipeline.ray_session import counted, missing_gpus
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.index import split_table
+from ray_distill.pipeline.stages.run import TeacherRun, check_frame_rates
 from ray_distill.student import Student
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -56,12 +58,16 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     RunFolder(config.folder.absolute()).refuse_other_config(config, may_extend=True)
     corpus = config.corpus
     found = find_audio(corpus.path.absolute(), corpus.train_splits, corpus.validation_splits, format=corpus.format)
-    checkpoint = Run(config, Console(quiet=True)).checkpoint
-    teacher = load_header(checkpoint)
-    run = Run(config, Console(quiet=True), teacher, checkpoint)
+    named = Run(config, Console(quiet=True))
+    headers = [load_header(part.checkpoint) for part in named.parts]
+    run = named.sibling(config, Console(quiet=True), headers)
     folder, train = run.folder, config.train
     cached = train.targets == "cached"
-    cache = Cache.open(run.cache) if cached and Cache.exists(run.cache) else None
+    caches = [Cache.open(part.cache) if cached and Cache.exists(part.cache) else None for part in run.parts]
+    labels = [f" {part.name}" if isinstance(part, TeacherRun) else "" for part in run.parts]
+    parts = list(zip(labels, run.parts, headers, caches, strict=True))
+    if None not in headers:
+        check_frame_rates(run)
     masks = (
         f"{counted(config.masks.draws, 'draw')}, mask_prob {config.masks.policy.mask_prob:g}"
         if config.masks.draws
@@ -72,19 +78,20 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     facts = {
         "run folder": str(folder.path),
         "corpus": f"{config.corpus.path.absolute()}: {_listed(count_files(found))}",
-        "teacher": _teacher_facts(run, teacher),
-        "student": _student_facts(config, teacher),
+        **{f"teacher{label}": _facts_of(part, header) for label, part, header, _ in parts},
+        "student": _student_facts(config, headers),
         "masks": masks,
-        "cache": f"{config.cache.location}: {config.cache.codec}, {config.cache.targets}",
+        **{f"cache{label}": _cache_facts(part) for label, part, *_ in parts if cached},
         "training": f"{length}, {train.targets} targets, "
         f"batches of {batch}, {counted(train.workers, 'worker')}, peak learning rate {train.learning_rate:g}",
     }
-    if not cached:
-        del facts["cache"]
     actions = {
         "index": _index_action(folder),
         "plan": "estimate the size of the cache" if cached else "check the lengths of the utterances",
-        "cache": _cache_action(config, cache, teacher),
+        "cache": "; ".join(
+            f"{label.lstrip()}: {_cache_action(part.config, cache, header)}".removeprefix(": ")
+            for label, part, header, cache in parts
+        ),
         "train": _train_action(folder, config),
         "export": f"{'update' if folder.export.is_dir() else 'write'} {folder.export}",
         "report": f"write {folder.report}",
@@ -96,6 +103,22 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
 def _listed(counts: dict[str, int]) -> str:
     """Return the numbers of files as a text, such as ``900 train files, 40 validation files``."""
     return ", ".join(f"{count:,} {split} files" for split, count in counts.items())
+
+
+def _facts_of(run: Run, header: Teacher | None) -> str:
+    """Describe a teacher, and what the run learns from it if it is one of several."""
+    with run.named():
+        facts = _teacher_facts(run, header)
+    if not isinstance(run, TeacherRun):
+        return facts
+    chosen = run.entry.objective.objective if run.entry.objective else run.config.train.objective
+    until = "" if run.entry.stop_step is None else f" to step {run.entry.stop_step:,}"
+    since = f", from step {run.entry.start_step:,}{until}" if run.entry.start_step or until else ""
+    return f"{facts}; objective {chosen}, weight {run.entry.weight:g}{since}"
+
+
+def _cache_facts(run: Run) -> str:
+    return f"{run.config.cache.location}: {run.config.cache.codec}, {run.config.cache.targets}"
 
 
 def _teacher_facts(run: Run, header: Teacher | None) -> str:
@@ -137,13 +160,17 @@ def _to_download(model: HubModel | None) -> str:
     return f", {sum(model.missing.values()) / 1e6:,.1f} MB to download ({', '.join(model.missing)})"
 
 
-def _student_facts(config: Config, teacher: Teacher | None) -> str:
-    """Describe the size of the student, which may depend on the teacher."""
-    if teacher is None:
+def _student_facts(config: Config, headers: Sequence[Teacher | None]) -> str:
+    """Describe the size of the student, which may depend on the teachers."""
+    known = [header for header in headers if header is not None]
+    if len(known) < len(headers):
         return "not resolved, since it depends on the teacher"
-    layers = len(config.teacher.layers or range(teacher.num_layers))
+    chosen = [entry.layers for entry in config.teachers] or [config.teacher.layers]
+    counts = [len(layers or range(header.num_layers)) for layers, header in zip(chosen, known, strict=True)]
+    teacher, layers = known[config.owner], counts[config.owner]
     settings = config.resolve_student(layers, teacher.dim, teacher.patches)
-    config.train.chosen_objective.check_targets(settings, layers, teacher.dim)
+    sizes = [(count, header.dim) for count, header in zip(counts, known, strict=True)]
+    config.training(sizes).chosen_objective.check_targets(settings, layers, teacher.dim)
     if config.train.init_from is not None:
         tensors_of_student(config.train.init_from, settings)
     with torch.device("meta"):

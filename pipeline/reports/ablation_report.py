@@ -98,7 +98,7 @@ def _curve_charts(summary: AblationSummary) -> list[Chart]:
         series = _mean_curves(summary, lambda row: row["loss"])
         charts.append(line_chart("Validation loss, mean over seeds", series, "weighted loss"))
     if summary.layers:
-        keys = [f"cosine_unmasked_layer_{layer:02d}" for layer in summary.layers]
+        keys = [f"cosine_unmasked_layer_{layer}" for layer in summary.layers]
         series = _mean_curves(summary, lambda row: statistics.mean(row.get(key, math.nan) for key in keys))
         title = "Cosine similarity, validation, mean over seeds"
         charts.append(line_chart(title, series, f"cosine, {layer_range(summary.layers)}"))

@@ -36,9 +36,13 @@ class RunResult:
         assert self.training is not None
         return next((row for row in self.validations if row["step"] == self.training["best_step"]), {})
 
-    def cosine(self, layers: Sequence[int]) -> float | None:
-        """Return the cosine similarity to the teacher of the best student, without masks, averaged over layers."""
-        values = [self.best_validation.get(f"cosine_unmasked_layer_{layer:02d}") for layer in layers]
+    def cosine(self, layers: Sequence[str]) -> float | None:
+        """Return the cosine similarity to the teacher of the best student, without masks, averaged over layers.
+
+        Args:
+            layers: Layers as `layer_names` has them.
+        """
+        values = [self.best_validation.get(f"cosine_unmasked_layer_{layer}") for layer in layers]
         known = [value for value in values if value is not None]
         return statistics.mean(known) if known and len(known) == len(values) else None
 

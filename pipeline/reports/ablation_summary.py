@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -82,11 +83,11 @@ class AblationSummary:
         self.losses_comparable = len({str([_config_value(c, key) for key in keys]) for c in self.configs.values()}) == 1
         self.metrics = self._metrics()
 
-    def _common_layers(self) -> list[int]:
-        """Return the layers on which all finished runs were validated."""
+    def _common_layers(self) -> list[str]:
+        """Return the layers on which all finished runs were validated, as `layer_names` has them."""
         finished = [result for result in self.results if result.training is not None]
         found = [
-            {int(key.removeprefix(_COSINE)) for key in result.best_validation if key.startswith(_COSINE)}
+            {key.removeprefix(_COSINE) for key in result.best_validation if key.startswith(_COSINE)}
             for result in finished
         ]
         return sorted(set.intersection(*found)) if found else []
@@ -97,8 +98,9 @@ class AblationSummary:
         # The similarities of the STaR objective are between relations, not between features.
         if self.layers and len({config.train.objective for config in self.configs.values()}) == 1:
             # Variants with different weights on the hints share the last layer as their goal.
-            last = [] if self.losses_comparable else [self.layers[-1:]]
-            found += [_cosine_metric(layers) for layers in [*last, self.layers]]
+            for layers in by_teacher(self.layers):
+                last = [] if self.losses_comparable else [layers[-1:]]
+                found += [_cosine_metric(group) for group in [*last, layers]]
         # Runs may lack a probe's result for their student, so the names come from one that has it.
         probes = {p.key: p for result in self.results for p in result.probes if p.student is not None}
         for probe, title in zip(probes.values(), distinct_titles(list(probes.values())), strict=True):
@@ -142,9 +144,9 @@ class AblationSummary:
         )
         return f"{variant} compared with {self.baseline}: {text}." if text else ""
 
-    def layer_groups(self) -> list[list[int]]:
-        """Return the common layers in up to three groups, lowest first."""
-        return [part.tolist() for part in np.array_split(self.layers, 3) if len(part)]
+    def layer_groups(self) -> list[list[str]]:
+        """Return the common layers in up to three groups for each teacher, lowest first."""
+        return [part.tolist() for layers in by_teacher(self.layers) for part in np.array_split(layers, 3) if len(part)]
 
     def columns(self) -> list[Column]:
         """Return the columns of the table of variants."""
@@ -174,15 +176,25 @@ class AblationSummary:
         return str(done) if done == len(runs) else f"{done} of {len(runs)}"
 
 
-def layer_range(layers: Sequence[int]) -> str:
-    """Return the name of a group of layers, as in ``layers 1-4``."""
-    if len(layers) == 1:
-        return f"layer {layers[0]}"
-    contiguous = list(layers) == list(range(layers[0], layers[-1] + 1))
-    return f"layers {layers[0]}-{layers[-1]}" if contiguous else f"layers {', '.join(map(str, layers))}"
+def by_teacher(layers: Sequence[str]) -> list[list[str]]:
+    """Return the layers of each of several teachers; all layers as one list if there is one teacher."""
+    return [list(group) for _, group in groupby(layers, key=lambda layer: layer.rpartition("_")[0])]
 
 
-def _cosine_metric(layers: Sequence[int]) -> Metric:
+def layer_range(layers: Sequence[str]) -> str:
+    """Return the name of a group of layers, as in ``layers 1-4``, or ``hubert layers 1-4`` with several teachers."""
+    ranges = []
+    for group in by_teacher(layers):
+        teacher = group[0].rpartition("_")[0]
+        numbers = [int(layer.rpartition("_")[2]) for layer in group]
+        contiguous = numbers == list(range(numbers[0], numbers[-1] + 1))
+        listed = f"{numbers[0]}-{numbers[-1]}" if contiguous else ", ".join(map(str, numbers))
+        text = f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {listed}"
+        ranges.append(f"{teacher} {text}".lstrip())
+    return " and ".join(ranges)
+
+
+def _cosine_metric(layers: Sequence[str]) -> Metric:
     return Metric(f"cosine, {layer_range(layers)}", lambda r: r.cosine(layers), False, digits=3)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray_distill.pipeline.reports.training_charts import Rows, rows_of_kind
+from ray_distill.pipeline.reports.training_charts import Rows, layer_label, rows_of_kind
 
 _PREFIX = "constant_layer_"
 
@@ -15,12 +15,12 @@ class ExplainedVariance:
 
     Attributes:
         constant_loss: Loss of predicting, in each layer, the mean of the validation targets.
-        share: By layer, the share of the targets' variance that the student explains: 1 - its squared error / variance. It is
-            negative if the constant is better.
+        share: By layer, as `layer_label` names it, the share of the targets' variance that the student explains: 1 - its squared
+            error / variance. It is negative if the constant is better.
     """
 
     constant_loss: float
-    share: dict[int, float]
+    share: dict[str, float]
 
 
 def explained_variance(metrics: Rows) -> ExplainedVariance | None:
@@ -30,10 +30,10 @@ def explained_variance(metrics: Rows) -> ExplainedVariance | None:
     if constants is None:
         return None
     last = validation[-1]
-    variances = {int(key.removeprefix(_PREFIX)): value for key, value in constants.items() if key.startswith(_PREFIX)}
+    variances = {key.removeprefix(_PREFIX): value for key, value in constants.items() if key.startswith(_PREFIX)}
     share = {
-        layer: 1 - last[f"layer_{layer:02d}"] / variance
-        for layer, variance in sorted(variances.items())
-        if variance > 0 and f"layer_{layer:02d}" in last
+        layer_label(name, ""): 1 - last[f"layer_{name}"] / variance
+        for name, variance in sorted(variances.items())
+        if variance > 0 and f"layer_{name}" in last
     }
     return ExplainedVariance(constants["constant_loss"], share)

@@ -32,8 +32,18 @@ def teacher_hours(time: TeacherTime, train_seconds: float, passes: Mapping[bool,
 
 
 def teacher_time_sentences(ablation: Ablation, results: Sequence[RunResult]) -> str:
-    """Return sentences about the teacher hours saved and how they are computed; empty if the cache does not exist."""
-    store = Store(ablation.needs.cache.location)
+    """Return sentences about the teacher hours saved and how they are computed, for several teachers about each.
+
+    Nothing is said about a cache that does not exist.
+    """
+    found = [_sentences_of_teacher(ablation, results, number) for number in range(len(ablation.needs.parts))]
+    names = [f"Teacher {entry.name}: " for entry in ablation.needs.teachers] or [""]
+    return " ".join(f"{name}{text}" for name, text in zip(names, found, strict=True) if text)
+
+
+def _sentences_of_teacher(ablation: Ablation, results: Sequence[RunResult], number: int) -> str:
+    """Return the sentences about one teacher of `Config.parts`."""
+    store = Store(ablation.needs.parts[number].cache.location)
     if not Cache.exists(store):
         return ""
     cache = Cache.open(store)
@@ -43,7 +53,7 @@ def teacher_time_sentences(ablation: Ablation, results: Sequence[RunResult]) -> 
     for planned, result in zip(ablation.runs, results, strict=True):
         if result.training is not None:
             finished += 1
-            masked = planned.config.masks.draws > 0 and planned.config.cache.targets != "clean_only"
+            masked = planned.config.masks.draws > 0 and planned.config.parts[number].cache.targets != "clean_only"
             passes[masked] += TrainingPlan(samples, planned.config.train, planned.config.train.workers).passes
     seconds = float(samples.sum()) / SAMPLE_RATE
     time = total_teacher_time(store)

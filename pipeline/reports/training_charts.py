@@ -23,6 +23,8 @@ _LAYER_CHARTS = (
     ("Symbols predicted right at unmasked frames, validation", "validation", "accuracy_unmasked_layer_", "share"),
 )
 """Title, kind of row, prefix of the keys and title of the y axis of each chart with a curve per layer."""
+_TEACHER_LOSS = "teacher_loss_"
+"""Prefix of the keys of several teachers' losses in rows of validations."""
 _LAYER_COLUMNS = (
     *("validation loss", "cosine, validation", "cosine, masked, training", "cosine, unmasked, training"),
     *("symbols right, masked, validation", "symbols right, unmasked, validation"),
@@ -45,6 +47,7 @@ def training_charts(metrics: Rows) -> list[Chart]:
     rate = _series(train, "learning_rate", "learning rate", COLORS[0])
     charts = [
         line_chart("Training and validation loss", [one for one in series if len(one.x)], "weighted loss"),
+        *_teacher_charts(metrics),
         *_layer_charts(metrics, _LAYER_CHARTS[:1]),
         line_chart("Gradient norm", [norm], "norm before clipping"),
         line_chart("Learning rate", [rate], "learning rate", y_scale="linear"),
@@ -52,6 +55,24 @@ def training_charts(metrics: Rows) -> list[Chart]:
     if any("loss_scale" in row for row in train):
         scale = _series(train, "loss_scale", "loss scale", COLORS[0], merge=min)
         charts.append(line_chart("Loss scale (fp16)", [scale], "loss scale"))
+    return charts
+
+
+def _teacher_charts(metrics: Rows) -> list[Chart]:
+    """Return a chart of the loss of each of several teachers, and one of the factors of their losses."""
+    train, validation = rows_of_kind(metrics, "train"), rows_of_kind(metrics, "validation")
+    keys = sorted({key for key in set().union(*validation) if key.startswith(_TEACHER_LOSS)})
+    names = [key.removeprefix(_TEACHER_LOSS) for key in keys]
+    charts = []
+    for key, name in zip(keys, names, strict=True):
+        series = [_series(train, key, "training", COLORS[0]), _series(validation, key, "validation", COLORS[1])]
+        shown = [one for one in series if any(not math.isnan(value) for value in one.y)]
+        charts.append(line_chart(f"Loss of teacher {name}", shown, "loss per frame, before it is balanced"))
+    if names and train:
+        factors = [
+            _series(train, f"teacher_weight_{name}", name, ordered_color(n, len(names))) for n, name in enumerate(names)
+        ]
+        charts.append(line_chart("Factors of the teachers' losses", factors, "factor", y_scale="linear"))
     return charts
 
 
@@ -77,14 +98,14 @@ def speed_charts(metrics: Rows) -> list[Chart]:
     return charts
 
 
-def last_layer_values(metrics: Rows) -> tuple[list[str], dict[int, list[float | None]]]:
+def last_layer_values(metrics: Rows) -> tuple[list[str], dict[str, list[float | None]]]:
     """Return the headings and, by layer, the last values of the curves with a line per layer."""
     columns = {}
     for heading, (_, kind, prefix, _) in zip(_LAYER_COLUMNS, _LAYER_CHARTS, strict=True):
         rows, keys = _layer_keys(metrics, kind, prefix)
         if rows:
             columns[heading] = {layer: rows[-1][key] for layer, key in keys.items()}
-    layers = sorted({layer for values in columns.values() for layer in values})
+    layers = list(dict.fromkeys(layer for values in columns.values() for layer in values))
     return list(columns), {layer: [values.get(layer) for values in columns.values()] for layer in layers}
 
 
@@ -142,11 +163,17 @@ def _skipped_steps(metrics: Rows, curve: Series) -> list[Series]:
     return [Series("skipped step", steps.tolist(), heights.tolist(), "var(--text)", mark="points")]
 
 
-def _layer_keys(metrics: Rows, kind: str, prefix: str) -> tuple[Rows, dict[int, str]]:
-    """Return the rows with values for layers, and the key of each layer."""
+def layer_label(key: str, prefix: str) -> str:
+    """Return the name of the layer that a key is about: its number, or ``NAME NUMBER`` with several teachers."""
+    teacher, _, number = key.removeprefix(prefix).rpartition("_")
+    return f"{teacher} {int(number)}".lstrip()
+
+
+def _layer_keys(metrics: Rows, kind: str, prefix: str) -> tuple[Rows, dict[str, str]]:
+    """Return the rows with values for layers, and the key of each layer by its name."""
     rows = rows_of_kind(metrics, kind)
     keys = {key for key in set().union(*rows) if key.startswith(prefix)}
-    layers = {int(key.removeprefix(prefix)): key for key in sorted(keys)}
+    layers = {layer_label(key, prefix): key for key in sorted(keys)}
     return [row for row in rows if not keys.isdisjoint(row)], layers
 
 
@@ -155,7 +182,7 @@ def _layer_charts(metrics: Rows, charts: Sequence[tuple[str, str, str, str]]) ->
     for title, kind, prefix, y_title in charts:
         rows, keys = _layer_keys(metrics, kind, prefix)
         series = [
-            _series(rows, key, f"layer {layer}", ordered_color(n, len(keys)))
+            _series(rows, key, f"layer {layer}" if layer.isdigit() else layer, ordered_color(n, len(keys)))
             for n, (layer, key) in enumerate(keys.items())
         ]
         if series:

@@ -15,7 +15,7 @@ from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.pipeline.stages.progress import Position
 from ray_distill.pipeline.stages.report import report_run, summary_table
-from ray_distill.pipeline.stages.run import Run
+from ray_distill.pipeline.stages.run import Run, check_frame_rates
 from ray_distill.pipeline.stages.train import initial_student, train_student
 from ray_distill.student.training.metrics import check_trackers
 from ray_distill.teacher_cache.storage.cache import Cache, check_location
@@ -94,14 +94,16 @@ def _check_start(run: Run, stages: set[str]) -> None:
     if training:
         check_trackers(run.config.train.trackers)
     if stages & {"plan", "cache", "train"}:
-        if not cached:
-            run.check_precision()
-        elif "cache" in stages and not Cache.exists(run.cache):
-            check_location(run.cache)
-            run.check_precision()
+        for part in run.parts:
+            with part.named():
+                if not cached:
+                    part.check_precision()
+                elif "cache" in stages and not Cache.exists(part.cache):
+                    check_location(part.cache)
+                    part.check_precision()
+                part.layers  # noqa: B018 (loads the teacher)
+        check_frame_rates(run)
         if training:
             student, _ = initial_student(run)
-            run.config.train.chosen_objective.check_targets(student, len(run.layers), run.teacher.dim)
-        else:
-            run.layers  # noqa: B018 (loads the teacher)
+            run.settings().chosen_objective.check_targets(student, len(run.layers), run.teacher.dim)
         run.keep_checkpoint()

@@ -22,15 +22,22 @@ _SHOWN_PROBLEMS = 3
 
 
 def cache_targets(run: Run) -> None:
-    """Build the cache, or add the layers and mask draws that it lacks.
+    """Build the cache, or add the layers and mask draws that it lacks. The caches of several teachers are built one after another.
 
     Raises:
-        ConfigError: The teacher can't run at the cache's precision, or Ray has no resources for its workers.
-        CacheError: The cache was made for something else, or can't be built.
+        ConfigError: A teacher can't run at the cache's precision, or Ray has no resources for its workers.
+        CacheError: A cache was made for something else, or can't be built.
     """
     if run.config.train.targets == "online":
         run.say("cache   targets are online: skipped")
         return
+    for part in run.parts:
+        with part.named():
+            _cache_targets(part)
+
+
+def _cache_targets(run: Run) -> None:
+    """Build the cache of one teacher."""
     settings = run.config.cache
     complete = Cache.exists(run.cache) and Cache.open(run.cache).covers(run.spec)
     if complete and not Cache.open(run.cache).missing(run.spec):
@@ -73,7 +80,7 @@ def cache_targets(run: Run) -> None:
 
 def _list_failed(run: Run, failed: Mapping[str, str]) -> None:
     """Write the list of the utterances that the cache lacks, and say how many they are."""
-    file = run.folder.failed_utterances
+    file = run.failed_file
     file.unlink(missing_ok=True)
     if failed:
         table = io.StringIO(newline="")
@@ -87,11 +94,17 @@ def _list_failed(run: Run, failed: Mapping[str, str]) -> None:
 
 
 def check_cache(run: Run) -> None:
-    """Check that the cache has the layers and mask draws that the run reads, and that their files are intact.
+    """Check that the caches have the layers and mask draws that the run reads, and that their files are intact.
 
     Raises:
         CacheError: A layer or draw is missing, or a file is damaged.
     """
+    for part in run.parts:
+        _check_cache(part)
+
+
+def _check_cache(run: Run) -> None:
+    """Check the cache of one teacher."""
     if not Cache.open(run.cache).covers(run.spec):
         raise CacheError(
             f"the cache at {run.cache.location} lacks layers or draws that this run needs; run the cache stage"

@@ -24,8 +24,8 @@ def export_best(run: Run) -> None:
     temporary = export.with_name(f".{export.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(best, temporary)
-    if run.folder.teacher_file.is_file():  # The export may be moved, and then still names the commit of its teacher.
-        shutil.copy(run.folder.teacher_file, temporary)
+    for file in run.folder.teacher_files:  # The export may be moved, and then still names the commits of its teachers.
+        shutil.copy(file, temporary)
     load_student(temporary)
     shutil.rmtree(export, ignore_errors=True)
     temporary.rename(export)

@@ -8,44 +8,77 @@ import numpy as np
 import torch
 
 from ray_distill.pipeline.config import ConfigError
-from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, plan_cost
+from ray_distill.pipeline.planning.cache_cost import CostPlan, cost_lines, cost_table, plan_cost
 from ray_distill.pipeline.ray_session import counted, owns_ray
-from ray_distill.pipeline.stages.run import Run
+from ray_distill.pipeline.stages.run import Run, TeacherRun
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.teachers import load_teacher
 
 
 def plan_cache(run: Run) -> None:
-    """Print what the cache will cost in bytes and teacher time.
+    """Print what the cache will cost in bytes and teacher time, for several teachers the cache of each.
 
     Raises:
-        ConfigError: The disk is too small for the cache, or the memory for an utterance, the teacher can't take an utterance because
-            of its length, or it can't run at the cache's precision.
+        ConfigError: The disk is too small for the caches, or the memory for an utterance, the only teacher can't take an utterance
+            because of its length, or a teacher can't run at the cache's precision.
     """
+    needed: dict[int, int] = {}
+    costs = []
+    for part in run.parts:
+        with part.named():
+            costs.append(_plan_cache(part, needed))
+    planned = [cost for cost in costs if cost is not None]
+    if len(planned) > 1:
+        size = sum(cost.total_bytes(cost.spec.codec, cost.spec.targets) for cost in planned)
+        read, hours = sum(cost.bytes_per_epoch for cost in planned), sum(cost.teacher_hours for cost in planned)
+        run.say(
+            f"plan    the {len(planned)} caches: about {size / 1e9:.2f} GB, {read / 1e9:.2f} GB read per epoch, {hours:.2g} h of "
+            "teacher time one after another"
+        )
+
+
+def _plan_cache(run: Run, needed: dict[int, int]) -> CostPlan | None:
+    """Print what the cache of one teacher will cost, and return it; None if nothing is to be built.
+
+    Args:
+        run: The run as the teacher sees it.
+        needed: Bytes by disk that the caches of earlier teachers need, to which those of this one are added.
+    """
+    if isinstance(run, TeacherRun) and (left := len(run.whole.utterances) - len(run.utterances)):
+        verb = "is" if left == 1 else "are"
+        run.say(f"plan    {counted(left, 'utterance')} {verb} too short or too long for it, and left out for it only")
     _check_lengths(run)
     _check_memory(run)
     if run.config.train.targets == "online":
         run.check_precision()
         run.say("plan    targets are online: no cache is needed")
-        return
+        return None
     if Cache.exists(run.cache) and Cache.open(run.cache).covers(run.spec):
         run.say(f"plan    the cache at {run.cache.location} has all layers and draws that are needed")
-        return
+        return None
     run.check_precision()
     teacher = run.teacher
     if run.config.cache.gpus_per_actor and torch.cuda.is_available():
         teacher = load_teacher(run.checkpoint, "cuda")
     cost = plan_cost(run.utterances, run.spec, teacher, run.cache.location)
+    if isinstance(run, TeacherRun):
+        run.say(f"plan    {teacher.name}, cache at {run.cache.location}")
     run.console.print(cost_table(cost))
     for line in cost_lines(cost):
         run.say(f"plan    {line}")
-    needed = cost.total_bytes(run.spec.codec, run.spec.targets) - cost.there_bytes
-    if cost.free_bytes is not None and needed > cost.free_bytes:
+    more = cost.total_bytes(run.spec.codec, run.spec.targets) - cost.there_bytes
+    if cost.free_bytes is None:
+        return cost
+    disk = run.cache.disk()
+    needed[disk] = needed.get(disk, 0) + round(more)
+    if needed[disk] > cost.free_bytes:
+        what = "the cache needs" if needed[disk] == round(more) else "the caches of the teachers so far need"
         raise ConfigError(
-            f"cache.path: {run.cache.location} has {cost.free_bytes / 1e9:.1f} GB free, but the cache needs about "
-            f"{needed / 1e9:.1f} GB more; choose another disk, a smaller codec, fewer layers or fewer draws"
+            f"cache.path: {run.cache.location} has {cost.free_bytes / 1e9:.1f} GB free, but {what} about "
+            f"{needed[disk] / 1e9:.1f} GB more; choose another disk, a smaller codec, fewer layers or fewer draws"
         )
+    return cost
 
 
 def _check_memory(run: Run) -> None:

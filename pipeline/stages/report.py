@@ -18,6 +18,7 @@ from ray_distill.pipeline.reports.training_charts import rows_of_kind
 from ray_distill.pipeline.run_starts import read_starts
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.student import Student, load_student
+from ray_distill.student.objectives.several_teachers import SeveralTeachers
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
@@ -58,39 +59,82 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
     online = run.config.train.targets == "online"
     metrics = run.folder.metrics()
     explained = explained_variance(metrics)
-    size = cache_bytes(Cache.open(run.cache)) if not online and Cache.exists(run.cache) else None
+    sizes = [
+        cache_bytes(Cache.open(part.cache)) if not online and Cache.exists(part.cache) else None for part in run.parts
+    ]
+    size = None if None in sizes else sum(filter(None, sizes))
+    failed = [failed_utterances(Cache.open(part.cache), part.spec) for part in run.parts] if size is not None else []
     return {
         "name": run.config.name,
         "hours": run.corpus.hours,
         "utterances": len(run.utterances),
         "skipped_files": len(run.corpus.skipped) - run.corpus.num_unused,
-        "failed_utterances": None if size is None else len(failed_utterances(Cache.open(run.cache), run.spec)),
-        "teacher": run.teacher.name,
+        "failed_utterances": None if size is None else sum(map(len, failed)),
+        "teacher": " and ".join(part.teacher.name for part in run.parts),
         "teacher_source": run.checkpoint,
         "teacher_is_random": run.teacher_is_random,
-        "teacher_parameters": run.teacher.num_parameters,
+        "teacher_parameters": sum(part.teacher.num_parameters for part in run.parts),
         "student_parameters": sum(p.numel() for p in student.parameters()),
         "targets": run.config.train.targets,
         "cache_bytes": size,
         "cache_bytes_per_second": None if size is None else size / run.seconds,
         "training": run.folder.result(),
         "constant_loss": None if explained is None else explained.constant_loss,
-        "explained_variance": None if explained is None else {str(n): share for n, share in explained.share.items()},
+        "explained_variance": None if explained is None else explained.share,
         "starts": read_starts(run.folder.starts_file),
         "resumed": [{key: row[key] for key in ("step", "time")} for row in rows_of_kind(metrics, "resumed")],
         "cache": None if online else run.cache.location,
         "export": str(run.folder.export),
         "run": str(run.folder.path),
         "report": str(run.folder.report),
-    }
+    } | _teachers(run, sizes, failed, metrics)
+
+
+def _teachers(
+    run: Run, sizes: Sequence[int | None], failed: Sequence[Mapping[str, str]], metrics: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the facts of each of several teachers as ``teachers``; nothing if there is one.
+
+    Args:
+        run: The run.
+        sizes: Bytes of each teacher's cache; None where it does not exist.
+        failed: Utterances that each cache lacks, with reasons; empty if a cache does not exist.
+        metrics: Rows of the metrics.
+    """
+    objective = run.settings().chosen_objective
+    if not isinstance(objective, SeveralTeachers):
+        return {}
+    validation = rows_of_kind(metrics, "validation")
+    last = validation[-1] if validation else {}
+    found = []
+    for k, (part, term) in enumerate(zip(run.parts, objective.terms, strict=True)):
+        found.append(
+            {
+                "name": term.name,
+                "teacher": part.teacher.name,
+                "teacher_source": part.checkpoint,
+                "teacher_parameters": part.teacher.num_parameters,
+                "layers": list(part.layers),
+                "dim": part.teacher.dim,
+                "objective": term.settings.objective,
+                "weight": term.weight,
+                "heads_in_the_student": term.settings.uses_heads and k == objective.owner,
+                "cache": part.cache.location,
+                "cache_bytes": sizes[k],
+                "utterances": len(part.utterances),
+                "failed_utterances": len(failed[k]) if failed else None,
+                "last_validation_loss": last.get(f"teacher_loss_{term.name}"),
+            }
+        )
+    return {"teachers": found}
 
 
 def _feature_maps(run: Run, student: Student | None) -> FeatureMaps | str:
     """Return features of the exported student and of the teacher, or a sentence on why the report has none."""
     if student is None:
         return "No student is exported yet."
-    if run.config.train.targets == "cached" and not Cache.exists(run.cache):
-        return f"The cache at {run.cache.location} no longer exists, so the teacher's features can't be shown."
+    if run.config.train.targets == "cached" and not Cache.exists(run.main.cache):
+        return f"The cache at {run.main.cache.location} no longer exists, so the teacher's features can't be shown."
     if student.config.heads == "none":
         return "A student without heads predicts no features that could be shown beside the teacher's."
     maps = feature_maps(student, _validation_reader(run))
@@ -116,7 +160,7 @@ def _phones(run: Run, utterance: str) -> Sequence[str]:
 
 def _validation_reader(run: Run) -> TargetReader:
     if run.config.train.targets == "cached":
-        return CacheReader(run.cache.location, "validation", run.layers)
+        return CacheReader(run.main.cache.location, "validation", run.layers)
     members = run.utterances.of_split("validation")
     return OnlineReader(members, run.teacher, run.config.masks, run.layers, precision=run.precision)
 
@@ -154,7 +198,20 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         facts["interrupted"] = "resumed " + ", ".join(
             f"at step {row['step']:,} ({row['time']})" for row in summary["resumed"]
         )
-    if summary["cache_bytes"] is not None:
+    for one in summary.get("teachers", ()):
+        heads = ", which the exported heads predict" if one["heads_in_the_student"] else ""
+        facts[f"teacher {one['name']}"] = (
+            f"{one['teacher']}, {one['teacher_parameters']:,} parameters, layers {', '.join(map(str, one['layers']))} of width "
+            f"{one['dim']}, objective {one['objective']}, weight {one['weight']:g}{heads}"
+            + (
+                f"; cache of {one['cache_bytes'] / 1e6:,.1f} MB at {one['cache']}"
+                if one["cache_bytes"] is not None
+                else ""
+            )
+        )
+    if summary.get("teachers"):
+        del facts["teacher"]
+    elif summary["cache_bytes"] is not None:
         facts["cache"] = (
             f"{run.spec.codec}, {run.spec.targets}, {summary['cache_bytes'] / 1e6:,.1f} MB at {summary['cache']}"
         )
@@ -204,5 +261,6 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("report", "report at"),
     ):
         if summary.get(key):
-            table.add_row(name, str(summary[key]))
+            places = {one["name"]: one["cache"] for one in summary.get("teachers", ())} if key == "cache" else {}
+            table.add_row(name, "\n".join(f"{one}: {place}" for one, place in places.items()) or str(summary[key]))
     return table

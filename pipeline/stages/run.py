@@ -1,20 +1,26 @@
 """A run: its configuration, and what its stages share."""
 
+import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import pyarrow as pa
 from rich.console import Console
 
-from ray_distill.pipeline.config import Config, ConfigError
+from ray_distill.pipeline.config import Config, ConfigError, TeacherEntry
 from ray_distill.pipeline.corpus.cached_corpus import known_fingerprint
 from ray_distill.pipeline.corpus.index import CorpusIndex
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
 from ray_distill.pipeline.stages.run_teacher import keep_checkpoint, other_commit, run_checkpoint
+from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import saved_step
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -36,6 +42,8 @@ class Run:
         config: Configuration.
         console: Console for progress and messages.
         folder: Folder of the run.
+        parts: The run as each of its teachers sees it, with one cache each; the run itself if it has one teacher. With several, the
+            teacher, the layers and the cache of the run itself are those of `main`.
         cache: Location of the cache.
         position: How far the current stage is.
 
@@ -63,6 +71,36 @@ class Run:
         self._given_teacher = teacher
         if checkpoint is not None:
             self.checkpoint = checkpoint
+        self.teacher_file = self.folder.teacher_file
+        self.failed_file = self.folder.failed_utterances
+        self.parts: tuple[Run, ...] = tuple(TeacherRun(self, entry) for entry in config.teachers) or (self,)
+
+    @property
+    def main(self) -> "Run":
+        """The part of the teacher that the student's own heads predict."""
+        return self.parts[self.config.owner]
+
+    def sibling(self, config: Config, console: Console, teachers: Sequence[Teacher | None] | None = None) -> "Run":
+        """Return a run of another configuration with the same teachers, which are not loaded again.
+
+        Args:
+            config: Its configuration.
+            console: Its console.
+            teachers: Teacher of each part; None for one that is not loaded. Default: those of this run.
+        """
+        other = Run(config, console)
+        given = [part.teacher for part in self.parts] if teachers is None else teachers
+        for part, mine, teacher in zip(other.parts, self.parts, given, strict=True):
+            part._given_teacher, part.checkpoint = teacher, mine.checkpoint
+        return other
+
+    def settings(self) -> TrainSettings:
+        """Return the settings of the training, with an objective for each of several teachers."""
+        return self.config.training([(len(part.layers), part.teacher.dim) for part in self.parts])
+
+    def named(self) -> AbstractContextManager[None]:
+        """Name the teacher in errors of the block, if there are several."""
+        return nullcontext()
 
     def say(self, text: str) -> None:
         """Print one line for the user."""
@@ -71,11 +109,14 @@ class Run:
     @cached_property
     def checkpoint(self) -> str:
         """Specification of the teacher for any process of any node; see `run_checkpoint`."""
-        return run_checkpoint(self.folder.teacher_file, self.config.teacher.checkpoint)
+        if self.config.teachers:
+            return self.main.checkpoint
+        return run_checkpoint(self.teacher_file, self.config.teacher.checkpoint)
 
     def keep_checkpoint(self) -> None:
-        """Keep the commit of a teacher on the hub in the run's folder, for when the run is resumed."""
-        keep_checkpoint(self.folder.teacher_file, self.config.teacher.checkpoint, self.checkpoint)
+        """Keep the commits of teachers on the hub in the run's folder, for when the run is resumed."""
+        for part in self.parts:
+            keep_checkpoint(part.teacher_file, part.config.teacher.checkpoint, part.checkpoint)
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -84,6 +125,8 @@ class Run:
         Raises:
             ConfigError: It lacks a layer or the mask embedding that the configuration needs.
         """
+        if self.config.teachers:
+            return self.main.teacher
         teacher = self._given_teacher or load_teacher(self.checkpoint, "cpu")
         if self._given_teacher is None and self.teacher_is_random:
             self.say(
@@ -105,8 +148,8 @@ class Run:
 
     @property
     def teacher_is_random(self) -> bool:
-        """Whether the teacher has random weights."""
-        return split_options(self.config.teacher.checkpoint)[1].startswith("random:")
+        """Whether a teacher has random weights."""
+        return any(split_options(part.config.teacher.checkpoint)[1].startswith("random:") for part in self.parts)
 
     def layers_of(self, teacher: Teacher) -> tuple[int, ...]:
         """Return the layers of a teacher to learn from, counted from 1."""
@@ -115,6 +158,8 @@ class Run:
     @property
     def layers(self) -> tuple[int, ...]:
         """Teacher layers to learn from, counted from 1."""
+        if self.config.teachers:
+            return self.main.layers
         return self.layers_of(self.teacher)
 
     @cached_property
@@ -139,6 +184,8 @@ class Run:
         Raises:
             ConfigError: The cache was made with another commit of the same teacher on the hub, which has other weights.
         """
+        if self.config.teachers:
+            return self.main.spec
         cache = self.config.cache
         teacher, corpus = self.teacher.fingerprint, self.corpus.fingerprint
         if Cache.exists(self.cache):  # It may have been made on another kind of machine, or by an earlier version.
@@ -170,6 +217,8 @@ class Run:
     @cached_property
     def precision(self) -> Precision:
         """Precision of the teacher's arithmetic."""
+        if self.config.teachers:
+            return self.main.precision
         settings = self.config.cache
         if settings.precision is not None:
             return settings.precision
@@ -227,6 +276,80 @@ class Run:
                 else f"the same command resumes from step {step}"
             )
         return f"interrupted in the {at.stage} stage{far}; {advice}"
+
+
+class TeacherRun(Run):
+    """A run as one of its several teachers sees it: with that teacher, its cache, and the utterances that it can take.
+
+    Args:
+        whole: The run.
+        entry: The teacher in the configuration.
+
+    Attributes:
+        whole: The run.
+        name: Name of the teacher.
+        entry: The teacher in the configuration.
+    """
+
+    def __init__(self, whole: Run, entry: TeacherEntry) -> None:
+        self.whole, self.name, self.entry = whole, entry.name, entry
+        with self.named():
+            super().__init__(whole.config.of_teacher(entry), whole.console)
+        self.teacher_file = self.folder.teacher_file_of(entry.name)
+        self.failed_file = self.folder.failed_utterances_of(entry.name)
+
+    def say(self, text: str) -> None:
+        """Print one line for the user, with the teacher's name after the first word."""
+        super().say(re.sub(r"^((?:\[\w+\])?\w+ {2,})", rf"\g<1>{self.name}: ", text))
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """See `Run.named`."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError(f"teachers.{self.name}: {error}") from error
+
+    @cached_property
+    def corpus(self) -> CorpusIndex:
+        """The corpus index without the utterances that are too short or too long for the teacher, which the others may take.
+
+        Raises:
+            ConfigError: The teacher can take no utterance of the training or of the validation split.
+        """
+        index, teacher = self.whole.corpus, self.teacher
+        samples = index.utterances.num_samples
+        fits = (samples >= teacher.min_samples) & (samples <= (teacher.max_samples or math.inf))
+        if fits.all():
+            return index
+        fitting = Utterances(index.utterances.table.filter(pa.array(fits)))
+        for split in ("train", "validation"):
+            if not fitting.of_split(split):
+                raise ConfigError(
+                    f"corpus.max_seconds: {teacher.name} can take no utterance of the split {split}, because of their lengths; leave "
+                    "this teacher out, or use another corpus"
+                )
+        return replace(index, utterances=fitting)
+
+    @contextmanager
+    def progress(self, name: str, unit: str) -> Iterator[ProgressUpdate]:
+        """See `Run.progress`."""
+        with self.whole.progress(name, unit) as update:
+            yield update
+
+
+def check_frame_rates(run: Run) -> None:
+    """Raise a ConfigError if two of several teachers make different numbers of frames from the same audio."""
+    first, *others = run.parts
+    for part in others:
+        assert isinstance(part, TeacherRun)
+        for samples in (SAMPLE_RATE, 10 * SAMPLE_RATE):
+            counts = [one.teacher.num_frames(samples) for one in (first, part)]
+            if counts[0] != counts[1]:
+                raise ConfigError(
+                    f"teachers.{part.name}: {part.teacher.name} makes {counts[1]} frames from {samples // SAMPLE_RATE} s of audio, "
+                    f"but {first.teacher.name} makes {counts[0]}; the teachers of one run need the same frame rate"
+                )
 
 
 def refuse_relative(key: str, path: Path | str, absolute: bool) -> None:

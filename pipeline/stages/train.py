@@ -14,10 +14,11 @@ from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.run_starts import record_start
 from ray_distill.pipeline.stages.cache import check_cache
 from ray_distill.pipeline.stages.progress import ProgressUpdate
-from ray_distill.pipeline.stages.run import Run
+from ray_distill.pipeline.stages.run import Run, TeacherRun
 from ray_distill.student import Student, StudentConfig
 from ray_distill.student.training.metric_rows import read_last_train_row
 from ray_distill.student.training.ray_training import train_on_ray
+from ray_distill.student.training.target_source import TeacherCache
 from ray_distill.student.training.train_state import refuse_missing_metrics, saved_step
 
 
@@ -83,7 +84,7 @@ def prepare_training(
     Raises:
         ConfigError: The student can't start from the teacher's weights as configured.
     """
-    settings = run.config.train
+    settings = run.settings()
     cached = settings.targets == "cached"
     config, tensors = initial_student(run)
     initial = None
@@ -102,6 +103,11 @@ def prepare_training(
         layers=run.layers,
         cache=run.cache.location if cached else None,
         teacher=run.checkpoint,
+        teachers=[
+            TeacherCache(part.name, part.cache.location, part.layers, part.config.cache.targets)
+            for part in run.parts
+            if isinstance(part, TeacherRun)
+        ],
         masks=run.config.masks,
         utterances=[] if cached else list(run.utterances),
         cache_targets=run.config.cache.targets,
@@ -123,9 +129,11 @@ def initial_student(run: Run) -> tuple[StudentConfig, dict[str, Tensor]]:
     """
     config = run.config.resolve_student(len(run.layers), run.teacher.dim, run.teacher.patches)
     settings = run.config.train
+    named = [part for part in run.parts if isinstance(part, TeacherRun) and part.name == settings.init_teacher]
+    origin = (named or run.parts)[0]
     if settings.init_from is not None:
         return config, tensors_of_student(settings.init_from, config)
-    return config, initial_tensors(run.teacher, config, settings) if settings.starts_from_teacher else {}
+    return config, initial_tensors(origin.teacher, config, settings) if settings.starts_from_teacher else {}
 
 
 def last_row(folder: RunFolder) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Layer prediction (DistilHuBERT, FitHuBERT, ARMHuBERT): heads predict the teacher's layers."""
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import numpy as np
 import pydantic
@@ -21,6 +21,7 @@ from ray_distill.student.objectives.objective import (
     check_kind,
     cosine_sums,
 )
+from ray_distill.student.objectives.teacher_heads import TeacherHeads
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
 from ray_distill.student.training.spec_augment import SpecAugment
 from ray_distill.teacher_cache.targets.target_batch import SymbolLayout
@@ -59,7 +60,12 @@ class LayerPrediction(FeatureObjective, frozen=True):
         """See `Objective.constant_loss`. Only the squared error's best constant is the mean."""
         if self.loss != "mse" or self.cosine_weight:
             return None
-        return float(self.hint_weight * variance[:-1].sum() + self.final_weight * variance[-1])
+        return self.target_size(variance)
+
+    def target_size(self, variance: Tensor) -> float:
+        """See `Objective.target_size`: the weighted sum of the variances, or with ``l1`` of the standard deviations."""
+        sizes = variance if self.loss == "mse" else variance.sqrt()
+        return float(self.hint_weight * sizes[:-1].sum() + self.final_weight * sizes[-1])
 
     def distiller(
         self, student: Student, *, spec_augment: SpecAugment | None, seed: int, symbols: SymbolLayout | None = None
@@ -121,10 +127,20 @@ class LayerDistiller(Distiller):
         self.hint_layers, self.seed = hint_layers, seed
         self.hints: Sequence[bool] | None = None
 
+    def use_heads(self, heads: TeacherHeads) -> None:
+        """Predict with heads of the objective's own in place of the student's, for one of several teachers."""
+        self.predictors.append(heads)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that are predicted."""
+        own = cast(TeacherHeads, self.predictors[0]).heads if self.predictors else self.student.heads
+        return len(own)
+
     def set_progress(self, epoch: int, step: int) -> None:
         """Draw the epoch's hint layers."""
         if self.hint_layers is not None:
-            self.hints = draw_hint_layers(self.hint_layers, self.student.config.num_predictions - 1, self.seed, epoch)
+            self.hints = draw_hint_layers(self.hint_layers, self.num_layers - 1, self.seed, epoch)
 
     def loss(
         self,
@@ -136,15 +152,19 @@ class LayerDistiller(Distiller):
         cosines: bool = False,
     ) -> DistillationLoss:
         """See `Distiller.loss`; targets are (B, P, T, D), one for each head."""
-        head_inputs, padded = encoded.head_inputs, encoded.padded
+        padded = encoded.padded
+        heads, head_inputs, dim = self.student.heads, encoded.head_inputs, self.student.config.target_dim
+        if self.predictors:
+            own = cast(TeacherHeads, self.predictors[0])
+            heads, head_inputs, dim = own.heads, own.inputs(encoded.head_inputs, encoded.layers[-1]), own.dim
         assert isinstance(targets, Tensor)
-        expected = (len(padded), len(head_inputs), padded.shape[1], self.student.config.target_dim)
+        expected = (len(padded), len(head_inputs), padded.shape[1], dim)
         if targets.shape != expected:
             raise ValueError(f"targets must be (B, P, T, D) = {expected}, not {tuple(targets.shape)}")
         sums, errors, similarities = zip(
             *(
                 head_loss(x, head, targets[:, layer], padded, self.kind, cosines, self.cosine_weight)
-                for layer, (x, head) in enumerate(zip(head_inputs, self.student.heads, strict=True))
+                for layer, (x, head) in enumerate(zip(head_inputs, heads, strict=True))
             ),
             strict=True,
         )

@@ -55,6 +55,10 @@ class DistillationLoss:
         empty = torch.zeros(2, len(self.per_layer) + 1, dtype=torch.float64, device=self.per_layer.device)
         return torch.stack([empty if sums is None else sums for sums in (self.cosines, self.accuracies)])
 
+    def teachers(self) -> Tensor:
+        """Return the loss of each of several teachers (K,), not differentiable; empty with a single teacher."""
+        return self.total.new_empty(0)
+
 
 class Encoded(NamedTuple):
     """Outputs of the student for a batch, from which objectives compute their losses.
@@ -73,7 +77,8 @@ class Encoded(NamedTuple):
 
 
 Targets = Tensor | tuple[Tensor, ...]
-"""Targets of a batch: (B, L, T, D) float features, (B, L, T, S) int64 symbols, or for a mixture those of each part."""
+"""Targets of a batch: (B, L, T, D) float features, (B, L, T, S) int64 symbols, for a mixture those of each part, or for several
+teachers those of each and then (B, K) bool, whether each teacher has the utterance."""
 
 
 class Distiller(nn.Module, ABC):
@@ -95,6 +100,10 @@ class Distiller(nn.Module, ABC):
 
     def set_progress(self, epoch: int, step: int) -> None:
         """Set the 0-based epoch and step, for objectives that vary. To be called before each forward pass of a training."""
+
+    def row_fields(self) -> dict[str, float]:
+        """Return fields of the objective's own for a row of metrics. Default: none."""
+        return {}
 
     def with_student(self, student: Student) -> Self:
         """Return this module with another student and the same predictors, without hooks."""
@@ -193,6 +202,17 @@ class Objective(pydantic.BaseModel, ABC, frozen=True, extra="forbid", use_attrib
 
         Returns:
             The loss, or None if it is not a function of the variances.
+        """
+        return None
+
+    def target_size(self, variance: Tensor) -> float | None:
+        """Return the size of the loss of targets with some variance, by which several teachers are balanced.
+
+        Args:
+            variance: (L,) variance of each layer's targets, averaged over channels.
+
+        Returns:
+            The size, or None if the objective has none, because it does not compare features.
         """
         return None
 

@@ -13,21 +13,41 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ray_distill.student.objectives.objective import DistillationLoss
 from ray_distill.student.training import run_files
 from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.student.training.rank import Rank
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.targets.several_caches import TeacherTargets, layer_names
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 
-def agreement_row(sums: Tensor, layers: Sequence[int]) -> dict[str, float]:
-    """Return `DistillationLoss.agreement` as means for a row, without the kinds of frames that do not occur."""
+def empty_agreement(reader: TargetReader, device: torch.device) -> Tensor:
+    """Return zeros in the shape of the `DistillationLoss.agreement` of a reader's targets."""
+    count = len(reader.layers) + max(1, len(getattr(reader, "teachers", ())))
+    return torch.zeros(2, 2, count, dtype=torch.float64, device=device)
+
+
+def agreement_fields(sums: Tensor, reader: TargetReader) -> dict[str, float]:
+    """Return `DistillationLoss.agreement` as means for a row, with the layers named as in `layer_names`."""
+    names = layer_names(reader, reader.layers)
+    teachers: tuple[TeacherTargets, ...] = getattr(reader, "teachers", ())
+    counts = [len(teacher.layers) for teacher in teachers] or [len(names)]
+    row: dict[str, float] = {}
+    for block, count in zip(sums.split_with_sizes([count + 1 for count in counts], -1), counts, strict=True):
+        row |= agreement_row(block, names[:count])
+        names = names[count:]
+    return row
+
+
+def agreement_row(sums: Tensor, layers: Sequence[str]) -> dict[str, float]:
+    """Return the agreement of one teacher as means for a row, without the kinds of frames that do not occur."""
     row: dict[str, float] = {}
     for measure, of_measure in zip(("cosine", "accuracy"), sums.tolist(), strict=True):
         for kind, (*values, frames) in zip(("masked", "unmasked"), of_measure, strict=True):
             if frames:
                 row |= {
-                    f"{measure}_{kind}_layer_{layer:02d}": value / frames
+                    f"{measure}_{kind}_layer_{layer}": value / frames
                     for layer, value in zip(layers, values, strict=True)
                 }
     return row
@@ -43,7 +63,7 @@ class MetricWindow:
     Attributes:
         loss: () float64, sum of this rank's losses over steps with a finite loss.
         waited: Seconds spent waiting for the reader.
-        agreement: `DistillationLoss.agreement` of the step at which the row is written.
+        agreement, teachers: `DistillationLoss.agreement` and `DistillationLoss.teachers` of the step at which the row is written.
     """
 
     def __init__(self, reader: TargetReader, rank: Rank) -> None:
@@ -55,10 +75,21 @@ class MetricWindow:
     def _reset(self) -> None:
         self.loss.zero_()
         self.waited = 0.0
-        self.agreement = torch.zeros(2, 2, len(self._reader.layers) + 1, dtype=torch.float64, device=self._rank.device)
+        self.forget_step()
         self._real = self._padded = 0
         self._read = self._bytes_read()
         self._started = time.monotonic()
+
+    def add_step(self, loss: DistillationLoss) -> None:
+        """Add the agreement and the teachers' losses of a batch."""
+        self.agreement += loss.agreement()
+        self.teachers += loss.teachers()
+
+    def forget_step(self) -> None:
+        """Set agreement and the teachers' losses to zero, as at the beginning of a step."""
+        self.agreement = empty_agreement(self._reader, self._rank.device)
+        names = getattr(self._reader, "teachers", ())
+        self.teachers = torch.zeros(len(names), dtype=torch.float64, device=self._rank.device)
 
     def _bytes_read(self) -> int | None:
         return getattr(self._reader, "bytes_read", None)
@@ -84,8 +115,10 @@ class MetricWindow:
         read = self._bytes_read()
         read_here = 0 if read is None or self._read is None else read - self._read
         mine = self.loss.new_tensor([self._real, self._padded, self.waited / elapsed, read_here])
-        cells = self._rank.sum(torch.cat([mine, self.agreement.flatten()])).cpu()
-        real, padded, waited, total_read = cells[: len(mine)].tolist()
+        cells = self._rank.sum(torch.cat([mine, self.teachers, self.agreement.flatten()])).cpu()
+        names = [teacher.name for teacher in getattr(self._reader, "teachers", ())]
+        totals, losses, agreement = cells.split_with_sizes([len(mine), len(names), self.agreement.numel()])
+        real, padded, waited, total_read = totals.tolist()
         row = {
             "audio_hours_per_minute": real / SAMPLE_RATE / 60 / elapsed,
             "data_wait": waited / self._rank.world_size,
@@ -93,7 +126,8 @@ class MetricWindow:
         }
         if read is not None:
             row["bytes_per_second"] = total_read / elapsed
-        row |= agreement_row(cells[len(mine) :].reshape(2, 2, -1), self._reader.layers)
+        row |= {f"teacher_loss_{name}": loss for name, loss in zip(names, losses.tolist(), strict=True)}
+        row |= agreement_fields(agreement.reshape(2, 2, -1), self._reader)
         self._reset()
         return row
 
@@ -186,7 +220,9 @@ class Metrics:
 
     - ``train``: loss (mean since the last row), learning_rate, gradient_norm (before clipping), audio_hours_per_minute,
       data_wait (share of the time), padding_waste (share of the samples), skipped_steps (so far), and
-      cosine_KIND_layer_NN or, for discrete targets, accuracy_KIND_layer_NN (of this step only).
+      cosine_KIND_layer_NN or, for discrete targets, accuracy_KIND_layer_NN (of this step only). With several teachers also
+      teacher_loss_NAME (of this step only, before it is balanced) and teacher_weight_NAME (the factor of that loss), and the layers
+      are NAME_NN.
     - ``validation``: loss, layer_NN (unweighted), cosine_unmasked_layer_NN; in the first row also constant_loss and
       constant_layer_NN, the losses of the best constant prediction, if the error is the squared one.
     - ``skipped``: cause of a skipped step, and its utterances.

@@ -3,8 +3,9 @@
 import logging
 import threading
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +16,14 @@ from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training import run_files
 from ray_distill.student.training.metrics import check_trackers
 from ray_distill.student.training.rank import Rank
-from ray_distill.student.training.target_source import TargetSource, cached_source, online_source
-from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.target_source import (
+    TargetSource,
+    TeacherCache,
+    cached_source,
+    online_source,
+    several_readers,
+)
+from ray_distill.student.training.train_settings import SeveralTeacherSettings, TrainSettings
 from ray_distill.student.training.train_state import CheckpointError
 from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.masks import MaskDraws
@@ -39,6 +46,8 @@ class TrainingError(ValueError):
 def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, TargetReader, TargetSource]:
     layers, masks = job["layers"], MaskDraws.model_validate(job["masks"])
     fresh = job["settings"]["masks"] == "fresh"
+    if job["teachers"]:
+        return several_readers([TeacherCache(**one) for one in job["teachers"]], masks, fresh=fresh)
     if job["settings"]["targets"] == "cached":
         reader = CacheReader(job["cache"], "train", layers, job["masks"]["draws"], targets=job["cache_targets"])
         validation = CacheReader(job["cache"], "validation", layers)
@@ -161,7 +170,7 @@ def _train(job: dict[str, Any], rank: Rank, **options: Any) -> None:
     train_reader, validation_reader, source = _readers(job, rank.device)
     train(
         StudentConfig.model_validate(job["student"]),
-        TrainSettings.model_validate(job["settings"]),
+        (SeveralTeacherSettings if job["teachers"] else TrainSettings).model_validate(job["settings"]),
         train_reader,
         validation_reader,
         Path(job["folder"]),
@@ -180,6 +189,7 @@ def train_on_ray(
     layers: tuple[int, ...],
     cache: str | None,
     teacher: str,
+    teachers: Sequence[TeacherCache] = (),
     masks: MaskDraws,
     utterances: list[Utterance],
     cache_targets: Targets | None = None,
@@ -197,6 +207,8 @@ def train_on_ray(
         layers: Teacher layers to learn from; layer k is the output of Transformer layer k, from 1.
         cache: Location of the cache; only used with cached targets.
         teacher: Teacher checkpoint; only used with online targets.
+        teachers: Caches of several teachers in the order of the terms of ``settings``, which replace ``layers``, ``cache`` and
+            ``cache_targets``. Default: none.
         masks: Mask draws.
         utterances: Utterances of both splits; only used with online targets.
         cache_targets: Targets to read or compute, as `CacheSpec.targets`. Default: those that the cache was made for, and
@@ -227,6 +239,7 @@ def train_on_ray(
         "cache_targets": cache_targets,
         "precision": precision,
         "teacher": teacher,
+        "teachers": [asdict(one) for one in teachers],
         "masks": masks.model_dump(mode="json"),
         "utterances": [vars(u) for u in utterances] if settings.targets == "online" else [],
         "initial": None if initial is None else str(initial),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,9 @@ from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
+from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
+from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,29 @@ class TargetSource:
     Attributes:
         name: Description for messages.
         key: SHA-256 (hex) of all that determines the targets. Equal sources have equal keys wherever they are stored.
-        cache_fingerprint: Fingerprint of the cache; None for online targets.
+        cache_fingerprint: Fingerprint of the cache, or those of several teachers by their names; None for online targets.
     """
 
     name: str
     key: str
-    cache_fingerprint: str | None = None
+    cache_fingerprint: str | dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """The cache of one of several teachers.
+
+    Attributes:
+        name: Name of the teacher.
+        cache: Location of the cache.
+        layers: Layers to learn from.
+        targets: Targets to read, as `CacheSpec.targets`.
+    """
+
+    name: str
+    cache: str
+    layers: tuple[int, ...]
+    targets: Targets
 
 
 def cached_source(reader: CacheReader, fresh_masks: MaskDraws | None = None) -> TargetSource:
@@ -57,6 +77,42 @@ def cached_source(reader: CacheReader, fresh_masks: MaskDraws | None = None) -> 
     )
     name = f"the cache with fingerprint {cache.fingerprint[:12]} at {cache.store.location}"
     return TargetSource(name, key, cache.fingerprint)
+
+
+def several_sources(sources: Mapping[str, TargetSource]) -> TargetSource:
+    """Return the source of the targets of several teachers.
+
+    Args:
+        sources: Source of each teacher's targets, by its name. Names are not part of the key, but the order is.
+    """
+    return TargetSource(
+        " and ".join(source.name for source in sources.values()),
+        _digest([source.key for source in sources.values()]),
+        {name: str(source.cache_fingerprint) for name, source in sources.items()},
+    )
+
+
+def several_readers(
+    teachers: Sequence[TeacherCache], masks: MaskDraws, *, fresh: bool
+) -> tuple[TargetReader, TargetReader, TargetSource]:
+    """Return the readers of the training and the validation split of several teachers' caches, and their source.
+
+    Args:
+        teachers: Cache of each teacher.
+        masks: Masks of the training.
+        fresh: Whether masks are drawn for each epoch.
+
+    Raises:
+        CacheError: A cache lacks something, or two don't fit together; see `SeveralCaches`.
+    """
+    by_name = {t.name: CacheReader(t.cache, "train", t.layers, masks.draws, targets=t.targets) for t in teachers}
+    train = SeveralCaches(by_name)
+    validation = SeveralCaches({t.name: CacheReader(t.cache, "validation", t.layers) for t in teachers})
+    drawn = masks if fresh else None
+    source = several_sources({name: cached_source(reader, drawn) for name, reader in by_name.items()})
+    if fresh:
+        return FreshMasks(train, masks), FreshMasks(validation, masks), source
+    return train, validation, source
 
 
 def online_source(

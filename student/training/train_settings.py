@@ -7,6 +7,7 @@ import pydantic
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.objective import Objective
 from ray_distill.student.objectives.objective_keys import ObjectiveKeys, objective_of
+from ray_distill.student.objectives.several_teachers import Balance, SeveralTeachers, TeacherTerm
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT
 from ray_distill.student.training.spec_augment import SpecAugment
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
@@ -66,6 +67,10 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     mask_embedding: Literal["learned", "frozen", "teacher"] = "learned"
     """Mask embedding: ``learned``, ``frozen`` at its random initial value, or ``teacher``: frozen at the teacher's, which needs
     a student of the teacher's width."""
+    balance: Annotated[Balance, CHANGES_LOSS_MEANING] = "weights"
+    """Balance of the losses of several teachers (``teachers``): ``weights`` adds them up with the teachers' weights, ``variance`` also
+    divides each by the size that follows from the variance of the teacher's targets, and ``uncertainty`` learns a log variance s for
+    each teacher, with the loss weight * (exp(-s) * loss + s)."""
     init_from: str | None = None
     """Student whose weights the training starts from: the folder of a run, an export or a checkpoint. All parts but the heads must
     have the shapes of this student's; heads with other shapes start anew. None starts from random weights."""
@@ -73,6 +78,9 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     """Whether convolutions and projection start from the teacher's, which must have the same shapes."""
     init_encoder_layers: int = pydantic.Field(default=0, ge=0)
     """Number of encoder layers, counted from the first, that start from the teacher's, with its position convolution."""
+    init_teacher: str | None = None
+    """Name of the teacher that init_front_end, init_encoder_layers and mask_embedding ``teacher`` copy from, if there are several.
+    None takes the first."""
     max_grad_norm: float | None = pydantic.Field(default=None, gt=0)
     """Gradient clipping threshold (norm). None, as published, disables clipping."""
     max_skipped_steps: Annotated[int, CHANGES_NO_RESULT] = pydantic.Field(default=10, ge=1)
@@ -160,3 +168,19 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     def chosen_objective(self) -> Objective:
         """Settings of the objective named by ``objective``."""
         return objective_of(self)
+
+
+class SeveralTeacherSettings(TrainSettings, frozen=True):
+    """Settings of a training from several teachers. Every teacher has an objective of its own."""
+
+    terms: tuple[TeacherTerm, ...]
+    """The teachers."""
+
+    @property
+    def chosen_objective(self) -> Objective:
+        """The weighted sum of the teachers' objectives."""
+        try:
+            return SeveralTeachers(terms=self.terms, balance=self.balance)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(str(first.get("ctx", {}).get("error", first["msg"]))) from error

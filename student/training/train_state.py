@@ -70,7 +70,8 @@ class TrainResult:
         best_validation_loss: Lowest validation loss.
         best_step: Optimiser steps done at the lowest validation loss.
         seconds: Wall-clock time.
-        cache_fingerprint: Fingerprint of the cache that the targets were read from; None for online targets.
+        cache_fingerprint: Fingerprint of the cache that the targets were read from, or those of several teachers by their names; None
+            for online targets.
     """
 
     steps: int
@@ -82,7 +83,7 @@ class TrainResult:
     best_validation_loss: float
     best_step: int
     seconds: float
-    cache_fingerprint: str | None = None
+    cache_fingerprint: str | dict[str, str] | None = None
 
 
 class Stateful(Protocol):

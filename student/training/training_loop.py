@@ -140,7 +140,7 @@ class _Loop:
         self.student.compile_layers = settings.compile
         # Without masks the mask embedding is unused, and DDP would wait for its gradient.
         self.student.mask_embedding.requires_grad_(train_reader.draws != 0 and settings.mask_embedding == "learned")
-        self.distiller = make_distiller(self.student, settings, train_reader).to(rank.device)
+        self.distiller = make_distiller(self.student, settings, train_reader, validation_reader).to(rank.device)
         # Ranks start from the same weights, but draw different dropout masks.
         torch.manual_seed(settings.seed * 1_000_003 + 1 + rank.index)
         self.optimizer = make_optimizer(self.distiller, settings)
@@ -242,7 +242,7 @@ class _Loop:
         seconds = dict(zip(batch.ids, (micro.num_samples / SAMPLE_RATE).tolist(), strict=True))
         self.step_batches.append(_BatchRecord(loss.total.detach(), seconds))
         if logged:
-            self.window.agreement += loss.agreement()
+            self.window.add_step(loss)
 
     def step(self, micro: MicroBatch) -> None:
         """Take an optimiser step, or skip it if a loss or gradient is not finite; the norm is the same on every rank."""
@@ -301,7 +301,7 @@ class _Loop:
         if not in_loss:
             self.count_loss(record)
         elif self.is_logged(record.step):
-            self.window.agreement.zero_()
+            self.window.forget_step()
         longest = max(seconds, key=lambda utterance: seconds[utterance])
         row = {
             "kind": "skipped",
@@ -358,7 +358,7 @@ class _Loop:
             row["gradient_norm"] = state.gradient_norm
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()
-        self.write(row | fields | {"skipped_steps": state.skipped_steps})
+        self.write(row | self.distiller.row_fields() | fields | {"skipped_steps": state.skipped_steps})
 
     def write(self, row: dict[str, Any]) -> None:
         """Write a row of metrics and pass it to ``on_row``."""

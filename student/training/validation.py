@@ -1,5 +1,6 @@
 """Loss of a batch in the training's precision, and validation over a split, also of the best constant prediction."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -9,24 +10,44 @@ from torch import Tensor, nn
 
 from ray_distill.student.model.student import Student
 from ray_distill.student.objectives.objective import DistillationLoss, Distiller
-from ray_distill.student.training.metrics import agreement_row
+from ray_distill.student.objectives.several_teachers import SeveralTeachers
+from ray_distill.student.training.metrics import agreement_fields, empty_agreement
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.frames import padding_mask
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
+from ray_distill.teacher_cache.targets.several_caches import TeacherTargets, layer_names
 from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
 
+_MEASURED = 200
+"""Maximum number of utterances from which the variance of targets is measured."""
 
-def make_distiller(student: Student, settings: TrainSettings, reader: TargetReader | None = None) -> Distiller:
+
+def make_distiller(
+    student: Student,
+    settings: TrainSettings,
+    reader: TargetReader | None = None,
+    validation: TargetReader | None = None,
+) -> Distiller:
     """Return the module with the student and the loss of the settings' objective.
 
     Args:
         student: The student.
         settings: Settings of the training.
         reader: Reader of the targets, which objectives with discrete targets need. Default None.
+        validation: Reader of the validation split, which ``balance`` variance needs. Default None.
     """
     symbols = getattr(reader, "symbols", None)
     objective = settings.chosen_objective
+    if isinstance(objective, SeveralTeachers):
+        teachers: tuple[TeacherTargets, ...] = getattr(reader, "teachers", ())
+        layouts = [teacher.symbols for teacher in teachers] or [None] * len(objective.terms)
+        sizes = None
+        if validation is not None and objective.balance == "variance":
+            sizes = loss_sizes(objective, validation, student.mask_embedding.device)
+        return objective.distiller_for(
+            student, layouts, spec_augment=settings.spec_augment, seed=settings.seed, sizes=sizes
+        )
     return objective.distiller(student, spec_augment=settings.spec_augment, seed=settings.seed, symbols=symbols)
 
 
@@ -79,7 +100,8 @@ def validate(
         constant: Whether to measure the best constant prediction too, which is the same in every validation. Default False.
 
     Returns:
-        Means per real frame, the same on every rank: ``loss`` (weighted), ``layer_NN`` (unweighted) and
+        Means per real frame, the same on every rank: ``loss`` (weighted), with several teachers ``teacher_loss_NAME`` (before it is
+        balanced, over the frames that the teacher has), ``layer_NN`` or ``layer_NAME_NN`` (unweighted) and
         ``cosine_unmasked_layer_NN`` or accuracies; with ``constant`` and the squared error also ``constant_loss`` and
         ``constant_layer_NN``, the losses of predicting the mean of the split's targets (see `TargetVariance`).
     """
@@ -93,33 +115,89 @@ def validate(
     else:
         assert settings.batch_seconds is not None
         batches = cut_by_seconds(longest_first, reader.num_samples, settings.batch_seconds)
-    losses = torch.zeros(len(reader.layers) + 1, dtype=torch.float64, device=rank.device)
-    agreement = torch.zeros(2, 2, len(reader.layers) + 1, dtype=torch.float64, device=rank.device)
-    frames = torch.zeros((), dtype=torch.float64, device=rank.device)
-    variance = TargetVariance(len(reader.layers), reader.dim, rank)
+    teachers: tuple[TeacherTargets, ...] = getattr(reader, "teachers", ())
+    losses = torch.zeros(1 + len(teachers) + len(reader.layers), dtype=torch.float64, device=rank.device)
+    agreement = empty_agreement(reader, rank.device)
+    frames = torch.zeros_like(losses)
+    variances = target_variances(reader, rank)
     for indices in batches[rank.index :: rank.world_size]:
         batch = reader.read(indices, draw).moved(rank.device)
         loss = batch_loss(distiller, batch, settings, 1.0, cosines=True)
-        losses += torch.cat([loss.total[None], loss.per_layer]).double()
+        losses += torch.cat([loss.total[None], loss.teachers(), loss.per_layer]).double()
         agreement += loss.agreement()
-        frames += batch.num_frames.sum()
+        frames += _counted_frames(batch, teachers, len(losses))
         if constant:
-            variance.add(batch.targets, batch.num_frames)
+            add_targets(variances, batch)
     distiller.train()
     rank.sum(losses)
     rank.sum(agreement)
     rank.sum(frames)
-    total, *layers = (losses / frames).tolist()
-    by_layer = {f"layer_{layer:02d}": loss for layer, loss in zip(reader.layers, layers, strict=True)}
-    row = {"loss": total} | by_layer | agreement_row(agreement, reader.layers)
+    names = layer_names(reader, reader.layers)
+    fields = ["loss", *(f"teacher_loss_{teacher.name}" for teacher in teachers), *(f"layer_{name}" for name in names)]
+    row = dict(zip(fields, (losses / frames.clamp(min=1)).tolist(), strict=True))
+    row |= agreement_fields(agreement, reader)
     if constant:
-        per_layer = variance.per_layer()
+        per_layer = torch.cat([variance.per_layer() for variance in variances])
         if (lowest := objective.constant_loss(per_layer)) is not None:
             row["constant_loss"] = lowest
-            row |= {
-                f"constant_layer_{n:02d}": value for n, value in zip(reader.layers, per_layer.tolist(), strict=True)
-            }
+            row |= {f"constant_layer_{name}": value for name, value in zip(names, per_layer.tolist(), strict=True)}
     return row
+
+
+def _counted_frames(batch: Batch, teachers: Sequence[TeacherTargets], count: int) -> Tensor:
+    """Return the numbers of real frames (count,) that the loss, each teacher's loss and each layer's loss are about."""
+    frames = batch.num_frames.sum()
+    if batch.present is None:
+        return frames.expand(count)
+    of_teachers = (batch.present * batch.num_frames[:, None]).sum(0)
+    layers = [of_teachers[k].expand(len(teacher.layers)) for k, teacher in enumerate(teachers)]
+    return torch.cat([frames[None], of_teachers, *layers])
+
+
+def target_variances(reader: TargetReader, rank: Rank) -> list["TargetVariance"]:
+    """Return an empty sum for each teacher of a reader."""
+    teachers: tuple[TeacherTargets, ...] = getattr(reader, "teachers", ())
+    shapes = [(teacher.layers, teacher.dim) for teacher in teachers] or [(reader.layers, reader.dim)]
+    return [TargetVariance(len(layers), dim, rank) for layers, dim in shapes]
+
+
+def add_targets(variances: Sequence["TargetVariance"], batch: Batch) -> None:
+    """Count the targets of each teacher in a batch, without the utterances that the teacher lacks."""
+    if batch.present is None:
+        variances[0].add(batch.targets, batch.num_frames)
+        return
+    for k, variance in enumerate(variances):
+        variance.add(batch.of_teacher(k).targets, batch.num_frames * batch.present[:, k])
+
+
+def loss_sizes(objective: SeveralTeachers, reader: TargetReader, device: torch.device) -> list[float]:
+    """Return the size of each teacher's loss for ``balance`` variance.
+
+    The variance is that of the clean targets of up to 200 utterances, at even distances over the longest-first order of the split. All
+    ranks read the same ones.
+
+    Args:
+        objective: The objective.
+        reader: Targets of the validation split.
+        device: Device on which the targets are decoded.
+
+    Raises:
+        ValueError: The targets of a teacher have no variance.
+    """
+    variances = target_variances(reader, Rank(device=device))
+    order = np.argsort(-reader.num_samples, kind="stable").tolist()
+    for index in order[:: -(-len(order) // _MEASURED)]:
+        add_targets(variances, reader.read([index], None).moved(device))
+    sizes = []
+    for term, variance in zip(objective.terms, variances, strict=True):
+        size = term.settings.target_size(variance.per_layer())
+        if not size or not math.isfinite(size):
+            raise ValueError(
+                f"train.balance variance divides by the variance of the targets, but that of teacher {term.name} is {size}; choose "
+                "weights or uncertainty"
+            )
+        sizes.append(size)
+    return sizes
 
 
 class TargetVariance:

@@ -204,8 +204,16 @@ class Store:
         """Return the free space in bytes on a local disk, or None for an object store."""
         if self.local is None:
             return None
-        existing = next(folder for folder in [self.local, *self.local.parents] if folder.exists())
-        return shutil.disk_usage(existing).free
+        return shutil.disk_usage(self._existing(self.local)).free
+
+    def disk(self) -> int:
+        """Return the number of the local disk, equal for two places on the same one. 0 for an object store."""
+        return 0 if self.local is None else self._existing(self.local).stat().st_dev
+
+    @staticmethod
+    def _existing(path: Path) -> Path:
+        """Return the nearest existing folder at or above a path."""
+        return next(folder for folder in [path, *path.parents] if folder.exists())
 
 
 def is_disk_full(error: OSError) -> bool:

@@ -24,6 +24,7 @@ class FreshMasks:
         self.num_samples, self.num_frames = reader.num_samples, reader.num_frames
         self.layers, self.dim = reader.layers, reader.dim
         self.symbols = getattr(reader, "symbols", None)
+        self.teachers = getattr(reader, "teachers", ())
         self.batches_at_once: int = getattr(reader, "batches_at_once", 1)
         self._reader, self._masks = reader, masks
 

@@ -81,6 +81,21 @@ class CodedTargets:
         return CodedTargets(self.layers, tuple((codec, function(codes)) for codec, codes in self.columns))
 
 
+@dataclass(frozen=True)
+class SeveralTargets:
+    """Encoded targets of several teachers for one batch.
+
+    Attributes:
+        parts: Targets of each teacher. Utterances that a teacher lacks have zeros as codes.
+    """
+
+    parts: tuple[CodedTargets, ...]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "SeveralTargets":
+        """Return a copy with a function applied to every tensor of codes."""
+        return SeveralTargets(tuple(part.map(function) for part in self.parts))
+
+
 @dataclass(frozen=True, repr=False)
 class CachedUtterance:
     """One utterance with its targets.
@@ -115,14 +130,21 @@ class Batch:
         num_frames: (B,) int64, number of real frames.
         coded: The targets, encoded or decoded.
         frame_mask: (B, T) bool, True at masked frames, False at padding; None for the clean pass.
+        present: (B, K) bool, whether each of K teachers has targets for the utterance; None with a single teacher.
     """
 
     ids: list[str]
     waveforms: Tensor
     lengths: Tensor
     num_frames: Tensor
-    coded: CodedTargets | Tensor
+    coded: CodedTargets | SeveralTargets | Tensor
     frame_mask: Tensor | None
+    present: Tensor | None = None
+
+    def of_teacher(self, number: int) -> "Batch":
+        """Return the batch with the targets of one of several teachers, counted from 0."""
+        assert isinstance(self.coded, SeveralTargets)
+        return replace(self, coded=self.coded.parts[number], present=None)
 
     @property
     def targets(self) -> Tensor:
@@ -131,6 +153,7 @@ class Batch:
         Values at padding are finite and meaningless. Every access decodes the targets again, unless the batch comes from
         `to`.
         """
+        assert not isinstance(self.coded, SeveralTargets), "several teachers have targets each; see `of_teacher`"
         return self.coded if isinstance(self.coded, Tensor) else self.coded.decode()
 
     @property
@@ -140,11 +163,14 @@ class Batch:
             raise ValueError(
                 "the targets are decoded features, not symbols; read them from a cache of codec units:K or mvq:N"
             )
+        assert not isinstance(self.coded, SeveralTargets), "several teachers have symbols each; see `of_teacher`"
         return self.coded.symbols()
 
     def __repr__(self) -> str:
+        parts = self.coded.parts if isinstance(self.coded, SeveralTargets) else (self.coded,)
         return (
-            f"Batch({len(self.ids)} utterances, waveforms={tuple(self.waveforms.shape)}, targets={tuple(self.coded.shape)}, "
+            f"Batch({len(self.ids)} utterances, waveforms={tuple(self.waveforms.shape)}, "
+            f"targets={' and '.join(str(tuple(part.shape)) for part in parts)}, "
             f"frame_mask={_masked_share(self.frame_mask, int(self.num_frames.sum()))}, device={str(self.waveforms.device)!r})"
         )
 
@@ -174,6 +200,7 @@ class Batch:
             lengths=function(self.lengths),
             num_frames=function(self.num_frames),
             frame_mask=None if self.frame_mask is None else function(self.frame_mask),
+            present=None if self.present is None else function(self.present),
         )
 
 

@@ -128,7 +128,7 @@ CHANGES_RESULT = {
     "cache": "targets",
     "train": "targets epochs max_steps batch_size batch_seconds crop_seconds accumulate workers use_gpu precision learning_rate "
     "optimizer warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding init_from init_front_end "
-    "init_encoder_layers "
+    "init_encoder_layers init_teacher "
     "unit_dim codebook_hidden "
     "max_grad_norm compile ema_decay draw_order validate_every log_every seed",
 }
@@ -156,6 +156,7 @@ def test_the_effects_of_every_key_are_decided() -> None:
             "train.unmasked_weight",
         ),
         *("train.unit_temperature", "train.codebooks", "train.parts", "train.objective_options"),
+        *("teachers", "train.balance"),
     }
     shared = [f"cache.{name}" for name in CacheSection.model_fields if name != "targets"]
     assert keys_with(Config, SAME_IN_ABLATION) == ["name", "runs", "corpus", "teacher.checkpoint", *shared]

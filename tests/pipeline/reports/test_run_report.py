@@ -139,7 +139,7 @@ def test_the_loss_is_compared_with_the_best_constant_prediction(tmp_path: Path) 
     )
     explained = explained_variance(metrics)
     assert explained is not None and explained.constant_loss == 4.4
-    assert explained.share == {1: 0.75, 2: 0.75}
+    assert explained.share == {"1": 0.75, "2": 0.75}
     page = write(tmp_path, metrics)
     assert "<b>75.0%</b><span>of the variance of layer 2 explained at the last validation" in page
     assert "variance explained</th>" in page and "<td>0.750</td>" in page

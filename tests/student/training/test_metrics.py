@@ -24,7 +24,7 @@ Readers = tuple[CacheReader, CacheReader]
 
 def test_cosines_are_named_by_layer_and_kind_of_frame() -> None:
     sums = torch.tensor([[1.0, 3.0, 4.0], [5.0, -10.0, 10.0]])
-    assert agreement_row(torch.stack([sums, torch.zeros(2, 3)]), (4, 7)) == {
+    assert agreement_row(torch.stack([sums, torch.zeros(2, 3)]), ("04", "07")) == {
         "cosine_masked_layer_04": 0.25,
         "cosine_masked_layer_07": 0.75,
         "cosine_unmasked_layer_04": 0.5,
@@ -34,7 +34,7 @@ def test_cosines_are_named_by_layer_and_kind_of_frame() -> None:
 
 def test_a_kind_of_frame_that_did_not_occur_has_no_cosine() -> None:
     sums = torch.tensor([[[0.0, 0.0], [-3.0, 3.0]], [[1.0, 2.0], [0.0, 0.0]]])
-    assert agreement_row(sums, (1,)) == {"cosine_unmasked_layer_01": -1.0, "accuracy_masked_layer_01": 0.5}
+    assert agreement_row(sums, ("01",)) == {"cosine_unmasked_layer_01": -1.0, "accuracy_masked_layer_01": 0.5}
 
 
 def test_rows_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 if TYPE_CHECKING:
     import pydantic  # The commands import this module for their recipes, and are to start fast.
@@ -65,11 +65,15 @@ def unknown_key(location: Sequence[int | str], model: "type[pydantic.BaseModel]"
         prefix: Dotted prefix of the model's keys, with its final dot, or an empty string.
     """
     owner: Any = model
+    choices: list[Any] = []
     for part in location[:-1]:
         if isinstance(part, int) or part not in owner.model_fields:  # An index, or the name of a choice between types.
+            named = [k for k in choices if part in (field.default for field in k.model_fields.values())]
+            owner = named[0] if named and isinstance(part, str) else owner
             continue
         kind = owner.model_fields[part].annotation
-        owner = next((k for k in (kind, *_parts_of(kind)) if hasattr(k, "model_fields")), owner)
+        choices = [k for k in (kind, *_parts_of(kind)) if hasattr(k, "model_fields")]
+        owner = choices[0] if choices else owner
     name, section = str(location[-1]), prefix + "".join(f"{part}." for part in location[:-1])
     found = [f"{section}{key}" for key in nearest(name, owner.model_fields)]
     found = found or [key for key in _all_keys(model, prefix) if key.rpartition(".")[2] == name]
@@ -88,9 +92,11 @@ def wrong_word(message: str, value: Any) -> str:
 
 
 def _all_keys(model: "type[pydantic.BaseModel]", prefix: str) -> Iterator[str]:
-    """Yield the dotted keys of a model and of the sections in it."""
+    """Yield the dotted keys of a model and of the sections in it. Sections in a list have no dotted keys."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
+        if get_origin(field.annotation) in (list, tuple):
+            continue
         for kind in (field.annotation, *_parts_of(field.annotation)):
             if hasattr(kind, "model_fields"):
                 yield from _all_keys(kind, f"{prefix}{name}.")

@@ -1,0 +1,53 @@
+"""The errors of a configuration's validation, in sentences for the user."""
+
+import pydantic
+from pydantic_core import ErrorDetails
+
+from ray_distill.pipeline.composition.suggestions import unknown_key, wrong_word
+
+
+def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str) -> str:
+    """Describe each validation error: its key, what is wrong, and the nearest known key or word.
+
+    Args:
+        error: Errors of pydantic.
+        model: Model that was validated.
+        prefix: Dotted prefix of the model's keys, with its final dot, or an empty string.
+    """
+    sentences = []
+    for item in _without_alternatives(error.errors()):
+        location = [str(part) for part in item["loc"]]
+        key = prefix + ".".join(location)
+        if item["type"] == "extra_forbidden":
+            sentences.append(f"{key}: unknown key; {unknown_key(item['loc'], model, prefix)}")
+        elif item["type"] == "missing":
+            sentences.append(f"{key}: missing; this key is required")
+        elif item["type"] == "literal_error":
+            sentences.append(f"{key}: {wrong_word(item['msg'], item['input'])}")
+        elif item["type"] == "union_tag_invalid":
+            context = item["ctx"]
+            sentences.append(f"{key}: {wrong_word('Input should be ' + context['expected_tags'], context['tag'])}")
+        elif item["type"] == "value_error":
+            reason = str(item["ctx"]["error"])
+            sentences.append(
+                f"{key}: {reason}" if location else f"{prefix.rstrip('.')}: {reason}" if prefix else reason
+            )
+        else:
+            sentences.append(f"{key}: {item['msg']} (got {item['input']!r})")
+    return "; ".join(sentences)
+
+
+def _without_alternatives(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Return the errors without those of the other types that a mistyped word could have had.
+
+    Where a key takes some words or another type, pydantic reports an error for each, and names the type in the location.
+    """
+    kept: list[ErrorDetails] = []
+    words = [item for item in errors if item["type"] == "literal_error" and isinstance(item["input"], str)]
+    for item in errors:
+        same = [word for word in words if word["loc"][:-1] == item["loc"][:-1] and word["input"] == item["input"]]
+        if item in words and str(item["loc"][-1]).startswith("literal["):
+            kept.append(ErrorDetails(**{**item, "loc": item["loc"][:-1]}))
+        elif item in words or not any(str(word["loc"][-1]).startswith("literal[") for word in same):
+            kept.append(item)
+    return kept

@@ -1,0 +1,53 @@
+"""The list ``teachers`` of a configuration before it is checked: each entry gets a whole cache section."""
+
+from typing import Any
+
+from ray_distill.pipeline.composition.config_tree import default_cache
+
+
+def with_teacher_entries(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections of a configuration of several teachers, with what each takes from the run written out.
+
+    An entry's ``cache`` has the keys of the run's section ``cache`` where it gives no other; its path is that of `default_cache`
+    if it gives none. A text as ``cache`` is its path, and a text as ``objective`` the objective's name. The sections ``teacher`` and
+    ``cache`` become those of the first teacher.
+
+    Args:
+        tree: Sections with ``teachers``.
+
+    Raises:
+        ValueError: The configuration has both ``teacher`` and ``teachers``, or ``teachers`` is no list of tables, or the run's section
+            ``cache`` has a path.
+    """
+    entries, common = tree["teachers"], tree.get("cache", {})
+    if tree.get("teacher") is not None:
+        raise ValueError(
+            "teacher and teachers are both given; put the teacher into the list teachers, and remove teacher"
+        )
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("teachers: give a list with one table for each teacher, with name and checkpoint")
+    if not isinstance(common, dict) or "path" in common:
+        raise ValueError(
+            "cache.path: each of several teachers has a cache of its own; give cache.path in the entries of teachers"
+        )
+    filled = [_filled(entry, common, tree) for entry in entries]
+    first = filled[0]
+    teacher = {key: first[key] for key in ("checkpoint", "layers") if key in first}
+    cache = first["cache"] if isinstance(first["cache"], dict) else {}
+    path = {"path": cache["path"]} if "path" in cache else {}
+    return tree | {"teachers": filled, "teacher": teacher, "cache": common | path}
+
+
+def _filled(entry: dict[str, Any], common: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry with its whole cache section."""
+    cache, corpus, objective = entry.get("cache", {}), tree.get("corpus"), entry.get("objective")
+    if isinstance(cache, str):
+        cache = {"path": cache}
+    if isinstance(cache, dict):
+        cache = common | cache
+        if "path" not in cache:
+            complete = "checkpoint" in entry and isinstance(corpus, dict) and corpus.get("path")
+            # Without its teacher or its corpus the configuration is refused for that alone.
+            cache["path"] = default_cache({"teacher": entry, "corpus": corpus}) if complete else "caches"
+    named = {"objective": {"objective": objective}} if isinstance(objective, str) else {}
+    return entry | {"cache": cache} | named

@@ -1,0 +1,330 @@
+"""Weighted sums of the losses of several teachers, each with an objective and targets of its own.
+
+Every teacher's loss is that of its objective alone, divided by the frames of the optimiser step. An utterance that a teacher lacks
+adds nothing to its loss. How the losses are balanced:
+
+- ``weights``: the sum of weight * loss.
+- ``variance``: weight * loss / size, where the size follows from the variance of the teacher's targets (`Objective.target_size`).
+- ``uncertainty``: weight * (exp(-s) * loss + s) with a learnt s for each teacher, the log variance of its error (Kendall et al.,
+  arXiv 1705.07115), which begins at 0. The minimum over s is at the log of the loss.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self, cast
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from ray_distill.student.model.student import Student
+from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.objectives.codebook_prediction import CodebookPrediction
+from ray_distill.student.objectives.layer_prediction import LayerDistiller, LayerPrediction
+from ray_distill.student.objectives.masked_prediction import MaskedPrediction
+from ray_distill.student.objectives.objective import DistillationLoss, Distiller, Encoded, Objective, Targets
+from ray_distill.student.objectives.teacher_heads import TeacherHeads
+from ray_distill.student.objectives.temporal_relation import TemporalRelation
+from ray_distill.student.objectives.unit_prediction import UnitPrediction
+from ray_distill.student.training.spec_augment import SpecAugment
+from ray_distill.teacher_cache.targets.target_batch import Batch, SymbolLayout
+
+Balance = Literal["weights", "variance", "uncertainty"]
+"""How the losses of several teachers are balanced."""
+
+TeacherObjective = Annotated[
+    LayerPrediction | TemporalRelation | UnitPrediction | CodebookPrediction, pydantic.Field(discriminator="objective")
+]
+"""Settings of the objective of one of several teachers."""
+
+
+class TeacherTerm(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """The part of one teacher in the loss."""
+
+    name: str
+    """Name of the teacher."""
+    settings: TeacherObjective
+    """Its objective."""
+    weight: float = pydantic.Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Weight of its loss."""
+    start_step: int = pydantic.Field(default=0, ge=0)
+    """First optimiser step, counted from 0, at which it takes part."""
+    stop_step: int | None = pydantic.Field(default=None, ge=1)
+    """First optimiser step at which it takes no more part. None for the end of the training."""
+    num_layers: int
+    """Number of its layers."""
+    dim: int
+    """Its width."""
+
+    def counts_at(self, step: int) -> bool:
+        """Return whether the teacher takes part in a 0-based optimiser step."""
+        return self.start_step <= step and (self.stop_step is None or step < self.stop_step)
+
+
+class SeveralTeachers(Objective, frozen=True):
+    """A weighted sum of the losses of several teachers."""
+
+    objective: Literal["several_teachers"] = "several_teachers"
+    terms: tuple[TeacherTerm, ...]
+    """The teachers."""
+    balance: Balance = "weights"
+    """How their losses are balanced."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_terms(self) -> Self:
+        if not any(term.weight > 0 and term.counts_at(0) for term in self.terms):
+            raise ValueError(
+                "teachers: no teacher takes part in the first step; give one of them a positive weight and start_step 0"
+            )
+        for term in self.terms:
+            if term.stop_step is not None and term.stop_step <= term.start_step:
+                raise ValueError(
+                    f"teachers.{term.name}: stop_step {term.stop_step} is not after start_step {term.start_step}, so the teacher "
+                    "would never take part; give a larger stop_step"
+                )
+            if self.balance == "variance" and not isinstance(term.settings, LayerPrediction):
+                raise ValueError(
+                    f"train.balance variance divides by the variance of features, but teacher {term.name} has the objective "
+                    f"{term.settings.objective}; choose weights or uncertainty"
+                )
+        return self
+
+    @property
+    def owner(self) -> int:
+        """Number of the teacher that the student's own heads predict: the first whose objective uses heads, or else the first."""
+        return next((k for k, term in enumerate(self.terms) if term.settings.uses_heads), 0)
+
+    @property
+    def uses_heads(self) -> bool:  # type: ignore[override]
+        """See `Objective.uses_heads`."""
+        return any(term.settings.uses_heads for term in self.terms)
+
+    @property
+    def validates_masked(self) -> bool:  # type: ignore[override]
+        """See `Objective.validates_masked`."""
+        return any(term.settings.validates_masked for term in self.terms)
+
+    def check_student(self, config: StudentConfig) -> None:
+        """See `Objective.check_student`."""
+        headless = config.model_copy(update={"heads": "none"})
+        for term in self.terms:
+            of_term = config.model_copy(update={"split_heads": term.num_layers}) if config.heads == "split" else config
+            no_heads = self.uses_heads and isinstance(term.settings, MaskedPrediction)
+            try:
+                term.settings.check_student(headless if no_heads else of_term)
+            except ValueError as error:
+                raise ValueError(f"teachers.{term.name}: {error}") from error
+        with_heads = sum(term.settings.uses_heads for term in self.terms)
+        if with_heads > 1 and config.heads == "split" and config.time_reduction is not None:
+            raise ValueError(
+                "teachers: split heads of several teachers do not go with student.time_reduction; set student.heads to layerwise, or "
+                "remove student.time_reduction"
+            )
+
+    def check_targets(self, config: StudentConfig, num_layers: int, dim: int) -> None:
+        """See `Objective.check_targets`. The numbers of layers and the widths of the teachers are those of the terms."""
+        for k, term in enumerate(self.terms):
+            if isinstance(term.settings, MaskedPrediction):
+                continue
+            if k == self.owner:
+                term.settings.check_targets(config, term.num_layers, term.dim)
+            elif config.heads != "split" and term.num_layers != config.encoder_layers:
+                raise ValueError(
+                    f"teachers.{term.name}: the student has {config.encoder_layers} layers, but it is to learn {term.num_layers} of "
+                    "this teacher, one with each; choose as many with its key layers, or set student.heads to split"
+                )
+
+    def targets_of(self, batch: Batch) -> Targets:
+        """See `Objective.targets_of`."""
+        assert batch.present is not None
+        of_terms = (term.settings.targets_of(batch.of_teacher(k)) for k, term in enumerate(self.terms))
+        return (*(cast(Tensor, targets) for targets in of_terms), batch.present)
+
+    def constant_loss(self, variance: Tensor) -> float | None:
+        """See `Objective.constant_loss`; ``variance`` has the layers of all teachers, one after another."""
+        if self.balance != "weights":
+            return None
+        parts = variance.split_with_sizes([term.num_layers for term in self.terms])
+        losses = [term.settings.constant_loss(part) for term, part in zip(self.terms, parts, strict=True)]
+        if any(loss is None for loss in losses):
+            return None
+        return sum(term.weight * cast(float, loss) for term, loss in zip(self.terms, losses, strict=True))
+
+    def distiller(
+        self, student: Student, *, spec_augment: SpecAugment | None, seed: int, symbols: SymbolLayout | None = None
+    ) -> "SeveralDistiller":
+        """See `Objective.distiller`, for teachers without discrete targets."""
+        return self.distiller_for(student, [symbols] * len(self.terms), spec_augment=spec_augment, seed=seed)
+
+    def distiller_for(
+        self,
+        student: Student,
+        symbols: Sequence[SymbolLayout | None],
+        *,
+        spec_augment: SpecAugment | None,
+        seed: int,
+        sizes: Sequence[float] | None = None,
+    ) -> "SeveralDistiller":
+        """Return the module with student and loss.
+
+        Args:
+            student, spec_augment, seed: As for `Objective.distiller`.
+            symbols: Layout of each teacher's discrete targets; None for features.
+            sizes: Size of each teacher's loss, with ``balance`` variance. Default None: 1 for all.
+        """
+        made = []
+        for k, (term, layout) in enumerate(zip(self.terms, symbols, strict=True)):
+            part = term.settings.distiller(student, spec_augment=None, seed=seed, symbols=layout)
+            if isinstance(part, LayerDistiller) and k != self.owner:
+                part.use_heads(TeacherHeads(student.config, term.num_layers, term.dim))
+            made.append(part)
+        return SeveralDistiller(student, self.terms, made, LossBalance(self.balance, len(made), sizes), spec_augment)
+
+
+@dataclass
+class SeveralLoss(DistillationLoss):
+    """The losses of several teachers. ``per_layer`` has the layers of all teachers, one after another.
+
+    ``hint`` and ``final`` are the sums of the teachers' ones times their weights, before the losses are balanced.
+
+    Attributes:
+        parts: Loss of each teacher, before it is weighted.
+    """
+
+    parts: tuple[DistillationLoss, ...] = ()
+
+    def agreement(self) -> Tensor:
+        """Return those of the teachers (2, 2, sum of L + 1), one after another."""
+        return torch.cat([part.agreement() for part in self.parts], -1)
+
+    def teachers(self) -> Tensor:
+        """See `DistillationLoss.teachers`."""
+        return torch.stack([part.total.detach() for part in self.parts])
+
+
+class LossBalance(nn.Module):
+    """The factor of each teacher's loss; see this file's docstring.
+
+    Args:
+        kind: How the losses are balanced.
+        count: Number of teachers.
+        sizes: Sizes of the losses for ``variance``. Default None: 1 for all, to be replaced by those of a checkpoint.
+
+    Attributes:
+        kind: How the losses are balanced.
+        sizes: (K,) float32, stored in checkpoints; None unless ``kind`` is ``variance``.
+        log_variance_bias: (K,) float32 parameter; None unless ``kind`` is ``uncertainty``. By its name it has no weight decay.
+    """
+
+    def __init__(self, kind: Balance, count: int, sizes: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.kind = kind
+        self.sizes: Tensor | None
+        given = torch.tensor(sizes or [1.0] * count, dtype=torch.float32) if kind == "variance" else None
+        self.register_buffer("sizes", given)
+        self.log_variance_bias = nn.Parameter(torch.zeros(count)) if kind == "uncertainty" else None
+
+    def factors(self, count: int) -> list[float]:
+        """Return the current factor of each teacher's loss, without its weight."""
+        if self.log_variance_bias is not None:
+            return [math.exp(-value) for value in self.log_variance_bias.tolist()]
+        return [1.0] * count if self.sizes is None else [1 / size for size in self.sizes.tolist()]
+
+    def forward(self, teacher: int, loss: Tensor, share: Tensor) -> Tensor:
+        """Return the balanced loss of a teacher.
+
+        Args:
+            teacher: Number of the teacher.
+            loss: () float.
+            share: () float, share of the optimiser step's frames that the loss is about. The shares of a step's batches add up to
+                at most 1.
+        """
+        if self.log_variance_bias is not None:
+            log_variance = self.log_variance_bias[teacher]
+            return (-log_variance).exp() * loss + log_variance * share
+        return loss if self.sizes is None else loss / self.sizes[teacher]
+
+
+class SeveralDistiller(Distiller):
+    """A student and the losses of several teachers, from one forward pass of the student.
+
+    A teacher that takes no part in a step has the weight 0, but is computed, because DDP waits for the gradient of each of its
+    parameters. Validation always counts all teachers.
+
+    Args:
+        student: The student.
+        terms: The teachers.
+        parts: Distiller of each teacher, with this student.
+        balance: Balance of the losses.
+        spec_augment: Augmentation of the student's features in training mode. None disables it.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        terms: Sequence[TeacherTerm],
+        parts: Sequence[Distiller],
+        balance: LossBalance,
+        spec_augment: SpecAugment | None,
+    ) -> None:
+        super().__init__(student, spec_augment=spec_augment)
+        self.terms = tuple(terms)
+        # Not a ModuleList, in which the student would appear once more for each teacher.
+        self.parts = tuple(parts)
+        self.predictors.extend([*(part.predictors for part in parts), balance])
+        self._step = 0
+
+    @property
+    def balance(self) -> LossBalance:
+        """Balance of the losses."""
+        return cast(LossBalance, self.predictors[-1])
+
+    def set_progress(self, epoch: int, step: int) -> None:
+        """See `Distiller.set_progress`."""
+        self._step = step
+        for part in self.parts:
+            part.set_progress(epoch, step)
+
+    def with_student(self, student: Student) -> Self:
+        """See `Distiller.with_student`."""
+        other = super().with_student(student)
+        other.parts = tuple(part.with_student(student) for part in self.parts)
+        return other
+
+    def weights(self) -> list[float]:
+        """Return the weight of each teacher in the current step of a training, or in a validation."""
+        return [term.weight if not self.training or term.counts_at(self._step) else 0.0 for term in self.terms]
+
+    def row_fields(self) -> dict[str, float]:
+        """Return the factor of each teacher's loss as ``teacher_weight_NAME``."""
+        factors = self.balance.factors(len(self.terms))
+        return {
+            f"teacher_weight_{term.name}": weight * factor
+            for term, weight, factor in zip(self.terms, self.weights(), factors, strict=True)
+        }
+
+    def loss(
+        self,
+        encoded: Encoded,
+        frame_mask: Tensor | None,
+        targets: Targets,
+        divisor: float | Tensor,
+        *,
+        cosines: bool = False,
+    ) -> SeveralLoss:
+        """See `Distiller.loss`; targets are a tuple with those of each teacher, and then (B, K) bool as `Batch.present`."""
+        *wanted, present = targets
+        found, balanced = [], []
+        for k, (part, weight) in enumerate(zip(self.parts, self.weights(), strict=True)):
+            lacking = ~present[:, k]
+            seen = encoded._replace(padded=encoded.padded | lacking[:, None])
+            loss = part.loss(seen, frame_mask, wanted[k], divisor, cosines=cosines)
+            share = encoded.num_frames.masked_fill(lacking, 0).sum() / divisor
+            found.append(loss)
+            balanced.append(self.balance(k, loss.total, share) * weight)
+        total = sum(balanced[1:], start=balanced[0])
+        pairs = list(zip(found, self.terms, strict=True))
+        hint = torch.stack([loss.hint * term.weight for loss, term in pairs]).sum()
+        final = torch.stack([loss.final * term.weight for loss, term in pairs]).sum()
+        return SeveralLoss(total, hint, final, torch.cat([loss.per_layer for loss in found]), parts=tuple(found))

@@ -1,0 +1,267 @@
+"""Training from the caches of several teachers: losses, missing utterances, refusals and resuming."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ray_distill.student import Student, StudentConfig
+from ray_distill.student.objectives.several_teachers import SeveralDistiller, SeveralLoss
+from ray_distill.student.objectives.teacher_heads import TeacherHeads
+from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.target_source import TeacherCache, several_readers
+from ray_distill.student.training.train_settings import SeveralTeacherSettings, TrainSettings
+from ray_distill.student.training.training_loop import train
+from ray_distill.student.training.validation import batch_loss, make_distiller, validate
+from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
+from ray_distill.teacher_cache.targets.target_batch import SeveralTargets
+
+from ..conftest import MASKS
+
+OTHER = "random:2x48"
+"""A second teacher, of another width."""
+
+Make = Callable[..., CacheSpec]
+Readers = tuple[SeveralCaches, SeveralCaches]
+
+
+def term(name: str, dim: int = 32, objective: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
+    return {"name": name, "settings": objective or {"objective": "prediction"}, "num_layers": 2, "dim": dim} | keys
+
+
+@pytest.fixture
+def several(settings: Callable[..., TrainSettings]) -> Callable[..., SeveralTeacherSettings]:
+    """Makes settings for the teachers ``a`` (32 wide) and ``b`` (48 wide)."""
+
+    def make(*terms: dict[str, Any], **changes: Any) -> SeveralTeacherSettings:
+        chosen = terms or (term("a", weight=0.5), term("b", 48, weight=2.0))
+        return SeveralTeacherSettings.model_validate(settings(**changes).model_dump() | {"terms": chosen})
+
+    return make
+
+
+@pytest.fixture
+def caches(tmp_path: Path, make_cache: Make) -> tuple[Path, Path]:
+    """Caches of the two teachers with the same masks and corpus."""
+    make_cache(tmp_path / "a", masks=MASKS)
+    make_cache(tmp_path / "b", OTHER, masks=MASKS, codec="fp16", shard_seconds=3)
+    return tmp_path / "a", tmp_path / "b"
+
+
+def open_both(*caches: Path, **options: Any) -> Readers:
+    found = [TeacherCache(cache.name, str(cache), (1, 2), "clean_and_masked") for cache in caches]
+    train_reader, validation, _ = several_readers(found, MASKS, fresh=False)
+    assert isinstance(train_reader, SeveralCaches) and isinstance(validation, SeveralCaches)
+    return train_reader, validation
+
+
+def test_a_batch_has_each_teachers_targets(caches: tuple[Path, Path]) -> None:
+    both, _ = open_both(*caches)
+    assert len(both) == 9 and both.layers == (1, 2, 1, 2)
+    singles = [CacheReader(cache, "train") for cache in caches]
+    batch = both.read([4, 0, 7], 0)
+    assert isinstance(batch.coded, SeveralTargets) and batch.present is not None and bool(batch.present.all())
+    for k, single in enumerate(singles):
+        alone = single.read([single.ids.index(name) for name in batch.ids], 0)
+        for one, other in ((alone.waveforms, batch.waveforms), (alone.frame_mask, batch.frame_mask)):
+            assert one is not None and other is not None and torch.equal(one, other)
+        assert torch.equal(batch.of_teacher(k).targets, alone.targets)
+    assert both.bytes_read > 0
+
+
+def test_the_loss_is_the_sum_of_the_teachers_losses(
+    caches: tuple[Path, Path],
+    still: StudentConfig,
+    settings: Callable[..., TrainSettings],
+    several: Callable[..., SeveralTeacherSettings],
+) -> None:
+    both, _ = open_both(*caches)
+    singles = [CacheReader(cache, "train") for cache in caches]
+    batch = both.read([0, 3, 5], 0)
+    together = several(count_padding=False)
+    distiller = make_distiller(Student(still), together, both)
+    found = batch_loss(distiller, batch, together, 200.0, cosines=True)
+    assert isinstance(distiller, SeveralDistiller) and isinstance(found, SeveralLoss)
+    losses = []
+    for k, single in enumerate(singles):
+        student = Student(still.model_copy(update={"target_dim": single.dim}))
+        weights = distiller.student.state_dict()
+        if k == 1:
+            heads = distiller.parts[1].predictors[0]
+            assert isinstance(heads, TeacherHeads)
+            weights |= heads.state_dict()
+        student.load_state_dict(weights)
+        alone = single.read([single.ids.index(name) for name in batch.ids], 0)
+        losses.append(batch_loss(make_distiller(student, settings(), single), alone, settings(), 200.0, cosines=True))
+    assert found.total.item() == (0.5 * losses[0].total + 2.0 * losses[1].total).item()
+    assert found.teachers().tolist() == [loss.total.item() for loss in losses]
+    assert torch.equal(found.per_layer, torch.cat([loss.per_layer for loss in losses]))
+    assert torch.equal(found.agreement(), torch.cat([loss.agreement() for loss in losses], -1))
+
+
+def test_an_utterance_that_a_teacher_lacks_is_left_out_for_it_only(
+    tmp_path: Path,
+    make_cache: Make,
+    source_utterances: list[Any],
+    still: StudentConfig,
+    several: Callable[..., SeveralTeacherSettings],
+) -> None:
+    make_cache(tmp_path / "a", masks=MASKS)
+    make_cache(tmp_path / "whole" / "b", OTHER, masks=MASKS)
+    lost = next(utterance for utterance in source_utterances if utterance.split == "train")
+    Path(lost.path).write_bytes(b"this is not audio")
+    make_cache(tmp_path / "b", OTHER, masks=MASKS)
+    whole, _ = open_both(tmp_path / "a", tmp_path / "whole" / "b")
+    lacking, validation = open_both(tmp_path / "a", tmp_path / "b")
+    assert lacking.ids == whole.ids, "the order of the others does not change"
+    assert validation.read([0], None).present is not None
+    indices = [lacking.ids.index(lost.id), 1, 5]
+    batch = lacking.read(indices, 0)
+    assert batch.present is not None and batch.present.tolist() == [[True, False], [True, True], [True, True]]
+    chosen = several()
+    distiller = make_distiller(Student(still), chosen, lacking).train()
+    # Whatever stands in the place of the missing targets must not count.
+    assert isinstance(batch.coded, SeveralTargets)
+    columns = batch.coded.parts[1].columns
+    for _, codes in columns:
+        codes[0] = 255  # NaN as float32
+    found = batch_loss(distiller, batch, chosen, 200.0, cosines=True)
+    found.total.backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in distiller.parameters())
+    expected = batch_loss(distiller, whole.read(indices, 0), chosen, 200.0, cosines=True)
+    assert isinstance(found, SeveralLoss) and isinstance(expected, SeveralLoss)
+    assert found.parts[0].total.item() == expected.parts[0].total.item()
+    assert torch.equal(found.parts[0].agreement(), expected.parts[0].agreement())
+    rest = batch_loss(distiller, whole.read(indices[1:], 0), chosen, 200.0)
+    assert found.parts[1].total.item() == pytest.approx(rest.parts[1].total.item(), rel=1e-6)  # type: ignore[attr-defined]
+    only = batch_loss(distiller, lacking.read(indices[:1], 0), chosen, 200.0)
+    assert only.parts[1].total.item() == 0 and only.total.isfinite()  # type: ignore[attr-defined]
+
+
+def test_a_validation_counts_the_frames_that_a_teacher_has(
+    caches: tuple[Path, Path], still: StudentConfig, several: Callable[..., SeveralTeacherSettings]
+) -> None:
+    _, validation = open_both(*caches)
+    chosen = several()
+    distiller = make_distiller(Student(still), chosen, validation)
+    whole = validate(distiller, validation, chosen, Rank(), constant=True)
+    assert whole["loss"] == pytest.approx(0.5 * whole["teacher_loss_a"] + 2 * whole["teacher_loss_b"])
+    assert whole["teacher_loss_b"] == pytest.approx(0.1 * whole["layer_b_01"] + whole["layer_b_02"])
+    assert {"cosine_unmasked_layer_a_01", "constant_layer_b_02"} < whole.keys()
+    last = int(validation.num_samples.argmin())
+    validation._rows[last, 1] = -1
+    part = validate(distiller, validation, chosen, Rank(), constant=True)
+    assert (
+        part["teacher_loss_a"] == whole["teacher_loss_a"]
+        and part["constant_layer_a_01"] == whole["constant_layer_a_01"]
+    )
+    frames = validation.num_frames
+    one = batch_loss(distiller.eval(), validation.read([last], None), chosen, 1.0)
+    assert part["teacher_loss_b"] > 0 and one.parts[1].total.item() == 0  # type: ignore[attr-defined]
+    ratio = part["teacher_loss_b"] / whole["teacher_loss_b"]
+    assert ratio == pytest.approx(1, abs=0.2) and ratio != frames.sum() / (frames.sum() - frames[last])
+
+
+@pytest.mark.parametrize("balance", ["variance", "uncertainty"])
+def test_balances(
+    caches: tuple[Path, Path], still: StudentConfig, several: Callable[..., SeveralTeacherSettings], balance: str
+) -> None:
+    both, validation = open_both(*caches)
+    chosen = several(balance=balance)
+    distiller = make_distiller(Student(still), chosen, both, validation)
+    assert isinstance(distiller, SeveralDistiller)
+    batch = both.read([0, 3, 5], 0)
+    frames = float(batch.num_frames.sum())
+    loss = batch_loss(distiller, batch, chosen)
+    a, b = loss.teachers().tolist()
+    if balance == "variance":
+        plain = validate(distiller, validation, chosen, Rank())
+        constants = validate(
+            make_distiller(Student(still), several(), both), validation, several(), Rank(), constant=True
+        )
+        sizes = [0.1 * constants[f"constant_layer_{name}_01"] + constants[f"constant_layer_{name}_02"] for name in "ab"]
+        assert loss.total.item() == pytest.approx(0.5 * a / sizes[0] + 2 * b / sizes[1])
+        assert plain["loss"] == pytest.approx(
+            0.5 * plain["teacher_loss_a"] / sizes[0] + 2 * plain["teacher_loss_b"] / sizes[1]
+        )
+        return
+    bias = distiller.balance.log_variance_bias
+    assert bias is not None
+    with torch.no_grad():
+        bias.copy_(torch.tensor([0.3, -0.2]))
+    expected = 0.5 * (np.exp(-0.3) * a + 0.3) + 2 * (np.exp(0.2) * b - 0.2)
+    assert batch_loss(distiller, batch, chosen).total.item() == pytest.approx(expected, rel=1e-5)
+    halves = [both.read(rows, 0) for rows in ([0, 3], [5])]
+    parts = [batch_loss(distiller, half, chosen, frames).total.item() for half in halves]
+    assert sum(parts) == pytest.approx(expected, rel=1e-5), "the log variances count once in a step"
+    assert distiller.row_fields() == pytest.approx(
+        {"teacher_weight_a": 0.5 * np.exp(-0.3), "teacher_weight_b": 2 * np.exp(0.2)}
+    )
+
+
+def test_a_teacher_takes_part_between_its_steps(
+    caches: tuple[Path, Path], still: StudentConfig, several: Callable[..., SeveralTeacherSettings]
+) -> None:
+    both, _ = open_both(*caches)
+    chosen = several(term("a"), term("b", 48, start_step=2, stop_step=4))
+    distiller = make_distiller(Student(still), chosen, both).train()
+    assert isinstance(distiller, SeveralDistiller)
+    weights = []
+    for step in range(5):
+        distiller.set_progress(0, step)
+        weights.append(distiller.weights()[1])
+    assert weights == [0, 0, 1, 1, 0]
+    assert distiller.eval().weights() == [1, 1], "a validation counts all teachers"
+
+
+def test_a_resumed_training_is_bit_equal(
+    tmp_path: Path,
+    caches: tuple[Path, Path],
+    tiny: StudentConfig,
+    several: Callable[..., SeveralTeacherSettings],
+    rows: Callable[..., list[dict[str, Any]]],
+    assert_same_end: Callable[[Path, Path], None],
+) -> None:
+    chosen = several(
+        term("a"), term("b", 48, start_step=2), balance="uncertainty", max_steps=6, validate_every=3, ema_decay=0.9
+    )
+    train(tiny, chosen, *open_both(*caches), tmp_path / "whole")
+    train(tiny, chosen.model_copy(update={"max_steps": 6}), *open_both(*caches), tmp_path / "other")
+    assert_same_end(tmp_path / "whole", tmp_path / "other")
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["step"] == 3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(tiny, chosen, *open_both(*caches), tmp_path / "run", on_validation=stop)
+    train(tiny, chosen, *open_both(*caches), tmp_path / "run")
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    mine, theirs = (
+        [{k: v for k, v in row.items() if "loss" in k or "weight" in k} for row in rows(tmp_path / name)]
+        for name in ("run", "whole")
+    )
+    assert mine == theirs and {"teacher_loss_a", "teacher_loss_b", "teacher_weight_a"} < mine[0].keys()
+    assert [row["teacher_weight_b"] > 0 for row in rows(tmp_path / "run")] == [False, False, True, True, True, True]
+
+
+def test_caches_that_do_not_fit_together_are_refused(
+    tmp_path: Path, caches: tuple[Path, Path], make_cache: Make
+) -> None:
+    make_cache(tmp_path / "c", OTHER, masks=MASKS.model_copy(update={"seed": 5}))
+    with pytest.raises(CacheError, match="teachers a and c .* have other mask draws, but an utterance has one mask"):
+        open_both(caches[0], tmp_path / "c")
+    readers = {cache.name: CacheReader(cache, "train") for cache in caches}
+    readers["b"].num_frames = readers["b"].num_frames * 2
+    with pytest.raises(
+        CacheError, match="has .* frames in the cache of teacher a, but .* teachers of one run need the same"
+    ):
+        SeveralCaches(readers)

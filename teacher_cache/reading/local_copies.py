@@ -16,7 +16,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -113,8 +113,12 @@ class LocalCopies:
             assert written is not None
             with ExitStack() as stack:
                 stack.enter_context(written)
-                fcntl.flock(written, fcntl.LOCK_EX)
-                if not _is_at(written, part):  # Another process has finished the copy meanwhile.
+                try:
+                    fcntl.flock(written, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    fcntl.flock(written, fcntl.LOCK_SH)  # Wait for the writer, who keeps a shared lock in the end.
+                    continue
+                if not _is_at(written, part):  # The copy was finished meanwhile.
                     continue
                 stack.callback(part.unlink, missing_ok=True)
                 if path.exists():
@@ -258,9 +262,15 @@ class LocalCopies:
 
     def _entries(self) -> list[tuple[int, int, Path]]:
         """Return the time of last use, the size and the path of each copy."""
+        entries = []
         with os.scandir(self._folder) as found:
-            infos = [(entry, entry.stat(follow_symlinks=False)) for entry in found if _COPY.fullmatch(entry.name)]
-        return [(info.st_mtime_ns, info.st_size, Path(entry.path)) for entry, info in infos if _is_own(info)]
+            for entry in found:
+                if _COPY.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):  # It was renamed or removed meanwhile.
+                        info = entry.stat(follow_symlinks=False)
+                        if _is_own(info):
+                            entries.append((info.st_mtime_ns, info.st_size, Path(entry.path)))
+        return entries
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -119,6 +119,12 @@ class CacheSection(_Section):
     """Number of utterances that may fail while the cache is built, because their audio can't be decoded or a hidden state is not
     finite; below 1 their share, at least 3 utterances; 0 allows none. They are left out and listed with reasons in
     ``corpus/failed.csv``. If more fail, the build stops."""
+    local: Annotated[str | None, CHANGES_NO_RESULT, SAME_IN_ABLATION] = None
+    """Folder on a disk of each training node, such as ``/nvme/copies``, for copies of the cache's files. The workers of a node share
+    it. None reads every utterance from ``path``. Give one if ``path`` is an object store or a slow network disk."""
+    local_gb: Annotated[float | None, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=None, gt=0)
+    """Maximum size of ``local`` in units of 1e9 bytes; the copies that were not used for the longest time make room. None takes 80 %
+    of the disk's free space."""
     verify: Annotated[bool, CHANGES_NO_RESULT, SAME_IN_ABLATION] = True
     """Whether to read the whole cache and compare its checksums before training."""
 
@@ -138,6 +144,21 @@ class CacheSection(_Section):
         if value >= 1 and value != int(value):
             raise ValueError(f"{value:g} is neither a share below 1 nor a whole number of utterances")
         return value
+
+    @pydantic.field_validator("local")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        if path is not None and not Path(path).is_absolute():
+            raise ValueError(f"{path} is not an absolute path; give the path of a folder that each node has for itself")
+        return path
+
+    @pydantic.model_validator(mode="after")
+    def _limit_has_a_folder(self) -> Self:
+        if self.local_gb is not None and self.local is None:
+            raise ValueError(
+                "cache.local_gb limits the size of cache.local, which is not set; set it, or remove the limit"
+            )
+        return self
 
     @pydantic.field_validator("path", mode="before")
     @classmethod

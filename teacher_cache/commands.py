@@ -43,13 +43,14 @@ def verify(
     """Check the files of a cache, and with --deep its features.
 
     Every file is compared with its commit record; --deep compares features with those of the teacher. The exit code is 1 if the
-    cache is damaged.
+    cache is damaged. The manifest of an intact cache is written again if it is missing, old or damaged.
     """
     from rich.table import Table
 
     from ray_distill.teacher_cache.device import check_device
     from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
     from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
+    from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, rewrite_manifest
     from ray_distill.teacher_cache.storage.cache import Cache
     from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
     from ray_distill.teacher_cache.teachers import load_teacher
@@ -80,6 +81,8 @@ def verify(
     if not good:
         console.print(f"{cache} is damaged; run `ray-distill cache repair {cache}` to rebuild the damaged parts")
         raise typer.Exit(1)
+    if rewrite_manifest(cache):
+        console.print(f"{cache}/{MANIFEST} written again from the commit records", markup=False)
     sizes_only = fast and not deep
     failed = len(failed_utterances(Cache.open(cache)))
     without = (

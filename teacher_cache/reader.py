@@ -3,7 +3,7 @@
 import bisect
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -18,11 +18,13 @@ from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.embedded_audio import DECODERS
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import draw_mask
+from ray_distill.teacher_cache.reading.commit_table import CommitTable
+from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
+from ray_distill.teacher_cache.reading.read_ahead import ReadAhead
+from ray_distill.teacher_cache.reading.shard_file_pool import ShardFilePool
+from ray_distill.teacher_cache.reading.split_rows import SplitRows
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, column_name, damage_error
-from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, Targets
-from ray_distill.teacher_cache.storage.failed_utterances import check_failed
-from ray_distill.teacher_cache.storage.shard_file_pool import ShardFilePool
-from ray_distill.teacher_cache.storage.shard_plan import Shard
+from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, Part, Targets, parts_of
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.target_batch import (
     Batch,
@@ -42,7 +44,8 @@ _REMOTE_THREADS = 32
 """Default number of threads for an object store, where they mostly wait for requests."""
 _REMOTE_BATCHES = 4
 """Batches to read at a time from an object store, because a single batch of six utterances can't use all threads."""
-_COMMIT_THREADS = 16
+_OPEN_COPIES = 64
+"""The same for local copies. An open copy can't be removed when another needs its room."""
 _ROW_SLACK = 1 << 20
 """Bytes by which a column of a row may exceed twice its planned size: its id and headers of Parquet."""
 
@@ -62,18 +65,25 @@ class CacheReader:
             cache, 32 for an object store.
         targets: Kind of targets. ``clean_only`` reads no masked pass from a ``clean_and_masked`` cache, so that targets are
             clean at unmasked frames too. Default the cache's own kind.
+        local: Absolute path of a folder of this node for copies of shard files; see `LocalCopies`. Whole files are then fetched
+            and read from there. Default None: rows are read from the cache itself.
+        local_gb: Limit on the size of that folder in units of 1e9 bytes. Default `LocalCopies`' own.
 
     Attributes:
         cache: The opened cache.
-        ids: Utterance ids, in index order, without those that any of the files read lacks.
+        ids: Utterance ids, in index order, without those that any of the files read lacks: a sequence of texts.
         failed: Reasons by id for the utterances of the split that are left out.
         num_samples: (N,) int64 numbers of samples.
         num_frames: (N,) int64 numbers of frames.
         layers: 1-based layers of the targets.
         dim: Width D of the teacher.
+        shards: (N,) int32 numbers of the shards that hold the utterances.
+        prefers_window: Whether training should read shard by shard unless told otherwise, as from an object store.
+        needs_window: Whether it must, because the local copies have room for a part of the files only.
         draws: Number of mask draws of the split. Validation uses no masks, so it has 0.
         symbols: Layout of discrete targets; None if the codec is not discrete.
         bytes_read: Number of bytes read from shard files so far.
+        read_ahead: Fetching of the files of later batches in the background; None without local copies.
         batches_at_once: Number of `read` calls that a prefetcher should keep in flight.
 
     Raises:
@@ -95,6 +105,8 @@ class CacheReader:
         draws: int | None = None,
         threads: int | None = None,
         targets: Targets | None = None,
+        local: str | Path | None = None,
+        local_gb: float | None = None,
     ) -> None:
         self.cache = Cache.open(location)
         spec = self.cache.spec
@@ -113,10 +125,7 @@ class CacheReader:
         self._split = split
         self.draws: int | None = 0 if split != "train" else spec.masks.draws if draws is None else draws
         self.bytes_read = 0
-        shards = [shard for shard in self.cache.shards if shard.split == split]
-        if not shards:
-            splits = sorted({shard.split for shard in self.cache.shards})
-            raise CacheError(f"the cache at {self.cache.store.location} has no split {split!r}; it has {splits}")
+        planned = SplitRows.of(self.cache, split)
         self._sets = {
             number: tuple(c for c in self.cache.codecs(number) if set(c.layers) & set(self.layers))
             for number, layer_set in enumerate(self.cache.layer_sets)
@@ -124,44 +133,45 @@ class CacheReader:
         }
         self._codecs = [codec for codecs in self._sets.values() for codec in codecs]
         self.symbols = symbol_layout(self._codecs)
-        self._files: dict[tuple[int, str, int | None, int], ShardFile] = {}
-        for shard in shards:
-            for file in self.cache.files(shard):
-                part = file.part
-                needed = part.draw is None or (part.draw < self.draws and self._targets != "clean_only")
-                if part.has_audio or (needed and part.layer_set in self._sets):
-                    self._files[shard.number, part.kind, part.draw, part.layer_set] = file
-        failed = self._failed_utterances(shards)
-        self.failed = {name: reason for of_file in reversed(failed.values()) for name, reason in of_file.items()}
-        kept = [
-            (shard, row)
-            for shard in shards
-            for row, utterance in enumerate(shard.utterances)
-            if utterance.id not in self.failed
-        ]
-        if not kept:
+        self._parts = {
+            (part.kind, part.draw, part.layer_set): part
+            for part in parts_of(spec, len(self.cache.layer_sets), split)
+            if part.has_audio or (part.layer_set in self._sets and self._needs(part))
+        }
+        self._commits = CommitTable(self.cache, planned, split, list(self._parts.values()))
+        # The rows of the plan that a file lacks, ascending. All others have a row group each.
+        self._absent: dict[tuple[str, int], list[int]] = {}
+        self.failed: dict[str, str] = {}
+        for part in self._parts.values():  # The part with the audio comes first, and its reason counts.
+            for (folder, shard), failed in self._commits.failed.items():
+                if folder == part.folder:
+                    ids = planned.of_shard(shard)
+                    self._absent[folder, shard] = [row for row, name in enumerate(ids) if name in failed]
+                    self.failed = failed | self.failed
+        rows = planned.without(list(self.failed))
+        if not len(rows.ids):
             name, reason = next(iter(self.failed.items()))
             raise CacheError(
                 f"all utterances of split {split!r} failed when the cache at {self.cache.store.location} was built ({name}: "
                 f"{reason}); repair the corpus, and build the cache again"
             )
-        self.ids = [shard.utterances[row].id for shard, row in kept]
-        self.num_samples = np.array([shard.utterances[row].num_samples for shard, row in kept])
-        self.num_frames = np.array([shard.num_frames[row] for shard, row in kept])
-        self._places = [(shard.number, row) for shard, row in kept]
-        # The rows of the plan that a file lacks, ascending. All others have a row group each.
-        self._absent = {
-            file: [row for row, utterance in enumerate(shard.utterances) if utterance.id in failed[file]]
-            for shard in shards
-            for file in self.cache.files(shard)
-            if failed.get(file)
-        }
+        self.ids, self.num_samples, self.num_frames = rows.ids, rows.num_samples, rows.num_frames
+        self.shards, self._rows = rows.shard, rows.row
         remote = self.cache.store.local is None
         self.batches_at_once = _REMOTE_BATCHES if remote else 1
         default = _REMOTE_THREADS if remote else min(_LOCAL_THREADS, os.cpu_count() or 1)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads or default, "cache-reader")
-        self._open = ShardFilePool(self.cache.store, _OPEN_REMOTE_FILES if remote else _OPEN_FILES)
+        self._local, self._local_gb = local, local_gb
+        self._copies = None if local is None else LocalCopies(local, self.cache.store, local_gb)
+        files = _OPEN_COPIES if self._copies else _OPEN_REMOTE_FILES if remote else _OPEN_FILES
+        self._open = ShardFilePool(self.cache.store, files, self._copies)
+        self.read_ahead = None if self._copies is None else ReadAhead(self._copies, self._files)
+        self.prefers_window = remote
+        self.needs_window = self._copies is not None and self._commits.bytes > self._copies.limit
+
+    def _needs(self, part: Part) -> bool:
+        return part.draw is None or (part.draw < (self.draws or 0) and self._targets != "clean_only")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -200,28 +210,14 @@ class CacheReader:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self._split, self.layers, self.draws, self._threads, self._targets)
+        arguments = (self._split, self.layers, self.draws, self._threads, self._targets, self._local, self._local_gb)
         return CacheReader, (self.cache.store.location, *arguments)
 
-    def _failed_utterances(self, shards: Sequence[Shard]) -> dict[ShardFile, dict[str, str]]:
-        """Check that the files are finished and have their committed sizes, and return what each of them lacks, with reasons."""
-        store = self.cache.store
-        sizes = store.sizes()
-        ids = {shard.number: [utterance.id for utterance in shard.utterances] for shard in shards}
-        files = list(self._files.values())
-        for file in files:
-            if file.commit not in sizes:
-                raise CacheError(f"{store.at(file.name)} is not finished; run the cache stage again")
-        failed = {}
-        with ThreadPoolExecutor(_COMMIT_THREADS) as pool:
-            for file, record in zip(files, pool.map(self.cache.commit_of, files), strict=True):
-                if record is None or sizes.get(file.name) != record["bytes"]:
-                    raise damage_error(store, file.name, "is missing or does not have its committed size")
-                try:
-                    failed[file] = check_failed(record, ids[file.shard])
-                except ValueError as error:
-                    raise damage_error(store, file.commit, f"does not fit the plan ({error})") from error
-        return failed
+    def _files(self, indices: Sequence[int], draw: int | None) -> list[CommittedFile]:
+        """Return the files that a batch is read from, each once."""
+        parts = [part for part in self._parts.values() if part.draw in (None, draw)]
+        shards = dict.fromkeys(self.shards[list(indices)].tolist())
+        return [self._commits.file(part, shard) for shard in shards for part in parts]
 
     @property
     def split(self) -> str:
@@ -253,6 +249,8 @@ class CacheReader:
                 "are composite_only"
             )
         rows = list(self._pool.map(self._read_row, indices, [draw] * len(indices), [audio] * len(indices)))
+        if self.read_ahead is not None:
+            self.read_ahead.met(indices, draw)
         waveforms, lengths = pad_waveforms([waveform for waveform, *_ in rows])
         frames = torch.from_numpy(self.num_frames[list(indices)])
         width = int(frames.max())
@@ -290,9 +288,9 @@ class CacheReader:
             try:
                 waveform = DECODERS[spec.audio](first.pop(0).as_buffer())
             except ValueError as error:
-                raise self._damaged(self._file(index, "clean", None, 0), str(error)) from error
+                raise self._damaged(index, ("clean", None, 0), str(error)) from error
             if len(waveform) != self.num_samples[index]:
-                raise self._damaged(self._file(index, "clean", None, 0), "the audio does not have the planned length")
+                raise self._damaged(index, ("clean", None, 0), "the audio does not have the planned length")
         codes: list[np.ndarray] = []
         mask: np.ndarray | None = None
         count = int(self.num_frames[index])
@@ -320,7 +318,7 @@ class CacheReader:
     def _mask(self, index: int, kind: str, draw: int | None, number: int, value: pa.ListScalar) -> np.ndarray:
         mask: np.ndarray = value.values.to_numpy(zero_copy_only=False)
         if mask.dtype != bool or len(mask) != self.num_frames[index]:
-            raise self._damaged(self._file(index, kind, draw, number), "a mask does not have the planned size")
+            raise self._damaged(index, (kind, draw, number), "a mask does not have the planned size")
         return mask
 
     def _codes(
@@ -330,44 +328,56 @@ class CacheReader:
         for codec, value in zip(self._sets[number], values, strict=True):
             data = np.frombuffer(value.as_buffer(), np.uint8)
             if len(data) != frames * codec.bytes_per_frame:
-                raise self._damaged(
-                    self._file(index, kind, draw, number),
-                    f"row {self._places[index][1]} does not have the planned size",
-                )
+                reason = f"row {self._rows[index]} does not have the planned size"
+                raise self._damaged(index, (kind, draw, number), reason)
             size = codec.bytes_per_frame
             arrays.append(data.reshape(size, frames).T if codec.planar else data.reshape(frames, size))
         return arrays
-
-    def _file(self, index: int, kind: str, draw: int | None, number: int) -> ShardFile:
-        return self._files[self._places[index][0], kind, draw, number]
 
     def _columns(
         self, index: int, kind: str, draw: int | None, number: int, extra: list[str], features: list[str] | None
     ) -> list[Any]:
         """Return the values of one row: the extra columns, then the feature columns (default all of the layer set)."""
-        file = self._file(index, kind, draw, number)
+        part, shard = self._parts[kind, draw, number], int(self.shards[index])
         if features is None:
             features = [column_name(codec.layers) for codec in self._sets[number]]
         columns = ["id", *extra, *features]
-        row = self._places[index][1]
-        row -= bisect.bisect_left(self._absent.get(file, []), row)
-        try:
-            with self._open.use(file) as parquet:
-                self._check_size(index, parquet.metadata.row_group(row), columns)
-                table = parquet.read_row_group(row, columns=columns, use_threads=False)
-            values = [table.column(name).chunk(0)[0] for name in columns]
-            kinds = [pa.ListScalar if name == "mask" else (pa.BinaryScalar, pa.LargeBinaryScalar) for name in columns]
-            if not all(value.is_valid and isinstance(value, kind) for value, kind in zip(values, kinds, strict=True)):
-                raise ValueError("a column has another type, or no value")
-            found = values[0].as_py()
-            self.bytes_read += table.nbytes
-        except CacheAccessError:
-            raise
-        except (OSError, ValueError, LookupError, AttributeError, RuntimeError, pa.ArrowException) as error:
-            raise self._damaged(file, str(error).split("\n")[0]) from error
+        row = int(self._rows[index])
+        row -= bisect.bisect_left(self._absent.get((part.folder, shard), []), row)
+        for attempt in range(2):
+            file = self._commits.file(part, shard)
+            try:
+                found, *values = self._values(index, file, lambda: self._commits.shard_file(part, shard), row, columns)
+                break
+            except CacheAccessError:
+                raise
+            except (OSError, ValueError, LookupError, AttributeError, RuntimeError, pa.ArrowException) as error:
+                # The manifest may be old, or the local copy damaged.
+                if attempt or not (self._commits.refresh(part, shard) or self._open.discard(file)):
+                    if isinstance(error, CacheError):
+                        raise
+                    raise damage_error(
+                        self.cache.store, file.name, f"is damaged ({str(error).splitlines()[0]})"
+                    ) from error
         if found != self.ids[index]:
-            raise self._damaged(file, f"it holds utterance {found!r} in place of {self.ids[index]!r}")
-        return values[1:]
+            raise self._damaged(
+                index, (kind, draw, number), f"it holds utterance {found!r} in place of {self.ids[index]!r}"
+            )
+        return values
+
+    def _values(
+        self, index: int, file: CommittedFile, holds: Callable[[], ShardFile], row: int, columns: list[str]
+    ) -> list[Any]:
+        """Return the values of one row group, the id as a text."""
+        with self._open.use(file, holds) as parquet:
+            self._check_size(index, parquet.metadata.row_group(row), columns)
+            table = parquet.read_row_group(row, columns=columns, use_threads=False)
+        values = [table.column(name).chunk(0)[0] for name in columns]
+        kinds = [pa.ListScalar if name == "mask" else (pa.BinaryScalar, pa.LargeBinaryScalar) for name in columns]
+        if not all(value.is_valid and isinstance(value, kind) for value, kind in zip(values, kinds, strict=True)):
+            raise ValueError("a column has another type, or no value")
+        self.bytes_read += table.nbytes
+        return [values[0].as_py(), *values[1:]]
 
     def _check_size(self, index: int, row: pq.RowGroupMetaData, columns: list[str]) -> None:
         """Check the size of a row before it is decompressed. ValueError if it is far larger than the planned one."""
@@ -381,5 +391,6 @@ class CacheReader:
         if row.num_rows != 1:
             raise ValueError(f"a row group has {row.num_rows} rows instead of one")
 
-    def _damaged(self, file: ShardFile, reason: str) -> CacheError:
+    def _damaged(self, index: int, part: tuple[str, int | None, int], reason: str) -> CacheError:
+        file = self._commits.file(self._parts[part], int(self.shards[index]))
         return damage_error(self.cache.store, file.name, f"is damaged ({reason})")

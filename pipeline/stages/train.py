@@ -111,6 +111,8 @@ def prepare_training(
         masks=run.config.masks,
         utterances=[] if cached else list(run.utterances),
         cache_targets=run.config.cache.targets,
+        local=run.config.cache.local,
+        local_gb=run.config.cache.local_gb,
         precision="fp32" if cached else run.precision,
         initial=initial,
         cpu_threads=cpu_threads,

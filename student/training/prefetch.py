@@ -14,12 +14,16 @@ import numpy as np
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.frames import num_frames
+from ray_distill.teacher_cache.reading.read_ahead import ReadAhead
 from ray_distill.teacher_cache.targets.batch_sampler import plan_epoch
 from ray_distill.teacher_cache.targets.crop import crop_batch
 from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
+from ray_distill.teacher_cache.targets.window_sampler import plan_window_epoch
 
 PREFETCH = 4
 """Number of batches that the background thread reads ahead."""
+FILES_AHEAD = 50
+"""Number of batches before which the files of a batch are fetched, if the reader has local copies."""
 
 
 class TrainingPlan:
@@ -32,6 +36,7 @@ class TrainingPlan:
         num_samples: (N,) integer, lengths of the utterances; training crops them to ``settings.crop_samples``.
         settings: Settings of the training.
         world_size: Number of ranks.
+        shards: (N,) integers, the shard of each utterance, for the order of `plan_window_epoch`. Default None: that of `plan_epoch`.
 
     Attributes:
         crop: (longest crop in samples, seed), or None if whole utterances are used.
@@ -40,12 +45,15 @@ class TrainingPlan:
         passes: Number of epochs, where an incomplete last one counts by the share of its steps.
     """
 
-    def __init__(self, num_samples: np.ndarray, settings: TrainSettings, world_size: int) -> None:
+    def __init__(
+        self, num_samples: np.ndarray, settings: TrainSettings, world_size: int, shards: np.ndarray | None = None
+    ) -> None:
         longest = settings.crop_samples
         self.crop = None if longest is None else (longest, settings.seed)
         self._num_samples = num_samples if longest is None else np.minimum(num_samples, longest)
         self._settings = settings
         self._world_size = world_size
+        self._order = plan_epoch if shards is None else partial(plan_window_epoch, shards=shards)
         self._epoch = -1
         self._steps: list[list[list[list[int]]]] = []
         # With batch_seconds the number of batches depends on the epoch's shuffle, so each epoch is planned once here.
@@ -59,8 +67,14 @@ class TrainingPlan:
         self.total_steps = starts[-1] if limit is None else min(starts[-1], limit)
         self.passes = self.epochs - (starts[-1] - self.total_steps) / (starts[-1] - starts[-2])
 
+    @classmethod
+    def of(cls, reader: TargetReader, settings: TrainSettings, world_size: int, shuffle: str) -> "TrainingPlan":
+        """Return the plan of a training from a reader, in the order of `chosen_shuffle`."""
+        shards = getattr(reader, "shards", None) if shuffle == "window" else None
+        return cls(reader.num_samples, settings, world_size, shards)
+
     def _plan(self, epoch: int) -> list[list[list[list[int]]]]:
-        return plan_epoch(
+        return self._order(
             self._num_samples,
             batch_size=self._settings.batch_size,
             batch_seconds=self._settings.batch_seconds,
@@ -98,6 +112,29 @@ class TrainingPlan:
         return epoch % draws
 
 
+def chosen_shuffle(settings: TrainSettings, reader: TargetReader, earlier: str | None = None) -> str:
+    """Return the order of a training, ``full`` or ``window``; see `TrainSettings.shuffle`.
+
+    Args:
+        settings: Settings of the training.
+        reader: Reader of the training split.
+        earlier: Order of the training up to now. Default None: it begins.
+
+    Raises:
+        ValueError: If the reader can't be read in the order of the settings.
+    """
+    default = "window" if getattr(reader, "prefers_window", False) else "full"
+    chosen = settings.shuffle or earlier or default
+    if chosen == "window" and getattr(reader, "shards", None) is None:
+        raise ValueError("train.shuffle window needs a cache, because online targets have no shards; remove it")
+    if chosen == "full" and getattr(reader, "needs_window", False):
+        raise ValueError(
+            "cache.local_gb has room for a part of the cache only, which train.shuffle full would fetch again and again; raise it, or "
+            "set train.shuffle=window"
+        )
+    return chosen
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """A rank's batch of one accumulation step.
@@ -119,6 +156,10 @@ class MicroBatch:
     batch: Batch
 
 
+Planned = tuple[Callable[[Batch], MicroBatch], list[int], int | None, int]
+"""The constructor of a batch's `MicroBatch`, its utterances, its mask draw and its epoch."""
+
+
 def micro_batches(
     plan: TrainingPlan,
     reader: TargetReader,
@@ -132,7 +173,8 @@ def micro_batches(
 
     A background thread plans epochs and reads at most PREFETCH batches ahead, so that training waits neither for the disk nor
     at the end of an epoch while the thread keeps up. For a GPU it copies batches into page-locked memory. Its exceptions are
-    raised here. A reader with ``batches_at_once`` (for storage behind a network) reads several batches in parallel.
+    raised here. A reader with ``batches_at_once`` (for storage behind a network) reads several batches in parallel, and one with a
+    `ReadAhead` is told FILES_AHEAD batches before.
 
     Args:
         plan: Batches of the training.
@@ -155,8 +197,20 @@ def micro_batches(
                 ahead.put(item, timeout=0.1)
                 return
 
-    def planned() -> Iterator[tuple[Callable[[Batch], MicroBatch], list[int], int | None, int]]:
-        """Yield for each batch the constructor of its `MicroBatch`, its utterances, its mask draw and its epoch."""
+    ahead_of_reads: ReadAhead | None = getattr(reader, "read_ahead", None)
+
+    def announced() -> Iterator[Planned]:
+        """Yield the batches, each after the files of the FILES_AHEAD next ones were named."""
+        waiting: deque[Planned] = deque()
+        for item in planned():
+            if ahead_of_reads is not None:
+                ahead_of_reads.expect(item[1], None if reader.draws is None else item[2])
+            waiting.append(item)
+            if len(waiting) > (FILES_AHEAD if ahead_of_reads is not None else 0):
+                yield waiting.popleft()
+        yield from waiting
+
+    def planned() -> Iterator[Planned]:
         for step in range(first_step, plan.total_steps):
             epoch, micros = plan.step(step)
             counted = [frames[indices] for micro in micros for indices in micro]
@@ -176,7 +230,7 @@ def micro_batches(
             at_once = getattr(reader, "batches_at_once", 1)
             with ThreadPoolExecutor(at_once, "prefetch-read") as pool:
                 pending: deque[tuple[Callable[[Batch], MicroBatch], Future[Batch]]] = deque()
-                for make, indices, draw, epoch in planned():
+                for make, indices, draw, epoch in announced():
                     pending.append((make, pool.submit(read_batch, indices, draw, epoch)))
                     if len(pending) == at_once:
                         put(finished(*pending.popleft()))
@@ -203,3 +257,5 @@ def micro_batches(
     finally:
         stopped.set()
         thread.join()
+        if ahead_of_reads is not None:
+            ahead_of_reads.clear()

@@ -49,8 +49,10 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
     if job["teachers"]:
         return several_readers([TeacherCache(**one) for one in job["teachers"]], masks, fresh=fresh)
     if job["settings"]["targets"] == "cached":
-        reader = CacheReader(job["cache"], "train", layers, job["masks"]["draws"], targets=job["cache_targets"])
-        validation = CacheReader(job["cache"], "validation", layers)
+        copies = {"local": job["local"], "local_gb": job["local_gb"]}
+        draws, targets = job["masks"]["draws"], job["cache_targets"]
+        reader = CacheReader(job["cache"], "train", layers, draws, targets=targets, **copies)
+        validation = CacheReader(job["cache"], "validation", layers, **copies)
         if fresh:
             return FreshMasks(reader, masks), FreshMasks(validation, masks), cached_source(reader, masks)
         return reader, validation, cached_source(reader)
@@ -193,6 +195,8 @@ def train_on_ray(
     masks: MaskDraws,
     utterances: list[Utterance],
     cache_targets: Targets | None = None,
+    local: str | None = None,
+    local_gb: float | None = None,
     precision: Precision = "fp32",
     initial: Path | None = None,
     cpu_threads: int = 1,
@@ -213,6 +217,7 @@ def train_on_ray(
         utterances: Utterances of both splits; only used with online targets.
         cache_targets: Targets to read or compute, as `CacheSpec.targets`. Default: those that the cache was made for, and
             ``clean_and_masked`` online.
+        local, local_gb: Folder of each node for copies of the cache's files, and its limit, as for `CacheReader`. Default: none.
         precision: Precision of the teacher's arithmetic; only used with online targets. Default: ``fp32``.
         initial: As for `training_loop.train`.
         cpu_threads: Number of PyTorch threads of a worker without a GPU.
@@ -237,6 +242,8 @@ def train_on_ray(
         "layers": layers,
         "cache": cache,
         "cache_targets": cache_targets,
+        "local": local,
+        "local_gb": local_gb,
         "precision": precision,
         "teacher": teacher,
         "teachers": [asdict(one) for one in teachers],

@@ -37,6 +37,10 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     """Longest part of an utterance that training uses in an epoch, as in DistilHuBERT. Longer utterances are cropped at a
     random frame, drawn from the seed, the epoch and the utterance's id, with their targets and masks. The targets are those
     of the whole utterance. None uses whole utterances."""
+    shuffle: Literal["full", "window"] | None = None
+    """Order of the utterances of an epoch: ``full`` shuffles all of them; ``window`` shuffles the shards of the cache, and utterances
+    within a window over at least 16 of them, so that shards are read one after another. None means ``window`` for a cache in an object
+    store and ``full`` otherwise; a resumed run keeps the order that it has."""
     accumulate: int = pydantic.Field(default=1, ge=1)
     """Number of batches per optimiser step (gradient accumulation)."""
     workers: int = pydantic.Field(default=1, ge=1)
@@ -126,6 +130,8 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
             )
         if self.precision == "fp16" and not self.use_gpu:
             raise ValueError("train.precision fp16 needs train.use_gpu true; on a CPU use fp32 or bf16")
+        if self.shuffle == "window" and self.targets == "online":
+            raise ValueError("train.shuffle window needs train.targets cached, because online targets have no shards")
         if self.draw_order == "in_order" and self.targets == "online":
             raise ValueError(
                 "train.draw_order in_order needs train.targets cached: online targets have no fixed number of draws"

@@ -42,6 +42,7 @@ class TrainState:
         skipped_in_a_row: Number of consecutive skipped steps up to now, except those in which fp16 searches its loss scale.
         first_validation_loss, last_validation_loss: Validation losses; None before the first validation.
         best: (validation loss, step) of the kept students, best first.
+        shuffle: Order of the utterances, ``full`` or ``window``; see `TrainSettings.shuffle`.
     """
 
     step: int = 0
@@ -56,6 +57,7 @@ class TrainState:
     first_validation_loss: float | None = None
     last_validation_loss: float | None = None
     best: list[tuple[float, int]] = field(default_factory=list)
+    shuffle: str = "full"  # Earlier versions had no other.
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ray_distill.memory import ran_out_of_memory
 from ray_distill.teacher_cache.build.codec_fit import fit_codec_to_corpus
 from ray_distill.teacher_cache.build.shard_workers import Workers, ray_errors_as_cache_errors, records_of
 from ray_distill.teacher_cache.codecs import is_learned
+from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
 from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, write_build_statistics
 from ray_distill.teacher_cache.storage.cache import Cache, check_location, derived_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
@@ -123,7 +124,10 @@ def build_cache(
         remove_unused_states(cache)
         # The corpus may have moved since the cache was created. The identity of each file shows that it is the same.
         shards = Shards(with_sources(cache.plan, plan))
+        manifest = take_manifest(store) if cache.missing() else None
         report = _write_missing(cache, shards, teacher_spec, workers, max_failed, on_progress, check_lock)
+        if report.written or not store.size(MANIFEST):
+            update_manifest(cache, manifest)
         store.remove_leftovers()
     return report
 

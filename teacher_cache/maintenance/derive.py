@@ -15,6 +15,7 @@ from ray_distill.teacher_cache.build.shard_output import open_output
 from ray_distill.teacher_cache.codecs import fit_codec, is_discrete, sample_frames
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.reading.commit_manifest import take_manifest, update_manifest
 from ray_distill.teacher_cache.storage.cache import Cache, check_location
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.create import create_cache, remove_unused_states
@@ -84,11 +85,14 @@ def derive_cache(
             )
         remove_unused_states(cache)
         missing = cache.missing()
+        manifest = take_manifest(store) if missing else None
         for shard in (shard for shard in cache.shards if shard.number in missing):
             check_lock()
             _write(cache, origin, shard, readers[shard.split])
             written += 1
             on_progress(len(cache.shards) - len(missing) + written, len(cache.shards))
+        if written:
+            update_manifest(cache, manifest)
         store.remove_leftovers()
     return written
 

@@ -17,6 +17,7 @@ from ray_distill.teacher_cache.build.shard_audio import (
 from ray_distill.teacher_cache.build.shard_writer import open_writer
 from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
 from ray_distill.teacher_cache.maintenance.verify import Problem, verify_cache
+from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
 from ray_distill.teacher_cache.sources.address import AudioAddress
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile, derived_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError
@@ -83,6 +84,7 @@ def repair_cache(
             done += _set_aside(store, problems)
         damaged = [problem.file for problem in problems if problem.file is not None]
         if damaged:
+            take_manifest(store)  # What repair itself makes old is no repair.
             cache = Cache.open(store)
             if cache.spec.derived_from is not None:
                 for file in damaged:
@@ -90,6 +92,9 @@ def repair_cache(
                 raise derived_error(cache)
             shards = cache.shards if corpus_moved is None else _with_moved_corpus(cache, *map(Path, corpus_moved))
             done += _rebuild(cache, shards, damaged, teacher_spec, device, check_lock)
+        old = store.size(MANIFEST) is not None
+        if update_manifest(Cache.open(store)) and old:
+            done.append(f"{store.at(MANIFEST)} written again from the commit records")
     return done
 
 

@@ -3,6 +3,7 @@
     CACHE/
       cache.json                           identity: specification, sets of layers, fingerprint, counts; with a checksum
       plan.parquet                         one row per utterance: its shard and row
+      manifest.parquet                     the commit records in one file, so that readers open with few requests
       codec/set=0.safetensors              state of a codec that has one
       clean/part-00000.parquet             id, num_samples, num_frames, audio, layer columns
       masked/draw=0/part-00000.parquet     id, mask, layer columns at unmasked frames
@@ -18,7 +19,7 @@ their own.
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +53,7 @@ from ray_distill.teacher_cache.storage.limits import (
 )
 from ray_distill.teacher_cache.storage.lock import CLAIMS, LEASE
 from ray_distill.teacher_cache.storage.missing_files import MissingFiles
-from ray_distill.teacher_cache.storage.shard_plan import Shard, Shards
+from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA, Shard, Shards
 from ray_distill.teacher_cache.storage.store import Store
 
 CACHE_JSON = "cache.json"
@@ -212,9 +213,15 @@ class Cache:
     @cached_property
     def plan(self) -> pa.Table:
         """The plan of shards. CacheError if its file is missing or damaged."""
+        return self.plan_columns(PLAN_SCHEMA.names)
+
+    def plan_columns(self, names: Sequence[str]) -> pa.Table:
+        """Return columns of the plan, all of numbers among them, without reading the others. Raises as `plan`."""
+        if "plan" in self.__dict__:  # It was read before.
+            return self.plan.select(names)
         data = self._read_checked(PLAN, self.record["plan"])
         try:
-            return read_plan(data, self.spec, len(self.layer_sets))
+            return read_plan(data, self.spec, len(self.layer_sets), names)
         except ValueError as error:
             raise _invalid(self.store, PLAN, error) from error
 

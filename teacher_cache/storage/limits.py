@@ -35,6 +35,8 @@ MAX_STATE_HEADER = 1 << 20
 """Maximum size of the JSON header of a codec's state."""
 _PLAN_BYTES_PER_ROW = 16
 """Minimum size of a row in a plan. A row has a SHA-256, whose 32 random bytes no compression removes."""
+_PLAN_BATCH = 1 << 16
+"""Rows of a plan that are checked at a time, before their texts are expanded."""
 _SMALL_PLAN = 1000
 """Number of rows that a plan of any size may have."""
 _MAX_SETTING = 1_000_000
@@ -86,8 +88,10 @@ def _check_policy(policy: MaskPolicy) -> None:
         raise ValueError(f"a mask policy has a value above {_MAX_SETTING}")
 
 
-def read_plan(data: bytes, spec: CacheSpec, num_sets: int) -> pa.Table:
-    """Read the bytes of ``plan.parquet``."""
+def read_plan(
+    data: bytes, spec: CacheSpec, num_sets: int, columns: Sequence[str] = tuple(PLAN_SCHEMA.names)
+) -> pa.Table:
+    """Read the bytes of ``plan.parquet``, or only some columns, which must include all of numbers."""
     try:
         with pq.ParquetFile(io.BytesIO(data), read_dictionary=["id", "split", "path", "sha256"]) as file:
             rows = file.metadata.num_rows
@@ -96,8 +100,14 @@ def read_plan(data: bytes, spec: CacheSpec, num_sets: int) -> pa.Table:
                 raise ValueError(f"it has {rows} rows in {len(data)} bytes, which can't be rows of utterances")
             if file.schema_arrow.names != PLAN_SCHEMA.names:
                 raise ValueError(f"its columns are not {', '.join(PLAN_SCHEMA.names)}")
-            groups = [_checked_texts(file.read_row_group(n)) for n in range(file.num_row_groups)]
-        table = pa.concat_tables([*groups, PLAN_SCHEMA.empty_table()])
+            schema = pa.schema([PLAN_SCHEMA.field(name) for name in columns])
+            batches = []
+            for batch in file.iter_batches(_PLAN_BATCH, columns=list(columns)):
+                for field in schema:
+                    if pa.types.is_string(field.type):
+                        _check_texts(batch[field.name])
+                batches.append(batch.select(schema.names).cast(schema))
+            table = pa.Table.from_batches(batches, schema)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"it is not a plan: {str(error).splitlines()[0]}") from error
     if any(column.null_count for column in table.columns):
@@ -128,21 +138,12 @@ def _check_rows(rows: int) -> None:
         raise ValueError(f"it has {rows} utterances; the limit is {MAX_UTTERANCES}")
 
 
-def _checked_texts(rows: pa.Table) -> pa.Table:
-    """Return a row group with PLAN_SCHEMA. Its texts are checked before their dictionaries are expanded."""
-    for field in PLAN_SCHEMA:
-        if pa.types.is_string(field.type):
-            _check_texts(rows[field.name])
-    return rows.cast(PLAN_SCHEMA)
-
-
-def _check_texts(column: pa.ChunkedArray) -> None:
+def _check_texts(column: pa.Array) -> None:
     # A dictionary with one long text, named in millions of rows, would be expanded.
-    for chunk in column.chunks:
-        texts = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
-        longest = pc.max(pc.binary_length(texts)).as_py() or 0
-        if longest > MAX_TEXT:
-            raise ValueError(f"it has a text of {longest} bytes; the limit is {MAX_TEXT}")
+    texts = column.dictionary if pa.types.is_dictionary(column.type) else column
+    longest = pc.max(pc.binary_length(texts)).as_py() or 0
+    if longest > MAX_TEXT:
+        raise ValueError(f"it has a text of {longest} bytes; the limit is {MAX_TEXT}")
 
 
 def load_state(data: bytes, spec: CacheSpec, layer_set: LayerSet) -> dict[str, Tensor]:

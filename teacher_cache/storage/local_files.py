@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError
 
@@ -13,6 +14,7 @@ _NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _PLACES = {
     "cache.json",
     "plan.parquet",
+    "manifest.parquet",
     "codec",
     "clean",
     "masked",
@@ -23,6 +25,13 @@ _PLACES = {
     "set-aside",
 }
 """Names in the root that belong to a cache. Other links beside them are neither followed nor an error."""
+
+
+class FileEntry(NamedTuple):
+    """Size of a file in bytes, and the time of its last change in nanoseconds, or None if the storage does not tell it."""
+
+    size: int
+    changed: int | None
 
 
 class LocalFiles:
@@ -100,13 +109,13 @@ class LocalFiles:
             with self.writing(name) as path:
                 path.rename(target)
 
-    def sizes(self, prefix: str) -> dict[str, int]:
-        """Return the size in bytes of every regular file in a folder and its folders.
+    def entries(self, prefix: str) -> dict[str, FileEntry]:
+        """Return every regular file in a folder and its folders.
 
         Raises:
             CacheAccessError: If any of them is a link, or can't be read.
         """
-        sizes: dict[str, int] = {}
+        found: dict[str, FileEntry] = {}
         folders = [self.path(prefix)]
         while folders:
             folder = folders.pop()
@@ -120,12 +129,13 @@ class LocalFiles:
                         elif entry.is_dir(follow_symlinks=False):
                             folders.append(path)
                         elif entry.is_file(follow_symlinks=False):
-                            sizes[str(path.relative_to(self._root))] = entry.stat(follow_symlinks=False).st_size
+                            info = entry.stat(follow_symlinks=False)
+                            found[str(path.relative_to(self._root))] = FileEntry(info.st_size, info.st_mtime_ns)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 raise _unreadable(folder, error) from error
-        return sizes
+        return found
 
 
 def open_lock_file(path: Path) -> int:

@@ -16,7 +16,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ray_distill.teacher_cache.storage.local_files import LocalFiles
+from ray_distill.teacher_cache.storage.local_files import FileEntry, LocalFiles
 
 _COPY_BYTES = 8 << 20
 _T = TypeVar("_T")
@@ -78,14 +78,27 @@ class Store:
             FileNotFoundError: If there is no such file.
             ValueError: If it is larger than ``max_bytes``.
         """
-        if max_bytes is not None and (size := self.size(name)) is not None and size > max_bytes:
-            raise ValueError(f"it has {size} bytes; the limit is {max_bytes}")
         if self.local is not None:
+            _check_size(self._files.size(name), max_bytes)
             with self._files.reading(name) as path:
                 return path.read_bytes()
         with self._fs.open_input_file(f"{self._root}/{name}") as file:
+            _check_size(file.size(), max_bytes)
             data: bytes = file.read()
         return data
+
+    @contextmanager
+    def ranges(self, name: str) -> Iterator[Callable[[int, int], bytes]]:
+        """Yield a function that reads ``size`` bytes from ``start`` on in one request, from any number of threads at once."""
+        if self.local is not None:
+            with self._files.reading(name) as path, path.open("rb", buffering=0) as local:
+                yield lambda start, size: os.pread(local.fileno(), size, start)
+        elif isinstance(handler := getattr(self._fs, "handler", None), pafs.FSSpecHandler):
+            # Arrow's file of an fsspec file has one position, which threads would have to share.
+            yield lambda start, size: bytes(handler.fs.cat_file(f"{self._root}/{name}", start, start + size))
+        else:
+            with self._fs.open_input_file(f"{self._root}/{name}") as file:
+                yield lambda start, size: file.read_at(size, start)
 
     def open(self, name: str) -> pa.NativeFile:
         """Open a file for random access: memory-mapped on a local disk, with range requests in an object store."""
@@ -126,18 +139,22 @@ class Store:
 
     def names(self, prefix: str = "") -> list[str]:
         """Return the sorted names of all files in a folder, without temporary files of writers."""
-        return sorted(self._sizes(prefix))
+        return sorted(self.entries(prefix))
 
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of every file. This takes a single listing, also for a large cache in an object store."""
-        return self._sizes("")
+        return {name: entry.size for name, entry in self.entries().items()}
 
-    def _sizes(self, prefix: str) -> dict[str, int]:
+    def entries(self, prefix: str = "") -> dict[str, FileEntry]:
+        """Return every file in a folder, without temporary files of writers, in a single listing (a request per 1000 objects)."""
         if self.local is not None:
-            return {name: size for name, size in self._files.sizes(prefix).items() if not _is_temporary(name)}
+            return {name: entry for name, entry in self._files.entries(prefix).items() if not _is_temporary(name)}
         selector = pafs.FileSelector(f"{self._root}/{prefix}".rstrip("/"), recursive=True, allow_not_found=True)
         infos = [info for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File]
-        return {info.path[len(self._root) + 1 :]: info.size for info in infos if not _is_temporary(info.path)}
+        skipped = len(self._root) + 1
+        return {
+            info.path[skipped:]: FileEntry(info.size, info.mtime_ns) for info in infos if not _is_temporary(info.path)
+        }
 
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
@@ -196,7 +213,7 @@ class Store:
     def remove_leftovers(self) -> None:
         """Delete temporary files of killed writers. Call it only while holding the lock of the cache."""
         if self.local is not None:
-            for name in self._files.sizes(""):
+            for name in self._files.entries(""):
                 if name.endswith(".tmp") and _is_temporary(name):
                     self.remove(name)
 
@@ -214,6 +231,11 @@ class Store:
     def _existing(path: Path) -> Path:
         """Return the nearest existing folder at or above a path."""
         return next(folder for folder in [path, *path.parents] if folder.exists())
+
+
+def _check_size(size: int | None, max_bytes: int | None) -> None:
+    if size is not None and max_bytes is not None and size > max_bytes:
+        raise ValueError(f"it has {size} bytes; the limit is {max_bytes}")
 
 
 def is_disk_full(error: OSError) -> bool:

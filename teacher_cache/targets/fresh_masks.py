@@ -26,6 +26,10 @@ class FreshMasks:
         self.symbols = getattr(reader, "symbols", None)
         self.teachers = getattr(reader, "teachers", ())
         self.batches_at_once: int = getattr(reader, "batches_at_once", 1)
+        self.shards = getattr(reader, "shards", None)
+        self.prefers_window: bool = getattr(reader, "prefers_window", False)
+        self.needs_window: bool = getattr(reader, "needs_window", False)
+        self.read_ahead = getattr(reader, "read_ahead", None)
         self._reader, self._masks = reader, masks
 
     def __repr__(self) -> str:

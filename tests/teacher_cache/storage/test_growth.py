@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
@@ -29,11 +31,11 @@ def masks(draws: int, **changes: object) -> MaskDraws:
 
 
 def files(root: Path) -> dict[str, tuple[bytes, int]]:
-    """Return the bytes and modification times of all files except ``cache.json``, the lock and build statistics."""
+    """Return the bytes and modification times of all files but ``cache.json``, the manifest, the lock and build statistics."""
     return {
         str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in root.rglob("*")
-        if path.is_file() and path.name not in ("cache.json", ".building.lock") and path.parent.name != BUILDS
+        if path.is_file() and path.name not in ("cache.json", MANIFEST, ".building.lock") and path.parent.name != BUILDS
     }
 
 
@@ -205,7 +207,7 @@ def test_existing_files_can_be_read_while_a_cache_is_extended(
     assert everything_needed == {problem.name for problem in verify_cache(root)}
     reader = CacheReader(root, "train", [2], 1)
     shard = next(shard for shard in cache.shards if shard.split == "train")
-    read = {file.name for (number, *_), file in reader._files.items() if number == shard.number}
+    read = {file.name for file in reader._files([int(np.flatnonzero(reader.shards == shard.number)[0])], 0)}
     assert {file.name for file in cache.files(shard, needed)} == read
     (root / sorted(read)[-1]).unlink()
     assert [problem.name for problem in verify_cache(root, needed=needed)] == [sorted(read)[-1]]

@@ -1,0 +1,46 @@
+"""Fetching of the files of later batches while earlier ones are trained on."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
+
+
+class ReadAhead:
+    """Batches that will be read soon. Their files are fetched in the order in which batches are named, and kept until then.
+
+    Args:
+        copies: The local copies.
+        files: Function that returns the files of a batch, given its utterances and mask draw.
+    """
+
+    def __init__(
+        self, copies: LocalCopies, files: Callable[[Sequence[int], int | None], Sequence[CommittedFile]]
+    ) -> None:
+        self._copies, self._files = copies, files
+        self._lock = threading.Lock()
+        self._expected: Counter[tuple[tuple[int, ...], int | None]] = Counter()
+
+    def expect(self, indices: Sequence[int], draw: int | None) -> None:
+        """Name a batch that will be read."""
+        with self._lock:
+            self._expected[tuple(indices), draw] += 1
+        for file in self._files(indices, draw):
+            self._copies.want(file)
+
+    def met(self, indices: Sequence[int], draw: int | None) -> None:
+        """Tell that a batch was read. Nothing happens if it was not expected."""
+        key = (tuple(indices), draw)
+        with self._lock:
+            if not self._expected[key]:
+                del self._expected[key]
+                return
+            self._expected[key] -= 1
+        for file in self._files(indices, draw):
+            self._copies.unwant(file)
+
+    def clear(self) -> None:
+        """Expect none of the batches any more."""
+        for indices, draw in list(self._expected.elements()):
+            self.met(indices, draw)

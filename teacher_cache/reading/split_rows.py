@@ -1,0 +1,97 @@
+"""The utterances of one split of a plan as columns, because an object for each would take a kilobyte."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheError
+
+_COLUMNS = ("id", "split", "num_samples", "num_frames", "shard", "row")
+_ITERATED = 4096
+
+
+class TextColumn(Sequence[str]):
+    """A sequence of texts in an Arrow array. It is equal to any sequence of the same texts."""
+
+    def __init__(self, texts: pa.LargeStringArray) -> None:
+        self._texts = texts
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "list[str]": ...
+
+    def __getitem__(self, index: int | slice) -> "str | list[str]":
+        found = self._texts[index]
+        text: str | list[str] = found.to_pylist() if isinstance(index, slice) else found.as_py()
+        return text
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self._texts), _ITERATED):
+            yield from self._texts.slice(start, _ITERATED).to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    def __repr__(self) -> str:
+        return f"TextColumn({len(self)} texts)"
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """Utterances of a split, in the order of shards and rows.
+
+    Attributes:
+        ids: N ids.
+        num_samples: (N,) int64 numbers of samples.
+        num_frames: (N,) int64 numbers of frames.
+        shard: (N,) int32 number of the shard of each.
+        row: (N,) int32 row in its shard.
+    """
+
+    ids: TextColumn
+    num_samples: np.ndarray
+    num_frames: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+
+    @classmethod
+    def of(cls, cache: Cache, split: str) -> "SplitRows":
+        """Read the utterances of a split. CacheError if the cache has no such split, or its plan is damaged."""
+        plan = cache.plan_columns(_COLUMNS)
+        chosen = plan.filter(pc.equal(plan["split"], split))
+        if not len(chosen):
+            splits = sorted(pc.unique(plan["split"]).to_pylist())
+            raise CacheError(f"the cache at {cache.store.location} has no split {split!r}; it has {splits}")
+        return cls._from(chosen)
+
+    @classmethod
+    def _from(cls, table: pa.Table) -> "SplitRows":
+        ids = table["id"].cast(pa.large_string()).combine_chunks()
+        ids = ids if isinstance(ids, pa.Array) else ids.chunk(0)
+        return cls(TextColumn(ids), *(table[name].to_numpy() for name in ("num_samples", "num_frames", "shard", "row")))
+
+    def of_shard(self, shard: int) -> list[str]:
+        """Return the ids of a shard in the order of rows."""
+        start, end = np.searchsorted(self.shard, [shard, shard + 1])
+        return self.ids[int(start) : int(end)]
+
+    def without(self, failed: Sequence[str]) -> "SplitRows":
+        """Return the utterances but those with one of these ids."""
+        if not failed:
+            return self
+        kept = pc.invert(pc.is_in(self.ids._texts, pa.array(failed, pa.large_string())))
+        mask = kept.to_numpy(zero_copy_only=False)
+        columns = (self.num_samples, self.num_frames, self.shard, self.row)
+        return SplitRows(TextColumn(self.ids._texts.filter(kept)), *(column[mask] for column in columns))

@@ -387,9 +387,6 @@ def resampling_ratio(rate: int) -> Fraction:
 
     torchaudio tabulates p x q values for the ratio p / q in lowest terms, which would be gigabytes for 44,101 Hz. Unusual
     ratios are therefore rounded, by about 1 in 10,000 at most. All rates of common recorders are exact.
-
-    Args:
-        rate: Samples per second.
     """
     return Fraction(rate, SAMPLE_RATE).limit_denominator(640 if rate <= 48_000 else 160)
 

@@ -7,6 +7,9 @@ at the highest rate and number of channels that the service accepts, all at once
 
 The backend ``sleep`` is a model that waits for a known time instead of computing. It needs no core, so it also gives figures of
 admission and deadlines on a machine that other work shares; its offline speed is computed.
+
+``--quick`` covers the same cases in about 10 minutes: a student that is four times as fast, a deadline of 5 s, 8 s for each load, the
+offline speed once for each case, and no flood. A point then has few deadlines, so its figures are rough.
 """
 
 import asyncio
@@ -27,6 +30,7 @@ import typer
 from benchmarks.result_file import REPOSITORY, RESULTS, write_result
 from benchmarks.serve.load import GENERATOR_CORE, PATH, SERVICE_CORE, Clip, offer, offline, running
 from benchmarks.serve.sleeping_server import seconds as waiting
+from benchmarks.small_speech import small_student
 from ray_distill.pipeline.config import load_config
 from ray_distill.serve.inference.engine import NICENESS
 from ray_distill.serve.settings import Limits
@@ -83,12 +87,22 @@ def main(
     loads: Annotated[
         str, typer.Option(help="Offered loads relative to offline, separated by commas.")
     ] = "0.5,1,2,5,10",
-    seconds: Annotated[float, typer.Option(help="Seconds per load, many times the deadline.")] = 180,
-    deadline: Annotated[float, typer.Option(help="The service's --deadline-seconds.")] = Limits().deadline_seconds,
+    seconds: Annotated[
+        float | None, typer.Option(help="Seconds per load, many times the deadline. Default: 180, quick 8.")
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="The service's --deadline-seconds. Default: its default, quick 5.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure a faster student for a shorter time.")] = False,
     shared: Annotated[bool, typer.Option("--shared", help="Record that other work ran on the machine.")] = False,
-    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "serve/overload.json",
+    output: Annotated[
+        Path | None, typer.Option(help="Result file (JSON). Default: overload.json, quick overload_quick.json.")
+    ] = None,
 ) -> None:
     """Measure each backend with each mix at each load, and the flood."""
+    seconds = seconds or (8 if quick else 180)
+    deadline = deadline or (5 if quick else Limits().deadline_seconds)
+    output = output or RESULTS / f"serve/overload{'_quick' if quick else ''}.json"
     os.sched_setaffinity(0, {GENERATOR_CORE})
     rows: list[dict[str, Any]] = []
     flooded: dict[str, Any] | None = None
@@ -96,7 +110,7 @@ def main(
     def write() -> None:
         write_result(
             output,
-            student=config.stem,
+            student="12 layers of width 256" if quick else config.stem,
             cores={"service": SERVICE_CORE, "generator": GENERATOR_CORE},
             shared_machine=shared,
             point_seconds=seconds,
@@ -107,7 +121,8 @@ def main(
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        student = Student(load_config(config).resolve_student(12, 768)).eval()
+        published = load_config(config).resolve_student(12, 768)
+        student = Student(small_student(12, 768, 256) if quick else published).eval()
         models = {name: Path(folder) / f"{name}.onnx" for name in ("onnx", "int8")} | {"torch": Path(folder) / "torch"}
         save_student(student, models["torch"])
         for case in cases.split(","):
@@ -128,11 +143,13 @@ def main(
             if backend == "sleep":
                 command = ["-m", "benchmarks.serve.sleeping_server"]
             with running([*command, "--deadline-seconds", str(deadline)]) as (pid, address):
+                after = speed_offline() if quick else 0.0
                 for number, load in enumerate(float(part) for part in loads.split(",")):
-                    before = speed_offline()
+                    before = after if quick else speed_offline()
                     row = asyncio.run(offer(address, pid, sounds, load * before / mean, seconds, number, False))
                     del row["memory_mib"]
-                    speed = (before + speed_offline()) / 2
+                    after = before if quick else speed_offline()
+                    speed = (before + after) / 2
                     row = {
                         "backend": backend,
                         "mix": mix,
@@ -148,10 +165,26 @@ def main(
                         f"{speed:.1f} s/s  " + "  ".join(f"{key} {value:.2f} s" for key, value in latency.items()),
                         flush=True,
                     )
-                if flooded is None:
+                if flooded is None and not quick:
                     flooded = asyncio.run(flood(address))
                     write()
                     print(flooded, flush=True)
+    print(table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a table in Markdown."""
+    lines = [
+        "| backend | lengths | load | requests | answered | 429 | 504 | goodput, relative to offline | p50, p99 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        answered, refused, late = (row["statuses"].get(status, 0) for status in ("200", "429", "504"))
+        latency = row["latency_seconds"]
+        times = f"{latency['p50']:.1f}, {latency['p99']:.1f} s" if latency else ""
+        cells = [row["backend"], row["mix"], f"{row['load']:g}", row["requests"], answered, refused, late]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{row['goodput_of_offline']:.2f}", times])) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -113,19 +113,19 @@ class TorchBackend:
     @torch.inference_mode()
     def run(self, batch: Sequence[LayerRequest]) -> list[Array]:
         """Return the features of a batch; see `Backend`."""
-        waveforms, lengths = (
-            torch.from_numpy(x).to(self.device) for x in _pad(batch, 0 if self._compiled is None else _MIN_SAMPLES)
-        )
+        padded, lengths = map(torch.from_numpy, _pad(batch, 0 if self._compiled is None else _MIN_SAMPLES))
+        waveforms = padded.to(self.device)
+        num_frames = self._student.num_frames(lengths).tolist()  # On the host, which does not wait for a GPU.
         with self._autocast:
             if self._compiled is not None:
                 # A batch that fits no compiled program runs uncompiled, so that no request waits for the compiler.
                 with torch.compiler.set_stance("eager_on_recompile"):
-                    layers = self._compiled(waveforms, lengths)[1:]
+                    layers = self._compiled(waveforms, lengths.to(self.device))[1:]
             else:
                 highest = max(item.layer or self.num_layers for item in batch)
-                layers, _, _ = self._student.layer_outputs(waveforms, lengths, num_layers=highest)
+                layers, _, _ = self._student.layer_outputs(waveforms, lengths.tolist(), num_layers=highest)
             arrays = []
-            for row, (item, frames) in enumerate(zip(batch, self._student.num_frames(lengths).tolist(), strict=True)):
+            for row, (item, frames) in enumerate(zip(batch, num_frames, strict=True)):
                 numbers = range(len(layers)) if item.layer is None else [item.layer - 1]
                 selected = [layers[number][row, :frames] for number in numbers]
                 if item.space == "teacher":

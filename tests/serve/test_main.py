@@ -1,6 +1,7 @@
 """Starting, stopping and reloading the service as a process."""
 
 import io
+import os
 import re
 import resource
 import signal
@@ -156,7 +157,13 @@ def test_open_requests_are_answered_after_no_more_are_accepted(export: Path) -> 
         assert process.wait(timeout=60) == 0
 
 
-def test_a_start_reports_each_step(export: Path) -> None:
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process, of all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_start_reports_each_step_and_takes_at_most_five_seconds_of_cpu(export: Path) -> None:
     command = [*COMMAND, "--model", str(export), "--port", "0"]
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -173,6 +180,8 @@ def test_a_start_reports_each_step(export: Path) -> None:
             for step in steps[:3]:
                 assert step in next(lines)
             assert any(steps[3] in line for line in lines)
+            assert any("Ready after" in line for line in lines)
+            assert cpu_seconds(process.pid) < 5  # Of which the import of PyTorch takes two or three.
         finally:
             process.kill()
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from fastapi.testclient import TestClient
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ray_distill.serve import create_app
 from ray_distill.serve.inference.backends import Backend, LayerRequest, OnnxBackend, TorchBackend
@@ -113,6 +115,26 @@ def test_an_exported_file_is_served_without_its_heads(onnx_file: Path, reference
         assert client.post("/v1/features", content=buffer.getvalue()).json()["shape"] == [49, 16]
         refused = client.post("/v1/features?space=teacher", content=buffer.getvalue())
         assert (refused.status_code, refused.json()["error_type"]) == (422, "bad_parameter")
+
+
+def test_every_tensor_is_on_the_device_of_the_waveforms() -> None:
+    """PyTorch's fake tensors have devices but no values, so this needs no GPU; an operation with two devices is an error."""
+    with FakeTensorMode(), torch.inference_mode():
+        with torch.device("cuda"):
+            student = Student(TINY).eval()
+        layers, _, num_frames = student.layer_outputs(
+            torch.zeros(2, 16_000, device="cuda"), [16_000, 9_000], num_layers=2
+        )
+        predicted = [head(layer) for head, layer in zip(student.heads, layers, strict=False)]
+        assert {tensor.device.type for tensor in (*layers, *predicted, num_frames)} == {"cuda"} and len(layers) == 2
+        with pytest.raises(RuntimeError, match="device"):
+            student.layer_outputs(torch.zeros(1, 16_000), [16_000])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_gpu_is_one_sentence(student: Student) -> None:
+    with pytest.raises(ValueError, match=r"^Can't use device 'cuda': PyTorch finds no such device on this machine\.$"):
+        TorchBackend(student, BackendOptions(device="cuda", precision="bf16"))
 
 
 def test_bf16_is_near_and_depends_on_the_batch_by_rounding_only(student: Student, reference: Backend) -> None:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_distill.pipeline.corpus.decoding import Limits, LongAudio, decode
+from ray_distill.pipeline.corpus.duplicates import duplicate_notes
 from ray_distill.pipeline.corpus.found import FoundFile, Skipped
 from ray_distill.pipeline.corpus.labels import label_of, write_labels
 from ray_distill.pipeline.corpus.search import find_audio
@@ -188,10 +189,14 @@ def index_corpus(
                     progress(done, len(entries))
         if not any(entry.role == "validation" for entry in entries):
             utterances = _hold_out(utterances, validation_fraction)
+        utterances.sort(key=lambda utterance: utterance.id)
         index = CorpusIndex(
-            sorted(utterances, key=lambda utterance: utterance.id),
+            utterances,
             sorted(skipped, key=lambda skip: str(skip.path)),
-            notes=_notes(totals, max_seconds),
+            notes=_notes(totals, max_seconds)
+            + duplicate_notes(
+                [u.sha256 for u in utterances], [u.split for u in utterances], [u.id for u in utterances]
+            ),
         )
         _save(index, state, output)
     for split in ("train", "validation"):

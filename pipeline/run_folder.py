@@ -128,6 +128,11 @@ class RunFolder:
         return self.path / TEACHER
 
     @property
+    def dataset_file(self) -> Path:
+        """Commit of a corpus on the hub; see `corpus.hub_dataset`."""
+        return self.path / "dataset.json"
+
+    @property
     def plugins_file(self) -> Path:
         """What the run needs of other packages; see `run_plugins`. It exists if there is anything."""
         return self.path / "plugins.json"
@@ -183,6 +188,7 @@ class RunFolder:
             self.starts_file,
             self.teacher_file,
             self.plugins_file,
+            self.dataset_file,
         )
         replaceable = {path.name for path in made_again}
         return self.path.is_dir() and any(

@@ -5,6 +5,7 @@ and ``student/objectives/``, those of ``student`` in ``student/model/student_con
 ``teacher_cache/masks.py``.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -44,7 +45,8 @@ class CorpusSection(_Section):
 
     path: Path
     """Folder in LibriSpeech's layout, any other folder of audio, a manifest (CSV, TSV, Parquet or JSON lines) with a column ``path``,
-    or a corpus in another format; see ``format``."""
+    or a corpus in another format; see ``format``. ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, if there is no such path, and
+    ``hf://datasets/OWNER/NAME`` are datasets on the Hugging Face Hub, which are downloaded."""
     format: Annotated[str | None, pydantic.AfterValidator(_check_format)] = None
     """Format of the corpus: ``folder``, ``manifest``, ``nemo``, ``fairseq``, ``kaldi``, ``lhotse``, ``lhotse_shar``, ``huggingface``,
     ``webdataset``, ``common_voice``, ``voxpopuli``, or one that an installed package adds. None looks at the files."""
@@ -65,6 +67,11 @@ class CorpusSection(_Section):
     """Longest utterance in seconds. Longer audio is skipped and listed, or cut; see ``long_audio``."""
     long_audio: Literal["skip", "cut"] = "skip"
     """What becomes of audio longer than ``max_seconds``: ``skip`` it, or ``cut`` it at pauses into windows that cover it."""
+
+    @pydantic.field_serializer("path", when_used="json")
+    def _with_two_slashes(self, path: Path) -> str:
+        """Return the path as text; a ``Path`` keeps one of the slashes of ``hf://``."""
+        return re.sub("^hf:/(?!/)", "hf://", str(path))
 
     @pydantic.field_validator("channel")
     @classmethod

@@ -145,6 +145,11 @@ class RunFolder:
         ]
 
     @property
+    def dataset_file(self) -> Path:
+        """Commit of a corpus on the hub; see `corpus.hub_dataset`."""
+        return self.path / "dataset.json"
+
+    @property
     def plugins_file(self) -> Path:
         """What the run needs of other packages; see `run_plugins`. It exists if there is anything."""
         return self.path / "plugins.json"
@@ -200,6 +205,7 @@ class RunFolder:
             self.starts_file,
             self.teacher_file,
             self.plugins_file,
+            self.dataset_file,
         )
         replaceable = {path.name for path in (*made_again, *self.path.glob(self.teacher_file_of("*").name))}
         return self.path.is_dir() and any(

@@ -16,6 +16,7 @@ import torchaudio.functional
 
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from ray_distill.teacher_cache.sources.address import AudioAddress
+from ray_distill.teacher_cache.sources.claimed_length import bytes_after_data, cut_off
 
 Reason = Literal["undecodable", "empty", "too_short", "too_long", "no_channel", "outside"]
 
@@ -268,6 +269,8 @@ def _blocks(opened: _Opened, on_block: Callable[[int], None] | None = None) -> I
     outside = AudioError("outside", f"{opened.name} is outside the audio, which is shorter")
     if opened.frames is not None and max(start, end or 0) > opened.frames:
         raise outside
+    if end is None and (short := cut_off(file)) is not None:  # A piece that ends before the end is complete.
+        raise AudioError("undecodable", f"{opened.name} is cut off ({short}); copy or convert it again")
     try:
         drop = start - _seek(opened, start)
         # soundfile seeks after each read of a seekable file. That fails in FLAC streams of unknown length.
@@ -328,7 +331,7 @@ def _decode(opened: _Opened, max_seconds: float | None, on_block: Callable[[int]
             raise too_long
         peak = max(peak, block_peak)
         blocks.append(block)
-    if count == 0 and file.format in ("WAV", "WAVEX") and (rest := _bytes_after_data(opened.stream)):
+    if count == 0 and file.format in ("WAV", "WAVEX") and (rest := bytes_after_data(opened.stream)):
         raise AudioError(
             "undecodable",
             f"{name} is an unfinished recording or stream: its header says 0 samples, but {rest} bytes follow; rewrite its "
@@ -352,19 +355,6 @@ def _digest_of(address: AudioAddress, mtime_ns: int, size: int) -> str:
             with stream.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-
-
-def _bytes_after_data(source: Path | str | BinaryIO) -> int:
-    """Return the number of bytes behind a WAV header's empty data chunk that are not chunks themselves."""
-    if isinstance(source, (str, Path)):
-        with Path(source).open("rb") as file:
-            return _bytes_after_data(file)
-    source.seek(0)
-    head = source.read(1 << 16)
-    at = head.find(b"data\0\0\0\0")
-    rest = head[at + 8 : at + 12]
-    is_chunk = rest.strip().isalnum()  # LIST, bext, ...
-    return 0 if at < 0 or is_chunk else source.seek(0, 2) - (at + 8)
 
 
 def _num_bytes(source: Path | str | BinaryIO) -> int:

@@ -21,7 +21,7 @@ _LARGE = (".safetensors", ".bin", ".h5")
 
 @dataclass
 class Repository:
-    """A model of the hub.
+    """A model or dataset of the hub.
 
     Attributes:
         commits: Folder of each commit by its hash, oldest first.
@@ -126,8 +126,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(self.server.status, b"out of order")
         if parts[0] == "storage":
             return self._send_file(Path("/" + "/".join(parts[1:])), {})
-        if parts[:2] == ["api", "models"]:
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
             name, rest = "/".join(parts[2:4]), parts[4:] or ["revision", "main"]
+        elif parts[0] == "datasets":
+            name, rest = "/".join(parts[1:3]), parts[3:]
         else:
             name, rest = "/".join(parts[:2]), parts[2:]
         repository = self.server.repositories.get(name)

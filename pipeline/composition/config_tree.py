@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ray_distill.pipeline.corpus.hub_dataset import parse_hub_dataset
 from ray_distill.pipeline.recipes import find_recipe, other_recipes, recipe_name
 
 SHORT_KEYS = {"teacher": "checkpoint", "corpus": "path", "cache": "path"}
@@ -112,13 +113,15 @@ class ConfigTree:
         recipes = [key for key in lists if self.source_of(f"corpus.{key}") != COMMAND_LINE]
         path = Path(str(corpus["path"]))
         names = [str(name) for key in recipes for name in corpus[key]]
-        if not names or not path.exists() or any(_has_folder(path, name) for name in names):
+        on_hub = parse_hub_dataset(path) is not None  # Its splits are known once it is downloaded.
+        if not names or not (on_hub or path.exists()) or any(_has_folder(path, name) for name in names):
             return
         for key in recipes:
             del corpus[key]
             self.sources.pop(f"corpus.{key}", None)
+        why = "is on the hub, and takes none of the recipe's splits" if on_hub else "has none of the recipe's splits"
         self.notes.append(
-            f"{path} has none of the recipe's splits ({', '.join(names)}), so its own are used; corpus.train_splits and "
+            f"{corpus['path']} {why} ({', '.join(names)}), so its own are used; corpus.train_splits and "
             "corpus.validation_splits name others"
         )
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from ray_distill.pipeline.corpus.decoded_sources import DecodedSources, Stamp, remove_parts, skipped_of, stamps_of
 from ray_distill.pipeline.corpus.decoding import Limits, LongAudio
 from ray_distill.pipeline.corpus.decoding_work import decode_here
+from ray_distill.pipeline.corpus.duplicates import duplicate_notes
 from ray_distill.pipeline.corpus.found import FoundFile, Skipped
 from ray_distill.pipeline.corpus.labels import Label, label_of, write_labels
 from ray_distill.pipeline.corpus.search import find_audio
@@ -187,10 +188,12 @@ def index_corpus(
                     progress(done, len(entries))
         results, positions = sources.results()
         skipped += skipped_of(results)
+        utterances = _utterances(results, positions, entries, validation_fraction)
+        columns = [utterances.table[name] for name in ("sha256", "split", "id")]
         index = CorpusIndex(
-            _utterances(results, positions, entries, validation_fraction),
+            utterances,
             sorted(skipped, key=lambda skip: str(skip.path)),
-            notes=_notes(_totals(results, positions), max_seconds),
+            notes=_notes(_totals(results, positions), max_seconds) + duplicate_notes(*columns),
         )
         _save(index, states[0], output)
         sources.save(results, output)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_distill.pipeline.config import Config, ConfigError
+from ray_distill.pipeline.corpus.hub_dataset import dataset_of_run, parse_hub_dataset
 from ray_distill.pipeline.corpus.index import INDEX
 from ray_distill.pipeline.corpus.search import count_files, find_audio
 from ray_distill.pipeline.corpus.splits import SplitSummary
@@ -57,7 +58,13 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     """
     RunFolder(config.folder.absolute()).refuse_other_config(config, may_extend=True)
     corpus = config.corpus
-    found = find_audio(corpus.path.absolute(), corpus.train_splits, corpus.validation_splits, format=corpus.format)
+    splits: tuple[SplitSummary, ...] = ()
+    if (dataset := parse_hub_dataset(corpus.path)) is not None:
+        dataset = dataset_of_run(RunFolder(config.folder.absolute()).dataset_file, dataset)
+        described = f"{dataset}, which the index stage downloads"
+    else:
+        found = find_audio(corpus.path.absolute(), corpus.train_splits, corpus.validation_splits, format=corpus.format)
+        described, splits = f"{corpus.path.absolute()}: {_listed(count_files(found))}", tuple(found.splits)
     named = Run(config, Console(quiet=True))
     headers = [load_header(part.checkpoint) for part in named.parts]
     run = named.sibling(config, Console(quiet=True), headers)
@@ -77,7 +84,7 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     batch = f"{train.batch_size} utterances" if train.batch_size else f"{train.batch_seconds:g} s of audio"
     facts = {
         "run folder": str(folder.path),
-        "corpus": f"{config.corpus.path.absolute()}: {_listed(count_files(found))}",
+        "corpus": described,
         **{f"teacher{label}": _facts_of(part, header) for label, part, header, _ in parts},
         "student": _student_facts(config, headers),
         "masks": masks,
@@ -97,7 +104,7 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
         "report": f"write {folder.report}",
     }
     chosen = {stage: action for stage, action in actions.items() if stage in stages}
-    return RunPlan(config.name, facts, chosen, tuple(found.splits))
+    return RunPlan(config.name, facts, chosen, splits)
 
 
 def _listed(counts: dict[str, int]) -> str:

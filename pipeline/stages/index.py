@@ -18,10 +18,10 @@ def index_audio(run: Run) -> None:
     Raises:
         ValueError: The corpus can't be read, or has no usable audio for training or validation.
     """
-    corpus = run.config.corpus
+    corpus, path = run.config.corpus, run.corpus_path
     with run.progress("index", "files") as update:
         index = index_corpus(
-            corpus.path,
+            path,
             train_splits=corpus.train_splits,
             validation_splits=corpus.validation_splits,
             validation_fraction=corpus.validation_fraction,

@@ -1,8 +1,11 @@
-"""The progress of a stage: a bar on a terminal and in a notebook, and otherwise a line each half minute."""
+"""The progress of a stage: a bar on a terminal and in a notebook, and otherwise a line each half minute.
+
+While nothing is finished, the time between two lines doubles, and each says how long it has been.
+"""
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -36,23 +39,31 @@ class Position:
         self.stage, self.unit = stage, unit
         self.done = self.total = 0
         self.note = ""
-        self._begun = time.monotonic()
+        self._begun = self._changed = time.monotonic()
         self._start: tuple[float, int] | None = None
 
     def update(self, done: int, total: int, note: str = "") -> None:
         """Set the position."""
+        if (done, total) != (self.done, self.total):
+            self._changed = time.monotonic()
         self.done, self.total, self.note = done, total, note
         if self._start is None:  # Work of an earlier process doesn't count for the rate.
             self._start = time.monotonic(), done
 
-    def line(self) -> str:
-        """Return the line that stands for the bar."""
+    def line(self, repeated: bool = False) -> str:
+        """Return the line that stands for the bar.
+
+        Args:
+            repeated: Whether the line before it had the same numbers. Default: False.
+        """
         if not self.total or self._start is None:
             return f"{self.stage:7s} no {self.unit} finished yet, {_duration(time.monotonic() - self._begun)} since the start"
         since, before = self._start
         rate = (self.done - before) / max(time.monotonic() - since, 1e-9)
         parts = [f"{self.done:,} of {self.total:,} {self.unit} ({self.done / self.total:.0%})"]
-        if rate > 0:
+        if repeated:
+            parts += [f"unchanged for {_duration(time.monotonic() - self._changed)}"]
+        elif rate > 0:
             parts += [f"{rate:.3g} per second", f"{_duration((self.total - self.done) / rate)} left"]
         return f"{self.stage:7s} {', '.join(parts + [self.note] * bool(self.note))}"
 
@@ -71,8 +82,8 @@ def shown(position: Position, console: Console) -> Iterator[ProgressUpdate]:
     done = threading.Event()
 
     def print_lines() -> None:
-        while not done.wait(LINE_SECONDS):
-            console.print(position.line(), highlight=False, markup=False, soft_wrap=True)
+        for line in _lines(position, done.wait):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
             console.file.flush()
 
     printer = threading.Thread(target=print_lines, daemon=True)
@@ -82,6 +93,20 @@ def shown(position: Position, console: Console) -> Iterator[ProgressUpdate]:
     finally:
         done.set()
         printer.join()
+
+
+def _lines(position: Position, wait: Callable[[float], bool]) -> Iterator[str]:
+    """Yield the lines to print until ``wait``, which waits for some seconds, returns whether all is done."""
+    shown: tuple[int, int] | None = None
+    quiet = skipped = 0
+    while not wait(LINE_SECONDS):
+        now = position.done, position.total
+        if now == shown and skipped < quiet:
+            skipped += 1
+            continue
+        repeated, quiet = now == shown, 2 * skipped + 1 if now == shown else 0
+        shown, skipped = now, 0
+        yield position.line(repeated)
 
 
 @contextmanager

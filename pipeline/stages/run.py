@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pyarrow as pa
 from rich.console import Console
+from rich.markup import escape
 
 from ray_distill.pipeline.config import Config, ConfigError, TeacherEntry
 from ray_distill.pipeline.corpus.cached_corpus import known_fingerprint
+from ray_distill.pipeline.corpus.hub_dataset import dataset_of_run, download_dataset, keep_dataset, parse_hub_dataset
 from ray_distill.pipeline.corpus.index import CorpusIndex
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
@@ -59,7 +61,8 @@ class Run:
         refuse_relative("cache.path", config.cache.path, config.cache.is_absolute)
         if (start := config.train.init_from) is not None:
             refuse_relative("train.init_from", start, Path(start).is_absolute())
-        refuse_relative("corpus.path", config.corpus.path, config.corpus.path.is_absolute())
+        corpus = config.corpus.path
+        refuse_relative("corpus.path", corpus, corpus.is_absolute() or parse_hub_dataset(corpus) is not None)
         refuse_relative(
             "teacher.checkpoint", teacher_path, Path(teacher_path).is_absolute() or not is_path(teacher_path)
         )
@@ -161,6 +164,23 @@ class Run:
         if self.config.teachers:
             return self.main.layers
         return self.layers_of(self.teacher)
+
+    @cached_property
+    def corpus_path(self) -> Path:
+        """The corpus: a file or folder. A dataset on the hub is downloaded, and the run keeps its commit.
+
+        Raises:
+            ValueError: The hub has no such dataset, or it can't be downloaded.
+        """
+        requested, file = parse_hub_dataset(self.config.corpus.path), self.folder.dataset_file
+        if requested is None:
+            keep_dataset(file, None, None)
+            return self.config.corpus.path
+        resolved = dataset_of_run(file, requested)
+        self.say(f"index   {escape(str(resolved))}: files that are missing in the hub's cache are downloaded")
+        found = download_dataset(resolved)
+        keep_dataset(file, requested, resolved)
+        return found
 
     @cached_property
     def corpus(self) -> CorpusIndex:

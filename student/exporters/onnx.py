@@ -69,10 +69,13 @@ def export_torch(student: Student, file: Path, origin: Origin, features: Feature
         features: Features that the program returns. Default ``layers``.
 
     Raises:
-        ValueError: the file exists, or the student has options that exports do not support.
+        ValueError: the file exists or does not end in ``.pt2``, or the student has options that exports do not support.
     """
     _check_new(file)
-    program, _ = _program(student, features)
+    if file.suffix != ".pt2":
+        raise ValueError(f"{file} must end in .pt2, the suffix of torch.export programs; name it {file.stem}.pt2")
+    with _quiet():
+        program, _ = _program(student, features)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, file, extra_files={"origin.json": json.dumps(origin)})
 

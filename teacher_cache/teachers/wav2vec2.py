@@ -18,6 +18,7 @@ from torchaudio.models.wav2vec2.wavlm_attention import WavLMSelfAttention
 from ray_distill.teacher_cache.frames import (
     FRAME_SAMPLES,
     RECEPTIVE_FIELD,
+    SAMPLE_RATE,
     conv_output_length,
     group_norm_over_real,
     padding_mask,
@@ -81,8 +82,8 @@ class Wav2Vec2Teacher(Teacher):
         first_two = [conv_output_length(n, kernels_and_strides) for n in (RECEPTIVE_FIELD - 1, RECEPTIVE_FIELD)]
         if strides != FRAME_SAMPLES or first_two != [0, 1]:
             raise TeacherError(
-                f"{name} has convolutions (kernel, stride) {kernels_and_strides}, but frames must be "
-                f"{RECEPTIVE_FIELD} samples wide and {FRAME_SAMPLES} apart, as in HuBERT"
+                f"{name} has a frame every {strides / SAMPLE_RATE * 1000:g} ms, by its convolutions (kernel, stride) "
+                f"{kernels_and_strides}, but teachers must have frames of 25 ms every 20 ms, as HuBERT has; use another one"
             )
         attention: Any = self._layers[0].attention
         self.heads: int = attention.num_heads

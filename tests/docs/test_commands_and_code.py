@@ -16,6 +16,7 @@ from ray_distill.pipeline.composition.config_tree import SHORT_KEYS
 from ray_distill.pipeline.config import Config
 from ray_distill.pipeline.recipes import find_recipe
 from ray_distill.student import Student, StudentConfig, save_student
+from ray_distill.student.exporters.huggingface import export_huggingface
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 
 from ..tiny import TEACHER, tiny_student
@@ -88,6 +89,26 @@ def test_every_documented_command_exists_with_its_options() -> None:
             elif given and not option.startswith("-"):
                 assert option in Config.model_fields, f"{page}: {line!r} has no key {option}"
     assert {"run", "ablate", "export", "profile", "probe", "convert", "cache", "serve", "plan-cluster"} <= checked
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its Python with two recordings of each voice, a random student and two steps; its commands are run by other tests."""
+    pytest.importorskip("espeakng_loader", reason="needs espeak-ng (the dev extra has it)")
+    pytest.importorskip("transformers", reason="needs transformers (the dev extra has it)")
+    page = (REPOSITORY / "docs" / "tutorial.md").read_text()
+    speech, train, hear, store = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert "UTTERANCES = 40" in speech and "STEPS = 400" in train
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    exec(speech.replace("UTTERANCES = 40", "UTTERANCES = 2"), {})
+    assert len(list(Path("digits").rglob("*.flac"))) == len(list(Path("digits").rglob("*.txt"))) == 24
+    export_huggingface(Student(tiny_student()), Path("digits-hf"), {}, "heads")
+    names: dict[str, object] = {}
+    exec(train.replace("STEPS = 400", "STEPS = 2"), names)
+    exec(hear, names)
+    assert re.search(r"\d+ of 32 words in their place", capsys.readouterr().out)
+    exec(store, names)
 
 
 def test_the_python_page_runs(

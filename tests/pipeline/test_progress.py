@@ -32,8 +32,32 @@ def test_lines_without_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         time.sleep(0.2)
     lines = said.getvalue().splitlines()
     assert lines[0].startswith("train   no steps finished yet, 0 s since")
-    assert lines[-1].startswith("train   1,200 of 3,000 steps (40%), ")
-    assert " per second, " in lines[-1] and lines[-1].endswith(" s left, loss 0.4")
+    line = next(line for line in lines if line.startswith("train   1,200 of 3,000 steps (40%), "))
+    assert " per second, " in line and line.endswith(" s left, loss 0.4")
+    assert "unchanged for 0 s, loss 0.4" in lines[-1]
+
+
+def test_lines_do_not_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nothing changes, the time between two lines doubles."""
+    waited = 0
+
+    def wait(seconds: float) -> bool:
+        nonlocal waited
+        waited += 1
+        if waited == 20:
+            position.update(7, 9)
+        return waited == 40
+
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 30.0 * waited)
+    position = Position("cache", "utterances")
+    assert [line.removeprefix("cache   ") for line in progress._lines(position, wait)] == [
+        *(
+            f"no utterances finished yet, {text} since the start"
+            for text in ("30 s", "60 s", "2 min", "4 min", "8 min")
+        ),
+        "7 of 9 utterances (78%)",
+        *(f"7 of 9 utterances (78%), unchanged for {text}" for text in ("30 s", "2 min", "4 min", "8 min")),
+    ]
 
 
 def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

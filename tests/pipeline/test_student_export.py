@@ -117,6 +117,7 @@ def test_formats(run_folder: Path, tmp_path: Path) -> None:
             application, ["export", str(run_folder), "--format", form, "--output", str(tmp_path / output)]
         )
         assert result.exit_code == 0, result.output
+        assert result.output == f"export  {tmp_path / output} (features: heads)\n", "and no messages of PyTorch"
         assert (tmp_path / file).is_file()
 
 
@@ -138,6 +139,7 @@ def test_features_are_in_the_origin(run_folder: Path, tmp_path: Path, chosen: li
         (["BARE", "--format", "s3prl", "--features", "heads", "--output", "x"], "has no heads"),
         (["MODEL", "--format", "s3prl", "--int8", "--output", "x"], "--int8"),
         (["RUN", "--format", "s3prl", "--output", "x"], "has no exported student"),
+        (["MODEL", "--format", "torch", "--output", "x.bin"], r"must end in .pt2"),
     ],
 )
 def test_mistakes(run_folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -1,6 +1,7 @@
 """Teachers, objectives, codecs and corpus formats of other packages: they are used like our own, and faults name the package."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 from ray_distill.teacher_cache.teachers import Teacher, TeacherError, is_path, load_teacher, resolve_teacher
 from tests.tiny import tiny_tree
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 INSTALLED = Path(__file__).with_name("installed")
 Install = Callable[..., None]
 
@@ -153,6 +155,18 @@ def test_what_needs_an_absent_package_names_it(
     monkeypatch.syspath_prepend(str(INSTALLED))
     with pytest.raises(CacheError, match="names the teacher 'mel:24', which is not loaded unasked"):
         chosen_teacher(Cache.open(run.cache), None)
+
+
+def test_the_page_has_the_code_of_the_example() -> None:
+    page = (REPOSITORY / "docs" / "how-to" / "extending.md").read_text()
+    shown = dict(re.findall(r'^```python title="speech_extras/(\w+\.py)"\n(.*?)^```', page, re.MULTILINE | re.DOTALL))
+    files = {
+        file.name: file.read_text() for file in (INSTALLED / "speech_extras").glob("*_*.py") if file.stem[0] != "_"
+    }
+    assert shown == files and len(shown) == 4
+    (names,) = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    entries = (INSTALLED / "speech_extras-1.0.dist-info" / "entry_points.txt").read_text()
+    assert names.replace('[project.entry-points."', "[").replace('"]', "]").replace('"', "") == entries
 
 
 def test_names_are_accepted_where_ours_are(extras: None, filelists: Path, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from ray_distill.teacher_cache.audio import AudioError, load_audio
+from ray_distill.teacher_cache.audio import AudioError, load_audio, load_identified_audio
 from ray_distill.teacher_cache.embedded_audio import DECODERS, ENCODERS, AudioFormat
+from ray_distill.teacher_cache.sources.address import AudioAddress
 
 
 def tone(seconds: float, rate: int, frequency: float = 440.0) -> np.ndarray:
@@ -224,6 +225,25 @@ def test_streamed_wav(tmp_path: Path, kind: str, subtype: str) -> None:
     # A file without samples may have other chunks after them.
     assert refused(bytes(data[: at + 4])).reason == "empty"
     assert refused(bytes(data[: at + 4]) + b"LIST" + struct.pack("<I", 8) + b"INFOabcd").reason == "empty"
+
+
+@pytest.mark.parametrize("kind", ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU"])
+@pytest.mark.parametrize("share", [0.5, 0.97, 0.999])
+def test_audio_that_was_cut_off(tmp_path: Path, kind: str, share: float) -> None:
+    data = encode(tone(4.0, 16_000), 16_000, kind)
+    assert len(load_audio(io.BytesIO(data))) == 64_000
+    cut = data[: round(share * len(data))]
+    (tmp_path / "a.wav").write_bytes(cut)
+    if share > 0.99:  # Some programs count a part of the header, or round.
+        assert 63_800 < len(load_audio(tmp_path / "a.wav")) < 64_000
+        return
+    with pytest.raises(
+        AudioError, match=r"a\.wav is cut off \(its header says 12\d+ bytes, but it has \d+\); copy or"
+    ) as caught:
+        load_audio(tmp_path / "a.wav")
+    assert caught.value.reason == "undecodable"
+    piece = AudioAddress(str(tmp_path / "a.wav"), start=8000, end=24_000)
+    assert np.array_equal(load_identified_audio(piece)[0], load_audio(io.BytesIO(data))[8000:24_000])
 
 
 def test_mp3_inside_wav() -> None:

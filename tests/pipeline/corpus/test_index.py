@@ -164,6 +164,26 @@ def test_linked_folders_are_followed_once(folder: Path, tmp_path: Path) -> None:
     assert len(index_corpus(tmp_path / "linked", output=tmp_path / "index").utterances) == 5
 
 
+def test_audio_that_occurs_twice_is_used_and_said(tmp_path: Path) -> None:
+    first = write(tmp_path / "c/train/a.wav", pitch=100)
+    for n in range(3):
+        write(tmp_path / f"c/train/other{n}.wav", pitch=300 + 50 * n)
+    write(tmp_path / "c/dev/d.wav", pitch=150)
+    assert index_corpus(tmp_path / "c", output=tmp_path / "plain").notes == ()
+    (tmp_path / "c/train/b.wav").symlink_to(first)
+    os.link(first, tmp_path / "c/train/hard.wav")
+    again = "2 utterances have the same audio as another one, such as train/a and train/b, and all are used; remove links and copies"
+    for _ in range(2):  # Also if the index is only read again.
+        index = index_corpus(tmp_path / "c", output=tmp_path / "index")
+        assert len(index.utterances) == 7 and len(index.notes) == 1 and index.notes[0].startswith(again)
+    soundfile.write(tmp_path / "c/dev/copy.flac", soundfile.read(first, dtype="int16")[0], 16_000)
+    (note,) = index_corpus(tmp_path / "c", output=tmp_path / "index").notes
+    assert note.startswith("3 utterances have the same audio as another one")
+    assert (
+        "; the audio of 1 is in both the train and the validation split, so the validation loss is lower than" in note
+    )
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_manifest(folder: Path, tmp_path: Path, kind: str) -> None:
     rows = {

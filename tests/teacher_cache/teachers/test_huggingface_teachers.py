@@ -40,6 +40,16 @@ def noise(samples: int) -> Tensor:
     return 0.1 * torch.randn(1, samples, generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.parametrize(("last", "rate"), [(4, "40 ms"), (1, "10 ms")])
+def test_other_frame_rates_are_refused(tmp_path: Path, last: int, rate: str) -> None:
+    folder = save_tiny("hubert", tmp_path, conv_stride=[5, 2, 2, 2, 2, 2, last])
+    with pytest.raises(
+        TeacherError, match=f"has a frame every {rate}, by its convolutions.*frames of 25 ms every 20 ms"
+    ) as refused:
+        load_teacher(folder)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("kind", ["hubert", "wavlm", "wav2vec2", "unispeech", "unispeech-sat", "data2vec-audio"])
 def test_models_with_the_architecture_of_wav2vec2(kind: str, tmp_path: Path) -> None:
     teacher = load_teacher(save_tiny(kind, tmp_path))

@@ -1,0 +1,52 @@
+"""The length that the header of an uncompressed audio file claims, compared with the bytes that follow it."""
+
+import re
+from pathlib import Path
+from typing import BinaryIO
+
+import soundfile
+
+TOLERANCE = 0.1
+"""Seconds of audio that may be missing, since some programs count a part of the header, or round."""
+
+# libsndfile shortens such a file silently, and says so in its log only.
+_SHORT = {
+    "WAV": r"^data +: +(\d+) \(should be (\d+)\)",
+    "WAVEX": r"^data +: +(\d+) \(should be (\d+)\)",
+    "AIFF": r"^ *SSND +: +(\d+) \(should be (\d+)\)",
+    "AU": r"^ *Data Size +: +(\d+) \(should be (\d+)\)",
+    "RF64": r"^ *Riff size +: +(\d+) \(should be (\d+)\)",
+    "W64": r"^riff +: +(\d+) \(should be (\d+)\)",
+}
+_UNKNOWN = 2**31 - 2**16
+"""Programs that write to a pipe claim about 2 or 4 GiB, since they don't know the length before the end."""
+
+
+def cut_off(file: soundfile.SoundFile) -> str | None:
+    """Return what is wrong with a file that ends before its header says, or None if it is complete.
+
+    Sizes that stand for an unknown length are accepted. Known for WAV, RF64, W64, AIFF and AU; the decoders of FLAC and others
+    notice it themselves.
+    """
+    found = re.search(_SHORT[file.format], file.extra_info, re.MULTILINE) if file.format in _SHORT else None
+    if found is None:
+        return None
+    claimed, present = int(found[1]), int(found[2])
+    small = file.format in ("WAV", "WAVEX", "AIFF", "AU")
+    missing = file.frames * (claimed / max(present, 1) - 1) if file.frames else file.samplerate
+    if present >= claimed or (small and claimed >= _UNKNOWN) or missing <= TOLERANCE * file.samplerate:
+        return None
+    return f"its header says {claimed} bytes, but it has {present}"
+
+
+def bytes_after_data(source: Path | str | BinaryIO) -> int:
+    """Return the number of bytes behind a WAV header's empty data chunk that are not chunks themselves."""
+    if isinstance(source, (str, Path)):
+        with Path(source).open("rb") as file:
+            return bytes_after_data(file)
+    source.seek(0)
+    head = source.read(1 << 16)
+    at = head.find(b"data\0\0\0\0")
+    rest = head[at + 8 : at + 12]
+    is_chunk = rest.strip().isalnum()  # LIST, bext, ...
+    return 0 if at < 0 or is_chunk else source.seek(0, 2) - (at + 8)

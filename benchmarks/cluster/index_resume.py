@@ -1,8 +1,8 @@
 """What an index costs that was killed, and one of a corpus that grew.
 
-``python -m benchmarks.cluster.index_resume`` writes a manifest of short noises, indexes it, indexes it again with a kill (``SIGKILL``)
-in the middle, and then with 1 % more files. Each index is made by a process of its own, and its time includes the start of that process
-and the search for the files.
+``python -m benchmarks.cluster.index_resume`` writes a manifest of short noises, indexes it, indexes it again with a kill in the middle
+(``SIGKILL``), and then with 1 % more files. Each index is made by a process of its own, and its time includes the start of that
+process and the search for the files.
 """
 
 import csv

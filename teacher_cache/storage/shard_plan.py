@@ -215,6 +215,15 @@ def plan_shards(
     return pa.table({name: columns[name] for name in PLAN_SCHEMA.names})
 
 
+def default_shard_seconds(seconds: float) -> float:
+    """Return the default seconds of audio per shard for the seconds of a corpus.
+
+    They are ten minutes, and for more than 1,000 h as many whole minutes as give 6,000 shards, but at most an hour, whose
+    waveforms take 230 MB of memory.
+    """
+    return 60.0 * min(60, max(10, round(seconds / 60 / 6000)))
+
+
 def plain_rows(plan: pa.Table) -> Iterator[pa.Table]:
     """Yield the rows of a plan as tables with PLAN_SCHEMA, each of at most PLAN_ROWS rows."""
     for begin in range(0, plan.num_rows, PLAN_ROWS):

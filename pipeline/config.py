@@ -112,8 +112,9 @@ class CacheSection(_Section):
     ``fp16`` on GPUs and ``fp32`` on CPUs."""
     audio: Annotated[Literal["flac", "pcm"], SAME_IN_ABLATION] = "flac"
     """Storage format of the audio: ``flac`` (smaller) or ``pcm`` (faster to read)."""
-    shard_minutes: Annotated[float, SAME_IN_ABLATION] = pydantic.Field(default=10.0, gt=0)
-    """Minutes of audio per shard, the unit of work, retry and resume."""
+    shard_minutes: Annotated[float | None, SAME_IN_ABLATION] = pydantic.Field(default=None, gt=0)
+    """Minutes of audio per shard, the unit of work, retry and resume. None takes those of an existing cache, or else 10, and for more
+    than 1,000 h of audio a minute per 100 h, but at most 60."""
     batch_seconds: Annotated[float, SAME_IN_ABLATION] = pydantic.Field(default=120.0, gt=0)
     """Seconds of audio per teacher batch, padding included."""
     actors: Annotated[int, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=1, ge=1)

@@ -331,6 +331,9 @@ class RunFolder:
         mine = _result_keys(config.model_dump(mode="json"))
         if may_extend and _is_longer(config, recorded):
             recorded["train"] |= {key: mine["train"][key] for key in _LENGTHS}
+        if None in (mine["cache"]["shard_minutes"], recorded["cache"].get("shard_minutes")):
+            # One of them is that of the cache, which is compared when the cache is opened.
+            mine["cache"]["shard_minutes"] = recorded["cache"]["shard_minutes"] = None
         theirs = _result_keys(recorded)
         changed = [section for section in mine if mine[section] != theirs.get(section)]
         if changed:

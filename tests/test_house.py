@@ -49,6 +49,7 @@ def test_data_flows_one_way(package: str) -> None:
                     "student/training/ray_training.py",
                     "pipeline/ray_session.py",
                     "pipeline/ablation/sweep.py",
+                    "pipeline/corpus/decoding_work.py",
                     "serve/deployment.py",
                 }, f"{path} imports ray"
 

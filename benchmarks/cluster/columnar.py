@@ -3,6 +3,7 @@
 ``python -m benchmarks.cluster.columnar`` writes indexes of made-up utterances (13.5 s each on average), reads them, plans a cache of
 four mask draws, writes the plan and finds which shard files are missing when half of them are committed. Nothing is decoded, and no
 shard file exists: the store lists made-up names, so the time of listing a bucket is not included. Each size has a process of its own.
+Reading a manifest, for which the index does have an object per utterance, is measured for the first size.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import typer
 from benchmarks.memory import forget_peak, peak_resident_bytes, resident_bytes
 from benchmarks.result_file import RESULTS, write_result
 from ray_distill.pipeline.corpus.index import INDEX, SKIPPED, CorpusIndex
+from ray_distill.pipeline.corpus.search import find_audio
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -127,6 +129,25 @@ def measure_size(utterances: int, shard_minutes: float) -> dict[str, Any]:
     }
 
 
+def measure_manifest(utterances: int) -> dict[str, Any]:
+    """Return the seconds and the peak resident memory of finding the audio of a manifest, before any is decoded."""
+    with tempfile.TemporaryDirectory() as place:
+        manifest = Path(place) / "corpus.csv"
+        with manifest.open("w") as file:
+            file.write("path,id\n")
+            file.writelines(
+                f"/data/corpora/speech/train/{n // 50:06d}/{n:09d}.flac,{n:09d}\n" for n in range(utterances)
+            )
+        at_start = resident_bytes()
+        forget_peak()
+        began = time.perf_counter()
+        entries = find_audio(manifest, None, None).entries
+        seconds, peak = time.perf_counter() - began, peak_resident_bytes()
+        assert len(entries) == utterances
+    print(f"{utterances:>10,}  {'read a manifest':20s} {seconds:8.2f} s  {peak / 1e9:6.2f} GB")
+    return {"utterances": utterances, "resident_at_start": at_start, "seconds": seconds, "peak_bytes": peak}
+
+
 def alone(function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
     """Call a function in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -140,8 +161,10 @@ def measure(
     output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cluster/columnar.json",
 ) -> None:
     """Measure all sizes, and write the result file."""
-    rows = [alone(measure_size, utterances, shard_minutes) for utterances in map(int, count.split(","))]
-    write_result(output, shard_minutes=shard_minutes, draws=DRAWS, rows=rows)
+    counts = [int(number) for number in count.split(",")]
+    rows = [alone(measure_size, utterances, shard_minutes) for utterances in counts]
+    manifest = alone(measure_manifest, counts[0])
+    write_result(output, shard_minutes=shard_minutes, draws=DRAWS, rows=rows, manifest=manifest)
 
 
 if __name__ == "__main__":

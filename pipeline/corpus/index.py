@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from ray_distill.pipeline.corpus.decoded_sources import DecodedSources, Stamp, remove_parts, skipped_of, stamps_of
 from ray_distill.pipeline.corpus.decoding import Limits, LongAudio
-from ray_distill.pipeline.corpus.decoding_work import decode_here
+from ray_distill.pipeline.corpus.decoding_work import Decode, decode_here
 from ray_distill.pipeline.corpus.duplicates import duplicate_notes
 from ray_distill.pipeline.corpus.found import FoundFile, Skipped
 from ray_distill.pipeline.corpus.labels import Label, label_of, write_labels
@@ -113,6 +113,7 @@ def index_corpus(
     long_audio: LongAudio = "skip",
     output: Path,
     others: Sequence[Path] = (),
+    decode: Decode = decode_here,
     progress: Callable[[int, int], object] | None = None,
 ) -> CorpusIndex:
     """Find, decode and list the audio of a corpus.
@@ -148,6 +149,7 @@ def index_corpus(
             interrupted call, has not decoded with the same arguments are decoded.
         others: Output folders of other indexes. What they decoded of the same corpus, with the same arguments, is not decoded again.
             Default: none.
+        decode: Function that decodes the audio, such as `decode_on_ray`. The index is the same. Default: `decode_here`.
         progress: Called as ``progress(done, total)`` while files are decoded. Default: None.
 
     Returns:
@@ -181,9 +183,9 @@ def index_corpus(
             progress(done, len(entries))
         limits = Limits(min_seconds, max_seconds, channel, long_audio)
         with sources.recording(output) as record:
-            for rows in decode_here([(sources.keys[n], entries[n]) for n in unknown], limits):
+            for rows in decode([(sources.keys[n], entries[n]) for n in unknown], limits):
                 record(rows)
-                done += 1
+                done += len(pc.unique(rows["source"]))
                 if progress is not None:
                     progress(done, len(entries))
         results, positions = sources.results()

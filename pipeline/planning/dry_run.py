@@ -204,13 +204,14 @@ def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) 
         "masks": config.masks,
         "codec": config.cache.codec,
         "targets": config.cache.targets,
-        "shard_seconds": config.cache.shard_minutes * 60,
         "batch_seconds": config.cache.batch_seconds,
         "audio": config.cache.audio,
     }
     if teacher is not None:
         layers = config.teacher.layers or range(1, teacher.num_layers + 1)
         values |= {"num_layers": teacher.num_layers, "dim": teacher.dim, "layers": tuple(layers)}
+    if config.cache.shard_minutes is not None:
+        values["shard_seconds"] = config.cache.shard_minutes * 60
     if config.cache.precision is not None:
         values["precision"] = config.cache.precision
     needed = CacheSpec.model_validate(values)

@@ -1,15 +1,22 @@
 """The index stage: find and check the audio."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 from rich.markup import escape
 
 from ray_distill.pipeline.corpus.decoded_sources import DECODED
+from ray_distill.pipeline.corpus.decoding import Limits
+from ray_distill.pipeline.corpus.decoding_work import Source, decode_here, decode_on_ray
 from ray_distill.pipeline.corpus.index import index_corpus
 from ray_distill.pipeline.corpus.splits import SplitSummary
-from ray_distill.pipeline.ray_session import counted
+from ray_distill.pipeline.ray_session import counted, init_ray, owns_ray, quiet_ray
 from ray_distill.pipeline.stages.run import Run
+
+CLUSTER_SOURCES = 1000
+"""Number of sources to decode from which a cluster decodes them."""
 
 
 def index_audio(run: Run) -> None:
@@ -32,6 +39,7 @@ def index_audio(run: Run) -> None:
             long_audio=corpus.long_audio,
             output=run.folder.corpus,
             others=_other_indexes(run),
+            decode=partial(_decode, run),
             progress=update,
         )
     run.corpus = index
@@ -50,6 +58,16 @@ def index_audio(run: Run) -> None:
     run.say(
         f"index   {counted(len(index.utterances), 'utterance')}, {index.hours:.2f} h of audio{skipped}{unused}{where}{again}"
     )
+
+
+def _decode(run: Run, sources: Sequence[Source], limits: Limits) -> Iterator[pa.Table]:
+    """Decode sources on all nodes of a cluster, or with threads if there is none or the sources are few."""
+    if owns_ray() or len(sources) < CLUSTER_SOURCES:
+        yield from decode_here(sources, limits)
+        return
+    with quiet_ray(run.folder.ray_log):
+        init_ray()
+        yield from decode_on_ray(sources, limits)
 
 
 def _other_indexes(run: Run) -> list[Path]:

@@ -26,7 +26,7 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
-from ray_distill.teacher_cache.storage.shard_plan import Utterances
+from ray_distill.teacher_cache.storage.shard_plan import Utterances, default_shard_seconds
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import Teacher, is_path, load_teacher, split_options
 
@@ -228,10 +228,21 @@ class Run:
             codec=cache.codec,
             targets=cache.targets,
             corpus=corpus,
-            shard_seconds=cache.shard_minutes * 60,
+            shard_seconds=self._shard_seconds,
             batch_seconds=cache.batch_seconds,
             precision=self.precision,
             audio=cache.audio,
+        )
+
+    @property
+    def _shard_seconds(self) -> float:
+        minutes = self.config.cache.shard_minutes
+        if minutes is not None:
+            return minutes * 60
+        return (
+            Cache.open(self.cache).spec.shard_seconds
+            if Cache.exists(self.cache)
+            else default_shard_seconds(self.seconds)
         )
 
     @cached_property

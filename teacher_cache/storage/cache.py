@@ -40,7 +40,8 @@ from ray_distill.teacher_cache.storage.cache_spec import (
     CacheSpec,
     LayerSet,
     Part,
-    content_key,
+    content_key_of,
+    content_tree,
     fingerprint,
     parts_of,
 )
@@ -106,7 +107,7 @@ class ShardFile:
     Attributes:
         shard: Number of the shard.
         part: Part of the shard that the file holds.
-        content: Key of the content; see `content_key`.
+        content: Key of the content; see `cache_spec.content_key`.
     """
 
     shard: int
@@ -275,13 +276,19 @@ class Cache:
     def files(self, shard: Shard, needed: CacheSpec | None = None) -> list[ShardFile]:
         """Return the files of a shard, or only those that a need reads. The file with the audio is the first."""
         return [
-            ShardFile(
-                shard.number,
-                part,
-                content_key(self.spec, self.layer_sets[part.layer_set], part, shard.number, shard.split),
-            )
+            ShardFile(shard.number, part, content_key_of(self._content_tree(part, shard.split), shard.number))
             for part in self._parts(shard.split, needed)
         ]
+
+    def _content_tree(self, part: Part, split: str) -> dict[str, Any]:
+        if (part, split) not in self._content_trees:
+            layer_set = self.layer_sets[part.layer_set]
+            self._content_trees[part, split] = content_tree(self.spec, layer_set, part, split)
+        return self._content_trees[part, split]
+
+    @cached_property
+    def _content_trees(self) -> dict[tuple[Part, str], dict[str, Any]]:
+        return {}
 
     def _parts(self, split: str, needed: CacheSpec | None) -> list[Part]:
         parts = parts_of(self.spec, len(self.layer_sets), split)

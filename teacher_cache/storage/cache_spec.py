@@ -174,14 +174,24 @@ def fingerprint(spec: CacheSpec, layer_sets: tuple[LayerSet, ...]) -> str:
 
 def content_key(spec: CacheSpec, layer_set: LayerSet, part: Part, shard: int, split: str) -> str:
     """Return the SHA-256 (hex) of all that determines a file's content. Adding layers or draws does not change it."""
+    return content_key_of(content_tree(spec, layer_set, part, split), shard)
+
+
+def content_key_of(tree: dict[str, Any], shard: int) -> str:
+    """Return the content key of a shard's file from the `content_tree` of its part."""
+    return _digest(tree | {"shard": shard})
+
+
+def content_tree(spec: CacheSpec, layer_set: LayerSet, part: Part, split: str) -> dict[str, Any]:
+    """Return all that determines the content of a part's files, but the number of the shard."""
     tree = spec.model_dump(mode="json", exclude={"layers": True, "masks": True})
-    tree |= {"set": layer_set.model_dump(mode="json"), "part": part.folder, "shard": shard, "split": split}
+    tree |= {"set": layer_set.model_dump(mode="json"), "part": part.folder, "split": split}
     if spec.targets == "composite_only" and split == "train" and part.kind == "clean" and part.features:
         # Versions before this key wrote such files without features; with the key, repair rebuilds those.
         tree["features"] = True
     if part.draw is not None:
         tree |= {"policy": spec.masks.policy_of(part.draw).model_dump(mode="json"), "seed": spec.masks.seed}
-    return _digest(tree)
+    return tree
 
 
 def _digest(tree: dict[str, Any]) -> str:

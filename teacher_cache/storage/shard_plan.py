@@ -62,6 +62,8 @@ UTTERANCE_SCHEMA = pa.schema(
 """Columns of `Utterances` in memory. Large strings have no limit of 2 GB in a column."""
 _FIELDS = UTTERANCE_SCHEMA.names
 _PLAIN = pa.schema([(name, pa.int64() if name == "num_samples" else pa.large_string()) for name in _FIELDS])
+_FEW = 1024
+"""Number of utterances up to which all become objects, and stay, when one is asked for. A shard has so few."""
 _BATCH = 4096
 """Number of utterances that are objects at a time while all are iterated over."""
 _COMPARED = 1 << 16
@@ -146,7 +148,13 @@ class Utterances(Sequence[Utterance]):
             return Utterances(self.table.take(pa.array(range(begin, end, step), pa.int64())))
         if not -len(self) <= index < len(self):
             raise IndexError(index)
+        if len(self) <= _FEW:
+            return self._few[index]
         return Utterance(*(self.table[name][index % len(self)].as_py() for name in _FIELDS))
+
+    @cached_property
+    def _few(self) -> list[Utterance]:
+        return list(self)
 
     def __iter__(self) -> Iterator[Utterance]:
         for begin in range(0, len(self), _BATCH):
@@ -213,6 +221,15 @@ def plan_shards(
         "row": pa.array(np.arange(len(order)) - np.repeat(starts, sizes), pa.int32()),
     }
     return pa.table({name: columns[name] for name in PLAN_SCHEMA.names})
+
+
+def default_shard_seconds(seconds: float) -> float:
+    """Return the default seconds of audio per shard for the seconds of a corpus.
+
+    They are ten minutes, and for more than 1,000 h as many whole minutes as give 6,000 shards, but at most an hour, whose
+    waveforms take 230 MB of memory.
+    """
+    return 60.0 * min(60, max(10, round(seconds / 60 / 6000)))
 
 
 def plain_rows(plan: pa.Table) -> Iterator[pa.Table]:

@@ -1,4 +1,4 @@
-"""Build a cache and train on several Ray nodes while one node is killed and another joins; the program of test_nodes.py.
+"""Index, build a cache and train on several Ray nodes while one node is killed and another joins; the program of test_nodes.py.
 
 It prints one line of JSON that tells which node did what. All nodes are on this machine, and each has its own raylet, object store
 and workers.
@@ -14,6 +14,8 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
+from ray_distill.pipeline.corpus import decoding_work
+from ray_distill.pipeline.corpus.index import index_corpus
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.ray_training import train_on_ray
 from ray_distill.student.training.train_settings import TrainSettings
@@ -32,6 +34,12 @@ def actors_by_node(kind: str) -> dict[str, int]:
         if kind in actor["ActorClassName"] and node:
             found[node] = found.get(node, 0) + 1
     return found
+
+
+def index(job: dict[str, Any]) -> None:
+    """Index the corpus on both nodes, with a task for every three files."""
+    decoding_work._PER_TASK = 3
+    index_corpus(Path(job["corpus"]), output=Path(job["index"]), decode=decoding_work.decode_on_ray)
 
 
 def build(cluster: Cluster, job: dict[str, Any], lost: Any) -> dict[str, Any]:
@@ -99,12 +107,13 @@ def train(cluster: Cluster, job: dict[str, Any], lost: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Build, then train."""
+    """Index, build, then train."""
     job = json.loads(Path(sys.argv[1]).read_text())
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         big, small = cluster.add_node(num_cpus=3), cluster.add_node(num_cpus=2)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        index(job)
         built = build(cluster, job, small)
         for node in [node for node in cluster.worker_nodes if node is not big]:
             cluster.remove_node(node)

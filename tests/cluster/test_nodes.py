@@ -1,4 +1,4 @@
-"""A build and a training run on several Ray nodes of different sizes; one node is lost during each, and others join."""
+"""An index, a build and a training run on several Ray nodes of different sizes; one node is lost during each, and others join."""
 
 import json
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ray_distill.pipeline.corpus.decoded_sources import DECODED
+from ray_distill.pipeline.corpus.index import INDEX, SKIPPED, STATE, index_corpus
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.storage.cache import Cache
@@ -24,7 +26,7 @@ TEACHER = "random:6x192"  # Slow enough that a node is lost while shards are sti
 
 
 def test_nodes_come_and_go(
-    tmp_path: Path, source_utterances: list[Utterance], cache_spec: Callable[..., CacheSpec]
+    tmp_path: Path, speech_folder: Path, source_utterances: list[Utterance], cache_spec: Callable[..., CacheSpec]
 ) -> None:
     # Repeat each utterance under many ids, for a corpus of a few minutes.
     utterances = [
@@ -36,6 +38,8 @@ def test_nodes_come_and_go(
         max_steps=60, batch_size=2, workers=2, log_every=1, validate_every=30, checkpoint_every=5, max_failures=3
     )
     job = {
+        "corpus": str(speech_folder),
+        "index": str(tmp_path / "index"),
         "cache": str(tmp_path / "cache"),
         "run": str(tmp_path / "run"),
         "teacher": TEACHER,
@@ -60,6 +64,11 @@ def test_nodes_come_and_go(
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     built, trained = json.loads(done.stdout.splitlines()[-1])
+
+    # The index is the same as one that this process makes.
+    index_corpus(speech_folder, output=tmp_path / "here")
+    for name in (INDEX, SKIPPED, STATE, DECODED):
+        assert (tmp_path / "index" / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
 
     # The build ran on two nodes, lost one while shards were missing, and continued on the node that joined.
     assert len(built["actors_before"]) == 2 and built["lost"] in built["actors_before"]

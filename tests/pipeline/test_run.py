@@ -73,6 +73,8 @@ def test_only_keys_that_change_no_result_may_differ(tmp_path: Path, override: st
     run.folder.config_file.write_text(yaml.safe_dump(tree))
     run.folder.metrics_file.write_text("")
     begin(tmp_path)
+    begin(tmp_path, "cache.shard_minutes=null")  # It takes that of the cache.
+    begin(tmp_path)
     if section is None:
         begin(tmp_path, override)
     else:
@@ -176,6 +178,9 @@ def test_another_run_that_adds_to_the_cache_stops_nobody(
     more = run.spec.masks.model_copy(update={"draws": run.spec.masks.draws + 1})
     cache = grow_cache(Cache.open(run.cache), run.spec.model_copy(update={"masks": more}), {})
     assert cache.missing()
+    default = make(tmp_path, f"corpus.path={speech_folder}", "cache.codec=fp16", "cache.shard_minutes=null")
+    default.corpus = run.corpus
+    assert default.spec.shard_seconds == run.spec.shard_seconds == 180
     cache_targets(run)  # The run lacks nothing itself.
     check_cache(run)
     (tmp_path / "cache" / "masked" / "draw=0" / "part-00000.parquet").unlink()

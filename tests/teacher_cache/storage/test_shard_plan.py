@@ -19,6 +19,7 @@ from ray_distill.teacher_cache.storage.shard_plan import (
     Shards,
     Utterance,
     Utterances,
+    default_shard_seconds,
     plan_shards,
     with_sources,
 )
@@ -111,6 +112,11 @@ def test_paths_of_another_index_by_id() -> None:
         expected[name] for name in plan["id"].to_pylist()
     ]
     assert with_sources(plan, plan_shards([], 10)).cast(PLAN_SCHEMA).equals(plan.cast(PLAN_SCHEMA))
+
+
+def test_large_corpora_have_larger_shards() -> None:
+    minutes = [default_shard_seconds(3600 * hours) / 60 for hours in (0, 1, 960, 1000, 2000, 6000, 60_000, 1_000_000)]
+    assert minutes == [10, 10, 10, 10, 20, 60, 60, 60]
 
 
 def test_utterances_are_a_sequence() -> None:

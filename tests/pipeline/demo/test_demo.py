@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -72,6 +73,18 @@ def test_demo_runs_and_reuses(tmp_path: Path, speech_folder: Path, monkeypatch: 
     second = run(demo, tmp_path, CORPUS=str(speech_folder))
     assert second.returncode == 0, second.stdout + second.stderr
     assert second.stdout.count("reused") == 3, second.stdout
+
+    # A run of two teachers shares the cache of the first run, and builds the other teacher's.
+    shared = {"name": "a", "checkpoint": "random:2x32", "cache": {"path": "caches/demo-corpus"}}
+    settings = {"base": "demo", "name": "two", "teachers": [shared, {"name": "b", "checkpoint": "random:2x48"}]}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings))
+    two = run([demo[0], "two.yaml", f"corpus.path={speech_folder}", *SMALL], tmp_path)
+    assert two.returncode == 0, two.stdout + two.stderr
+    assert re.search(r"cache +a: all shards exist, reused", two.stdout) and re.search(
+        r"cache +b: \d+ shard", two.stdout
+    )
+    teachers = json.loads((tmp_path / "runs" / "two" / "summary.json").read_text())["teachers"]
+    assert [one["name"] for one in teachers] == ["a", "b"] and all(one["last_validation_loss"] > 0 for one in teachers)
 
     monkeypatch.chdir(tmp_path)
     other = invoke(*demo[1:], "train.seed=7", CORPUS=str(speech_folder))

@@ -95,7 +95,7 @@ def test_each_teacher_has_a_cache_section_of_its_own() -> None:
         ({"teacher": {"checkpoint": TEACHER}}, "^teacher and teachers are both given; put the teacher into the list"),
         ({"cache": {"path": "cache"}}, r"^cache.path: each of several teachers has a cache of its own; give"),
         ({"cache": {"codek": "fp16"}}, r"^cache.codek: unknown key; did you mean cache.codec\?$"),
-        ({"teachers": [A, B | {"wieght": 2}]}, r"^teachers.1.wieght: unknown key; did you mean teachers.1.weight\?$"),
+        ({"teachers": [A, B | {"weights": 2}]}, r"^teachers.1.weights: unknown key; did you mean teachers.1.weight\?$"),
         ({"teachers": [A, {"name": "b"}]}, "^teachers.1.checkpoint: missing; this key is required$"),
         ({"teachers": ["a"]}, "^teachers: give a list with one table for each teacher"),
         ({"teachers": [A, A | {"checkpoint": OTHER}]}, "^teachers: two have the name a; give each a name of its own$"),

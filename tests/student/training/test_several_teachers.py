@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ray_distill.student import Student, StudentConfig
-from ray_distill.student.objectives.several_teachers import SeveralDistiller, SeveralLoss
+from ray_distill.student.objectives.several_teachers import SeveralDistiller, SeveralLoss, SeveralTeachers
 from ray_distill.student.objectives.teacher_heads import TeacherHeads
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.target_source import TeacherCache, several_readers
@@ -18,6 +18,7 @@ from ray_distill.student.training.training_loop import train
 from ray_distill.student.training.validation import batch_loss, make_distiller, validate
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
 from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
 from ray_distill.teacher_cache.targets.target_batch import SeveralTargets
 
@@ -265,3 +266,61 @@ def test_caches_that_do_not_fit_together_are_refused(
         CacheError, match="has .* frames in the cache of teacher a, but .* teachers of one run need the same"
     ):
         SeveralCaches(readers)
+
+
+def test_teachers_with_different_objectives(
+    tmp_path: Path,
+    make_cache: Make,
+    still: StudentConfig,
+    settings: Callable[..., TrainSettings],
+    several: Callable[..., SeveralTeacherSettings],
+    rows: Callable[..., list[dict[str, Any]]],
+) -> None:
+    none = MASKS.model_copy(update={"draws": 0})
+    make_cache(tmp_path / "a", OTHER, masks=none, codec="units:8")
+    make_cache(tmp_path / "b", masks=none)
+    found = [TeacherCache(name, str(tmp_path / name), (1, 2), "clean_and_masked") for name in "ab"]
+    train_reader, validation, _ = several_readers(found, none, fresh=True)
+    units = {"objective": "units", "unit_dim": 4, "unmasked_weight": 0.5}
+    chosen = several(term("a", 48, units), term("b", weight=3.0), masks="fresh", max_steps=2, validate_every=2)
+    objective = chosen.chosen_objective
+    assert isinstance(objective, SeveralTeachers) and objective.owner == 1, "the student's own heads predict b"
+    distiller = make_distiller(Student(still), chosen, train_reader)
+    assert isinstance(distiller, SeveralDistiller)
+    batch = train_reader.read([0, 3, 5], 7)
+    loss = batch_loss(distiller, batch, chosen, 200.0, cosines=True)
+    alone = settings(masks="fresh")
+    single = FreshMasks(CacheReader(tmp_path / "b", "train"), none)
+    expected = batch_loss(make_distiller(distiller.student, alone, single), batch.of_teacher(1), alone, 200.0)
+    a, b = loss.teachers().tolist()
+    assert b == expected.total.item() and loss.total.item() == pytest.approx(a + 3 * b)
+    train(still, chosen, train_reader, validation, tmp_path / "run")
+    row = rows(tmp_path / "run", "validation")[-1]
+    assert {"accuracy_masked_layer_a_01", "cosine_masked_layer_b_02", "teacher_loss_a"} < row.keys()
+    assert "accuracy_masked_layer_b_01" not in row and "cosine_masked_layer_a_01" not in row
+    with pytest.raises(ValueError, match="teachers.c: the student has 2 layers, but it is to learn 3 of this teacher"):
+        other = several(term("b"), term("c") | {"num_layers": 3}).chosen_objective
+        other.check_targets(still, 5, 32)
+
+
+def test_split_heads_of_several_teachers(
+    caches: tuple[Path, Path], still: StudentConfig, several: Callable[..., SeveralTeacherSettings]
+) -> None:
+    config = still.model_copy(update={"heads": "split", "split_heads": 2, "layer_grad_scale": True})
+    readers = {
+        name: CacheReader(cache, "train", layers)
+        for name, cache, layers in zip("ab", caches, ((1, 2), (2,)), strict=True)
+    }
+    both = SeveralCaches(readers)
+    chosen = several(term("a"), term("b", 48) | {"num_layers": 1})
+    chosen.check_student(config)
+    chosen.chosen_objective.check_targets(config, 3, 32)
+    distiller = make_distiller(Student(config), chosen, both)
+    loss = batch_loss(distiller, both.read([0, 1], 0), chosen)
+    loss.total.backward()
+    assert loss.per_layer.shape == (3,) and all(p.grad is not None for p in distiller.predictors.parameters())
+    reduced = config.model_copy(update={"time_reduction": "fc1", "time_reduction_index": 1})
+    with pytest.raises(
+        ValueError, match="^teachers: split heads of several teachers do not go with student.time_reduction"
+    ):
+        chosen.check_student(reduced)

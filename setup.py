@@ -13,6 +13,7 @@ setup(
         "ray_distill.recipes.ablations",
         "ray_distill.recipes.clusters",
         "ray_distill.recipes.discrete",
+        "ray_distill.recipes.several",
     ],
     package_dir={f"ray_distill.{folder}": folder for folder in FOLDERS} | RECIPES,
     package_data={
@@ -23,7 +24,7 @@ setup(
         "ray_distill.teacher_cache.teachers.known": ["*.json"],
         **{
             f"ray_distill.recipes{below}": ["*.yaml", "*.json"]
-            for below in ("", ".ablations", ".clusters", ".discrete")
+            for below in ("", ".ablations", ".clusters", ".discrete", ".several")
         },
         "ray_distill.serve.page": ["*.html", "*.css", "*.js", "*.svg", "*.flac"],
         "ray_distill.serve.reference": ["*.html", "*.js", "*.gz", "*.txt"],

@@ -180,7 +180,8 @@ class TeacherEntry(TeacherSection):
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """Name of the teacher, by which metrics and reports call it."""
     cache: CacheSection
-    """Cache of this teacher. Keys that are not given are those of the section ``cache``. A text is its path."""
+    """Cache of this teacher. Keys that are not given are those of the section ``cache``, and the path is ``caches/TEACHER-CORPUS``. A
+    text is its path."""
     objective: TeacherObjective | None = None
     """Objective with this teacher: a table with ``objective`` (its name) and its keys as in ``train``, or the name alone. None takes
     the objective of ``train``."""
@@ -205,8 +206,8 @@ class Config(_Section):
     """The teacher. With ``teachers`` this section is not given."""
     teachers: Annotated[tuple[TeacherEntry, ...], CHANGES_LOSS_MEANING] = ()
     """Several teachers, in place of ``teacher``: a list of tables with the keys of ``teacher`` and those below. Each has a cache of
-    its own, from the same corpus and with the same masks, and its own heads or predictors. See
-    [several teachers](../how-to/several-teachers.md)."""
+    its own, from the same corpus and with the same masks, and its own heads or predictors; see
+    ``docs/how-to/several-teachers.md``."""
     masks: MaskDraws = MaskDraws()
     """Random masks that the student is trained with."""
     cache: CacheSection

@@ -54,10 +54,10 @@ def other_recipes(name: Path, folder: str | None = None) -> str:
 
     Args:
         name: Name that was given.
-        folder: Sub-folder of ``configs/`` whose recipes are listed. Default: ``configs/`` itself, ``ablations`` and ``discrete``.
+        folder: Sub-folder of ``configs/`` whose recipes are listed. Default: ``configs/`` itself and all but ``clusters``.
     """
     names = (
-        [*recipe_names(), *recipe_names("ablations"), *recipe_names("discrete")]
+        [name for below in ("", "ablations", "discrete", "several") for name in recipe_names(below)]
         if folder is None
         else recipe_names(folder)
     )

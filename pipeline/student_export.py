@@ -44,13 +44,11 @@ def open_student(model: Path, model_config: Path | None = None) -> tuple[Student
         metadata = json.loads((model / "config.json").read_text()).get("metadata", {})
         origin["metrics"] = {name: value for name, value in metadata.items() if isinstance(value, (int, float))}
     origin |= _recorded_teacher(model / TEACHER)
-    recorded = (
-        [_recorded_teacher(path) for path in sorted(model.glob(f"{Path(TEACHER).stem}-*.json"))]
-        if model.is_dir()
-        else []
-    )
-    if recorded:
-        origin["teacher"] = " and ".join(one["teacher"] for one in recorded if one)
+    prefix = f"{Path(TEACHER).stem}-"
+    files = sorted(model.glob(f"{prefix}*.json")) if model.is_dir() else []
+    found = [{"name": path.stem.removeprefix(prefix)} | _recorded_teacher(path) for path in files]
+    if recorded := [one for one in found if "teacher" in one]:
+        origin |= {"teachers": recorded, "teacher": " and ".join(one["teacher"] for one in recorded)}
     run = _run_folder(model)
     configuration = None if run is None else _configuration(run.config_file)
     if run is not None and configuration is not None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Container
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic
 from pydantic_core import to_jsonable_python
@@ -42,14 +42,17 @@ CHANGEABLE = " Can be changed for a run that has results."
 
 def configuration() -> str:
     """Return the page as Markdown."""
-    from ray_distill.pipeline.config import Config
+    from ray_distill.pipeline.config import Config, TeacherEntry
     from ray_distill.student.model.student_config import StudentConfig
 
     sections = {name: model for name, field in Config.model_fields.items() if (model := _section(field.annotation))}
-    sections["student"] = StudentConfig
+    sections |= {"student": StudentConfig, "teachers": TeacherEntry}
     lines = [INTRODUCTION, *_table("", Config, leave_out=sections)]
     for name in (name for name in Config.model_fields if name in sections):
-        lines += [f"## {name}", "", f"{Config.model_fields[name].description or ''}", "", *_table(name, sections[name])]
+        lines += [f"## {name}", "", f"{Config.model_fields[name].description or ''}", ""]
+        lines += _table(
+            name, sections[name], nested=name != "teachers"
+        )  # The keys of their caches are those of `cache`.
     return "\n".join(lines).replace("``", "`") + "\n"
 
 
@@ -68,6 +71,9 @@ def schema() -> str:
     properties["student"] = student
     for section in SHORT_KEYS:
         properties[section] = _or(properties[section], {"type": "string"})
+    entry = found["$defs"]["TeacherEntry"]["properties"]
+    for key in ("cache", "objective"):
+        entry[key] = _or(entry[key], {"type": "string"})
     properties["base"] = {"type": "string", "description": "File or recipe that this file changes."}
     text = json.dumps(_without_required(found), indent=1, ensure_ascii=False)
     return text.replace("``", "`") + "\n"
@@ -88,8 +94,10 @@ def _without_required(schema: Any) -> Any:
     }
 
 
-def _table(section: str, model: type[pydantic.BaseModel], leave_out: Container[str] = ()) -> list[str]:
-    """Return the table of a section's keys, followed by the tables of the sections inside it."""
+def _table(
+    section: str, model: type[pydantic.BaseModel], leave_out: Container[str] = (), *, nested: bool = True
+) -> list[str]:
+    """Return the table of a section's keys, followed by the tables of the sections inside it if ``nested``."""
     from ray_distill.student.training.field_effects import CHANGES_NO_RESULT
 
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
@@ -104,8 +112,8 @@ def _table(section: str, model: type[pydantic.BaseModel], leave_out: Container[s
         default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
         cells = (f"`{key}`", _type(field.annotation), default, meaning)
         lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
-        if (nested := _section(field.annotation)) is not None:
-            inner += [f"### {key}", "", *_table(key, nested)]
+        if nested and (below := _section(field.annotation)) is not None:
+            inner += [f"### {key}", "", *_table(key, below)]
     return [*lines, "", *inner]
 
 
@@ -120,6 +128,8 @@ def _section(kind: Any) -> type[pydantic.BaseModel] | None:
 def _type(kind: Any) -> str:
     """Return a type in words, with values as code."""
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _type(arguments[0])
     if origin in (Literal, Union, UnionType):
         *words, last = _choices(kind)
         return f"{', '.join(words)} or {last}" if words else last
@@ -135,8 +145,10 @@ def _choices(kind: Any) -> list[str]:
     """Return the alternatives of a type in words, those of nested unions included."""
     if get_origin(kind) is Literal:
         return [f"`{value}`" for value in get_args(kind)]
+    if get_origin(kind) is Annotated:
+        return _choices(get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
-        return [word for argument in get_args(kind) for word in _choices(argument)]
+        return list(dict.fromkeys(word for argument in get_args(kind) for word in _choices(argument)))
     return [_type(kind)]
 
 

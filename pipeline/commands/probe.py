@@ -19,7 +19,8 @@ def probe(
         list[Path] | None, typer.Option(help="Folder of a run or of an exported student; may be repeated.")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Teacher, as in configurations: a checkpoint, OWNER/NAME on the hub, ...")
+        list[str] | None,
+        typer.Option(help="Teacher, as in configurations: a checkpoint, OWNER/NAME on the hub, ...; may be repeated."),
     ] = None,
     run: Annotated[
         Path | None,
@@ -102,9 +103,10 @@ def probe(
     places = [*(student or []), *([run] if run else [])]
     if len(set(places)) < len(places):
         raise ValueError("the same student is given twice; give each --student and --run once")
-    sources = []
-    if teacher is not None:
-        sources.append(FeatureSource.of_teacher(load_teacher(teacher, device)))
+    teachers = teacher or []
+    if len(set(teachers)) < len(teachers):
+        raise ValueError("the same teacher is given twice; give each --teacher once")
+    sources = [FeatureSource.of_teacher(load_teacher(name, device)) for name in teachers]
     opened = [open_student(place) for place in places]
     names = student_names(places, [origin for _, origin in opened])
     origins = {name: origin for name, (_, origin) in zip(names, opened, strict=True)}

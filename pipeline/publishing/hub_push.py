@@ -13,7 +13,8 @@ from ray_distill.student.exporters.huggingface import export_huggingface
 from ray_distill.student.exporters.origin import Origin
 from ray_distill.student.exporters.portable import Features, default_features
 from ray_distill.student.model.student import Student
-from ray_distill.teacher_cache.teachers.hub.hub_name import HubName, parse_hub_name
+from ray_distill.teacher_cache.teachers import split_options
+from ray_distill.teacher_cache.teachers.hub.hub_name import PREFIX, HubName, parse_hub_name
 
 _KEPT = (".gitattributes",)
 """Files that the hub itself makes."""
@@ -117,12 +118,14 @@ def write_card(folder: Path, name: HubName, origin: Origin, facts: CardFacts) ->
         facts: Facts that the record lacks.
     """
     card = folder / "README.md"
-    source = parse_hub_name(origin["teacher_source"]) if origin.get("teacher_source") else None
+    named = [origin.get("teacher_source"), *(one.get("teacher_source") for one in origin.get("teachers") or ())]
+    on_hub = [place for text in named if text and (place := split_options(text)[1]).startswith(PREFIX)]
+    sources = [source for place in on_hub if (source := parse_hub_name(place)) is not None]
     metadata = [f"license: {json.dumps(facts.license)}"]
     for key, values in (
         ("language", facts.languages),
         ("datasets", facts.datasets),
-        ("base_model", [] if source is None else [source.repository]),
+        ("base_model", [source.repository for source in sources]),
     ):
         metadata += [f"{key}:", *(f"- {json.dumps(value)}" for value in values)] if values else []
     text = card.read_text().replace("---\n", "\n".join(["---", *metadata, ""]), 1)

@@ -28,7 +28,8 @@ def describe(origin: Origin) -> list[str]:
     }
     lines = [f"{text}: {_text(origin[name])}" for name, text in names.items() if origin.get(name) is not None]
     for one in origin.get("teachers") or ():
-        lines.append(f"teacher {one['name']}: {one['teacher']} ({one['teacher_source']}), objective {one['objective']}")
+        learnt = f", objective {one['objective']}" if one.get("objective") else ""
+        lines.append(f"teacher {one['name']}: {one['teacher']} ({one['teacher_source']}){learnt}")
     return lines + [f"{name}: {value:.6g}" for name, value in (origin.get("metrics") or {}).items()]
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -98,6 +99,21 @@ def test_online_targets_need_no_cache(tmp_path: Path, speech_folder: Path) -> No
     assert done.returncode == 0, done.stdout + done.stderr
     assert not (tmp_path / "caches").exists()
     assert json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())["targets"] == "online"
+
+
+@pytest.mark.ray
+def test_two_teachers_in_one_run(tmp_path: Path, speech_folder: Path) -> None:
+    teachers = [{"name": "a", "checkpoint": "random:2x32"}, {"name": "b", "checkpoint": "random:2x48", "weight": 0.5}]
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"base": "demo", "name": "two", "teachers": teachers}))
+    command = [str(REPOSITORY / "pipeline" / "run.py"), "--config", "two.yaml", f"corpus.path={speech_folder}", *SMALL]
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in "ab":
+        assert re.search(rf"cache +{name}: \d+ shards? written", done.stdout), done.stdout
+    summary = json.loads((tmp_path / "runs" / "two" / "summary.json").read_text())
+    assert [one["name"] for one in summary["teachers"]] == ["a", "b"] and summary["training"]["steps"] == 6
+    assert all(one["last_validation_loss"] > 0 for one in summary["teachers"])
+    assert set(summary["training"]["cache_fingerprint"]) == {"a", "b"}
 
 
 def test_a_corrected_command_is_not_refused(

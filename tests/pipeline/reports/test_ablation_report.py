@@ -16,6 +16,7 @@ from ray_distill.pipeline.probing.probe_record import probe_folder, probe_settin
 from ray_distill.pipeline.probing.task import read_task
 from ray_distill.pipeline.reports.ablation_report import write_ablation_report
 from ray_distill.pipeline.reports.ablation_results import read_results
+from ray_distill.pipeline.reports.ablation_summary import by_teacher, layer_range
 from ray_distill.pipeline.reports.ablation_tables import results_table
 from ray_distill.pipeline.reports.seed_statistics import compare, critical_t
 from ray_distill.pipeline.reports.teacher_time import teacher_hours
@@ -98,6 +99,12 @@ def report(ablation: Ablation) -> tuple[str, list[dict[str, str]], list[dict[str
     page = write_ablation_report(ablation, results)
     tables = [list(csv.DictReader((ablation.folder / name).open())) for name in ("table.csv", "runs.csv")]
     return page.read_text(), tables[0], tables[1]
+
+
+def test_layers_are_named_by_their_teachers() -> None:
+    assert layer_range(["01", "02", "03"]) == "layers 1-3" and layer_range(["04"]) == "layer 4"
+    assert layer_range(["a_01", "a_02", "b_2_04", "b_2_08"]) == "a layers 1-2 and b_2 layers 4, 8"
+    assert by_teacher(["01", "02"]) == [["01", "02"]] and by_teacher(["a_01", "b_01"]) == [["a_01"], ["b_01"]]
 
 
 def test_the_report_compares_variants_and_names_failures(finished: Ablation) -> None:

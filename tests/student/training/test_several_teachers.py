@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
 from ray_distill.student import Student, StudentConfig
-from ray_distill.student.objectives.several_teachers import SeveralDistiller, SeveralLoss
+from ray_distill.student.objectives.several_teachers import SeveralDistiller, SeveralLoss, SeveralTeachers
 from ray_distill.student.objectives.teacher_heads import TeacherHeads
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.target_source import TeacherCache, several_readers
@@ -18,6 +20,8 @@ from ray_distill.student.training.training_loop import train
 from ray_distill.student.training.validation import batch_loss, make_distiller, validate
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.targets.crop import crop_batch
+from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
 from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
 from ray_distill.teacher_cache.targets.target_batch import SeveralTargets
 
@@ -141,6 +145,13 @@ def test_an_utterance_that_a_teacher_lacks_is_left_out_for_it_only(
     assert found.parts[1].total.item() == pytest.approx(rest.parts[1].total.item(), rel=1e-6)  # type: ignore[attr-defined]
     only = batch_loss(distiller, lacking.read(indices[:1], 0), chosen, 200.0)
     assert only.parts[1].total.item() == 0 and only.total.isfinite()  # type: ignore[attr-defined]
+    distiller.zero_grad(set_to_none=True)
+    only.total.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in distiller.predictors.parameters()), "DDP waits for each"
+    cropped = crop_batch(lacking.read(indices, 0), 6_000, 0, 0)
+    assert isinstance(cropped.coded, SeveralTargets) and cropped.present is not None
+    assert {part.shape[2] for part in cropped.coded.parts} == {int(cropped.num_frames.max())}
+    assert cropped.present.equal(batch.present) and batch_loss(distiller, cropped, chosen).total.isfinite()
 
 
 def test_a_validation_counts_the_frames_that_a_teacher_has(
@@ -265,3 +276,101 @@ def test_caches_that_do_not_fit_together_are_refused(
         CacheError, match="has .* frames in the cache of teacher a, but .* teachers of one run need the same"
     ):
         SeveralCaches(readers)
+
+
+def test_teachers_with_different_objectives(
+    tmp_path: Path,
+    make_cache: Make,
+    still: StudentConfig,
+    settings: Callable[..., TrainSettings],
+    several: Callable[..., SeveralTeacherSettings],
+    rows: Callable[..., list[dict[str, Any]]],
+) -> None:
+    none = MASKS.model_copy(update={"draws": 0})
+    make_cache(tmp_path / "a", OTHER, masks=none, codec="units:8")
+    make_cache(tmp_path / "b", masks=none)
+    found = [TeacherCache(name, str(tmp_path / name), (1, 2), "clean_and_masked") for name in "ab"]
+    train_reader, validation, _ = several_readers(found, none, fresh=True)
+    units = {"objective": "units", "unit_dim": 4, "unmasked_weight": 0.5}
+    chosen = several(term("a", 48, units), term("b", weight=3.0), masks="fresh", max_steps=2, validate_every=2)
+    objective = chosen.chosen_objective
+    assert isinstance(objective, SeveralTeachers) and objective.owner == 1, "the student's own heads predict b"
+    distiller = make_distiller(Student(still), chosen, train_reader)
+    assert isinstance(distiller, SeveralDistiller)
+    batch = train_reader.read([0, 3, 5], 7)
+    loss = batch_loss(distiller, batch, chosen, 200.0, cosines=True)
+    alone = settings(masks="fresh")
+    single = FreshMasks(CacheReader(tmp_path / "b", "train"), none)
+    expected = batch_loss(make_distiller(distiller.student, alone, single), batch.of_teacher(1), alone, 200.0)
+    a, b = loss.teachers().tolist()
+    assert b == expected.total.item() and loss.total.item() == pytest.approx(a + 3 * b)
+    train(still, chosen, train_reader, validation, tmp_path / "run")
+    row = rows(tmp_path / "run", "validation")[-1]
+    assert {"accuracy_masked_layer_a_01", "cosine_masked_layer_b_02", "teacher_loss_a"} < row.keys()
+    assert "accuracy_masked_layer_b_01" not in row and "cosine_masked_layer_a_01" not in row
+    with pytest.raises(ValueError, match="teachers.c: the student has 2 layers, but it is to learn 3 of this teacher"):
+        other = several(term("b"), term("c") | {"num_layers": 3}).chosen_objective
+        other.check_targets(still, 5, 32)
+
+
+def test_split_heads_of_several_teachers(
+    caches: tuple[Path, Path], still: StudentConfig, several: Callable[..., SeveralTeacherSettings]
+) -> None:
+    config = still.model_copy(update={"heads": "split", "split_heads": 2, "layer_grad_scale": True})
+    readers = {
+        name: CacheReader(cache, "train", layers)
+        for name, cache, layers in zip("ab", caches, ((1, 2), (2,)), strict=True)
+    }
+    both = SeveralCaches(readers)
+    chosen = several(term("a"), term("b", 48) | {"num_layers": 1})
+    chosen.check_student(config)
+    chosen.chosen_objective.check_targets(config, 3, 32)
+    distiller = make_distiller(Student(config), chosen, both)
+    loss = batch_loss(distiller, both.read([0, 1], 0), chosen)
+    loss.total.backward()
+    assert loss.per_layer.shape == (3,) and all(p.grad is not None for p in distiller.predictors.parameters())
+    reduced = config.model_copy(update={"time_reduction": "fc1", "time_reduction_index": 1})
+    with pytest.raises(
+        ValueError, match="^teachers: split heads of several teachers do not go with student.time_reduction"
+    ):
+        chosen.check_student(reduced)
+
+
+@pytest.mark.slow
+def test_ranks_and_accumulation_change_nothing(
+    tmp_path: Path,
+    make_cache: Make,
+    source_utterances: list[Any],
+    still: StudentConfig,
+    several: Callable[..., SeveralTeacherSettings],
+    rows: Callable[..., list[dict[str, Any]]],
+) -> None:
+    make_cache(tmp_path / "a", masks=MASKS)
+    # With batches of one utterance, a rank then has batches without any target of b.
+    Path(next(one for one in source_utterances if one.split == "train").path).write_bytes(b"this is not audio")
+    make_cache(tmp_path / "b", OTHER, masks=MASKS)
+    keys = {"balance": "uncertainty", "batch_size": 1, "max_steps": 6, "validate_every": 3}
+    train(still, several(**keys, accumulate=2), *open_both(tmp_path / "a", tmp_path / "b"), tmp_path / "one")
+    mp.spawn(_rank, args=(still, several(**keys), tmp_path), nprocs=2)
+    names = (
+        "loss",
+        "teacher_loss_a",
+        "teacher_loss_b",
+        "teacher_weight_b",
+        "gradient_norm",
+        "cosine_masked_layer_b_02",
+    )
+    for kind in ("train", "validation"):
+        ours, theirs = rows(tmp_path / "two", kind), rows(tmp_path / "one", kind)
+        assert len(ours) == len(theirs)
+        for name in (name for name in names if name in theirs[0]):
+            np.testing.assert_allclose([r[name] for r in ours], [r[name] for r in theirs], rtol=1e-4, atol=1e-6)
+
+
+def _rank(index: int, config: StudentConfig, chosen: SeveralTeacherSettings, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=index, world_size=2)
+    readers = open_both(folder / "a", folder / "b")
+    train(config, chosen, *readers, folder / "two", rank=Rank(index, 2), wrap=DistributedDataParallel)
+    torch.distributed.destroy_process_group()

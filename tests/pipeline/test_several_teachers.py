@@ -1,0 +1,274 @@
+"""Runs of several teachers: the configuration, the caches and utterances of each, the training, and what names them afterwards."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from ray_distill.pipeline.ablation.definition import load_ablation
+from ray_distill.pipeline.composition.config_listing import config_with_origins
+from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_config, load_config
+from ray_distill.pipeline.planning.dry_run import plan_run
+from ray_distill.pipeline.stages import STAGES, Run
+from ray_distill.pipeline.stages.cache import check_cache
+from ray_distill.pipeline.stages.export import export_best
+from ray_distill.pipeline.stages.index import index_audio
+from ray_distill.pipeline.stages.plan import plan_cache
+from ray_distill.pipeline.stages.report import report_run
+from ray_distill.pipeline.stages.run import check_frame_rates
+from ray_distill.pipeline.stages.train import initial_student, prepare_training
+from ray_distill.pipeline.student_export import export_student, open_student
+from ray_distill.student.exporters.origin import describe
+from ray_distill.student.training.metric_rows import read_rows
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.shard_plan import plan_shards
+
+from ..tiny import CONFIGS, TEACHER, tiny_tree
+
+OTHER = "random:2x48"
+A, B = {"name": "a", "checkpoint": TEACHER}, {"name": "b", "checkpoint": OTHER, "weight": 0.5}
+
+
+def tree(*entries: Mapping[str, Any], **sections: Any) -> dict[str, Any]:
+    """A run of some teachers, `A` and `B` by default."""
+    made = tiny_tree(**{"cache": {"codec": "fp16"}} | sections)
+    del made["teacher"]
+    return made | {"teachers": [dict(entry) for entry in entries or (A, B)]}
+
+
+@pytest.fixture
+def config(tmp_path: Path, speech_folder: Path) -> Callable[..., Config]:
+    """Makes the configuration of a run of the test speech, with caches and runs below the temporary folder."""
+
+    def make(*entries: Mapping[str, Any], train: Mapping[str, Any] | None = None, **sections: Any) -> Config:
+        chosen = [
+            dict(e) | {"cache": {"path": str(tmp_path / "caches" / e["name"])} | e.get("cache", {})}
+            for e in entries or (A, B)
+        ]
+        steps = {"batch_seconds": 8, "max_steps": 4, "validate_every": 2, "log_every": 1} | dict(train or {})
+        corpus, cache = {"path": str(speech_folder)}, {"codec": "fp16", "verify": False}
+        common = {"corpus": corpus, "cache": cache, "masks": {"draws": 1, "policy": {"mask_prob": 0.4}}, "train": steps}
+        return check_config(tree(*chosen, **common | {"runs": str(tmp_path / "runs")} | sections))
+
+    return make
+
+
+def begin(config: Config) -> Run:
+    run = Run(config, Console(quiet=True))
+    with run.folder.begin(config):
+        index_audio(run)
+    return run
+
+
+def build(run: Run) -> None:
+    """The cache stage without Ray."""
+    for part in run.parts:
+        if not Cache.exists(part.cache):
+            plan = plan_shards(part.utterances, part.spec.shard_seconds, part.teacher.num_frames)
+            build_cache(
+                part.cache.location, part.spec, plan, part.checkpoint, teacher_name=part.teacher.name, workers=None
+            )
+
+
+def test_each_teacher_has_a_cache_section_of_its_own() -> None:
+    config = check_config(
+        tree(A, B | {"cache": {"codec": "int8"}, "objective": {"objective": "prediction", "loss": "l1"}})
+    )
+    assert [part.cache.codec for part in config.parts] == ["fp16", "int8"]
+    assert [part.cache.path for part in config.parts] == ["caches/random-2x32-corpus", "caches/random-2x48-corpus"]
+    assert [part.teacher.checkpoint for part in config.parts] == [TEACHER, OTHER]
+    dumped = dump_config(config)
+    assert "teacher" not in yaml.safe_load(dumped) and check_config(yaml.safe_load(dumped)) == config
+    assert "teachers" not in yaml.safe_load(dump_config(check_config(tiny_tree())))
+    short = check_config(tree(A, B | {"cache": "elsewhere"}, train={"batch_seconds": 8, "balance": "uncertainty"}))
+    assert short.parts[1].cache.path == "elsewhere" and short.parts[1].cache.codec == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": {"checkpoint": TEACHER}}, "^teacher and teachers are both given; put the teacher into the list"),
+        ({"cache": {"path": "cache"}}, r"^cache.path: each of several teachers has a cache of its own; give"),
+        ({"cache": {"codek": "fp16"}}, r"^cache.codek: unknown key; did you mean cache.codec\?$"),
+        ({"teachers": [A, B | {"weights": 2}]}, r"^teachers.1.weights: unknown key; did you mean teachers.1.weight\?$"),
+        ({"teachers": [A, {"name": "b"}]}, "^teachers.1.checkpoint: missing; this key is required$"),
+        ({"teachers": ["a"]}, "^teachers: give a list with one table for each teacher"),
+        ({"teachers": [A, A | {"checkpoint": OTHER}]}, "^teachers: two have the name a; give each a name of its own$"),
+        (
+            {"teachers": [A, {"name": "b", "checkpoint": TEACHER, "cache": {"codec": "pca"}}]},
+            "^teachers: a and b have the same cache.path caches/random-2x32-corpus, but differ in the checkpoint",
+        ),
+        (
+            {"teachers": [A, B | {"objective": {"objective": "prediction", "los": "l1"}}]},
+            r"^teachers.1.objective.prediction.los: unknown key; did you mean teachers.1.objective.prediction.loss\?$",
+        ),
+        (
+            {"teachers": [A, B | {"objective": "mvv"}]},
+            r"^teachers.1.objective: .*'mvq' \(got 'mvv'\); did you mean mvq\?$",
+        ),
+        (
+            {"teachers": [A, B | {"objective": "units"}]},
+            "^teachers.b: train.objective units learns from a cache of codec units, but cache.codec is fp16; set",
+        ),
+        (
+            {"teachers": [A, B | {"start_step": 5, "stop_step": 5}]},
+            "^teachers.b: stop_step 5 is not after start_step 5",
+        ),
+        (
+            {"teachers": [A | {"start_step": 1}, B | {"weight": 0}]},
+            "^teachers: no teacher takes part in the first step",
+        ),
+        (
+            {"train": {"batch_seconds": 8, "targets": "online"}},
+            "^train.targets online runs one teacher; set it to cached",
+        ),
+        (
+            {"train": {"batch_seconds": 8, "init_teacher": "c"}},
+            "^train.init_teacher: there is no teacher c; they are a, b$",
+        ),
+        (
+            {"train": {"batch_seconds": 8, "init_teacher": "b"}},
+            "^train.init_teacher does nothing without init_front_end",
+        ),
+        (
+            {"train": {"batch_seconds": 8, "loss": "l1"}, "teachers": [A | {"objective": "prediction"}]},
+            "^train.loss does nothing, since every teacher has an objective of its own; remove it, or give it there$",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_config(tree() | changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["balance=variance", "init_teacher=a"])
+def test_keys_of_several_teachers_are_refused_with_one(key: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"train.{key.partition('=')[0]} is for several teachers, but there is one; remove"
+    ):
+        load_config(CONFIGS / "demo.yaml", [f"train.{key}"])
+
+
+def test_files_and_the_command_line_change_teachers(tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump({"base": "demo", "name": "two", "teachers": [A | {"cache": {"path": "mine"}}, B]}))
+    listing = config_with_origins(file, ["teachers.b.weight=3", "teachers.b.cache.codec=fp16"])
+    config = check_config(yaml.safe_load(listing))
+    assert config.teachers == load_config(file, ["teachers.b.weight=3", "teachers.b.cache.codec=fp16"]).teachers
+    assert (config.teachers[1].weight, config.teachers[1].cache.codec, config.teachers[0].cache.codec) == (
+        3,
+        "fp16",
+        "pca",
+    )
+    lines = {line.partition("#")[0].strip(): line.partition("#")[2].strip() for line in listing.splitlines()}
+    assert lines["weight: 3.0"] == lines["codec: fp16"] == "command line" and lines["path: mine"] == str(file)
+    assert lines["codec: pca"] == "recipe demo" and lines["start_step: 0"] == "default"
+    elsewhere = load_config(file, ["corpus=/data/speech"])
+    assert [part.cache.path for part in elsewhere.parts] == ["caches/random-2x32-speech", "caches/random-2x48-speech"]
+    with pytest.raises(ConfigError, match="'teachers.c.weight' can't be set: there is no teacher 'c'; they are a, b"):
+        load_config(file, ["teachers.c.weight=3"])
+
+
+@pytest.mark.slow
+def test_a_run_of_two_teachers(config: Callable[..., Config], tmp_path: Path) -> None:
+    run = begin(config())
+    plan_cache(run)
+    build(run)
+    check_cache(run)
+    prepare_training(run, 1, in_process=True)()
+    export_best(run)
+    summary = report_run(run)
+    assert [one["name"] for one in summary["teachers"]] == ["a", "b"]
+    assert [one["heads_in_the_student"] for one in summary["teachers"]] == [True, False]
+    assert summary["teacher"] == f"{TEACHER} and {OTHER}" and summary["cache_bytes"] > 0
+    last = [row for row in read_rows(run.folder.metrics_file) if row["kind"] == "validation"][-1]
+    assert [one["last_validation_loss"] for one in summary["teachers"]] == [
+        last["teacher_loss_a"],
+        last["teacher_loss_b"],
+    ]
+    assert last["loss"] == pytest.approx(last["teacher_loss_a"] + 0.5 * last["teacher_loss_b"])
+    page = run.folder.report.read_text()
+    for text in ("Loss of teacher a", "Loss of teacher b", "Factors of the teachers", "teacher b", "explained"):
+        assert text in page, text
+    student, origin = open_student(run.folder.path)
+    assert student.config.target_dim == 32 and set(origin["cache_fingerprint"]) == {"a", "b"}
+    lines = describe(origin)
+    assert f"teacher b: {OTHER} ({OTHER}), objective prediction" in lines
+    assert any(line.startswith("fingerprint of the teacher cache: a ") and ", b " in line for line in lines)
+    assert export_student(student, origin, "s3prl", tmp_path / "s3prl") == "heads"
+    plan = plan_run(run.config, list(STAGES))
+    assert "weight 0.5" in plan.facts["teacher b"] and plan.stages["cache"].startswith("a: reuse")
+    # A run of one of the teachers shares its cache.
+    alone = Run(run.config.of_teacher(run.config.teachers[0]).model_copy(update={"name": "alone"}), Console(quiet=True))
+    with alone.folder.begin(alone.config):
+        index_audio(alone)
+    check_cache(alone)
+    # Keys of the caches that change no result may differ.
+    changed = run.config.model_dump(mode="json")
+    changed["teachers"][1]["cache"]["actors"] = 7
+    run.folder.refuse_other_config(check_config(changed))
+    changed["teachers"][1]["weight"] = 7
+    with pytest.raises(ConfigError, match=r"another configuration \(sections that differ: teachers\)"):
+        run.folder.refuse_other_config(check_config(changed))
+
+
+def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(config: Callable[..., Config]) -> None:
+    run = begin(config())
+    run.parts[1].teacher.max_samples = 30_000
+    plan_cache(run)
+    build(run)
+    assert len(run.parts[0].utterances) == 12 and len(run.parts[1].utterances) == 10
+    assert run.parts[1].spec.corpus != run.parts[0].spec.corpus
+    prepare_training(run, 1, in_process=True)()
+    export_best(run)
+    assert [one["utterances"] for one in report_run(run)["teachers"]] == [12, 10]
+    again = begin(config(A, B, name="again"))
+    again.parts[1].teacher.max_samples = 5_000
+    with pytest.raises(
+        ConfigError, match=r"^teachers.b: corpus.max_seconds: random:2x48 can take no utterance of the split"
+    ):
+        plan_cache(again)
+
+
+def test_teachers_of_other_frame_rates_are_refused(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(config(), Console(quiet=True))
+    check_frame_rates(run)
+    monkeypatch.setattr(run.parts[1].teacher, "num_frames", lambda samples: samples // 640)
+    with pytest.raises(
+        ConfigError, match=r"^teachers.b: random:2x48 makes 25 frames from 1 s of audio, but random:2x32 makes 49"
+    ):
+        check_frame_rates(run)
+
+
+def test_an_ablation_varies_teachers(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(tree(A | {"layers": [1, 2]}, B)))
+
+    def ablation(*variants: dict[str, Any]) -> Any:
+        named = {f"v{number}": changes for number, changes in enumerate(variants)}
+        text = {"name": "teachers", "base": "two.yaml", "variants": named, "seeds": [0]}
+        (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(text))
+        return load_ablation(tmp_path / "ablation.yaml")
+
+    both = ablation({}, {"teachers.b.weight": 0}, {"teachers.a.layers": None})
+    assert [run.config.teachers[1].weight for run in both.runs] == [0.5, 0, 0.5]
+    assert both.needs.teachers[0].layers is None and both.needs.teachers[0].cache.path == "caches/random-2x32-corpus"
+    with pytest.raises(ConfigError, match="teachers.b.checkpoint: can't differ between runs, which share"):
+        ablation({}, {"teachers.b.checkpoint": TEACHER})
+    assert json.loads(both.needs.model_dump_json())["teachers"][1]["weight"] == 0.5
+
+
+def test_the_student_starts_from_the_named_teacher(config: Callable[..., Config]) -> None:
+    start = {"mask_embedding": "teacher", "init_teacher": "b"}
+    student = tree()["student"] | {"encoder_embed_dim": 48, "encoder_attention_heads": 2}
+    run = Run(config(train=start, student=student), Console(quiet=True))
+    _, tensors = initial_student(run)
+    weights = run.parts[1].teacher.weights  # type: ignore[attr-defined]
+    assert tensors["mask_embedding"].equal(weights["mask_embedding"])

@@ -100,10 +100,14 @@ def read_manifest(store: Store, changed: int | None = None) -> Manifest | None:
         changed: Time of its last change from a listing.
     """
     try:
-        table = _decode(store.read(MANIFEST, MAX_FILES * 1024))
+        data = store.read(MANIFEST, MAX_FILES * 1024)
     except CacheAccessError:
         raise
-    except (FileNotFoundError, ValueError, pa.ArrowException):
+    except (FileNotFoundError, ValueError):
+        return None
+    try:
+        table = _decode(data)
+    except (OSError, ValueError, OverflowError, pa.ArrowException):
         return None
     table = table.sort_by([("part", "ascending"), ("shard", "ascending")]).combine_chunks()
     names = np.asarray(table["part"].to_pylist(), dtype=object)

@@ -126,10 +126,9 @@ CHANGES_RESULT = {
     "masks": "policies draws seed",
     "masks.policy": "selection mask_prob mask_length mask_other no_overlap min_space",
     "cache": "targets",
-    "train": "targets epochs max_steps batch_size batch_seconds crop_seconds shuffle accumulate workers use_gpu precision learning_rate "
-    "optimizer warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding init_from init_front_end "
-    "init_encoder_layers "
-    "unit_dim codebook_hidden "
+    "train": "targets epochs max_steps batch_size batch_seconds crop_seconds shuffle accumulate workers use_gpu precision "
+    "learning_rate optimizer warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding "
+    "init_from init_front_end init_encoder_layers unit_dim codebook_hidden "
     "max_grad_norm compile ema_decay draw_order validate_every log_every seed",
 }
 """Keys without an effect, by section: they change a run's result, keep the loss's meaning, and may differ within an ablation."""

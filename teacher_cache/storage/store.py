@@ -19,6 +19,8 @@ import pyarrow.fs as pafs
 from ray_distill.teacher_cache.storage.local_files import FileEntry, LocalFiles
 
 _COPY_BYTES = 8 << 20
+WHOLE_BYTES = 8 << 20
+"""Size up to which a file is uploaded to S3 in one request."""
 _T = TypeVar("_T")
 
 
@@ -189,7 +191,7 @@ class Store:
 
     def _upload(self, path: Path, name: str) -> None:
         target = f"{self._root}/{name}"
-        if isinstance(self._fs, pafs.S3FileSystem) and path.stat().st_size <= _COPY_BYTES:
+        if isinstance(self._fs, pafs.S3FileSystem) and path.stat().st_size <= WHOLE_BYTES:
             data = path.read_bytes()
             with self._fs.open_output_stream(target) as sink:  # One request, at the end, which stores all or nothing.
                 sink.write(data)

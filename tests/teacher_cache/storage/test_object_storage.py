@@ -227,7 +227,7 @@ def test_a_failed_upload_keeps_the_earlier_object(location: str, monkeypatch: py
     # Arrow stores what was written before an error as an object, which must not stay.
     store = Store(location)
     monkeypatch.setattr("ray_distill.teacher_cache.storage.store.shutil.copyfileobj", half)
-    monkeypatch.setattr("ray_distill.teacher_cache.storage.store._COPY_BYTES", 3)
+    monkeypatch.setattr("ray_distill.teacher_cache.storage.store.WHOLE_BYTES", 3)
     with pytest.raises(OSError, match="no connection"):
         store.write("clean/part-00000.parquet", b"a shard")
     assert store.names() == ["cache.json"]

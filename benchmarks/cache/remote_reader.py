@@ -35,6 +35,8 @@ from ray_distill.teacher_cache.targets.window_sampler import plan_window_epoch
 from ray_distill.teacher_cache.teachers import load_teacher
 
 EPOCHS = 3
+THREADS, BATCHES = 32, 4
+"""Reading threads and batches at a time: the defaults for an object store, also for the disk, so that only the storage differs."""
 FULL_RATE, FULL_CORES = 7_300.0, 16
 
 
@@ -100,7 +102,9 @@ def main(
 def read(folder: Path, way: str, copies: Path, latency: float, rate: float, student: float) -> dict[str, float]:
     """Read epochs in batches of six utterances, as published, for a student that trains on ``student`` seconds of audio a second."""
     store = None if way == "disk" else SlowStore(folder, latency, rate)
-    reader = CacheReader(store or folder, "train", local=copies if way == "bucket with copies" else None)
+    local = copies if way == "bucket with copies" else None
+    reader = CacheReader(store or folder, "train", threads=THREADS, local=local)
+    reader.batches_at_once = BATCHES
     opening = 0 if store is None else store.handler.requests
     shuffle = "window" if way == "bucket with copies" else "full"
     plan = TrainingPlan.of(reader, TrainSettings(batch_size=6, epochs=EPOCHS), 1, shuffle)

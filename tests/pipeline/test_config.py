@@ -85,6 +85,8 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("train.objective=units", "train.hint_weight does nothing with train.objective units"),
         ("train.codebooks=independent", "it belongs to objective mvq"),
         ("train", "not an override"),
+        ("cache.local=copies", "copies is not an absolute path"),
+        ("cache.local_gb=5", "cache.local_gb limits the size of cache.local, which is not set"),
         ("name.x=1", "is a value, not a section"),
     ],
 )

@@ -281,7 +281,7 @@ def test_small_files_are_one_request_and_copies_few(
         copies = LocalCopies(tmp_path / "local", store, 1.0)
         copy = copies.open(CommittedFile("clean/part-00000.parquet", len(large), hashlib.sha256(large).hexdigest()))
         assert copy is not None and copy.read() == large
-        assert sorted(proxy.methods) == ["GET", "GET", "GET", "HEAD"], "three ranges of 16 MiB in 33 MiB"
+        assert sorted(proxy.methods) == ["GET", "GET", "HEAD"], "two ranges of up to 32 MiB in 33 MiB"
         proxy.shutdown()
 
 

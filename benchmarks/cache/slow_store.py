@@ -4,6 +4,8 @@ import io
 import math
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,6 @@ class SlowFileSystem(fsspec.implementations.local.LocalFileSystem):  # type: ign
     """Files that are read in ranges, one request each."""
 
     handler: "SlowHandler"
-    cachable = False
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         data: bytes = super().cat_file(path, start, end, **options)
@@ -67,7 +68,7 @@ class SlowHandler(pafs.FSSpecHandler):
     """
 
     def __init__(self, latency: float, bytes_per_second: float) -> None:
-        files = SlowFileSystem()
+        files = SlowFileSystem(skip_instance_cache=True)
         files.handler = self
         super().__init__(files)
         self.latency, self.rate, self.requests, self.sent = latency, bytes_per_second, 0, 0
@@ -111,3 +112,10 @@ class SlowStore(Store):
         super().__init__(location)
         self.handler = SlowHandler(latency, bytes_per_second)
         self._fs, self.local = pafs.PyFileSystem(self.handler), None
+
+    @contextmanager
+    def ranges(self, name: str) -> Iterator[Callable[[int, int], bytes]]:
+        """Yield as `Store.ranges`, after the request for the object's size that Arrow sends to S3."""
+        self.handler.request()
+        with super().ranges(name) as read:
+            yield read

@@ -12,6 +12,7 @@ import yaml
 from rich.table import Table
 
 from ray_distill.pipeline.recipes import other_recipes
+from ray_distill.teacher_cache.storage.store import WHOLE_BYTES
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 HOURS = (960.0, 60_000.0, 1_000_000.0)
@@ -257,8 +258,11 @@ def load_cluster(path: Path) -> Cluster:
 
 
 def upload_requests(size: float) -> int:
-    """Return the number of requests for an upload of ``size`` bytes by `storage.store`: one to begin, one per part, one to end."""
-    return 2 + max(1, math.ceil(size / _PART_BYTES))
+    """Return the number of requests for an upload of ``size`` bytes by `storage.store`: one to begin, one per part, one to end.
+
+    A small file is one request.
+    """
+    return 1 if size <= WHOLE_BYTES else 2 + max(1, math.ceil(size / _PART_BYTES))
 
 
 def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> ClusterPlan:

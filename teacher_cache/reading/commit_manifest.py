@@ -7,7 +7,7 @@ and has the size that it had. A build and a repair remove the manifest before th
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, Part, content_key, parts_of
+from ray_distill.teacher_cache.storage.json_record import encode_record
 from ray_distill.teacher_cache.storage.limits import MAX_FILES
 from ray_distill.teacher_cache.storage.local_files import FileEntry
 from ray_distill.teacher_cache.storage.lock import cache_lock
@@ -100,10 +101,14 @@ def read_manifest(store: Store, changed: int | None = None) -> Manifest | None:
         changed: Time of its last change from a listing.
     """
     try:
-        table = _decode(store.read(MANIFEST, MAX_FILES * 1024))
+        data = store.read(MANIFEST, MAX_FILES * 1024)
     except CacheAccessError:
         raise
-    except (FileNotFoundError, ValueError, pa.ArrowException):
+    except (FileNotFoundError, ValueError):
+        return None
+    try:
+        table = _decode(data)
+    except (OSError, ValueError, OverflowError, pa.ArrowException):
         return None
     table = table.sort_by([("part", "ascending"), ("shard", "ascending")]).combine_chunks()
     names = np.asarray(table["part"].to_pylist(), dtype=object)
@@ -177,6 +182,12 @@ def update_manifest(cache: Cache, previous: Manifest | None = None) -> bool:
         pass
     cache.store.write(MANIFEST, data)
     return True
+
+
+def write_rows(store: Store, records: Sequence[tuple[str, int, Mapping[str, Any]]]) -> None:
+    """Write a manifest of commit records that are known already, given as (folder of the part, shard, record), in that order."""
+    rows = [_row_of(folder, shard, len(encode_record(dict(record))), record) for folder, shard, record in records]
+    store.write(MANIFEST, _encode(pa.Table.from_pylist(rows, schema=_SCHEMA)))
 
 
 def rewrite_manifest(location: str | Path) -> bool:

@@ -19,6 +19,8 @@ import pyarrow.fs as pafs
 from ray_distill.teacher_cache.storage.local_files import FileEntry, LocalFiles
 
 _COPY_BYTES = 8 << 20
+WHOLE_BYTES = 8 << 20
+"""Size up to which a file is uploaded to S3 in one request."""
 _T = TypeVar("_T")
 
 
@@ -189,6 +191,11 @@ class Store:
 
     def _upload(self, path: Path, name: str) -> None:
         target = f"{self._root}/{name}"
+        if isinstance(self._fs, pafs.S3FileSystem) and path.stat().st_size <= WHOLE_BYTES:
+            data = path.read_bytes()
+            with self._fs.open_output_stream(target) as sink:  # One request, at the end, which stores all or nothing.
+                sink.write(data)
+            return
         before = self.size(name)
         try:
             opened = self._with_folder(name, lambda: self._fs.open_output_stream(target))
@@ -267,8 +274,10 @@ def open_file_system(uri: str) -> tuple[pafs.FileSystem, str]:
             f"the {scheme}:// location holds credentials, which logs would repeat; set them in the environment "
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)"
         )
+    # A small file is then one request instead of three.
+    delayed = f"{'&' if '?' in uri else '?'}allow_delayed_open=true" if scheme == "s3" else ""
     try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
+        filesystem, path = pafs.FileSystem.from_uri(uri + delayed)
         return filesystem, path
     except (OSError, pa.ArrowException) as error:
         if scheme not in {*fsspec.available_protocols(), *fsspec.registry}:  # The latter are those of other packages.

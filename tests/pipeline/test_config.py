@@ -85,6 +85,8 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("train.objective=units", "train.hint_weight does nothing with train.objective units"),
         ("train.codebooks=independent", "it belongs to objective mvq"),
         ("train", "not an override"),
+        ("cache.local=copies", "copies is not an absolute path"),
+        ("cache.local_gb=5", "cache.local_gb limits the size of cache.local, which is not set"),
         ("name.x=1", "is a value, not a section"),
     ],
 )
@@ -126,10 +128,9 @@ CHANGES_RESULT = {
     "masks": "policies draws seed",
     "masks.policy": "selection mask_prob mask_length mask_other no_overlap min_space",
     "cache": "targets",
-    "train": "targets epochs max_steps batch_size batch_seconds crop_seconds accumulate workers use_gpu precision learning_rate "
-    "optimizer warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding init_from init_front_end "
-    "init_encoder_layers init_teacher "
-    "unit_dim codebook_hidden "
+    "train": "targets epochs max_steps batch_size batch_seconds crop_seconds shuffle accumulate workers use_gpu precision "
+    "learning_rate optimizer warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding "
+    "init_from init_front_end init_encoder_layers init_teacher unit_dim codebook_hidden "
     "max_grad_norm compile ema_decay draw_order validate_every log_every seed",
 }
 """Keys without an effect, by section: they change a run's result, keep the loss's meaning, and may differ within an ablation."""
@@ -143,6 +144,7 @@ def test_the_effects_of_every_key_are_decided() -> None:
     assert plain == decided, "decide the effects of a new key (field_effects.py): annotate it, or list it above"
     assert set(keys_with(Config, CHANGES_NO_RESULT)) == {
         *("runs", "cache.actors", "cache.gpus_per_actor", "cache.cpus_per_actor", "cache.max_failed", "cache.verify"),
+        *("cache.local", "cache.local_gb"),
         *("train.max_skipped_steps", "train.checkpoint_activations", "train.checkpoint_every", "train.keep_best"),
         *("train.trackers", "train.max_failures"),
     }

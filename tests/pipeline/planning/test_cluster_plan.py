@@ -22,7 +22,7 @@ from ray_distill.pipeline.planning.cluster_plan import (
     plan_cluster,
     upload_requests,
 )
-from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.storage.store import WHOLE_BYTES, Store
 
 CLUSTERS = sorted((Path(__file__).resolve().parents[3] / "configs" / "clusters").glob("*.yaml"))
 
@@ -81,15 +81,15 @@ def test_arithmetic() -> None:
     assert plan.cache_bytes == pytest.approx(seconds * (16e3 + 34e3 * 2))  # 4 draws of a quarter are one more pass
     assert plan.build_hours["teachers"] == pytest.approx(seconds * 5 / 45_000 / 3600)
     assert plan.build_hours["decoding"] == pytest.approx(seconds / 100_000 / 3600)
-    # The clean pass (30 MB) has 3 parts; each draw (5.1 MB) and each commit record has one. Every upload has a begin and an end.
-    assert plan.build_puts == 6000 * (5 + 4 * 3 + 5 * 3) == 192_000
+    # The clean pass (30 MB) has a begin, 3 parts and an end; each draw (5.1 MB) and each commit record is one request.
+    assert plan.build_puts == 6000 * (5 + 4 + 5) == 84_000
     assert plan.build_gets == pytest.approx(360_000)
     assert plan.epoch_bytes == pytest.approx(seconds * (16e3 + 34e3 * 1.25))
     assert plan.gets_per_second == pytest.approx(720_000 / (seconds / 16_000))
     assert plan.online_hours == pytest.approx(10 * seconds * (1 / 2000 + 2 / 5000) / 8 / 3600)
     assert plan.build_accelerator_hours == pytest.approx(plan.build_wall * 10)
     assert plan.month_money == pytest.approx(plan.cache_bytes / 1e12 * 20)
-    assert plan.build_money == pytest.approx(plan.build_accelerator_hours * 2 + (192_000 * 5 + 360_000 * 0.5) / 1e6)
+    assert plan.build_money == pytest.approx(plan.build_accelerator_hours * 2 + (84_000 * 5 + 360_000 * 0.5) / 1e6)
     assert plan.train_money == pytest.approx(plan.train_accelerator_hours * 3 + 7.2e6 * 0.5 / 1e6)
 
 
@@ -143,7 +143,10 @@ def test_write_requests_are_those_of_an_upload(size: int, monkeypatch: pytest.Mo
             monkeypatch.setenv(key, value)
         Store("s3://bucket/caches/demo").write("part-00000.parquet", bytes(size))
         server.shutdown()
-    assert (written[0], written[-1]) == ("begin", "end") and set(written[1:-1]) == {"part"}
+    if size <= WHOLE_BYTES:
+        assert written == ["object"]
+    else:
+        assert (written[0], written[-1]) == ("begin", "end") and set(written[1:-1]) == {"part"}
     assert len(written) == upload_requests(size)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ray_distill.student import StudentConfig
-from ray_distill.student.training.prefetch import PREFETCH, TrainingPlan, micro_batches
+from ray_distill.student.training.prefetch import FILES_AHEAD, PREFETCH, TrainingPlan, chosen_shuffle, micro_batches
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.frames import num_frames
@@ -148,3 +148,39 @@ def test_crops(readers: tuple[CacheReader, CacheReader], settings: Settings) -> 
     assert not torch.equal(seen[1][0].batch.waveforms.sum(1).sort()[0], seen[1][1].batch.waveforms.sum(1).sort()[0])
     with pytest.raises(ValueError, match=r"the student has patches; remove train\.crop_seconds"):
         crops.check_student(StudentConfig(patches=PatchGeometry()))
+
+
+def test_the_order_follows_the_reader_unless_it_is_set_or_was_chosen_before(settings: Settings) -> None:
+    disk, bucket = Reader(), Reader()
+    for reader in (disk, bucket):
+        reader.shards = np.arange(10) // 3  # type: ignore[attr-defined]
+    bucket.prefers_window = True  # type: ignore[attr-defined]
+    auto, full, window = (settings(shuffle=name) for name in (None, "full", "window"))
+    assert [chosen_shuffle(auto, reader) for reader in (Reader(), disk, bucket)] == ["full", "full", "window"]
+    assert [chosen_shuffle(auto, bucket, "full"), chosen_shuffle(auto, disk, "window")] == ["full", "window"]
+    assert [chosen_shuffle(full, bucket, "window"), chosen_shuffle(window, disk)] == ["full", "window"]
+    with pytest.raises(ValueError, match=r"train.shuffle window needs a cache"):
+        chosen_shuffle(window, Reader())
+    bucket.needs_window = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"cache.local_gb has room for a part of the cache only"):
+        chosen_shuffle(full, bucket)
+    plans = [TrainingPlan.of(disk, settings(batch_size=2, max_steps=5), 1, name) for name in ("full", "window")]
+    assert [plans[0].step(n) for n in range(5)] != [plans[1].step(n) for n in range(5)]
+
+
+def test_files_are_named_before_their_batches_are_read(settings: Settings) -> None:
+    events: list[str] = []
+
+    class Ahead:
+        def expect(self, indices: Sequence[int], draw: int | None) -> None:
+            events.append("expect")
+
+        def clear(self) -> None:
+            events.append("clear")
+
+    reader = Reader(lambda number: events.append("read"))
+    reader.read_ahead = Ahead()  # type: ignore[attr-defined]
+    steps = FILES_AHEAD + 10
+    assert len(list(feed(reader, settings(batch_size=2, max_steps=steps)))) == steps
+    assert events.index("read") >= FILES_AHEAD and events[-1] == "clear"
+    assert events.count("expect") == events.count("read") == steps

@@ -1,9 +1,15 @@
 """A cache in a real S3-compatible object store: building, reading, verification, repair, extension and locking."""
 
+import contextlib
+import hashlib
 import json
 import os
+import re
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,6 +26,8 @@ from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST
+from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
@@ -84,9 +92,8 @@ def test_a_cache_in_an_object_store(tmp_path: Path, make_cache: Make, location: 
 
     make_cache(location, codec="pca:0.2", masks=masks(2))
     grown = contents(store)
-    assert {name: data for name, data in grown.items() if name in sound and "cache.json" not in name} == {
-        name: data for name, data in sound.items() if "cache.json" not in name
-    }
+    kept = {name: data for name, data in sound.items() if "cache.json" not in name and name != MANIFEST}
+    assert {name: grown.get(name) for name in kept} == kept
     assert CacheReader(location, "train").read([0], 1).targets.isfinite().all()
 
 
@@ -220,9 +227,62 @@ def test_a_failed_upload_keeps_the_earlier_object(location: str, monkeypatch: py
     # Arrow stores what was written before an error as an object, which must not stay.
     store = Store(location)
     monkeypatch.setattr("ray_distill.teacher_cache.storage.store.shutil.copyfileobj", half)
+    monkeypatch.setattr("ray_distill.teacher_cache.storage.store.WHOLE_BYTES", 3)
     with pytest.raises(OSError, match="no connection"):
         store.write("clean/part-00000.parquet", b"a shard")
     assert store.names() == ["cache.json"]
+
+
+class CountingProxy(socketserver.ThreadingTCPServer):
+    """Forwards connections to the object store, and records the method of each request."""
+
+    daemon_threads = allow_reuse_address = True
+
+    def __init__(self, endpoint: str) -> None:
+        host, port = endpoint.split(":")
+        self.target, self.methods = (host, int(port)), list[str]()
+        super().__init__(("127.0.0.1", 0), _Forward)
+
+
+class _Forward(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        assert isinstance(self.server, CountingProxy)
+        with socket.create_connection(self.server.target) as upstream:
+            threading.Thread(target=self.copy, args=(upstream, self.request), daemon=True).start()
+            self.copy(self.request, upstream, self.server.methods)
+
+    @staticmethod
+    def copy(source: socket.socket, target: socket.socket, methods: list[str] | None = None) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 20):
+                if methods is not None and (found := re.match(rb"(GET|HEAD|PUT|POST|DELETE) /", data)):
+                    methods.append(found[1].decode())
+                target.sendall(data)
+
+
+def test_small_files_are_one_request_and_copies_few(
+    s3: S3Server, location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CountingProxy(s3.endpoint) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
+        store = Store(location)
+        proxy.methods.clear()
+        small = os.urandom(5 << 20)
+        store.write("commits/clean/part-00000.json", small)
+        assert proxy.methods == ["PUT"]
+        proxy.methods.clear()
+        assert store.read("commits/clean/part-00000.json", 16 << 20) == small
+        assert proxy.methods == ["HEAD", "GET"]
+        large = os.urandom(33 << 20)
+        store.write("clean/part-00000.parquet", large)
+        assert store.read("clean/part-00000.parquet") == large
+        proxy.methods.clear()
+        copies = LocalCopies(tmp_path / "local", store, 1.0)
+        copy = copies.open(CommittedFile("clean/part-00000.parquet", len(large), hashlib.sha256(large).hexdigest()))
+        assert copy is not None and copy.read() == large
+        assert sorted(proxy.methods) == ["GET", "GET", "HEAD"], "two ranges of up to 32 MiB in 33 MiB"
+        proxy.shutdown()
 
 
 def test_the_command_line_reads_it_too(make_cache: Make, location: str) -> None:

@@ -1,14 +1,13 @@
 """The typed configuration of a run, read from YAML, changed by ``section.key=value``, and checked before any work.
 
-The keys of ``corpus``, ``teacher`` and ``cache`` are defined here, those of ``train`` in ``student/training/train_settings.py``
-and ``student/objectives/``, those of ``student`` in ``student/model/student_config.py``, and those of ``masks`` in
-``teacher_cache/masks.py``.
+The keys of ``corpus``, ``teacher`` and ``cache`` are defined in ``composition/sections.py``, those of ``train`` in
+``student/training/train_settings.py`` and ``student/objectives/``, those of ``student`` in ``student/model/student_config.py``, and
+those of ``masks`` in ``teacher_cache/masks.py``.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import pydantic
 import yaml
@@ -16,184 +15,19 @@ import yaml
 from ray_distill.pipeline.composition.config_tree import ConfigError as ConfigError  # Exported here too.
 from ray_distill.pipeline.composition.config_tree import compose, default_cache
 from ray_distill.pipeline.composition.explanation import explain
+from ray_distill.pipeline.composition.sections import CacheSection, CorpusSection, Section, TeacherEntry, TeacherSection
 from ray_distill.pipeline.composition.teacher_entries import with_teacher_entries
-from ray_distill.pipeline.corpus.formats import check_format
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.mixture import Mixture
 from ray_distill.student.objectives.objective_keys import ObjectiveKeys
-from ray_distill.student.objectives.several_teachers import SeveralTeachers, TeacherObjective, TeacherTerm
+from ray_distill.student.objectives.several_teachers import SeveralTeachers, TeacherTerm
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT, SAME_IN_ABLATION
 from ray_distill.student.training.train_settings import SeveralTeacherSettings, TrainSettings
-from ray_distill.teacher_cache.codecs import DEFAULT_CODEC, check_codec
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
-from ray_distill.teacher_cache.precision import Precision
-from ray_distill.teacher_cache.storage.cache_spec import Targets
-from ray_distill.teacher_cache.storage.failed_utterances import DEFAULT_MAX_FAILED
 
 
-class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-def _check_format(name: str | None) -> str | None:
-    return None if name is None else check_format(name)
-
-
-class CorpusSection(_Section):
-    """Location of the audio, and which of it is used."""
-
-    path: Path
-    """Folder in LibriSpeech's layout, any other folder of audio, a manifest (CSV, TSV, Parquet or JSON lines) with a column ``path``,
-    or a corpus in another format; see ``format``. ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, if there is no such path, and
-    ``hf://datasets/OWNER/NAME`` are datasets on the Hugging Face Hub, which are downloaded."""
-    format: Annotated[str | None, pydantic.AfterValidator(_check_format)] = None
-    """Format of the corpus: ``folder``, ``manifest``, ``nemo``, ``fairseq``, ``kaldi``, ``lhotse``, ``lhotse_shar``, ``huggingface``,
-    ``webdataset``, ``common_voice``, ``voxpopuli``, or one that an installed package adds. None looks at the files."""
-    channel: int | Literal["mix"] | None = None
-    """Channel to use of audio with several, counted from 0, or ``mix`` for their mean. None also takes the mean, and says how many
-    utterances have several channels. A channel that the corpus itself names counts first."""
-    train_splits: list[str] | None = None
-    """Splits or folders to train on; ``.`` means the files in no split's folder. None takes those with a word that begins with
-    ``train``; see `ray_distill.pipeline.corpus.index`."""
-    validation_splits: list[str] | None = None
-    """Splits or folders to validate on. None takes those with a word such as ``dev``, ``val``, ``valid``, ``validation`` or
-    ``heldout``. Splits with a word that begins with ``test`` or ``eval`` are not used unless they are named."""
-    validation_fraction: float = pydantic.Field(default=0.05, gt=0, lt=1)
-    """Fraction of the utterances to hold out if the corpus has no validation split."""
-    min_seconds: float = pydantic.Field(default=0.025, ge=0.025)
-    """Shortest audio in seconds. Shorter files are skipped and listed. The default, also the minimum, is 400 samples (one frame)."""
-    max_seconds: float = pydantic.Field(default=40.0, gt=0)
-    """Longest utterance in seconds. Longer audio is skipped and listed, or cut; see ``long_audio``."""
-    long_audio: Literal["skip", "cut"] = "skip"
-    """What becomes of audio longer than ``max_seconds``: ``skip`` it, or ``cut`` it at pauses into windows that cover it."""
-
-    @pydantic.field_serializer("path", when_used="json")
-    def _with_two_slashes(self, path: Path) -> str:
-        """Return the path as text; a ``Path`` keeps one of the slashes of ``hf://``."""
-        return re.sub("^hf:/(?!/)", "hf://", str(path))
-
-    @pydantic.field_validator("channel")
-    @classmethod
-    def _possible(cls, value: int | str | None) -> int | str | None:
-        if isinstance(value, int) and not 0 <= value < 64:
-            raise ValueError(f"there is no channel {value}; channels are counted from 0, up to 63")
-        return value
-
-
-class TeacherSection(_Section):
-    """The teacher."""
-
-    checkpoint: Annotated[str, SAME_IN_ABLATION]
-    """Checkpoint of the teacher: a ``.pt`` file, a Hugging Face folder, the name of a model on the Hugging Face Hub such as
-    ``facebook/hubert-base-ls960`` or ``OWNER/NAME@REVISION`` (an existing path of that name comes first; ``hf://OWNER/NAME`` always
-    means the hub), the folder of a run or an exported student, ``torchaudio:NAME``, ``builtin:phone-hubert`` for the small HuBERT
-    in this package (see `ray_distill.teacher_cache.teachers.builtin`), or ``random:LxD`` for random weights.
-    The prefix ``mean-mask:`` gives a teacher without a mask embedding a substitute, so that it has masked targets. The prefix
-    ``layer-norm:`` normalises each frame of each layer, as teachers with layer norms before their blocks need."""
-    layers: Annotated[list[int] | None, CHANGES_LOSS_MEANING] = None
-    """Layers to learn from, counted from 1. None takes all of them."""
-
-
-class CacheSection(_Section):
-    """The teacher cache, and how it is built."""
-
-    path: Annotated[str, SAME_IN_ABLATION]
-    """Folder of the cache, or a URI such as ``s3://bucket/prefix``. A configuration that names none takes
-    ``caches/TEACHER-CORPUS``."""
-    codec: Annotated[str, pydantic.AfterValidator(check_codec), SAME_IN_ABLATION] = DEFAULT_CODEC
-    """Storage format of the features: ``pca``, ``layer-pca``, ``int8``, ``fp16`` or ``fp32``. ``pca:STEP`` and
-    ``layer-pca:STEP`` set the quantisation step. ``units:CLUSTERS`` and ``mvq:CODEBOOKS`` store discrete targets, for the objectives
-    ``units`` and ``mvq``."""
-    targets: Targets = "clean_and_masked"
-    """Targets to store: ``clean_and_masked``, ``composite_only`` or ``clean_only``; see `CacheSpec`."""
-    precision: Annotated[Precision | None, SAME_IN_ABLATION] = None
-    """Precision of the teacher's forward passes; ``fp16`` needs GPUs. None takes the precision of an existing cache, or else
-    ``fp16`` on GPUs and ``fp32`` on CPUs."""
-    audio: Annotated[Literal["flac", "pcm"], SAME_IN_ABLATION] = "flac"
-    """Storage format of the audio: ``flac`` (smaller) or ``pcm`` (faster to read)."""
-    shard_minutes: Annotated[float | None, SAME_IN_ABLATION] = pydantic.Field(default=None, gt=0)
-    """Minutes of audio per shard, the unit of work, retry and resume. None takes those of an existing cache, or else 10, and for more
-    than 1,000 h of audio a minute per 100 h, but at most 60."""
-    batch_seconds: Annotated[float, SAME_IN_ABLATION] = pydantic.Field(default=120.0, gt=0)
-    """Seconds of audio per teacher batch, padding included."""
-    actors: Annotated[int, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=1, ge=1)
-    """Number of teachers that run in parallel."""
-    gpus_per_actor: Annotated[float, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=0.0, ge=0)
-    """GPUs per teacher. 0 runs the teacher on CPU."""
-    cpus_per_actor: Annotated[int, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=1, ge=1)
-    """CPU cores per teacher."""
-    max_failed: Annotated[float, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=DEFAULT_MAX_FAILED, ge=0)
-    """Number of utterances that may fail while the cache is built, because their audio can't be decoded or a hidden state is not
-    finite; below 1 their share, at least 3 utterances; 0 allows none. They are left out and listed with reasons in
-    ``corpus/failed.csv``. If more fail, the build stops."""
-    local: Annotated[str | None, CHANGES_NO_RESULT, SAME_IN_ABLATION] = None
-    """Folder on a disk of each training node, such as ``/nvme/copies``, for copies of the cache's files. The workers of a node share
-    it. None reads every utterance from ``path``. Give one if ``path`` is an object store or a slow network disk."""
-    local_gb: Annotated[float | None, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=None, gt=0)
-    """Maximum size of ``local`` in units of 1e9 bytes; the copies that were not used for the longest time make room. None takes 80 %
-    of the disk's free space."""
-    verify: Annotated[bool, CHANGES_NO_RESULT, SAME_IN_ABLATION] = True
-    """Whether to read the whole cache and compare its checksums before training."""
-
-    @property
-    def location(self) -> str:
-        """Absolute path of the cache, or its URI."""
-        return self.path if "://" in self.path else str(Path(self.path).absolute())
-
-    @property
-    def is_absolute(self) -> bool:
-        """Whether the location does not depend on a process's working directory."""
-        return "://" in self.path or Path(self.path).is_absolute()
-
-    @pydantic.field_validator("max_failed")
-    @classmethod
-    def _whole(cls, value: float) -> float:
-        if value >= 1 and value != int(value):
-            raise ValueError(f"{value:g} is neither a share below 1 nor a whole number of utterances")
-        return value
-
-    @pydantic.field_validator("local")
-    @classmethod
-    def _absolute(cls, path: str | None) -> str | None:
-        if path is not None and not Path(path).is_absolute():
-            raise ValueError(f"{path} is not an absolute path; give the path of a folder that each node has for itself")
-        return path
-
-    @pydantic.model_validator(mode="after")
-    def _limit_has_a_folder(self) -> Self:
-        if self.local_gb is not None and self.local is None:
-            raise ValueError(
-                "cache.local_gb limits the size of cache.local, which is not set; set it, or remove the limit"
-            )
-        return self
-
-    @pydantic.field_validator("path", mode="before")
-    @classmethod
-    def _text(cls, path: Any) -> Any:
-        return str(path) if isinstance(path, Path) else path
-
-
-class TeacherEntry(TeacherSection):
-    """One of several teachers."""
-
-    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    """Name of the teacher, by which metrics and reports call it."""
-    cache: CacheSection
-    """Cache of this teacher. Keys that are not given are those of the section ``cache``, and the path is ``caches/TEACHER-CORPUS``. A
-    text is its path."""
-    objective: TeacherObjective | None = None
-    """Objective with this teacher: a table with ``objective`` (its name) and its keys as in ``train``, or the name alone. None takes
-    the objective of ``train``."""
-    weight: Annotated[float, CHANGES_LOSS_MEANING] = pydantic.Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Weight of this teacher's loss. 0 leaves the teacher out of the loss."""
-    start_step: int = pydantic.Field(default=0, ge=0)
-    """First optimiser step, counted from 0, at which the teacher takes part. Validation always counts all teachers."""
-    stop_step: int | None = pydantic.Field(default=None, ge=1)
-    """First optimiser step at which the teacher takes no more part. None for the end of the training."""
-
-
-class Config(_Section):
+class Config(Section):
     """The configuration of a run."""
 
     name: Annotated[str, SAME_IN_ABLATION] = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -212,7 +46,7 @@ class Config(_Section):
     """Random masks that the student is trained with."""
     cache: CacheSection
     """The teacher cache, and how it is built."""
-    student: dict[str, Any] = {}
+    student: dict[str, Any] = pydantic.Field(default={})
     """Architecture of the student: fields of `StudentConfig`. If ``encoder_layers`` (``split_heads`` for split heads) and
     ``target_dim`` are missing or ``teacher``, they become the number of layers to learn from and the teacher's width."""
     train: TrainSettings

@@ -10,7 +10,8 @@ from typing import Any
 import pydantic
 import yaml
 
-from ray_distill.pipeline.config import CacheSection, Config, ConfigError, check_config, dump_config
+from ray_distill.pipeline.composition.sections import CacheSection
+from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_config
 from ray_distill.pipeline.corpus.index import SKIPPED
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.run_lock import LockHolder, lock_run

@@ -84,6 +84,7 @@ STUDENT = (
 )
 JOB = (
     "ray_distill.pipeline.config",
+    "ray_distill.pipeline.composition.sections",
     "ray_distill.pipeline.ablation.definition",
     "ray_distill.pipeline.reports.ablation_report",
     "ray_distill.pipeline.corpus.index",

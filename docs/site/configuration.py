@@ -42,7 +42,8 @@ CHANGEABLE = " Can be changed for a run that has results."
 
 def configuration() -> str:
     """Return the page as Markdown."""
-    from ray_distill.pipeline.config import Config, TeacherEntry
+    from ray_distill.pipeline.composition.sections import TeacherEntry
+    from ray_distill.pipeline.config import Config
     from ray_distill.student.model.student_config import StudentConfig
 
     sections = {name: model for name, field in Config.model_fields.items() if (model := _section(field.annotation))}

@@ -13,7 +13,8 @@ import pyarrow as pa
 from rich.console import Console
 from rich.markup import escape
 
-from ray_distill.pipeline.config import Config, ConfigError, TeacherEntry
+from ray_distill.pipeline.composition.sections import TeacherEntry
+from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.pipeline.corpus.cached_corpus import known_fingerprint
 from ray_distill.pipeline.corpus.hub_dataset import dataset_of_run, download_dataset, keep_dataset, parse_hub_dataset
 from ray_distill.pipeline.corpus.index import CorpusIndex

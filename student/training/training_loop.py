@@ -67,8 +67,7 @@ def train(
         source: Source of the readers' targets; a run with another source is refused. Default None: unknown, and not compared.
 
     Raises:
-        ValueError: the student does not fit the targets, the checkpoint does not fit the training, or a tracker is not
-            installed.
+        ValueError: the student does not fit the targets, the checkpoint not the training, or a tracker is not installed.
         FloatingPointError: the loss or gradient is not finite in ``settings.max_skipped_steps`` consecutive steps, a validation
             loss is not finite, or no step has a finite loss.
         OSError: a checkpoint or the metrics can't be written.

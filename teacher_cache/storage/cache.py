@@ -46,12 +46,7 @@ from ray_distill.teacher_cache.storage.cache_spec import (
     parts_of,
 )
 from ray_distill.teacher_cache.storage.json_record import MAX_RECORD_BYTES, decode_record, encode_record
-from ray_distill.teacher_cache.storage.limits import (
-    check_commit,
-    check_identity,
-    load_state,
-    read_plan,
-)
+from ray_distill.teacher_cache.storage.limits import check_commit, check_identity, load_state, read_plan
 from ray_distill.teacher_cache.storage.lock import CLAIMS, LEASE
 from ray_distill.teacher_cache.storage.missing_files import MissingFiles
 from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA, Shard, Shards

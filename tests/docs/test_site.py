@@ -12,7 +12,8 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 
-from ray_distill.pipeline.config import CacheSection, Config, CorpusSection
+from ray_distill.pipeline.composition.sections import CacheSection, CorpusSection
+from ray_distill.pipeline.config import Config
 from ray_distill.student.exporters.s3prl import usable_name
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.train_settings import TrainSettings

@@ -2,8 +2,9 @@
 
 A request passes through `app` (routes), `api.admission` (API keys and limits), `api.request_handler`, `api.request_body`, `decoding`,
 `inference.engine` (the queue; `batch_selection` forms batches, `windows` splits long audio), `inference.backends` (PyTorch, ONNX
-Runtime), `api.formats` or `api.embeddings`, and `api.streaming_response`. Around it: `settings`, `command`, `inference.models` (loaded
-models), `server` (signals), `deployment` (Ray Serve), `api.observability` (metrics and logs), `page`, and `client` for callers.
+Runtime), `api.formats` or `api.embeddings`, and `api.streaming_response`. `streams` answers audio that is still arriving. Around it:
+`settings`, `command`, `inference.models` (loaded models), `server` (signals), `deployment` and `ray_proxy` (Ray Serve),
+`api.observability` (metrics and logs), `page`, and `client` for callers.
 
 Importing this package imports neither PyTorch nor FastAPI; each name is imported when it is first used.
 """

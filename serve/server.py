@@ -71,6 +71,8 @@ class Server(uvicorn.Server):  # type: ignore[misc]
             http=connection or "auto",
             ws="auto",
             ws_max_size=2 * MAX_MESSAGE_BYTES,  # The application answers messages that are a little too large.
+            # While a stream waits for the model, answers to pings wait behind its audio; idle clients have a deadline anyway.
+            ws_ping_interval=None,
             ws_per_message_deflate=False,  # Audio and features hardly compress.
             timeout_graceful_shutdown=timeout,
             access_log=False,

@@ -8,12 +8,13 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Literal
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ray_distill.serve.api.errors import ServiceError
+from ray_distill.serve.api.errors import STATUS, ErrorType, ServiceError
 from ray_distill.serve.api.metrics import Metrics
 from ray_distill.serve.api.traces import Traces
 from ray_distill.serve.streams import CLOSE_CODE
@@ -42,7 +43,7 @@ class RequestRecord:
     parent_id: str = ""
     span_id: str = field(default_factory=lambda: secrets.token_hex(8))
     model: str = ""
-    error_type: str = ""
+    error_type: ErrorType | Literal[""] = ""
     num_bytes: int = 0
     audio_seconds: float = 0.0
     steps: list[tuple[str, float, float]] = field(default_factory=list)
@@ -109,6 +110,8 @@ class ObservabilityMiddleware:
             await error.response()(scope, receive, send_with_id)
         finally:
             self._metrics.open.dec()
+            if scope["type"] == "websocket" and status == 499 and record.error_type:
+                status = STATUS[record.error_type]  # The server has closed it, since it is stopping.
             # Only existing routes are labels; a label for every path that clients try would fill the memory.
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.monotonic() - started

@@ -16,7 +16,7 @@ from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocketDisconnect
 
 from ray_distill.serve.api.admission import Admission, HeldBytes
-from ray_distill.serve.api.errors import STATUS, ErrorResponse, ServiceError
+from ray_distill.serve.api.errors import STATUS, ErrorResponse, ErrorType, ServiceError
 from ray_distill.serve.api.formats import TIMESTAMPS
 from ray_distill.serve.api.metrics import Metrics
 from ray_distill.serve.api.observability import record_of
@@ -38,6 +38,7 @@ MAX_MESSAGE_BYTES = 2**20
 """Largest message of a client."""
 SUBPROTOCOL = "features"
 """Subprotocol that a client may offer; it must if it offers an API key as another one."""
+_SERVICE_RESTART = 1012  # Close code with which Uvicorn ends the open WebSockets when it stops.
 _LEAST_WINDOW = 1.0  # Seconds.
 _LONGEST_PAUSE = 1.0  # Seconds until an overloaded model is asked again.
 
@@ -89,18 +90,20 @@ async def _answering_errors(websocket: WebSocket, metrics: Metrics, talk: Any) -
         except Exception:
             _LOG.exception("A stream failed")
             error = ServiceError("internal", "The service failed on this stream; the cause is in its log.")
-        _count(websocket, metrics, error)
+        _count(websocket, metrics, error.error_type)
         body = ErrorResponse(error=error.message, error_type=error.error_type).model_dump()
         body |= {name.replace("-", "_"): value for name, value in error.headers.items() if name == "retry-after"}
         await websocket.send_text(orjson.dumps(body).decode())
         await websocket.close(CLOSE_CODE + STATUS[error.error_type], error.error_type)
-    except WebSocketDisconnect:
-        _count(websocket, metrics, ServiceError("client_disconnected", "The client disconnected."))
+    except WebSocketDisconnect as closed:
+        stopping = closed.code == _SERVICE_RESTART
+        kind: ErrorType = "not_ready" if stopping else "client_disconnected"
+        _count(websocket, metrics, kind)
 
 
-def _count(websocket: WebSocket, metrics: Metrics, error: ServiceError) -> None:
-    record_of(websocket).error_type = error.error_type
-    metrics.errors.labels(error.error_type).inc()
+def _count(websocket: WebSocket, metrics: Metrics, kind: ErrorType) -> None:
+    record_of(websocket).error_type = kind
+    metrics.errors.labels(kind).inc()
 
 
 def _check_origin(connection: HTTPConnection, allowed: Sequence[str]) -> None:

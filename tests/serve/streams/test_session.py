@@ -18,6 +18,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from ray_distill.serve import create_app
 from ray_distill.serve.inference.engine import FeatureEngine
+from ray_distill.serve.server import Server
 from ray_distill.serve.settings import Limits
 from ray_distill.serve.streams.session import MAX_MESSAGE_BYTES
 from ray_distill.student import Student
@@ -247,6 +248,23 @@ def test_a_disconnected_client_costs_no_more_inference(
         "client_disconnected",
         "WEBSOCKET",
     )
+
+
+def test_a_stream_that_the_stopping_server_closes_is_not_a_disconnect(
+    app: FastAPI, client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level(logging.INFO, "ray_distill.serve.requests"),
+        client.websocket_connect(PATH) as socket,
+    ):
+        socket.receive_json()
+        socket.close(1012)
+        time.sleep(0.1)
+    line = json.loads(caplog.records[-1].message)
+    assert (line["status"], line["error_type"]) == (503, "not_ready")
+    # A ping would wait behind the audio of a stream that waits, and its missing answer would end the stream.
+    config = Server(app, "127.0.0.1", 0).config
+    assert config.ws_ping_interval is None and config.ws_max_size > MAX_MESSAGE_BYTES
 
 
 def test_an_overloaded_model_makes_the_stream_wait_then_fail(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:

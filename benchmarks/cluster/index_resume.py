@@ -38,7 +38,7 @@ def write_corpus(folder: Path, files: int, seconds: float) -> None:
 
 
 def index(manifest: Path, output: Path, kill_at: float, told: "multiprocessing.Queue[dict[str, float]]") -> None:
-    """Index a manifest, and put seconds and the number of decoded files in a queue. Kill this process after a fraction of the files."""
+    """Index a manifest, and put seconds and the number of decoded files in a queue. Kill this process after a fraction of them."""
     begun: list[int] = []
 
     def progress(done: int, total: int) -> None:

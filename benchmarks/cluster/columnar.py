@@ -92,12 +92,11 @@ def measure_size(utterances: int, shard_minutes: float) -> dict[str, Any]:
     @contextmanager
     def step(name: str) -> Iterator[None]:
         forget_peak()
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         yield
-        steps[name] = {"seconds": time.perf_counter() - began, "peak_bytes": peak_resident_bytes()}
-        print(
-            f"{utterances:>10,}  {name:20s} {steps[name]['seconds']:8.2f} s  {steps[name]['peak_bytes'] / 1e9:6.2f} GB"
-        )
+        taken, cpu = time.perf_counter() - began, time.process_time() - cpu
+        steps[name] = {"seconds": taken, "cpu_seconds": cpu, "peak_bytes": peak_resident_bytes()}
+        print(f"{utterances:>10,}  {name:20s} {taken:7.2f} s, {cpu:7.2f} of CPU  {peak_resident_bytes() / 1e9:6.2f} GB")
 
     with tempfile.TemporaryDirectory() as place:
         write_index(Path(place), utterances)
@@ -124,6 +123,7 @@ def measure_size(utterances: int, shard_minutes: float) -> dict[str, Any]:
         "files": files,
         "resident_at_start": at_start,
         "seconds": sum(figures["seconds"] for figures in steps.values()),
+        "cpu_seconds": sum(figures["cpu_seconds"] for figures in steps.values()),
         "peak_bytes": max(figures["peak_bytes"] for figures in steps.values()),
         "steps": steps,
     }
@@ -140,12 +140,18 @@ def measure_manifest(utterances: int) -> dict[str, Any]:
             )
         at_start = resident_bytes()
         forget_peak()
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         entries = find_audio(manifest, None, None).entries
-        seconds, peak = time.perf_counter() - began, peak_resident_bytes()
+        seconds, cpu, peak = time.perf_counter() - began, time.process_time() - cpu, peak_resident_bytes()
         assert len(entries) == utterances
     print(f"{utterances:>10,}  {'read a manifest':20s} {seconds:8.2f} s  {peak / 1e9:6.2f} GB")
-    return {"utterances": utterances, "resident_at_start": at_start, "seconds": seconds, "peak_bytes": peak}
+    return {
+        "utterances": utterances,
+        "resident_at_start": at_start,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "peak_bytes": peak,
+    }
 
 
 def alone(function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What an index costs that was killed, and one of a corpus that grew.
 
 ``python -m benchmarks.cluster.index_resume`` writes a manifest of short noises, indexes it, indexes it again with a kill in the middle
-(``SIGKILL``), and then with 1 % more files. Each index is made by a process of its own, whose start is not timed.
+(``SIGKILL``), and then with 1 % more files. Each index is made by a process of its own, whose start is not
+timed.
 """
 
 import csv
@@ -37,10 +38,7 @@ def write_corpus(folder: Path, files: int, seconds: float) -> None:
 
 
 def index(manifest: Path, output: Path, kill_at: float, told: "multiprocessing.Queue[dict[str, float]]") -> None:
-    """Index a manifest, and end this process by a signal after a fraction of its files.
-
-    The seconds and the number of decoded files are put in a queue.
-    """
+    """Index a manifest, and put seconds and the number of decoded files in a queue. Kill this process after a fraction of them."""
     begun: list[int] = []
 
     def progress(done: int, total: int) -> None:

@@ -31,6 +31,8 @@ def read_utterances(file: Path) -> tuple[Utterances, Mapping[bytes, bytes]]:
             groups = [parquet.read_row_group(n, columns=[name])[name].cast(type) for n in range(parquet.num_row_groups)]
             chunks = [chunk for group in groups for chunk in group.chunks]
             columns[name] = pa.chunked_array(chunks, type).unify_dictionaries().combine_chunks()
+            del groups, chunks
+            pa.default_memory_pool().release_unused()  # Otherwise it keeps what the parts of a column took.
         metadata = parquet.schema_arrow.metadata or {}
     return Utterances(pa.table({name: columns[name] for name in UTTERANCE_SCHEMA.names})), metadata
 

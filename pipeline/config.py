@@ -18,9 +18,8 @@ from ray_distill.pipeline.composition.explanation import explain
 from ray_distill.pipeline.composition.sections import CacheSection, CorpusSection, Section, TeacherEntry, TeacherSection
 from ray_distill.pipeline.composition.teacher_entries import with_teacher_entries
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.objectives.mixture import Mixture
 from ray_distill.student.objectives.objective_keys import ObjectiveKeys
-from ray_distill.student.objectives.several_teachers import SeveralTeachers, TeacherTerm
+from ray_distill.student.objectives.several_teachers import TEACHER_OBJECTIVES, SeveralTeachers, TeacherTerm
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT, SAME_IN_ABLATION
 from ray_distill.student.training.train_settings import SeveralTeacherSettings, TrainSettings
 from ray_distill.teacher_cache.masks import MaskDraws
@@ -178,9 +177,9 @@ class Config(Section):
                 raise ValueError(
                     f"train.{unused[0]} does nothing, since every teacher has an objective of its own; remove it, or give it there"
                 )
-        elif isinstance(default, Mixture):
+        elif not isinstance(default, TEACHER_OBJECTIVES):
             raise ValueError(
-                "train.objective mixture is for one teacher; give each of teachers an objective of its own"
+                f"train.objective {default.objective} is for one teacher; give each of teachers an objective of its own"
             )
         terms = tuple(
             TeacherTerm.model_validate(

@@ -33,6 +33,8 @@ from ray_distill.teacher_cache.targets.target_batch import Batch, SymbolLayout
 Balance = Literal["weights", "variance", "uncertainty"]
 """How the losses of several teachers are balanced."""
 
+TEACHER_OBJECTIVES = (LayerPrediction, TemporalRelation, UnitPrediction, CodebookPrediction)
+"""Objectives with which a student can learn from one of several teachers."""
 TeacherObjective = Annotated[
     LayerPrediction | TemporalRelation | UnitPrediction | CodebookPrediction, pydantic.Field(discriminator="objective")
 ]

@@ -33,6 +33,8 @@ from ..tiny import CONFIGS, TEACHER, tiny_tree
 OTHER = "random:2x48"
 A, B = {"name": "a", "checkpoint": TEACHER}, {"name": "b", "checkpoint": OTHER, "weight": 0.5}
 
+PART, UNITS = {"settings": {"objective": "prediction"}}, {"settings": {"objective": "units"}}
+
 
 def tree(*entries: Mapping[str, Any], **sections: Any) -> dict[str, Any]:
     """A run of some teachers, `A` and `B` by default."""
@@ -122,6 +124,10 @@ def test_each_teacher_has_a_cache_section_of_its_own() -> None:
         (
             {"teachers": [A | {"start_step": 1}, B | {"weight": 0}]},
             "^teachers: no teacher takes part in the first step",
+        ),
+        (
+            {"train": {"batch_seconds": 8, "objective": "mixture", "parts": [PART, UNITS]}},
+            "^train.objective mixture is for one teacher; give each of teachers an objective of its own$",
         ),
         (
             {"train": {"batch_seconds": 8, "targets": "online"}},

@@ -133,7 +133,7 @@ class CacheReader:
         }
         self._codecs = [codec for codecs in self._sets.values() for codec in codecs]
         self.symbols = symbol_layout(self._codecs)
-        self._parts = {
+        self._parts: dict[tuple[str, int | None, int], Part] = {
             (part.kind, part.draw, part.layer_set): part
             for part in parts_of(spec, len(self.cache.layer_sets), split)
             if part.has_audio or (part.layer_set in self._sets and self._needs(part))

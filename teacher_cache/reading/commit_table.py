@@ -67,12 +67,13 @@ class CommitTable:
         if manifest is not None and known is not None and len(known.shard):
             places = np.minimum(np.searchsorted(known.shard, shards), len(known.shard) - 1)
             doubtful = known.shard[places] != shards
-            for name, values in (*numbers.items(), *keys.items()):
-                values[:] = getattr(known, name)[places]
+            for columns in (numbers, keys):
+                for name in columns:
+                    columns[name] = getattr(known, name)[places]
             if entries is not None:
                 for n in np.flatnonzero(~doubtful):
-                    record = entries.get(f"commits/{folder}/part-{shards[n]:05d}.json")
-                    doubtful[n] = record is None or not manifest.holds(folder, int(places[n]), record)
+                    entry = entries.get(f"commits/{folder}/part-{shards[n]:05d}.json")
+                    doubtful[n] = entry is None or not manifest.holds(folder, int(places[n]), entry)
             failures = np.zeros(len(shards), np.int64)
             for n in np.flatnonzero(known.failed.is_valid().to_numpy(zero_copy_only=False)[places] & ~doubtful):
                 failed = _failed(known.failed[int(places[n])].as_py())
@@ -86,12 +87,14 @@ class CommitTable:
             if entries is not None and file.commit not in entries:
                 raise CacheError(f"{store.at(file.name)} is not finished; run the cache stage again")
         with ThreadPoolExecutor(_THREADS) as pool:
-            for (n, file), record in zip(files.items(), pool.map(self._cache.commit_of, files.values()), strict=True):
+            for (place, file), record in zip(
+                files.items(), pool.map(self._cache.commit_of, files.values()), strict=True
+            ):
                 if record is None:
                     raise CacheError(f"{store.at(file.name)} is not finished; run the cache stage again")
-                numbers["rows"][n], numbers["bytes"][n] = record["rows"], record["bytes"]
-                keys["sha256"][n] = _key(record["sha256"])
-                keys["content"][n] = _key(record["content"])
+                numbers["rows"][place], numbers["bytes"][place] = record["rows"], record["bytes"]
+                keys["sha256"][place] = _key(record["sha256"])
+                keys["content"][place] = _key(record["content"])
                 self.failed.pop((folder, file.shard), None)
                 if record.get("failed"):
                     self.failed[folder, file.shard] = record["failed"]

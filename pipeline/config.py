@@ -16,7 +16,7 @@ from ray_distill.pipeline.composition.config_tree import ConfigError as ConfigEr
 from ray_distill.pipeline.composition.config_tree import compose, default_cache
 from ray_distill.pipeline.composition.explanation import explain
 from ray_distill.pipeline.composition.sections import CacheSection, CorpusSection, Section, TeacherEntry, TeacherSection
-from ray_distill.pipeline.composition.teacher_entries import with_teacher_entries
+from ray_distill.pipeline.composition.teacher_entries import check_teachers, with_teacher_entries
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.objective_keys import ObjectiveKeys
 from ray_distill.student.objectives.several_teachers import TEACHER_OBJECTIVES, SeveralTeachers, TeacherTerm
@@ -111,34 +111,7 @@ class Config(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_teachers(self) -> Self:
-        names = [entry.name for entry in self.teachers]
-        if not names:
-            given = {"balance": self.train.balance != "weights", "init_teacher": self.train.init_teacher is not None}
-            for key in (key for key, is_given in given.items() if is_given):
-                raise ValueError(f"train.{key} is for several teachers, but there is one; remove it, or give teachers")
-            return self
-        for number, name in enumerate(names):
-            if name in names[:number]:
-                raise ValueError(f"teachers: two have the name {name}; give each a name of its own")
-        if self.train.targets == "online":
-            raise ValueError("train.targets online runs one teacher; set it to cached, which several teachers need")
-        if self.train.init_teacher is not None and self.train.init_teacher not in names:
-            raise ValueError(
-                f"train.init_teacher: there is no teacher {self.train.init_teacher}; they are {', '.join(names)}"
-            )
-        if self.train.init_teacher is not None and not self.train.starts_from_teacher:
-            raise ValueError(
-                "train.init_teacher does nothing without init_front_end, init_encoder_layers or mask_embedding teacher; remove it, or "
-                "set one of them"
-            )
-        for number, entry in enumerate(self.teachers):
-            for other in self.teachers[:number]:
-                same_place = entry.cache.location == other.cache.location
-                if same_place and (entry.checkpoint, entry.cache) != (other.checkpoint, other.cache):
-                    raise ValueError(
-                        f"teachers: {other.name} and {entry.name} have the same cache.path {entry.cache.path}, but differ in the "
-                        "checkpoint or in other keys of cache; give one of them another cache.path"
-                    )
+        check_teachers(self.teachers, self.train)
         return self
 
     @property
@@ -147,6 +120,12 @@ class Config(Section):
         default = self.train.objective == "prediction"
         uses = [default if entry.objective is None else entry.objective.uses_heads for entry in self.teachers]
         return uses.index(True) if True in uses else 0
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Name of the objective with each teacher."""
+        given = [entry.objective.objective if entry.objective else self.train.objective for entry in self.teachers]
+        return tuple(given) or (self.train.objective,)
 
     def of_teacher(self, entry: TeacherEntry) -> "Config":
         """Return the configuration of a run of one of several teachers, with which its cache is planned and built."""

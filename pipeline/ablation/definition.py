@@ -229,7 +229,7 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
         except ConfigError as error:
             raise ConfigError(f"variant {variant.name}: {error}") from error
     _refuse_duplicates(runs)
-    if len({run.config.train.objective for run in runs}) > 1 and settings.probe is None:
+    if len({run.config.objectives for run in runs}) > 1 and settings.probe is None:
         raise ConfigError(
             "train.objective: runs with different objectives have neither losses nor similarities in common; give `probe` too, to "
             "compare them by their probes"

@@ -1,8 +1,13 @@
-"""The list ``teachers`` of a configuration before it is checked: each entry gets a whole cache section."""
+"""The list ``teachers`` of a configuration: each entry gets a whole cache section, and the entries are checked together."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ray_distill.pipeline.composition.config_tree import default_cache
+
+if TYPE_CHECKING:
+    from ray_distill.pipeline.config import TeacherEntry
+    from ray_distill.student.training.train_settings import TrainSettings
 
 
 def with_teacher_entries(tree: dict[str, Any]) -> dict[str, Any]:
@@ -51,3 +56,41 @@ def _filled(entry: dict[str, Any], common: dict[str, Any], tree: dict[str, Any])
             cache["path"] = default_cache({"teacher": entry, "corpus": corpus}) if complete else "caches"
     named = {"objective": {"objective": objective}} if isinstance(objective, str) else {}
     return entry | {"cache": cache} | named
+
+
+def check_teachers(teachers: "Sequence[TeacherEntry]", train: "TrainSettings") -> None:
+    """Check that the entries fit together, and that the keys of the training fit to their number.
+
+    Args:
+        teachers: The entries; none if the run has one teacher.
+        train: Settings of the training.
+
+    Raises:
+        ValueError: They do not. The message names the keys.
+    """
+    names = [entry.name for entry in teachers]
+    if not names:
+        given = {"balance": train.balance != "weights", "init_teacher": train.init_teacher is not None}
+        for key in (key for key, is_given in given.items() if is_given):
+            raise ValueError(f"train.{key} is for several teachers, but there is one; remove it, or give teachers")
+        return
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise ValueError(f"teachers: two have the name {name}; give each a name of its own")
+    if train.targets == "online":
+        raise ValueError("train.targets online runs one teacher; set it to cached, which several teachers need")
+    if train.init_teacher is not None and train.init_teacher not in names:
+        raise ValueError(f"train.init_teacher: there is no teacher {train.init_teacher}; they are {', '.join(names)}")
+    if train.init_teacher is not None and not train.starts_from_teacher:
+        raise ValueError(
+            "train.init_teacher does nothing without init_front_end, init_encoder_layers or mask_embedding teacher; remove it, or "
+            "set one of them"
+        )
+    for number, entry in enumerate(teachers):
+        for other in teachers[:number]:
+            same_place = entry.cache.location == other.cache.location
+            if same_place and (entry.checkpoint, entry.cache) != (other.checkpoint, other.cache):
+                raise ValueError(
+                    f"teachers: {other.name} and {entry.name} have the same cache.path {entry.cache.path}, but differ in the "
+                    "checkpoint or in other keys of cache; give one of them another cache.path"
+                )

@@ -118,7 +118,7 @@ def _facts_of(run: Run, header: Teacher | None) -> str:
         facts = _teacher_facts(run, header)
     if not isinstance(run, TeacherRun):
         return facts
-    chosen = run.entry.objective.objective if run.entry.objective else run.config.train.objective
+    chosen = run.whole.config.objectives[run.whole.config.teachers.index(run.entry)]
     until = "" if run.entry.stop_step is None else f" to step {run.entry.stop_step:,}"
     since = f", from step {run.entry.start_step:,}{until}" if run.entry.start_step or until else ""
     return f"{facts}; objective {chosen}, weight {run.entry.weight:g}{since}"

@@ -96,7 +96,7 @@ class AblationSummary:
         """Return the metrics that mean the same for all variants, the most important first."""
         found = [Metric("validation loss", lambda r: r.loss, True)] if self.losses_comparable else []
         # The similarities of the STaR objective are between relations, not between features.
-        if self.layers and len({config.train.objective for config in self.configs.values()}) == 1:
+        if self.layers and len({config.objectives for config in self.configs.values()}) == 1:
             # Variants with different weights on the hints share the last layer as their goal.
             for layers in by_teacher(self.layers):
                 last = [] if self.losses_comparable else [layers[-1:]]

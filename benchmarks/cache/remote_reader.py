@@ -34,7 +34,7 @@ from ray_distill.teacher_cache.targets.batch_sampler import plan_epoch
 from ray_distill.teacher_cache.targets.window_sampler import plan_window_epoch
 from ray_distill.teacher_cache.teachers import load_teacher
 
-EPOCHS = 3
+EPOCHS = 16
 THREADS, BATCHES = 32, 4
 """Reading threads and batches at a time: the defaults for an object store, also for the disk, so that only the storage differs."""
 FULL_RATE, FULL_CORES = 7_300.0, 16
@@ -43,7 +43,7 @@ FULL_RATE, FULL_CORES = 7_300.0, 16
 def main(
     latency: Annotated[float, typer.Option(help="Milliseconds per request.")] = 30,
     megabytes: Annotated[float, typer.Option(help="Megabytes per second of one request.")] = 50,
-    seconds: Annotated[float, typer.Option(help="Seconds of training audio.")] = 1200,
+    seconds: Annotated[float, typer.Option(help="Seconds of training audio.")] = 600,
     shard_seconds: Annotated[float, typer.Option(help="Seconds of audio per shard.")] = 600,
     codec: Annotated[str, typer.Option(help="Codec of the cache.")] = "int8",
     rounds: Annotated[int, typer.Option(help="Number of rounds; medians over them are reported.")] = 2,
@@ -106,8 +106,8 @@ def read(folder: Path, way: str, copies: Path, latency: float, rate: float, stud
     reader = CacheReader(store or folder, "train", threads=THREADS, local=local)
     reader.batches_at_once = BATCHES
     opening = 0 if store is None else store.handler.requests
-    shuffle = "window" if way == "bucket with copies" else "full"
-    plan = TrainingPlan.of(reader, TrainSettings(batch_size=6, epochs=EPOCHS), 1, shuffle)
+    shards = reader.shards if way == "bucket with copies" else None
+    plan = TrainingPlan(reader.num_samples, TrainSettings(batch_size=6, epochs=EPOCHS), 1, shards)
     waited, audio, count = np.zeros(EPOCHS), np.zeros(EPOCHS), 0
     requests = np.zeros(EPOCHS)
     sent = np.zeros(EPOCHS)

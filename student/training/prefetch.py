@@ -13,6 +13,7 @@ import numpy as np
 
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.train_state import TrainState
 from ray_distill.teacher_cache.frames import num_frames
 from ray_distill.teacher_cache.reading.read_ahead import ReadAhead
 from ray_distill.teacher_cache.targets.batch_sampler import plan_epoch
@@ -68,9 +69,10 @@ class TrainingPlan:
         self.passes = self.epochs - (starts[-1] - self.total_steps) / (starts[-1] - starts[-2])
 
     @classmethod
-    def of(cls, reader: TargetReader, settings: TrainSettings, world_size: int, shuffle: str) -> "TrainingPlan":
-        """Return the plan of a training from a reader, in the order of `chosen_shuffle`."""
-        shards = getattr(reader, "shards", None) if shuffle == "window" else None
+    def of(cls, reader: TargetReader, settings: TrainSettings, world_size: int, state: TrainState) -> "TrainingPlan":
+        """Return the plan of a training from a reader, in the order of `chosen_shuffle`, which is recorded in the state."""
+        state.shuffle = chosen_shuffle(settings, reader, state.shuffle)
+        shards = getattr(reader, "shards", None) if state.shuffle == "window" else None
         return cls(reader.num_samples, settings, world_size, shards)
 
     def _plan(self, epoch: int) -> list[list[list[list[int]]]]:

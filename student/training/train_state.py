@@ -42,7 +42,7 @@ class TrainState:
         skipped_in_a_row: Number of consecutive skipped steps up to now, except those in which fp16 searches its loss scale.
         first_validation_loss, last_validation_loss: Validation losses; None before the first validation.
         best: (validation loss, step) of the kept students, best first.
-        shuffle: Order of the utterances, ``full`` or ``window``; see `TrainSettings.shuffle`.
+        shuffle: Order of the utterances, ``full`` or ``window``; see `TrainSettings.shuffle`. None before it is chosen.
     """
 
     step: int = 0
@@ -57,7 +57,7 @@ class TrainState:
     first_validation_loss: float | None = None
     last_validation_loss: float | None = None
     best: list[tuple[float, int]] = field(default_factory=list)
-    shuffle: str = "full"  # Earlier versions had no other.
+    shuffle: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Checkpoints:
         try:
             for name, part in self._parts.items():
                 part.load_state_dict(saved["parts"][name])
-            state = TrainState(**saved["state"])
+            state = TrainState(**{"shuffle": "full"} | saved["state"])  # Earlier versions had no other order.
             random = saved["random"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(

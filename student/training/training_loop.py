@@ -19,7 +19,7 @@ from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training import run_files
 from ray_distill.student.training.metrics import Metrics, MetricWindow
 from ray_distill.student.training.optimizer import learning_rate, make_optimizer, step_if_finite
-from ray_distill.student.training.prefetch import MicroBatch, TrainingPlan, chosen_shuffle, micro_batches
+from ray_distill.student.training.prefetch import MicroBatch, TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.target_source import TargetSource
 from ray_distill.student.training.train_settings import TrainSettings
@@ -158,8 +158,7 @@ class _Loop:
             parts["average"] = self.average
         self.checkpoints = Checkpoints(folder / run_files.CHECKPOINTS, parts, rank, source)
         self.state = self.checkpoints.load()
-        self.state.shuffle = chosen_shuffle(settings, train_reader, None if self.is_fresh() else self.state.shuffle)
-        self.plan = TrainingPlan.of(train_reader, settings, rank.world_size, self.state.shuffle)
+        self.plan = TrainingPlan.of(train_reader, settings, rank.world_size, self.state)
         self.started = time.monotonic() - self.state.seconds
         self.model = wrap(self.distiller)
         self.window = MetricWindow(train_reader, rank)

@@ -13,6 +13,7 @@ from ray_distill.student import StudentConfig
 from ray_distill.student.training.prefetch import FILES_AHEAD, PREFETCH, TrainingPlan, chosen_shuffle, micro_batches
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.student.training.train_state import TrainState
 from ray_distill.teacher_cache.frames import num_frames
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.reader import CacheReader
@@ -164,7 +165,9 @@ def test_the_order_follows_the_reader_unless_it_is_set_or_was_chosen_before(sett
     bucket.needs_window = True  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"cache.local_gb has room for a part of the cache only"):
         chosen_shuffle(full, bucket)
-    plans = [TrainingPlan.of(disk, settings(batch_size=2, max_steps=5), 1, name) for name in ("full", "window")]
+    states = [TrainState(shuffle=name) for name in ("full", "window", None)]
+    plans = [TrainingPlan.of(disk, settings(batch_size=2, max_steps=5), 1, state) for state in states]
+    assert [state.shuffle for state in states] == ["full", "window", "full"]
     assert [plans[0].step(n) for n in range(5)] != [plans[1].step(n) for n in range(5)]
 
 

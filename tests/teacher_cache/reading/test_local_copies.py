@@ -162,7 +162,7 @@ def cache(tmp_path: Path, make_cache: Callable[..., object]) -> Path:
 
 def batches(reader: CacheReader, first: int = 0) -> Iterator[list[torch.Tensor]]:
     settings = TrainSettings(batch_size=2, epochs=2)
-    plan = TrainingPlan.of(reader, settings, 1, "window")
+    plan = TrainingPlan(reader.num_samples, settings, 1, reader.shards)
     for micro in micro_batches(plan, reader, Rank(), first, 1):
         yield [micro.batch.targets, micro.batch.waveforms]
 

@@ -1,13 +1,11 @@
 """The list ``teachers`` of a configuration: each entry gets a whole cache section, and the entries are checked together."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_distill.pipeline.composition.config_tree import default_cache
-
-if TYPE_CHECKING:
-    from ray_distill.pipeline.config import TeacherEntry
-    from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.pipeline.composition.sections import TeacherEntry
+from ray_distill.student.training.train_settings import TrainSettings
 
 
 def with_teacher_entries(tree: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +56,7 @@ def _filled(entry: dict[str, Any], common: dict[str, Any], tree: dict[str, Any])
     return entry | {"cache": cache} | named
 
 
-def check_teachers(teachers: "Sequence[TeacherEntry]", train: "TrainSettings") -> None:
+def check_teachers(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> None:
     """Check that the entries fit together, and that the keys of the training fit to their number.
 
     Args:

@@ -25,7 +25,7 @@ from ray_distill.pipeline.corpus.found import FoundFile, Skipped
 
 DECODED = "decoded.parquet"
 DECODING = "decoding"
-PART_SOURCES = 5000
+PART_SOURCES = 2000
 """Maximum number of sources whose results are not on disk yet."""
 PART_SECONDS = 10.0
 """Seconds after which results are written, however few they are."""

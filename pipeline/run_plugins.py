@@ -13,13 +13,14 @@ from ray_distill.teacher_cache.teachers import NAMED, split_options, teacher_of_
 
 
 def needed_plugins(config: Config) -> list[Plugin]:
-    """Return the teacher, objective, codec and corpus format of a configuration that other packages have. None is imported."""
-    teacher = teacher_of_package(split_options(config.teacher.checkpoint)[1])
-    codec, objective, format = config.cache.codec.partition(":")[0], config.train.objective, config.corpus.format
+    """Return the teachers, objective, codecs and corpus format of a configuration that other packages have. None is imported."""
+    teachers = [teacher_of_package(split_options(part.teacher.checkpoint)[1]) for part in config.parts]
+    codecs = dict.fromkeys(part.cache.codec.partition(":")[0] for part in config.parts)
+    objective, format = config.train.objective, config.corpus.format
     found = [
-        None if teacher is None else teacher.plugin,
+        *(None if teacher is None else teacher.plugin for teacher in teachers),
         None if objective in OBJECTIVES else find_plugin("objective", objective),
-        None if codec in CODECS else find_plugin("codec", codec),
+        *(None if codec in CODECS else find_plugin("codec", codec) for codec in codecs),
         None if format is None or format in FORMATS else find_plugin("corpus format", format),
     ]
     return [plugin for plugin in found if plugin is not None]

@@ -83,7 +83,9 @@ class SplitRows:
     def _from(cls, table: pa.Table) -> "SplitRows":
         ids = table["id"].cast(pa.large_string()).combine_chunks()
         ids = ids if isinstance(ids, pa.Array) else ids.chunk(0)
-        return cls(TextColumn(ids), *(np.array(table[name]) for name in ("num_samples", "num_frames", "shard", "row")))
+        return cls(
+            TextColumn(ids), *(table[name].to_numpy().copy() for name in ("num_samples", "num_frames", "shard", "row"))
+        )
 
     def of_shard(self, shard: int) -> list[str]:
         """Return the ids of a shard in the order of rows."""

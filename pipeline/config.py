@@ -5,6 +5,7 @@ The keys of ``corpus``, ``teacher`` and ``cache`` are defined in ``composition/s
 those of ``masks`` in ``teacher_cache/masks.py``.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -14,7 +15,7 @@ import yaml
 
 from ray_distill.pipeline.composition.config_tree import ConfigError as ConfigError  # Exported here too.
 from ray_distill.pipeline.composition.config_tree import compose, default_cache
-from ray_distill.pipeline.composition.explanation import explain
+from ray_distill.pipeline.composition.explanation import explain, for_teacher
 from ray_distill.pipeline.composition.sections import CacheSection, CorpusSection, Section, TeacherEntry, TeacherSection
 from ray_distill.pipeline.composition.teacher_entries import check_teachers, with_teacher_entries
 from ray_distill.student.model.student_config import StudentConfig
@@ -99,14 +100,14 @@ class Config(Section):
         parts = [("", objective, self.cache)]
         if isinstance(objective, SeveralTeachers):
             pairs = zip(objective.terms, self.teachers, strict=True)
-            parts = [(f"teachers.{term.name}: ", term.settings, entry.cache) for term, entry in pairs]
+            parts = [(term.name, term.settings, entry.cache) for term, entry in pairs]
         for name, settings, cache in parts:
             try:
                 settings.check_source(
                     cache.codec, cached=self.train.targets == "cached", draws=self.masks.draws, fresh_masks=fresh
                 )
             except ValueError as error:
-                raise ValueError(f"{name}{error}") from error
+                raise ValueError(for_teacher(name, str(error)) if name else str(error)) from error
         return self
 
     @pydantic.model_validator(mode="after")
@@ -222,7 +223,16 @@ def check_config(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise ConfigError(explain(error, Config, "")) from error
+        raise ConfigError(_with_names(explain(error, Config, ""), tree)) from error
+
+
+def _with_names(sentence: str, tree: dict[str, Any]) -> str:
+    """Return a sentence with the names of teachers in place of their places in the list."""
+    entries = tree.get("teachers") or ()
+    for number, entry in enumerate(entries if isinstance(entries, (list, tuple)) else ()):
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+            sentence = re.sub(rf"\bteachers\.{number}\.", f"teachers.{entry['name']}.", sentence)
+    return sentence
 
 
 def _names_teacher_and_corpus(tree: dict[str, Any]) -> bool:

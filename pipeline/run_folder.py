@@ -15,7 +15,7 @@ from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_
 from ray_distill.pipeline.corpus.index import SKIPPED
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.run_lock import LockHolder, lock_run
-from ray_distill.pipeline.run_plugins import absent_plugin, needed_plugins, note_plugins
+from ray_distill.pipeline.run_plugins import PLUGINS, absent_plugin, note_plugins
 from ray_distill.student.training.field_effects import CHANGES_NO_RESULT, fields_with, keys_with
 from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.student.training.run_files import (
@@ -153,7 +153,7 @@ class RunFolder:
     @property
     def plugins_file(self) -> Path:
         """What the run needs of other packages; see `run_plugins`. It exists if there is anything."""
-        return self.path / "plugins.json"
+        return self.path / PLUGINS
 
     @property
     def ray(self) -> Path:
@@ -286,7 +286,7 @@ class RunFolder:
                         raise ConfigError(f"the run {self.path} needs {absent}")
                     self._reopen_extended(config)
                 write_text(self.config_file, dump_config(config))
-                note_plugins(self.plugins_file, needed_plugins(config))
+                note_plugins(self.plugins_file, config)
                 yield previous
             except BaseException:
                 if new and not self.has_results and not self.corpus.exists():

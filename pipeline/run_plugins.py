@@ -1,7 +1,9 @@
 """What a run needs of other packages: found from its configuration, and noted in its folder."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ray_distill.pipeline.config import Config
 from ray_distill.pipeline.corpus.formats import FORMATS
@@ -10,6 +12,9 @@ from ray_distill.plugins import Plugin, find_plugin, missing_plugin, shadowed
 from ray_distill.student.objectives.objective_keys import OBJECTIVES
 from ray_distill.teacher_cache.codecs import CODECS
 from ray_distill.teacher_cache.teachers import NAMED, split_options, teacher_of_package
+
+PLUGINS = "plugins.json"
+"""Name of the file in the run's folder."""
 
 
 def needed_plugins(config: Config) -> list[Plugin]:
@@ -36,12 +41,42 @@ def unused_plugins() -> list[str]:
     ]
 
 
-def note_plugins(file: Path, plugins: list[Plugin]) -> None:
-    """Write the file that `absent_plugin` reads, or remove it if there are no plug-ins."""
-    if plugins:
-        write_text(file, json.dumps([plugin.record() for plugin in plugins], indent=2) + "\n")
+def format_found(name: str) -> Plugin | None:
+    """Return the corpus format that was found by looking if another package has it."""
+    return None if name in FORMATS else find_plugin("corpus format", name)
+
+
+def note_plugins(file: Path, config: Config) -> None:
+    """Write the file that `absent_plugin` reads, or remove it if there are no plug-ins.
+
+    A format that was found by looking, which `note_format` wrote, is kept.
+    """
+    records = [plugin.record() for plugin in needed_plugins(config)]
+    if config.corpus.format is None:
+        records += [record for record in _noted(file) if record.get("kind") == "corpus format"]
+    if records:
+        write_text(file, json.dumps(records, indent=2) + "\n")
     else:
         file.unlink(missing_ok=True)
+
+
+def note_format(file: Path, plugin: Plugin) -> None:
+    """Add the format that was found by looking to the file that `absent_plugin` reads."""
+    others = [record for record in _noted(file) if record.get("kind") != "corpus format"]
+    write_text(file, json.dumps([*others, plugin.record()], indent=2) + "\n")
+
+
+def _noted(file: Path) -> list[dict[str, str]]:
+    try:
+        records = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return []  # It is written again.
+    return [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+
+
+def absent_of_run(tree: Mapping[str, Any]) -> str | None:
+    """Return what `absent_plugin` returns for the run of an unchecked configuration."""
+    return absent_plugin(Path(str(tree.get("runs") or "runs")) / str(tree.get("name")) / PLUGINS)
 
 
 def absent_plugin(file: Path) -> str | None:

@@ -132,6 +132,8 @@ def _origin_in_run(run: RunFolder, configuration: dict[str, Any], metrics: dict[
         origin["teacher_source"] = source
     if summary.get("teacher_is_random"):
         origin["teacher"] += " (RANDOM weights: the features are meaningless)"
+    elif some := summary.get("random_teachers"):
+        origin["teacher"] += f" (RANDOM weights: {' and '.join(some)})"
     if train.get("targets") == "cached":
         # Earlier versions did not record the fingerprint in train.json.
         origin["cache_fingerprint"] = trained.get("cache_fingerprint") or _fingerprint(summary.get("cache"))

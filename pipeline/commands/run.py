@@ -64,7 +64,8 @@ def run(
     from rich.console import Console
 
     from ray_distill.pipeline.composition.config_tree import compose
-    from ray_distill.pipeline.config import check_config
+    from ray_distill.pipeline.config import ConfigError, check_config
+    from ray_distill.pipeline.run_plugins import absent_of_run
     from ray_distill.pipeline.stages import STAGES, Run, run_stages, summary_table
 
     selected = list(STAGES) if stages is None else [stage.strip() for stage in stages.split(",")]
@@ -72,7 +73,12 @@ def run(
     if unknown:
         raise ValueError(f"--stages: unknown stage {unknown[0]!r}; stages are {', '.join(STAGES)}")
     composed = compose(find_recipe(recipe), overrides)
-    settings = check_config(composed.tree)
+    try:
+        settings = check_config(composed.tree)
+    except ConfigError as error:
+        if (absent := absent_of_run(composed.tree)) is not None:
+            raise ConfigError(f"{error}; the run was made with {absent}") from error
+        raise
     for note in composed.notes:
         typer.echo(f"config  {note}")
     console = Console()

@@ -1,5 +1,7 @@
 """The errors of a configuration's validation, in sentences for the user."""
 
+import re
+
 import pydantic
 from pydantic_core import ErrorDetails
 
@@ -35,6 +37,12 @@ def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], pr
         else:
             sentences.append(f"{key}: {item['msg']} (got {item['input']!r})")
     return "; ".join(sentences)
+
+
+def for_teacher(name: str, sentence: str) -> str:
+    """Return a sentence about a run of one teacher as one about one of several, with the keys that it has there."""
+    sentence = re.sub(r"\bcache\.(?=[a-z_])", f"teachers.{name}.cache.", sentence)
+    return f"teachers.{name}: " + re.sub(r"\bteacher\.(?=[a-z_])", f"teachers.{name}.", sentence)
 
 
 def _without_alternatives(errors: list[ErrorDetails]) -> list[ErrorDetails]:

@@ -20,7 +20,7 @@ from ray_distill.pipeline.corpus.decoding import Limits, LongAudio
 from ray_distill.pipeline.corpus.decoding_work import Decode, decode_here
 from ray_distill.pipeline.corpus.duplicates import duplicate_notes
 from ray_distill.pipeline.corpus.found import FoundFile, Skipped
-from ray_distill.pipeline.corpus.labels import Label, label_of, write_labels
+from ray_distill.pipeline.corpus.labels import Label, audio_folder_notes, label_of, write_labels
 from ray_distill.pipeline.corpus.search import find_audio
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary
 from ray_distill.pipeline.corpus.utterance_files import fingerprint_of, read_utterances, write_utterances
@@ -214,7 +214,9 @@ def index_corpus(
     return replace(
         index,
         splits=_summarise(found.splits, found.entries, index.utterances.num_samples, positions),
-        notes=(*found.notes, *index.notes),
+        notes=(*found.notes, *audio_folder_notes(entry.path for entry in found.entries), *index.notes)
+        if found.format == "folder"
+        else (*found.notes, *index.notes),
         format=found.format,
         transcripts=transcripts,
         speakers=speakers,

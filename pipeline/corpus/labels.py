@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -72,18 +73,60 @@ def _audio_folder(path: Path) -> Label | None:
 @lru_cache(maxsize=64)
 def _metadata(folder: Path) -> dict[str, Label]:
     """Return the rows of the ``metadata.csv`` and ``metadata.jsonl`` of a folder by ``file_name``. Empty without such a column."""
-    rows: list[dict[str, Any]] = []
-    lines, table = folder / "metadata.jsonl", folder / "metadata.csv"
-    if lines.is_file() and "file_name" in first_record(lines):
-        rows += [record for _, record in read_records(lines)]
-    if table.is_file() and "file_name" in next(read_lines(table), (1, ""))[1]:  # LJSpeech's has no such column.
-        header, values = read_table(table)
-        rows += [dict(zip(header, line, strict=True)) for line in values]
     return {
         PurePosixPath(name).as_posix(): Label(first_of(row, SPEAKERS), first_of(row, TEXTS))
-        for row in rows
+        for table in _tables(folder)
+        for row in _rows(table)
         if (name := text_of(row.get("file_name")))
     }
+
+
+def _tables(folder: Path) -> list[Path]:
+    return [table for name in ("metadata.jsonl", "metadata.csv") if (table := folder / name).is_file()]
+
+
+def _rows(table: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table of an audio folder; none if it has no column ``file_name``, as LJSpeech's has not."""
+    if table.suffix == ".jsonl":
+        return [record for _, record in read_records(table)] if "file_name" in first_record(table) else []
+    if "file_name" not in next(read_lines(table), (1, ""))[1]:
+        return []
+    header, values = read_table(table)
+    return [dict(zip(header, line, strict=True)) for line in values]
+
+
+def audio_folder_notes(paths: Iterable[Path]) -> tuple[str, ...]:
+    """Return what in the tables of audio folders is not used, one sentence for each kind and table.
+
+    Args:
+        paths: Audio files.
+    """
+    known = set(paths)
+    folders = {place for parent in {path.parent for path in known} for place in (parent, *parent.parents[:3])}
+    notes = []
+    for table in (table for folder in sorted(folders) for table in _tables(folder)):
+        rows = _rows(table)
+        if not rows:
+            if not (table.parent / "wavs").is_dir():  # LJSpeech has a table of another kind.
+                notes.append(f"{table} has no column file_name, so nothing of it is used")
+            continue
+        names = Counter(PurePosixPath(name).as_posix() for row in rows if (name := text_of(row.get("file_name"))))
+        absent = [name for name in names if (path := table.parent / name) not in known and not path.is_file()]
+        repeated = [name for name, count in names.items() if count > 1]
+        if absent:
+            notes.append(
+                f"{table} names files that don't exist ({len(absent):,} of {len(names):,}), such as {absent[0]}"
+            )
+        if repeated:
+            notes.append(
+                f"{table} has several rows for the same file ({len(repeated):,} of {len(names):,}), such as {repeated[0]}; the "
+                "last one is used"
+            )
+        if not set(rows[0]) & {*TEXTS, *SPEAKERS}:
+            notes.append(
+                f"{table} has no column of transcripts or speakers; they are called {', '.join((*TEXTS, *SPEAKERS))}"
+            )
+    return tuple(notes)
 
 
 def _librispeech(path: Path) -> Label | None:

@@ -121,6 +121,9 @@ def _facts_of(run: Run, header: Teacher | None) -> str:
     chosen = run.whole.config.objectives[run.whole.config.teachers.index(run.entry)]
     until = "" if run.entry.stop_step is None else f" to step {run.entry.stop_step:,}"
     since = f", from step {run.entry.start_step:,}{until}" if run.entry.start_step or until else ""
+    own = run.entry.objective
+    options = {} if own is None else own.changed_options()
+    chosen += "".join(f", {key} {value}" for key, value in options.items())
     return f"{facts}; objective {chosen}, weight {run.entry.weight:g}{since}"
 
 

@@ -105,6 +105,10 @@ def _warnings(summary: Mapping[str, Any], metrics: Rows) -> list[str]:
         found.append(
             "The teacher has seeded random weights, so the features mean nothing; this run only shows that the pipeline works."
         )
+    elif some := summary.get("random_teachers"):
+        found.append(
+            f"The teacher {' and '.join(some)} has seeded random weights, so what the student learns from it means nothing."
+        )
     train, result = rows_of_kind(metrics, "train"), summary["training"]
     last = train[-1]["step"] if train else 0
     if result is None:
@@ -135,9 +139,13 @@ def _tiles(summary: Mapping[str, Any], metrics: Rows) -> list[tuple[str, str]]:
     if explained is not None and explained.share:
         layer, share = list(explained.share.items())[-1]
         tiles.append((f"{share:.1%}", f"of the variance of layer {layer} explained at the last validation"))
+    owners = "all teachers'" if summary.get("teachers") else "the teacher's"
     ratio = summary["teacher_parameters"] / summary["student_parameters"]
     tiles.append(
-        (f"{summary['student_parameters'] / 1e6:.3g} M", f"student parameters (1/{ratio:.3g} of the teacher's)")
+        (
+            f"{summary['student_parameters'] / 1e6:.3g} M",
+            f"student parameters (1/{ratio:.3g} of {owners})",
+        )
     )
     if result is not None:
         tiles.append((_duration(result["seconds"]), "training time"))

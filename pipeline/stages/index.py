@@ -13,6 +13,7 @@ from ray_distill.pipeline.corpus.decoding_work import Source, decode_here, decod
 from ray_distill.pipeline.corpus.index import index_corpus
 from ray_distill.pipeline.corpus.splits import SplitSummary
 from ray_distill.pipeline.ray_session import counted, init_ray, owns_ray, quiet_ray
+from ray_distill.pipeline.run_plugins import format_found, note_format
 from ray_distill.pipeline.stages.run import Run
 
 CLUSTER_SOURCES = 1000
@@ -43,6 +44,9 @@ def index_audio(run: Run) -> None:
             progress=update,
         )
     run.corpus = index
+    if corpus.format is None and (plugin := format_found(index.format)) is not None:
+        note_format(run.folder.plugins_file, plugin)
+        run.say(f"plugin  {escape(str(plugin))}")
     for line in split_table(index.splits):
         run.say(f"        {line}")
     for note in index.notes:

@@ -73,6 +73,7 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
         "teacher": " and ".join(part.teacher.name for part in run.parts),
         "teacher_source": run.checkpoint,
         "teacher_is_random": run.teacher_is_random,
+        "random_teachers": [part.teacher.name for part in run.parts if part.teacher_is_random],
         "teacher_parameters": sum(part.teacher.num_parameters for part in run.parts),
         "student_parameters": sum(p.numel() for p in student.parameters()),
         "targets": run.config.train.targets,
@@ -117,6 +118,7 @@ def _teachers(
                 "layers": list(part.layers),
                 "dim": part.teacher.dim,
                 "objective": term.settings.objective,
+                "objective_options": term.settings.changed_options(),
                 "weight": term.weight,
                 "heads_in_the_student": term.settings.uses_heads and k == objective.owner,
                 "cache": part.cache.location,
@@ -171,13 +173,14 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     batch = f"{train.batch_size} utterances" if train.batch_size else f"{train.batch_seconds:g} s of audio"
     policy = "one policy per draw" if masks.policies else f"mask_prob {masks.policy.mask_prob:g}"
     layers = f"layers {', '.join(map(str, run.layers))} of width {run.teacher.dim}"
+    loss = "" if run.config.teachers else f"{train.loss}, "  # Several teachers have one each.
     facts = {
         "corpus": f"{summary['hours']:.2f} h, {summary['utterances']:,} utterances, {_left_out(summary)}",
         "teacher": f"{summary['teacher']}, {summary['teacher_parameters']:,} parameters, {layers}",
         "student": f"{summary['student_parameters']:,} parameters, heads included",
         "masks": f"{counted(masks.draws, 'draw')}, {policy}, seed {masks.seed}" if masks.draws else "none",
         "training": f"{train.targets} targets, batches of {batch}, {train.accumulate} per step and worker, "
-        f"{counted(train.workers, 'worker')}, {train.precision}, {train.loss}, peak learning rate {train.learning_rate:g}",
+        f"{counted(train.workers, 'worker')}, {train.precision}, {loss}peak learning rate {train.learning_rate:g}",
     }
     if summary["constant_loss"] is not None:
         shares = list(summary["explained_variance"].values())
@@ -202,7 +205,7 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         heads = ", which the exported heads predict" if one["heads_in_the_student"] else ""
         facts[f"teacher {one['name']}"] = (
             f"{one['teacher']}, {one['teacher_parameters']:,} parameters, layers {', '.join(map(str, one['layers']))} of width "
-            f"{one['dim']}, objective {one['objective']}, weight {one['weight']:g}{heads}"
+            f"{one['dim']}, objective {one['objective']}{_listed(one['objective_options'])}, weight {one['weight']:g}{heads}"
             + (
                 f"; cache of {one['cache_bytes'] / 1e6:,.1f} MB at {one['cache']}"
                 if one["cache_bytes"] is not None
@@ -218,6 +221,10 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     return facts | ({"model": summary["export"]} if run.folder.export.is_dir() else {})
 
 
+def _listed(options: Mapping[str, Any]) -> str:
+    return f" ({', '.join(f'{key} {value}' for key, value in options.items())})" if options else ""
+
+
 def _left_out(summary: Mapping[str, Any]) -> str:
     """Return the numbers of skipped files and failed utterances as a text."""
     skipped = f"{counted(summary['skipped_files'], 'file')} skipped"
@@ -229,7 +236,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
     """Return the short table that a run ends with."""
     trained = summary["training"]
     table = Table(show_header=False, title=f"run {summary['name']}")
-    random = " (RANDOM weights: features are meaningless)" if summary["teacher_is_random"] else ""
+    some = summary.get("random_teachers")  # Missing in summaries of earlier versions.
+    random = f" (RANDOM weights: {' and '.join(some)})" if some else ""
+    if summary["teacher_is_random"]:
+        random = " (RANDOM weights: features are meaningless)"
     table.add_row(
         "audio",
         f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {_left_out(summary)}",

@@ -13,6 +13,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.markup import escape
 
+from ray_distill.pipeline.composition.explanation import for_teacher
 from ray_distill.pipeline.composition.sections import TeacherEntry
 from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.pipeline.corpus.cached_corpus import known_fingerprint
@@ -136,6 +137,8 @@ class Run:
             self.say(
                 "[yellow]The teacher has RANDOM weights: this run only shows that everything works, and its features are "
                 "meaningless. Choose a real teacher for real features.[/yellow]"
+                if not isinstance(self, TeacherRun)
+                else "[yellow]teacher has RANDOM weights, so there is nothing to learn from it.[/yellow]"
             )
         for layer in self.layers_of(teacher):
             if not 1 <= layer <= teacher.num_layers:
@@ -152,8 +155,8 @@ class Run:
 
     @property
     def teacher_is_random(self) -> bool:
-        """Whether a teacher has random weights."""
-        return any(split_options(part.config.teacher.checkpoint)[1].startswith("random:") for part in self.parts)
+        """Whether all teachers have random weights."""
+        return all(split_options(part.config.teacher.checkpoint)[1].startswith("random:") for part in self.parts)
 
     def layers_of(self, teacher: Teacher) -> tuple[int, ...]:
         """Return the layers of a teacher to learn from, counted from 1."""
@@ -340,7 +343,7 @@ class TeacherRun(Run):
         try:
             yield
         except ConfigError as error:
-            raise ConfigError(f"teachers.{self.name}: {error}") from error
+            raise ConfigError(for_teacher(self.name, str(error))) from error
 
     @cached_property
     def corpus(self) -> CorpusIndex:

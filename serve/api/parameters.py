@@ -3,6 +3,7 @@
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from starlette.datastructures import QueryParams
 
 from ray_distill.serve.api.errors import ServiceError
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
@@ -96,12 +97,14 @@ class EmbeddingsQuery(CommonQuery):
 Query = TypeVar("Query", bound=CommonQuery)
 
 
-def parse_parameters(kind: type[Query], query: dict[str, str], members: dict[str, Any]) -> Query:
+def parse_parameters(kind: type[Query], query: QueryParams, members: dict[str, Any]) -> Query:
     """Return the parameters of a request; members of a JSON body have precedence over the query string.
 
     Raises:
-        ServiceError: ``bad_parameter``, or ``bad_layer`` if the layer is wrong.
+        ServiceError: ``bad_parameter``, also for one that is repeated, or ``bad_layer`` if the layer is wrong.
     """
+    if repeated := [name for name in query if len(query.getlist(name)) > 1]:
+        raise ServiceError("bad_parameter", f"Parameter {repeated[0][:40]!r} is given several times; give it once.")
     try:
         return kind.model_validate({**query, **members})
     except ValidationError as error:

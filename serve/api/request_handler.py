@@ -105,7 +105,7 @@ class RequestHandler:
                         limit = timeout
 
                 # The query string is checked before the body is read; a JSON body may name another model.
-                early = parse_parameters(kind, dict(request.query_params), {})
+                early = parse_parameters(kind, request.query_params, {})
                 shorten(early.timeout)
                 record = record_of(request)
                 model = await self.models.find(early.model)
@@ -116,7 +116,7 @@ class RequestHandler:
                 files, members, is_list = await read_body(request, self.limits.max_bytes, held)
                 record.num_bytes = held.count
                 record.steps.append(("read the body", started, time.monotonic() - started))
-                query = parse_parameters(kind, dict(request.query_params), members)
+                query = parse_parameters(kind, request.query_params, members)
                 shorten(query.timeout)
                 check(query, len(files))
                 return query, await _unless_disconnected(

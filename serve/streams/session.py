@@ -127,7 +127,7 @@ class _Session:
             held,
         )
         self._record = record_of(websocket)
-        self._query = parse_parameters(StreamQuery, dict(websocket.query_params), {})
+        self._query = parse_parameters(StreamQuery, websocket.query_params, {})
         self._seconds = min(self._query.timeout or limits.deadline_seconds, limits.deadline_seconds)
 
     async def run(self) -> None:

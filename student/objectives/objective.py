@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from copy import copy
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 import pydantic
 import torch
@@ -189,6 +189,11 @@ class Objective(pydantic.BaseModel, ABC, frozen=True, extra="forbid", use_attrib
             draws: Number of cached mask draws.
             fresh_masks: Whether training draws masks of its own.
         """
+
+    def changed_options(self) -> dict[str, Any]:
+        """Return the keys whose values are not the defaults, without ``objective``."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        return {name: value for name, value in self.model_dump(mode="json").items() if value != defaults[name]}
 
     def targets_of(self, batch: Batch) -> Targets:
         """Return the targets of a batch, on its device, in the form that `Distiller.forward` takes."""

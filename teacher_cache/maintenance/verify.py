@@ -113,7 +113,10 @@ def _identity(store: Store, growing: bool) -> tuple[Cache | None, list[Problem]]
                 errors.append(Problem(name, f"{store.at(name)} differs from {CACHE_JSON}", "identity"))
         cache = cache or found
     if cache is None:
-        raise CacheError(f"{errors[0].text}; its copy can't be used either: {errors[1].text}")
+        same = str(errors[0].text) == str(errors[1].text)
+        raise CacheError(
+            str(errors[0].text) if same else f"{errors[0].text}; its copy can't be used either: {errors[1].text}"
+        )
     expected = {PLAN: cache.record["plan"]}
     expected |= {state_name(n): s.state for n, s in enumerate(cache.layer_sets) if s.state is not None}
     bad = [

@@ -97,8 +97,8 @@ def test_each_teacher_has_a_cache_section_of_its_own() -> None:
         ({"teacher": {"checkpoint": TEACHER}}, "^teacher and teachers are both given; put the teacher into the list"),
         ({"cache": {"path": "cache"}}, r"^cache.path: each of several teachers has a cache of its own; give"),
         ({"cache": {"codek": "fp16"}}, r"^cache.codek: unknown key; did you mean cache.codec\?$"),
-        ({"teachers": [A, B | {"weights": 2}]}, r"^teachers.1.weights: unknown key; did you mean teachers.1.weight\?$"),
-        ({"teachers": [A, {"name": "b"}]}, "^teachers.1.checkpoint: missing; this key is required$"),
+        ({"teachers": [A, B | {"weights": 2}]}, r"^teachers.b.weights: unknown key; did you mean teachers.b.weight\?$"),
+        ({"teachers": [A, {"name": "b"}]}, "^teachers.b.checkpoint: missing; this key is required$"),
         ({"teachers": ["a"]}, "^teachers: give a list with one table for each teacher"),
         ({"teachers": [A, A | {"checkpoint": OTHER}]}, "^teachers: two have the name a; give each a name of its own$"),
         (
@@ -107,15 +107,15 @@ def test_each_teacher_has_a_cache_section_of_its_own() -> None:
         ),
         (
             {"teachers": [A, B | {"objective": {"objective": "prediction", "los": "l1"}}]},
-            r"^teachers.1.objective.prediction.los: unknown key; did you mean teachers.1.objective.prediction.loss\?$",
+            r"^teachers.b.objective.prediction.los: unknown key; did you mean teachers.b.objective.prediction.loss\?$",
         ),
         (
             {"teachers": [A, B | {"objective": "mvv"}]},
-            r"^teachers.1.objective: .*'mvq' \(got 'mvv'\); did you mean mvq\?$",
+            r"^teachers.b.objective: .*'mvq' \(got 'mvv'\); did you mean mvq\?$",
         ),
         (
             {"teachers": [A, B | {"objective": "units"}]},
-            "^teachers.b: train.objective units learns from a cache of codec units, but cache.codec is fp16; set",
+            "^teachers.b: train.objective units learns from a cache of codec units, but teachers.b.cache.codec is fp16; set",
         ),
         (
             {"teachers": [A, B | {"start_step": 5, "stop_step": 5}]},
@@ -192,6 +192,7 @@ def test_a_run_of_two_teachers(config: Callable[..., Config], tmp_path: Path) ->
     summary = report_run(run)
     assert [one["name"] for one in summary["teachers"]] == ["a", "b"]
     assert [one["heads_in_the_student"] for one in summary["teachers"]] == [True, False]
+    assert summary["random_teachers"] == [TEACHER, OTHER] and summary["teacher_is_random"]
     assert summary["teacher"] == f"{TEACHER} and {OTHER}" and summary["cache_bytes"] > 0
     last = [row for row in read_rows(run.folder.metrics_file) if row["kind"] == "validation"][-1]
     assert [one["last_validation_loss"] for one in summary["teachers"]] == [

@@ -14,13 +14,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ray_distill.command_line import application
-from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_config
+from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_config, load_config
 from ray_distill.pipeline.corpus.formats import recognise
 from ray_distill.pipeline.corpus.labels import read_labels
 from ray_distill.pipeline.planning.cache_cost import _bytes_per_frame
 from ray_distill.pipeline.planning.teacher_facts import facts_of
 from ray_distill.pipeline.run_folder import RunFolder
-from ray_distill.pipeline.run_plugins import unused_plugins
+from ray_distill.pipeline.run_plugins import format_found, note_format, note_plugins, unused_plugins
 from ray_distill.pipeline.stages import Run, run_stages
 from ray_distill.plugins import GROUPS, Kind, PluginError, find_plugin, plugin_names
 from ray_distill.student import load_student
@@ -306,6 +306,14 @@ def test_formats_of_packages_are_asked_last(extras: None, install: Install, file
     lists.mkdir()
     shutil.copy(filelists / "train.filelist", lists)
     assert recognise(lists) == recognise(lists / "train.filelist") == "filelist"
+    notes = tmp_path / "plugins.json"
+    found = format_found("filelist")
+    assert found is not None and format_found("folder") is None
+    note_format(notes, found)
+    note_plugins(notes, load_config(REPOSITORY / "configs" / "demo.yaml"))
+    assert [record["package"] for record in json.loads(notes.read_text())] == ["speech-extras"], (
+        "kept by the next start"
+    )
     (tmp_path / "corpus.xyz").touch()
     with pytest.raises(
         ValueError, match="and of other packages a_broken_one, filelist; the corpus format 'a_broken_one'.*can't be"

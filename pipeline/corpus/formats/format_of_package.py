@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ray_distill.pipeline.corpus.formats.corpus_format import CorpusFormat
 from ray_distill.pipeline.corpus.found import FoundFile, Search
-from ray_distill.plugins import Plugin, find_plugin
+from ray_distill.plugins import Plugin, PluginError, find_plugin
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,12 @@ class FormatOfPackage:
 
     def find(self, path: Path, search: Search) -> list[FoundFile]:
         """See `CorpusFormat.find`."""
-        found = self.plugin.run("find", lambda: list(self.format.find(path, search)))
+        try:
+            found = self.plugin.run("find", lambda: list(self.format.find(path, search)))
+        except PluginError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{self.plugin} can't read {path}: {error}") from error
         if not all(isinstance(item, FoundFile) for item in found):
             raise self.plugin.lacks("returns something else than FoundFile from find")
         return found

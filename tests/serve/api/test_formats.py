@@ -192,6 +192,7 @@ def test_other_refusals(client: httpx.Client) -> None:
     assert_refused(client.post("/v1/features?timeout=nan", content=FILES[0]), 422, "bad_parameter")
     assert_refused(client.post("/v1/features?model=none", content=FILES[0]), 404, "model_not_found")
     assert_refused(client.post("/v1/features?space=moon", content=FILES[0]), 422, "bad_parameter")
+    assert_refused(client.post("/v1/features?layer=1&layer=2", content=FILES[0]), 422, "bad_parameter")
 
 
 def test_models_are_listed_and_chosen(client: httpx.Client) -> None:

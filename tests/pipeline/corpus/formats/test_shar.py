@@ -82,6 +82,27 @@ def test_channels_of_shar(tmp_path: Path, write_audio: Writer) -> None:
     refuse(tmp_path / "c", "names channel 4, which its recording lacks")
 
 
+def test_what_tables_of_audio_folders_say_in_vain_is_said(tmp_path: Path, write_audio: Writer) -> None:
+    for name in ("train/1", "dev/2"):
+        write_audio(tmp_path / f"c/{name}.wav")
+    table = tmp_path / "c/metadata.csv"
+
+    def notes() -> tuple[str, ...]:
+        return index_corpus(tmp_path / "c", output=tmp_path / "index").notes
+
+    write_text(table, "file_name,text", "train/1.wav,one", "dev/2.wav,two")
+    assert notes() == ()
+    write_text(table, "file_name,text", "train/1.wav,one", "train/1.wav,two", "train/absent.wav,three")
+    assert notes() == (
+        f"{table} names files that don't exist (1 of 2), such as train/absent.wav",
+        f"{table} has several rows for the same file (1 of 2), such as train/1.wav; the last one is used",
+    )
+    write_text(table, "file_name,foo", "train/1.wav,one")
+    assert [note.split(";")[0] for note in notes()] == [f"{table} has no column of transcripts or speakers"]
+    write_text(table, "file,text", "train/1.wav,one")
+    assert notes() == (f"{table} has no column file_name, so nothing of it is used",)
+
+
 def test_audio_folders_have_their_transcripts(tmp_path: Path, write_audio: Writer) -> None:
     for name in ("train/x/1", "train/2", "dev/3", "dev/4"):
         write_audio(tmp_path / f"c/{name}.wav")

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +103,14 @@ def make_cache(cache_spec: Callable[..., CacheSpec], source_utterances: list[Utt
         return spec
 
     return make
+
+
+@pytest.fixture(scope="session")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps transformers off the network, and lets it copy the code of exported folders to a temporary folder."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers (the dev extra has it)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        modules = tmp_path_factory.mktemp("modules")
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+        yield

@@ -92,15 +92,15 @@ def test_every_documented_command_exists_with_its_options() -> None:
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tutorial_runs(
+    offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its Python with two recordings of each voice, a random student and two steps; its commands are run by other tests."""
     pytest.importorskip("espeakng_loader", reason="needs espeak-ng (the dev extra has it)")
-    pytest.importorskip("transformers", reason="needs transformers (the dev extra has it)")
     page = (REPOSITORY / "docs" / "tutorial.md").read_text()
     speech, train, hear, store = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert "UTTERANCES = 40" in speech and "STEPS = 400" in train
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     exec(speech.replace("UTTERANCES = 40", "UTTERANCES = 2"), {})
     assert len(list(Path("digits").rglob("*.flac"))) == len(list(Path("digits").rglob("*.txt"))) == 24
     export_huggingface(Student(tiny_student()), Path("digits-hf"), {}, "heads")

@@ -1,6 +1,5 @@
 """A student that is exported to a Hugging Face folder, and code of such folders that stays out of the home folder."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +21,6 @@ ORIGIN = {
 def waves() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [(0.1 * rng.normal(size=samples)).astype(np.float32) for samples in (16_000, 5_000, 9_000)]
-
-
-@pytest.fixture(scope="session")
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps transformers off the network, and lets it copy the code of exported folders to a temporary folder."""
-    transformers = pytest.importorskip("transformers", reason="needs transformers (the dev extra has it)")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        modules = tmp_path_factory.mktemp("modules")
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
-        yield
 
 
 @pytest.fixture

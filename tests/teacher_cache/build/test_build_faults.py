@@ -22,6 +22,7 @@ from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.maintenance.repair import SET_ASIDE, repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.masks import MaskDraws
+from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
@@ -373,8 +374,9 @@ def test_repair_without_a_corpus_reads_audio_from_a_damaged_file(
     assert shard.read_bytes() == damaged
     assert other.read_bytes() == sound["masked/draw=0/part-00002.parquet"]
     shard.write_bytes(sound["clean/part-00001.parquet"])
-    assert contents(root) == sound
+    assert contents(root) | {MANIFEST: sound[MANIFEST]} == sound
     assert repair_cache(root) == []
+    assert contents(root) == sound, "a repair that fails leaves no manifest, and the next one writes it"
 
 
 def test_a_moved_corpus_is_read_at_its_new_path(

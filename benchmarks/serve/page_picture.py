@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
 from benchmarks.result_file import REPOSITORY
@@ -25,9 +26,9 @@ WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
 @contextmanager
-def served(model: Path) -> Iterator[str]:
-    """Serve a model in this process; yield the address."""
-    server = uvicorn.Server(uvicorn.Config(create_app(model, name="demo"), port=0, log_level="warning"))
+def served(app: FastAPI) -> Iterator[str]:
+    """Serve an application in this process; yield the address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -74,7 +75,7 @@ def main(
     from playwright.sync_api import sync_playwright
 
     arguments = ["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
-    with served(model) as address, sync_playwright() as running:
+    with served(create_app(model, name="demo")) as address, sync_playwright() as running:
         browser = running.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
         draw(browser, address, "sample", "light", WIDE, output)
         # A palette of 256 colours is a third of the size.

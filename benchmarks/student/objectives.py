@@ -12,23 +12,19 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from benchmarks.result_file import REPOSITORY, RESULTS, write_result
+from benchmarks.teacher.cached_run import cached_run
 from ray_distill.pipeline.config import load_config
 from ray_distill.pipeline.demo.demo_corpus import make_demo_corpus
 from ray_distill.pipeline.probing.feature_source import FeatureSource
 from ray_distill.pipeline.probing.linear_probe import run_probes
 from ray_distill.pipeline.probing.task import PHONES_FILE, read_task
-from ray_distill.pipeline.stages import Run
-from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.student import Student, load_student
 from ray_distill.student.training.training_loop import train
-from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.maintenance.derive import derive_cache
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache
-from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
 
 DISCRETE = [
@@ -66,17 +62,7 @@ def main(
         common = [f"corpus.path={corpus}", f"runs={folder / 'runs'}", f"train.max_steps={steps}"]
         common += [f"train.validate_every={steps}", "student.encoder_layers=6"]
         first = load_config(REPOSITORY / "configs" / "demo.yaml", [*common, f"cache.path={folder / 'cache'}"])
-        job = Run(first, Console(quiet=True))
-        index_audio(job)
-        plan = plan_shards(job.utterances, job.spec.shard_seconds, job.teacher.num_frames)
-        build_cache(
-            job.cache.location,
-            job.spec,
-            plan,
-            first.teacher.checkpoint,
-            teacher_name=job.teacher.name,
-            workers=None,
-        )
+        job = cached_run(first)
         task = read_task(corpus / PHONES_FILE)
         sources = [FeatureSource.log_mel()]
         rows: list[dict[str, Any]] = []

@@ -8,28 +8,23 @@ baselines. Students that ``--folder`` already has are not trained again. No Ray 
 
 import csv
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from benchmarks.result_file import REPOSITORY, RESULTS, write_result
 from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances
 from benchmarks.student.probe_tasks import write_manifest
+from benchmarks.teacher.cached_run import cached_run
+from benchmarks.teacher.quality import probed
 from ray_distill.pipeline.config import Config, load_config
 from ray_distill.pipeline.probing.feature_source import FeatureSource
-from ray_distill.pipeline.probing.linear_probe import run_probes
 from ray_distill.pipeline.probing.task import read_task
-from ray_distill.pipeline.stages import Run
-from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.student import Student, load_student
 from ray_distill.student.training.training_loop import train
-from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.reader import CacheReader
-from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
 WIDTHS = {"a half": 160, "a quarter": 112, "an eighth": 72}
@@ -45,17 +40,6 @@ def write_corpus(path: Path, seconds: float) -> None:
             rows.writerows([u.path, name] for u in utterances(split, seconds))
         if seconds == float("inf"):
             rows.writerows([str(audio), "train"] for audio in sorted((shared_data() / "speech-more").rglob("*.flac")))
-
-
-def cache_teacher(config: Config) -> tuple[list[CacheReader], Teacher]:
-    """Index the corpus, cache the teacher's layers, and return readers of training and validation split and the teacher."""
-    job = Run(config, Console(quiet=True))
-    index_audio(job)
-    plan = plan_shards(job.utterances, job.spec.shard_seconds, job.teacher.num_frames)
-    build_cache(
-        job.cache.location, job.spec, plan, config.teacher.checkpoint, teacher_name=job.teacher.name, workers=None
-    )
-    return [CacheReader(job.cache.location, split, job.layers) for split in ("train", "validation")], job.teacher
 
 
 def distil(width: int, config: Config, readers: list[CacheReader], teacher: Teacher, folder: Path) -> dict[str, Any]:
@@ -99,7 +83,9 @@ def main(
         "train.validate_every": max(steps // 8, 1),
     }
     config = load_config(REPOSITORY / "configs" / "demo.yaml", [f"{key}={value}" for key, value in changes.items()])
-    readers, teacher = cache_teacher(config)
+    job = cached_run(config)
+    teacher = job.teacher
+    readers = [CacheReader(job.cache.location, split, job.layers) for split in ("train", "validation")]
     rows = []
     sources = [FeatureSource.log_mel()]
     for part, width in WIDTHS.items():
@@ -121,11 +107,7 @@ def main(
         write_manifest(folder / f"{name}.csv", name, 400.0 if quick else float("inf"))
         task = read_task(folder / f"{name}.csv")
         print(f"{name}: {len(task.examples)} utterances, {len(task.vocabulary)} classes or symbols", flush=True)
-        found[name] = {
-            "train_utterances": sum(not example.test for example in task.examples),
-            "test_utterances": sum(example.test for example in task.examples),
-            "outcomes": [asdict(outcome) for outcome in run_probes(task, sources, epochs=epochs)],
-        }
+        found[name] = probed(task, sources, epochs)
     write_result(
         output,
         teacher=teacher.name,

@@ -14,23 +14,19 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 
 from benchmarks.result_file import REPOSITORY, RESULTS, write_result
 from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, utterances
+from benchmarks.teacher.cached_run import cached_run
 from ray_distill.pipeline.config import Config, load_config
 from ray_distill.pipeline.demo.demo_corpus import make_demo_corpus
 from ray_distill.pipeline.probing.feature_source import FeatureSource
 from ray_distill.pipeline.probing.linear_probe import run_probes
 from ray_distill.pipeline.probing.task import NO_LABEL, PHONES_FILE, Task, read_task
-from ray_distill.pipeline.stages import Run
-from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.student import Student, load_student
 from ray_distill.student.training.training_loop import train
-from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD, SAMPLE_RATE, num_frames
 from ray_distill.teacher_cache.reader import CacheReader
-from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
 
@@ -63,7 +59,7 @@ def write_real_manifest(path: Path, seconds: float) -> None:
                 rows.writerow([utterance.path, " ".join(labels), name])
 
 
-def probed(task: Task, sources: Sequence[FeatureSource], epochs: int) -> dict[str, Any]:
+def probed(task: Task, sources: Sequence[FeatureSource], epochs: int | None) -> dict[str, Any]:
     """Return the size of a task and the outcomes of its probes."""
     test = sum(example.test for example in task.examples)
     return {
@@ -86,10 +82,8 @@ def one_layer(teacher: Teacher, layer: int) -> FeatureSource:
 
 def distil(config: Config, folder: Path, seeds: int) -> list[Student]:
     """Return students of the configuration's teacher, one for each seed, trained on one rank from one cache."""
-    job = Run(config, Console(quiet=True))
-    index_audio(job)
-    plan, teacher = plan_shards(job.utterances, job.spec.shard_seconds, job.teacher.num_frames), job.teacher
-    build_cache(job.cache.location, job.spec, plan, config.teacher.checkpoint, teacher_name=teacher.name, workers=None)
+    job = cached_run(config)
+    teacher = job.teacher
     readers = [CacheReader(job.cache.location, split, job.layers) for split in ("train", "validation")]
     # As many frames per step as the workers of the demo have together.
     settings = config.train.model_copy(update={"workers": 1, "accumulate": config.train.workers})

@@ -9,6 +9,7 @@ from torch import Tensor
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.codebook_prediction import CodebookPrediction
+from ray_distill.student.objectives.composite import CompositeDistiller
 from ray_distill.student.objectives.layer_prediction import LayerPrediction
 from ray_distill.student.objectives.objective import DistillationLoss, Distiller, Encoded, Objective, Targets
 from ray_distill.student.objectives.unit_prediction import UnitPrediction
@@ -91,7 +92,7 @@ class Mixture(Objective, frozen=True):
         )
 
 
-class MixtureDistiller(Distiller):
+class MixtureDistiller(CompositeDistiller):
     """A student and the weighted sum of several losses, from one forward pass of the student.
 
     A part that has not begun has the weight 0, but is computed, because DDP waits for the gradient of each of its parameters.
@@ -113,24 +114,8 @@ class MixtureDistiller(Distiller):
         from_steps: Sequence[int],
         spec_augment: SpecAugment | None,
     ) -> None:
-        super().__init__(student, spec_augment=spec_augment)
-        # Not a ModuleList, in which the student would appear once more for each part.
-        self.parts = tuple(parts)
+        super().__init__(student, parts, spec_augment)
         self.weights, self.from_steps = tuple(weights), tuple(from_steps)
-        self.predictors.extend(part.predictors for part in parts)
-        self._step = 0
-
-    def set_progress(self, epoch: int, step: int) -> None:
-        """See `Distiller.set_progress`."""
-        self._step = step
-        for part in self.parts:
-            part.set_progress(epoch, step)
-
-    def with_student(self, student: Student) -> Self:
-        """See `Distiller.with_student`."""
-        other = super().with_student(student)
-        other.parts = tuple(part.with_student(student) for part in self.parts)
-        return other
 
     def loss(
         self,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.codebook_prediction import CodebookPrediction
+from ray_distill.student.objectives.composite import CompositeDistiller
 from ray_distill.student.objectives.layer_prediction import LayerDistiller, LayerPrediction
 from ray_distill.student.objectives.masked_prediction import MaskedPrediction
 from ray_distill.student.objectives.objective import DistillationLoss, Distiller, Encoded, Objective, Targets
@@ -248,7 +249,7 @@ class LossBalance(nn.Module):
         return loss if self.sizes is None else loss / self.sizes[teacher]
 
 
-class SeveralDistiller(Distiller):
+class SeveralDistiller(CompositeDistiller):
     """A student and the losses of several teachers, from one forward pass of the student.
 
     A teacher that takes no part in a step has the weight 0, but is computed, because DDP waits for the gradient of each of its
@@ -270,29 +271,14 @@ class SeveralDistiller(Distiller):
         balance: LossBalance,
         spec_augment: SpecAugment | None,
     ) -> None:
-        super().__init__(student, spec_augment=spec_augment)
+        super().__init__(student, parts, spec_augment)
         self.terms = tuple(terms)
-        # Not a ModuleList, in which the student would appear once more for each teacher.
-        self.parts = tuple(parts)
-        self.predictors.extend([*(part.predictors for part in parts), balance])
-        self._step = 0
+        self.predictors.append(balance)
 
     @property
     def balance(self) -> LossBalance:
         """Balance of the losses."""
         return cast(LossBalance, self.predictors[-1])
-
-    def set_progress(self, epoch: int, step: int) -> None:
-        """See `Distiller.set_progress`."""
-        self._step = step
-        for part in self.parts:
-            part.set_progress(epoch, step)
-
-    def with_student(self, student: Student) -> Self:
-        """See `Distiller.with_student`."""
-        other = super().with_student(student)
-        other.parts = tuple(part.with_student(student) for part in self.parts)
-        return other
 
     def weights(self) -> list[float]:
         """Return the weight of each teacher in the current step of a training, or in a validation."""

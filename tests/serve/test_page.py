@@ -5,10 +5,7 @@ import io
 import json
 import re
 import shutil
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,10 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
-import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from benchmarks.serve.page_picture import served
 from ray_distill.serve import create_app
 from ray_distill.serve.settings import Limits
 from ray_distill.student import Student
@@ -46,20 +43,6 @@ DROP = """(element, {name, content}) => {
 @pytest.fixture
 def app(student: Student) -> FastAPI:
     return create_app(student, name="tiny", limits=Limits(max_seconds=5))
-
-
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -44,17 +44,17 @@ DOORS = {
     "cache": ["-m", "teacher_cache"],
     "serve": ["-m", "serve"],
 }
-HELP_CPU_SECONDS = 1.5
-"""The application's own imports take 0.5 s of CPU time; PyTorch takes another 2 s, and Ray 1 s."""
+HELP_MODULES = 650
+"""The help imports about 520 modules. PyTorch alone is another 900. Unlike seconds, a count is the same on any machine."""
 
 HELP = """
-import json, sys, time
+import json, sys
 from ray_distill.command_line import main
 try:
     main()
 except SystemExit as stop:
     assert not stop.code, stop.code
-print(json.dumps([time.process_time(), sorted({"torch", "ray", "pyarrow"} & set(sys.modules))]), file=sys.stderr)
+print(json.dumps([len(sys.modules), sorted({"torch", "ray", "pyarrow"} & set(sys.modules))]), file=sys.stderr)
 """
 
 
@@ -87,9 +87,9 @@ def test_help_is_fast_and_imports_neither_torch_nor_ray(command: list[str]) -> N
     done = start("-c", HELP, *command, "--help")
     assert done.returncode == 0, done.stderr
     assert "Usage: " in done.stdout
-    seconds, heavy = json.loads(done.stderr.splitlines()[-1])
+    modules, heavy = json.loads(done.stderr.splitlines()[-1])
     assert heavy == []
-    assert seconds < HELP_CPU_SECONDS
+    assert modules < HELP_MODULES
 
 
 def test_run_names_the_stages_that_exist() -> None:

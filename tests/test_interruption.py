@@ -59,6 +59,6 @@ def test_a_signal_ends_a_command_with_one_sentence(number: signal.Signals, kind:
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     started = time.monotonic()
     process.send_signal(number)
-    rest, said = process.communicate(timeout=30)
+    rest, said = process.communicate(timeout=60)
     assert (process.returncode, rest, said) == (128 + number, "", "interrupted in the fake stage\n")
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 30  # The work sleeps for a minute.

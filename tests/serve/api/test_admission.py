@@ -270,7 +270,7 @@ def test_loading_a_model_of_the_library_is_within_the_deadline(student: Student,
     load = app.state.models.load
 
     async def slow(name: str) -> None:
-        await asyncio.sleep(5)
+        await asyncio.sleep(20)
         await load(name)
 
     app.state.models.load = slow
@@ -279,7 +279,7 @@ def test_loading_a_model_of_the_library_is_within_the_deadline(student: Student,
         began = time.monotonic()
         assert refusal(client.post("/v1/features?model=run&timeout=0.3", content=HALF)) == (504, "deadline")
         assert refusal(client.post("/v1/features", json=body)) == (504, "deadline")
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 15
 
 
 def test_unloading_a_model_delays_no_request(student: Student, tmp_path: Path) -> None:

@@ -117,12 +117,12 @@ def test_a_long_stream_holds_two_windows() -> None:
 def test_a_full_inbox_waits() -> None:
     async def main() -> None:
         inbox = Inbox(1000)
-        await asyncio.wait_for(inbox.put(b"x" * 500), 1)
+        await asyncio.wait_for(inbox.put(b"x" * 500), 30)
         waiting = asyncio.create_task(inbox.put(b"y" * 600))
         await asyncio.sleep(0.01)
         assert not waiting.done()
         assert await inbox.get() == b"x" * 500
-        await asyncio.wait_for(waiting, 1)
+        await asyncio.wait_for(waiting, 30)
         assert await inbox.get() == b"y" * 600
         flood = asyncio.create_task(asyncio.wait_for(_fill(inbox), 0.05))
         with pytest.raises(TimeoutError):

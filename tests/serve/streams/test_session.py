@@ -167,7 +167,7 @@ def test_an_idle_client_is_cut(client: TestClient) -> None:
         refusal = socket.receive_json()
         assert refusal["error_type"] == "deadline" and "No audio arrived for 0.2 seconds" in refusal["error"]
         assert socket.receive()["code"] == 4504
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20  # The default is a minute.
 
 
 def test_keys_origins_and_open_requests_are_those_of_requests(student: Student) -> None:
@@ -287,7 +287,7 @@ def test_an_overloaded_model_makes_the_stream_wait_then_fail(student: Student, m
     refusals[0] = -100
     began = time.monotonic()
     assert error(client, "timeout=0.3", (bytes(2000),))[0] == "overloaded"
-    assert 0.1 < time.monotonic() - began < 2
+    assert 0.1 < time.monotonic() - began < 20
 
 
 def test_one_stream_has_one_revision(student: Student, other: Student) -> None:
@@ -345,7 +345,7 @@ def test_a_client_that_reads_nothing_is_disconnected(student: Student, monkeypat
 
         scope = {"type": "websocket", "path": PATH, "raw_path": PATH.encode(), "root_path": "", "query_string": b""}
         scope |= {"headers": [], "subprotocols": [], "scheme": "ws", "asgi": {"version": "3.0"}}
-        await asyncio.wait_for(app(scope, receive, send), 5)
+        await asyncio.wait_for(app(scope, receive, send), 60)
 
     asyncio.run(main())
     assert app.state.admission.held_bytes == 0

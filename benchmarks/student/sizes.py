@@ -3,7 +3,7 @@
 ``python -m benchmarks.student.sizes`` distils students of about a half, a quarter and an eighth of a small HuBERT from one cache of
 2.4 hours of real speech, then trains probes until they stop improving: the phone of each frame and the characters of two speakers who
 are in no training set, and the speaker of an utterance among eight. Log-mel bands and the second student with random weights are the
-baselines. Students that ``--folder`` already has are not trained again. No Ray is needed.
+baselines. Students that ``--folder`` already has are not trained again, and a stopped training goes on. No Ray is needed.
 """
 
 import csv
@@ -43,13 +43,19 @@ def write_corpus(path: Path, seconds: float) -> None:
 
 
 def distil(width: int, config: Config, readers: list[CacheReader], teacher: Teacher, folder: Path) -> dict[str, Any]:
-    """Train a student of this width in ``folder``, and return its size, steps and seconds."""
+    """Train a student of this width in ``folder``, and return its steps and seconds, those of earlier processes included."""
     student = small_student(teacher.num_layers, teacher.dim, width)
+    folder.mkdir(exist_ok=True)
+    spent = folder / "cpu_seconds.txt"
     cpu = time.process_time()
-    result = train(student, config.train, readers[0], readers[1], folder)
+    try:
+        result = train(student, config.train, readers[0], readers[1], folder)
+    finally:
+        with spent.open("a") as file:
+            file.write(f"{time.process_time() - cpu:.1f}\n")
     return {
         "steps": result.steps,
-        "cpu_seconds": time.process_time() - cpu,
+        "cpu_seconds": sum(map(float, spent.read_text().split())),
         "last_validation_loss": result.last_validation_loss,
     }
 
@@ -57,6 +63,10 @@ def distil(width: int, config: Config, readers: list[CacheReader], teacher: Teac
 def main(
     folder: Annotated[Path, typer.Option(help="Folder for the cache and the students; it is kept.")],
     steps: Annotated[int, typer.Option(help="Optimiser steps of each training.")] = 800,
+    only: Annotated[
+        int | None,
+        typer.Option(help="Train the student of this width and probe nothing: for processes side by side."),
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of each probe. Default: until it stops improving.", show_default=False)
     ] = None,
@@ -86,6 +96,9 @@ def main(
     job = cached_run(config)
     teacher = job.teacher
     readers = [CacheReader(job.cache.location, split, job.layers) for split in ("train", "validation")]
+    if only is not None:
+        print(distil(only, config, readers, teacher, folder / f"width-{only}"))
+        return
     rows = []
     sources = [FeatureSource.log_mel()]
     for part, width in WIDTHS.items():

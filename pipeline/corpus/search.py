@@ -78,7 +78,11 @@ def find_audio(
     for entry in sorted(used, key=lambda entry: (entry.id, str(entry.path), entry.role != "validation")):
         first = entries.setdefault(entry.id, entry)
         if first is not entry:
-            message = f"{entry.address} has the same id as {first.address}: {entry.id!r}"
+            message = (
+                f"{entry.address} is listed twice"
+                if entry.address == first.address
+                else f"{entry.address} has the same id as {first.address}: {entry.id!r}"
+            )
             skipped.append(Skipped(entry.path, "duplicate_id", message))
     doubtful = [
         entry.path

@@ -51,6 +51,7 @@ class MaskedPrediction(Objective, frozen=True):
             raise ValueError(
                 f"train.objective {self.objective} learns from a cache of codec {self.codec}, but {found}; set cache.codec, such as "
                 f"{example}, or make such a cache from another one with `ray-distill cache derive`"
+                f"{'; also set masks.draws=0 and train.masks=fresh' if draws else ''}"
             )
         if draws:
             raise ValueError(

@@ -135,7 +135,8 @@ class SeveralTeachers(Objective, frozen=True):
             elif config.heads != "split" and term.num_layers != config.encoder_layers:
                 raise ValueError(
                     f"teachers.{term.name}: the student has {config.encoder_layers} layers, but it is to learn {term.num_layers} of "
-                    "this teacher, one with each; choose as many with its key layers, or set student.heads to split"
+                    "this teacher, one with each; set student.heads to split, or choose "
+                    f"{config.encoder_layers} with its key layers, if it has as many"
                 )
 
     def targets_of(self, batch: Batch) -> Targets:

@@ -37,9 +37,9 @@ mypy: $(STAMP)
 # Ray's processes have fixed times to start in, so tests with Ray run alone, after the others.
 test: lint
 	@failed=0; \
-	$(BIN)/python -m pytest -m "not ray" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report= || failed=1; \
+	$(BIN)/python -m pytest -m "not ray" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report= --durations=15 || failed=1; \
 	echo "branch coverage without the tests with Ray: $$($(BIN)/coverage report --format=total) %"; \
-	$(BIN)/python -m pytest -m ray || failed=1; \
+	$(BIN)/python -m pytest -m ray --durations=15 || failed=1; \
 	exit $$failed
 
 # Tests without Ray, browser, server processes and slow tests.

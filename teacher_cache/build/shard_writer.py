@@ -160,7 +160,8 @@ class ShardWriter:
             outputs = [
                 stack.enter_context(open_output(self._cache, file, self._codecs, shard, audio)) for file in files
             ]
-            pool = stack.enter_context(ThreadPoolExecutor(1))
+            # One thread for each file: its rows stay in order, and compression needs no interpreter lock.
+            pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in outputs]
             waiting: list[Future[None]] = []
             for batch in cut_by_seconds(rows, samples, self._cache.spec.batch_seconds):
                 with self._teacher_lock:
@@ -174,7 +175,8 @@ class ShardWriter:
                     )
                     busy += time.perf_counter() - started
                 waiting += [
-                    pool.submit(output.write, batch, *rest) for output, rest in zip(outputs, encoded, strict=True)
+                    pool.submit(output.write, batch, *rest)
+                    for pool, output, rest in zip(pools, outputs, encoded, strict=True)
                 ]
                 while len(waiting) > _PENDING_BATCHES * len(outputs):
                     waiting.pop(0).result()

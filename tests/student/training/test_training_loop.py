@@ -271,6 +271,14 @@ def test_a_run_with_compiled_layers_goes_on_without_them(
     programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert programs > 0
     assert losses(rows(tmp_path / "compiled")) == pytest.approx(losses(rows(tmp_path / "plain")), rel=1e-4)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        distributed = tmp_path / "distributed"
+        train(still, settings(max_steps=3, compile=True), *readers, distributed, wrap=DistributedDataParallel)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert losses(rows(tmp_path / "distributed")) == losses(rows(tmp_path / "compiled"))
+    programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     train(still, settings(max_steps=5), *readers, tmp_path / "compiled")
     assert len(rows(tmp_path / "compiled")) == 5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == programs

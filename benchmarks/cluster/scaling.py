@@ -22,7 +22,8 @@ import typer
 from benchmarks.cluster.simulation import BuildWorkers, Trainers, simulate_build, simulate_training
 from benchmarks.result_file import REPOSITORY, RESULTS, write_result
 from benchmarks.small_speech import TRAIN, shared_data, utterances
-from ray_distill.pipeline.planning.cluster_plan import HOURS, load_cluster, plan_cluster
+from ray_distill.pipeline.planning.cluster import load_cluster
+from ray_distill.pipeline.planning.cluster_plan import HOURS, plan_cluster
 from ray_distill.student.training.prefetch import PREFETCH, TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings

@@ -89,6 +89,7 @@ JOB = (
     "ray_distill.pipeline.reports.ablation_report",
     "ray_distill.pipeline.corpus.index",
     "ray_distill.pipeline.planning.cache_cost",
+    "ray_distill.pipeline.planning.cluster",
     "ray_distill.pipeline.planning.cluster_plan",
     "ray_distill.serve.app",
     "ray_distill.serve.settings",

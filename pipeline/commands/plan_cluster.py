@@ -32,14 +32,17 @@ def plan_cluster(
     """
     from rich.console import Console
 
-    from ray_distill.pipeline.planning import cluster_plan
+    from ray_distill.pipeline.planning.cluster import RESULTS, load_cluster, origins
+    from ray_distill.pipeline.planning.cluster_plan import HOURS
+    from ray_distill.pipeline.planning.cluster_plan import plan_cluster as plan_corpus
+    from ray_distill.pipeline.planning.plan_table import plan_table
 
     console = Console(soft_wrap=True, highlight=False)
-    described = cluster_plan.load_cluster(cluster)
-    folder = results or cluster_plan.RESULTS
-    plans = [cluster_plan.plan_cluster(described, h, folder) for h in hours or cluster_plan.HOURS]
-    console.print(cluster_plan.plan_table(described, plans))
-    measured, assumed = cluster_plan.origins(described)
+    described = load_cluster(cluster)
+    folder = results or RESULTS
+    plans = [plan_corpus(described, h, folder) for h in hours or HOURS]
+    console.print(plan_table(described, plans))
+    measured, assumed = origins(described)
     console.print(f"Measured: {', '.join(measured) or 'nothing'}.")
     console.print(f"Assumed: {', '.join(assumed) or 'nothing'}.")
     console.print("Lower bounds: the figures assume that all parts overlap and that nothing fails.")

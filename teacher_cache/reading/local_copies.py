@@ -30,7 +30,7 @@ RANGE_BYTES = 32 << 20
 """Bytes per request. At 50 MB/s, a request of 30 ms then spends 4 % of its time waiting."""
 FREE_SHARE = 0.8
 """Default limit: share of the disk's free space, that of earlier copies included."""
-_RANGES_AT_ONCE = 8
+RANGES_AT_ONCE = 8
 """Requests in flight per process."""
 _RANGES_OF_A_FILE = 4
 """Requests in flight per file, which bounds the ranges that wait in memory for an earlier one."""
@@ -91,7 +91,7 @@ class LocalCopies:
         free = shutil.disk_usage(self._folder).free
         self.limit = int(FREE_SHARE * (free + held) if limit_gb is None else limit_gb * 1e9)
         self.fetched = 0
-        self._ranges = ThreadPoolExecutor(_RANGES_AT_ONCE, "cache-range")
+        self._ranges = ThreadPoolExecutor(RANGES_AT_ONCE, "cache-range")
         self._fetches = ThreadPoolExecutor(_FILES_AHEAD, "cache-fetch")
         self._mutex = threading.Lock()
         self._wanted: Counter[CommittedFile] = Counter()

@@ -12,16 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 from ray_distill.command_line import application
-from ray_distill.pipeline.planning.cluster_plan import (
-    RESULTS,
-    Cluster,
-    ClusterError,
-    bottleneck,
-    load_cluster,
-    origins,
-    plan_cluster,
-    upload_requests,
-)
+from ray_distill.pipeline.planning.cluster import RESULTS, Cluster, ClusterError, load_cluster, origins
+from ray_distill.pipeline.planning.cluster_plan import bottleneck, plan_cluster, upload_requests
+from ray_distill.teacher_cache.reading.local_copies import RANGE_BYTES
 from ray_distill.teacher_cache.storage.store import WHOLE_BYTES, Store
 
 CLUSTERS = sorted((Path(__file__).resolve().parents[3] / "configs" / "clusters").glob("*.yaml"))
@@ -169,6 +162,23 @@ def test_the_scarce_resource_is_the_bottleneck(change: dict[str, float], stage: 
     assert bottleneck(plan.build_hours if stage == "build" else plan.epoch_hours) == part
 
 
+def test_the_cores_of_the_trainers_decode() -> None:
+    changed = round_numbers().model_dump()
+    changed["train"] |= {"cores": 8, "reader_audio_per_second": 500}
+    plan = plan_cluster(Cluster.model_validate(changed), 1000)
+    assert plan.epoch_hours["decoding by the readers"] == pytest.approx(1000 / (8 * 500))
+    assert bottleneck(plan.epoch_hours) == "decoding by the readers"
+
+
+def test_local_copies_are_read_once_if_the_cache_fits() -> None:
+    small, large = (plan_cluster(round_numbers(train__local_bytes=3.6e6 * 84e3), hours) for hours in (1000, 1001))
+    assert (small.copied, large.copied) == (True, False)
+    assert small.epoch_bytes == pytest.approx(small.cache_bytes * 4 / 10)  # 4 nodes read it once in 10 epochs.
+    assert small.epoch_gets == pytest.approx(small.epoch_bytes / RANGE_BYTES)
+    assert large.epoch_bytes == plan_cluster(round_numbers(), 1001).epoch_bytes
+    assert large.epoch_gets == pytest.approx(large.epoch_bytes / RANGE_BYTES)
+
+
 def test_without_draws_the_cache_has_one_pass() -> None:
     plan = plan_cluster(round_numbers(speech__draws=0), 1000)
     assert plan.cache_bytes == pytest.approx(3.6e6 * 50e3)
@@ -206,6 +216,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         ({"stores": 1}, "stores: extra inputs are not permitted"),
         ({"node_bytes_per_second": -1}, "node_bytes_per_second: input should be greater than 0"),
         ({"name": None}, "name: input should be a valid string"),
+        ({"train": tree["train"] | {"cores": 8}}, "train: .*give cores and reader_audio_per_second together"),
     ):
         path.write_text(yaml.safe_dump(tree | change))
         with pytest.raises(ClusterError, match=message):

@@ -19,7 +19,7 @@ from ray_distill.teacher_cache.storage.cache import Cache
 from ..tiny import tiny_student
 from .ray_head import BIN, Head, free_ports, ray_head
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKEN = "a-token-of-this-test-0123456789abcdef"
@@ -98,7 +98,7 @@ def test_a_worker_joins_with_the_token_only(head: Head) -> None:
     try:
         url = f"http://127.0.0.1:{agent}/api/local_raylet_healthz"
         check = [sys.executable, str(REPOSITORY / "docker" / "healthcheck.py")]
-        give_up = time.monotonic() + 90
+        give_up = time.monotonic() + 240
         while subprocess.run(check, env=os.environ | {"HEALTH_URL": url}, capture_output=True).returncode != 0:
             assert worker.poll() is None and time.monotonic() < give_up
             time.sleep(0.5)
@@ -111,7 +111,7 @@ def test_a_worker_joins_with_the_token_only(head: Head) -> None:
 
 def watched(head: Head, job: str) -> tuple[str, dict[str, float]]:
     """Return a job's final status, and the exporter's last value of each name, since a trainer's values disappear with it."""
-    give_up = time.monotonic() + 400
+    give_up = time.monotonic() + 800
     values: dict[str, float] = {}
     while (status := head.status(job)) in ("PENDING", "RUNNING"):
         assert time.monotonic() < give_up, head.logs(job)
@@ -126,7 +126,7 @@ def test_job_is_cancelled_and_goes_on(head: Head, checkout: Path, speech_folder:
     submit(head, checkout, speech_folder, tmp_path, "first", steps)
     run = tmp_path / "runs" / "demo"
     # The first job is cancelled during training, after a checkpoint.
-    give_up = time.monotonic() + 400
+    give_up = time.monotonic() + 800
     names: set[str] = set()
     while not (run / "checkpoints" / "last").exists():
         status = head.status("first")

@@ -19,7 +19,7 @@ from ray_distill.teacher_cache.storage.shard_plan import Utterance
 
 from ..tiny import tiny_student
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEACHER = "random:6x192"  # Slow enough that a node is lost while shards are still missing.
@@ -60,7 +60,7 @@ def test_nodes_come_and_go(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=1000,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     built, trained = json.loads(done.stdout.splitlines()[-1])

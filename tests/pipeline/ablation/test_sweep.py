@@ -25,7 +25,7 @@ def ablate(path: Path, folder: Path) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"COLUMNS": "200", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1000,
     )
 
 

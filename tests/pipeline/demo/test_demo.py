@@ -32,7 +32,7 @@ def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.Co
         env=os.environ | {"COLUMNS": "200", "RAY_USAGE_STATS_ENABLED": "0"} | environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1000,
     )
 
 

@@ -1,4 +1,4 @@
-"""Resident memory of this process.
+"""Resident memory of processes.
 
 ``ru_maxrss`` is not usable, since it includes the parent's memory from before this program started.
 """
@@ -6,9 +6,9 @@
 from pathlib import Path
 
 
-def resident_bytes() -> int:
-    """Return the current resident memory."""
-    return _status("VmRSS")
+def resident_bytes(process: int | str = "self") -> int:
+    """Return the current resident memory of this process, or of another one."""
+    return _status("VmRSS", process)
 
 
 def peak_resident_bytes() -> int:
@@ -21,6 +21,6 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def _status(name: str, process: int | str = "self") -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))

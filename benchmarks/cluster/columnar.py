@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.cluster.columnar`` writes indexes of made-up utterances (13.5 s each on average), reads them, plans a cache of
 four mask draws, writes the plan and finds which shard files are missing when half of them are committed. Nothing is decoded, and no
-shard file exists: the store lists made-up names, so the time of listing a bucket is not included. Each size has a process of its own.
-Reading a manifest, for which the index does have an object per utterance, is measured for the first size.
+shard file exists: the store lists made-up names, so the time of listing a bucket is not included. Each size has a process of its own,
+which is killed when it takes more memory than ``--memory``.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,6 @@ import typer
 from benchmarks.memory import forget_peak, peak_resident_bytes, resident_bytes
 from benchmarks.result_file import RESULTS, write_result
 from ray_distill.pipeline.corpus.index import INDEX, SKIPPED, CorpusIndex
-from ray_distill.pipeline.corpus.search import find_audio
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -34,6 +34,8 @@ from ray_distill.teacher_cache.storage.store import Store
 DRAWS = 4
 _ROWS = 100_000
 """Number of utterances that are made up at a time."""
+_WATCHED = 0.2
+"""Seconds between two looks at the memory of a process."""
 
 app = typer.Typer(add_completion=False)
 
@@ -129,48 +131,28 @@ def measure_size(utterances: int, shard_minutes: float) -> dict[str, Any]:
     }
 
 
-def measure_manifest(utterances: int) -> dict[str, Any]:
-    """Return the seconds and the peak resident memory of finding the audio of a manifest, before any is decoded."""
-    with tempfile.TemporaryDirectory() as place:
-        manifest = Path(place) / "corpus.csv"
-        with manifest.open("w") as file:
-            file.write("path,id\n")
-            file.writelines(
-                f"/data/corpora/speech/train/{n // 50:06d}/{n:09d}.flac,{n:09d}\n" for n in range(utterances)
-            )
-        at_start = resident_bytes()
-        forget_peak()
-        began, cpu = time.perf_counter(), time.process_time()
-        entries = find_audio(manifest, None, None).entries
-        seconds, cpu, peak = time.perf_counter() - began, time.process_time() - cpu, peak_resident_bytes()
-        assert len(entries) == utterances
-    print(f"{utterances:>10,}  {'read a manifest':20s} {seconds:8.2f} s  {peak / 1e9:6.2f} GB")
-    return {
-        "utterances": utterances,
-        "resident_at_start": at_start,
-        "seconds": seconds,
-        "cpu_seconds": cpu,
-        "peak_bytes": peak,
-    }
-
-
-def alone(function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
-    """Call a function in a new process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+def alone(function: Callable[..., dict[str, Any]], *arguments: object, memory: float) -> dict[str, Any]:
+    """Call a function in a new process, which is ended if it takes more than ``memory`` bytes."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        future = pool.submit(function, *arguments)
+        (process,) = pool._processes.values()
+        while not wait([future], _WATCHED).done:
+            if resident_bytes(process.pid) > memory:
+                process.kill()
+        return future.result()
 
 
 @app.command()
 def measure(
-    count: Annotated[str, typer.Option(help="Numbers of utterances, separated by commas.")] = "300000,3000000",
+    count: Annotated[str, typer.Option(help="Numbers of utterances, separated by commas.")] = "300000,3000000,17000000",
     shard_minutes: Annotated[float, typer.Option(help="Minutes of audio per shard.")] = 10,
+    memory: Annotated[float, typer.Option(help="Gigabytes of resident memory that a process may take.")] = 8,
     output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cluster/columnar.json",
 ) -> None:
     """Measure all sizes, and write the result file."""
     counts = [int(number) for number in count.split(",")]
-    rows = [alone(measure_size, utterances, shard_minutes) for utterances in counts]
-    manifest = alone(measure_manifest, counts[0])
-    write_result(output, shard_minutes=shard_minutes, draws=DRAWS, rows=rows, manifest=manifest)
+    rows = [alone(measure_size, utterances, shard_minutes, memory=memory * 1e9) for utterances in counts]
+    write_result(output, shard_minutes=shard_minutes, draws=DRAWS, rows=rows)
 
 
 if __name__ == "__main__":

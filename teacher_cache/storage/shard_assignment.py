@@ -12,10 +12,12 @@ import pyarrow.compute as pc
 
 _BATCH = 1 << 13
 """Number of texts that are Python objects at a time."""
+_SORTED = 1 << 17
+"""Number of utterances, beyond whole shards, that are sorted at a time."""
 
 
 def hash_order(texts: pa.LargeStringArray, prefix: str = "") -> np.ndarray:
-    """Return the (N,) int64 order that sorts texts by their SHA-256. Equal texts keep their order.
+    """Return the (N,) int32 order that sorts texts by their SHA-256. Equal texts keep their order.
 
     Args:
         texts: The texts.
@@ -32,7 +34,7 @@ def hash_order(texts: pa.LargeStringArray, prefix: str = "") -> np.ndarray:
         batch = texts[begin : begin + _BATCH].to_pylist()
         digests = b"".join([digest(text)[:8] for text in batch])
         heads[begin : begin + len(batch)] = np.frombuffer(digests, ">u8")
-    order = np.argsort(heads, kind="stable")
+    order = np.argsort(heads, kind="stable").astype(np.int32)
     heads = heads[order]
     # Different texts with equal first halves of a hash are all but impossible. Their whole hashes decide.
     for begin, end in _runs(heads[1:] == heads[:-1]):
@@ -61,24 +63,46 @@ def assign_shards(
         samples: Maximum number of samples of a shard with more than one utterance.
 
     Returns:
-        (N,) int64 positions of the utterances in the order of shards and rows, and (K,) int64 sizes of the K shards.
+        (N,) int32 positions of the utterances in the order of shards and rows, and (K,) int64 sizes of the K shards.
     """
     order, ranks = hash_order(ids), _ranks(ids)
-    orders, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    placed, sizes, begin = np.empty_like(order), [np.zeros(0, np.int64)], 0
     for split in sorted(range(len(splits)), key=splits.__getitem__):
-        members = order[split_of[order] == split]
-        counts = np.diff(_cut(num_samples[members], samples), prepend=0)
-        shards = np.repeat(np.arange(len(counts)), counts)
-        orders.append(members[np.lexsort((ranks[members], -num_samples[members], shards))])
-        sizes.append(counts)
-    return np.concatenate(orders), np.concatenate(sizes)
+        chosen = order[split_of[order] == split]
+        members = placed[begin : begin + len(chosen)]
+        members[:] = chosen
+        ends = _cut(num_samples[members], samples)
+        _sort_shards(members, ends, ranks, num_samples)
+        sizes.append(np.diff(ends, prepend=0))
+        begin += len(members)
+    return placed, np.concatenate(sizes)
 
 
-def _ranks(ids: pa.LargeStringArray) -> np.ndarray:
-    """Return the (N,) positions of ids in their sorted order. Equal ids keep their order."""
-    ranks = np.arange(len(ids))
-    if not pc.all(pc.less_equal(ids[:-1], ids[1:])).as_py() and len(ids) > 1:
-        ranks[pc.array_sort_indices(ids).to_numpy()] = np.arange(len(ids))
+def _sort_shards(members: np.ndarray, ends: np.ndarray, ranks: np.ndarray | None, num_samples: np.ndarray) -> None:
+    """Sort each shard of the (M,) positions of utterances in place: the longest first, and equal lengths by the ids.
+
+    Args:
+        members: (M,) positions of utterances, shard by shard.
+        ends: (K,) ends of the shards among them.
+        ranks: (N,) positions of the ids in their sorted order. None if they are sorted.
+        num_samples: (N,) numbers of samples.
+    """
+    begin = 0
+    while begin < len(members):
+        last = min(int(np.searchsorted(ends, begin + _SORTED)), len(ends) - 1)
+        end = int(ends[last])
+        some = members[begin:end]
+        shards = np.searchsorted(ends, np.arange(begin, end), "right")
+        members[begin:end] = some[np.lexsort((some if ranks is None else ranks[some], -num_samples[some], shards))]
+        begin = end
+
+
+def _ranks(ids: pa.LargeStringArray) -> np.ndarray | None:
+    """Return the (N,) int32 positions of ids in their sorted order, or None if they are sorted. Equal ids keep their order."""
+    if len(ids) < 2 or pc.all(pc.less_equal(ids[:-1], ids[1:])).as_py():
+        return None
+    ranks = np.empty(len(ids), np.int32)
+    ranks[pc.array_sort_indices(ids).to_numpy()] = np.arange(len(ids), dtype=np.int32)
     return ranks
 
 
@@ -96,5 +120,9 @@ def _cut(num_samples: np.ndarray, samples: int) -> np.ndarray:
 
 def count_frames(num_samples: np.ndarray, num_frames: Callable[[int], int]) -> np.ndarray:
     """Return (N,) int64 numbers of frames for (N,) numbers of samples, from one call of a function for each different number."""
-    values, places = np.unique(num_samples, return_inverse=True)
-    return np.array([num_frames(value) for value in values.tolist()], np.int64)[places]
+    values = np.sort(pc.unique(pa.array(num_samples)).to_numpy())
+    frames = np.array([num_frames(value) for value in values.tolist()], np.int64)
+    counts = np.empty(len(num_samples), np.int64)
+    for begin in range(0, len(counts), _SORTED):
+        counts[begin : begin + _SORTED] = frames[np.searchsorted(values, num_samples[begin : begin + _SORTED])]
+    return counts

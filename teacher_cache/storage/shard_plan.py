@@ -121,7 +121,11 @@ class Utterances(Sequence[Utterance]):
     @property
     def splits(self) -> tuple[list[str], np.ndarray]:
         """The names of the splits, and the (N,) position among them of each utterance's split."""
-        column = self.table["split"].cast(pa.string()).dictionary_encode().unify_dictionaries().combine_chunks()
+        column = self.table["split"]
+        if not pa.types.is_dictionary(column.type):
+            column = column.dictionary_encode()
+        column = column.unify_dictionaries().combine_chunks()
+        column = column if isinstance(column, pa.DictionaryArray) else column.chunk(0)
         return column.dictionary.to_pylist(), column.indices.to_numpy()
 
     def ids(self) -> Iterator[str]:
@@ -210,15 +214,16 @@ def plan_shards(
     samples = members.num_samples
     limit = math.floor(min(shard_seconds * SAMPLE_RATE, 2.0**61))
     order, sizes = assign_shards(members.texts("id"), names, codes, samples, limit)
-    places = pa.array(order, pa.int32())
-    starts = np.cumsum(sizes) - sizes
+    places, samples = pa.array(order, pa.int32()), samples[order]
+    rows = np.arange(len(order), dtype=np.int32)
+    rows -= np.repeat((np.cumsum(sizes) - sizes).astype(np.int32), sizes)
     columns = {name: pa.DictionaryArray.from_arrays(places, members.texts(name)) for name in ("id", "path", "sha256")}
     columns |= {
         "split": pa.DictionaryArray.from_arrays(pa.array(codes[order], pa.int32()), pa.array(names, pa.string())),
-        "num_samples": pa.array(samples[order], pa.int64()),
-        "num_frames": pa.array(count_frames(samples, num_frames)[order], pa.int64()),
-        "shard": pa.array(np.repeat(np.arange(len(sizes)), sizes), pa.int32()),
-        "row": pa.array(np.arange(len(order)) - np.repeat(starts, sizes), pa.int32()),
+        "num_samples": pa.array(samples, pa.int64()),
+        "num_frames": pa.array(count_frames(samples, num_frames), pa.int64()),
+        "shard": pa.array(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes), pa.int32()),
+        "row": pa.array(rows, pa.int32()),
     }
     return pa.table({name: columns[name] for name in PLAN_SCHEMA.names})
 

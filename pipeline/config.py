@@ -14,7 +14,7 @@ import pydantic
 import yaml
 
 from ray_distill.pipeline.composition.config_tree import ConfigError as ConfigError  # Exported here too.
-from ray_distill.pipeline.composition.config_tree import compose, default_cache
+from ray_distill.pipeline.composition.config_tree import compose, default_cache, with_default_audio
 from ray_distill.pipeline.composition.explanation import explain, for_teacher
 from ray_distill.pipeline.composition.sections import CacheSection, CorpusSection, Section, TeacherEntry, TeacherSection
 from ray_distill.pipeline.composition.teacher_entries import check_teachers, with_teacher_entries
@@ -212,14 +212,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def check_config(tree: dict[str, Any]) -> Config:
-    """Return the typed configuration of a tree of sections. A missing ``cache.path`` becomes `default_cache`.
+    """Return the typed configuration of a tree of sections, with the default places of the cache and its audio where it names none.
 
     Raises:
         ConfigError: A key is unknown or missing, or a value is wrong.
     """
     cache = tree.get("cache", {})
-    if isinstance(cache, dict) and "path" not in cache and _names_teacher_and_corpus(tree):
-        tree = tree | {"cache": cache | {"path": default_cache(tree)}}
+    if isinstance(cache, dict) and _names_teacher_and_corpus(tree):
+        tree = tree | {"cache": with_default_audio({"path": default_cache(tree)} | cache, tree["corpus"])}
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:

@@ -20,6 +20,13 @@ TeacherSpec = Annotated[
         "needs no file."
     ),
 ]
+AudioPlace = Annotated[
+    str | None,
+    typer.Option(
+        metavar="STORE",
+        help="Where the audio is now to which the cache refers. Default: the place that the cache has recorded.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Device of the teacher: cpu, cuda.")]
 
 
@@ -39,11 +46,13 @@ def verify(
     seed: Annotated[int, typer.Option(help="Random seed for choosing the utterances of --deep.")] = 0,
     teacher: TeacherSpec = None,
     device: Device = "cpu",
+    audio: AudioPlace = None,
 ) -> None:
-    """Check the files of a cache, and with --deep its features.
+    """Check the files of a cache or an audio store, and with --deep the features of a cache.
 
     Every file is compared with its commit record; --deep compares features with those of the teacher. The exit code is 1 if the
-    cache is damaged. The manifest of an intact cache is written again if it is missing, old or damaged.
+    cache is damaged. The manifest of an intact cache is written again if it is missing, old or damaged. Of audio to which
+    a cache refers only the sizes are checked; verify its store to read it.
     """
     from rich.table import Table
 
@@ -57,16 +66,18 @@ def verify(
 
     console = _console()
     check_device(device)
-    problems = verify_cache(cache, checksums=not fast)
+    problems = verify_cache(cache, checksums=not fast, audio=audio)
     for problem in problems:
         console.print(problem.text, style="red", markup=False)
     good = not problems
     if good and deep:
+        if Cache.open(cache).spec.is_audio_store:
+            raise ValueError(f"{cache} is an audio store, which no teacher made; leave --deep out")
         loaded = load_teacher(chosen_teacher(Cache.open(cache), teacher), device)
         table = Table(
             "pass", "layer", "relative error", "allowed", title=f"up to {deep} utterances compared with the teacher"
         )
-        for check in verify_deep(cache, loaded, sample=deep, seed=seed):
+        for check in verify_deep(cache, loaded, sample=deep, seed=seed, audio=audio):
             name = "clean" if check.draw is None else f"draw {check.draw}"
             style = None if check.good else "red"
             table.add_row(name, str(check.layer), f"{check.error:.4f}", f"{check.allowed:.4f}", style=style)
@@ -77,6 +88,9 @@ def verify(
             f"{cache} is not finished: {len(problems)} shard files were not committed; the command that builds it goes on from here, "
             f"and `ray-distill cache repair {cache}` builds them too"
         )
+        raise typer.Exit(1)
+    if problems and all(problem.kind == "audio" for problem in problems):
+        console.print(f"the files of {cache} itself are sound, but not the audio to which it refers")
         raise typer.Exit(1)
     if not good:
         console.print(f"{cache} is damaged; run `ray-distill cache repair {cache}` to rebuild the damaged parts")
@@ -106,17 +120,22 @@ def repair(
             help="Old and new path of the corpus folder, if it has moved since the cache was built.",
         ),
     ] = None,
+    audio: Annotated[
+        str | None,
+        typer.Option(metavar="STORE", help="New place of the audio to which the cache refers, which is then recorded."),
+    ] = None,
 ) -> None:
     """Restore damaged records from their copies, rebuild damaged or missing shards, and move unknown files to set-aside/.
 
-    Rebuilt shards have the same bytes as the originals on the same kind of machine with the same library versions.
+    Rebuilt shards have the same bytes as the originals on the same kind of machine with the same library versions. An audio store is
+    repaired alike, without a teacher.
     """
     from ray_distill.teacher_cache.device import check_device
     from ray_distill.teacher_cache.maintenance.repair import repair_cache
 
     console = _console()
     check_device(device)
-    done = repair_cache(cache, teacher, device, corpus_moved)
+    done = repair_cache(cache, teacher, device, corpus_moved, audio)
     for sentence in done:
         console.print(sentence, markup=False)
     if not done:
@@ -140,10 +159,18 @@ def derive(
         str | None,
         typer.Option(help="Folder or URI of the new cache. Default: that of CACHE, with codec and layers added."),
     ] = None,
+    audio: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORE",
+            help="Audio store, or cache with audio such as CACHE, to which the new cache refers. Default: it holds a copy of the "
+            "audio, or refers to what CACHE refers to.",
+        ),
+    ] = None,
 ) -> None:
     """Make a cache of discrete targets from the clean pass of another cache, without the teacher.
 
-    The new cache contains the audio too. Its fingerprint names the cache that it was derived from. The same command finishes an
+    Its fingerprint names the cache that it was derived from. The same command finishes an
     interrupted derivation.
     """
     from ray_distill.teacher_cache.maintenance.derive import derive_cache
@@ -155,10 +182,11 @@ def derive(
     name = f"{codec.replace(':', '-')}-layer-{'-'.join(map(str, sorted(set(layer))))}"
     place = output or f"{cache.rstrip('/')}-{name}"
     console = _console()
-    written = derive_cache(cache, place, codec, layer)
+    written = derive_cache(cache, place, codec, layer, audio=audio)
     made = Cache.open(place)
+    what = "with the audio" if made.spec.embeds_audio else "beside the audio"
     console.print(
-        f"{place}: {written} of {len(made.shards)} shards written, {cache_bytes(made) / 1e6:.1f} MB with the audio",
+        f"{place}: {written} of {len(made.shards)} shards written, {cache_bytes(made) / 1e6:.1f} MB {what}",
         markup=False,
     )
 

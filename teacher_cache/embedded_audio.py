@@ -63,8 +63,8 @@ def from_pcm(data: bytes | memoryview) -> np.ndarray:
     return np.frombuffer(data, "<i2").astype(np.float32) / np.float32(_SCALE)
 
 
-ENCODERS: dict[AudioFormat, Callable[[np.ndarray], bytes]] = {"flac": to_flac, "pcm": to_pcm}
-DECODERS: dict[AudioFormat, Callable[[bytes | memoryview], np.ndarray]] = {"flac": from_flac, "pcm": from_pcm}
+ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {"flac": to_flac, "pcm": to_pcm}
+DECODERS: dict[str, Callable[[bytes | memoryview], np.ndarray]] = {"flac": from_flac, "pcm": from_pcm}
 
 
 def _to_int16(waveform: np.ndarray) -> np.ndarray:

@@ -1,30 +1,26 @@
 """Targets for training from a finished cache, with random access: one row group per utterance."""
 
-import bisect
 import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from ray_distill.teacher_cache.codecs import ColumnCodec
-from ray_distill.teacher_cache.embedded_audio import DECODERS
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import draw_mask
-from ray_distill.teacher_cache.reading.commit_table import CommitTable
 from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
 from ray_distill.teacher_cache.reading.read_ahead import ReadAhead
-from ray_distill.teacher_cache.reading.shard_file_pool import ShardFilePool
-from ray_distill.teacher_cache.reading.split_rows import SplitRows
-from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, column_name, damage_error
-from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, Part, Targets, parts_of
+from ray_distill.teacher_cache.reading.referred_rows import ReferredRows, decoded
+from ray_distill.teacher_cache.reading.shard_rows import ShardRows
+from ray_distill.teacher_cache.storage.cache import Cache, column_name
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, Part, Targets, parts_of
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.target_batch import (
     Batch,
@@ -34,20 +30,12 @@ from ray_distill.teacher_cache.targets.target_batch import (
     symbol_layout,
 )
 
-_OPEN_FILES = 256
-"""Maximum number of idle open files on a local disk."""
-_OPEN_REMOTE_FILES = 1024
-"""The same for an object store, where opening a file takes two requests. Each footer has tens of kilobytes."""
 _LOCAL_THREADS = 16
 """Maximum default number of threads for a local disk, where they mostly decompress, outside the interpreter's lock."""
 _REMOTE_THREADS = 32
 """Default number of threads for an object store, where they mostly wait for requests."""
 _REMOTE_BATCHES = 4
 """Batches to read at a time from an object store, because a single batch of six utterances can't use all threads."""
-_OPEN_COPIES = 64
-"""The same for local copies. An open copy can't be removed when another needs its room."""
-_ROW_SLACK = 1 << 20
-"""Bytes by which a column of a row may exceed twice its planned size: its id and headers of Parquet."""
 
 
 class CacheReader:
@@ -68,6 +56,7 @@ class CacheReader:
         local: Absolute path of a folder of this node for copies of shard files; see `LocalCopies`. Whole files are then fetched
             and read from there. Default None: rows are read from the cache itself.
         local_gb: Limit on the size of that folder in units of 1e9 bytes. Default `LocalCopies`' own.
+        audio: Location of the audio that the cache refers to. Default: the recorded place.
 
     Attributes:
         cache: The opened cache.
@@ -82,13 +71,12 @@ class CacheReader:
         needs_window: Whether it must, because the local copies have room for a part of the files only.
         draws: Number of mask draws of the split. Validation uses no masks, so it has 0.
         symbols: Layout of discrete targets; None if the codec is not discrete.
-        bytes_read: Number of bytes read from shard files so far.
         read_ahead: Fetching of the files of later batches in the background; None without local copies.
         batches_at_once: Number of `read` calls that a prefetcher should keep in flight.
 
     Raises:
-        CacheError: If the cache is missing or incomplete, a file does not have its committed size, or the split, a layer or a
-            draw does not exist.
+        CacheError: If the cache or the audio to which it refers is missing or incomplete, a file does not have its committed size, or
+            the split, a layer or a draw does not exist.
 
     Example:
         >>> reader = CacheReader("caches/demo", "train")
@@ -107,6 +95,7 @@ class CacheReader:
         targets: Targets | None = None,
         local: str | Path | None = None,
         local_gb: float | None = None,
+        audio: str | None = None,
     ) -> None:
         self.cache = Cache.open(location)
         spec = self.cache.spec
@@ -124,8 +113,6 @@ class CacheReader:
         self.dim = spec.dim
         self._split = split
         self.draws: int | None = 0 if split != "train" else spec.masks.draws if draws is None else draws
-        self.bytes_read = 0
-        planned = SplitRows.of(self.cache, split)
         self._sets = {
             number: tuple(c for c in self.cache.codecs(number) if set(c.layers) & set(self.layers))
             for number, layer_set in enumerate(self.cache.layer_sets)
@@ -138,17 +125,9 @@ class CacheReader:
             for part in parts_of(spec, len(self.cache.layer_sets), split)
             if part.has_audio or (part.layer_set in self._sets and self._needs(part))
         }
-        self._commits = CommitTable(self.cache, planned, split, list(self._parts.values()))
-        # The rows of the plan that a file lacks, ascending. All others have a row group each.
-        self._absent: dict[tuple[str, int], list[int]] = {}
-        self.failed: dict[str, str] = {}
-        for part in self._parts.values():  # The part with the audio comes first, and its reason counts.
-            for (folder, shard), failed in self._commits.failed.items():
-                if folder == part.folder:
-                    ids = planned.of_shard(shard)
-                    self._absent[folder, shard] = [row for row, name in enumerate(ids) if name in failed]
-                    self.failed = failed | self.failed
-        rows = planned.without(list(self.failed))
+        width = max((codec.bytes_per_frame for codec in self._codecs), default=0)
+        self._rows = ShardRows(self.cache, split, list(self._parts.values()), width, local, local_gb)
+        rows, self.failed = self._rows.utterances, self._rows.failed
         if not len(rows.ids):
             name, reason = next(iter(self.failed.items()))
             raise CacheError(
@@ -156,19 +135,19 @@ class CacheReader:
                 f"{reason}); repair the corpus, and build the cache again"
             )
         self.ids, self.num_samples, self.num_frames = rows.ids, rows.num_samples, rows.num_frames
-        self.shards, self._rows = rows.shard, rows.row
-        remote = self.cache.store.local is None
+        self.shards = rows.shard
+        self._audio = None if spec.embeds_audio else ReferredRows(self.cache, split, rows, local, local_gb, audio)
+        remote = self.cache.store.local is None or (self._audio is not None and self._audio.is_remote)
         self.batches_at_once = _REMOTE_BATCHES if remote else 1
         default = _REMOTE_THREADS if remote else min(_LOCAL_THREADS, os.cpu_count() or 1)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads or default, "cache-reader")
-        self._local, self._local_gb = local, local_gb
-        self._copies = None if local is None else LocalCopies(local, self.cache.store, local_gb)
-        files = _OPEN_COPIES if self._copies else _OPEN_REMOTE_FILES if remote else _OPEN_FILES
-        self._open = ShardFilePool(self.cache.store, files, self._copies)
-        self.read_ahead = None if self._copies is None else ReadAhead(self._copies, self._files)
+        self._local, self._local_gb, self._audio_location = local, local_gb, audio
+        copies = self._rows.copies
+        self.read_ahead = None if copies is None else ReadAhead(self._files)
         self.prefers_window = remote
-        self.needs_window = self._copies is not None and self._commits.bytes > self._copies.limit
+        size = self._rows.bytes + (0 if self._audio is None else self._audio.bytes)
+        self.needs_window = copies is not None and size > copies.limit
 
     def _needs(self, part: Part) -> bool:
         return part.draw is None or (part.draw < (self.draws or 0) and self._targets != "clean_only")
@@ -211,13 +190,18 @@ class CacheReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self._split, self.layers, self.draws, self._threads, self._targets, self._local, self._local_gb)
-        return CacheReader, (self.cache.store.location, *arguments)
+        return CacheReader, (self.cache.store.location, *arguments, self._audio_location)
 
-    def _files(self, indices: Sequence[int], draw: int | None) -> list[CommittedFile]:
-        """Return the files that a batch is read from, each once."""
-        parts = [part for part in self._parts.values() if part.draw in (None, draw)]
-        shards = dict.fromkeys(self.shards[list(indices)].tolist())
-        return [self._commits.file(part, shard) for shard in shards for part in parts]
+    def _files(self, indices: Sequence[int], draw: int | None) -> list[tuple[LocalCopies, CommittedFile]]:
+        """Return the files that a batch is read from, each once, with the copies that fetch them."""
+        assert self._rows.copies is not None
+        files = [(self._rows.copies, file) for file in self._rows.files(indices, draw)]
+        return files if self._audio is None else files + self._audio.files(indices)
+
+    @property
+    def bytes_read(self) -> int:
+        """Number of bytes read from shard files so far."""
+        return self._rows.bytes_read + (0 if self._audio is None else self._audio.bytes_read)
 
     @property
     def split(self) -> str:
@@ -281,16 +265,14 @@ class CacheReader:
         no_features = composite or 0 not in self._sets
         first: list[Any] = []
         waveform = np.zeros(0, np.float32)
-        if audio or not no_features:
-            extra = ["audio"] if audio else []
+        embedded = audio and self._audio is None
+        if embedded or not no_features:
+            extra = ["audio"] if embedded else []
             first = self._columns(index, "clean", None, 0, extra, [] if no_features else None)
-        if audio:
-            try:
-                waveform = DECODERS[spec.audio](first.pop(0).as_buffer())
-            except ValueError as error:
-                raise self._damaged(index, ("clean", None, 0), str(error)) from error
-            if len(waveform) != self.num_samples[index]:
-                raise self._damaged(index, ("clean", None, 0), "the audio does not have the planned length")
+        if self._audio is not None and audio:
+            waveform = self._audio.waveform(index)
+        elif embedded:
+            waveform = decoded(self._rows, index, self._parts["clean", None, 0], first.pop(0))
         codes: list[np.ndarray] = []
         mask: np.ndarray | None = None
         count = int(self.num_frames[index])
@@ -328,7 +310,7 @@ class CacheReader:
         for codec, value in zip(self._sets[number], values, strict=True):
             data = np.frombuffer(value.as_buffer(), np.uint8)
             if len(data) != frames * codec.bytes_per_frame:
-                reason = f"row {self._rows[index]} does not have the planned size"
+                reason = f"row {self._rows.utterances.row[index]} does not have the planned size"
                 raise self._damaged(index, (kind, draw, number), reason)
             size = codec.bytes_per_frame
             arrays.append(data.reshape(size, frames).T if codec.planar else data.reshape(frames, size))
@@ -338,59 +320,9 @@ class CacheReader:
         self, index: int, kind: str, draw: int | None, number: int, extra: list[str], features: list[str] | None
     ) -> list[Any]:
         """Return the values of one row: the extra columns, then the feature columns (default all of the layer set)."""
-        part, shard = self._parts[kind, draw, number], int(self.shards[index])
         if features is None:
             features = [column_name(codec.layers) for codec in self._sets[number]]
-        columns = ["id", *extra, *features]
-        row = int(self._rows[index])
-        row -= bisect.bisect_left(self._absent.get((part.folder, shard), []), row)
-        for attempt in range(2):
-            file = self._commits.file(part, shard)
-            try:
-                found, *values = self._values(index, file, lambda: self._commits.shard_file(part, shard), row, columns)
-                break
-            except CacheAccessError:
-                raise
-            except (OSError, ValueError, LookupError, AttributeError, RuntimeError, pa.ArrowException) as error:
-                # The manifest may be old, or the local copy damaged.
-                if attempt or not (self._commits.refresh(part, shard) or self._open.discard(file)):
-                    if isinstance(error, CacheError):
-                        raise
-                    raise damage_error(
-                        self.cache.store, file.name, f"is damaged ({str(error).splitlines()[0]})"
-                    ) from error
-        if found != self.ids[index]:
-            raise self._damaged(
-                index, (kind, draw, number), f"it holds utterance {found!r} in place of {self.ids[index]!r}"
-            )
-        return values
-
-    def _values(
-        self, index: int, file: CommittedFile, holds: Callable[[], ShardFile], row: int, columns: list[str]
-    ) -> list[Any]:
-        """Return the values of one row group, the id as a text."""
-        with self._open.use(file, holds) as parquet:
-            self._check_size(index, parquet.metadata.row_group(row), columns)
-            table = parquet.read_row_group(row, columns=columns, use_threads=False)
-        values = [table.column(name).chunk(0)[0] for name in columns]
-        kinds = [pa.ListScalar if name == "mask" else (pa.BinaryScalar, pa.LargeBinaryScalar) for name in columns]
-        if not all(value.is_valid and isinstance(value, kind) for value, kind in zip(values, kinds, strict=True)):
-            raise ValueError("a column has another type, or no value")
-        self.bytes_read += table.nbytes
-        return [values[0].as_py(), *values[1:]]
-
-    def _check_size(self, index: int, row: pq.RowGroupMetaData, columns: list[str]) -> None:
-        """Check the size of a row before it is decompressed. ValueError if it is far larger than the planned one."""
-        planned = 2 * int(self.num_samples[index])
-        planned += int(self.num_frames[index]) * (1 + max((codec.bytes_per_frame for codec in self._codecs), default=0))
-        for number in range(row.num_columns):
-            column = row.column(number)
-            size = max(column.total_uncompressed_size, column.num_values)
-            if column.path_in_schema.partition(".")[0] in columns and size > 2 * planned + _ROW_SLACK:
-                raise ValueError(f"a row has a column of {size} bytes, but about {planned} at most were planned")
-        if row.num_rows != 1:
-            raise ValueError(f"a row group has {row.num_rows} rows instead of one")
+        return self._rows.values(index, self._parts[kind, draw, number], [*extra, *features])
 
     def _damaged(self, index: int, part: tuple[str, int | None, int], reason: str) -> CacheError:
-        file = self._commits.file(self._parts[part], int(self.shards[index]))
-        return damage_error(self.cache.store, file.name, f"is damaged ({reason})")
+        return self._rows.damaged(index, self._parts[part], reason)

@@ -91,6 +91,9 @@ class ConfigTree:
             )
         if "corpus" in keys:
             self._drop_caches_of_teachers()
+            if self.source_of("cache.audio_path") not in (None, COMMAND_LINE):
+                del self.tree["cache"]["audio_path"]
+                self.sources.pop("cache.audio_path", None)
 
     def _drop_caches_of_teachers(self) -> None:
         """Drop the paths of the caches of several teachers, unless they are from the command line."""
@@ -241,9 +244,18 @@ def default_cache(tree: dict[str, Any]) -> str:
     Args:
         tree: Sections with the keys ``teacher.checkpoint`` and ``corpus.path``.
     """
-    corpus = tree["corpus"]
-    parts = [_last_part(str(tree["teacher"]["checkpoint"])), _last_part(str(corpus["path"]))]
-    parts += [str(name) for name in corpus.get("train_splits") or ()]
+    return _in_caches(_last_part(str(tree["teacher"]["checkpoint"])), tree["corpus"])
+
+
+def with_default_audio(cache: dict[str, Any], corpus: dict[str, Any]) -> dict[str, Any]:
+    """Return a section ``cache`` with the place of its audio, ``caches/audio-CORPUS``, if it needs one and names none."""
+    if cache.get("audio") != "store" or cache.get("audio_path") is not None:
+        return cache
+    return cache | {"audio_path": _in_caches("audio", corpus)}
+
+
+def _in_caches(name: str, corpus: dict[str, Any]) -> str:
+    parts = [name, _last_part(str(corpus["path"])), *map(str, corpus.get("train_splits") or ())]
     return "caches/" + re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
 
 

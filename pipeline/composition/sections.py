@@ -95,8 +95,12 @@ class CacheSection(Section):
     precision: Annotated[Precision | None, SAME_IN_ABLATION] = None
     """Precision of the teacher's forward passes; ``fp16`` needs GPUs. None takes the precision of an existing cache, or else
     ``fp16`` on GPUs and ``fp32`` on CPUs."""
-    audio: Annotated[Literal["flac", "pcm"], SAME_IN_ABLATION] = "flac"
-    """Storage format of the audio: ``flac`` (smaller) or ``pcm`` (faster to read)."""
+    audio: Annotated[Literal["flac", "pcm", "store"], SAME_IN_ABLATION] = "flac"
+    """Storage of the audio: ``flac`` (smaller) or ``pcm`` (faster to read) in the cache itself, or ``store``: once for any number of
+    caches, in ``audio_path``. The cache then refers to it by its fingerprint."""
+    audio_path: Annotated[str | None, CHANGES_NO_RESULT, SAME_IN_ABLATION] = None
+    """Folder or URI of the audio with ``audio`` ``store``: an audio store, which the cache stage builds if nothing is there, or a
+    cache that holds the audio of the same corpus. A configuration that names none takes ``caches/audio-CORPUS``."""
     shard_minutes: Annotated[float | None, SAME_IN_ABLATION] = pydantic.Field(default=None, gt=0)
     """Minutes of audio per shard, the unit of work, retry and resume. None takes those of an existing cache, or else 10, and for more
     than 1,000 h of audio a minute per 100 h, but at most 60."""
@@ -131,6 +135,12 @@ class CacheSection(Section):
         """Whether the location does not depend on a process's working directory."""
         return "://" in self.path or Path(self.path).is_absolute()
 
+    @property
+    def audio_location(self) -> str | None:
+        """Absolute path of the audio, or its URI; None if it is in the cache itself."""
+        path = self.audio_path
+        return path if path is None or "://" in path else str(Path(path).absolute())
+
     @pydantic.field_validator("max_failed")
     @classmethod
     def _whole(cls, value: float) -> float:
@@ -146,6 +156,14 @@ class CacheSection(Section):
         return path
 
     @pydantic.model_validator(mode="after")
+    def _place_of_audio(self) -> Self:
+        if self.audio_path is not None and self.audio != "store":
+            raise ValueError(
+                f"cache.audio_path does nothing with cache.audio {self.audio}; set cache.audio=store, or remove it"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _limit_has_a_folder(self) -> Self:
         if self.local_gb is not None and self.local is None:
             raise ValueError(
@@ -153,7 +171,7 @@ class CacheSection(Section):
             )
         return self
 
-    @pydantic.field_validator("path", mode="before")
+    @pydantic.field_validator("path", "audio_path", mode="before")
     @classmethod
     def _text(cls, path: Any) -> Any:
         return str(path) if isinstance(path, Path) else path

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ray_distill.pipeline.composition.config_tree import default_cache
+from ray_distill.pipeline.composition.config_tree import default_cache, with_default_audio
 from ray_distill.pipeline.composition.sections import TeacherEntry
 from ray_distill.student.training.train_settings import TrainSettings
 
@@ -47,11 +47,14 @@ def _filled(entry: dict[str, Any], common: dict[str, Any], tree: dict[str, Any])
     if isinstance(cache, str):
         cache = {"path": cache}
     if isinstance(cache, dict):
-        cache = common | cache
+        own = cache.get("audio", "store") != "store"  # Then the common place of the audio is not for this cache.
+        cache = {key: value for key, value in common.items() if not (own and key == "audio_path")} | cache
         if "path" not in cache:
             complete = "checkpoint" in entry and isinstance(corpus, dict) and corpus.get("path")
             # Without its teacher or its corpus the configuration is refused for that alone.
             cache["path"] = default_cache({"teacher": entry, "corpus": corpus}) if complete else "caches"
+        if isinstance(corpus, dict) and corpus.get("path"):
+            cache = with_default_audio(cache, corpus)
     named = {"objective": {"objective": objective}} if isinstance(objective, str) else {}
     return entry | {"cache": cache} | named
 

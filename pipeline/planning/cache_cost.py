@@ -57,7 +57,7 @@ class CostPlan:
         draws: Number of mask draws.
         masked_fraction: Fraction of masked frames, from the masks of a sample of utterances; 0 without draws.
         bytes_per_frame: Size of a frame of all layers of one pass, by codec.
-        audio_bytes: Size of the audio in the cache.
+        audio_bytes: Size of the audio, in the cache or where it refers to.
         audio_per_second: Seconds of audio per second that one teacher processes on ``device`` in one pass.
         device: Device of that measurement.
         spec: Specification of the cache that is needed.
@@ -79,13 +79,14 @@ class CostPlan:
     there_bytes: int
 
     def total_bytes(self, codec: str, targets: Targets) -> float:
-        """Return the size of the whole cache for a codec and a choice of targets."""
+        """Return the size of the whole cache for a codec and a choice of targets, without audio that it refers to."""
         passes = {
             "clean_only": 1.0,
             "clean_and_masked": 1 + self.draws * (1 - self.masked_fraction),
             "composite_only": float(self.draws or 1),
         }[targets]
-        return self.audio_bytes + self.frames * self.bytes_per_frame[codec] * passes
+        held = self.audio_bytes if self.spec.embeds_audio else 0.0
+        return held + self.frames * self.bytes_per_frame[codec] * passes
 
     @property
     def bytes_per_epoch(self) -> float:
@@ -199,7 +200,8 @@ def cost_table(plan: CostPlan) -> Table:
     """Return a table of the sizes of the cache by codec and targets; an arrow marks the configured ones."""
     spec = plan.spec
     draws = f", with {plan.draws} mask draws" if plan.draws else ""
-    table = Table(title=f"estimated size of the cache{draws}", show_lines=False)
+    beside = "" if spec.embeds_audio else ", beside the audio"
+    table = Table(title=f"estimated size of the cache{draws}{beside}", show_lines=False)
     table.add_column("codec")
     for targets in _TARGETS:
         table.add_column(targets, justify="right", no_wrap=True)
@@ -225,7 +227,8 @@ def cost_lines(plan: CostPlan) -> list[str]:
     duration = f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.2g} min"
     return [
         f"{plan.hours:.2f} h, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, {plan.draws} mask draws "
-        f"({plan.masked_fraction:.0%} masked), {spec.codec}: about {plan.total_bytes(spec.codec, spec.targets) / 1e9:.2f} GB, "
+        f"({plan.masked_fraction:.0%} masked), {spec.codec}: about {plan.total_bytes(spec.codec, spec.targets) / 1e9:.2f} GB"
+        f"{'' if spec.embeds_audio else f' beside {plan.audio_bytes / 1e9:.2f} GB of audio'}, "
         f"{plan.bytes_per_epoch / 1e9:.2f} GB read per epoch" + (f"; {subset}" if subset else ""),
         f"{plan.teacher_passes} teacher passes: about {duration} on one {plan.device} "
         f"({plan.audio_per_second:.0f} s of audio per second, measured now); this pays off after {plan.pays_after} epochs, compared "

@@ -16,11 +16,14 @@ from ray_distill.pipeline.initialise import tensors_of_student
 from ray_distill.pipeline.ray_session import counted, missing_gpus
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
+from ray_distill.pipeline.stages.audio import audio_places
 from ray_distill.pipeline.stages.index import split_table
 from ray_distill.pipeline.stages.run import TeacherRun, check_frame_rates
 from ray_distill.student import Student
+from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holder
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
+from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import Teacher
 from ray_distill.teacher_cache.teachers.header import hub_model_of, load_header
 from ray_distill.teacher_cache.teachers.hub.hub_model import HubModel
@@ -96,8 +99,13 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
         "index": _index_action(folder),
         "plan": "estimate the size of the cache" if cached else "check the lengths of the utterances",
         "cache": "; ".join(
-            f"{label.lstrip()}: {_cache_action(part.config, cache, header)}".removeprefix(": ")
-            for label, part, header, cache in parts
+            [
+                *(_audio_action(run) if cached else []),
+                *(
+                    f"{label.lstrip()}: {_cache_action(part.config, cache, header)}".removeprefix(": ")
+                    for label, part, header, cache in parts
+                ),
+            ]
         ),
         "train": _train_action(folder, config),
         "export": f"{'update' if folder.export.is_dir() else 'write'} {folder.export}",
@@ -128,7 +136,20 @@ def _facts_of(run: Run, header: Teacher | None) -> str:
 
 
 def _cache_facts(run: Run) -> str:
-    return f"{run.config.cache.location}: {run.config.cache.codec}, {run.config.cache.targets}"
+    audio = run.config.cache.audio_location
+    beside = "" if audio is None else f", audio at {audio}"
+    return f"{run.config.cache.location}: {run.config.cache.codec}, {run.config.cache.targets}{beside}"
+
+
+def _audio_action(run: Run) -> list[str]:
+    """Say where the audio of the caches is, or that it would be stored."""
+    actions = []
+    for place in audio_places(run):
+        if not Cache.exists(store := Store(place)):
+            actions.append(f"store the audio at {place}")
+        else:
+            actions.append(f"{'finish' if open_holder(store).missing(AUDIO_ONLY) else 'reuse'} the audio at {place}")
+    return actions
 
 
 def _teacher_facts(run: Run, header: Teacher | None) -> str:
@@ -209,7 +230,11 @@ def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) 
         "targets": config.cache.targets,
         "batch_seconds": config.cache.batch_seconds,
         "audio": config.cache.audio,
+        "audio_store": None,
     }
+    if (place := config.cache.audio_location) is not None:
+        there = open_holder(place).spec if Cache.exists(Store(place)) else cache.spec
+        values["audio_store"] = there.audio_fingerprint
     if teacher is not None:
         layers = config.teacher.layers or range(1, teacher.num_layers + 1)
         values |= {"num_layers": teacher.num_layers, "dim": teacher.dim, "layers": tuple(layers)}

@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.ray_session import counted, init_ray, quiet_ray, require_resources
+from ray_distill.pipeline.stages.audio import check_audio, store_audio
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.teacher_cache.build.build_cache import Progress, build_cache
 from ray_distill.teacher_cache.build.shard_workers import Workers
@@ -24,6 +25,8 @@ _SHOWN_PROBLEMS = 3
 def cache_targets(run: Run) -> None:
     """Build the cache, or add the layers and mask draws that it lacks. The caches of several teachers are built one after another.
 
+    The audio to which caches refer is stored first.
+
     Raises:
         ConfigError: A teacher can't run at the cache's precision, or Ray has no resources for its workers.
         CacheError: A cache was made for something else, or can't be built.
@@ -31,6 +34,7 @@ def cache_targets(run: Run) -> None:
     if run.config.train.targets == "online":
         run.say("cache   targets are online: skipped")
         return
+    store_audio(run)
     for part in run.parts:
         with part.named():
             _cache_targets(part)
@@ -65,6 +69,7 @@ def _cache_targets(run: Run) -> None:
                 workers=Workers(settings.actors, settings.gpus_per_actor, settings.cpus_per_actor),
                 max_failed=settings.max_failed,
                 on_progress=show,
+                audio=settings.audio_location,
             )
         detail = (
             f"{counted(report.written, 'shard')} written in {report.elapsed:.0f} s "
@@ -72,8 +77,8 @@ def _cache_targets(run: Run) -> None:
         ) + (f", {report.reused} reused" if report.reused else "")
     size = cache_bytes(Cache.open(run.cache))
     run.say(
-        f"cache   {detail}: {size / 1e6:.1f} MB, {size / run.seconds / 1e3:.1f} kB per second of audio, "
-        f"at {run.cache.location}"
+        f"cache   {detail}: {size / 1e6:.1f} MB, {size / run.seconds / 1e3:.1f} kB per second of audio"
+        f"{'' if settings.audio_location is None else ' beside it'}, at {run.cache.location}"
     )
     _list_failed(run, failed_utterances(Cache.open(run.cache), run.spec))
 
@@ -101,6 +106,10 @@ def check_cache(run: Run) -> None:
     """
     for part in run.parts:
         _check_cache(part)
+    if problems := check_audio(run):
+        more = len(problems) - _SHOWN_PROBLEMS
+        others = f" and {counted(more, 'more problem')}" if more > 0 else ""
+        raise CacheError(f"{'; '.join(problem.text for problem in problems[:_SHOWN_PROBLEMS])}{others}")
 
 
 def _check_cache(run: Run) -> None:

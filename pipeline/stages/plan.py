@@ -3,6 +3,7 @@
 import math
 import os
 from bisect import bisect
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,9 +11,11 @@ import torch
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.planning.cache_cost import CostPlan, cost_lines, cost_table, plan_cost
 from ray_distill.pipeline.ray_session import counted, owns_ray
+from ray_distill.pipeline.stages.audio import audio_places
 from ray_distill.pipeline.stages.run import Run, TeacherRun
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 
 
@@ -29,6 +32,7 @@ def plan_cache(run: Run) -> None:
         with part.named():
             costs.append(_plan_cache(part, needed))
     planned = [cost for cost in costs if cost is not None]
+    _plan_audio(run, planned, needed)
     if len(planned) > 1:
         size = sum(cost.total_bytes(cost.spec.codec, cost.spec.targets) for cost in planned)
         read, hours = sum(cost.bytes_per_epoch for cost in planned), sum(cost.teacher_hours for cost in planned)
@@ -36,6 +40,33 @@ def plan_cache(run: Run) -> None:
             f"plan    the {len(planned)} caches: about {size / 1e9:.2f} GB, {read / 1e9:.2f} GB read per epoch, {hours:.2g} h of "
             "teacher time one after another"
         )
+
+
+def _plan_audio(run: Run, planned: Sequence[CostPlan], needed: dict[int, int]) -> None:
+    """Print the size of the audio that is to be stored for the caches of a run, once for all of them.
+
+    Args:
+        run: The run.
+        planned: Cost of each cache that is to be built.
+        needed: Bytes by disk that the caches need.
+
+    Raises:
+        ConfigError: The disk is too small.
+    """
+    sizes = [cost.audio_bytes for cost in planned if not cost.spec.embeds_audio]
+    for place in audio_places(run) if sizes else []:
+        store = Store(place)
+        if Cache.exists(store):
+            run.say(f"plan    the audio is at {place}")
+            continue
+        size, free = max(sizes), store.free_bytes()
+        run.say(f"plan    the audio, stored once: about {size / 1e9:.2f} GB at {place}")
+        needed[store.disk()] = needed.get(store.disk(), 0) + round(size)
+        if free is not None and needed[store.disk()] > free:
+            raise ConfigError(
+                f"cache.audio_path: {place} has {free / 1e9:.1f} GB free, but the audio and the caches need about "
+                f"{needed[store.disk()] / 1e9:.1f} GB more; choose another disk"
+            )
 
 
 def _plan_cache(run: Run, needed: dict[int, int]) -> CostPlan | None:

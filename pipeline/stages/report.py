@@ -162,7 +162,9 @@ def _phones(run: Run, utterance: str) -> Sequence[str]:
 
 def _validation_reader(run: Run) -> TargetReader:
     if run.config.train.targets == "cached":
-        return CacheReader(run.main.cache.location, "validation", run.layers)
+        main = run.main
+        audio = main.config.cache.audio_location
+        return CacheReader(main.cache.location, "validation", run.layers, audio=audio)
     members = run.utterances.of_split("validation")
     return OnlineReader(members, run.teacher, run.config.masks, run.layers, precision=run.precision)
 

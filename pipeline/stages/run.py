@@ -21,6 +21,7 @@ from ray_distill.pipeline.corpus.hub_dataset import dataset_of_run, download_dat
 from ray_distill.pipeline.corpus.index import CorpusIndex
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
+from ray_distill.pipeline.stages.run_audio import audio_spec_of, shard_seconds_of
 from ray_distill.pipeline.stages.run_teacher import keep_checkpoint, other_commit, run_checkpoint
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import saved_step
@@ -28,7 +29,7 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
-from ray_distill.teacher_cache.storage.shard_plan import Utterances, default_shard_seconds
+from ray_distill.teacher_cache.storage.shard_plan import Utterances
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import Teacher, is_path, load_teacher, split_options
 
@@ -61,6 +62,8 @@ class Run:
         teacher_path = split_options(config.teacher.checkpoint)[1]
         refuse_relative("runs", config.runs, config.runs.is_absolute())
         refuse_relative("cache.path", config.cache.path, config.cache.is_absolute)
+        if (audio := config.cache.audio_path) is not None:
+            refuse_relative("cache.audio_path", audio, audio == config.cache.audio_location)
         if (start := config.train.init_from) is not None:
             refuse_relative("train.init_from", start, Path(start).is_absolute())
         corpus = config.corpus.path
@@ -223,6 +226,7 @@ class Run:
                     "cache.path to another folder"
                 )
             corpus = known_fingerprint(found, self.corpus)
+        audio = self.audio_spec
         return CacheSpec(
             teacher=teacher,
             num_layers=self.teacher.num_layers,
@@ -232,22 +236,17 @@ class Run:
             codec=cache.codec,
             targets=cache.targets,
             corpus=corpus,
-            shard_seconds=self._shard_seconds,
+            shard_seconds=shard_seconds_of(cache, audio, self.seconds),
             batch_seconds=cache.batch_seconds,
             precision=self.precision,
             audio=cache.audio,
+            audio_store=None if audio is None else audio.audio_fingerprint,
         )
 
-    @property
-    def _shard_seconds(self) -> float:
-        minutes = self.config.cache.shard_minutes
-        if minutes is not None:
-            return minutes * 60
-        return (
-            Cache.open(self.cache).spec.shard_seconds
-            if Cache.exists(self.cache)
-            else default_shard_seconds(self.seconds)
-        )
+    @cached_property
+    def audio_spec(self) -> CacheSpec | None:
+        """Specification of what the run's cache refers to for its audio; None if the cache holds it. See `audio_spec_of`."""
+        return audio_spec_of(self.config.cache, self.whole.corpus if isinstance(self, TeacherRun) else self.corpus)
 
     @cached_property
     def precision(self) -> Precision:

@@ -49,7 +49,7 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
     if job["teachers"]:
         return several_readers([TeacherCache(**one) for one in job["teachers"]], masks, fresh=fresh)
     if job["settings"]["targets"] == "cached":
-        copies = {"local": job["local"], "local_gb": job["local_gb"]}
+        copies = {key: job[key] for key in ("local", "local_gb", "audio")}
         draws, targets = job["masks"]["draws"], job["cache_targets"]
         reader = CacheReader(job["cache"], "train", layers, draws, targets=targets, **copies)
         validation = CacheReader(job["cache"], "validation", layers, **copies)
@@ -195,6 +195,7 @@ def train_on_ray(
     masks: MaskDraws,
     utterances: list[Utterance],
     cache_targets: Targets | None = None,
+    audio: str | None = None,
     local: str | None = None,
     local_gb: float | None = None,
     precision: Precision = "fp32",
@@ -217,6 +218,7 @@ def train_on_ray(
         utterances: Utterances of both splits; only used with online targets.
         cache_targets: Targets to read or compute, as `CacheSpec.targets`. Default: those that the cache was made for, and
             ``clean_and_masked`` online.
+        audio: Location of the audio that the cache refers to. Default: the place that it has recorded.
         local, local_gb: Folder of each node for copies of the cache's files, and its limit, as for `CacheReader`. Default: none.
         precision: Precision of the teacher's arithmetic; only used with online targets. Default: ``fp32``.
         initial: As for `training_loop.train`.
@@ -242,6 +244,7 @@ def train_on_ray(
         "layers": layers,
         "cache": cache,
         "cache_targets": cache_targets,
+        "audio": audio,
         "local": local,
         "local_gb": local_gb,
         "precision": precision,

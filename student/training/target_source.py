@@ -39,12 +39,14 @@ class TeacherCache:
         cache: Location of the cache.
         layers: Layers to learn from.
         targets: Targets to read, as `CacheSpec.targets`.
+        audio: Location of the audio that the cache refers to. Default: the recorded place.
     """
 
     name: str
     cache: str
     layers: tuple[int, ...]
     targets: Targets
+    audio: str | None = None
 
 
 def cached_source(reader: CacheReader, fresh_masks: MaskDraws | None = None) -> TargetSource:
@@ -105,9 +107,11 @@ def several_readers(
     Raises:
         CacheError: A cache lacks something, or two don't fit together; see `SeveralCaches`.
     """
-    by_name = {t.name: CacheReader(t.cache, "train", t.layers, masks.draws, targets=t.targets) for t in teachers}
+    by_name = {
+        t.name: CacheReader(t.cache, "train", t.layers, masks.draws, targets=t.targets, audio=t.audio) for t in teachers
+    }
     train = SeveralCaches(by_name)
-    validation = SeveralCaches({t.name: CacheReader(t.cache, "validation", t.layers) for t in teachers})
+    validation = SeveralCaches({t.name: CacheReader(t.cache, "validation", t.layers, audio=t.audio) for t in teachers})
     drawn = masks if fresh else None
     source = several_sources({name: cached_source(reader, drawn) for name, reader in by_name.items()})
     if fresh:

@@ -2,10 +2,11 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -15,6 +16,7 @@ from ray_distill.memory import ran_out_of_memory
 from ray_distill.teacher_cache.build.codec_fit import fit_codec_to_corpus
 from ray_distill.teacher_cache.build.shard_workers import Workers, ray_errors_as_cache_errors, records_of
 from ray_distill.teacher_cache.codecs import is_learned
+from ray_distill.teacher_cache.reading.audio_place import check_holds, open_holder, recorded_place
 from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
 from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, write_build_statistics
 from ray_distill.teacher_cache.storage.cache import Cache, check_location, derived_error
@@ -27,7 +29,7 @@ from ray_distill.teacher_cache.storage.failed_utterances import (
     too_many_error,
 )
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
-from ray_distill.teacher_cache.storage.shard_plan import Shards, with_sources
+from ray_distill.teacher_cache.storage.shard_plan import Shard, Shards, Utterances, with_sources
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -90,6 +92,7 @@ def build_cache(
     workers: Workers | None = Workers(),
     max_failed: float = DEFAULT_MAX_FAILED,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    audio: str | None = None,
 ) -> BuildReport:
     """Create, resume or extend a cache: write all files that the specification needs and that are missing.
 
@@ -104,6 +107,8 @@ def build_cache(
         max_failed: Number of utterances that may fail, or below 1 their share, at least 3 utterances; 0 allows none. The cache
             lacks an utterance that failed, and its commits record the reason; see `failed_utterances`. Default 0.001.
         on_progress: Called after every shard.
+        audio: Location of the finished audio store, or of the cache with audio, that the cache refers to. A new cache with ``audio``
+            ``store`` needs it. Default: what an existing cache has recorded.
 
     Returns:
         Numbers of shards and times of this build.
@@ -120,12 +125,16 @@ def build_cache(
     check_location(store)
     with cache_lock(store) as check_lock:
         store.remove_leftovers()
-        cache = _create_or_grow(store, spec, plan, teacher_spec, teacher_name, workers, max_failed, check_lock)
+        cache = _create_or_grow(store, spec, plan, teacher_spec, teacher_name, workers, max_failed, audio, check_lock)
         remove_unused_states(cache)
         # The corpus may have moved since the cache was created. The identity of each file shows that it is the same.
         shards = Shards(with_sources(cache.plan, plan))
         manifest = take_manifest(store) if cache.missing() else None
-        report = _write_missing(cache, shards, teacher_spec, workers, max_failed, on_progress, check_lock)
+
+        def records(todo: list[Shard], allowed: int) -> Generator[dict[str, Any], None, None]:
+            return records_of(cache, todo, teacher_spec, workers, allowed, audio)
+
+        report = write_missing(cache, shards, records, workers, max_failed, on_progress, check_lock)
         if report.written or not store.size(MANIFEST):
             update_manifest(cache, manifest)
         store.remove_leftovers()
@@ -140,9 +149,11 @@ def _create_or_grow(
     teacher_name: str,
     workers: Workers | None,
     max_failed: float,
+    audio: str | None,
     check_lock: Callable[[], None],
 ) -> Cache:
     if not Cache.exists(store):
+        place = None if spec.embeds_audio else _place_of_audio(store, spec, plan, audio)
         state = _fit(spec, spec.layers, plan, teacher_spec, workers, max_failed)
         check_lock()
         return create_cache(
@@ -153,6 +164,7 @@ def _create_or_grow(
             teacher_spec=teacher_spec,
             state=state,
             threads=torch.get_num_threads() if workers is None else workers.cpus_per_actor,
+            audio_path=place,
         )
     cache = Cache.open(store)
     covered = cache.covers(spec)
@@ -164,6 +176,22 @@ def _create_or_grow(
     state = _fit(spec, new, plan, teacher_spec, workers, max_failed) if new else {}
     check_lock()
     return grow_cache(cache, spec, state)
+
+
+def _place_of_audio(store: Store, spec: CacheSpec, plan: pa.Table, audio: str | None) -> str:
+    """Return the place of the audio for the record of a new cache, after checking that the audio of its utterances is there."""
+    if audio is None:
+        raise CacheError(
+            f"a new cache at {store.location} without audio needs the place of its audio; set cache.audio_path"
+        )
+    holder = open_holder(audio)
+    if holder.spec.audio_fingerprint != spec.audio_fingerprint:
+        raise CacheError(
+            f"the cache at {audio} does not hold the audio with the fingerprint {spec.audio_fingerprint[:12]}... that the cache at "
+            f"{store.location} shall refer to; set cache.audio_path to the place that does"
+        )
+    check_holds(holder, Utterances(plan), store.location)
+    return recorded_place(store, holder.store)
 
 
 def _fit(
@@ -208,16 +236,25 @@ def _fit_failure(error: Exception) -> str:
     return str(error)
 
 
-def _write_missing(
+def write_missing(
     cache: Cache,
     shards: Shards,
-    teacher_spec: str,
+    records_of: Callable[[list[Shard], int], Generator[dict[str, Any], None, None]],
     workers: Workers | None,
     max_failed: float,
     on_progress: Callable[[Progress], None],
     check_lock: Callable[[], None],
 ) -> BuildReport:
-    """Write all files without a commit record."""
+    """Write all files of a cache without a commit record. Call it only while holding the lock of the cache.
+
+    Args:
+        cache: The cache.
+        shards: Its shards, with the present addresses of their audio.
+        records_of: Function that writes the missing files of shards and yields the record of each, as `ShardWriter.write` returns it,
+            given the maximum number of failed utterances of a shard.
+        workers, max_failed, on_progress: As for `build_cache`.
+        check_lock: Raises CacheError if the lock was lost.
+    """
     started = time.monotonic()
     missing = cache.missing()
     todo = [shard for shard in shards if shard.number in missing]
@@ -232,7 +269,7 @@ def _write_missing(
     failed_shards: list[int] = []
     teacher_time = TeacherTime()
     # Closing stops the actors, so that none of them writes after the lock is released.
-    with closing(records_of(cache, todo, teacher_spec, workers, allowed)) as records:
+    with closing(records_of(todo, allowed)) as records:
         for record in records:
             check_lock()
             if record.get("refused"):
@@ -277,9 +314,9 @@ def _write_missing(
     return BuildReport(written, len(finished), elapsed, seconds, busy)
 
 
-def raise_failures(failures: list[str]) -> None:
-    """Raise CacheError with the first few of some failures, if there are any."""
+def raise_failures(failures: list[str], doing: str = "caching") -> None:
+    """Raise CacheError with the first few of some failures, if there are any, and what was being done."""
     if failures:
         count = "1 failure" if len(failures) == 1 else f"{len(failures)} failures"
         more = f" and {len(failures) - _SHOWN_FAILURES} more" if len(failures) > _SHOWN_FAILURES else ""
-        raise CacheError(f"{count} while caching: {'; '.join(failures[:_SHOWN_FAILURES])}{more}")
+        raise CacheError(f"{count} while {doing}: {'; '.join(failures[:_SHOWN_FAILURES])}{more}")

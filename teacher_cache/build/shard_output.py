@@ -41,12 +41,11 @@ class ShardOutput:
         self._audio = audio.embedded if part.has_audio else None
         fields = [pa.field("id", pa.string(), nullable=False)]
         if self._audio is not None:
-            fields += [
-                pa.field("num_samples", pa.int64(), nullable=False),
-                pa.field("num_frames", pa.int64(), nullable=False),
-                pa.field("audio", pa.large_binary(), nullable=False),
-            ]
-        if part.kind != "clean":
+            fields.append(pa.field("num_samples", pa.int64(), nullable=False))
+            if part.kind != "audio":  # An audio store is not for one teacher, which would count the frames.
+                fields.append(pa.field("num_frames", pa.int64(), nullable=False))
+            fields.append(pa.field("audio", pa.large_binary(), nullable=False))
+        if part.draw is not None:
             fields.append(pa.field("mask", pa.list_(pa.field("element", pa.bool_(), nullable=False)), nullable=False))
         compression = {field.name: "none" for field in fields}
         for codec in codecs:
@@ -75,7 +74,8 @@ class ShardOutput:
             values: list[Any] = [self._shard.utterances[row].id]
             kept = frames
             if self._audio is not None:
-                values += [self._shard.utterances[row].num_samples, frames, self._audio[row]]
+                counts = [] if self.part.kind == "audio" else [frames]
+                values += [self._shard.utterances[row].num_samples, *counts, self._audio[row]]
             if masks is not None:
                 values.append(masks[b, :frames])
                 if self.part.kind == "masked":

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_distill.memory import memory_named, ran_out_of_memory
-from ray_distill.teacher_cache.build.shard_audio import ShardAudio, load_shard_audio
+from ray_distill.teacher_cache.build.shard_audio import ReferredAudio, ShardAudio, load_shard_audio
 from ray_distill.teacher_cache.build.shard_writer import ShardWriter, open_writer, shard_from_json, shard_to_json
 from ray_distill.teacher_cache.embedded_audio import to_pcm
 from ray_distill.teacher_cache.storage.cache import Cache
@@ -115,7 +115,12 @@ class ShardWriterActor:
 
 
 def records_of(
-    cache: Cache, shards: Sequence[Shard], teacher_spec: str, workers: Workers | None, max_failed: int
+    cache: Cache,
+    shards: Sequence[Shard],
+    teacher_spec: str,
+    workers: Workers | None,
+    max_failed: int,
+    audio: str | None = None,
 ) -> Generator[dict[str, Any], None, None]:
     """Write the missing files of shards, and yield the record of each as it is finished; see `ShardWriter.write`.
 
@@ -125,37 +130,53 @@ def records_of(
         teacher_spec: Specification of the teacher for `load_teacher`.
         workers: Ray Data actors. None writes in this process.
         max_failed: Maximum number of failed utterances of a shard.
+        audio: Where the audio is that the cache refers to. Default: the recorded place.
 
     Raises:
-        CacheError: If a worker failed too often.
+        CacheError: If a worker failed too often, or there is no such audio.
     """
     if not shards:
         return
+    referred = None if cache.spec.embeds_audio else ReferredAudio(cache, audio)
     if workers is None:
         with open_writer(cache, teacher_spec, max_failed=max_failed) as writer:
             for shard in shards:
-                yield writer.write(shard)
+                yield writer.write(shard, load_shard_audio(cache, shard, referred))
         return
     with ray_errors_as_cache_errors():
         for begin in range(0, len(shards), _SHARDS_AT_ONCE):
-            yield from _records_on_ray(
-                cache.store.location, shards[begin : begin + _SHARDS_AT_ONCE], teacher_spec, workers, max_failed
-            )
+            some = shards[begin : begin + _SHARDS_AT_ONCE]
+            yield from _records_on_ray(cache.store.location, some, teacher_spec, workers, max_failed, referred)
 
 
-def _records_on_ray(
-    location: str, shards: Sequence[Shard], teacher_spec: str, workers: Workers, max_failed: int
-) -> Iterator[dict[str, Any]]:
+def quiet_ray_data() -> None:
+    """Keep Ray Data from printing progress bars and plans."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 
+
+def _records_on_ray(
+    location: str,
+    shards: Sequence[Shard],
+    teacher_spec: str,
+    workers: Workers,
+    max_failed: int,
+    referred: ReferredAudio | None,
+) -> Iterator[dict[str, Any]]:
+    import ray.data
+
+    quiet_ray_data()
+    holder = None if referred is None else referred.location
+
     def decode(row: dict[str, Any]) -> dict[str, Any]:
         shard = shard_from_json(row["shard"])
         try:
-            decoded = load_shard_audio(Cache.open(location), shard)
+            cache = Cache.open(location)
+            elsewhere = None if holder is None else ReferredAudio(cache, holder, {shard.number: row["numbers"]})
+            decoded = load_shard_audio(cache, shard, elsewhere)
         except (ValueError, OSError) as error:
             decoded = ShardAudio([], [], {}, f"shard {shard.number}: {error}")
         return {
@@ -166,9 +187,11 @@ def _records_on_ray(
             "problem": decoded.problem,
         }
 
-    dataset = ray.data.from_items(
-        [{"shard": shard_to_json(shard)} for shard in shards], override_num_blocks=len(shards)
-    ).map(decode, num_cpus=1)
+    items = [
+        {"shard": shard_to_json(shard), "numbers": [] if referred is None else referred.numbers(shard)}
+        for shard in shards
+    ]
+    dataset = ray.data.from_items(items, override_num_blocks=len(shards)).map(decode, num_cpus=1)
     yield from dataset.map_batches(
         ShardWriterActor,
         fn_constructor_args=(location, teacher_spec, workers.device, max_failed),

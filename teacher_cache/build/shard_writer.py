@@ -229,7 +229,7 @@ class ShardWriter:
                     coded, failed = _encoded(codec, frames_NLD[:, positions], kept)
                     codes.append(coded.cpu().numpy())
                     output.fail({ids[b]: reason for b, reason in failed.items()})
-                if output.part.has_audio:
+                if output.part.leads:
                     for other in outputs:
                         other.fail(output.failed)
             encoded.append((codes, None if output.part.kind == "clean" or mask is None else mask.cpu().numpy()))

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ray_distill.teacher_cache.build.codec_fit import HELD_OUT, sample_order
-from ray_distill.teacher_cache.build.shard_audio import load_shard_audio
+from ray_distill.teacher_cache.build.shard_audio import ReferredAudio, ShardAudio, load_shard_audio
 from ray_distill.teacher_cache.build.shard_output import open_output
 from ray_distill.teacher_cache.codecs import fit_codec, is_discrete, sample_frames
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.reading.audio_place import check_holds, holder_of, open_holder, recorded_place
 from ray_distill.teacher_cache.reading.commit_manifest import take_manifest, update_manifest
 from ray_distill.teacher_cache.storage.cache import Cache, check_location
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
@@ -32,11 +33,12 @@ def derive_cache(
     layers: Sequence[int],
     *,
     on_progress: Callable[[int, int], None] = lambda done, shards: None,
+    audio: str | None = None,
 ) -> int:
     """Write a cache of the clean pass of another cache's layers, encoded with another codec, or finish an interrupted one.
 
-    The codec is fitted to the source's decoded features, whose errors it inherits. The audio is copied. The new cache has the teacher,
-    the corpus and the plan of the source, whose fingerprint is part of its identity.
+    The codec is fitted to the source's decoded features, whose errors it inherits. The new cache has the teacher, the corpus and the
+    plan of the source, whose fingerprint is part of its identity. The audio is copied, unless the new cache refers to it.
 
     Args:
         source: Location of a finished cache with a clean pass, of any codec but a discrete one.
@@ -44,6 +46,8 @@ def derive_cache(
         codec: Name of its codec, such as ``units:500`` or ``mvq:8``.
         layers: Its layers, 1-based.
         on_progress: Called after each shard with the numbers of finished and of all shards.
+        audio: Location of the audio that the new cache refers to: an audio store, or a cache with audio such as the source. Default
+            None: it refers to what the source refers to, or holds a copy of the audio that the source holds.
 
     Returns:
         The number of shards that were written now.
@@ -55,6 +59,12 @@ def derive_cache(
     origin = Cache.open(source)
     spec = _derived_spec(origin, codec, layers)
     store = Store(location)
+    refers = audio is not None or not origin.spec.embeds_audio
+    if refers:
+        holder = open_holder(audio) if audio is not None and origin.spec.embeds_audio else holder_of(origin, audio)
+        spec = CacheSpec.model_validate(
+            spec.model_dump() | {"audio": "store", "audio_store": holder.spec.audio_fingerprint}
+        )
     if store.location == origin.store.location:
         raise CacheError(f"a cache can't be derived into its own location, {store.location}; give another output")
     check_location(store)
@@ -62,7 +72,7 @@ def derive_cache(
     with cache_lock(store) as check_lock:
         store.remove_leftovers()
         readers = {
-            split: CacheReader(origin.store, split, spec.layers, 0)
+            split: CacheReader(origin.store, split, spec.layers, 0, audio=audio)
             for split in sorted({shard.split for shard in origin.shards})
         }
         if Cache.exists(store):
@@ -71,6 +81,8 @@ def derive_cache(
                 different = "; ".join(cache.spec.differences(spec)) or "other layers"
                 raise CacheError(f"{store.location} holds another cache ({different}); give another output")
         else:
+            if refers:
+                check_holds(holder, Utterances(origin.plan), store.location)
             state = _fit(spec, readers["train"])
             check_lock()
             record = origin.record
@@ -82,13 +94,15 @@ def derive_cache(
                 teacher_spec=record["teacher_spec"],
                 state=state,
                 threads=record["threads"],
+                audio_path=recorded_place(store, holder.store) if refers else None,
             )
         remove_unused_states(cache)
+        referred = None if origin.spec.embeds_audio else ReferredAudio(origin, audio)
         missing = cache.missing()
         manifest = take_manifest(store) if missing else None
         for shard in (shard for shard in cache.shards if shard.number in missing):
             check_lock()
-            _write(cache, origin, shard, readers[shard.split])
+            _write(cache, shard, readers[shard.split], load_shard_audio(origin, shard, referred))
             written += 1
             on_progress(len(cache.shards) - len(missing) + written, len(cache.shards))
         if written:
@@ -142,10 +156,9 @@ def _fit(spec: CacheSpec, reader: CacheReader) -> Mapping[str, Tensor]:
         raise CacheError(f"the codec could not be fitted: {error}") from error
 
 
-def _write(cache: Cache, origin: Cache, shard: Shard, reader: CacheReader) -> None:
+def _write(cache: Cache, shard: Shard, reader: CacheReader, audio: ShardAudio) -> None:
     """Write the clean file of a shard."""
     (file,) = cache.files(shard)
-    audio = load_shard_audio(origin, shard)
     if audio.problem:
         raise CacheError(audio.problem)
     index = {name: number for number, name in enumerate(reader.ids)}

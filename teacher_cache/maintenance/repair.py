@@ -2,13 +2,18 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from ray_distill.teacher_cache.build.audio_store import write_audio
 from ray_distill.teacher_cache.build.build_cache import raise_failures
 from ray_distill.teacher_cache.build.shard_audio import (
+    ReferredAudio,
     ShardAudio,
     audio_from_corpus,
     audio_from_damaged_file,
@@ -16,11 +21,13 @@ from ray_distill.teacher_cache.build.shard_audio import (
 )
 from ray_distill.teacher_cache.build.shard_writer import open_writer
 from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
-from ray_distill.teacher_cache.maintenance.verify import Problem, verify_cache
+from ray_distill.teacher_cache.maintenance.verify import Problem, verify_audio, verify_cache
+from ray_distill.teacher_cache.reading.audio_place import holder_of, recorded_place
 from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
 from ray_distill.teacher_cache.sources.address import AudioAddress
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile, derived_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError
+from ray_distill.teacher_cache.storage.create import move_audio
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
 from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA, Shard, Shards, plain_rows, with_sources
 from ray_distill.teacher_cache.storage.store import Store
@@ -34,6 +41,7 @@ def repair_cache(
     teacher_spec: str | None = None,
     device: str = "cpu",
     corpus_moved: tuple[str, str] | None = None,
+    audio: str | None = None,
 ) -> list[str]:
     """Repair a cache in this process. An interrupted build is finished too.
 
@@ -42,6 +50,7 @@ def repair_cache(
     each utterance must match the corpus index, which is only possible for 16-bit mono audio at 16 kHz, because other audio
     is indexed before it is resampled or rounded. No utterance is left out but those that failed when the file was built. A
     damaged file stays until its replacement is complete. Files that do not belong to the cache are moved to ``set-aside/``.
+    Audio to which the cache refers is repaired by itself, with the location of its store.
 
     Args:
         location: Location of the cache.
@@ -49,6 +58,7 @@ def repair_cache(
             `chosen_teacher`. The teacher is only loaded if shards are damaged.
         device: Device of the teacher. Default the CPU.
         corpus_moved: Old and new path of a folder above the corpus, if it was moved since the cache was created.
+        audio: New place of the audio that the cache refers to, which is recorded. Default: the recorded place.
 
     Returns:
         One sentence per repair. Empty for an intact cache.
@@ -57,7 +67,7 @@ def repair_cache(
         CacheError: If both copies of a record are missing or damaged, ``cache.json`` and its copy are intact but describe
             different caches, anything in the cache is a link, the folder can't be written to, the teacher is not the cache's or
             must be named, shard files of a derived cache are damaged, no audio file was below the old path, or audio can't be read
-            (everything else is repaired first).
+            or the audio to which the cache refers is missing or damaged (everything else is repaired first).
     """
     store = Store(location)
     if not Cache.exists(store) and store.size(f"{COPIES}/{CACHE_JSON}") is None:
@@ -82,6 +92,8 @@ def repair_cache(
         if records:
             problems = verify_cache(store)
             done += _set_aside(store, problems)
+        if audio is not None:
+            done += _move_audio(Cache.open(store), audio)
         damaged = [problem.file for problem in problems if problem.file is not None]
         if damaged:
             take_manifest(store)  # What repair itself makes old is no repair.
@@ -95,7 +107,21 @@ def repair_cache(
         old = store.size(MANIFEST) is not None
         if update_manifest(Cache.open(store)) and old:
             done.append(f"{store.at(MANIFEST)} written again from the commit records")
+    raise_failures([problem.text for problem in verify_audio(Cache.open(store), checksums=False)], "repairing")
     return done
+
+
+def _move_audio(cache: Cache, audio: str) -> list[str]:
+    """Record the new place of the audio that a cache refers to. Return one sentence if it is new."""
+    if cache.spec.embeds_audio:
+        raise CacheError(
+            f"the cache at {cache.store.location} holds its audio itself, so --audio does nothing; leave it out"
+        )
+    place = recorded_place(cache.store, holder_of(cache, audio).store)
+    if place == cache.record.get("audio_path"):
+        return []
+    move_audio(cache, place)
+    return [f"{cache.store.at(CACHE_JSON)} now names {audio} as the place of the audio"]
 
 
 def _set_aside(store: Store, problems: list[Problem]) -> list[str]:
@@ -168,22 +194,31 @@ def _rebuild(
 ) -> list[str]:
     done: list[str] = []
     failures: list[str] = []
-    teacher = load_teacher(chosen_teacher(cache, teacher_spec), device)
-    with open_writer(cache, teacher, device) as writer:
+    referred = None if cache.spec.embeds_audio else ReferredAudio(cache)
+    with ExitStack() as stack:
+        write: Callable[[Shard, ShardAudio], dict[str, Any]] = partial(write_audio, cache)
+        if not cache.spec.is_audio_store:
+            teacher = load_teacher(chosen_teacher(cache, teacher_spec), device)
+            write = stack.enter_context(open_writer(cache, teacher, device)).write
         for shard in shards:
             files = [file for file in damaged if file.shard == shard.number]
             if not files:
                 continue
             check_lock()
+            lost: list[str] = []
             # A damaged file may still have its commit record, so load_shard_audio must not read it.
-            damaged_audio = cache.files(shard)[0] in files
-            audio, lost = _recorded_audio(cache, shard) if damaged_audio else (load_shard_audio(cache, shard), [])
+            if cache.files(shard)[0] not in files:
+                audio = load_shard_audio(cache, shard, referred)
+            elif referred is not None:
+                audio = referred.load(shard)
+            else:
+                audio, lost = _recorded_audio(cache, shard)
             if lost or audio.problem:
                 failures += lost or [audio.problem]
                 continue
             for file in files:
                 cache.store.remove(file.commit)
-            record = writer.write(shard, audio)
+            record = write(shard, audio)
             if record["full"]:
                 raise disk_full_error(cache.store, record["failures"][-1])
             failures += record["failures"]

@@ -12,6 +12,7 @@ import torch
 from ray_distill.teacher_cache.codecs import relative_error
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, holder_of
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, DATA_FOLDERS, PLAN, Cache, ShardFile, state_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, CacheSpec, parts_of
 from ray_distill.teacher_cache.storage.create import is_growth
@@ -35,29 +36,33 @@ class Problem:
         name: Name of the file, relative to the cache.
         text: One sentence that names the file and the problem.
         kind: ``identity`` (one of the two copies of a record), ``shard`` (a shard file or its commit record), ``foreign``
-            (a file that does not belong to the cache, or a folder in the place of a file), or ``conflict`` (``cache.json``
-            and its copy are both intact but describe different caches).
+            (a file that does not belong to the cache, or a folder in the place of a file), ``conflict`` (``cache.json``
+            and its copy are both intact but describe different caches), or ``audio`` (of the audio to which the cache refers).
         file: The shard file, if the kind is ``shard``.
         unfinished: Whether the shard file was not committed, as after an interrupted build.
     """
 
     name: str
     text: str
-    kind: Literal["identity", "shard", "foreign", "conflict"]
+    kind: Literal["identity", "shard", "foreign", "conflict", "audio"]
     file: ShardFile | None = None
     unfinished: bool = False
 
 
 def verify_cache(
-    location: str | Path | Store, *, checksums: bool = True, needed: CacheSpec | None = None
+    location: str | Path | Store, *, checksums: bool = True, needed: CacheSpec | None = None, audio: str | None = None
 ) -> list[Problem]:
     """Check every file of a cache against its commit record and the plan.
+
+    If the cache refers to audio elsewhere, that is checked only for its fingerprint and the sizes of its files, unless there is a
+    need: `verify_audio` checks it.
 
     Args:
         location: Location of the cache.
         checksums: Whether to read every byte and compare SHA-256. Otherwise only sizes and records are checked.
         needed: Check only the shard files that this need reads, and ignore foreign files, because another run may be
             extending the cache. Default: check everything.
+        audio: Where the audio is that the cache refers to. Default: the recorded place.
 
     Returns:
         The problems found. Empty for an intact cache.
@@ -87,7 +92,28 @@ def verify_cache(
         for name in sizes
         if name.partition("/")[0] in DATA_FOLDERS and name not in known
     ]
-    return problems
+    return problems + verify_audio(cache, audio, checksums=False)
+
+
+def verify_audio(cache: Cache, location: str | None = None, *, checksums: bool = True) -> list[Problem]:
+    """Check the files with the audio to which a cache refers. None if it embeds its audio.
+
+    Args:
+        cache: The cache.
+        location: Where the audio is. Default: the recorded place.
+        checksums: As for `verify_cache`.
+    """
+    if cache.spec.embeds_audio:
+        return []
+    try:
+        holder = holder_of(cache, location)
+        problems = verify_cache(holder.store, checksums=checksums, needed=AUDIO_ONLY)
+    except CacheAccessError:
+        raise
+    except CacheError as error:
+        return [Problem("audio", str(error), "audio")]
+    advice = f"the audio of the cache; `ray-distill cache repair {holder.store.location}` restores it"
+    return [Problem(problem.name, f"{problem.text} ({advice})", "audio") for problem in problems]
 
 
 def _identity(store: Store, growing: bool) -> tuple[Cache | None, list[Problem]]:
@@ -210,7 +236,9 @@ class DeepCheck:
         return self.error <= self.allowed
 
 
-def verify_deep(location: str | Path, teacher: Teacher, *, sample: int = 8, seed: int = 0) -> list[DeepCheck]:
+def verify_deep(
+    location: str | Path, teacher: Teacher, *, sample: int = 8, seed: int = 0, audio: str | None = None
+) -> list[DeepCheck]:
     """Run the teacher again on a random sample of training utterances and compare its outputs with the cached ones.
 
     Args:
@@ -218,6 +246,7 @@ def verify_deep(location: str | Path, teacher: Teacher, *, sample: int = 8, seed
         teacher: The teacher that the cache was made with.
         sample: Number of utterances. Default 8.
         seed: Seed of their choice. Default 0.
+        audio: Where the audio is that the cache refers to. Default: the recorded place.
 
     Returns:
         One check per layer, for the clean pass and every draw.
@@ -225,7 +254,7 @@ def verify_deep(location: str | Path, teacher: Teacher, *, sample: int = 8, seed
     Raises:
         CacheError: If the teacher is not the cache's, or a file is damaged.
     """
-    reader = CacheReader(location, "train")
+    reader = CacheReader(location, "train", audio=audio)
     cache = reader.cache
     cache.check_teacher(teacher.name, teacher.fingerprint)
     indices = sorted(random.Random(seed).sample(range(len(reader.ids)), min(sample, len(reader.ids))))

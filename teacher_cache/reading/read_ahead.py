@@ -11,14 +11,13 @@ class ReadAhead:
     """Batches that will be read soon. Their files are fetched in the order in which batches are named, and kept until then.
 
     Args:
-        copies: The local copies.
-        files: Function that returns the files of a batch, given its utterances and mask draw.
+        files: Function that returns the files of a batch with the local copies that fetch them, given its utterances and mask draw.
     """
 
     def __init__(
-        self, copies: LocalCopies, files: Callable[[Sequence[int], int | None], Sequence[CommittedFile]]
+        self, files: Callable[[Sequence[int], int | None], Sequence[tuple[LocalCopies, CommittedFile]]]
     ) -> None:
-        self._copies, self._files = copies, files
+        self._files = files
         self._lock = threading.Lock()
         self._expected: Counter[tuple[tuple[int, ...], int | None]] = Counter()
 
@@ -26,8 +25,8 @@ class ReadAhead:
         """Name a batch that will be read."""
         with self._lock:
             self._expected[tuple(indices), draw] += 1
-        for file in self._files(indices, draw):
-            self._copies.want(file)
+        for copies, file in self._files(indices, draw):
+            copies.want(file)
 
     def met(self, indices: Sequence[int], draw: int | None) -> None:
         """Tell that a batch was read. Nothing happens if it was not expected."""
@@ -37,8 +36,8 @@ class ReadAhead:
                 del self._expected[key]
                 return
             self._expected[key] -= 1
-        for file in self._files(indices, draw):
-            self._copies.unwant(file)
+        for copies, file in self._files(indices, draw):
+            copies.unwant(file)
 
     def clear(self) -> None:
         """Expect none of the batches any more."""

@@ -92,6 +92,14 @@ class SplitRows:
         start, end = np.searchsorted(self.shard, [shard, shard + 1])
         return self.ids[int(start) : int(end)]
 
+    def places_in(self, others: "SplitRows") -> np.ndarray:
+        """Return the (N,) int64 position of each utterance among others; -1 for those that are not there."""
+        if self.ids._texts.equals(others.ids._texts):
+            return np.arange(len(self.ids))
+        places = pc.fill_null(pc.index_in(self.ids._texts, value_set=others.ids._texts), -1)
+        found: np.ndarray = places.to_numpy().astype(np.int64)
+        return found
+
     def without(self, failed: Sequence[str]) -> "SplitRows":
         """Return the utterances but those with one of these ids."""
         if not failed:

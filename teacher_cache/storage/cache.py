@@ -7,6 +7,7 @@
       codec/set=0.safetensors              state of a codec that has one
       clean/part-00000.parquet             id, num_samples, num_frames, audio, layer columns
       masked/draw=0/part-00000.parquet     id, mask, layer columns at unmasked frames
+      audio/part-00000.parquet             id, num_samples, audio: the only shard files of an audio store, to which caches refer
       commits/clean/part-00000.json        one per shard file, written after it: rows, bytes, SHA-256, failed utterances; with a
                                          checksum
       builds/...                           one record per build with measured times; not part of the identity
@@ -58,7 +59,7 @@ COPIES = "copies"
 _RANDOM = re.compile(r"(?:[a-z-]+:)*random:(\d+)x(\d+)")
 CONTENT_KEY = b"ray_distill.content"
 """Key of the content key in the metadata of a shard file's Parquet footer. Files of earlier versions don't have it."""
-DATA_FOLDERS = ("clean", "masked", "composite", "commits")
+DATA_FOLDERS = ("audio", "clean", "masked", "composite", "commits")
 
 
 def column_name(layers: Iterable[int]) -> str:
@@ -269,7 +270,7 @@ class Cache:
             raise CacheError(f"the cache at {self.store.location} can't be decoded: {error}") from error
 
     def files(self, shard: Shard, needed: CacheSpec | None = None) -> list[ShardFile]:
-        """Return the files of a shard, or only those that a need reads. The file with the audio is the first."""
+        """Return the files of a shard, or only those that a need reads. A file with audio is the first."""
         return [
             ShardFile(shard.number, part, content_key_of(self._content_tree(part, shard.split), shard.number))
             for part in self._parts(shard.split, needed)

@@ -3,18 +3,28 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
 from ray_distill.teacher_cache.codecs import check_codec
-from ray_distill.teacher_cache.embedded_audio import AudioFormat
+from ray_distill.teacher_cache.embedded_audio import DECODERS, AudioFormat
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.precision import Precision
 
 SCHEMA_VERSION = 2
 
 Targets = Literal["clean_and_masked", "composite_only", "clean_only"]
+_OF_AUDIO = ("layers", "corpus", "shard_seconds", "audio", "schema_version")
+"""The settings of an audio store. The others describe a teacher, which it lacks."""
+_WITHOUT_TEACHER = {
+    "teacher": "",
+    "num_layers": 0,
+    "dim": 0,
+    "masks": {"draws": 0},
+    "codec": "fp32",
+    "batch_seconds": 0,
+}
 
 
 class CacheError(ValueError):
@@ -26,7 +36,10 @@ class CacheAccessError(CacheError):
 
 
 class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """Everything that determines the content of a cache, except for the codec's state."""
+    """Everything that determines the content of a cache, except for the codec's state.
+
+    An audio store is a cache without layers. It holds the audio of a corpus, to which caches refer.
+    """
 
     teacher: str
     """Fingerprint of the teacher."""
@@ -53,20 +66,62 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
     """Padded audio per teacher batch, in seconds. It affects rounding and so the stored bytes."""
     precision: Precision = "fp32"
     """Precision of the teacher's arithmetic: ``fp32``, ``fp16`` or ``bf16``."""
-    audio: AudioFormat = "flac"
-    """Format of the embedded waveforms: ``flac`` is a third smaller, ``pcm`` is faster to read."""
+    audio: AudioFormat | Literal["store"] = "flac"
+    """Format of the embedded waveforms: ``flac`` is a third smaller, ``pcm`` is faster to read. ``store`` embeds none: the cache
+    refers to the audio of an audio store or of another cache."""
+    audio_store: str | None = pydantic.Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Fingerprint of the audio that a cache with ``audio`` ``store`` refers to; see `audio_fingerprint`."""
     derived_from: str | None = pydantic.Field(default=None, pattern="^[0-9a-f]{64}$")
     """Fingerprint of the cache whose decoded features were encoded. None if they are the teacher's own."""
     schema_version: int = SCHEMA_VERSION
     """Version of the file format."""
 
+    @classmethod
+    def of_audio(cls, corpus: str, shard_seconds: float, audio: AudioFormat = "flac") -> "CacheSpec":
+        """Return the specification of an audio store, given the fingerprint of its corpus."""
+        return cls.model_validate({"layers": (), "corpus": corpus, "shard_seconds": shard_seconds, "audio": audio})
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _without_teacher(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("layers") in ((), []) and tree.keys() <= set(_OF_AUDIO):
+            return _WITHOUT_TEACHER | tree
+        return tree
+
+    @pydantic.model_validator(mode="after")
+    def _check_audio(self) -> Self:
+        if (self.audio_store is None) != self.embeds_audio:
+            raise ValueError("audio_store belongs to the audio format store, and to no other")
+        return self
+
     @pydantic.model_serializer(mode="wrap")
     def _without_absent(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out ``derived_from`` where it is None, so that fingerprints of earlier versions stay valid."""
+        """Leave out what an audio store lacks, and keys of later versions that are None, so that earlier fingerprints stay valid."""
         tree: dict[str, Any] = dump(self)
-        if self.derived_from is None:
-            tree.pop("derived_from", None)
-        return tree
+        for key in ("derived_from", "audio_store"):
+            if getattr(self, key) is None:
+                tree.pop(key, None)
+        return {key: tree[key] for key in _OF_AUDIO if key in tree} if self.is_audio_store else tree
+
+    @property
+    def is_audio_store(self) -> bool:
+        """Whether the cache is an audio store."""
+        return not self.layers
+
+    @property
+    def embeds_audio(self) -> bool:
+        """Whether the cache holds its audio itself."""
+        return self.audio in DECODERS
+
+    @property
+    def audio_fingerprint(self) -> str:
+        """SHA-256 (hex) of what determines the audio and its place in shards: the corpus, the seconds per shard and the format.
+
+        A store and a cache that embed the same audio in the same shards have the same one, and can replace each other.
+        """
+        if self.audio_store is not None:
+            return self.audio_store
+        return _digest({key: getattr(self, key) for key in ("corpus", "shard_seconds", "audio")})
 
     def differences(self, needed: "CacheSpec") -> list[str]:
         """Return the differences that prevent this cache, even when extended, from serving a need.
@@ -84,6 +139,9 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
         )
         if needed.derived_from is None:
             mine.pop("derived_from", None)
+        if self.audio != needed.audio:  # That alone is said.
+            mine.pop("audio_store", None)
+            theirs.pop("audio_store", None)
         if (self.targets, needed.targets) == ("clean_and_masked", "clean_only"):
             theirs["targets"] = self.targets
         if self.targets == needed.targets == "composite_only" and (self.masks.draws == 0) != (needed.masks.draws == 0):
@@ -127,21 +185,25 @@ class Part:
     """A kind of shard file: one pass (or the composite of two) of one set of layers.
 
     Attributes:
-        kind: ``clean``, ``masked`` or ``composite``.
-        layer_set: Number of the set of layers. The clean part of set 0 also holds the audio.
-        draw: 0-based mask draw, or None for ``clean``.
-        features: Whether the file holds features. False if the clean part of ``composite_only`` holds the audio only.
+        kind: ``clean``, ``masked``, ``composite``, or ``audio`` for the only part of an audio store.
+        layer_set: Number of the set of layers.
+        draw: 0-based mask draw, or None for ``clean`` and ``audio``.
+        features: Whether the file holds features. False for ``audio``, and if the clean part of ``composite_only`` holds the audio
+            only.
+        has_audio: Whether the file holds the audio: that of an audio store, and otherwise the clean part of set 0, unless the cache
+            refers to its audio.
     """
 
-    kind: Literal["clean", "masked", "composite"]
+    kind: Literal["clean", "masked", "composite", "audio"]
     layer_set: int = 0
     draw: int | None = None
     features: bool = True
+    has_audio: bool = False
 
     @property
-    def has_audio(self) -> bool:
-        """Whether the file holds the audio too."""
-        return self.kind == "clean" and self.layer_set == 0
+    def leads(self) -> bool:
+        """Whether an utterance that fails in this file is in no file of its shard."""
+        return self.kind in ("clean", "audio") and self.layer_set == 0
 
     @property
     def folder(self) -> str:
@@ -152,11 +214,14 @@ class Part:
 
 def parts_of(spec: CacheSpec, layer_sets: int, split: str) -> list[Part]:
     """Return the parts of the shards of a split. The validation split has the clean pass only, as validation uses no masks."""
+    if spec.is_audio_store:
+        return [Part("audio", features=False, has_audio=True)]
     parts = []
     for number in range(layer_sets):
         composite = spec.targets == "composite_only" and split == "train" and spec.masks.draws > 0
-        if number == 0 or not composite:
-            parts.append(Part("clean", number, features=not composite))
+        has_audio = number == 0 and spec.embeds_audio
+        if has_audio or not composite:
+            parts.append(Part("clean", number, features=not composite, has_audio=has_audio))
         if split == "train" and spec.targets != "clean_only":
             kind: Literal["masked", "composite"] = "composite" if composite else "masked"
             parts += [Part(kind, number, draw) for draw in range(spec.masks.draws)]

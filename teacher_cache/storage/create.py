@@ -32,6 +32,7 @@ def create_cache(
     teacher_spec: str,
     state: Mapping[str, Tensor],
     threads: int = 1,
+    audio_path: str | None = None,
 ) -> Cache:
     """Create a cache in an empty location: write the plan, the codec's state and last ``cache.json``.
 
@@ -44,11 +45,13 @@ def create_cache(
         state: State of the codec. Empty for a codec without state.
         threads: Number of PyTorch threads of a teacher on a CPU. It affects rounding, so later builds and repairs use the
             same number.
+        audio_path: Where the audio is that the cache refers to, as `recorded_place` writes it. Default None: the cache embeds it.
 
     Raises:
         CacheError: If the location holds other files, or the specification or plan is beyond the limits of a cache.
     """
     assert bool(state) == is_learned(spec.codec)
+    assert (audio_path is None) == spec.embeds_audio
     check_location(store)
     samples, shards = plan["num_samples"].to_numpy(), len(shard_numbers(plan))
     _check(store, lambda: check_plan(samples, shards, spec, 1))
@@ -62,6 +65,8 @@ def create_cache(
         "seconds": float(samples.sum() / SAMPLE_RATE),
         "frames": int(plan["num_frames"].to_numpy().sum()),
     }
+    if audio_path is not None:
+        record["audio_path"] = audio_path
     if needed := _plugins(spec.codec, teacher_spec):
         record["plugins"] = [plugin.record() for plugin in needed]
     layer_set = LayerSet(layers=spec.layers, state=_write_state(store, 0, state))
@@ -108,10 +113,16 @@ def grow_cache(cache: Cache, needed: CacheSpec, state: Mapping[str, Tensor]) -> 
     return _write_record(cache.store, cache.spec.grown(needed), sets, record)
 
 
+def move_audio(cache: Cache, audio_path: str) -> Cache:
+    """Record the new place of the audio that a cache refers to, as `recorded_place` writes it."""
+    record = {key: value for key, value in cache.record.items() if key not in ("spec", "sets", "fingerprint")}
+    return _write_record(cache.store, cache.spec, cache.layer_sets, record | {"audio_path": audio_path})
+
+
 def is_growth(cache: Cache, copy: Cache) -> bool:
-    """Return whether the copy of ``cache.json`` is an extension of it, as an interrupted `grow_cache` leaves it."""
+    """Return whether the copy of ``cache.json`` is an extension of it, as an interrupted `grow_cache` or `move_audio` leaves it."""
     rest, rest_of_copy = (
-        {key: value for key, value in found.record.items() if key not in ("spec", "sets", "fingerprint")}
+        {key: value for key, value in found.record.items() if key not in ("spec", "sets", "fingerprint", "audio_path")}
         for found in (cache, copy)
     )
     return (

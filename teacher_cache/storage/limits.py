@@ -53,6 +53,14 @@ def check_identity(spec: CacheSpec, layer_sets: Sequence[LayerSet], record: Mapp
     for key, most in _COUNTS.items():
         _check_number(record, key, 0, most, float if key == "seconds" else int)
     _check_number(record, "threads", 1, MAX_THREADS, int)
+    place = record.get("audio_path", "")
+    if not isinstance(place, str) or len(place) > MAX_TEXT or not place.isprintable():
+        raise ValueError(f"audio_path is not a text of at most {MAX_TEXT} printable characters")
+    if spec.is_audio_store:
+        if not spec.embeds_audio or [layer_set.layers for layer_set in layer_sets] != [()]:
+            raise ValueError("it has no layers, but is no audio store")
+        _check_seconds(spec, "shard_seconds")
+        return
     if not 1 <= spec.num_layers <= MAX_LAYERS or not 1 <= spec.dim <= MAX_DIM:
         raise ValueError(
             f"it has {spec.num_layers} layers of width {spec.dim}; the limits are {MAX_LAYERS} and {MAX_DIM}"
@@ -63,10 +71,14 @@ def check_identity(spec: CacheSpec, layer_sets: Sequence[LayerSet], record: Mapp
     if not all(1 <= layer <= spec.num_layers for layer in cached) or not all(s.layers for s in layer_sets):
         raise ValueError(f"its layers are not among 1 to {spec.num_layers}")
     for name in ("shard_seconds", "batch_seconds"):
-        if not 0 < getattr(spec, name) < math.inf:
-            raise ValueError(f"{name} is not a positive number")
+        _check_seconds(spec, name)
     for policy in (spec.masks.policy, *spec.masks.policies):
         _check_policy(policy)
+
+
+def _check_seconds(spec: CacheSpec, name: str) -> None:
+    if not 0 < getattr(spec, name) < math.inf:
+        raise ValueError(f"{name} is not a positive number")
 
 
 def check_commit(record: Mapping[str, Any]) -> None:

@@ -31,7 +31,8 @@ def spec(**changes: object) -> CacheSpec:
         "shard_seconds": 10,
         "batch_seconds": 5,
     }
-    return CacheSpec.model_validate(values | changes)
+    stored = {"audio": "store"} if "audio_store" in changes else {}
+    return CacheSpec.model_validate(values | stored | changes)
 
 
 def create(location: Path, **changes: object) -> Cache:
@@ -53,6 +54,7 @@ CHANGES: dict[str, Any] = {
     "batch_seconds": 6,
     "precision": "bf16",
     "audio": "pcm",
+    "audio_store": "b" * 64,
 }
 
 
@@ -102,7 +104,7 @@ def test_the_content_key_depends_on_what_determines_the_content_only() -> None:
     assert key(masked, masks=MaskDraws(draws=7)) == key(masked)
 
 
-@pytest.mark.parametrize("name", sorted(set(CHANGES) - {"layers", "masks"}))
+@pytest.mark.parametrize("name", sorted(set(CHANGES) - {"layers", "masks", "audio_store"}))
 def test_using_a_cache_of_something_else_names_the_difference(tmp_path: Path, name: str) -> None:
     cache = create(tmp_path / "cache")
     with pytest.raises(

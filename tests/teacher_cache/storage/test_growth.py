@@ -207,7 +207,7 @@ def test_existing_files_can_be_read_while_a_cache_is_extended(
     assert everything_needed == {problem.name for problem in verify_cache(root)}
     reader = CacheReader(root, "train", [2], 1)
     shard = next(shard for shard in cache.shards if shard.split == "train")
-    read = {file.name for file in reader._files([int(np.flatnonzero(reader.shards == shard.number)[0])], 0)}
+    read = {file.name for file in reader._rows.files([int(np.flatnonzero(reader.shards == shard.number)[0])], 0)}
     assert {file.name for file in cache.files(shard, needed)} == read
     (root / sorted(read)[-1]).unlink()
     assert [problem.name for problem in verify_cache(root, needed=needed)] == [sorted(read)[-1]]

@@ -104,13 +104,16 @@ def prepare_training(
         cache=run.cache.location if cached else None,
         teacher=run.checkpoint,
         teachers=[
-            TeacherCache(part.name, part.cache.location, part.layers, part.config.cache.targets)
+            TeacherCache(
+                part.name, part.cache.location, part.layers, part.config.cache.targets, part.config.teacher.frames
+            )
             for part in run.parts
             if isinstance(part, TeacherRun)
         ],
         masks=run.config.masks,
         utterances=[] if cached else list(run.utterances),
         cache_targets=run.config.cache.targets,
+        frames=run.config.teacher.frames,
         local=run.config.cache.local,
         local_gb=run.config.cache.local_gb,
         precision="fp32" if cached else run.precision,

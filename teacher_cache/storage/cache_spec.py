@@ -3,12 +3,14 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from ray_distill.teacher_cache.codecs import check_codec
 from ray_distill.teacher_cache.embedded_audio import AudioFormat
+from ray_distill.teacher_cache.frames import FRAME_RATE
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.precision import Precision
 
@@ -55,6 +57,9 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
     """Precision of the teacher's arithmetic: ``fp32``, ``fp16`` or ``bf16``."""
     audio: AudioFormat = "flac"
     """Format of the embedded waveforms: ``flac`` is a third smaller, ``pcm`` is faster to read."""
+    frame_rate: str | None = pydantic.Field(default=None, pattern="^[1-9][0-9]{0,5}(/[1-9][0-9]{0,5})?$")
+    """Frames per second of the teacher, such as ``75`` or ``100/3``, if they are not 50. The cache holds its frames, and masks
+    are drawn in frames of 20 ms. None for a teacher with 50 or with patches of a spectrogram."""
     derived_from: str | None = pydantic.Field(default=None, pattern="^[0-9a-f]{64}$")
     """Fingerprint of the cache whose decoded features were encoded. None if they are the teacher's own."""
     schema_version: int = SCHEMA_VERSION
@@ -62,11 +67,15 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
 
     @pydantic.model_serializer(mode="wrap")
     def _without_absent(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out ``derived_from`` where it is None, so that fingerprints of earlier versions stay valid."""
+        """Leave out later keys where they are None, so that fingerprints of earlier versions stay valid."""
         tree: dict[str, Any] = dump(self)
-        if self.derived_from is None:
-            tree.pop("derived_from", None)
-        return tree
+        absent = [name for name in ("frame_rate", "derived_from") if getattr(self, name) is None]
+        return {key: value for key, value in tree.items() if key not in absent}
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames per second; 50 for a teacher with patches too."""
+        return Fraction(self.frame_rate or FRAME_RATE)
 
     def differences(self, needed: "CacheSpec") -> list[str]:
         """Return the differences that prevent this cache, even when extended, from serving a need.
@@ -117,9 +126,9 @@ class LayerSet(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_do
     layers: tuple[int, ...]
     """Layers, 1-based, ascending."""
     state: str | None = None
-    """SHA-256 of the codec's state file, or None for a codec without state. The state is fitted to floats that depend on the machine,
-    so caches built on two machines have two states and two fingerprints, rightly: codes can only be decoded with their own state.
-    Nothing is refused because of it, since a need names no state."""
+    """SHA-256 of the codec's state file, or None for a codec without state. The state is fitted to floats that depend on the
+    machine, so caches built on two machines have two states and two fingerprints, rightly: codes can only be decoded with their
+    own state. Nothing is refused because of it, since a need names no state."""
 
 
 @dataclass(frozen=True)

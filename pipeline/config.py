@@ -130,7 +130,7 @@ class Config(Section):
 
     def of_teacher(self, entry: TeacherEntry) -> "Config":
         """Return the configuration of a run of one of several teachers, with which its cache is planned and built."""
-        teacher = TeacherSection(checkpoint=entry.checkpoint, layers=entry.layers)
+        teacher = TeacherSection(checkpoint=entry.checkpoint, layers=entry.layers, frames=entry.frames)
         return self.model_copy(update={"teacher": teacher, "cache": entry.cache, "teachers": ()})
 
     @property

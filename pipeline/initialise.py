@@ -14,6 +14,7 @@ from ray_distill.pipeline.config import ConfigError
 from ray_distill.student import StudentConfig, load_student
 from ray_distill.student.model.student import Student
 from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.shapes_only import shapes_only
 from ray_distill.teacher_cache.teachers import Teacher
 from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
@@ -68,6 +69,11 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
             found = {name: value for name, value in found.items() if not name.startswith("feature_norm.")}
         keys = "student.conv_layers, conv_norm, conv_bias and encoder_embed_dim"
         _check(found, expected, ("conv_blocks.", "feature_norm.", "projection."), key, keys)
+        if teacher.input_rate != SAMPLE_RATE:
+            raise ConfigError(
+                f"{key}: the convolutions of {teacher.name} read audio at {teacher.input_rate} Hz, but those of a student at "
+                f"{SAMPLE_RATE} Hz; set {key}=false"
+            )
         strides = [stride for _, _, stride in config.conv_layers]
         if strides != teacher.strides:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """Frame arithmetic: numbers of frames, padding masks, and normalisation that ignores padding."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,9 @@ SAMPLE_RATE = 16_000
 
 FRAME_SAMPLES = 320
 """Number of samples between the starts of neighbouring frames (20 ms)."""
+
+FRAME_RATE = Fraction(SAMPLE_RATE, FRAME_SAMPLES)
+"""Frames per second of students, of masks and of most teachers: 50."""
 
 RECEPTIVE_FIELD = 400
 """Number of samples in the receptive field of a frame (25 ms). Shorter audio has no frames."""

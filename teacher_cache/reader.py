@@ -69,6 +69,7 @@ class CacheReader:
         shards: (N,) int32 numbers of the shards that hold the utterances.
         prefers_window: Whether training should read shard by shard unless told otherwise, as from an object store.
         needs_window: Whether it must, because the local copies have room for a part of the files only.
+        targets: Kind of targets that are read, as in `CacheSpec.targets`.
         draws: Number of mask draws of the split. Validation uses no masks, so it has 0.
         symbols: Layout of discrete targets; None if the codec is not discrete.
         read_ahead: Fetching of the files of later batches in the background; None without local copies.
@@ -99,8 +100,8 @@ class CacheReader:
     ) -> None:
         self.cache = Cache.open(location)
         spec = self.cache.spec
-        self._targets = targets or spec.targets
-        if self._targets != spec.targets and (spec.targets, targets) != ("clean_and_masked", "clean_only"):
+        self.targets = targets or spec.targets
+        if self.targets != spec.targets and (spec.targets, targets) != ("clean_and_masked", "clean_only"):
             raise CacheError(f"the cache at {self.cache.store.location} has targets {spec.targets}, not {targets}")
         self.layers = tuple(layers) if layers is not None else spec.layers
         missing = sorted(set(self.layers) - set(spec.layers))
@@ -150,7 +151,7 @@ class CacheReader:
         self.needs_window = copies is not None and size > copies.limit
 
     def _needs(self, part: Part) -> bool:
-        return part.draw is None or (part.draw < (self.draws or 0) and self._targets != "clean_only")
+        return part.draw is None or (part.draw < (self.draws or 0) and self.targets != "clean_only")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -185,11 +186,11 @@ class CacheReader:
         hours = self.num_samples.sum() / SAMPLE_RATE / 3600
         return (
             f"CacheReader({self.cache.store.location!r}, split={self._split!r}, utterances={len(self)}, hours={hours:.2f}, "
-            f"layers={self.layers}, dim={self.dim}, draws={self.draws}, targets={self._targets!r})"
+            f"layers={self.layers}, dim={self.dim}, draws={self.draws}, targets={self.targets!r})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self._split, self.layers, self.draws, self._threads, self._targets, self._local, self._local_gb)
+        arguments = (self._split, self.layers, self.draws, self._threads, self.targets, self._local, self._local_gb)
         return CacheReader, (self.cache.store.location, *arguments, self._audio_location)
 
     def _files(self, indices: Sequence[int], draw: int | None) -> list[tuple[LocalCopies, CommittedFile]]:
@@ -227,7 +228,7 @@ class CacheReader:
         if draw is not None and not 0 <= draw < (self.draws or 0):
             present = f"draws 0 to {self.draws - 1}" if self.draws else "no draws"
             raise CacheError(f"mask draw {draw} is not in the cache at {self.cache.store.location}; it has {present}")
-        if draw is None and spec.masks.draws and self._targets == "composite_only" and self._split == "train":
+        if draw is None and spec.masks.draws and self.targets == "composite_only" and self._split == "train":
             raise CacheError(
                 f"the cache at {self.cache.store.location} has no clean targets for the training split, because its targets "
                 "are composite_only"
@@ -261,7 +262,7 @@ class CacheReader:
         Without ``audio`` the waveform is empty.
         """
         spec = self.cache.spec
-        composite = self._targets == "composite_only" and draw is not None
+        composite = self.targets == "composite_only" and draw is not None
         no_features = composite or 0 not in self._sets
         first: list[Any] = []
         waveform = np.zeros(0, np.float32)
@@ -284,7 +285,7 @@ class CacheReader:
                 continue
             clean = first if number == 0 else self._columns(index, "clean", None, number, [], None)
             arrays = self._codes(index, "clean", None, number, clean, count)
-            if draw is not None and self._targets == "clean_only":
+            if draw is not None and self.targets == "clean_only":
                 mask = draw_mask(spec.masks.policy_of(draw), spec.masks.seed, draw, self.ids[index], count)
             elif draw is not None:
                 mask_value, *values = self._columns(index, "masked", draw, number, ["mask"], None)

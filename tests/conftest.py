@@ -86,6 +86,7 @@ def cache_spec() -> Callable[..., CacheSpec]:
             "corpus": "test",
             "shard_seconds": 5,
             "batch_seconds": 6,
+            "frame_rate": loaded.stated_rate,
         }
         return CacheSpec.model_validate(values | changes)
 

@@ -13,6 +13,7 @@ from ray_distill.teacher_cache.codecs import DEFAULT_CODEC, check_codec
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.failed_utterances import DEFAULT_MAX_FAILED
+from ray_distill.teacher_cache.targets.frame_rate import FrameRule
 
 
 class Section(pydantic.BaseModel):
@@ -78,6 +79,10 @@ class TeacherSection(Section):
     ``layer-norm:`` normalises each frame of each layer, as teachers with layer norms before their blocks need."""
     layers: Annotated[list[int] | None, CHANGES_LOSS_MEANING] = None
     """Layers to learn from, counted from 1. None takes all of them."""
+    frames: Annotated[FrameRule | None, CHANGES_LOSS_MEANING] = None
+    """How the frames of a teacher with another rate than 50 per second become the student's of 20 ms when the cache is read:
+    ``average`` over the student's frame (100 per second are averaged over pairs, 25 are repeated), or the ``nearest`` frame. None
+    takes ``average``, and ``nearest`` for discrete targets. Teachers with 50 frames per second or with patches need neither."""
 
 
 class CacheSection(Section):

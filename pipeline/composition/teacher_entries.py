@@ -35,7 +35,7 @@ def with_teacher_entries(tree: dict[str, Any]) -> dict[str, Any]:
         )
     filled = [_filled(entry, common, tree) for entry in entries]
     first = filled[0]
-    teacher = {key: first[key] for key in ("checkpoint", "layers") if key in first}
+    teacher = {key: first[key] for key in ("checkpoint", "layers", "frames") if key in first}
     cache = first["cache"] if isinstance(first["cache"], dict) else {}
     path = {"path": cache["path"]} if "path" in cache else {}
     return tree | {"teachers": filled, "teacher": teacher, "cache": common | path}

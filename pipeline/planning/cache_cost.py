@@ -20,6 +20,7 @@ from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, Targets
 from ray_distill.teacher_cache.storage.shard_assignment import count_frames
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, Utterances
 from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.targets.frame_rate import teacher_mask
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher
 
@@ -33,7 +34,7 @@ TYPICAL_BYTES_PER_VALUE = {"fp16": 2.0, "int8": 0.81, "layer-pca": 0.17, "pca": 
 ``benchmarks/cache/codec_rate_distortion.py``."""
 
 
-def typical_bytes_per_hour(layers: int, width: int, frame_rate: int) -> dict[str, float]:
+def typical_bytes_per_hour(layers: int, width: int, frame_rate: float) -> dict[str, float]:
     """Return the size in bytes of the features of one hour of audio in one pass, without the audio, by codec.
 
     It is exact for fp16. The other codecs depend on the features; `plan_cost` measures them for a teacher and a corpus.
@@ -128,7 +129,9 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
     if spec.masks.draws:
         step = max(1, len(utterances) // _MASKS_SAMPLED)
         chosen, counts = utterances[::step], frames[::step].tolist()
-        masked = float(spec.masks.frame_mask(0, [u.id for u in chosen], counts).sum()) / sum(counts)
+        lengths = [u.num_samples for u in chosen]
+        mask = teacher_mask(spec.masks, spec.rate, 0, [u.id for u in chosen], lengths, counts)
+        masked = float(mask.sum()) / sum(counts)
     waveforms: list[np.ndarray] = []
     problem: ValueError | None = None
     # Utterances at even distances over the corpus, until there is enough audio.

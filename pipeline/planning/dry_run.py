@@ -17,8 +17,9 @@ from ray_distill.pipeline.ray_session import counted, missing_gpus
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.audio import audio_places
+from ray_distill.pipeline.stages.frame_rates import check_frame_rates
 from ray_distill.pipeline.stages.index import split_table
-from ray_distill.pipeline.stages.run import TeacherRun, check_frame_rates
+from ray_distill.pipeline.stages.run import TeacherRun
 from ray_distill.student import Student
 from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holder
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes

@@ -48,7 +48,7 @@ class TeacherFacts:
     layers: int | None
     width: int | None
     sampling_rate: int = SAMPLE_RATE
-    frame_rate: int | None = _FRAME_RATE
+    frame_rate: float | None = _FRAME_RATE
     mask_embedding: bool | None = None
     license: str = SEE_CARD
     parameters: int | None = None
@@ -123,8 +123,10 @@ def _kind(name: str) -> str:
     return next((kind for prefix, kind in kinds.items() if name.startswith(prefix)), "checkpoint of fairseq or WavLM")
 
 
-def _frame_rate(teacher: Teacher) -> int | None:
-    return None if teacher.patches is not None else _FRAME_RATE
+def _frame_rate(teacher: Teacher) -> float | None:
+    if teacher.patches is not None:
+        return None
+    return int(teacher.frame_rate) if teacher.frame_rate.denominator == 1 else float(teacher.frame_rate)
 
 
 def kinds_table() -> Table:
@@ -158,7 +160,7 @@ def facts_lines(teachers: Sequence[TeacherFacts]) -> list[str]:
     for teacher in teachers:
         if kind != teacher.kind:
             kind = teacher.kind
-            rate = "patches of a spectrogram" if teacher.frame_rate is None else f"{teacher.frame_rate} frames/s"
+            rate = "patches of a spectrogram" if teacher.frame_rate is None else f"{teacher.frame_rate:g} frames/s"
             lines.append(f"{kind}: {rate}, {'a' if teacher.mask_embedding else 'no'} mask embedding")
         cost = f"{teacher.bytes_per_hour[DEFAULT_CODEC] / 1e9:.2f}" if teacher.bytes_per_hour else ""
         size = f"{teacher.layers} x {teacher.width}"
@@ -175,7 +177,7 @@ def show_table(teacher: TeacherFacts) -> Table:
         "layers": f"{teacher.layers} of width {teacher.width}" if teacher.layers else unknown,
         "parameters": f"{teacher.parameters:,}" if teacher.parameters else unknown,
         "input": f"audio at {teacher.sampling_rate} Hz",
-        "frames": "patches of a spectrogram" if teacher.frame_rate is None else f"{teacher.frame_rate} per second",
+        "frames": "patches of a spectrogram" if teacher.frame_rate is None else f"{teacher.frame_rate:g} per second",
         "mask embedding": unknown if teacher.mask_embedding is None else "yes" if teacher.mask_embedding else "no",
         "license": escape(teacher.license),
     }

@@ -13,7 +13,8 @@ from ray_distill.memory import memory_named
 from ray_distill.pipeline.probing.task import Task
 from ray_distill.student.model.student import Student
 from ray_distill.teacher_cache.audio import load_audio
-from ray_distill.teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD, SAMPLE_RATE
+from ray_distill.teacher_cache.frames import FRAME_RATE, FRAME_SAMPLES, RECEPTIVE_FIELD, SAMPLE_RATE, num_frames
+from ray_distill.teacher_cache.targets.frame_rate import MAX_PARTS, FrameRule, map_frames
 from ray_distill.teacher_cache.teachers import Teacher
 
 
@@ -35,13 +36,19 @@ class FeatureSource:
 
     @classmethod
     def of_teacher(cls, teacher: Teacher, name: str | None = None) -> Self:
-        """Return a teacher's Transformer layers. The name defaults to ``teacher NAME``."""
-        return cls(
-            name or f"teacher {teacher.name}",
-            teacher.num_layers,
-            teacher.dim,
-            lambda wave: teacher.hidden_states(torch.from_numpy(wave)[None])[0].cpu(),
-        )
+        """Return a teacher's Transformer layers. The name defaults to ``teacher NAME``.
+
+        Labels of frames are 20 ms apart, so the frames of a teacher with another rate are averaged over 20 ms, or the nearest
+        are taken if that is too many parts; see `ray_distill.teacher_cache.targets.frame_rate`.
+        """
+        rate = teacher.frame_rate
+        rule: FrameRule = "average" if (rate / FRAME_RATE).numerator <= MAX_PARTS else "nearest"
+
+        def features(wave: np.ndarray) -> Tensor:
+            x_LTD = teacher.hidden_states(torch.from_numpy(wave)[None])[0].cpu()
+            return x_LTD if teacher.stated_rate is None else map_frames(x_LTD, rate, rule, num_frames(len(wave)))
+
+        return cls(name or f"teacher {teacher.name}", teacher.num_layers, teacher.dim, features)
 
     @classmethod
     def of_student(cls, student: Student, name: str) -> Self:

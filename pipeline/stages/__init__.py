@@ -11,11 +11,12 @@ from ray_distill.pipeline.ray_session import check_ray, require_gpus
 from ray_distill.pipeline.run_plugins import needed_plugins, unused_plugins
 from ray_distill.pipeline.stages.cache import cache_targets
 from ray_distill.pipeline.stages.export import export_best
+from ray_distill.pipeline.stages.frame_rates import check_frame_rates
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.pipeline.stages.progress import Position
 from ray_distill.pipeline.stages.report import report_run, summary_table
-from ray_distill.pipeline.stages.run import Run, check_frame_rates
+from ray_distill.pipeline.stages.run import Run
 from ray_distill.pipeline.stages.train import initial_student, train_student
 from ray_distill.student.training.metrics import check_trackers
 from ray_distill.teacher_cache.storage.cache import Cache, check_location

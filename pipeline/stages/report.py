@@ -19,10 +19,10 @@ from ray_distill.pipeline.run_starts import read_starts
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.student import Student, load_student
 from ray_distill.student.objectives.several_teachers import SeveralTeachers
-from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
+from ray_distill.teacher_cache.targets.student_frames import open_reader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 
@@ -163,10 +163,13 @@ def _phones(run: Run, utterance: str) -> Sequence[str]:
 def _validation_reader(run: Run) -> TargetReader:
     if run.config.train.targets == "cached":
         main = run.main
-        audio = main.config.cache.audio_location
-        return CacheReader(main.cache.location, "validation", run.layers, audio=audio)
+        audio, frames = main.config.cache.audio_location, main.config.teacher.frames
+        return open_reader(main.cache.location, "validation", run.layers, audio=audio, frames=frames)
     members = run.utterances.of_split("validation")
-    return OnlineReader(members, run.teacher, run.config.masks, run.layers, precision=run.precision)
+    rule = run.config.teacher.frames
+    return OnlineReader(
+        members, run.teacher, run.config.masks, run.layers, run.config.cache.targets, run.precision, rule
+    )
 
 
 def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:

@@ -25,7 +25,6 @@ from ray_distill.pipeline.stages.run_audio import audio_spec_of, shard_seconds_o
 from ray_distill.pipeline.stages.run_teacher import keep_checkpoint, other_commit, run_checkpoint
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import saved_step
-from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -241,6 +240,7 @@ class Run:
             precision=self.precision,
             audio=cache.audio,
             audio_store=None if audio is None else audio.audio_fingerprint,
+            frame_rate=self.teacher.stated_rate,
         )
 
     @cached_property
@@ -370,20 +370,6 @@ class TeacherRun(Run):
         """See `Run.progress`."""
         with self.whole.progress(name, unit) as update:
             yield update
-
-
-def check_frame_rates(run: Run) -> None:
-    """Raise a ConfigError if two of several teachers make different numbers of frames from the same audio."""
-    first, *others = run.parts
-    for part in others:
-        assert isinstance(part, TeacherRun)
-        for samples in (SAMPLE_RATE, 10 * SAMPLE_RATE):
-            counts = [one.teacher.num_frames(samples) for one in (first, part)]
-            if counts[0] != counts[1]:
-                raise ConfigError(
-                    f"teachers.{part.name}: {part.teacher.name} makes {counts[1]} frames from {samples // SAMPLE_RATE} s of audio, "
-                    f"but {first.teacher.name} makes {counts[0]}; the teachers of one run need the same frame rate"
-                )
 
 
 def refuse_relative(key: str, path: Path | str, absolute: bool) -> None:

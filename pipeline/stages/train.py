@@ -110,6 +110,7 @@ def prepare_training(
                 part.layers,
                 part.config.cache.targets,
                 part.config.cache.audio_location,
+                part.config.teacher.frames,
             )
             for part in run.parts
             if isinstance(part, TeacherRun)
@@ -118,6 +119,7 @@ def prepare_training(
         utterances=[] if cached else list(run.utterances),
         cache_targets=run.config.cache.targets,
         audio=run.config.cache.audio_location,
+        frames=run.config.teacher.frames,
         local=run.config.cache.local,
         local_gb=run.config.cache.local_gb,
         precision="fp32" if cached else run.precision,

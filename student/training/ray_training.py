@@ -28,10 +28,11 @@ from ray_distill.student.training.train_state import CheckpointError
 from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.precision import Precision
-from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.targets.frame_rate import FrameRule
 from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
+from ray_distill.teacher_cache.targets.student_frames import open_reader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 _LOG = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
     if job["settings"]["targets"] == "cached":
         copies = {key: job[key] for key in ("local", "local_gb", "audio")}
         draws, targets = job["masks"]["draws"], job["cache_targets"]
-        reader = CacheReader(job["cache"], "train", layers, draws, targets=targets, **copies)
-        validation = CacheReader(job["cache"], "validation", layers, **copies)
+        reader = open_reader(job["cache"], "train", layers, draws, targets=targets, frames=job["frames"], **copies)
+        validation = open_reader(job["cache"], "validation", layers, frames=job["frames"], **copies)
         if fresh:
             return FreshMasks(reader, masks), FreshMasks(validation, masks), cached_source(reader, masks)
         return reader, validation, cached_source(reader)
@@ -69,10 +70,13 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
             layers,
             job["cache_targets"] or "clean_and_masked",
             job["precision"],
+            job["frames"],
         )
         for split in ("train", "validation")
     }
-    source = online_source(job["teacher"], teacher.fingerprint, layers, masks, job["cache_targets"], utterances)
+    source = online_source(
+        job["teacher"], teacher.fingerprint, layers, masks, job["cache_targets"], utterances, job["frames"]
+    )
     if fresh:
         source = replace(source, key=f"{source.key} fresh masks")
         return FreshMasks(by_split["train"], masks), FreshMasks(by_split["validation"], masks), source
@@ -196,6 +200,7 @@ def train_on_ray(
     utterances: list[Utterance],
     cache_targets: Targets | None = None,
     audio: str | None = None,
+    frames: FrameRule | None = None,
     local: str | None = None,
     local_gb: float | None = None,
     precision: Precision = "fp32",
@@ -219,6 +224,8 @@ def train_on_ray(
         cache_targets: Targets to read or compute, as `CacheSpec.targets`. Default: those that the cache was made for, and
             ``clean_and_masked`` online.
         audio: Location of the audio that the cache refers to. Default: the place that it has recorded.
+        frames: How frames of a teacher with another rate than 50 become those of the student; see `StudentFrames`. Default: the
+            default there.
         local, local_gb: Folder of each node for copies of the cache's files, and its limit, as for `CacheReader`. Default: none.
         precision: Precision of the teacher's arithmetic; only used with online targets. Default: ``fp32``.
         initial: As for `training_loop.train`.
@@ -245,6 +252,7 @@ def train_on_ray(
         "cache": cache,
         "cache_targets": cache_targets,
         "audio": audio,
+        "frames": frames,
         "local": local,
         "local_gb": local_gb,
         "precision": precision,

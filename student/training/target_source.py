@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_distill.teacher_cache.masks import MaskDraws
-from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.targets.frame_rate import FrameRule
 from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
 from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
+from ray_distill.teacher_cache.targets.student_frames import SplitReader, StudentFrames, open_reader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 
@@ -40,6 +41,7 @@ class TeacherCache:
         layers: Layers to learn from.
         targets: Targets to read, as `CacheSpec.targets`.
         audio: Location of the audio that the cache refers to. Default: the recorded place.
+        frames: How frames of another rate are mapped to those of the student; see `StudentFrames`. Default None.
     """
 
     name: str
@@ -47,9 +49,10 @@ class TeacherCache:
     layers: tuple[int, ...]
     targets: Targets
     audio: str | None = None
+    frames: FrameRule | None = None
 
 
-def cached_source(reader: CacheReader, fresh_masks: MaskDraws | None = None) -> TargetSource:
+def cached_source(reader: SplitReader, fresh_masks: MaskDraws | None = None) -> TargetSource:
     """Return the source of targets from a cache.
 
     Layers and mask draws that the training does not read are not part of the key, so a cache may be extended. Utterances that the
@@ -66,6 +69,8 @@ def cached_source(reader: CacheReader, fresh_masks: MaskDraws | None = None) -> 
     )  # Keys of earlier versions stay valid.
     if fresh_masks is not None:
         failed["fresh_masks"] = fresh_masks.model_dump(mode="json")
+    if isinstance(reader, StudentFrames):
+        failed["frames"] = reader.rule
     key = _digest(
         failed
         | {
@@ -108,10 +113,13 @@ def several_readers(
         CacheError: A cache lacks something, or two don't fit together; see `SeveralCaches`.
     """
     by_name = {
-        t.name: CacheReader(t.cache, "train", t.layers, masks.draws, targets=t.targets, audio=t.audio) for t in teachers
+        t.name: open_reader(t.cache, "train", t.layers, masks.draws, targets=t.targets, audio=t.audio, frames=t.frames)
+        for t in teachers
     }
     train = SeveralCaches(by_name)
-    validation = SeveralCaches({t.name: CacheReader(t.cache, "validation", t.layers, audio=t.audio) for t in teachers})
+    validation = SeveralCaches(
+        {t.name: open_reader(t.cache, "validation", t.layers, audio=t.audio, frames=t.frames) for t in teachers}
+    )
     drawn = masks if fresh else None
     source = several_sources({name: cached_source(reader, drawn) for name, reader in by_name.items()})
     if fresh:
@@ -126,6 +134,7 @@ def online_source(
     masks: MaskDraws,
     targets: Targets | None,
     utterances: Sequence[Utterance],
+    frames: FrameRule | None = None,
 ) -> TargetSource:
     """Return the source of online targets.
 
@@ -136,6 +145,7 @@ def online_source(
         masks: Mask draws.
         targets: Kind of targets, as `CacheSpec.targets`; None for the default.
         utterances: Utterances of both splits.
+        frames: How frames of another rate are mapped, if that was chosen. Default None.
     """
     corpus = _digest(sorted((u.split, u.id, u.sha256) for u in utterances))
     mask_key = _digest(masks.model_dump(mode="json"))
@@ -143,7 +153,9 @@ def online_source(
         f"layers {list(layers)} of teacher {teacher} with fingerprint {fingerprint[:12]}, masks with fingerprint "
         f"{mask_key[:12]} and {len(utterances)} utterances with fingerprint {corpus[:12]}"
     )
-    return TargetSource(name, _digest([fingerprint, list(layers), mask_key, targets, corpus]))
+    return TargetSource(
+        name, _digest([fingerprint, list(layers), mask_key, targets, corpus, *([frames] if frames else [])])
+    )
 
 
 def _digest(tree: Any) -> str:

@@ -31,6 +31,7 @@ from ray_distill.teacher_cache.storage.failed_utterances import (
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
 from ray_distill.teacher_cache.storage.shard_plan import Shard, Shards, Utterances, with_sources
 from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.targets.frame_rate import check_masked
 from ray_distill.teacher_cache.teachers import load_teacher
 
 _SHOWN_FAILURES = 5
@@ -114,13 +115,15 @@ def build_cache(
         Numbers of shards and times of this build.
 
     Raises:
-        CacheError: If the teacher lacks a layer, the location holds a different cache or other files, another process builds
-            the cache, the disk is full, too many utterances failed, or a file of the cache is damaged (all other shards are
-            written before this error is raised).
+        CacheError: If the teacher lacks a layer, its frame rate allows no masked targets, the location holds a different cache
+            or other files, another process builds the cache, the disk is full, too many utterances failed, or a file of the
+            cache is damaged (all other shards are written before this error is raised).
     """
     unknown = [layer for layer in spec.layers if not 1 <= layer <= spec.num_layers]
     if unknown:
         raise CacheError(f"there is no layer {unknown[0]}; the teacher has layers 1 to {spec.num_layers}")
+    if spec.masks.draws and spec.targets != "clean_only":
+        check_masked(teacher_name, spec.rate)
     store = Store(location)
     check_location(store)
     with cache_lock(store) as check_lock:

@@ -17,6 +17,7 @@ from ray_distill.teacher_cache.storage.failed_utterances import (
 )
 from ray_distill.teacher_cache.storage.shard_assignment import hash_order
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, Utterances
+from ray_distill.teacher_cache.targets.frame_rate import teacher_mask
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher
 
@@ -83,7 +84,7 @@ def _frames(spec: CacheSpec, layers: Sequence[int], utterance: Utterance, teache
     frames = teacher(padded, lengths, layers=layers, precision=spec.precision)[0].transpose(0, 1)
     if not spec.masks.draws or spec.targets == "clean_only":
         return _finite(frames, layers)
-    mask = spec.masks.frame_mask(0, [utterance.id], [len(frames)]).to(teacher.device)
+    mask = teacher_mask(spec.masks, spec.rate, 0, [utterance.id], [len(waveform)], [len(frames)]).to(teacher.device)
     masked = teacher(padded, lengths, mask, layers, precision=spec.precision)[0].transpose(0, 1)
     return _finite(torch.cat([frames, masked[~mask[0]]]), layers)
 

@@ -29,6 +29,7 @@ from ray_distill.teacher_cache.storage.failed_utterances import reason_of
 from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterance, Utterances
 from ray_distill.teacher_cache.storage.store import is_disk_full
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
+from ray_distill.teacher_cache.targets.frame_rate import teacher_mask
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
@@ -71,6 +72,11 @@ class ShardWriter:
             torch.set_num_threads(self._cache.record["threads"])
         self._teacher = load_teacher(teacher, device) if isinstance(teacher, str) else teacher
         self._cache.check_teacher(self._teacher.name, self._teacher.fingerprint)
+        if self._teacher.stated_rate != self._cache.spec.frame_rate:
+            raise CacheError(
+                f"the cache at {location} states {self._cache.spec.rate} frames per second, but {self._teacher.name} has "
+                f"{self._teacher.frame_rate}; give a new cache.path (in Python, give CacheSpec the teacher's stated_rate)"
+            )
         self._codecs = [self._cache.codecs(number) for number in range(len(self._cache.layer_sets))]
         self._teacher_lock = threading.Lock()
 
@@ -196,7 +202,7 @@ class ShardWriter:
         teacher_time: TeacherTime,
     ) -> list[tuple[list[np.ndarray], np.ndarray | None]]:
         """Return, per output, the codes of each column (frames of all utterances concatenated) and the (B, T) masks."""
-        device, masks = self._teacher.device, self._cache.spec.masks
+        device, spec = self._teacher.device, self._cache.spec
         padded, lengths = (tensor.to(device) for tensor in pad_waveforms(waveforms))
         real = ~padding_mask(torch.tensor(num_frames, device=device), max(num_frames))
         kinds = {output.part.kind for output in outputs if output.codecs}
@@ -211,7 +217,8 @@ class ShardWriter:
         for output in outputs:
             if output.part.draw is not None and output.part.draw != draw:
                 draw = output.part.draw
-                mask = masks.frame_mask(draw, ids, num_frames).to(device)
+                samples = [len(waveform) for waveform in waveforms]
+                mask = teacher_mask(spec.masks, spec.rate, draw, ids, samples, num_frames).to(device)
                 masked = self._hidden_states(padded, lengths, mask, layers, teacher_time.masked)
             targets, kept = clean, real
             if output.part.kind != "clean":

@@ -3,12 +3,14 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
 from ray_distill.teacher_cache.codecs import check_codec
 from ray_distill.teacher_cache.embedded_audio import DECODERS, AudioFormat
+from ray_distill.teacher_cache.frames import FRAME_RATE
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.precision import Precision
 
@@ -71,6 +73,9 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
     refers to the audio of an audio store or of another cache."""
     audio_store: str | None = pydantic.Field(default=None, pattern="^[0-9a-f]{64}$")
     """Fingerprint of the audio that a cache with ``audio`` ``store`` refers to; see `audio_fingerprint`."""
+    frame_rate: str | None = pydantic.Field(default=None, pattern="^[1-9][0-9]{0,5}(/[1-9][0-9]{0,5})?$")
+    """Frames per second of the teacher, such as ``75`` or ``100/3``, if they are not 50. The cache holds its frames, and masks
+    are drawn in frames of 20 ms. None for a teacher with 50 or with patches of a spectrogram."""
     derived_from: str | None = pydantic.Field(default=None, pattern="^[0-9a-f]{64}$")
     """Fingerprint of the cache whose decoded features were encoded. None if they are the teacher's own."""
     schema_version: int = SCHEMA_VERSION
@@ -98,7 +103,7 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
     def _without_absent(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what an audio store lacks, and keys of later versions that are None, so that earlier fingerprints stay valid."""
         tree: dict[str, Any] = dump(self)
-        for key in ("derived_from", "audio_store"):
+        for key in ("frame_rate", "derived_from", "audio_store"):
             if getattr(self, key) is None:
                 tree.pop(key, None)
         return {key: tree[key] for key in _OF_AUDIO if key in tree} if self.is_audio_store else tree
@@ -122,6 +127,11 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
         if self.audio_store is not None:
             return self.audio_store
         return _digest({key: getattr(self, key) for key in ("corpus", "shard_seconds", "audio")})
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames per second; 50 for a teacher with patches too."""
+        return Fraction(self.frame_rate or FRAME_RATE)
 
     def differences(self, needed: "CacheSpec") -> list[str]:
         """Return the differences that prevent this cache, even when extended, from serving a need.
@@ -175,9 +185,9 @@ class LayerSet(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_do
     layers: tuple[int, ...]
     """Layers, 1-based, ascending."""
     state: str | None = None
-    """SHA-256 of the codec's state file, or None for a codec without state. The state is fitted to floats that depend on the machine,
-    so caches built on two machines have two states and two fingerprints, rightly: codes can only be decoded with their own state.
-    Nothing is refused because of it, since a need names no state."""
+    """SHA-256 of the codec's state file, or None for a codec without state. The state is fitted to floats that depend on the
+    machine, so caches built on two machines have two states and two fingerprints, rightly: codes can only be decoded with their
+    own state. Nothing is refused because of it, since a need names no state."""
 
 
 @dataclass(frozen=True)

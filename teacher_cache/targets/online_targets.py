@@ -5,11 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ray_distill.teacher_cache.frames import FRAME_RATE, num_frames
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.source_audio import load_waveform
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.targets.frame_rate import (
+    FrameRule,
+    check_masked,
+    check_rule,
+    map_frames,
+    spread_mask,
+)
 from ray_distill.teacher_cache.targets.target_batch import Batch, pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher
 
@@ -25,6 +33,10 @@ class OnlineReader:
         targets: Kind of targets, as in `CacheSpec.targets`. ``clean_only`` skips the masked pass; the other two give the
             same targets here. Default ``clean_and_masked``.
         precision: Precision of the teacher's arithmetic, as in `CacheSpec.precision`. Default ``fp32``.
+        frames: How frames of another rate than 50 become those of a student, as for `StudentFrames`. Default None: ``average``.
+
+    Raises:
+        ValueError: The teacher's frames can't be averaged, or can't have exact masked targets.
     """
 
     draws: int | None = None
@@ -37,10 +49,16 @@ class OnlineReader:
         layers: Sequence[int] | None = None,
         targets: Targets = "clean_and_masked",
         precision: Precision = "fp32",
+        frames: FrameRule | None = None,
     ) -> None:
         self.utterances = utterances
         self.num_samples = np.array([utterance.num_samples for utterance in utterances])
-        self.num_frames = np.array([teacher.num_frames(utterance.num_samples) for utterance in utterances])
+        self._rate = FRAME_RATE if teacher.patches is not None else teacher.frame_rate
+        self._rule = check_rule(self._rate, frames, discrete=False)
+        if masks.draws and targets != "clean_only":
+            check_masked(teacher.name, self._rate)
+        counted = teacher.num_frames if self._rate == FRAME_RATE else num_frames
+        self.num_frames = np.array([counted(utterance.num_samples) for utterance in utterances])
         self.layers = tuple(layers or range(1, teacher.num_layers + 1))
         self.dim = teacher.dim
         self._teacher = teacher
@@ -60,12 +78,23 @@ class OnlineReader:
         teacher, layers, precision = self._teacher, self.layers, self._precision
         waveforms, lengths = pad_waveforms([load_waveform(utterance) for utterance in members])
         waveforms, lengths = waveforms.to(teacher.device), lengths.to(teacher.device)
-        frames = teacher.num_frames(lengths)
+        theirs = teacher.num_frames(lengths)
+        frames = theirs if self._rate == FRAME_RATE else num_frames(lengths)
         targets = teacher(waveforms, lengths, layers=layers, precision=precision)
         frame_mask = None
         if draw is not None:
             frame_mask = self._masks.frame_mask(draw, ids, frames.tolist()).to(teacher.device)
             if not self._clean_only:
-                masked = teacher(waveforms, lengths, frame_mask, layers, precision=precision)
-                targets = torch.where(frame_mask[:, None, :, None], targets, masked)
+                mask = frame_mask
+                if self._rate != FRAME_RATE:
+                    mask = spread_mask(frame_mask.cpu(), self._rate, frames.tolist(), theirs.tolist()).to(
+                        teacher.device
+                    )
+                masked = teacher(waveforms, lengths, mask, layers, precision=precision)
+                targets = torch.where(mask[:, None, :, None], targets, masked)
+        if self._rate != FRAME_RATE:
+            whole = targets.new_zeros(*targets.shape[:2], int(frames.max()), self.dim)
+            for row, found, count, available in zip(whole, targets, frames.tolist(), theirs.tolist(), strict=True):
+                row[:, :count] = map_frames(found[:, :available], self._rate, self._rule, count)
+            targets = whole
         return Batch(ids, waveforms, lengths, frames, targets, frame_mask)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ray_distill.teacher_cache.codecs import ColumnCodec
-from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.targets.student_frames import SplitReader
 from ray_distill.teacher_cache.targets.target_batch import Batch, CodedTargets, SeveralTargets, SymbolLayout
 
 
@@ -52,7 +52,7 @@ class SeveralCaches:
         CacheError: Two caches differ in the masks, or in the length, the frames or the audio of an utterance.
     """
 
-    def __init__(self, readers: dict[str, CacheReader]) -> None:
+    def __init__(self, readers: dict[str, SplitReader]) -> None:
         self._readers = readers
         self.teachers = tuple(
             TeacherTargets(name, reader.layers, reader.dim, reader.symbols) for name, reader in readers.items()
@@ -129,7 +129,8 @@ class SeveralCaches:
             other = int(table[row].argmax())
             names = [part.name for part in self.teachers]
             advice = (
-                "teachers of one run need the same frame rate"
+                "patches of a spectrogram are not mapped to frames, so either all teachers of a run have the same patches, or "
+                "none has patches"
                 if what == "frames"
                 else "build one of the caches again from the same corpus"
             )
@@ -163,7 +164,8 @@ class SeveralCaches:
         heard = np.zeros(len(rows), bool)
         parts = []
         for k, (name, reader) in enumerate(self._readers.items()):
-            codes = [torch.zeros(len(rows), count, codec.bytes_per_frame, dtype=torch.uint8) for codec in reader.codecs]
+            codes: list[Tensor] = []
+            merged = 1
             # Utterances whose audio is already read come second.
             for audio in (True, False):
                 members = np.flatnonzero((rows[:, k] >= 0) & (heard != audio))
@@ -172,6 +174,8 @@ class SeveralCaches:
                 batch = reader.read(rows[members, k].tolist(), draw, audio=audio)
                 _place(waveforms, members, batch.waveforms)
                 assert isinstance(batch.coded, CodedTargets)
+                merged = batch.coded.parts
+                codes = codes or [some.new_zeros(len(rows), count, some.shape[2]) for _, some in batch.coded.columns]
                 for whole, (_, some) in zip(codes, batch.coded.columns, strict=True):
                     _place(whole, members, some)
                 if frame_mask is not None:
@@ -184,7 +188,10 @@ class SeveralCaches:
                         )
                     _place(frame_mask, members, batch.frame_mask)
             heard |= rows[:, k] >= 0
-            parts.append(CodedTargets(reader.layers, tuple(zip(reader.codecs, codes, strict=True))))
+            codes = codes or [
+                torch.zeros(len(rows), count, c.bytes_per_frame, dtype=torch.uint8) for c in reader.codecs
+            ]
+            parts.append(CodedTargets(reader.layers, tuple(zip(reader.codecs, codes, strict=True)), merged))
         return Batch(
             [self.ids[index] for index in indices],
             waveforms,

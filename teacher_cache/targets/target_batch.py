@@ -41,11 +41,13 @@ class CodedTargets:
 
     Attributes:
         layers: 1-based layers of the decoded targets, in order.
-        columns: One pair per column that holds some of the layers: the codec and (B, T, bytes_per_frame) uint8 codes.
+        columns: One pair per column that holds some of the layers: the codec and (B, T, K x bytes_per_frame) uint8 codes.
+        parts: Number K of the teacher's frames whose mean is the target of a frame; see `frame_rate`. Default 1.
     """
 
     layers: tuple[int, ...]
     columns: tuple[tuple[ColumnCodec, Tensor], ...]
+    parts: int = 1
 
     @property
     def shape(self) -> torch.Size:
@@ -56,12 +58,15 @@ class CodedTargets:
     def decode(self) -> Tensor:
         """Return the (B, L, T, D) float32 targets on the device of the codes."""
         found: dict[int, Tensor] = {}
-        for codec, codes in self.columns:
+        for codec, columns in self.columns:
+            codes = columns.reshape(len(columns), columns.shape[1] * self.parts, -1)
             if isinstance(codec, PcaCodec):
                 wanted = tuple(layer for layer in self.layers if layer in codec.layers)
                 decoded = codec.decode(codes, wanted)
             else:
                 wanted, decoded = codec.layers, codec.decode(codes)
+            if self.parts > 1:
+                decoded = decoded.reshape(len(decoded), -1, self.parts, *decoded.shape[2:]).mean(2)
             if wanted == self.layers:
                 return decoded.transpose(1, 2)
             found |= {layer: decoded[..., n, :] for n, layer in enumerate(wanted)}
@@ -69,6 +74,7 @@ class CodedTargets:
 
     def symbols(self) -> Tensor:
         """Return the (B, L, T, S) int64 symbols on the device of the codes. ValueError if the codec is not discrete."""
+        assert self.parts == 1, "symbols have no mean"
         found: dict[int, Tensor] = {}
         for codec, codes in self.columns:
             if not isinstance(codec, DiscreteCodec):
@@ -78,7 +84,7 @@ class CodedTargets:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "CodedTargets":
         """Return a copy with a function applied to every tensor of codes."""
-        return CodedTargets(self.layers, tuple((codec, function(codes)) for codec, codes in self.columns))
+        return replace(self, columns=tuple((codec, function(codes)) for codec, codes in self.columns))
 
 
 @dataclass(frozen=True)

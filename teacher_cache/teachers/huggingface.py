@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ray_distill.teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.teachers.architecture import Architecture, build_model
 from ray_distill.teacher_cache.teachers.huggingface_folder import HuggingFaceFolder
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
@@ -14,6 +14,8 @@ from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 from ray_distill.teacher_cache.teachers.wavlm import join_attention_projections
 from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_model
 
+INPUT_RATES = (SAMPLE_RATE, 24_000)
+"""Sampling rates in Hz that a MERT may take."""
 MODEL_TYPES = ("hubert", "wavlm", "wav2vec2", "unispeech", "unispeech-sat", "data2vec-audio", "mert_model")
 """Values of ``model_type`` in config.json."""
 # transformers' Wav2Vec2FeatureExtractor adds this to the variance; fairseq adds 1e-5.
@@ -60,7 +62,7 @@ def load_huggingface(folder: HuggingFaceFolder, device: str | torch.device) -> W
     if folder.preprocessor is not None:
         normalize = bool(folder.preprocessor.get("do_normalize", True))
     folder.require(_SUPPORTED)
-    _refuse_other_input(folder)
+    input_rate = _input_rate(folder)
     architecture = _architecture(config, model_type, folder.name)
     weights, mask_embedding = _weights(folder)
     if model_type == "wavlm":
@@ -71,6 +73,7 @@ def load_huggingface(folder: HuggingFaceFolder, device: str | torch.device) -> W
         checked_mask_embedding(mask_embedding, architecture.dim, folder.name),
         name=folder.name,
         normalize_eps=_NORMALIZE_EPS if normalize else None,
+        input_rate=input_rate,
         device=device,
     )
 
@@ -105,19 +108,23 @@ def _architecture(config: dict[str, Any], model_type: str, name: str) -> Archite
         raise TeacherError(f"{name} has a config.json with a value of the wrong kind: {error}") from error
 
 
-def _refuse_other_input(folder: HuggingFaceFolder) -> None:
-    """Raise TeacherError for a MERT that takes music at another rate or a constant-Q transform beside the waveform."""
+def _input_rate(folder: HuggingFaceFolder) -> int:
+    """Return the sampling rate in Hz that the model takes: 24,000 for most MERTs, else 16,000.
+
+    Raises:
+        TeacherError: If it is another, or the model also reads a constant-Q transform.
+    """
     rate = folder.config.get("sample_rate", SAMPLE_RATE)
-    if rate != SAMPLE_RATE:
+    if rate not in INPUT_RATES:
         raise TeacherError(
-            f"{folder.name} takes audio at {rate} Hz, so its frames are {FRAME_SAMPLES / rate * 1000:.3g} ms apart; teachers must "
-            f"take {SAMPLE_RATE} Hz and have a frame every 20 ms"
+            f"{folder.name} has sample_rate = {rate!r}, but teachers must take {' or '.join(map(str, INPUT_RATES))} Hz"
         )
     if folder.config.get("feature_extractor_cqt"):
         raise TeacherError(
             f"{folder.name} has feature_extractor_cqt = True: it reads a constant-Q transform that only the code in its repository "
             "computes, and code of a checkpoint is never run; use a MERT without it"
         )
+    return int(rate)
 
 
 def _weights(folder: HuggingFaceFolder) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -52,14 +52,15 @@ class HuggingFaceFolder:
 
     @cached_property
     def preprocessor(self) -> dict[str, Any] | None:
-        """Content of preprocessor_config.json, or None if there is no such file. Its sampling rate must be 16 kHz."""
+        """Content of preprocessor_config.json, or None if there is no such file. Its sampling rate must be 16 kHz, or MERT's own."""
         path = self.path / "preprocessor_config.json"
         if not path.exists():
             return None
         content = _read_json(path)
-        if (rate := content.get("sampling_rate", SAMPLE_RATE)) != SAMPLE_RATE:
+        expected = self.config.get("sample_rate", SAMPLE_RATE)  # Only MERT has it, and `huggingface` checks it.
+        if (rate := content.get("sampling_rate", SAMPLE_RATE)) != expected:
             raise TeacherError(
-                f"{path} has sampling_rate = {rate!r}, but teachers must take {SAMPLE_RATE} Hz; use a model that was trained on "
+                f"{path} has sampling_rate = {rate!r}, but teachers must take {expected} Hz; use a model that was trained on "
                 "such audio"
             )
         return content

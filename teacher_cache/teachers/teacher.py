@@ -7,6 +7,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, Length, num_frames, padding_mask
+from ray_distill.teacher_cache.frames import FRAME_RATE, RECEPTIVE_FIELD, Length, num_frames, padding_mask
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.precision import Precision, autocast
 
@@ -30,7 +31,8 @@ class Teacher(ABC):
 
     - **Batch invariance.** The real frames of an utterance have the same values, up to rounding, whatever else is in the
       batch, in which order, and whatever the padding holds. Normalisation of an utterance uses its own real samples only.
-    - **Frames.** An utterance of n samples has ``num_frames(n)`` frames. Real frames come first, padding after them.
+    - **Frames.** An utterance of n samples has ``num_frames(n)`` frames, ``frame_rate`` per second but for the edges. Real frames come
+      first, padding after them.
     - **Masks.** The encoder's input is replaced at masked frames, and only there, before positions are added (`masked`).
     - **Identity.** ``identity`` holds everything that changes an output, except for the names, types, shapes and values of
       the weights.
@@ -49,6 +51,8 @@ class Teacher(ABC):
         max_samples: Maximum number of samples of an utterance. Default None, no limit.
         patches: How the spectrogram is cut, for teachers with patches instead of frames; their students do the same.
             Default None.
+        frame_rate: Number of frames per second, for teachers with frames. Default 50. The frames of others are mapped to those of the
+            student, which has 50; see `ray_distill.teacher_cache.targets.frame_rate`.
         mean_mask: Whether masked frames become the mean of the utterance when there is no learned mask embedding.
             Default False.
         layer_norm: Whether each frame of each layer's output is normalised to zero mean and unit variance over its
@@ -65,6 +69,7 @@ class Teacher(ABC):
     min_samples: int = RECEPTIVE_FIELD
     max_samples: int | None = None
     patches: PatchGeometry | None = None
+    frame_rate: Fraction = FRAME_RATE
     mean_mask: bool = False
     layer_norm: bool = False
 
@@ -135,13 +140,18 @@ class Teacher(ABC):
     def num_frames(self, num_samples: Length) -> Length:
         """Return the number of frames of an utterance, given as an int or as an integer tensor of any shape.
 
-        The default is that of HuBERT: frames of 25 ms every 20 ms.
+        The default is that of HuBERT: frames of 25 ms every 20 ms. A teacher with another ``frame_rate`` has its own.
         """
         return num_frames(num_samples)
 
     def map_bytes(self, num_samples: int) -> int:
         """Return the least memory, in bytes, that attention maps of one utterance hold at once; 0, the default, if they need none."""
         return 0
+
+    @property
+    def stated_rate(self) -> str | None:
+        """Frame rate as a cache states it; see `CacheSpec.frame_rate`."""
+        return None if self.patches is not None or self.frame_rate == FRAME_RATE else str(self.frame_rate)
 
     @property
     def has_mask_embedding(self) -> bool:

@@ -2,23 +2,27 @@
 
 These are wav2vec 2.0, HuBERT, WavLM, UniSpeech, UniSpeech-SAT and data2vec-audio.
 
-Shapes: B utterances, S samples, T frames (20 ms), C channels, D width.
+Shapes: B utterances, S samples, T frames (mostly 20 ms), C channels, D width.
 """
 
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchaudio.functional import resample
 from torchaudio.models import Wav2Vec2Model
 from torchaudio.models.wav2vec2.components import ConvLayerBlock
 from torchaudio.models.wav2vec2.wavlm_attention import WavLMSelfAttention
 
 from ray_distill.teacher_cache.frames import (
-    FRAME_SAMPLES,
+    FRAME_RATE,
     RECEPTIVE_FIELD,
     SAMPLE_RATE,
+    Length,
     conv_output_length,
     group_norm_over_real,
     padding_mask,
@@ -45,6 +49,7 @@ class Wav2Vec2Teacher(Teacher):
         heads: Number of attention heads per layer.
         layer_norm_first: Whether layer norms come before the blocks (Large). Otherwise they come after (Base).
         strides: Strides of the convolutions.
+        input_rate: Sampling rate in Hz that the waveforms are resampled to.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Wav2Vec2Teacher(Teacher):
         *,
         name: str,
         normalize_eps: float | None = None,
+        input_rate: int = SAMPLE_RATE,
         device: str | torch.device = "cpu",
     ) -> None:
         """Wrap a torchaudio model. Most callers use `load_teacher` instead.
@@ -64,10 +70,11 @@ class Wav2Vec2Teacher(Teacher):
             name: Name for people to read.
             normalize_eps: Value added to the variance when waveforms are normalised to zero mean and unit variance (most
                 Large models), or None for models that take raw waveforms (Base).
+            input_rate: Sampling rate in Hz that the model was trained with, to which waveforms are resampled. Default 16,000.
             device: Device on which the teacher computes.
 
         Raises:
-            TeacherError: If frames are not 400 samples wide and 320 samples apart.
+            TeacherError: If frames are 20 ms apart, but not 25 ms wide.
         """
         self._normalize_eps = normalize_eps
         self._convolutions: list[ConvLayerBlock] = list(model.feature_extractor.conv_layers)
@@ -76,15 +83,17 @@ class Wav2Vec2Teacher(Teacher):
         self._layers: list[nn.Module] = list(transformer.layers)
         self.strides = [layer.stride for layer in self._convolutions]
         kernels_and_strides = [(layer.kernel_size, layer.stride) for layer in self._convolutions]
-        strides = 1
-        for _, stride in kernels_and_strides:
-            strides *= stride
-        first_two = [conv_output_length(n, kernels_and_strides) for n in (RECEPTIVE_FIELD - 1, RECEPTIVE_FIELD)]
-        if strides != FRAME_SAMPLES or first_two != [0, 1]:
+        self._kernels_and_strides, self.input_rate = kernels_and_strides, input_rate
+        self.frame_rate = Fraction(input_rate, math.prod(self.strides))
+        field = 1
+        for kernel, stride in reversed(kernels_and_strides):
+            field = (field - 1) * stride + kernel
+        if self.frame_rate == FRAME_RATE and (input_rate, field) != (SAMPLE_RATE, RECEPTIVE_FIELD):
             raise TeacherError(
-                f"{name} has a frame every {strides / SAMPLE_RATE * 1000:g} ms, by its convolutions (kernel, stride) "
-                f"{kernels_and_strides}, but teachers must have frames of 25 ms every 20 ms, as HuBERT has; use another one"
+                f"{name} has frames of {field / input_rate * 1000:g} ms every 20 ms, by its convolutions (kernel, stride) "
+                f"{kernels_and_strides}, but teachers with 50 frames per second must have frames of 25 ms, as HuBERT has"
             )
+        self.min_samples = max(RECEPTIVE_FIELD, -(-field * SAMPLE_RATE // input_rate))
         attention: Any = self._layers[0].attention
         self.heads: int = attention.num_heads
         self.layer_norm_first: bool = self._layers[0].layer_norm_first  # type: ignore[assignment]
@@ -101,15 +110,24 @@ class Wav2Vec2Teacher(Teacher):
             "heads": self.heads,
             "max_distance": getattr(attention, "max_distance", None),
         }
+        other_rate = {} if input_rate == SAMPLE_RATE else {"input_rate": input_rate}
         super().__init__(
             model,
             name=name,
             num_layers=len(self._layers),
             dim=positions.embed_dim,
-            identity=[_ARITHMETIC, normalize_eps, architecture],
+            identity=[_ARITHMETIC, normalize_eps, architecture | other_rate],
             mask_embedding=mask_embedding,
             device=device,
         )
+
+    def num_frames(self, num_samples: Length) -> Length:
+        """See `Teacher.num_frames`."""
+        return conv_output_length(self._resampled(num_samples), self._kernels_and_strides)
+
+    def _resampled(self, num_samples: Length) -> Length:
+        """Return the number of samples at the model's own sampling rate."""
+        return -(-num_samples * self.input_rate // SAMPLE_RATE)
 
     def map_bytes(self, num_samples: int) -> int:
         """See `Teacher.map_bytes`. WavLM holds the bias of the positions and its gated copy, each (heads, T, T) float32."""
@@ -155,6 +173,11 @@ class Wav2Vec2Teacher(Teacher):
 
     def _features(self, x_BS: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return the (B, T, C) outputs of the convolutions and the (B,) numbers of real frames."""
+        if self.input_rate != SAMPLE_RATE:
+            lengths = self._resampled(lengths)
+            x_BS = resample(x_BS, SAMPLE_RATE, self.input_rate)
+            # The filter goes on beyond the end of shorter utterances.
+            x_BS = x_BS.masked_fill(padding_mask(lengths, x_BS.shape[1]), 0.0)
         x = x_BS[:, None, :]
         if self._normalize_eps is not None:
             # With one channel, GroupNorm is a layer norm over the utterance.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from ray_distill.pipeline.planning.dry_run import plan_run
 from ray_distill.pipeline.stages import STAGES, Run
 from ray_distill.pipeline.stages.cache import check_cache
 from ray_distill.pipeline.stages.export import export_best
+from ray_distill.pipeline.stages.frame_rates import check_frame_rates
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.pipeline.stages.report import report_run
-from ray_distill.pipeline.stages.run import check_frame_rates
 from ray_distill.pipeline.stages.train import initial_student, prepare_training
 from ray_distill.pipeline.student_export import export_student, open_student
 from ray_distill.student.exporters.origin import describe
 from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 
@@ -243,16 +245,31 @@ def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(config: Ca
         plan_cache(again)
 
 
-def test_teachers_of_other_frame_rates_are_refused(
-    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frame_rates_that_cant_be_right_are_refused(config: Callable[..., Config]) -> None:
     run = Run(config(), Console(quiet=True))
     check_frame_rates(run)
-    monkeypatch.setattr(run.parts[1].teacher, "num_frames", lambda samples: samples // 640)
+    teacher = run.parts[1].teacher
+    teacher.frame_rate = Fraction(100)
+    check_frame_rates(run)
+    teacher.frame_rate = Fraction(25)
     with pytest.raises(
-        ConfigError, match=r"^teachers.b: random:2x48 makes 25 frames from 1 s of audio, but random:2x32 makes 49"
+        ConfigError, match=r"^teachers.b: masks.draws: random:2x48 has 25 frames per second, no multiple of 50, so"
     ):
         check_frame_rates(run)
+    clean = run.sibling(config(A, B | {"cache": {"targets": "clean_only"}}), Console(quiet=True))
+    check_frame_rates(clean)
+    teacher.frame_rate = Fraction(11025, 128)
+    with pytest.raises(
+        ConfigError,
+        match=r"^teachers.b: teachers.b.frames average: with 86.1328 frames per second .* set it to nearest",
+    ):
+        check_frame_rates(clean)
+    teacher.patches = PatchGeometry()
+    teacher.num_frames = teacher.patches.num_patches  # type: ignore[method-assign]
+    with pytest.raises(
+        ConfigError, match=r"^teachers.b: random:2x48 has 108 patches in 1 s of audio, but random:2x32 has 49"
+    ):
+        check_frame_rates(clean)
 
 
 def test_an_ablation_varies_teachers(tmp_path: Path) -> None:

@@ -323,13 +323,21 @@ def test_formats_of_packages_are_asked_last(extras: None, install: Install, file
 
 def test_a_teacher_with_other_frames_is_refused(extras: None, install: Install) -> None:
     code = (
-        "import torch\nfrom speech_extras.mel_teacher import MelTeacher\n"
+        "from fractions import Fraction\nfrom speech_extras.mel_teacher import MelTeacher\n"
         "class Slow(MelTeacher):\n    def num_frames(self, n): return n // 640\n"
-        "def load(rest, device): return Slow(8, device)\n"
+        "def load(rest, device):\n    teacher = Slow(8, device)\n"
+        "    teacher.frame_rate = Fraction(rest or 50)\n    return teacher\n"
     )
     install("teacher", "slow", code, ":load")
     with pytest.raises(
-        TeacherError, match="mel:8 has 25 frames in 1 s of audio, but students have 49, one every 20 ms"
+        TeacherError,
+        match="mel:8 has 25 frames in 1 s of audio, but students have 49, one every 20 ms; give the teacher its",
     ):
         load_teacher("slow:")
+    assert load_teacher("slow:25").stated_rate == "25"
+    with pytest.raises(
+        TeacherError,
+        match="mel:8 states frame_rate 30, and an utterance of 1.00 s has 25 frames, but at 30 frames per",
+    ):
+        load_teacher("slow:30")
     assert isinstance(load_teacher("mel:8"), Teacher)

@@ -7,10 +7,12 @@ teacher is a subclass of `Teacher` with all of its promises. The function decide
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ray_distill.plugins import Plugin
-from ray_distill.teacher_cache.frames import num_frames
+from ray_distill.teacher_cache.frames import FRAME_RATE, num_frames
+from ray_distill.teacher_cache.targets.frame_rate import check_counts
 from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
 
 _SECONDS = (1, 10)
@@ -52,13 +54,22 @@ class TeacherPlugin:
 
 
 def check_frames(teacher: Teacher) -> None:
-    """Raise TeacherError if a teacher has other frames than students, which have one every 20 ms, and no patches either."""
+    """Raise TeacherError if a teacher without patches does not have the frames that its ``frame_rate`` states."""
     if teacher.patches is not None:
+        return
+    if teacher.frame_rate != FRAME_RATE:
+        samples = np.array([16_000 * seconds for seconds in _SECONDS])
+        try:
+            check_counts(
+                teacher.frame_rate, samples, np.array([teacher.num_frames(count) for count in samples.tolist()])
+            )
+        except ValueError as error:
+            raise TeacherError(f"{teacher.name} states frame_rate {teacher.frame_rate}, and {error}") from error
         return
     for seconds in _SECONDS:
         have, need = teacher.num_frames(16_000 * seconds), num_frames(16_000 * seconds)
         if have != need:
             raise TeacherError(
-                f"{teacher.name} has {have} frames in {seconds} s of audio, but students have {need}, one every 20 ms; other "
-                "frame rates are not supported, so use a teacher with a frame every 20 ms"
+                f"{teacher.name} has {have} frames in {seconds} s of audio, but students have {need}, one every 20 ms; give "
+                "the teacher its frame_rate, if it is not 50"
             )

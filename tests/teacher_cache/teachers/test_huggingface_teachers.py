@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchaudio
 from torch import Tensor
 
 from ray_distill.teacher_cache.frames import num_frames
@@ -40,14 +41,20 @@ def noise(samples: int) -> Tensor:
     return 0.1 * torch.randn(1, samples, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize(("last", "rate"), [(4, "40 ms"), (1, "10 ms")])
-def test_other_frame_rates_are_refused(tmp_path: Path, last: int, rate: str) -> None:
-    folder = save_tiny("hubert", tmp_path, conv_stride=[5, 2, 2, 2, 2, 2, last])
+@pytest.mark.parametrize(("last", "rate", "frames"), [(4, 25, 25), (1, 100, 98)])
+def test_other_frame_rates(tmp_path: Path, last: int, rate: int, frames: int) -> None:
+    changes = {"conv_stride": [5, 2, 2, 2, 2, 2, last]}
+    teacher = load_teacher(save_tiny("hubert", tmp_path, **changes))
+    model, waveform = tiny_model("hubert", **changes), noise(8_000)
+    assert teacher.stated_rate == str(rate) and teacher.num_frames(16_000) == frames
+    expected = layer_outputs(model.encoder.layers, lambda: model(waveform))
+    assert float((teacher(waveform)[0] - expected).abs().max()) < TOLERANCE
+    wide = save_tiny("hubert", tmp_path, conv_kernel=[10, 3, 3, 3, 3, 2, 3])
     with pytest.raises(
-        TeacherError, match=f"has a frame every {rate}, by its convolutions.*frames of 25 ms every 20 ms"
-    ) as refused:
-        load_teacher(folder)
-    assert "\n" not in str(refused.value)
+        TeacherError,
+        match="frames of 35 ms every 20 ms, by its convolutions.*must have frames of 25 ms, as HuBERT has$",
+    ):
+        load_teacher(wide)
 
 
 @pytest.mark.parametrize("kind", ["hubert", "wavlm", "wav2vec2", "unispeech", "unispeech-sat", "data2vec-audio"])
@@ -98,8 +105,16 @@ def test_distilhubert_and_plain_mert(tmp_path: Path) -> None:
     settings = json.loads(config.read_text()) | {"model_type": "mert_model", "sample_rate": 16_000, "deepnorm": False}
     config.write_text(json.dumps(settings))
     assert load_teacher(str(tmp_path)).fingerprint == teacher.fingerprint
+    config.write_text(json.dumps(settings | {"sample_rate": 24_000}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"sampling_rate": 24_000, "do_normalize": False}))
+    music = load_teacher(str(tmp_path))
+    resampled = torchaudio.functional.resample(waveform, 16_000, 24_000)
+    expected = layer_outputs(model.encoder.layers, lambda: model(resampled))
+    assert music.stated_rate == "75" and float((music(waveform)[0] - expected).abs().max()) < TOLERANCE
+    assert music.fingerprint != teacher.fingerprint
+    (tmp_path / "preprocessor_config.json").unlink()
     for change, message in (
-        ({"sample_rate": 24_000}, "takes audio at 24000 Hz, so its frames are 13.3 ms apart; teachers must take 16000"),
+        ({"sample_rate": 22_050}, "sample_rate = 22050, but teachers must take 16000 or 24000 Hz"),
         (
             {"feature_extractor_cqt": True},
             "constant-Q transform that only the code in its repository computes, and code",

@@ -95,12 +95,15 @@ def cache_spec() -> Callable[..., CacheSpec]:
 
 @pytest.fixture
 def make_cache(cache_spec: Callable[..., CacheSpec], source_utterances: list[Utterance]) -> Callable[..., CacheSpec]:
-    """Return a function that builds such a cache of the test speech at a location, in this process, and returns its spec."""
+    """Return a function that builds such a cache of the test speech at a location, in this process, and returns its spec.
 
-    def make(location: Path | str, teacher: str = TEACHER, **changes: object) -> CacheSpec:
+    ``place`` is the location of the audio to which the cache refers.
+    """
+
+    def make(location: Path | str, teacher: str = TEACHER, *, place: str | None = None, **changes: object) -> CacheSpec:
         spec = cache_spec(teacher, **changes)
         plan = plan_shards(source_utterances, spec.shard_seconds)
-        build_cache(location, spec, plan, teacher, teacher_name=teacher, workers=None)
+        build_cache(location, spec, plan, teacher, teacher_name=teacher, workers=None, audio=place)
         return spec
 
     return make

@@ -20,6 +20,7 @@ from ray_distill.pipeline.stages.audio import audio_places
 from ray_distill.pipeline.stages.frame_rates import check_frame_rates
 from ray_distill.pipeline.stages.index import split_table
 from ray_distill.pipeline.stages.run import TeacherRun
+from ray_distill.pipeline.stages.run_audio import check_reference
 from ray_distill.student import Student
 from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holder
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
@@ -233,9 +234,9 @@ def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) 
         "audio": config.cache.audio,
         "audio_store": None,
     }
-    if (place := config.cache.audio_location) is not None:
-        there = open_holder(place).spec if Cache.exists(Store(place)) else cache.spec
-        values["audio_store"] = there.audio_fingerprint
+    if config.cache.audio == "store":
+        check_reference(cache, config.cache)
+        values["audio_store"] = cache.spec.audio_fingerprint
     if teacher is not None:
         layers = config.teacher.layers or range(1, teacher.num_layers + 1)
         values |= {"num_layers": teacher.num_layers, "dim": teacher.dim, "layers": tuple(layers)}

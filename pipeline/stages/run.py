@@ -21,7 +21,7 @@ from ray_distill.pipeline.corpus.hub_dataset import dataset_of_run, download_dat
 from ray_distill.pipeline.corpus.index import CorpusIndex
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
-from ray_distill.pipeline.stages.run_audio import audio_spec_of, shard_seconds_of
+from ray_distill.pipeline.stages.run_audio import audio_spec_of, check_reference, shard_seconds_of
 from ray_distill.pipeline.stages.run_teacher import keep_checkpoint, other_commit, run_checkpoint
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import saved_step
@@ -225,6 +225,7 @@ class Run:
                     "cache.path to another folder"
                 )
             corpus = known_fingerprint(found, self.corpus)
+            check_reference(found, cache)
         audio = self.audio_spec
         return CacheSpec(
             teacher=teacher,

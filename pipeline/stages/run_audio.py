@@ -2,7 +2,7 @@
 
 from ray_distill.pipeline.composition.sections import CacheSection
 from ray_distill.pipeline.corpus.index import CorpusIndex
-from ray_distill.teacher_cache.reading.audio_place import open_holder
+from ray_distill.teacher_cache.reading.audio_place import holder_of, open_holder
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import default_shard_seconds
@@ -29,6 +29,12 @@ def audio_spec_of(settings: CacheSection, index: CorpusIndex) -> CacheSpec | Non
     minutes = settings.shard_minutes
     seconds = default_shard_seconds(index.utterances.seconds) if minutes is None else minutes * 60
     return CacheSpec.of_audio(index.fingerprint, seconds)
+
+
+def check_reference(cache: Cache, settings: CacheSection) -> None:
+    """Raise CacheError if a cache refers to other audio than what is at the configured place. Nothing need be there yet."""
+    if settings.audio_location is not None and Cache.exists(Store(settings.audio_location)):
+        holder_of(cache, settings.audio_location)
 
 
 def shard_seconds_of(settings: CacheSection, audio: CacheSpec | None, seconds: float) -> float:

@@ -15,6 +15,7 @@ from ray_distill.pipeline.composition.config_listing import config_with_origins
 from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_config, load_config
 from ray_distill.pipeline.planning.dry_run import plan_run
 from ray_distill.pipeline.stages import STAGES, Run
+from ray_distill.pipeline.stages.audio import audio_places
 from ray_distill.pipeline.stages.cache import check_cache
 from ray_distill.pipeline.stages.export import export_best
 from ray_distill.pipeline.stages.frame_rates import check_frame_rates
@@ -25,9 +26,11 @@ from ray_distill.pipeline.stages.train import initial_student, prepare_training
 from ray_distill.pipeline.student_export import export_student, open_student
 from ray_distill.student.exporters.origin import describe
 from ray_distill.student.training.metric_rows import read_rows
+from ray_distill.teacher_cache.build.audio_store import build_audio_store, plan_audio
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 
 from ..tiny import CONFIGS, TEACHER, tiny_tree
@@ -71,12 +74,16 @@ def begin(config: Config) -> Run:
 
 def build(run: Run) -> None:
     """The cache stage without Ray."""
+    for place in audio_places(run):
+        spec = run.parts[0].audio_spec
+        assert spec is not None
+        build_audio_store(place, spec, plan_audio(run.utterances, spec.shard_seconds), workers=None)
     for part in run.parts:
         if not Cache.exists(part.cache):
             plan = plan_shards(part.utterances, part.spec.shard_seconds, part.teacher.num_frames)
-            build_cache(
-                part.cache.location, part.spec, plan, part.checkpoint, teacher_name=part.teacher.name, workers=None
-            )
+            audio = part.config.cache.audio_location
+            options: dict[str, Any] = {"teacher_name": part.teacher.name, "workers": None, "audio": audio}
+            build_cache(part.cache.location, part.spec, plan, part.checkpoint, **options)
 
 
 def test_each_teacher_has_a_cache_section_of_its_own() -> None:
@@ -227,7 +234,78 @@ def test_a_run_of_two_teachers(config: Callable[..., Config], tmp_path: Path) ->
         run.folder.refuse_other_config(check_config(changed))
 
 
-def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(config: Callable[..., Config]) -> None:
+def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[..., Config], tmp_path: Path) -> None:
+    """Train as a run of two teachers did, but from caches that refer to audio."""
+    entries = [entry | {"cache": {"path": str(tmp_path / "beside" / str(entry["name"]))}} for entry in (A, B)]
+    cache = {
+        "codec": "fp16",
+        "verify": False,
+        "audio": "store",
+        "audio_path": str(tmp_path / "audio"),
+    }
+    other = begin(config(*entries, cache=cache, name="stored"))
+    other.parts[1].teacher.max_samples = 30_000
+    assert (
+        plan_run(other.config, list(STAGES))
+        .stages["cache"]
+        .startswith(f"store the audio at {tmp_path / 'audio'}; a: build")
+    )
+    with other.console.capture() as shown:
+        other.console.quiet = False
+        plan_cache(other)
+        other.console.quiet = True
+    assert "GB beside 0.00 GB of audio" in shown.get() and f"stored once: about 0.00 GB at {tmp_path}" in shown.get()
+    build(other)
+    check_cache(other)
+    assert (
+        plan_run(other.config, list(STAGES))
+        .stages["cache"]
+        .startswith(f"reuse the audio at {tmp_path / 'audio'}; a: re")
+    )
+    prepare_training(other, 1, in_process=True)()
+    losses = [
+        [{key: value for key, value in row.items() if "loss" in key} for row in read_rows(one.folder.metrics_file)]
+        for one in (run, other)
+    ]
+    assert losses[0] == losses[1]
+    moved = (tmp_path / "audio").rename(tmp_path / "moved")
+    with pytest.raises(
+        CacheError, match=f"^the cache at {tmp_path}/beside/a refers to audio at {tmp_path}/audio, but there"
+    ):
+        check_cache(other)
+    tree = other.config.model_dump(mode="json")
+    for entry in tree["teachers"]:
+        entry["cache"]["audio_path"] = str(moved)
+    other.folder.refuse_other_config(check_config(tree))
+    again = Run(check_config(tree), Console(quiet=True))
+    again.parts[1].teacher.max_samples = 30_000
+    check_cache(again)
+    spec = CacheSpec.of_audio(run.corpus.fingerprint, 7)  # The same audio in other shards.
+    build_audio_store(tmp_path / "other", spec, plan_audio(run.utterances, 7), workers=None)
+    for entry in tree["teachers"]:
+        entry["cache"]["audio_path"] = str(tmp_path / "other")
+    with pytest.raises(CacheError, match=f"/beside/a refers to audio with .*, but that at {tmp_path}/other has "):
+        check_cache(Run(check_config(tree), Console(quiet=True)))
+
+
+def test_the_place_of_the_audio_is_that_of_the_corpus_unless_it_is_given() -> None:
+    stored = {"codec": "fp16", "audio": "store"}
+    config = check_config(tree(A, B | {"cache": {"audio": "flac"}}, cache=stored | {"audio_path": "mine"}))
+    assert [part.cache.audio_path for part in config.parts] == ["mine", None]
+    config = check_config(tree(cache=stored))
+    assert [part.cache.audio_path for part in config.parts] == ["caches/audio-corpus"] * 2
+    assert check_config(yaml.safe_load(dump_config(config))) == config
+    one = tiny_tree(cache=stored)
+    assert check_config(one).cache.audio_path == "caches/audio-corpus"
+    with pytest.raises(
+        ConfigError, match="^cache: cache.audio_path does nothing with cache.audio flac; set cache.audio=store"
+    ):
+        check_config(tiny_tree(cache={"audio_path": "mine"}))
+
+
+def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(
+    config: Callable[..., Config], tmp_path: Path
+) -> None:
     run = begin(config())
     run.parts[1].teacher.max_samples = 30_000
     plan_cache(run)
@@ -237,6 +315,7 @@ def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(config: Ca
     prepare_training(run, 1, in_process=True)()
     export_best(run)
     assert [one["utterances"] for one in report_run(run)["teachers"]] == [12, 10]
+    _trains_alike_from_audio_that_is_stored_once(run, config, tmp_path)
     again = begin(config(A, B, name="again"))
     again.parts[1].teacher.max_samples = 5_000
     with pytest.raises(

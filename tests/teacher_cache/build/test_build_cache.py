@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from ray_distill.teacher_cache.build.audio_store import build_audio_store, plan_audio
 from ray_distill.teacher_cache.build.build_cache import BuildReport, Progress, build_cache
 from ray_distill.teacher_cache.build.shard_audio import load_shard_audio
 from ray_distill.teacher_cache.build.shard_workers import ShardWriterActor, Workers
@@ -66,12 +67,13 @@ def build(cache_spec: Make, source_utterances: list[Utterance]) -> Build:
         location: Path | str,
         workers: Workers | None = None,
         on_progress: Callable[[Progress], None] = lambda progress: None,
+        place: str | None = None,
         **changes: object,
     ) -> BuildReport:
         spec = cache_spec(TEACHER, **changes)
         plan = plan_shards(source_utterances, spec.shard_seconds)
         return build_cache(
-            location, spec, plan, TEACHER, teacher_name=TEACHER, workers=workers, on_progress=on_progress
+            location, spec, plan, TEACHER, teacher_name=TEACHER, workers=workers, on_progress=on_progress, audio=place
         )
 
     return run
@@ -148,6 +150,18 @@ def test_a_missing_file_is_left_out_and_counted(
     assert exported("ray_distill_cache_failures_total") == 1
     build(tmp_path / "alone", codec="pca")
     assert contents(tmp_path / "cache") == contents(tmp_path / "alone")
+    # So it is in an audio store and in a cache that refers to it.
+    spec = CacheSpec.of_audio(cache.spec.corpus, cache.spec.shard_seconds)
+    seen: list[Progress] = []
+    for name, workers in (("ray", Workers()), ("here", None)):
+        plan = plan_audio(source_utterances, spec.shard_seconds)
+        build_audio_store(tmp_path / name / "audio", spec, plan, workers=workers, on_progress=seen.append)
+        refers = {"audio": "store", "audio_store": spec.audio_fingerprint, "codec": "pca"}
+        build(tmp_path / name / "cache", workers, place=str(tmp_path / name / "audio"), **refers)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "here")
+    assert [p.shards_done for p in seen] == 2 * [n + 1 for n in range(len(cache.shards))]
+    for built in (Cache.open(tmp_path / "ray" / folder) for folder in ("audio", "cache")):
+        assert list(failed_utterances(built)) == [victim.stem] and verify_cache(built.store) == []
 
 
 @pytest.mark.ray

@@ -73,6 +73,14 @@ def test_a_cache_in_an_object_store(tmp_path: Path, make_cache: Make, location: 
         ours, theirs = (CacheReader(place, split) for place in (location, tmp_path / "local"))
         assert torch.equal(ours.read([1, 0], draw).targets, theirs.read([1, 0], draw).targets)
         assert ours.bytes_read > 0
+    # A cache in the bucket refers to the audio of that one, by a place relative to its own.
+    refers = {"audio": "store", "audio_store": Cache.open(location).spec.audio_fingerprint, "codec": "fp16"}
+    make_cache(f"{location}-beside", place=location, masks=masks(1), **refers)
+    ours = CacheReader(f"{location}-beside", "train")
+    assert ours.cache.record["audio_path"] == "../demo" and ours.prefers_window
+    assert torch.equal(
+        ours.read([1, 0], 0).waveforms, CacheReader(tmp_path / "local", "train").read([1, 0], 0).waveforms
+    )
 
     sound = contents(store)
     shard, commit = "masked/draw=0/part-00000.parquet", "commits/clean/part-00001.json"

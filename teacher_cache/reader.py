@@ -68,6 +68,7 @@ class CacheReader:
         dim: Width D of the teacher.
         shards: (N,) int32 numbers of the shards that hold the utterances.
         prefers_window: Whether training should read shard by shard unless told otherwise, as from an object store.
+        local_share: Size of the split's files as a share of the limit of the local copies; 0 without copies.
         needs_window: Whether it must, because the local copies have room for a part of the files only.
         targets: Kind of targets that are read, as in `CacheSpec.targets`.
         draws: Number of mask draws of the split. Validation uses no masks, so it has 0.
@@ -148,7 +149,8 @@ class CacheReader:
         self.read_ahead = None if copies is None else ReadAhead(self._files)
         self.prefers_window = remote
         size = self._rows.bytes + (0 if self._audio is None else self._audio.bytes)
-        self.needs_window = copies is not None and size > copies.limit
+        self.local_share = 0.0 if copies is None else size / copies.limit
+        self.needs_window = self.local_share > 1
 
     def _needs(self, part: Part) -> bool:
         return part.draw is None or (part.draw < (self.draws or 0) and self.targets != "clean_only")

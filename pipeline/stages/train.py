@@ -110,6 +110,8 @@ def prepare_training(
                 part.layers,
                 part.config.cache.targets,
                 part.config.cache.audio_location,
+                part.config.cache.local,
+                part.config.cache.local_gb,
                 part.config.teacher.frames,
             )
             for part in run.parts

@@ -18,6 +18,7 @@ from ray_distill.teacher_cache.frames import num_frames
 from ray_distill.teacher_cache.reading.read_ahead import ReadAhead
 from ray_distill.teacher_cache.targets.batch_sampler import plan_epoch
 from ray_distill.teacher_cache.targets.crop import crop_batch
+from ray_distill.teacher_cache.targets.several_caches import SeveralReadAhead
 from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
 from ray_distill.teacher_cache.targets.window_sampler import plan_window_epoch
 
@@ -199,7 +200,7 @@ def micro_batches(
                 ahead.put(item, timeout=0.1)
                 return
 
-    ahead_of_reads: ReadAhead | None = getattr(reader, "read_ahead", None)
+    ahead_of_reads: ReadAhead | SeveralReadAhead | None = getattr(reader, "read_ahead", None)
 
     def announced() -> Iterator[Planned]:
         """Yield the batches, each after the files of the FILES_AHEAD next ones were named."""

@@ -41,6 +41,7 @@ class TeacherCache:
         layers: Layers to learn from.
         targets: Targets to read, as `CacheSpec.targets`.
         audio: Location of the audio that the cache refers to. Default: the recorded place.
+        local, local_gb: Folder of each node for copies of the cache's files, and its limit, as for `CacheReader`. Default: none.
         frames: How frames of another rate are mapped to those of the student; see `StudentFrames`. Default None.
     """
 
@@ -49,6 +50,8 @@ class TeacherCache:
     layers: tuple[int, ...]
     targets: Targets
     audio: str | None = None
+    local: str | None = None
+    local_gb: float | None = None
     frames: FrameRule | None = None
 
 
@@ -112,13 +115,16 @@ def several_readers(
     Raises:
         CacheError: A cache lacks something, or two don't fit together; see `SeveralCaches`.
     """
+    options: dict[str, dict[str, Any]] = {
+        t.name: {"audio": t.audio, "local": t.local, "local_gb": t.local_gb, "frames": t.frames} for t in teachers
+    }
     by_name = {
-        t.name: open_reader(t.cache, "train", t.layers, masks.draws, targets=t.targets, audio=t.audio, frames=t.frames)
+        t.name: open_reader(t.cache, "train", t.layers, masks.draws, targets=t.targets, **options[t.name])
         for t in teachers
     }
     train = SeveralCaches(by_name)
     validation = SeveralCaches(
-        {t.name: open_reader(t.cache, "validation", t.layers, audio=t.audio, frames=t.frames) for t in teachers}
+        {t.name: open_reader(t.cache, "validation", t.layers, **options[t.name]) for t in teachers}
     )
     drawn = masks if fresh else None
     source = several_sources({name: cached_source(reader, drawn) for name, reader in by_name.items()})

@@ -1,6 +1,6 @@
 """Targets of several teachers for the same utterances, from one cache of each teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,19 +41,22 @@ class SeveralCaches:
         readers: Reader of the split in each teacher's cache, by the teacher's name.
 
     Attributes:
+        readers: The readers, by the teacher's name.
         ids: Utterance ids.
         teachers: What batches have of each teacher.
         num_samples, num_frames, draws: As for `TargetReader`.
         layers: Layers of all teachers, one after another.
         dim: Width of the first teacher.
-        batches_at_once: As for `CacheReader`.
+        shards, prefers_window, batches_at_once: As for `CacheReader`. Shards are those of the first cache that has the utterance.
+        needs_window: Whether the local copies have room for a part of all caches only.
+        read_ahead: Fetching of the files of later batches; None if no cache has local copies.
 
     Raises:
         CacheError: Two caches differ in the masks, or in the length, the frames or the audio of an utterance.
     """
 
     def __init__(self, readers: dict[str, SplitReader]) -> None:
-        self._readers = readers
+        self.readers = readers
         self.teachers = tuple(
             TeacherTargets(name, reader.layers, reader.dim, reader.symbols) for name, reader in readers.items()
         )
@@ -68,26 +71,30 @@ class SeveralCaches:
         self.num_samples = self._common_values("samples", [reader.num_samples for reader in readers.values()])
         self.num_frames = self._common_values("frames", [reader.num_frames for reader in readers.values()])
         self._check_audio()
+        self.shards = self._all_shards()
+        self.prefers_window = any(reader.prefers_window for reader in readers.values())
+        self.needs_window = sum(reader.local_share for reader in readers.values()) > 1
+        self.read_ahead = SeveralReadAhead(self) if any(reader.read_ahead for reader in readers.values()) else None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        return f"SeveralCaches({self._readers!r})"
+        return f"SeveralCaches({self.readers!r})"
 
     @property
     def bytes_read(self) -> int:
         """Number of bytes read from all caches so far."""
-        return sum(reader.bytes_read for reader in self._readers.values())
+        return sum(reader.bytes_read for reader in self.readers.values())
 
     @property
     def codecs(self) -> tuple[tuple[ColumnCodec, ...], ...]:
         """Codecs of the columns of each teacher."""
-        return tuple(reader.codecs for reader in self._readers.values())
+        return tuple(reader.codecs for reader in self.readers.values())
 
     def _common_draws(self) -> int | None:
         """Return the number of draws, after checking that all caches have the same masks."""
-        (first, reader), *others = self._readers.items()
+        (first, reader), *others = self.readers.items()
         masks = reader.cache.spec.masks
         policies = [masks.policy_of(draw) for draw in range(reader.draws or 0)]
         for name, other in others:
@@ -113,7 +120,7 @@ class SeveralCaches:
                 if shard.split == reader.split
                 for utterance in shard.utterances
             ]
-            for reader in self._readers.values()
+            for reader in self.readers.values()
         ]
         return list(dict.fromkeys(name for plan in sorted(plans, key=len, reverse=True) for name in plan))
 
@@ -143,7 +150,7 @@ class SeveralCaches:
     def _check_audio(self) -> None:
         """Raise CacheError if two caches know an utterance by different audio."""
         known: dict[str, tuple[str, str]] = {}
-        for name, reader in self._readers.items():
+        for name, reader in self.readers.items():
             for shard in reader.cache.shards:
                 for utterance in shard.utterances:
                     first, identity = known.setdefault(utterance.id, (name, utterance.sha256))
@@ -154,6 +161,31 @@ class SeveralCaches:
                             "build one of them again from the same corpus"
                         )
 
+    def _all_shards(self) -> np.ndarray:
+        """Return the (N,) shards of the first cache that has each utterance, numbered apart for each cache."""
+        shards, first = np.zeros(len(self.ids), np.int64), (self._rows >= 0).argmax(1)
+        offset = 0
+        for k, reader in enumerate(self.readers.values()):
+            shards[first == k] = offset + reader.shards[self._rows[first == k, k]]
+            offset += int(reader.shards.max()) + 1
+        return shards
+
+    def reads(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray, list[int], bool]]:
+        """Yield what is read for a batch, teacher after teacher.
+
+        Yields:
+            The teacher's number, the members (M,) of the batch, their rows in the teacher's reader, and whether their audio is read.
+        """
+        rows = self._rows[list(indices)]
+        heard = np.zeros(len(rows), bool)
+        for k in range(len(self.readers)):
+            # Utterances whose audio is already read come second.
+            for audio in (True, False):
+                members = np.flatnonzero((rows[:, k] >= 0) & (heard != audio))
+                if len(members):
+                    yield k, members, rows[members, k].tolist(), audio
+            heard |= rows[:, k] >= 0
+
     def read(self, indices: Sequence[int], draw: int | None) -> Batch:
         """See `TargetReader.read`. Targets are `SeveralTargets`."""
         rows = self._rows[list(indices)]
@@ -161,37 +193,30 @@ class SeveralCaches:
         count = int(frames.max())
         waveforms = torch.zeros(len(rows), int(lengths.max()))
         frame_mask = None if draw is None else torch.zeros(len(rows), count, dtype=torch.bool)
-        heard = np.zeros(len(rows), bool)
+        names, readers = list(self.readers), list(self.readers.values())
+        codes: list[list[Tensor]] = [[] for _ in readers]
+        merged = [1] * len(readers)
+        for k, members, some_rows, audio in self.reads(indices):
+            batch = readers[k].read(some_rows, draw, audio=audio)
+            _place(waveforms, members, batch.waveforms)
+            assert isinstance(batch.coded, CodedTargets)
+            merged[k] = batch.coded.parts
+            columns = [some for _, some in batch.coded.columns]
+            codes[k] = codes[k] or [some.new_zeros(len(rows), count, some.shape[2]) for some in columns]
+            for whole, some in zip(codes[k], columns, strict=True):
+                _place(whole, members, some)
+            if frame_mask is not None:
+                assert batch.frame_mask is not None
+                if not audio and not torch.equal(frame_mask[members, : batch.frame_mask.shape[1]], batch.frame_mask):
+                    raise CacheError(
+                        f"the cache of teacher {names[k]} has other masks than those of the teachers before it"
+                    )
+                _place(frame_mask, members, batch.frame_mask)
         parts = []
-        for k, (name, reader) in enumerate(self._readers.items()):
-            codes: list[Tensor] = []
-            merged = 1
-            # Utterances whose audio is already read come second.
-            for audio in (True, False):
-                members = np.flatnonzero((rows[:, k] >= 0) & (heard != audio))
-                if not len(members):
-                    continue
-                batch = reader.read(rows[members, k].tolist(), draw, audio=audio)
-                _place(waveforms, members, batch.waveforms)
-                assert isinstance(batch.coded, CodedTargets)
-                merged = batch.coded.parts
-                codes = codes or [some.new_zeros(len(rows), count, some.shape[2]) for _, some in batch.coded.columns]
-                for whole, (_, some) in zip(codes, batch.coded.columns, strict=True):
-                    _place(whole, members, some)
-                if frame_mask is not None:
-                    assert batch.frame_mask is not None
-                    if not audio and not torch.equal(
-                        frame_mask[members, : batch.frame_mask.shape[1]], batch.frame_mask
-                    ):
-                        raise CacheError(
-                            f"the cache of teacher {name} has other masks than those of the teachers before it"
-                        )
-                    _place(frame_mask, members, batch.frame_mask)
-            heard |= rows[:, k] >= 0
-            codes = codes or [
-                torch.zeros(len(rows), count, c.bytes_per_frame, dtype=torch.uint8) for c in reader.codecs
-            ]
-            parts.append(CodedTargets(reader.layers, tuple(zip(reader.codecs, codes, strict=True)), merged))
+        for k, reader in enumerate(readers):
+            sizes = [codec.bytes_per_frame for codec in reader.codecs]
+            found = codes[k] or [torch.zeros(len(rows), count, size, dtype=torch.uint8) for size in sizes]
+            parts.append(CodedTargets(reader.layers, tuple(zip(reader.codecs, found, strict=True)), merged[k]))
         return Batch(
             [self.ids[index] for index in indices],
             waveforms,
@@ -201,6 +226,30 @@ class SeveralCaches:
             frame_mask,
             torch.from_numpy(rows >= 0),
         )
+
+
+class SeveralReadAhead:
+    """As `ReadAhead`, for the batches of several caches.
+
+    Args:
+        caches: The caches.
+    """
+
+    def __init__(self, caches: SeveralCaches) -> None:
+        self._caches = caches
+
+    def expect(self, indices: Sequence[int], draw: int | None) -> None:
+        """Name a batch that will be read."""
+        readers = list(self._caches.readers.values())
+        for k, _, rows, _ in self._caches.reads(indices):
+            if (ahead := readers[k].read_ahead) is not None:
+                ahead.expect(rows, draw)
+
+    def clear(self) -> None:
+        """Expect none of the batches any more."""
+        for reader in self._caches.readers.values():
+            if reader.read_ahead is not None:
+                reader.read_ahead.clear()
 
 
 def _place(whole: Tensor, members: np.ndarray, rows: Tensor) -> None:

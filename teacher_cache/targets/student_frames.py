@@ -32,7 +32,7 @@ class StudentFrames:
         rule: How frames are mapped.
         num_frames: (N,) int64 numbers of frames of 20 ms.
         cache, ids, failed, split, num_samples, layers, dim, draws, symbols, codecs, shards, prefers_window, needs_window,
-            read_ahead, batches_at_once: As for `CacheReader`.
+            local_share, read_ahead, batches_at_once: As for `CacheReader`.
 
     Raises:
         CacheError: Symbols or so many frames can't be averaged, the cache has masked targets that can't be exact at its frame
@@ -51,6 +51,7 @@ class StudentFrames:
         )
         self.symbols, self.codecs, self.shards = reader.symbols, reader.codecs, reader.shards
         self.prefers_window, self.needs_window = reader.prefers_window, reader.needs_window
+        self.local_share = reader.local_share
         self.read_ahead, self.batches_at_once = reader.read_ahead, reader.batches_at_once
         self.num_frames = num_frames(torch.from_numpy(reader.num_samples)).numpy()
         self._masked = bool(reader.draws) and reader.targets != "clean_only"

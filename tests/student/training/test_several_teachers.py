@@ -1,5 +1,6 @@
 """Training from the caches of several teachers: losses, missing utterances, refusals and resuming."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ray_distill.student import Student, StudentConfig
 from ray_distill.student.objectives.several_teachers import SeveralDistiller, SeveralLoss, SeveralTeachers
 from ray_distill.student.objectives.teacher_heads import TeacherHeads
+from ray_distill.student.training.prefetch import TrainingPlan, chosen_shuffle, micro_batches
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.target_source import TeacherCache, several_readers
 from ray_distill.student.training.train_settings import SeveralTeacherSettings, TrainSettings
+from ray_distill.student.training.train_state import TrainState
 from ray_distill.student.training.training_loop import train
 from ray_distill.student.training.validation import batch_loss, make_distiller, validate
 from ray_distill.teacher_cache.reader import CacheReader
@@ -58,7 +61,7 @@ def caches(tmp_path: Path, make_cache: Make) -> tuple[Path, Path]:
 
 
 def open_both(*caches: Path, **options: Any) -> Readers:
-    found = [TeacherCache(cache.name, str(cache), (1, 2), "clean_and_masked") for cache in caches]
+    found = [TeacherCache(cache.name, str(cache), (1, 2), "clean_and_masked", **options) for cache in caches]
     train_reader, validation, _ = several_readers(found, MASKS, fresh=False)
     assert isinstance(train_reader, SeveralCaches) and isinstance(validation, SeveralCaches)
     return train_reader, validation
@@ -76,6 +79,32 @@ def test_a_batch_has_each_teachers_targets(caches: tuple[Path, Path]) -> None:
             assert one is not None and other is not None and torch.equal(one, other)
         assert torch.equal(batch.of_teacher(k).targets, alone.targets)
     assert both.bytes_read > 0
+
+
+def test_local_copies_hold_the_files_of_all_caches(
+    tmp_path: Path, caches: tuple[Path, Path], settings: Callable[..., TrainSettings]
+) -> None:
+    plain, _ = open_both(*caches)
+    copied, _ = open_both(*caches, local=str(tmp_path / "local"), local_gb=1.0)
+    windows = settings(shuffle="window", batch_size=2, max_steps=9)
+    batches = [
+        list(micro_batches(TrainingPlan.of(reader, windows, 1, TrainState()), reader, Rank(), 0, 1))
+        for reader in (plain, copied)
+    ]
+    for one, other in zip(*batches, strict=True):
+        assert one.batch.ids == other.batch.ids and torch.equal(one.batch.waveforms, other.batch.waveforms)
+        for k in range(2):
+            assert torch.equal(one.batch.of_teacher(k).targets, other.batch.of_teacher(k).targets)
+    assert copied.read_ahead is not None and plain.read_ahead is None
+    copies = {path.stem for path in (tmp_path / "local").glob("*.parquet")}
+    files = [path for cache in caches for path in cache.rglob("*/*.parquet") if "commits" not in path.parts]
+    digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    assert len(copies) > 2 and copies <= digests
+    # Both caches together must fit, or files would be fetched again and again.
+    room = sum(path.stat().st_size for path in files) / 1e9
+    small, _ = open_both(*caches, local=str(tmp_path / "small"), local_gb=0.6 * room)
+    with pytest.raises(ValueError, match=r"cache.local_gb has room for a part of the cache only"):
+        chosen_shuffle(settings(shuffle="full"), small)
 
 
 def test_the_loss_is_the_sum_of_the_teachers_losses(

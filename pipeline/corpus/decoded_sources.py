@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_distill.pipeline.corpus.decoding import Decoded
-from ray_distill.pipeline.corpus.found import FoundFile, Skipped
+from ray_distill.pipeline.corpus.found import FoundFile, FoundFiles, Skipped, channel_of
 
 DECODED = "decoded.parquet"
 DECODING = "decoding"
@@ -29,6 +30,8 @@ PART_SOURCES = 2000
 """Maximum number of sources whose results are not on disk yet."""
 PART_SECONDS = 10.0
 """Seconds after which results are written, however few they are."""
+_STAMPED = 1 << 13
+"""Number of stamps that are Python objects at a time."""
 _SETTINGS = b"settings"
 _CORPUS = b"corpus"
 
@@ -53,27 +56,37 @@ Stamp = tuple[int, int] | None
 Row = tuple[bytes, bool, bool, str, bytes, int, str, str, bytes]
 
 
-def stamps_of(entries: Sequence[FoundFile]) -> list[Stamp]:
-    """Return the stamp of each entry's file."""
-    known: dict[str, Stamp] = {}
-    stamps = []
-    for entry in entries:
-        path = str(entry.path)
-        if path not in known:
-            try:
+def stamps_of(entries: FoundFiles) -> np.ndarray:
+    """Return the (N, 2) int64 sizes and modification times of the entries' files. The size is -1 if a file has no stamp."""
+    paths = entries.texts("path")
+    places = None
+    if any(entries.table[name].null_count < len(entries) for name in ("start", "end", "inside")):
+        encoded = paths.dictionary_encode()  # A file has many pieces.
+        paths, places = encoded.dictionary, encoded.indices.to_numpy()
+    stamps = np.full((len(paths), 2), (-1, 0), np.int64)
+    for begin in range(0, len(paths), _STAMPED):
+        for n, path in enumerate(paths[begin : begin + _STAMPED].to_pylist(), begin):
+            with suppress(OSError):
                 stat = os.stat(path)  # noqa: PTH116 (a Path for each of millions of files takes time)
-                known[path] = stat.st_size, stat.st_mtime_ns
-            except OSError:
-                known[path] = None
-        stamps.append(known[path])
-    return stamps
+                stamps[n] = stat.st_size, stat.st_mtime_ns
+    return stamps if places is None else stamps[places]
 
 
-def key_of(entry: FoundFile, stamp: Stamp) -> bytes:
-    """Return the 16 bytes by which a source is known."""
-    piece = [entry.start, entry.end, entry.channel, entry.inside and entry.inside.encode()]
-    content = json.dumps([entry.id, str(entry.path), stamp, *piece])
-    return hashlib.blake2b(content.encode(), digest_size=16).digest()
+def stamp_rows(stamps: np.ndarray) -> Iterator[Stamp]:
+    """Yield the rows of `stamps_of`."""
+    for begin in range(0, len(stamps), _STAMPED):
+        for size, changed in stamps[begin : begin + _STAMPED].tolist():
+            yield None if size < 0 else (size, changed)
+
+
+def _keys(entries: FoundFiles, stamps: np.ndarray) -> bytes:
+    """Return the 16 bytes of each source by which it is known."""
+    keys = bytearray()
+    rows = entries.rows("id", "path", "start", "end", "channel", "inside")
+    for (id, path, start, end, channel, inside), stamp in zip(rows, stamp_rows(stamps), strict=True):
+        content = json.dumps([id, path, stamp, start, end, channel_of(channel), inside])
+        keys += hashlib.blake2b(content.encode(), digest_size=16).digest()
+    return bytes(keys)
 
 
 def rows_of(key: bytes, decoded: Decoded) -> list[Row]:
@@ -108,25 +121,58 @@ def _decoded(data: bytes) -> str:
     return data.decode(errors="surrogateescape")
 
 
+class UnknownSources(Sequence[tuple[bytes, FoundFile]]):
+    """The keys and entries of sources that have to be decoded. They become objects some at a time.
+
+    Args:
+        entries: Entries of all sources.
+        keys: The 16 bytes of each source's key.
+        positions: (U,) positions of the unknown ones.
+    """
+
+    def __init__(self, entries: FoundFiles, keys: bytes, positions: np.ndarray) -> None:
+        self._entries, self._keys, self._positions = entries, keys, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[bytes, FoundFile]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[bytes, FoundFile]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[bytes, FoundFile] | list[tuple[bytes, FoundFile]]:
+        if not isinstance(index, slice):
+            position = int(self._positions[index])
+            return self._keys[16 * position : 16 * position + 16], self._entries[position]
+        chosen = self._positions[index]
+        keys = [self._keys[16 * position : 16 * position + 16] for position in chosen.tolist()]
+        return list(zip(keys, self._entries.take(chosen), strict=True))
+
+    def __iter__(self) -> Iterator[tuple[bytes, FoundFile]]:
+        for begin in range(0, len(self), _STAMPED):
+            yield from self[begin : begin + _STAMPED]
+
+
 class DecodedSources:
     """The results of a corpus's sources, as far as they are known.
 
     Args:
-        sources: The N sources, each an entry and the stamp of its file.
+        entries: The N sources.
+        stamps: (N, 2) stamps of their files, from `stamps_of`.
         settings: Text of all other things that the results depend on.
         corpus: Path of the corpus.
 
     Attributes:
-        keys: Keys of the sources.
+        keys: The 16 bytes of each source's key, one after the other.
         found: (N,) bool, whether the results of a source are known.
     """
 
-    def __init__(self, sources: Sequence[tuple[FoundFile, Stamp]], settings: str, corpus: Path) -> None:
-        self.keys = [key_of(entry, stamp) for entry, stamp in sources]
-        keys = np.array(self.keys, "S16")
-        self._order = np.argsort(keys)
+    def __init__(self, entries: FoundFiles, stamps: np.ndarray, settings: str, corpus: Path) -> None:
+        self._entries, self.keys = entries, _keys(entries, stamps)
+        keys = np.frombuffer(self.keys, "S16")
+        self._order = np.argsort(keys).astype(np.int32)
         self._sorted = keys[self._order]
-        self._unstamped = np.array([stamp is None for _, stamp in sources], bool)
+        self._unstamped = stamps[:, 0] < 0
         self._metadata = {_SETTINGS: settings.encode(), _CORPUS: _encoded(str(corpus))}
         self.found = np.zeros(len(keys), bool)
         self._tables = [RESULTS.empty_table()]
@@ -139,7 +185,8 @@ class DecodedSources:
             rows: A table with the schema RESULTS.
             fresh: Whether they were decoded just now, so that failures of files without a stamp count. Default: False.
         """
-        keys = np.frombuffer(b"".join(rows["source"].to_pylist()), "S16")
+        source = pa.concat_arrays(rows["source"].chunks) if rows["source"].num_chunks else pa.array([], pa.binary(16))
+        keys = np.frombuffer(source.buffers()[1] or b"", "S16")[source.offset :][: len(source)]
         if not len(keys) or not len(self._sorted):
             return
         places = np.minimum(np.searchsorted(self._sorted, keys), len(self._sorted) - 1)
@@ -181,9 +228,9 @@ class DecodedSources:
                 self.add_file(folder / DECODED, of_corpus=True)
 
     @property
-    def unknown(self) -> list[int]:
-        """Positions of the sources that have to be decoded."""
-        return [int(position) for position in np.flatnonzero(~self.found)]
+    def unknown(self) -> UnknownSources:
+        """The sources that have to be decoded."""
+        return UnknownSources(self._entries, self.keys, np.flatnonzero(~self.found))
 
     @contextmanager
     def recording(self, output: Path) -> Iterator[Callable[[pa.Table], None]]:

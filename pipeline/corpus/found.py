@@ -1,9 +1,14 @@
 """What the search of a corpus finds: the audio to decode, and what can't be used."""
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
 
 from ray_distill.teacher_cache.sources.address import AudioAddress, Channel
 
@@ -63,6 +68,119 @@ class FoundFile:
     def address(self) -> AudioAddress:
         """Address of the audio, without the piece, whose bounds in samples depend on the audio's rate."""
         return replace(self.inside or AudioAddress(str(self.path)), channel=self.channel)
+
+
+_LABELS = pa.dictionary(pa.int32(), pa.string())
+FOUND_SCHEMA = pa.schema(
+    [
+        ("id", pa.large_string()),
+        ("path", pa.large_string()),
+        ("split", _LABELS),
+        ("origin", _LABELS),
+        ("role", _LABELS),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+        ("channel", _LABELS),
+        ("speaker", pa.large_string()),
+        ("text", pa.large_string()),
+        ("inside", pa.large_string()),
+    ]
+)
+"""Columns of `FoundFiles`. Channels and addresses are texts. A column may have the type null instead if it has no values."""
+_BATCH = 4096
+"""Number of rows that are Python objects at a time."""
+
+
+class FoundFiles(Sequence[FoundFile]):
+    """What was found, as rows of an Arrow table. A `FoundFile` is made only when it is asked for.
+
+    Args:
+        table: A table with the columns of FOUND_SCHEMA. An empty speaker or text may also be null.
+
+    Attributes:
+        table: The table.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    @classmethod
+    def of(cls, found: Sequence[FoundFile]) -> "FoundFiles":
+        """Return what was found as a table, or as it is if it is one already.
+
+        Raises:
+            ValueError: A path is not valid UTF-8.
+        """
+        if isinstance(found, FoundFiles):
+            return found
+        columns: dict[str, Any] = {name: [getattr(entry, name) for entry in found] for name in FOUND_SCHEMA.names}
+        columns["path"] = [str(path) for path in columns["path"]]
+        columns["channel"] = [None if channel is None else str(channel) for channel in columns["channel"]]
+        columns["inside"] = [None if address is None else address.encode() for address in columns["inside"]]
+        try:
+            arrays = [pa.array(columns[field.name], field.type) for field in FOUND_SCHEMA]
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{error.object!r} is not valid UTF-8; rename the file or folder") from error
+        return cls(pa.table(arrays, FOUND_SCHEMA))
+
+    def texts(self, name: str) -> pa.LargeStringArray:
+        """Return a column of texts as one array, with null where there is no value."""
+        column = self.table[name].cast(pa.large_string())
+        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+    def rows(self, *names: str) -> Iterator[tuple[Any, ...]]:
+        """Yield the values of some columns, row by row, as plain Python values."""
+        table = self.table.select(names)
+        for begin in range(0, len(self), _BATCH):
+            batch = table.slice(begin, _BATCH)
+            yield from zip(*(_plain(column) for column in batch.columns), strict=True)
+
+    def take(self, positions: np.ndarray) -> "FoundFiles":
+        """Return the rows at these positions."""
+        return FoundFiles(self.table.take(pa.array(positions)))
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> FoundFile: ...
+    @overload
+    def __getitem__(self, index: slice) -> "FoundFiles": ...
+    def __getitem__(self, index: int | slice) -> "FoundFile | FoundFiles":
+        if isinstance(index, slice):
+            return self.take(np.arange(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return next(iter(FoundFiles(self.table.slice(index % len(self), 1))))
+
+    def __iter__(self) -> Iterator[FoundFile]:
+        for id, path, split, origin, role, start, end, channel, speaker, text, inside in self.rows(*FOUND_SCHEMA.names):
+            yield FoundFile(
+                id=id,
+                path=Path(path),
+                split=split,
+                origin=origin or "",
+                role=role,
+                start=start,
+                end=end,
+                channel=channel_of(channel),
+                speaker=speaker or "",
+                text=text or "",
+                inside=None if inside is None else AudioAddress.parse(inside),
+            )
+
+
+def channel_of(text: str | None) -> Channel | None:
+    """Return a channel from its text in a table."""
+    return "mix" if text == "mix" else None if text is None else int(text)
+
+
+def _plain(column: pa.ChunkedArray) -> list[Any]:
+    """Return the values of a column. Those of a dictionary are slow to get."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    values: list[Any] = column.to_pylist()
+    return values
 
 
 @dataclass

@@ -15,17 +15,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_distill.pipeline.corpus.decoded_sources import DecodedSources, Stamp, remove_parts, skipped_of, stamps_of
+from ray_distill.pipeline.corpus.decoded_sources import DecodedSources, remove_parts, skipped_of, stamp_rows, stamps_of
 from ray_distill.pipeline.corpus.decoding import Limits, LongAudio
 from ray_distill.pipeline.corpus.decoding_work import Decode, decode_here
 from ray_distill.pipeline.corpus.duplicates import duplicate_notes
-from ray_distill.pipeline.corpus.found import FoundFile, Skipped
-from ray_distill.pipeline.corpus.labels import Label, audio_folder_notes, label_of, write_labels
+from ray_distill.pipeline.corpus.found import FoundFiles, Skipped, channel_of
+from ray_distill.pipeline.corpus.labels import audio_folder_notes, labels_of, write_labels
 from ray_distill.pipeline.corpus.search import find_audio
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary
 from ray_distill.pipeline.corpus.utterance_files import fingerprint_of, read_utterances, write_utterances
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
-from ray_distill.teacher_cache.sources.address import Channel
+from ray_distill.teacher_cache.sources.address import AudioAddress, Channel
 from ray_distill.teacher_cache.storage.shard_assignment import hash_order
 from ray_distill.teacher_cache.storage.shard_plan import UTTERANCE_SCHEMA, Utterances
 
@@ -161,21 +161,21 @@ def index_corpus(
     """
     path = path.absolute()
     found = find_audio(path, train_splits, validation_splits, format=format)
-    stamped = list(zip(found.entries, stamps_of(found.entries), strict=True))
+    entries, stamps = found.entries, stamps_of(found.entries)
     skipped = list(found.skipped)
     audio: list[object] = [min_seconds, max_seconds]
     if channel is not None or long_audio != "skip":  # Indexes of earlier versions stay valid.
         audio += [channel, long_audio]
-    states = _states((_SCHEMA, *_EARLIER_SCHEMAS), stamped, skipped, [validation_fraction, *audio])
+    states = _states((_SCHEMA, *_EARLIER_SCHEMAS), entries, stamps, skipped, [validation_fraction, *audio])
     stored = (output / STATE).read_text() if all((output / name).is_file() for name in (INDEX, SKIPPED, STATE)) else ""
     if stored in states:
         index = CorpusIndex.load(output)
         if progress is not None:
-            progress(len(stamped), len(stamped))
+            progress(len(entries), len(entries))
     else:
-        stamped.sort(key=lambda item: _place(item[0]))  # Neighbours in a file are decoded one after the other.
-        entries = [entry for entry, _ in stamped]
-        sources = DecodedSources(stamped, json.dumps([_SCHEMA, *audio]), path)
+        places = _places(entries)  # Neighbours in a file are decoded one after the other.
+        entries, stamps = entries.take(places), stamps[places]
+        sources = DecodedSources(entries, stamps, json.dumps([_SCHEMA, *audio]), path)
         sources.add_known(output, others)
         unknown = sources.unknown
         done = len(entries) - len(unknown)
@@ -183,7 +183,7 @@ def index_corpus(
             progress(done, len(entries))
         limits = Limits(min_seconds, max_seconds, channel, long_audio)
         with sources.recording(output) as record:
-            for rows in decode([(sources.keys[n], entries[n]) for n in unknown], limits):
+            for rows in decode(unknown, limits):
                 record(rows)
                 done += len(pc.unique(rows["source"]))
                 if progress is not None:
@@ -209,7 +209,7 @@ def index_corpus(
             f"{output / SKIPPED}{f'; one of them: {first}' if first else ''}); add audio or choose other splits"
         )
     positions = _positions(index.utterances, found.entries)
-    labels = _labels(index.utterances, positions, found.entries)
+    labels = labels_of(index.utterances.ids(), found.entries.take(positions))
     transcripts, speakers = write_labels(output, labels)
     return replace(
         index,
@@ -223,14 +223,18 @@ def index_corpus(
     )
 
 
-def _place(entry: FoundFile) -> tuple[str, int, int, float]:
-    """Return a key that sorts entries as they follow one another in their files."""
-    inside = entry.inside
-    offset, row = (0, 0) if inside is None else (inside.offset or 0, inside.row or 0)
-    return str(entry.path), row, offset, entry.start or 0.0
+def _places(entries: FoundFiles) -> np.ndarray:
+    """Return the (N,) order in which entries follow one another in their files."""
+    columns = {"path": entries.texts("path"), "start": pc.fill_null(entries.table["start"].cast(pa.float64()), 0.0)}
+    if entries.table["inside"].null_count < len(entries):
+        inside = [AudioAddress.parse(text or "") for (text,) in entries.rows("inside")]
+        columns |= {name: pa.array([getattr(at, name) or 0 for at in inside], pa.int64()) for name in ("row", "offset")}
+    keys = [(name, "ascending") for name in ("path", "row", "offset", "start") if name in columns]
+    places: np.ndarray = pc.sort_indices(pa.table(columns), keys).to_numpy()
+    return places
 
 
-def _utterances(rows: pa.Table, positions: np.ndarray, entries: Sequence[FoundFile], fraction: float) -> Utterances:
+def _utterances(rows: pa.Table, positions: np.ndarray, entries: FoundFiles, fraction: float) -> Utterances:
     """Return the utterances among the results of entries, sorted by id, with their splits.
 
     Args:
@@ -241,7 +245,7 @@ def _utterances(rows: pa.Table, positions: np.ndarray, entries: Sequence[FoundFi
     """
     usable = pc.equal(rows["reason"], "")
     rows, of = rows.filter(usable), positions[usable.to_numpy()]
-    roles = np.array([entry.role == "validation" for entry in entries], np.int32)
+    roles = _held_out_by_split(entries).astype(np.int32)
     ids = rows["id"].combine_chunks()
     chosen = roles[of] if roles.any() else _held_out(ids, fraction)
     columns = {
@@ -252,6 +256,14 @@ def _utterances(rows: pa.Table, positions: np.ndarray, entries: Sequence[FoundFi
         "sha256": rows["sha256"],
     }
     return Utterances(pa.table(columns, UTTERANCE_SCHEMA).take(pc.sort_indices(ids)).combine_chunks())
+
+
+def _held_out_by_split(entries: FoundFiles) -> np.ndarray:
+    """Return (N,) bool, whether an entry is in a split for validation."""
+    chosen: np.ndarray = pc.fill_null(pc.equal(entries.texts("role"), "validation"), False).to_numpy(
+        zero_copy_only=False
+    )
+    return chosen
 
 
 def _held_out(ids: pa.LargeStringArray, fraction: float) -> np.ndarray:
@@ -298,9 +310,9 @@ def _notes(totals: Mapping[str, int], max_seconds: float) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _positions(utterances: Utterances, entries: Sequence[FoundFile]) -> np.ndarray:
+def _positions(utterances: Utterances, entries: FoundFiles) -> np.ndarray:
     """Return the (N,) positions of utterances' entries, by id. A window's entry is that of the recording that it was cut from."""
-    known = pa.array((entry.id for entry in entries), pa.large_string())
+    known = entries.texts("id")
     ids = utterances.texts("id")
     positions = pc.index_in(ids, value_set=known)
     if positions.null_count:
@@ -311,23 +323,14 @@ def _positions(utterances: Utterances, entries: Sequence[FoundFile]) -> np.ndarr
     return found
 
 
-def _labels(utterances: Utterances, positions: np.ndarray, entries: Sequence[FoundFile]) -> Iterator[tuple[str, Label]]:
-    """Yield the labels by id. A window has no transcript, since that belongs to the whole recording."""
-    for id, position in zip(utterances.ids(), positions.tolist(), strict=True):
-        entry = entries[position]
-        label = label_of(entry)
-        yield id, label if entry.id == id else Label(label.speaker, "")
-
-
 def _summarise(
-    splits: list[SplitSummary], entries: Sequence[FoundFile], num_samples: np.ndarray, positions: np.ndarray
+    splits: list[SplitSummary], entries: FoundFiles, num_samples: np.ndarray, positions: np.ndarray
 ) -> tuple[SplitSummary, ...]:
     """Add the hours of the usable files to the splits that are used, and say from which ones a part is held out."""
-    by_entry = np.bincount(positions, num_samples, len(entries))
-    samples: Counter[str] = Counter()
-    for entry, count in zip(entries, by_entry.tolist(), strict=True):
-        samples[entry.split or NO_SPLIT] += int(count)
-    held_out = not any(entry.role == "validation" for entry in entries)
+    names = pc.fill_null(entries.texts("split"), NO_SPLIT).dictionary_encode()
+    totals = np.bincount(names.indices.to_numpy()[positions], num_samples, len(names.dictionary))
+    samples = Counter(dict(zip(names.dictionary.to_pylist(), totals.tolist(), strict=True)))
+    held_out = not _held_out_by_split(entries).any()
     return tuple(
         replace(
             split,
@@ -339,21 +342,23 @@ def _summarise(
 
 
 def _states(
-    schemas: Sequence[int], entries: Sequence[tuple[FoundFile, Stamp]], skipped: list[Skipped], settings: list[object]
+    schemas: Sequence[int], entries: FoundFiles, stamps: np.ndarray, skipped: list[Skipped], settings: list[object]
 ) -> list[str]:
     """Return, for each version, a hash of everything that an index of that version depends on.
 
     Args:
         schemas: Versions.
-        entries: The entries sorted by id, with the stamps of their files.
+        entries: The entries sorted by id.
+        stamps: Stamps of their files.
         skipped: What isn't used.
         settings: Settings of the index.
     """
 
     def files() -> Iterator[object]:
-        for entry, stamp in entries:
-            yield [entry.id, str(entry.path), entry.role, *(stamp or ["missing"])]
-            piece = [entry.start, entry.end, entry.channel, entry.inside and entry.inside.encode()]
+        rows = entries.rows("id", "path", "role", "start", "end", "channel", "inside")
+        for (id, path, role, start, end, channel, inside), stamp in zip(rows, stamp_rows(stamps), strict=True):
+            yield [id, path, role, *(stamp or ["missing"])]
+            piece = [start, end, channel_of(channel), inside]
             if piece != [None] * 4:
                 yield piece
 

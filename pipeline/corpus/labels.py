@@ -1,9 +1,10 @@
 """Transcripts and speakers of a corpus, stored beside its index for probes."""
 
 import itertools
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_distill.pipeline.corpus.formats.manifest import read_table
+from ray_distill.pipeline.corpus.formats.manifest_table import read_table
 from ray_distill.pipeline.corpus.formats.text_lines import (
     SPEAKERS,
     TEXTS,
@@ -22,7 +23,7 @@ from ray_distill.pipeline.corpus.formats.text_lines import (
     read_records,
     text_of,
 )
-from ray_distill.pipeline.corpus.found import FoundFile
+from ray_distill.pipeline.corpus.found import FoundFiles
 
 LABELS = "labels.parquet"
 _MAX_TEXT = 1 << 20
@@ -39,8 +40,27 @@ class Label:
     text: str
 
 
-def label_of(entry: FoundFile) -> Label:
-    """Return the label of an entry: what its format found, or else what files beside it say.
+def labels_of(ids: Iterable[str], entries: FoundFiles) -> Iterator[tuple[str, Label]]:
+    """Yield the ids and labels of utterances: what the format found, or else what files beside the audio say.
+
+    A window has no transcript, since that belongs to the whole recording.
+
+    Args:
+        ids: N ids of utterances.
+        entries: The N entries that they are from.
+
+    Raises:
+        ValueError: A table of an audio folder is damaged.
+    """
+    rows = entries.rows("id", "path", "start", "end", "speaker", "text", "inside")
+    for id, (known, path, start, end, speaker, text, inside) in zip(ids, rows, strict=True):
+        found = speaker or text or inside or start is not None or end is not None
+        label = Label(speaker or "", text or "") if found else _label_beside(Path(path))
+        yield id, label if known == id else Label(label.speaker, "")
+
+
+def _label_beside(path: Path) -> Label:
+    """Return what files beside the audio say.
 
     Read are the ``metadata.csv`` or ``metadata.jsonl`` of an audio folder of Hugging Face (with a column ``file_name``), LibriSpeech's
     ``SPEAKER-CHAPTER.trans.txt``, MLS's ``transcripts.txt``, LJSpeech's ``metadata.csv``, and a file with the audio's name and the
@@ -50,9 +70,6 @@ def label_of(entry: FoundFile) -> Label:
     Raises:
         ValueError: A table of an audio folder is damaged.
     """
-    if entry.speaker or entry.text or entry.inside or entry.start is not None or entry.end is not None:
-        return Label(entry.speaker, entry.text)
-    path = entry.path
     if (label := _audio_folder(path)) is not None:
         return label
     try:
@@ -65,7 +82,7 @@ def _audio_folder(path: Path) -> Label | None:
     """Return what a table of an audio folder says, in the folder of the audio or up to three above it, whose column ``file_name`` has
     paths from the folder of the table."""
     for folder in path.parents[:4]:
-        if (label := _metadata(folder).get(path.relative_to(folder).as_posix())) is not None:
+        if (labels := _metadata(folder)) and (label := labels.get(path.relative_to(folder).as_posix())) is not None:
             return label
     return None
 
@@ -160,11 +177,23 @@ def _beside(path: Path) -> Label | None:
     elif path.stem.startswith(f"{folder.parent.name}_{folder.name}_"):  # LibriTTS
         speaker = folder.parent.name
     for suffix in (".normalized.txt", ".txt", ".TXT"):
-        file = path.with_name(path.stem + suffix)
+        if (name := path.stem + suffix) not in _text_files(folder):
+            continue
+        file = folder / name
         if file.is_file() and file.stat().st_size <= _MAX_TEXT:
             text = " ".join(line for _, line in read_lines(file))
             return Label(speaker, text_of(re.sub(r"^\d+ \d+ ", "", text)))
     return Label(speaker, "") if speaker else None
+
+
+@lru_cache(maxsize=64)
+def _text_files(folder: Path) -> frozenset[str]:
+    """Return the names of the text files in a folder, which is listed once for all of its audio. Empty if it can't be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if entry.name.endswith((".txt", ".TXT")))
+    except OSError:
+        return frozenset()
 
 
 @lru_cache(maxsize=4)
@@ -181,7 +210,8 @@ def write_labels(folder: Path, labels: Iterable[tuple[str, Label]]) -> tuple[int
     Returns:
         The number of transcripts and that of speakers.
     """
-    _metadata.cache_clear()  # The tables may have changed since another index of this process.
+    for known in (_metadata, _text_files, _table):
+        known.cache_clear()  # The files may have changed since another index of this process.
     file, temporary = folder / LABELS, folder / f"{LABELS}.tmp"
     schema = pa.schema([("id", pa.string()), ("speaker", pa.string()), ("text", pa.string())])
     rows = ((id, label.speaker, label.text) for id, label in labels if label != Label("", ""))

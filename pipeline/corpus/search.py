@@ -3,11 +3,16 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ray_distill.pipeline.corpus.formats import FORMATS, open_format, recognise
-from ray_distill.pipeline.corpus.found import FoundFile, Search, Skipped
+from ray_distill.pipeline.corpus.found import FoundFiles, Search, Skipped
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary, assign_splits, kinds
 from ray_distill.pipeline.corpus.suffixes import SUFFIXES
 
@@ -24,7 +29,7 @@ class FoundCorpus:
         format: Name of the format.
     """
 
-    entries: list[FoundFile]
+    entries: FoundFiles
     skipped: list[Skipped]
     splits: list[SplitSummary]
     notes: list[str]
@@ -50,7 +55,7 @@ def find_audio(
         if format == "folder":
             _refuse_wrong_level(path)
     search = Search(None if train is None else list(train), None if validation is None else list(validation))
-    found = open_format(format).find(path, search)
+    found = FoundFiles.of(open_format(format).find(path, search))
     skipped, notes = search.skipped, search.notes
     if format != "folder" and format in FORMATS:
         others = [
@@ -73,30 +78,58 @@ def find_audio(
         raise ValueError(f"{path} contains no audio{also}; audio files end in {', '.join(SUFFIXES)}")
     used, unused, splits = assign_splits(found, train, validation, path)
     skipped += unused
-    entries: dict[str, FoundFile] = {}
-    # Audio that is in two splits, such as two tables of Common Voice, is not trained on.
-    for entry in sorted(used, key=lambda entry: (entry.id, str(entry.path), entry.role != "validation")):
-        first = entries.setdefault(entry.id, entry)
-        if first is not entry:
-            message = (
-                f"{entry.address} is listed twice"
-                if entry.address == first.address
-                else f"{entry.address} has the same id as {first.address}: {entry.id!r}"
-            )
-            skipped.append(Skipped(entry.path, "duplicate_id", message))
-    doubtful = [
-        entry.path
-        for entry in entries.values()
-        if entry.split in (None, NO_SPLIT)
-        and entry.inside is None
-        and any(kinds(word) - {"train"} for word in _words_of(entry.path, path))
-    ]
-    if doubtful:
+    entries, duplicates = _unique(used)
+    skipped += duplicates
+    count, first = _doubtful(entries, path)
+    if first is not None:
         notes.append(
-            f"the paths of {len(doubtful)} files look like test or validation data, such as {doubtful[0]}, but nothing else says so, "
+            f"the paths of {count} files look like test or validation data, such as {first}, but nothing else says so, "
             "and they are used for training; move them to a folder named test or dev, or add a column split to the manifest"
         )
-    return FoundCorpus(list(entries.values()), skipped, splits, notes, format)
+    return FoundCorpus(entries, skipped, splits, notes, format)
+
+
+def _unique(used: FoundFiles) -> tuple[FoundFiles, list[Skipped]]:
+    """Return files sorted by id, without those that have the id of an earlier one, and these.
+
+    Audio that is in two splits, such as two tables of Common Voice, is not trained on.
+    """
+    ids = used.texts("id")
+    if not pc.all(pc.less(ids[:-1], ids[1:])).as_py():
+        training = pc.fill_null(pc.not_equal(used.texts("role"), "validation"), True)
+        keys = pa.table({"id": ids, "path": used.texts("path"), "training": training.cast(pa.uint8())})
+        used = used.take(pc.sort_indices(keys, [(name, "ascending") for name in keys.column_names]).to_numpy())
+        ids = used.texts("id")
+    repeated = np.zeros(len(ids), bool)
+    repeated[1:] = pc.equal(ids[:-1], ids[1:]).to_numpy(zero_copy_only=False)
+    if not repeated.any():
+        return used, []
+    first = np.maximum.accumulate(np.where(repeated, 0, np.arange(len(ids))))
+    skipped = []
+    for position in np.flatnonzero(repeated).tolist():
+        entry, other = used[position], used[int(first[position])]
+        message = (
+            f"{entry.address} is listed twice"
+            if entry.address == other.address
+            else f"{entry.address} has the same id as {other.address}: {entry.id!r}"
+        )
+        skipped.append(Skipped(entry.path, "duplicate_id", message))
+    return used.take(np.flatnonzero(~repeated)), skipped
+
+
+_SAYS = "(?i)dev|val|held|tst|test"
+"""What all words of `kinds` contain, other than those for training."""
+
+
+def _doubtful(entries: FoundFiles, corpus: Path) -> tuple[int, str | None]:
+    """Return the number of files without a split whose paths look like test or validation data, and the first path."""
+    without = pc.or_(pc.is_null(entries.texts("split")), pc.equal(entries.texts("split"), NO_SPLIT))
+    plain = pc.and_(pc.fill_null(without, True), pc.is_null(entries.texts("inside")))
+    some = entries.table.filter(pc.and_(plain, pc.match_substring_regex(entries.texts("path"), _SAYS)))
+    said = lru_cache(1 << 16)(lambda word: bool(kinds(word) - {"train"}))
+    paths = (path for (path,) in FoundFiles(some).rows("path") if any(map(said, _words_of(Path(path), corpus))))
+    first = next(paths, None)
+    return (0, None) if first is None else (1 + sum(1 for _ in paths), first)
 
 
 _PARTS = {"lhotse_shar": ("lhotse", "webdataset")}
@@ -142,7 +175,7 @@ def _words_of(file: Path, corpus: Path) -> tuple[str, ...]:
 
 def count_files(found: FoundCorpus) -> dict[str, int]:
     """Return the number of files of each split, ``train`` and ``validation``; of ``all`` if some of them are to be held out."""
-    counts = Counter(entry.role for entry in found.entries)
+    counts = Counter(role for (role,) in found.entries.rows("role"))
     if not counts["validation"]:
         return {"all": len(found.entries)}
     return {split: counts[split] for split in ("train", "validation")}

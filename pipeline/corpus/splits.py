@@ -8,10 +8,14 @@ used unless they are named.
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from ray_distill.pipeline.corpus.found import FoundFile, Skipped
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_distill.pipeline.corpus.found import FoundFiles, Skipped
 
 NO_SPLIT = "."
 """Name of the split of the files that are in no folder of a split."""
@@ -101,8 +105,8 @@ def split_of_folders(parts: Sequence[str], wanted: Iterable[str], file: Path) ->
 
 
 def assign_splits(
-    found: list[FoundFile], train: Sequence[str] | None, validation: Sequence[str] | None, path: Path
-) -> tuple[list[FoundFile], list[Skipped], list[SplitSummary]]:
+    found: FoundFiles, train: Sequence[str] | None, validation: Sequence[str] | None, path: Path
+) -> tuple[FoundFiles, list[Skipped], list[SplitSummary]]:
     """Choose the splits to train on and to validate on.
 
     Args:
@@ -117,7 +121,8 @@ def assign_splits(
     Raises:
         ValueError: A wanted split doesn't exist or is wanted twice, no split is for training, or it is ambiguous what a split is for.
     """
-    names = sorted({entry.split for entry in found if entry.split is not None})
+    counts, origins = _counted(found)
+    names = sorted(name for name in counts if name is not None)
     if not names:
         absent = [name for name in train or [] if name != NO_SPLIT] + list(validation or [])
         if absent:
@@ -140,9 +145,9 @@ def assign_splits(
             f"some of {', '.join(names)}"
         )
     if train is None and NO_SPLIT in free:
-        outside = [entry.path for entry in found if entry.split == NO_SPLIT]
+        first = int(np.argmax(pc.equal(found.texts("split"), NO_SPLIT).to_numpy(zero_copy_only=False)))
         raise ValueError(
-            f"{len(outside)} files of {path} are in no split's folder (such as {outside[0]}), but others are; set "
+            f"{counts[NO_SPLIT]} files of {path} are in no split's folder (such as {found[first].path}), but others are; set "
             f"corpus.train_splits to some of {', '.join(names)}, where {NO_SPLIT!r} means the files in no split's folder"
         )
     if validation is None:
@@ -154,25 +159,40 @@ def assign_splits(
                 f"no split of {path} starts with 'train'; set corpus.train_splits to some of {', '.join(names)}"
             )
     role = dict.fromkeys(train, "train") | dict.fromkeys(validation, "validation")
-    used = [replace(entry, role=role[entry.split]) for entry in found if entry.split in role]
+    splits = found.texts("split")
     unused = [
         Skipped(
             entry.path,
             "unused_split",
             f"{entry.id!r} is in the split {entry.split!r}, which is not used; add it to corpus.train_splits to use it",
         )
-        for entry in found
-        if entry.split not in role
+        for entry in FoundFiles(found.table.filter(pc.invert(pc.is_in(splits, pa.array(role, pa.large_string())))))
     ]
-    counts = Counter(entry.split for entry in found)
-    origins: dict[str | None, set[str]] = {}
-    for entry in found:
-        origins.setdefault(entry.split, set()).add(entry.origin)
     return (
-        used,
+        _with_roles(found, role),
         unused,
         [SplitSummary(name, counts[name], None, role.get(name, "not used"), _listed(origins[name])) for name in names],
     )
+
+
+def _counted(found: FoundFiles) -> tuple[Counter[str | None], dict[str | None, set[str]]]:
+    """Return the number of files of each split, and where its name came from."""
+    columns = {name: found.texts(name) for name in ("split", "origin")}
+    counts: Counter[str | None] = Counter()
+    origins: dict[str | None, set[str]] = {}
+    for row in pa.table(columns).group_by(["split", "origin"]).aggregate([([], "count_all")]).to_pylist():
+        counts[row["split"]] += row["count_all"]
+        origins.setdefault(row["split"], set()).add(row["origin"] or "")
+    return counts, origins
+
+
+def _with_roles(found: FoundFiles, role: dict[str, str]) -> FoundFiles:
+    """Return the files whose split has a role, with these roles."""
+    places = pc.index_in(found.texts("split"), value_set=pa.array(role, pa.large_string()))
+    used = places.is_valid()
+    table = found.table if pc.all(used).as_py() else found.table.filter(used)
+    roles = pa.DictionaryArray.from_arrays(places.drop_null(), pa.array(role.values(), pa.string()))
+    return FoundFiles(table.set_column(table.schema.get_field_index("role"), "role", roles))
 
 
 def _resolve(wanted: Sequence[str], names: list[str], path: Path) -> list[str]:

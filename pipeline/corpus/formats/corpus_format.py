@@ -1,5 +1,6 @@
 """The interface of a corpus format. A module with these two functions is a format."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,8 +13,8 @@ class CorpusFormat(Protocol):
     def matches(self, path: Path) -> bool:
         """Return whether a file or folder looks like a corpus in this format. Few bytes are read."""
 
-    def find(self, path: Path, search: Search) -> list[FoundFile]:
-        """Return all audio of a corpus, of all splits, in any order.
+    def find(self, path: Path, search: Search) -> Sequence[FoundFile]:
+        """Return all audio of a corpus, of all splits, in any order: a list, or for millions of rows `FoundFiles`.
 
         Raises:
             ValueError: Something in the corpus is missing or wrong. The message names the file and the line or row.

@@ -1,10 +1,11 @@
 """Corpus formats of other packages, which entry points of the group ``ray_distill.corpus_formats`` name."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ray_distill.pipeline.corpus.formats.corpus_format import CorpusFormat
-from ray_distill.pipeline.corpus.found import FoundFile, Search
+from ray_distill.pipeline.corpus.found import FoundFile, FoundFiles, Search
 from ray_distill.plugins import Plugin, PluginError, find_plugin
 
 
@@ -19,15 +20,20 @@ class FormatOfPackage:
         """See `CorpusFormat.matches`."""
         return bool(self.plugin.run("matches", lambda: self.format.matches(path)))
 
-    def find(self, path: Path, search: Search) -> list[FoundFile]:
+    def find(self, path: Path, search: Search) -> Sequence[FoundFile]:
         """See `CorpusFormat.find`."""
+
+        def listed() -> Sequence[FoundFile]:
+            found = self.format.find(path, search)
+            return found if isinstance(found, FoundFiles) else list(found)
+
         try:
-            found = self.plugin.run("find", lambda: list(self.format.find(path, search)))
+            found: Sequence[FoundFile] = self.plugin.run("find", listed)
         except PluginError:
             raise
         except ValueError as error:
             raise ValueError(f"{self.plugin} can't read {path}: {error}") from error
-        if not all(isinstance(item, FoundFile) for item in found):
+        if not isinstance(found, FoundFiles) and not all(isinstance(item, FoundFile) for item in found):
             raise self.plugin.lacks("returns something else than FoundFile from find")
         return found
 

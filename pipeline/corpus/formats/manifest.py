@@ -1,25 +1,21 @@
 """Manifests: tables of audio files and pieces of them, as CSV, TSV, Parquet or JSON lines."""
 
-import csv
-import io
 import re
-from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ray_distill.pipeline.corpus.formats.file_splits import located
-from ray_distill.pipeline.corpus.formats.text_lines import check_piece, read_records, seconds_of, text_of
-from ray_distill.pipeline.corpus.found import FoundFile, Search, piece_id, without_suffix
+from ray_distill.pipeline.corpus.formats.manifest_table import COLUMNS, NEEDED, SUFFIXES, Columns, read_columns
+from ray_distill.pipeline.corpus.formats.text_lines import check_piece, seconds_of, text_of
+from ray_distill.pipeline.corpus.found import FOUND_SCHEMA, FoundFiles, Search, piece_id, without_suffix
 from ray_distill.teacher_cache.sources.address import Channel
 
-_NEEDED = ("path", "id", "split")
-COLUMNS = (*_NEEDED, "start", "end", "channel", "speaker", "text")
-"""The known columns. A value of the first three can't be empty where the column exists."""
-_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 # Other columns with such a word select a piece of a file.
 _PARTS = {"start", "end", "begin", "stop", "offset", "onset"}
 
@@ -40,10 +36,21 @@ _NAMES_OF_PATHS = (
 
 def matches(path: Path) -> bool:
     """Return whether a file has the suffix of a manifest."""
-    return path.is_file() and path.name.lower().endswith(_SUFFIXES)
+    return path.is_file() and path.name.lower().endswith(SUFFIXES)
 
 
-def find(path: Path, search: Search) -> list[FoundFile]:
+# Texts that Python reads in another way than the expressions of Arrow below do. They are read by Python, one by one.
+_UNUSUAL_PATH = r"/\.?(/|$)|^\.(/|$)|^$|\x00"
+_UNUSUAL_SPACE = (
+    r"  |[\x00-\x1f\x7f]|^ | $|[\x{80}-\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]"
+)
+_PLAIN_SECONDS = r"^(\d{1,8}(\.\d{1,9})?)?$"
+_PLAIN_CHANNEL = r"^(mix|\d{1,2}(\.0)?)?$"
+_BATCH = 4096
+"""Number of rows that are Python objects at a time."""
+
+
+def find(path: Path, search: Search) -> FoundFiles:
     """Return the audio of a manifest, a table with a column ``path`` and others of `COLUMNS`.
 
     Relative paths start at the manifest's folder. ``start`` and ``end`` are seconds; an empty one is the beginning or the end of
@@ -55,10 +62,9 @@ def find(path: Path, search: Search) -> list[FoundFile]:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder, but a manifest is a file; set corpus.path to the file")
-    header, rows = _read(path)
+    header, rows, columns = read_columns(path)
     if header and not rows:
         raise ValueError(f"the manifest {path} has a header, but no rows")
-    columns = _known(header, path)
     if "path" not in columns:
         other = next((name for name in header if name.strip().lower() in _NAMES_OF_PATHS), None)
         hint = "" if other is None else f"; rename the column {other!r} to path"
@@ -74,30 +80,143 @@ def find(path: Path, search: Search) -> list[FoundFile]:
         search.notes.append(
             f"the columns {', '.join(unknown)} of {path} are not used; the known ones are {', '.join(COLUMNS)}"
         )
-    return [_entry({name: row[at] for name, at in columns.items()}, number, path) for number, row in enumerate(rows, 1)]
+    return _found(columns, path)
 
 
-def _entry(values: dict[str, str], number: int, path: Path) -> FoundFile:
+def _found(columns: Columns, path: Path) -> FoundFiles:
+    """Return the rows of a manifest. They are checked, and have values, column by column.
+
+    Raises:
+        ValueError: A value is missing or impossible; the first row with one is named.
+    """
+    count = len(columns["path"])
+    times: dict[str, pa.DoubleArray] = {n: _seconds(columns[n]) for n in ("start", "end") if n in columns}
+    _check(columns, times, path)
+    found: dict[str, Any] = {name: pa.nulls(count) for name in FOUND_SCHEMA.names} | times
+    if "split" in columns:
+        found["split"] = _labels(columns["split"])
+        found["origin"] = pa.DictionaryArray.from_arrays(
+            pa.array(np.zeros(count, np.int32)), pa.array([f"column split of {path.name}"])
+        )
+    if "channel" in columns:
+        codes = _labels(columns["channel"])
+        values = [_channel(text, "") for text in codes.dictionary.to_pylist()]
+        texts = pa.array([None if value is None else str(value) for value in values], pa.string())
+        found["channel"] = _labels(texts.take(codes.indices))
+    if "speaker" in columns:
+        found["speaker"] = _labels(_replaced(columns["speaker"], _UNUSUAL_SPACE, text_of))
+    if "text" in columns:
+        found["text"] = _replaced(columns["text"], _UNUSUAL_SPACE, text_of)
+    found["id"] = columns["id"] if "id" in columns else _ids(columns, found)
+    found["path"], found["inside"] = _places(columns.pop("path"), path.parent)
+    return FoundFiles(pa.table([found[name] for name in FOUND_SCHEMA.names], FOUND_SCHEMA.names))
+
+
+def _labels(column: pa.Array) -> pa.DictionaryArray:
+    """Return a column of few different texts as codes."""
+    return column.dictionary_encode().cast(pa.dictionary(pa.int32(), pa.string()))
+
+
+def _seconds(column: pa.LargeStringArray) -> pa.DoubleArray:
+    """Return times in seconds, null where there is none, and NaN where the text is impossible."""
+    plain = pc.match_substring_regex(column, _PLAIN_SECONDS)
+    empty = pc.equal(column, "")
+    numbers = pc.if_else(pc.and_(plain, pc.invert(empty)), column, pa.scalar(None, pa.large_string())).cast(
+        pa.float64()
+    )
+    if pc.all(plain).as_py():
+        return numbers
+    others = []
+    for text in column.filter(pc.invert(plain)).to_pylist():
+        try:
+            others.append(seconds_of(text, ""))
+        except ValueError:
+            others.append(float("nan"))
+    return pc.replace_with_mask(numbers, pc.invert(plain), pa.array(others, pa.float64()))
+
+
+def _check(columns: Columns, times: dict[str, pa.DoubleArray], path: Path) -> None:
+    """Raise ValueError for the first row with a missing or impossible value."""
+    wrong = np.zeros(len(columns["path"]), bool)
+    for name in NEEDED:
+        if name in columns:
+            wrong |= pc.equal(columns[name], "").to_numpy(zero_copy_only=False)
+    start, end = (times[name].to_numpy(zero_copy_only=False) if name in times else None for name in ("start", "end"))
+    for name, seconds in (("start", start), ("end", end)):
+        if seconds is not None:
+            wrong |= np.isnan(seconds) & pc.not_equal(columns[name], "").to_numpy(zero_copy_only=False)
+    if end is not None:
+        wrong |= end <= (0 if start is None else np.nan_to_num(start))
+    if "channel" in columns:
+        wrong |= ~pc.match_substring_regex(columns["channel"], _PLAIN_CHANNEL).to_numpy(zero_copy_only=False)
+    for row in np.flatnonzero(wrong).tolist():
+        _check_row({name: column[row].as_py() for name, column in columns.items()}, row + 1, path)
+
+
+def _check_row(values: dict[str, str], number: int, path: Path) -> None:
     place = f"row {number} of the manifest {path}"
-    for name in _NEEDED:
+    for name in NEEDED:
         if values.get(name) == "":
             raise ValueError(f"{place} has no {name}; fill it in, or remove the row")
     start, end = (seconds_of(values.get(name), f"the {name} in {place}") for name in ("start", "end"))
     check_piece(start, end, place)
-    channel = _channel(values.get("channel", ""), place)
-    file, inside = located(path.parent, values["path"])
-    return FoundFile(
-        id=values.get("id") or piece_id(without_suffix(values["path"]), start, end, channel),
-        path=file,
-        split=values.get("split"),
-        origin=f"column split of {path.name}" if "split" in values else "",
-        start=start,
-        end=end,
-        channel=channel,
-        speaker=text_of(values.get("speaker")),
-        text=text_of(values.get("text")),
-        inside=inside,
-    )
+    _channel(values.get("channel", ""), place)
+
+
+def _ids(columns: Columns, found: dict[str, Any]) -> pa.LargeStringArray:
+    """Return the ids of a manifest without ids: the paths without suffixes, and for pieces with their bounds."""
+    stems = pc.replace_substring_regex(columns["path"], r"([^/])\.[^./]+$", r"\1")
+    unusual = pc.match_substring_regex(columns["path"], _UNUSUAL_PATH)
+    if pc.any(unusual).as_py():
+        stems = pc.replace_with_mask(
+            stems, unusual, _texts(map(without_suffix, _values(columns["path"].filter(unusual))))
+        )
+    if not {"start", "end", "channel"} & columns.keys():
+        return stems
+    channels = (_channel(text or "", "") for text in _values(found["channel"]))
+    return _texts(map(piece_id, _values(stems), _values(found["start"]), _values(found["end"]), channels))
+
+
+def _places(paths: pa.LargeStringArray, folder: Path) -> tuple[pa.LargeStringArray, pa.Array]:
+    """Return paths of files and, for URLs, the addresses of their audio."""
+    start = _text(f"{folder}".rstrip("/") + "/")
+    relative = pc.invert(pc.starts_with(paths, "/"))
+    places = pc.if_else(relative, pc.binary_join_element_wise(start, paths, _text("")), paths)
+    unusual = pc.match_substring_regex(paths, _UNUSUAL_PATH)
+    if not pc.any(unusual).as_py():
+        return places, pa.nulls(len(paths))
+    rest = paths.filter(unusual)
+    places = pc.replace_with_mask(places, unusual, _texts(str(located(folder, text)[0]) for text in _values(rest)))
+    addresses = (located(folder, text)[1] for text in _values(rest))
+    inside = _texts(None if address is None else address.encode() for address in addresses)
+    if inside.null_count == len(inside):
+        return places, pa.nulls(len(paths))
+    return places, pc.replace_with_mask(pa.nulls(len(paths), pa.large_string()), unusual, inside)
+
+
+def _replaced(column: pa.LargeStringArray, unusual: str, function: Callable[[str], str]) -> pa.LargeStringArray:
+    """Apply a function to the texts that an expression matches."""
+    chosen = pc.match_substring_regex(column, unusual)
+    if not pc.any(chosen).as_py():
+        return column
+    return pc.replace_with_mask(column, chosen, _texts(map(function, _values(column.filter(chosen)))))
+
+
+def _values(column: pa.Array) -> Iterator[Any]:
+    """Yield the values of a column."""
+    for begin in range(0, len(column), _BATCH):
+        yield from column.slice(begin, _BATCH).to_pylist()
+
+
+def _texts(texts: Iterable[str | None]) -> pa.LargeStringArray:
+    """Return texts as an array. Few of them are Python objects at a time."""
+    rows = iter(texts)
+    arrays = [pa.array(batch, pa.large_string()) for batch in iter(lambda: list(islice(rows, _BATCH)), [])]
+    return pa.concat_arrays(arrays) if arrays else pa.array([], pa.large_string())
+
+
+def _text(text: str) -> pa.Scalar:
+    return pa.scalar(text, pa.large_string())
 
 
 def _channel(text: str, place: str) -> Channel | None:
@@ -108,16 +227,7 @@ def _channel(text: str, place: str) -> Channel | None:
     return int(float(text))
 
 
-def _known(header: list[str], path: Path) -> dict[str, int]:
-    """Return the positions of the known columns, whose names may have spaces around them and capital letters."""
-    names = [name.strip().lower() for name in header]
-    for name, count in Counter(names).items():
-        if count > 1 and name:
-            raise ValueError(f"the manifest {path} has {count} columns {name!r}; rename or remove all but one of them")
-    return {name: names.index(name) for name in COLUMNS if name in names}
-
-
-def _refuse_other_pieces(header: list[str], columns: dict[str, int], path: Path) -> None:
+def _refuse_other_pieces(header: list[str], columns: Columns, path: Path) -> None:
     """Raise ValueError if pieces of files seem to be meant by columns other than ``start`` and ``end``."""
     names = {name.strip().lower(): name for name in header}
     others = [name for low, name in names.items() if low not in COLUMNS and set(re.split("[^a-z]+", low)) & _PARTS]
@@ -128,103 +238,3 @@ def _refuse_other_pieces(header: list[str], columns: dict[str, int], path: Path)
             f"the manifest {path} has the column {others[0]!r}, but pieces of files are given by the columns start and end, in "
             "seconds; rename the column, or remove it"
         )
-
-
-def _read(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Return the names of all columns, and the values of each row; of a Parquet file only those of the known columns."""
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        return _read_parquet(path)
-    if name.endswith((".csv", ".tsv")):
-        return read_table(path)
-    if not name.endswith(_SUFFIXES):
-        raise ValueError(f"{path} is no manifest, since its name ends in none of {', '.join(_SUFFIXES)}")
-    return _read_json_lines(path)
-
-
-def _read_json_lines(path: Path) -> tuple[list[str], list[list[str]]]:
-    records: list[dict[str, Any]] = [record for _, record in read_records(path)]
-    header = list(dict.fromkeys(key for record in records for key in record))
-    known = {key for key in header if key.strip().lower() in COLUMNS}
-    return header, [[text_of(record.get(key)) if key in known else "" for key in header] for record in records]
-
-
-def _read_parquet(path: Path) -> tuple[list[str], list[list[str]]]:
-    try:
-        with pq.ParquetFile(path) as file:
-            header = list(file.schema_arrow.names)
-            known = _known(header, path)
-            table = file.read(columns=[header[at] for at in known.values()])
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"the manifest {path} can't be read ({str(error).splitlines()[0]})") from error
-    columns = [[""] * table.num_rows for _ in header]
-    for name, at in known.items():
-        try:
-            values = pc.cast(table.column(header[at]), pa.string()).to_pylist()
-        except pa.ArrowException as error:
-            raise ValueError(f"the column {name!r} of the manifest {path} must contain text") from error
-        columns[at] = [value or "" for value in values]
-    return header, [list(row) for row in zip(*columns, strict=True)]
-
-
-def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Read a table of text: a ``.csv`` file with quotes, or a ``.tsv`` file, in which quotes are ordinary characters.
-
-    Args:
-        path: UTF-8 or UTF-16 file, whose first line names the columns.
-
-    Returns:
-        The names of the columns, and the values of each row, as text, so that an id 0012 keeps its zeros.
-
-    Raises:
-        ValueError: The file can't be read, or a line has more or fewer values than columns.
-    """
-    tabs = path.suffix.lower() == ".tsv"
-    try:
-        lines = io.StringIO(_decode(path.read_bytes()), newline="")
-    except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"the manifest {path} can't be read ({error}); save it as UTF-8") from error
-    # Strict readers refuse text after a closing quote, and quotes that are never closed.
-    reader = (
-        csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if tabs
-        else csv.reader(lines, strict=True, skipinitialspace=True)
-    )
-    rows, line = [], 1
-    try:
-        for row in reader:
-            if row:
-                rows.append((line, row))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(
-            f"the manifest {path} can't be read (line {line} has a quote that isn't closed, or text after a closing quote: {error}); "
-            'close the quote, or write "" for a quote inside a quoted value'
-        ) from error
-    if not rows:
-        raise ValueError(
-            f"the manifest {path} can't be read (it is empty); its first line names the columns, such as path,split"
-        )
-    (_, header), *rows = rows
-    advice = "remove tabs inside values" if tabs else "quote values that contain commas"
-    for line, row in rows:
-        if len(row) != len(header):
-            raise ValueError(
-                f"the manifest {path} can't be read (line {line} has {len(row)} values, but the first line names {len(header)} "
-                f"columns); {advice}"
-            )
-        for name, value in zip(header, row, strict=True):
-            if name.strip().lower() in COLUMNS and name.strip().lower() != "text" and "\n" in value.strip():
-                raise ValueError(
-                    f"the manifest {path} can't be read (the {name} of line {line} has several lines); close the quote in that line"
-                )
-    return header, [[value.strip() for value in row] for _, row in rows]
-
-
-def _decode(content: bytes) -> str:
-    """Decode UTF-8 or UTF-16, with or without a byte-order mark."""
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16")
-    if b"\0" in content[:2]:
-        return content.decode("utf-16-be" if content[0] == 0 else "utf-16-le")
-    return content.decode("utf-8-sig")

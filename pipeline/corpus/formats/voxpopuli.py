@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ray_distill.pipeline.corpus.formats.manifest import read_table
+from ray_distill.pipeline.corpus.formats.manifest_table import read_table
 from ray_distill.pipeline.corpus.formats.text_lines import text_of
 from ray_distill.pipeline.corpus.found import FoundFile, Search
 

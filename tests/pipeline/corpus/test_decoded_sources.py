@@ -13,7 +13,7 @@ import soundfile
 from ray_distill.pipeline.corpus import decoded_sources, decoding_work
 from ray_distill.pipeline.corpus.decoded_sources import DECODED, DECODING, DecodedSources, rows_of, table_of
 from ray_distill.pipeline.corpus.decoding import Decoded, Limits
-from ray_distill.pipeline.corpus.found import FoundFile, Skipped
+from ray_distill.pipeline.corpus.found import FoundFile, FoundFiles, Skipped
 from ray_distill.pipeline.corpus.index import index_corpus
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 
@@ -134,19 +134,18 @@ def test_another_run_of_the_same_corpus_lends_what_it_decoded(corpus: Path, tmp_
 
 def test_remote_failures_are_tried_again(tmp_path: Path) -> None:
     entries = [FoundFile(name, Path(f"https:/host/{name}"), None) for name in "ab"]
-    sources = [(entry, None) for entry in entries]
-    known = DecodedSources(sources, "", tmp_path)
+    known = DecodedSources(FoundFiles.of(entries), np.array([[-1, 0]] * 2), "", tmp_path)
     results = [Utterance("a", "https://host/a", 16_000, "train", ""), Skipped(entries[1].path, "undecodable", "no")]
     rows = table_of(
-        [row for key, item in zip(known.keys, results, strict=True) for row in rows_of(key, Decoded([item]))]
+        [row for (key, _), item in zip(known.unknown, results, strict=True) for row in rows_of(key, Decoded([item]))]
     )
     known.add(rows)
-    assert known.unknown == [1]
+    assert [entry for _, entry in known.unknown] == entries[1:]
     known.add(rows, fresh=True)
-    assert known.unknown == [] and known.results()[0].num_rows == 2
-    local = DecodedSources([(entry, (1, 2)) for entry in entries], "", tmp_path)
+    assert len(known.unknown) == 0 and known.results()[0].num_rows == 2
+    local = DecodedSources(FoundFiles.of(entries), np.array([[1, 2]] * 2), "", tmp_path)
     local.add(rows)
-    assert local.unknown == [0, 1]
+    assert [entry for _, entry in local.unknown] == entries == [local.unknown[n][1] for n in range(2)]
 
 
 def test_few_sources_wait_for_a_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

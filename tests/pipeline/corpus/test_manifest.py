@@ -1,12 +1,18 @@
 """Manifests: columns, splits, quotes and encodings."""
 
 import codecs
+import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ray_distill.pipeline.corpus.formats import manifest, manifest_table
+from ray_distill.pipeline.corpus.formats.file_splits import located
+from ray_distill.pipeline.corpus.formats.text_lines import seconds_of, text_of
+from ray_distill.pipeline.corpus.found import FoundFile, Search, piece_id, without_suffix
 from ray_distill.pipeline.corpus.search import FoundCorpus, find_audio
 
 
@@ -104,3 +110,63 @@ def test_encodings(tmp_path: Path, mark: bytes, encoding: str) -> None:
     text = "path,split\r\nä.wav,train\r\nb.wav,dev\r\n"
     found = find(tmp_path, mark + text.encode(encoding))
     assert [(entry.path.name, entry.role) for entry in found.entries] == [("b.wav", "validation"), ("ä.wav", "train")]
+
+
+PATHS = (
+    *("a.wav", "/b/c.d/e.flac", "./f.wav", "g//h.wav", "i/../j.wav", ".k", "l/.wav", "m..wav", "n.", "o/", "..", "p\u00a0.wav"),
+    *("s3://bucket/q.flac", "https://host/r%20s.ogg?t", "file:///tmp/u%20v.wav", "{w}.wav", "y/z"),
+)  # fmt: skip
+STARTS = ("", "0", "1.5", "1e1", "0_1", " 2 ", ".5", "3.", "12.340000001")
+CHANNELS = ("", "0", "1.0", "mix", "12", "\u0663")
+TEXTS = ("", "two  spaces", " around ", "a\tb", "c\u2003d", 'e "f", g')
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_columns_have_the_values_of_their_rows(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_BATCH", 5)
+    monkeypatch.setattr(manifest_table, "_BATCH", 7)
+    rows = [
+        {
+            "path": f"{PATHS[n % len(PATHS)]}",
+            "start": STARTS[n % len(STARTS)],
+            "end": "" if n % 4 else "99",
+            "channel": CHANNELS[n % len(CHANNELS)],
+            "speaker": TEXTS[n % len(TEXTS)],
+            "text": TEXTS[n % 5],
+        }
+        for n in range(len(PATHS) * len(STARTS))
+    ]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet", row_group_size=20)
+    else:
+        rows = [{name: text_of(value) for name, value in row.items()} for row in rows]
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(manifest.find(tmp_path / f"m.{kind}", Search()))
+    for row, entry in zip(rows, found, strict=True):
+        start, end = (seconds_of(row[name], "") for name in ("start", "end"))
+        channel = (
+            {"": None, "mix": "mix"}.get(row["channel"])
+            if row["channel"] in ("", "mix")
+            else int(float(row["channel"]))
+        )
+        path, inside = located(tmp_path, row["path"])
+        id = piece_id(without_suffix(row["path"]), start, end, channel)
+        texts = text_of(row["speaker"]), text_of(row["text"])
+        assert entry == FoundFile(id, path, None, "", None, start, end, channel, *texts, inside)
+
+
+def test_memory_grows_by_few_bytes_per_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_table, "_BATCH", 1000)
+    find(tmp_path, "path,id\na.wav,a\n")
+    peaks, sizes = [], []
+    for rows in (2_000, 8_000):
+        text = "path,id\n" + "".join(f"/corpus/{n % 50}/{n:09d}.flac,{n:09d}\n" for n in range(rows))
+        (tmp_path / f"{rows}.csv").write_text(text)
+        tracemalloc.start()
+        found = find_audio(tmp_path / f"{rows}.csv", None, None).entries
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        sizes.append(found.table.nbytes)
+    # A FoundFile with its Path has more than 700 bytes.
+    assert (peaks[1] - peaks[0]) / 6_000 < 40
+    assert (sizes[1] - sizes[0]) / 6_000 < 80

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, Self
+from functools import lru_cache
+from typing import Any, Literal, Self
 
 import numpy as np
 import pydantic
@@ -13,6 +14,10 @@ MIN_MASKS = 2
 
 MAX_DRAWS = 1000
 """Maximum number of mask draws. A cache from a stranger may claim any number."""
+
+
+_COUNTS = 200
+"""Number of masks whose masked frames are counted for ``trim_batch``."""
 
 
 class MaskPolicy(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -32,6 +37,10 @@ class MaskPolicy(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_
     """Whether spans must not overlap."""
     min_space: int = pydantic.Field(default=1, ge=0)
     """Minimum number of unmasked frames between spans. Only used with ``no_overlap``."""
+    trim_batch: int = pydantic.Field(default=1, ge=1, le=1000)
+    """Batch size of published training, which trims all masks of a batch to the fewest masked frames by unmasking single frames. A
+    mask is trimmed as if it were in a batch of so many random masks for as many frames, but depends on no batch: with the policy of
+    the recipes, 18 masks 67 % of 12 s in runs of 4.6 frames, in place of 78 % in runs of 10.7. 1, the default, trims nothing."""
 
     @pydantic.model_validator(mode="after")
     def _check_span_lengths(self) -> Self:
@@ -45,6 +54,12 @@ class MaskPolicy(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_
                 f"mask_other {self.mask_other:g} is not a whole number of frames, which uniform span lengths need"
             )
         return self
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_default(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out ``trim_batch`` where it is 1, so that fingerprints of earlier versions stay valid."""
+        tree: dict[str, Any] = dump(self)
+        return {key: value for key, value in tree.items() if key != "trim_batch" or value != 1}
 
 
 class MaskDraws(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -96,7 +111,8 @@ def draw_mask(policy: MaskPolicy, seed: int, draw: int, utterance_id: str, num_f
     The distribution is that of fairseq's ``compute_mask_indices`` for a batch of one with ``min_masks=2``, as HuBERT and
     wav2vec 2.0 call it. The two differ where fairseq raises an error or would mask everything: here at least one frame stays
     unmasked (a mask over all frames loses one, chosen at random), a single frame is never masked, and with no_overlap an
-    utterance that no span fits into has no mask. A mask_prob of 0 means no mask, as in fairseq's models.
+    utterance that no span fits into has no mask. A mask_prob of 0 means no mask, as in fairseq's models. With ``trim_batch``, the
+    distribution is that of an utterance in a batch of so many utterances with as many frames.
 
     Args:
         policy: How spans are drawn.
@@ -108,11 +124,33 @@ def draw_mask(policy: MaskPolicy, seed: int, draw: int, utterance_id: str, num_f
     Returns:
         (T,) bool, True at masked frames.
     """
-    mask = np.zeros(num_frames, dtype=bool)
     if num_frames < 2 or policy.mask_prob == 0:
-        return mask
-    digest = hashlib.sha256(f"{seed}/{draw}/{utterance_id}".encode()).digest()
-    rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+        return np.zeros(num_frames, dtype=bool)
+    rng = _generator(f"{seed}/{draw}/{utterance_id}")
+    mask = _random_mask(policy, num_frames, rng)
+    if policy.trim_batch > 1:
+        fewest = int(rng.choice(_masked_counts(policy, num_frames), policy.trim_batch - 1).min())
+        masked = np.flatnonzero(mask)
+        if len(masked) > fewest:
+            mask[rng.choice(masked, len(masked) - fewest, replace=False)] = False
+    return mask
+
+
+@lru_cache(maxsize=4096)
+def _masked_counts(policy: MaskPolicy, num_frames: int) -> np.ndarray:
+    """Return the numbers of masked frames of some untrimmed masks for as many frames, (_COUNTS,) int64."""
+    rng = _generator(f"{policy.model_dump_json()}/{num_frames}")
+    return np.array([_random_mask(policy, num_frames, rng).sum() for _ in range(_COUNTS)])
+
+
+def _generator(name: str) -> np.random.Generator:
+    digest = hashlib.sha256(name.encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+
+
+def _random_mask(policy: MaskPolicy, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Return an untrimmed mask, (T,) bool."""
+    mask = np.zeros(num_frames, dtype=bool)
     # fairseq rounds probabilistically too.
     count = max(MIN_MASKS, int(policy.mask_prob * num_frames / policy.mask_length + rng.random()))
     lengths = _span_lengths(policy, count, rng)
@@ -157,12 +195,15 @@ def _place_apart(
     spans: list[tuple[int, int]] = []
     shortest = int(lengths.min())
     for length in sorted((int(length) for length in lengths), reverse=True):
-        sizes = np.array([end - start if end - start >= length + policy.min_space else 0 for start, end in free])
         # In a stretch exactly as long as the span, the range of starts below would be empty.
-        sizes[[end - start <= length for start, end in free]] = 0
-        if sizes.sum() == 0:
+        needed = length + max(policy.min_space, 1)
+        sizes = [end - start if end - start >= needed else 0 for start, end in free]
+        if not any(sizes):
             break
-        start, end = free.pop(int(rng.choice(len(free), p=sizes / sizes.sum())))
+        # These are the steps of ``rng.choice(len(free), p=sizes / sum)`` without its checks, which take most of its time.
+        shares = (np.array(sizes) / sum(sizes)).cumsum()
+        shares /= shares[-1]
+        start, end = free.pop(int(shares.searchsorted(rng.random(), side="right")))
         at = int(rng.integers(start, end - length))
         spans.append((at, length))
         if at - start - policy.min_space >= shortest:

@@ -70,8 +70,8 @@ def statistics(masks: Iterable[np.ndarray], num_frames: int) -> dict[str, list[i
     return {"runs": runs.tolist(), "masked": masked.tolist(), "positions": positions.tolist()}
 
 
-def fairseq_draws(seed: int) -> Callable[[dict[str, Any], int], np.ndarray]:
-    """Return a function of (policy, frames) that draws one mask with fairseq, (T,) bool."""
+def fairseq_draws(seed: int, batch: int = 1) -> Callable[[dict[str, Any], int], np.ndarray]:
+    """Return a function of (policy, frames) that draws one mask with fairseq, (T,) bool, or those of a batch, (batch, T)."""
     from fairseq.data.data_utils import compute_mask_indices
 
     # fairseq calls np.int and Generator.randint, which NumPy removed; RandomState still has everything that it uses.
@@ -84,15 +84,15 @@ def fairseq_draws(seed: int) -> Callable[[dict[str, Any], int], np.ndarray]:
             mock.patch.object(np.random, "default_rng", return_value=state),
         ):
             mask: np.ndarray = compute_mask_indices(
-                (1, num_frames),
+                (batch, num_frames),
                 None,
                 options.pop("mask_prob"),
                 options.pop("mask_length"),
                 options.pop("selection"),
                 min_masks=2,
                 **options,
-            )[0]
-        return mask
+            )
+        return mask if batch > 1 else mask[0]
 
     return draw
 

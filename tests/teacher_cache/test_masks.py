@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,57 @@ def test_same_distribution_as_fairseq(case: str) -> None:
     draw = reference.fairseq_draws(1)
     theirs = reference.statistics((draw(policy, num_frames) for _ in range(NUM_DRAWS)), num_frames)
     assert_same_distribution(our_statistics(case), theirs)
+
+
+PUBLISHED = MaskPolicy(selection="uniform", mask_prob=0.8, no_overlap=True)
+"""Policy of the recipes. Published batches have 18 utterances, here of 12 s."""
+BATCH, FRAMES = 18, 600
+
+
+def _shape(masks: Iterable[np.ndarray]) -> tuple[float, float]:
+    """Return the share of masked frames and the mean length of their runs."""
+    kept = list(masks)
+    return float(np.concatenate(kept).mean()), sum(int(mask.sum()) for mask in kept) / sum(
+        len(_runs(mask)) for mask in kept
+    )
+
+
+@cache
+def _trimmed() -> list[np.ndarray]:
+    trimmed = PUBLISHED.model_copy(update={"trim_batch": BATCH})
+    # How many frames others have masked is estimated for each number of frames, so there are some numbers.
+    return [draw_mask(trimmed, 0, 0, str(n), FRAMES + n % 8) for n in range(320)]
+
+
+def test_trimmed_masks_are_as_thin_as_those_of_published_batches() -> None:
+    """The figures: 67 % in runs of 4.6 frames in a batch of 12 s, and 78 % in runs of 10.7 of one utterance alone."""
+    rng = np.random.default_rng(0)
+    alone = [draw_mask(PUBLISHED, 0, 0, str(n), FRAMES) for n in range(BATCH * 25)]
+    together = []
+    for first in range(0, len(alone), BATCH):
+        fewest = min(mask.sum() for mask in alone[first : first + BATCH])
+        for mask in alone[first : first + BATCH]:
+            kept = np.zeros(FRAMES, bool)
+            kept[rng.choice(np.flatnonzero(mask), fewest, replace=False)] = True
+            together.append(kept)
+    assert _shape(alone) == (pytest.approx(0.78, abs=0.01), pytest.approx(10.7, abs=0.2))
+    share, length = _shape(together)
+    assert share == pytest.approx(0.67, abs=0.02) and length == pytest.approx(4.6, abs=0.2)
+    assert _shape(_trimmed()) == (pytest.approx(share, abs=0.01), pytest.approx(length, rel=0.05))
+
+
+def test_trimmed_masks_are_frozen_parts_of_the_masks() -> None:
+    for number, mask in enumerate(_trimmed()[:20]):
+        assert not (mask & ~draw_mask(PUBLISHED, 0, 0, str(number), len(mask))).any()
+    frozen = ".x.x..x.xx.xx....xxxx...x.x.x..xx..x......xx.xxx.x.xxx......"
+    assert positions(draw_mask(PUBLISHED.model_copy(update={"trim_batch": 4}), 7, 1, "日本語/été", 60)) == frozen
+    assert "trim_batch" not in PUBLISHED.model_dump(), "fingerprints of earlier caches stay valid"
+    assert MaskPolicy.model_validate_json(MaskPolicy(trim_batch=18).model_dump_json()).trim_batch == 18
+
+
+def test_trimmed_masks_are_those_of_fairseqs_batches() -> None:
+    pytest.importorskip("fairseq", reason="fairseq is not installed (it is the [fairseq] extra), so there is no oracle")
+    draw = reference.fairseq_draws(1, BATCH)
+    batches = [draw(PUBLISHED.model_dump(exclude={"trim_batch"}), FRAMES) for _ in range(20)]
+    share, length = _shape(mask for batch in batches for mask in batch)
+    assert _shape(_trimmed()) == (pytest.approx(share, abs=0.015), pytest.approx(length, rel=0.06))

@@ -211,6 +211,7 @@ def test_manifest_of_paths_alone(folder: Path, tmp_path: Path) -> None:
     index = index_corpus(tmp_path / "m.csv", output=tmp_path / "index")
     assert [u.id for u in index.utterances] == ["folder/sub-0/clip0", "folder/sub-1/clip1"]
     assert [skip.reason for skip in index.skipped] == ["duplicate_id"]
+    assert index.skipped[0].message.endswith("clip1.flac is listed twice")
 
 
 @pytest.mark.parametrize(

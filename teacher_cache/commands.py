@@ -33,7 +33,7 @@ def info(cache: Location) -> None:
 def verify(
     cache: Location,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Check only sizes and records, without reading every byte.")
+        bool, typer.Option("--fast", help="Check only sizes and new records, without reading every byte.")
     ] = False,
     deep: Annotated[int, typer.Option(min=0, help="Number of utterances to run the teacher on again.")] = 0,
     seed: Annotated[int, typer.Option(help="Random seed for choosing the utterances of --deep.")] = 0,
@@ -43,7 +43,8 @@ def verify(
     """Check the files of a cache, and with --deep its features.
 
     Every file is compared with its commit record; --deep compares features with those of the teacher. The exit code is 1 if the
-    cache is damaged. The manifest of an intact cache is written again if it is missing, old or damaged.
+    cache is damaged. The manifest of an intact cache is written again if it is missing, old or damaged. Training does not read a
+    cache again that is sound and has not changed since.
     """
     from rich.table import Table
 
@@ -57,7 +58,7 @@ def verify(
 
     console = _console()
     check_device(device)
-    problems = verify_cache(cache, checksums=not fast)
+    problems = verify_cache(cache, checksums=not fast, memory="write")
     for problem in problems:
         console.print(problem.text, style="red", markup=False)
     good = not problems
@@ -81,7 +82,7 @@ def verify(
     if not good:
         console.print(f"{cache} is damaged; run `ray-distill cache repair {cache}` to rebuild the damaged parts")
         raise typer.Exit(1)
-    if rewrite_manifest(cache):
+    if rewrite_manifest(cache, thorough=not fast):
         console.print(f"{cache}/{MANIFEST} written again from the commit records", markup=False)
     sizes_only = fast and not deep
     failed = len(failed_utterances(Cache.open(cache)))

@@ -40,7 +40,7 @@ def info(cache: Location) -> None:
 def verify(
     cache: Location,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Check only sizes and records, without reading every byte.")
+        bool, typer.Option("--fast", help="Check only sizes and new records, without reading every byte.")
     ] = False,
     deep: Annotated[int, typer.Option(min=0, help="Number of utterances to run the teacher on again.")] = 0,
     seed: Annotated[int, typer.Option(help="Random seed for choosing the utterances of --deep.")] = 0,
@@ -52,7 +52,8 @@ def verify(
 
     Every file is compared with its commit record; --deep compares features with those of the teacher. The exit code is 1 if the
     cache is damaged. The manifest of an intact cache is written again if it is missing, old or damaged. Of audio to which
-    a cache refers only the sizes are checked; verify its store to read it.
+    a cache refers only the sizes are checked; verify its store to read it. Training does not read a cache again that is
+    sound and has not changed since.
     """
     from rich.table import Table
 
@@ -66,7 +67,7 @@ def verify(
 
     console = _console()
     check_device(device)
-    problems = verify_cache(cache, checksums=not fast, audio=audio)
+    problems = verify_cache(cache, checksums=not fast, audio=audio, memory="write")
     for problem in problems:
         console.print(problem.text, style="red", markup=False)
     good = not problems
@@ -95,7 +96,7 @@ def verify(
     if not good:
         console.print(f"{cache} is damaged; run `ray-distill cache repair {cache}` to rebuild the damaged parts")
         raise typer.Exit(1)
-    if rewrite_manifest(cache):
+    if rewrite_manifest(cache, thorough=not fast):
         console.print(f"{cache}/{MANIFEST} written again from the commit records", markup=False)
     sizes_only = fast and not deep
     failed = len(failed_utterances(Cache.open(cache)))

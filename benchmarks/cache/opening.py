@@ -6,6 +6,7 @@ does not list or read others. Each opening is a process of its own.
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from ray_distill.teacher_cache.storage.json_record import encode_record
 from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA
 from ray_distill.teacher_cache.storage.store import Store
 
+_ROWS = 1 << 19
+"""Number of utterances that are made up at a time."""
 SPEC = CacheSpec(
     teacher="0" * 64,
     num_layers=12,
@@ -46,23 +49,24 @@ def synthetic_plan(utterances: int) -> pa.Table:
     rng = np.random.default_rng(0)
     samples = rng.integers(2 * SAMPLE_RATE, 25 * SAMPLE_RATE, utterances)
     shard = (np.cumsum(samples) / (SPEC.shard_seconds * SAMPLE_RATE)).astype(np.int32)
-    row = np.arange(utterances) - np.searchsorted(shard, shard)
-    numbers = np.arange(utterances)
-    ids = [f"{n // 5000}-{n // 50}-{n % 50:04d}-{n:08d}" for n in numbers.tolist()]
-    hashes = rng.bytes(32 * utterances).hex()
-    return pa.table(
-        {
+    row = (np.arange(utterances) - np.searchsorted(shard, shard)).astype(np.int32)
+    tables = []
+    for begin in range(0, utterances, _ROWS):
+        end = min(begin + _ROWS, utterances)
+        ids = [f"{n // 5000}-{n // 50}-{n % 50:04d}-{n:08d}" for n in range(begin, end)]
+        hashes = rng.bytes(32 * len(ids)).hex()
+        columns = {
             "id": ids,
-            "split": pa.array(["train"]).take(pa.array(np.zeros(utterances, np.int32))),
+            "split": pa.array(["train"]).take(pa.array(np.zeros(len(ids), np.int32))),
             "path": [f"/data/corpus/train-clean-100/{name}.flac" for name in ids],
-            "sha256": [hashes[64 * n : 64 * n + 64] for n in range(utterances)],
-            "num_samples": samples,
-            "num_frames": (samples - 400) // 320 + 1,
-            "shard": shard,
-            "row": row.astype(np.int32),
-        },
-        schema=PLAN_SCHEMA,
-    )
+            "sha256": [hashes[64 * n : 64 * n + 64] for n in range(len(ids))],
+            "num_samples": samples[begin:end],
+            "num_frames": (samples[begin:end] - 400) // 320 + 1,
+            "shard": shard[begin:end],
+            "row": row[begin:end],
+        }
+        tables.append(pa.table(columns, schema=PLAN_SCHEMA))
+    return pa.concat_tables(tables)
 
 
 def make(folder: Path, utterances: int, *, files: bool) -> None:
@@ -136,7 +140,9 @@ def opened(folder: Path, store: str) -> dict[str, Any]:
 
 
 def main(
-    utterances: Annotated[str, typer.Option(help="Numbers of utterances, separated by commas.")] = "300000,3000000",
+    utterances: Annotated[
+        str, typer.Option(help="Numbers of utterances, separated by commas.")
+    ] = "300000,3000000,17000000",
     files_up_to: Annotated[int, typer.Option(help="Utterances up to which all files are written.")] = 300_000,
     latency: Annotated[float, typer.Option(help="Milliseconds per request of the simulated bucket.")] = 30,
     quick: Annotated[bool, typer.Option("--quick", help="Run for a moment, only to try the script.")] = False,
@@ -147,7 +153,8 @@ def main(
     for count in [2_000] if quick else map(int, utterances.split(",")):
         with tempfile.TemporaryDirectory() as name:
             folder, began = Path(name), time.perf_counter()
-            make(folder, count, files=count <= files_up_to)
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # Its memory is free again afterwards.
+                pool.apply(make, (folder, count), {"files": count <= files_up_to})
             print(f"{count} utterances written in {time.perf_counter() - began:.0f} s", flush=True)
             for store in ("local", str(latency / 1e3)):
                 with_manifest = opened(folder, store)

@@ -128,7 +128,8 @@ class CacheSection(Section):
     """Maximum size of ``local`` in units of 1e9 bytes; the copies that were not used for the longest time make room. None takes 80 %
     of the disk's free space."""
     verify: Annotated[bool, CHANGES_NO_RESULT, SAME_IN_ABLATION] = True
-    """Whether to read the whole cache and compare its checksums before training."""
+    """Whether to read the whole cache and compare its checksums before training. What was sound before and has not changed since
+    is not read again; ``ray-distill cache verify`` always reads everything."""
 
     @property
     def location(self) -> str:

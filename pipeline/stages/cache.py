@@ -118,7 +118,7 @@ def _check_cache(run: Run) -> None:
         raise CacheError(
             f"the cache at {run.cache.location} lacks layers or draws that this run needs; run the cache stage"
         )
-    problems = verify_cache(run.cache, checksums=run.config.cache.verify, needed=run.spec)
+    problems = verify_cache(run.cache, checksums=run.config.cache.verify, needed=run.spec, memory="use")
     if problems and all(problem.unfinished for problem in problems):
         raise CacheError(
             f"the cache at {run.cache.location} is not finished: {counted(len(problems), 'shard file')} that this run needs were not "

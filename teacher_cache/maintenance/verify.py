@@ -10,9 +10,11 @@ from typing import Literal
 import torch
 
 from ray_distill.teacher_cache.codecs import relative_error
+from ray_distill.teacher_cache.maintenance.verified import part_digests, remember, verified_parts
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, holder_of
+from ray_distill.teacher_cache.reading.known_commits import KnownCommits
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, DATA_FOLDERS, PLAN, Cache, ShardFile, state_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, CacheSpec, parts_of
 from ray_distill.teacher_cache.storage.create import is_growth
@@ -50,7 +52,12 @@ class Problem:
 
 
 def verify_cache(
-    location: str | Path | Store, *, checksums: bool = True, needed: CacheSpec | None = None, audio: str | None = None
+    location: str | Path | Store,
+    *,
+    checksums: bool = True,
+    needed: CacheSpec | None = None,
+    audio: str | None = None,
+    memory: Literal["none", "write", "use"] = "none",
 ) -> list[Problem]:
     """Check every file of a cache against its commit record and the plan.
 
@@ -63,6 +70,10 @@ def verify_cache(
         needed: Check only the shard files that this need reads, and ignore foreign files, because another run may be
             extending the cache. Default: check everything.
         audio: Where the audio is that the cache refers to. Default: the recorded place.
+        memory: With checksums, ``write`` notes in the cache which parts are sound, and ``use`` also does not read the shard files of
+            a part again that was sound before, if no file of it has changed since. Default: ``none``.
+
+    Where the bytes of a shard file are not read, its commit record is not read either if the manifest repeats it.
 
     Returns:
         The problems found. Empty for an intact cache.
@@ -76,20 +87,29 @@ def verify_cache(
     if cache is None or any(problem.kind == "conflict" for problem in problems):
         return problems
     files = {file: shard for shard in cache.shards for file in cache.files(shard, needed)}
-    sizes = store.sizes()
+    entries = store.entries()
+    commits = KnownCommits(cache, entries)
+    digests: dict[str, str] = {}
+    if checksums and memory != "none":
+        digests = part_digests(store, entries, {file.part.folder for file in files})
+    sound = verified_parts(store, digests) if memory == "use" else set()
 
     def check(file: ShardFile) -> Problem | None:
-        return _check_file(cache, file, files[file], sizes, checksums)
+        whole = checksums and file.part.folder not in sound
+        return _check_file(cache, file, files[file], commits, whole)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         problems += [problem for problem in pool.map(check, files) if problem is not None]
+    if checksums and memory != "none":
+        unsound = {problem.file.part.folder for problem in problems if problem.file is not None}
+        remember(store, digests, {*digests} - unsound, unsound)
     if needed is not None:
         return problems
     known = {file.name for file in files} | {file.commit for file in files}
     problems += _obstacles(store, known)
     problems += [
         Problem(name, f"{store.at(name)} does not belong to the cache", "foreign")
-        for name in sizes
+        for name in entries
         if name.partition("/")[0] in DATA_FOLDERS and name not in known
     ]
     return problems + verify_audio(cache, audio, checksums=False)
@@ -101,13 +121,13 @@ def verify_audio(cache: Cache, location: str | None = None, *, checksums: bool =
     Args:
         cache: The cache.
         location: Where the audio is. Default: the recorded place.
-        checksums: As for `verify_cache`.
+        checksums: As for `verify_cache`, whose memory is used.
     """
     if cache.spec.embeds_audio:
         return []
     try:
         holder = holder_of(cache, location)
-        problems = verify_cache(holder.store, checksums=checksums, needed=AUDIO_ONLY)
+        problems = verify_cache(holder.store, checksums=checksums, needed=AUDIO_ONLY, memory="use")
     except CacheAccessError:
         raise
     except CacheError as error:
@@ -183,10 +203,10 @@ def _obstacles(store: Store, names: Iterable[str]) -> list[Problem]:
     ]
 
 
-def _check_file(cache: Cache, file: ShardFile, shard: Shard, sizes: dict[str, int], checksums: bool) -> Problem | None:
-    store = cache.store
+def _check_file(cache: Cache, file: ShardFile, shard: Shard, commits: KnownCommits, checksums: bool) -> Problem | None:
+    store, entries = cache.store, commits.entries
     try:
-        record = cache.commit_of(file)
+        record = cache.commit_of(file) if checksums else commits.record(file)
     except CacheAccessError:
         raise
     except CacheError as error:
@@ -195,15 +215,15 @@ def _check_file(cache: Cache, file: ShardFile, shard: Shard, sizes: dict[str, in
         text = f"{store.at(file.commit)} is missing, so its shard file is not finished"
         return Problem(file.commit, text, "shard", file, unfinished=True)
     try:
-        check_failed(record, [utterance.id for utterance in shard.utterances])
+        check_failed(record, list(shard.utterances.ids()))
     except ValueError as error:
         return Problem(file.commit, f"{store.at(file.commit)} does not fit the plan ({error})", "shard", file)
-    if file.name not in sizes:
+    if file.name not in entries:
         return Problem(file.name, f"{store.at(file.name)} is missing", "shard", file)
-    if sizes[file.name] != record["bytes"]:
+    if entries[file.name].size != record["bytes"]:
         return Problem(
             file.name,
-            f"{store.at(file.name)} has {sizes[file.name]} bytes, but {record['bytes']} bytes were committed",
+            f"{store.at(file.name)} has {entries[file.name].size} bytes, but {record['bytes']} bytes were committed",
             "shard",
             file,
         )

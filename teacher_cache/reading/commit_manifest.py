@@ -190,16 +190,24 @@ def write_rows(store: Store, records: Sequence[tuple[str, int, Mapping[str, Any]
     store.write(MANIFEST, _encode(pa.Table.from_pylist(rows, schema=_SCHEMA)))
 
 
-def rewrite_manifest(location: str | Path) -> bool:
+def rewrite_manifest(location: str | Path | Store, *, thorough: bool = True) -> bool:
     """Write the manifest of an intact cache again if it is not `current_manifest`, and the cache can be locked and written to.
+
+    Args:
+        location: Location of the cache.
+        thorough: Whether to read all commit records. Otherwise only those are read that the manifest does not seem to repeat.
+            Default: True.
 
     Returns:
         Whether it was written.
     """
     cache = Cache.open(location)
     store = cache.store
-    if store.size(MANIFEST) is not None and store.read(MANIFEST) == current_manifest(cache):
-        return False
+    entry = store.entries().get(MANIFEST)
+    if entry is not None:
+        previous = None if thorough else read_manifest(store, entry.changed)
+        if store.read(MANIFEST) == current_manifest(cache, previous):
+            return False
     try:
         with cache_lock(store):
             return update_manifest(cache)

@@ -10,6 +10,7 @@
       audio/part-00000.parquet             id, num_samples, audio: the only shard files of an audio store, to which caches refer
       commits/clean/part-00000.json        one per shard file, written after it: rows, bytes, SHA-256, failed utterances; with a
                                          checksum
+      verified.json                        which parts were read whole and are sound; not part of the cache
       builds/...                           one record per build with measured times; not part of the identity
       copies/...                           copies of cache.json, plan.parquet and codec states, for repair
 

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ray_distill.teacher_cache.storage.cache import Cache, ShardFile
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.reading.known_commits import KnownCommits
+from ray_distill.teacher_cache.storage.cache import Cache, commit_name
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, Part
 
 DEFAULT_MAX_FAILED = 0.001
 _LEAST = 3
@@ -73,18 +74,28 @@ def failed_utterances(cache: Cache, needed: CacheSpec | None = None) -> dict[str
     Raises:
         CacheError: If a commit record is damaged.
     """
-    committed = set(cache.store.names("commits"))
-    files = [file for shard in cache.shards for file in cache.files(shard, needed) if file.commit in committed]
+    commits = KnownCommits(cache)
+    shards = cache.shards
+    files = [
+        (shard, part)
+        for part, members in cache.parts(needed)
+        for shard in shards.numbers[members].tolist()
+        if commit_name(part, shard) in commits.entries
+    ]
+    files.sort(key=lambda file: file[0])  # The file with the audio comes first in its shard, and its reason counts.
+    lost = {file: failed for file in files if (failed := commits.failed(file[1], file[0])) is None or failed}
 
-    def failed_in(file: ShardFile) -> dict[str, str]:
-        failed: dict[str, str] = (cache.commit_of(file) or {}).get("failed", {})
+    def failed_in(file: tuple[int, Part]) -> dict[str, str]:
+        shard, part = file
+        (shard_file,) = (found for found in cache.files(shards.numbered(shard), needed) if found.part == part)
+        failed: dict[str, str] = (cache.commit_of(shard_file) or {}).get("failed", {})
         return failed
 
-    found: dict[str, str] = {}
+    unknown = [file for file, failed in lost.items() if failed is None]
     with ThreadPoolExecutor(_THREADS) as pool:
-        for failed in pool.map(failed_in, files):
-            for name, reason in failed.items():
-                found.setdefault(
-                    name, reason
-                )  # The file with the audio comes first in its shard, and its reason counts.
+        lost |= zip(unknown, pool.map(failed_in, unknown), strict=True)
+    found: dict[str, str] = {}
+    for failed in lost.values():
+        for name, reason in (failed or {}).items():
+            found.setdefault(name, reason)
     return found

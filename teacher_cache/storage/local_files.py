@@ -15,6 +15,7 @@ _PLACES = {
     "cache.json",
     "plan.parquet",
     "manifest.parquet",
+    "verified.json",
     "codec",
     "clean",
     "masked",

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.cache.slow_store import SlowStore
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
+from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.reading import commit_table
 from ray_distill.teacher_cache.reading.commit_manifest import (
@@ -21,6 +22,7 @@ from ray_distill.teacher_cache.reading.commit_manifest import (
 )
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
@@ -153,3 +155,21 @@ def test_failed_utterances_are_in_the_manifest(
     assert read.failed == known.failed and read.ids == known.ids
     for index in range(len(read)):
         assert torch.equal(read.read([index], 0).targets, known.read([index], 0).targets)
+
+
+def test_checks_of_records_take_few_requests(root: Path) -> None:
+    files = len(list((root / "commits").rglob("*.json")))
+
+    def checked() -> int:
+        store = SlowStore(root)
+        assert verify_cache(store, checksums=False) == [] and failed_utterances(Cache.open(store)) == {}
+        return store.handler.requests
+
+    few = checked()
+    assert not rewrite_manifest(root, thorough=False)
+    (root / COMMIT).touch()
+    assert checked() == few + 4, "the record is newer than the manifest, so both read it"
+    (root / MANIFEST).unlink()
+    assert checked() == few - 4 + 4 * files, "a request for a size and one for the content"
+    (root / COMMIT).write_bytes(b"damaged")
+    assert [problem.name for problem in verify_cache(root, checksums=False)] == [COMMIT]

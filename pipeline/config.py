@@ -99,8 +99,8 @@ class Config(Section):
         objective = training.chosen_objective
         parts = [("", objective, self.cache)]
         if isinstance(objective, SeveralTeachers):
-            pairs = zip(objective.terms, self.teachers, strict=True)
-            parts = [(term.name, term.settings, entry.cache) for term, entry in pairs]
+            terms = {term.name: term.settings for term in objective.terms}
+            parts = [(entry.name, terms[entry.name], entry.cache) for entry in self.teachers if entry.name in terms]
         for name, settings, cache in parts:
             try:
                 settings.check_source(
@@ -117,10 +117,48 @@ class Config(Section):
 
     @property
     def owner(self) -> int:
-        """Number of the teacher that the student's own heads predict: the first whose objective uses heads, or else the first."""
+        """Number of the teacher that the student's own heads predict: the first whose objective uses heads, or else the first, both
+        without those of weight 0."""
         default = self.train.objective == "prediction"
-        uses = [default if entry.objective is None else entry.objective.uses_heads for entry in self.teachers]
-        return uses.index(True) if True in uses else 0
+        active = [number for number, entry in enumerate(self.teachers) if entry.weight] or [0]
+        for number in active:
+            objective = self.teachers[number].objective if self.teachers else None
+            if default if objective is None else objective.uses_heads:
+                return number
+        return active[0]
+
+    def target_dim(self, dims: Sequence[int]) -> int:
+        """Return the width of the targets that the student's heads predict.
+
+        Args:
+            dims: Width of each teacher, or that of the one whose layers the heads predict.
+        """
+        if self.train.aggregate == "concatenate":
+            return sum(dims)
+        return dims[self.owner] if len(dims) > 1 else dims[0]
+
+    def check_aggregate(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Check that the layers of several teachers can be combined, if ``train.aggregate`` says so.
+
+        Args:
+            sizes: For each teacher the number of layers to learn from and its width.
+
+        Raises:
+            ConfigError: They differ in the number of layers, or for an average in their widths.
+        """
+        if self.train.aggregate == "heads":
+            return
+        (first, size), *others = [pair for pair in zip(self.teachers, sizes, strict=True) if pair[0].weight]
+        for entry, (layers, dim) in others:
+            if layers != size[0]:
+                raise ConfigError(
+                    f"teachers.{entry.name}.layers: {layers} layers can't be combined with {size[0]} of {first.name}; choose as many"
+                )
+            if self.train.aggregate == "average" and dim != size[1]:
+                raise ConfigError(
+                    f"train.aggregate average: the teachers {first.name} and {entry.name} have widths {size[1]} and {dim}; set it to "
+                    "concatenate or heads"
+                )
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -139,7 +177,7 @@ class Config(Section):
         return [self.of_teacher(entry) for entry in self.teachers] or [self]
 
     def training(self, sizes: Sequence[tuple[int, int]] = ()) -> TrainSettings:
-        """Return the settings of the training, with an objective for each of several teachers.
+        """Return the settings of the training, with an objective for each of several teachers that have a weight.
 
         Args:
             sizes: For each of several teachers the number of layers to learn from and its width.
@@ -147,7 +185,7 @@ class Config(Section):
         Raises:
             ValueError: The objectives or the schedules of the teachers are impossible.
         """
-        if not self.teachers:
+        if not self.teachers or self.train.aggregate != "heads":
             return self.train
         default = self.train.chosen_objective
         if all(entry.objective is not None for entry in self.teachers):
@@ -172,6 +210,7 @@ class Config(Section):
                 }
             )
             for entry, (num_layers, dim) in zip(self.teachers, sizes, strict=True)
+            if entry.weight
         )
         return SeveralTeacherSettings(**dict(self.train), terms=terms)
 

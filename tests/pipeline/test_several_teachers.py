@@ -22,9 +22,10 @@ from ray_distill.pipeline.stages.frame_rates import check_frame_rates
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.pipeline.stages.report import report_run
-from ray_distill.pipeline.stages.train import initial_student, prepare_training
+from ray_distill.pipeline.stages.train import initial_student, prepare_training, teacher_caches
 from ray_distill.pipeline.student_export import export_student, open_student
 from ray_distill.student.exporters.origin import describe
+from ray_distill.student.objectives.several_teachers import SeveralTeachers
 from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.teacher_cache.build.audio_store import build_audio_store, plan_audio
 from ray_distill.teacher_cache.build.build_cache import build_cache
@@ -143,6 +144,27 @@ def test_each_teacher_has_a_cache_section_of_its_own() -> None:
             "^train.targets online runs one teacher; set it to cached",
         ),
         (
+            {"train": {"batch_seconds": 8, "aggregate": "average", "balance": "variance"}},
+            "^train.balance variance balances the losses of several teachers, but with aggregate average there is one;",
+        ),
+        (
+            {"train": {"batch_seconds": 8, "aggregate": "concatenate"}},
+            "^teachers.b.weight: with train.aggregate concatenate all teachers have one target and one loss; remove it",
+        ),
+        (
+            {"train": {"batch_seconds": 8, "aggregate": "average"}, "teachers": [A | {"start_step": 2}, B]},
+            "^teachers.a.start_step: with train.aggregate average all teachers have one target",
+        ),
+        (
+            {
+                "train": {"batch_seconds": 8, "aggregate": "average", "objective": "units", "masks": "fresh"},
+                "masks": {"draws": 0},
+                "cache": {"codec": "units:8"},
+                "student": tree()["student"] | {"heads": "none"},
+            },
+            "^train.aggregate average combines features, which objective units does not learn; set it to heads, or",
+        ),
+        (
             {"train": {"batch_seconds": 8, "init_teacher": "c"}},
             "^train.init_teacher: there is no teacher c; they are a, b$",
         ),
@@ -162,7 +184,7 @@ def test_what_is_wrong_is_one_sentence(changes: dict[str, Any], message: str) ->
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["balance=variance", "init_teacher=a"])
+@pytest.mark.parametrize("key", ["balance=variance", "init_teacher=a", "aggregate=average"])
 def test_keys_of_several_teachers_are_refused_with_one(key: str) -> None:
     with pytest.raises(
         ConfigError, match=f"train.{key.partition('=')[0]} is for several teachers, but there is one; remove"
@@ -303,6 +325,28 @@ def test_the_place_of_the_audio_is_that_of_the_corpus_unless_it_is_given() -> No
         check_config(tiny_tree(cache={"audio_path": "mine"}))
 
 
+@pytest.mark.slow
+def test_a_run_from_the_layers_of_two_teachers_side_by_side(config: Callable[..., Config]) -> None:
+    run = begin(config(A, {"name": "b", "checkpoint": OTHER}, train={"aggregate": "concatenate"}))
+    build(run)
+    plan = plan_run(run.config, list(STAGES))
+    prepare_training(run, 1, in_process=True)()
+    export_best(run)
+    summary = report_run(run)
+    student, _ = open_student(run.folder.path)
+    assert student.config.target_dim == run.target_dim == 32 + 48 and plan.facts["student"].startswith(
+        f"{summary['student_parameters']:,} parameters"
+    )
+    assert [one["name"] for one in summary["teachers"]] == ["a", "b"] and summary["constant_loss"] > 0
+    assert "the channels side by side of the teachers' layers, of width 80" in run.folder.report.read_text().replace(
+        "&#39;", "'"
+    )
+    with pytest.raises(
+        ConfigError, match="^train.aggregate average: the teachers a and b have widths 32 and 48; set it"
+    ):
+        config(train={"aggregate": "average"}).check_aggregate([(2, 32), (2, 48)])
+
+
 def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(
     config: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -366,6 +410,22 @@ def test_an_ablation_varies_teachers(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="teachers.b.checkpoint: can't differ between runs, which share"):
         ablation({}, {"teachers.b.checkpoint": TEACHER})
     assert json.loads(both.needs.model_dump_json())["teachers"][1]["weight"] == 0.5
+
+
+def test_a_teacher_without_weight_is_left_out_of_the_training(config: Callable[..., Config]) -> None:
+    run = begin(config(A | {"weight": 0}, B))
+    assert (
+        [entry.name for entry in run.config.teachers] == ["a", "b"] and run.config.owner == 1 and run.main.name == "b"
+    )  # type: ignore[attr-defined]
+    objective = run.settings().chosen_objective
+    assert isinstance(objective, SeveralTeachers) and [term.name for term in objective.terms] == ["b"]
+    assert initial_student(run)[0].target_dim == 48 == run.target_dim
+    assert [cache.name for cache in teacher_caches(run)] == ["b"]
+    build(run)
+    Path(run.parts[0].cache.location, "cache.json").unlink()
+    prepare_training(run, 1, in_process=True)()
+    last = [row for row in read_rows(run.folder.metrics_file) if row["kind"] == "validation"][-1]
+    assert "teacher_loss_b" in last and "teacher_loss_a" not in last
 
 
 def test_the_student_starts_from_the_named_teacher(config: Callable[..., Config]) -> None:

@@ -15,10 +15,9 @@ from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import TrainState
 from ray_distill.teacher_cache.frames import num_frames
-from ray_distill.teacher_cache.reading.read_ahead import ReadAhead
+from ray_distill.teacher_cache.reading.read_ahead import ReadAhead, SeveralReadAhead
 from ray_distill.teacher_cache.targets.batch_sampler import plan_epoch
 from ray_distill.teacher_cache.targets.crop import crop_batch
-from ray_distill.teacher_cache.targets.several_caches import SeveralReadAhead
 from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
 from ray_distill.teacher_cache.targets.window_sampler import plan_window_epoch
 

@@ -2,9 +2,11 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
+if TYPE_CHECKING:  # Training code that imports this works without Parquet.
+    from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
 
 
 class ReadAhead:
@@ -15,7 +17,7 @@ class ReadAhead:
     """
 
     def __init__(
-        self, files: Callable[[Sequence[int], int | None], Sequence[tuple[LocalCopies, CommittedFile]]]
+        self, files: Callable[[Sequence[int], int | None], "Sequence[tuple[LocalCopies, CommittedFile]]"]
     ) -> None:
         self._files = files
         self._lock = threading.Lock()
@@ -43,3 +45,31 @@ class ReadAhead:
         """Expect none of the batches any more."""
         for indices, draw in list(self._expected.elements()):
             self.met(indices, draw)
+
+
+class SeveralReadAhead:
+    """As `ReadAhead`, for batches that are read from several caches.
+
+    Args:
+        aheads: That of each cache; None for a cache without local copies.
+        reads: Function that returns the reads of a batch: the number of the cache, and the rows of its reader.
+    """
+
+    def __init__(
+        self,
+        aheads: Sequence[ReadAhead | None],
+        reads: Callable[[Sequence[int]], Iterable[tuple[int, Sequence[int]]]],
+    ) -> None:
+        self._aheads, self._reads = aheads, reads
+
+    def expect(self, indices: Sequence[int], draw: int | None) -> None:
+        """Name a batch that will be read."""
+        for number, rows in self._reads(indices):
+            if (ahead := self._aheads[number]) is not None:
+                ahead.expect(rows, draw)
+
+    def clear(self) -> None:
+        """Expect none of the batches any more."""
+        for ahead in self._aheads:
+            if ahead is not None:
+                ahead.clear()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ray_distill.teacher_cache.codecs import ColumnCodec
+from ray_distill.teacher_cache.reading.read_ahead import SeveralReadAhead
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.targets.student_frames import SplitReader
 from ray_distill.teacher_cache.targets.target_batch import Batch, CodedTargets, SeveralTargets, SymbolLayout
@@ -74,7 +75,8 @@ class SeveralCaches:
         self.shards = self._all_shards()
         self.prefers_window = any(reader.prefers_window for reader in readers.values())
         self.needs_window = sum(reader.local_share for reader in readers.values()) > 1
-        self.read_ahead = SeveralReadAhead(self) if any(reader.read_ahead for reader in readers.values()) else None
+        aheads = [reader.read_ahead for reader in readers.values()]
+        self.read_ahead = SeveralReadAhead(aheads, self._rows_read) if any(aheads) else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -186,6 +188,10 @@ class SeveralCaches:
                     yield k, members, rows[members, k].tolist(), audio
             heard |= rows[:, k] >= 0
 
+    def _rows_read(self, indices: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Yield the teacher's number and the rows in its reader of each read for a batch."""
+        return ((k, rows) for k, _, rows, _ in self.reads(indices))
+
     def read(self, indices: Sequence[int], draw: int | None) -> Batch:
         """See `TargetReader.read`. Targets are `SeveralTargets`."""
         rows = self._rows[list(indices)]
@@ -226,30 +232,6 @@ class SeveralCaches:
             frame_mask,
             torch.from_numpy(rows >= 0),
         )
-
-
-class SeveralReadAhead:
-    """As `ReadAhead`, for the batches of several caches.
-
-    Args:
-        caches: The caches.
-    """
-
-    def __init__(self, caches: SeveralCaches) -> None:
-        self._caches = caches
-
-    def expect(self, indices: Sequence[int], draw: int | None) -> None:
-        """Name a batch that will be read."""
-        readers = list(self._caches.readers.values())
-        for k, _, rows, _ in self._caches.reads(indices):
-            if (ahead := readers[k].read_ahead) is not None:
-                ahead.expect(rows, draw)
-
-    def clear(self) -> None:
-        """Expect none of the batches any more."""
-        for reader in self._caches.readers.values():
-            if reader.read_ahead is not None:
-                reader.read_ahead.clear()
 
 
 def _place(whole: Tensor, members: np.ndarray, rows: Tensor) -> None:

@@ -122,6 +122,39 @@ class Config(Section):
         uses = [default if entry.objective is None else entry.objective.uses_heads for entry in self.teachers]
         return uses.index(True) if True in uses else 0
 
+    def target_dim(self, dims: Sequence[int]) -> int:
+        """Return the width of the targets that the student's heads predict.
+
+        Args:
+            dims: Width of each teacher, or that of the one whose layers the heads predict.
+        """
+        if self.train.aggregate == "concatenate":
+            return sum(dims)
+        return dims[self.owner] if len(dims) > 1 else dims[0]
+
+    def check_aggregate(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Check that the layers of several teachers can be combined, if ``train.aggregate`` says so.
+
+        Args:
+            sizes: For each teacher the number of layers to learn from and its width.
+
+        Raises:
+            ConfigError: They differ in the number of layers, or for an average in their widths.
+        """
+        if self.train.aggregate == "heads":
+            return
+        for entry, (layers, dim) in zip(self.teachers[1:], sizes[1:], strict=True):
+            if layers != sizes[0][0]:
+                raise ConfigError(
+                    f"teachers.{entry.name}.layers: {layers} layers can't be combined with {sizes[0][0]} of {self.teachers[0].name}; "
+                    "choose as many"
+                )
+            if self.train.aggregate == "average" and dim != sizes[0][1]:
+                raise ConfigError(
+                    f"train.aggregate average: the teachers {self.teachers[0].name} and {entry.name} have widths {sizes[0][1]} and "
+                    f"{dim}; set it to concatenate or heads"
+                )
+
     @property
     def objectives(self) -> tuple[str, ...]:
         """Name of the objective with each teacher."""
@@ -147,7 +180,7 @@ class Config(Section):
         Raises:
             ValueError: The objectives or the schedules of the teachers are impossible.
         """
-        if not self.teachers:
+        if not self.teachers or self.train.aggregate != "heads":
             return self.train
         default = self.train.chosen_objective
         if all(entry.objective is not None for entry in self.teachers):

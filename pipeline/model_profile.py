@@ -233,7 +233,10 @@ def load_models(model: Path, teacher: str | None = None) -> tuple[Student, Teach
         section = config.parts[config.owner].teacher
         loaded = load_teacher(teacher or _shape_of(section.checkpoint))
         layers = len(section.layers or range(loaded.num_layers))
-        return Student(config.resolve_student(layers, loaded.dim, loaded.patches)), loaded
+        dims = [loaded.dim]
+        if config.train.aggregate == "concatenate":
+            dims = [load_teacher(_shape_of(entry.checkpoint)).dim for entry in config.teachers]
+        return Student(config.resolve_student(layers, config.target_dim(dims), loaded.patches)), loaded
     student, origin = open_student(model)
     run = origin.get("configuration")
     named = [] if run is None else checkpoints(run)

@@ -5,6 +5,7 @@ from typing import Any
 
 from ray_distill.pipeline.composition.config_tree import default_cache
 from ray_distill.pipeline.composition.sections import TeacherEntry
+from ray_distill.student.objectives.objective import FeatureObjective
 from ray_distill.student.training.train_settings import TrainSettings
 
 
@@ -68,13 +69,19 @@ def check_teachers(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> 
     """
     names = [entry.name for entry in teachers]
     if not names:
-        given = {"balance": train.balance != "weights", "init_teacher": train.init_teacher is not None}
+        given = {
+            "balance": train.balance != "weights",
+            "init_teacher": train.init_teacher is not None,
+            "aggregate": train.aggregate != "heads",
+        }
         for key in (key for key, is_given in given.items() if is_given):
             raise ValueError(f"train.{key} is for several teachers, but there is one; remove it, or give teachers")
         return
     for number, name in enumerate(names):
         if name in names[:number]:
             raise ValueError(f"teachers: two have the name {name}; give each a name of its own")
+    if train.aggregate != "heads":
+        _check_aggregate(teachers, train)
     if train.targets == "online":
         raise ValueError("train.targets online runs one teacher; set it to cached, which several teachers need")
     if train.init_teacher is not None and train.init_teacher not in names:
@@ -92,3 +99,32 @@ def check_teachers(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> 
                     f"teachers: {other.name} and {entry.name} have the same cache.path {entry.cache.path}, but differ in the "
                     "checkpoint or in other keys of cache; give one of them another cache.path"
                 )
+
+
+def _check_aggregate(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> None:
+    """Raise ValueError if a key is given that one target for all teachers can't have."""
+    aggregate, objective = train.aggregate, train.chosen_objective
+    if not isinstance(objective, FeatureObjective):
+        raise ValueError(
+            f"train.aggregate {aggregate} combines features, which objective {objective.objective} does not learn; set it to heads, "
+            "or choose the objective prediction or star"
+        )
+    if train.balance != "weights":
+        raise ValueError(
+            f"train.balance {train.balance} balances the losses of several teachers, but with aggregate {aggregate} there is one; "
+            "remove it"
+        )
+    for entry in teachers:
+        given = {
+            "objective": entry.objective is not None,
+            "start_step": entry.start_step != 0,
+            "stop_step": entry.stop_step is not None,
+            "weight": entry.weight != 1 and aggregate == "concatenate",
+        }
+        for key in (key for key, is_given in given.items() if is_given):
+            raise ValueError(
+                f"teachers.{entry.name}.{key}: with train.aggregate {aggregate} all teachers have one target and one loss; remove it, "
+                "or set train.aggregate to heads"
+            )
+    if not any(entry.weight for entry in teachers):
+        raise ValueError("teachers: all have weight 0, so they have no average; give one of them a positive weight")

@@ -179,9 +179,11 @@ def _student_facts(config: Config, headers: Sequence[Teacher | None]) -> str:
     chosen = [entry.layers for entry in config.teachers] or [config.teacher.layers]
     counts = [len(layers or range(header.num_layers)) for layers, header in zip(chosen, known, strict=True)]
     teacher, layers = known[config.owner], counts[config.owner]
-    settings = config.resolve_student(layers, teacher.dim, teacher.patches)
     sizes = [(count, header.dim) for count, header in zip(counts, known, strict=True)]
-    config.training(sizes).chosen_objective.check_targets(settings, layers, teacher.dim)
+    config.check_aggregate(sizes)
+    dim = config.target_dim([header.dim for header in known])
+    settings = config.resolve_student(layers, dim, teacher.patches)
+    config.training(sizes).chosen_objective.check_targets(settings, layers, dim)
     if config.train.init_from is not None:
         tensors_of_student(config.train.init_from, settings)
     with torch.device("meta"):

@@ -104,7 +104,8 @@ def _check_start(run: Run, stages: set[str]) -> None:
                     part.check_precision()
                 part.layers  # noqa: B018 (loads the teacher)
         check_frame_rates(run)
+        run.config.check_aggregate([(len(part.layers), part.teacher.dim) for part in run.parts])
         if training:
             student, _ = initial_student(run)
-            run.settings().chosen_objective.check_targets(student, len(run.layers), run.teacher.dim)
+            run.settings().chosen_objective.check_targets(student, len(run.layers), run.target_dim)
         run.keep_checkpoint()

@@ -16,9 +16,11 @@ from ray_distill.pipeline.reports.feature_maps import FeatureMaps, feature_maps
 from ray_distill.pipeline.reports.run_report import write_run_report
 from ray_distill.pipeline.reports.training_charts import rows_of_kind
 from ray_distill.pipeline.run_starts import read_starts
-from ray_distill.pipeline.stages.run import Run
+from ray_distill.pipeline.stages.run import Run, TeacherRun
+from ray_distill.pipeline.stages.train import teacher_caches
 from ray_distill.student import Student, load_student
 from ray_distill.student.objectives.several_teachers import SeveralTeachers
+from ray_distill.student.training.target_source import several_readers
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
@@ -42,7 +44,7 @@ def report_run(run: Run) -> dict[str, Any]:
     if exported:
         student = load_student(folder.export)
     else:
-        student = Student(run.config.resolve_student(len(run.layers), run.teacher.dim, run.teacher.patches))
+        student = Student(run.config.resolve_student(len(run.layers), run.target_dim, run.teacher.patches))
     summary = _summarise(run, student)
     if exported:
         write_text(folder.summary_file, json.dumps(summary, indent=2) + "\n")
@@ -103,29 +105,34 @@ def _teachers(
         metrics: Rows of the metrics.
     """
     objective = run.settings().chosen_objective
-    if not isinstance(objective, SeveralTeachers):
+    if not run.config.teachers:
         return {}
     validation = rows_of_kind(metrics, "validation")
     last = validation[-1] if validation else {}
     found = []
-    for k, (part, term) in enumerate(zip(run.parts, objective.terms, strict=True)):
+    for k, part in enumerate(run.parts):
+        assert isinstance(part, TeacherRun)
+        settings, owns = objective, True  # With one target for all teachers.
+        if isinstance(objective, SeveralTeachers):
+            settings = objective.terms[k].settings
+            owns = settings.uses_heads and k == objective.owner
         found.append(
             {
-                "name": term.name,
+                "name": part.name,
                 "teacher": part.teacher.name,
                 "teacher_source": part.checkpoint,
                 "teacher_parameters": part.teacher.num_parameters,
                 "layers": list(part.layers),
                 "dim": part.teacher.dim,
-                "objective": term.settings.objective,
-                "objective_options": term.settings.changed_options(),
-                "weight": term.weight,
-                "heads_in_the_student": term.settings.uses_heads and k == objective.owner,
+                "objective": settings.objective,
+                "objective_options": settings.changed_options(),
+                "weight": part.entry.weight,
+                "heads_in_the_student": owns and settings.uses_heads,
                 "cache": part.cache.location,
                 "cache_bytes": sizes[k],
                 "utterances": len(part.utterances),
                 "failed_utterances": len(failed[k]) if failed else None,
-                "last_validation_loss": last.get(f"teacher_loss_{term.name}"),
+                "last_validation_loss": last.get(f"teacher_loss_{part.name}"),
             }
         )
     return {"teachers": found}
@@ -161,6 +168,10 @@ def _phones(run: Run, utterance: str) -> Sequence[str]:
 
 
 def _validation_reader(run: Run) -> TargetReader:
+    if run.config.train.aggregate != "heads":
+        return several_readers(
+            teacher_caches(run), run.config.masks, fresh=False, aggregate=run.config.train.aggregate
+        )[1]
     if run.config.train.targets == "cached":
         return open_reader(run.main.cache.location, "validation", run.layers, frames=run.main.config.teacher.frames)
     members = run.utterances.of_split("validation")
@@ -215,6 +226,9 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
                 else ""
             )
         )
+    if train.aggregate != "heads":
+        what = "average" if train.aggregate == "average" else "channels side by side"
+        facts["targets"] = f"the {what} of the teachers' layers, of width {run.target_dim}"
     if summary.get("teachers"):
         del facts["teacher"]
     elif summary["cache_bytes"] is not None:

@@ -102,6 +102,11 @@ class Run:
         """Return the settings of the training, with an objective for each of several teachers."""
         return self.config.training([(len(part.layers), part.teacher.dim) for part in self.parts])
 
+    @property
+    def target_dim(self) -> int:
+        """Width of the targets: that of the teacher, or of several side by side."""
+        return self.config.target_dim([part.teacher.dim for part in self.parts])
+
     def named(self) -> AbstractContextManager[None]:
         """Name the teacher in errors of the block, if there are several."""
         return nullcontext()

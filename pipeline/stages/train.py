@@ -103,13 +103,7 @@ def prepare_training(
         layers=run.layers,
         cache=run.cache.location if cached else None,
         teacher=run.checkpoint,
-        teachers=[
-            TeacherCache(
-                part.name, part.cache.location, part.layers, part.config.cache.targets, part.config.teacher.frames
-            )
-            for part in run.parts
-            if isinstance(part, TeacherRun)
-        ],
+        teachers=teacher_caches(run),
         masks=run.config.masks,
         utterances=[] if cached else list(run.utterances),
         cache_targets=run.config.cache.targets,
@@ -126,13 +120,29 @@ def prepare_training(
     )
 
 
+def teacher_caches(run: Run) -> list[TeacherCache]:
+    """Return the caches of several teachers; nothing if there is one."""
+    return [
+        TeacherCache(
+            part.name,
+            part.cache.location,
+            part.layers,
+            part.config.cache.targets,
+            part.config.teacher.frames,
+            part.entry.weight,
+        )
+        for part in run.parts
+        if isinstance(part, TeacherRun)
+    ]
+
+
 def initial_student(run: Run) -> tuple[StudentConfig, dict[str, Tensor]]:
     """Return the student's configuration, and its initial weights that are copied from the teacher or another student, by name.
 
     Raises:
         ConfigError: The student's configuration is impossible, or it can't start from the given weights.
     """
-    config = run.config.resolve_student(len(run.layers), run.teacher.dim, run.teacher.patches)
+    config = run.config.resolve_student(len(run.layers), run.target_dim, run.teacher.patches)
     settings = run.config.train
     named = [part for part in run.parts if isinstance(part, TeacherRun) and part.name == settings.init_teacher]
     origin = (named or run.parts)[0]

@@ -48,7 +48,9 @@ def _readers(job: dict[str, Any], device: torch.device) -> tuple[TargetReader, T
     layers, masks = job["layers"], MaskDraws.model_validate(job["masks"])
     fresh = job["settings"]["masks"] == "fresh"
     if job["teachers"]:
-        return several_readers([TeacherCache(**one) for one in job["teachers"]], masks, fresh=fresh)
+        return several_readers(
+            [TeacherCache(**one) for one in job["teachers"]], masks, fresh=fresh, aggregate=job["settings"]["aggregate"]
+        )
     if job["settings"]["targets"] == "cached":
         copies = {"local": job["local"], "local_gb": job["local_gb"]}
         draws, targets = job["masks"]["draws"], job["cache_targets"]
@@ -176,7 +178,7 @@ def _train(job: dict[str, Any], rank: Rank, **options: Any) -> None:
     train_reader, validation_reader, source = _readers(job, rank.device)
     train(
         StudentConfig.model_validate(job["student"]),
-        (SeveralTeacherSettings if job["teachers"] else TrainSettings).model_validate(job["settings"]),
+        (SeveralTeacherSettings if "terms" in job["settings"] else TrainSettings).model_validate(job["settings"]),
         train_reader,
         validation_reader,
         Path(job["folder"]),
@@ -216,8 +218,8 @@ def train_on_ray(
         layers: Teacher layers to learn from; layer k is the output of Transformer layer k, from 1.
         cache: Location of the cache; only used with cached targets.
         teacher: Teacher checkpoint; only used with online targets.
-        teachers: Caches of several teachers in the order of the terms of ``settings``, which replace ``layers``, ``cache`` and
-            ``cache_targets``. Default: none.
+        teachers: Caches of several teachers in the order of the terms of ``settings`` if it has some, which replace ``layers``,
+            ``cache`` and ``cache_targets``. Default: none.
         masks: Mask draws.
         utterances: Utterances of both splits; only used with online targets.
         cache_targets: Targets to read or compute, as `CacheSpec.targets`. Default: those that the cache was made for, and

@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ray_distill.student.objectives.several_teachers import Aggregate
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.targets.combined_caches import CombinedCaches
 from ray_distill.teacher_cache.targets.frame_rate import FrameRule
 from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
 from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
@@ -41,6 +43,7 @@ class TeacherCache:
         layers: Layers to learn from.
         targets: Targets to read, as `CacheSpec.targets`.
         frames: How frames of another rate are mapped to those of the student; see `StudentFrames`. Default None.
+        weight: Weight of the teacher in an average of several. Default 1.
     """
 
     name: str
@@ -48,6 +51,7 @@ class TeacherCache:
     layers: tuple[int, ...]
     targets: Targets
     frames: FrameRule | None = None
+    weight: float = 1.0
 
 
 def cached_source(reader: SplitReader, fresh_masks: MaskDraws | None = None) -> TargetSource:
@@ -98,7 +102,11 @@ def several_sources(sources: Mapping[str, TargetSource]) -> TargetSource:
 
 
 def several_readers(
-    teachers: Sequence[TeacherCache], masks: MaskDraws, *, fresh: bool
+    teachers: Sequence[TeacherCache],
+    masks: MaskDraws,
+    *,
+    fresh: bool,
+    aggregate: Aggregate = "heads",
 ) -> tuple[TargetReader, TargetReader, TargetSource]:
     """Return the readers of the training and the validation split of several teachers' caches, and their source.
 
@@ -106,6 +114,7 @@ def several_readers(
         teachers: Cache of each teacher.
         masks: Masks of the training.
         fresh: Whether masks are drawn for each epoch.
+        aggregate: ``heads`` gives the targets of each teacher; ``average`` and ``concatenate`` give one for all.
 
     Raises:
         CacheError: A cache lacks something, or two don't fit together; see `SeveralCaches`.
@@ -114,12 +123,16 @@ def several_readers(
         t.name: open_reader(t.cache, "train", t.layers, masks.draws, targets=t.targets, frames=t.frames)
         for t in teachers
     }
-    train = SeveralCaches(by_name)
-    validation = SeveralCaches(
-        {t.name: open_reader(t.cache, "validation", t.layers, frames=t.frames) for t in teachers}
+    held_out = {t.name: open_reader(t.cache, "validation", t.layers, frames=t.frames) for t in teachers}
+    weights = [t.weight for t in teachers] if aggregate == "average" else None
+    train, validation = (
+        SeveralCaches(readers) if aggregate == "heads" else CombinedCaches(readers, weights)
+        for readers in (by_name, held_out)
     )
     drawn = masks if fresh else None
     source = several_sources({name: cached_source(reader, drawn) for name, reader in by_name.items()})
+    if aggregate != "heads":
+        source = replace(source, key=_digest([source.key, aggregate, weights]))
     if fresh:
         return FreshMasks(train, masks), FreshMasks(validation, masks), source
     return train, validation, source

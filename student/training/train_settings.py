@@ -7,7 +7,7 @@ import pydantic
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.objective import Objective
 from ray_distill.student.objectives.objective_keys import ObjectiveKeys, objective_of
-from ray_distill.student.objectives.several_teachers import Balance, SeveralTeachers, TeacherTerm
+from ray_distill.student.objectives.several_teachers import Aggregate, Balance, SeveralTeachers, TeacherTerm
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT
 from ray_distill.student.training.spec_augment import SpecAugment
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
@@ -75,6 +75,10 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     """Balance of the losses of several teachers (``teachers``): ``weights`` adds them up with the teachers' weights, ``variance`` also
     divides each by the size that follows from the variance of the teacher's targets, and ``uncertainty`` learns a log variance s for
     each teacher, with the loss weight * (exp(-s) * loss + s)."""
+    aggregate: Annotated[Aggregate, CHANGES_LOSS_MEANING] = "heads"
+    """What the student predicts of several teachers (``teachers``): each one's layers with heads of their own (``heads``), or with
+    one set of heads the ``average`` of the teachers' layers with their weights, or all channels side by side (``concatenate``);
+    see EKD (arXiv 2302.12757)."""
     init_from: str | None = None
     """Student whose weights the training starts from: the folder of a run, an export or a checkpoint. All parts but the heads must
     have the shapes of this student's; heads with other shapes start anew. None starts from random weights."""

@@ -102,6 +102,41 @@ class SeveralTargets:
         return SeveralTargets(tuple(part.map(function) for part in self.parts))
 
 
+@dataclass(frozen=True)
+class CombinedTargets:
+    """Encoded targets of several teachers that are decoded to one.
+
+    Attributes:
+        parts: Targets of each teacher, with as many layers.
+        weights: Weight of each teacher in the mean; they add up to 1. None puts the channels of the teachers side by side.
+    """
+
+    parts: tuple[CodedTargets, ...]
+    weights: tuple[float, ...] | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (B, L, T, D) of the decoded targets."""
+        *rest, dim = self.parts[0].shape
+        return torch.Size([*rest, dim if self.weights is not None else sum(part.shape[3] for part in self.parts)])
+
+    def decode(self) -> Tensor:
+        """Return the (B, L, T, D) float32 targets on the device of the codes."""
+        decoded = (part.decode() for part in self.parts)
+        if self.weights is None:
+            return torch.cat(list(decoded), -1)
+        first, *others = (part * weight for part, weight in zip(decoded, self.weights, strict=True))
+        return sum(others, start=first)
+
+    def symbols(self) -> Tensor:
+        """Raise ValueError, since symbols can't be combined."""
+        raise ValueError("symbols of several teachers can't be combined; set train.aggregate to heads")
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "CombinedTargets":
+        """Return a copy with a function applied to every tensor of codes."""
+        return replace(self, parts=tuple(part.map(function) for part in self.parts))
+
+
 @dataclass(frozen=True, repr=False)
 class CachedUtterance:
     """One utterance with its targets.
@@ -143,7 +178,7 @@ class Batch:
     waveforms: Tensor
     lengths: Tensor
     num_frames: Tensor
-    coded: CodedTargets | SeveralTargets | Tensor
+    coded: CodedTargets | SeveralTargets | CombinedTargets | Tensor
     frame_mask: Tensor | None
     present: Tensor | None = None
 

@@ -34,6 +34,8 @@ from ray_distill.teacher_cache.teachers.teacher import Teacher, TeacherError
 # Part of every fingerprint. Increase the number when a change of the arithmetic below changes results.
 _ARITHMETIC = "teacher-1"
 
+_MAX_FRAME_RATE = 1000
+
 NORMALIZE_EPS = 1e-5
 """Value that fairseq and torchaudio add to the variance when they normalise waveforms (``layer_norm`` of the waveform)."""
 
@@ -85,6 +87,11 @@ class Wav2Vec2Teacher(Teacher):
         kernels_and_strides = [(layer.kernel_size, layer.stride) for layer in self._convolutions]
         self._kernels_and_strides, self.input_rate = kernels_and_strides, input_rate
         self.frame_rate = Fraction(input_rate, math.prod(self.strides))
+        if not 1 <= self.frame_rate <= _MAX_FRAME_RATE:
+            raise TeacherError(
+                f"{name} has a frame every {float(1000 / self.frame_rate):g} ms; teachers need 1 to {_MAX_FRAME_RATE} frames per "
+                "second"
+            )
         field = 1
         for kernel, stride in reversed(kernels_and_strides):
             field = (field - 1) * stride + kernel

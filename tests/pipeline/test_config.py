@@ -126,7 +126,7 @@ CHANGES_RESULT = {
     "": "student",
     "corpus": "path format channel train_splits validation_splits validation_fraction min_seconds max_seconds long_audio",
     "masks": "policies draws seed",
-    "masks.policy": "selection mask_prob mask_length mask_other no_overlap min_space",
+    "masks.policy": "selection mask_prob mask_length mask_other no_overlap min_space trim_batch",
     "cache": "targets",
     "train": "targets epochs max_steps batch_size batch_seconds crop_seconds shuffle accumulate workers use_gpu precision "
     "learning_rate optimizer warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding "
@@ -158,7 +158,7 @@ def test_the_effects_of_every_key_are_decided() -> None:
             "train.unmasked_weight",
         ),
         *("train.unit_temperature", "train.codebooks", "train.parts", "train.objective_options"),
-        *("teachers", "train.balance"),
+        *("teachers", "teacher.frames", "train.balance", "train.aggregate"),
     }
     shared = [f"cache.{name}" for name in CacheSection.model_fields if name != "targets"]
     assert keys_with(Config, SAME_IN_ABLATION) == ["name", "runs", "corpus", "teacher.checkpoint", *shared]

@@ -136,6 +136,27 @@ def test_each_teacher_has_a_cache_section_of_its_own() -> None:
             "^train.targets online runs one teacher; set it to cached",
         ),
         (
+            {"train": {"batch_seconds": 8, "aggregate": "average", "balance": "variance"}},
+            "^train.balance variance balances the losses of several teachers, but with aggregate average there is one;",
+        ),
+        (
+            {"train": {"batch_seconds": 8, "aggregate": "concatenate"}},
+            "^teachers.b.weight: with train.aggregate concatenate all teachers have one target and one loss; remove it",
+        ),
+        (
+            {"train": {"batch_seconds": 8, "aggregate": "average"}, "teachers": [A | {"start_step": 2}, B]},
+            "^teachers.a.start_step: with train.aggregate average all teachers have one target",
+        ),
+        (
+            {
+                "train": {"batch_seconds": 8, "aggregate": "average", "objective": "units", "masks": "fresh"},
+                "masks": {"draws": 0},
+                "cache": {"codec": "units:8"},
+                "student": tree()["student"] | {"heads": "none"},
+            },
+            "^train.aggregate average combines features, which objective units does not learn; set it to heads, or",
+        ),
+        (
             {"train": {"batch_seconds": 8, "init_teacher": "c"}},
             "^train.init_teacher: there is no teacher c; they are a, b$",
         ),
@@ -155,7 +176,7 @@ def test_what_is_wrong_is_one_sentence(changes: dict[str, Any], message: str) ->
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["balance=variance", "init_teacher=a"])
+@pytest.mark.parametrize("key", ["balance=variance", "init_teacher=a", "aggregate=average"])
 def test_keys_of_several_teachers_are_refused_with_one(key: str) -> None:
     with pytest.raises(
         ConfigError, match=f"train.{key.partition('=')[0]} is for several teachers, but there is one; remove"
@@ -225,6 +246,28 @@ def test_a_run_of_two_teachers(config: Callable[..., Config], tmp_path: Path) ->
     changed["teachers"][1]["weight"] = 7
     with pytest.raises(ConfigError, match=r"another configuration \(sections that differ: teachers\)"):
         run.folder.refuse_other_config(check_config(changed))
+
+
+@pytest.mark.slow
+def test_a_run_from_the_layers_of_two_teachers_side_by_side(config: Callable[..., Config]) -> None:
+    run = begin(config(A, {"name": "b", "checkpoint": OTHER}, train={"aggregate": "concatenate"}))
+    build(run)
+    plan = plan_run(run.config, list(STAGES))
+    prepare_training(run, 1, in_process=True)()
+    export_best(run)
+    summary = report_run(run)
+    student, _ = open_student(run.folder.path)
+    assert student.config.target_dim == run.target_dim == 32 + 48 and plan.facts["student"].startswith(
+        f"{summary['student_parameters']:,} parameters"
+    )
+    assert [one["name"] for one in summary["teachers"]] == ["a", "b"] and summary["constant_loss"] > 0
+    assert "the channels side by side of the teachers' layers, of width 80" in run.folder.report.read_text().replace(
+        "&#39;", "'"
+    )
+    with pytest.raises(
+        ConfigError, match="^train.aggregate average: the teachers a and b have widths 32 and 48; set it"
+    ):
+        config(train={"aggregate": "average"}).check_aggregate([(2, 32), (2, 48)])
 
 
 def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(config: Callable[..., Config]) -> None:

@@ -20,10 +20,11 @@ from ray_distill.student.training.training_loop import train
 from ray_distill.student.training.validation import batch_loss, make_distiller, validate
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.targets.combined_caches import CombinedCaches
 from ray_distill.teacher_cache.targets.crop import crop_batch
 from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
 from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
-from ray_distill.teacher_cache.targets.target_batch import SeveralTargets
+from ray_distill.teacher_cache.targets.target_batch import CombinedTargets, SeveralTargets
 
 from ..conftest import MASKS
 
@@ -276,6 +277,62 @@ def test_caches_that_do_not_fit_together_are_refused(
         CacheError, match="has .* frames in the cache of teacher a, but .*; patches of a spectrogram are not mapped"
     ):
         SeveralCaches(readers)
+
+
+@pytest.mark.parametrize(("aggregate", "other"), [("average", "random:3x32"), ("concatenate", OTHER)])
+def test_aggregates_by_hand(
+    caches: tuple[Path, Path],
+    make_cache: Make,
+    tmp_path: Path,
+    still: StudentConfig,
+    settings: Callable[..., TrainSettings],
+    aggregate: Any,
+    other: str,
+) -> None:
+    second = caches[1]
+    if aggregate == "average":
+        second = tmp_path / "c"
+        make_cache(second, other, masks=MASKS)
+    found = [
+        TeacherCache(cache.name, str(cache), (1, 2), "clean_and_masked", weight=weight)
+        for cache, weight in ((caches[0], 1.0), (second, 3.0 if aggregate == "average" else 1.0))
+    ]
+    reader, validation, source = several_readers(found, MASKS, fresh=False, aggregate=aggregate)
+    assert isinstance(reader, CombinedCaches) and reader.layers == (1, 2) and not reader.teachers
+    assert source.key != several_readers(found, MASKS, fresh=False)[2].key
+    batch = reader.read([4, 0], 0)
+    a, b = (CacheReader(cache, "train", (1, 2)).read([4, 0], 0).targets for cache in (caches[0], second))
+    by_hand = 0.25 * a + 0.75 * b if aggregate == "average" else torch.cat([a, b], -1)
+    assert torch.equal(batch.targets, by_hand) and isinstance(batch.coded, CombinedTargets)
+    assert batch.coded.shape == batch.targets.shape and reader.dim == by_hand.shape[-1] and batch.present is None
+    chosen = settings(aggregate=aggregate)
+    student = Student(still.model_copy(update={"target_dim": reader.dim}))
+    loss = batch_loss(make_distiller(student, chosen, reader), batch, chosen)
+    out = student(batch.waveforms, batch.lengths, batch.frame_mask)
+    errors = [
+        (out.projections - by_hand).square().mean(-1)[row, :, : int(count)]
+        for row, count in enumerate(batch.num_frames)
+    ]
+    per_layer = sum(error.sum(-1) for error in errors) / batch.num_frames.sum()
+    assert loss.total.item() == pytest.approx((0.1 * per_layer[0] + per_layer[1]).item(), rel=1e-5)
+    cropped = crop_batch(batch, 6_000, 0, 0)
+    assert cropped.targets.shape[2] == int(cropped.num_frames.max())
+    assert f"targets={tuple(by_hand.shape)}" in repr(batch) and batch.to("cpu").targets.equal(by_hand)
+    # Utterances that a teacher lacks have no such target.
+    assert isinstance(validation, CombinedCaches)
+    readers = {name: CacheReader(cache, "train", (1, 2)) for name, cache in zip("ab", (caches[0], second), strict=True)}
+    readers["b"].ids = readers["b"].ids[1:]  # type: ignore[assignment]
+    for values in ("num_samples", "num_frames"):
+        setattr(readers["b"], values, getattr(readers["b"], values)[1:])
+    assert len(CombinedCaches(readers, [1, 1] if aggregate == "average" else None)) == len(reader) - 1
+    if aggregate == "concatenate":
+        with pytest.raises(
+            CacheError, match="a and b have widths 32 and 48, so their layers have no average; set train"
+        ):
+            CombinedCaches(readers, [1, 1])
+    readers["b"].layers = (2,)
+    with pytest.raises(CacheError, match="2 and 1 layers of the teachers a and b can't be combined; choose as many"):
+        CombinedCaches(readers, None)
 
 
 def test_teachers_with_different_objectives(

@@ -258,7 +258,14 @@ def test_huggingface_errors(tmp_path: Path) -> None:
         ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
         ({"num_hidden_layers": 3}, "lacks weights that its configuration needs"),
         ({"num_hidden_layers": "x"}, "wrong kind"),
-        ({"conv_stride": [5, 2, 2, 2, 2, 2, 1]}, "frames of 25 ms every 20 ms"),
+        (
+            {"conv_stride": [5, 2, 2, 2, 2, 4, 1]},
+            "frames of 35 ms every 20 ms, .* must have frames of 25 ms, as HuBERT",
+        ),
+        (
+            {"conv_stride": [5, 2, 2, 2, 2, 2, 400]},
+            "has a frame every 4000 ms; teachers need 1 to 1000 frames per second",
+        ),
         ({"hidden_size": 64}, "shapes don't fit"),
         ({"hidden_size": 24_000_000}, "shapes don't fit"),
         ({"hidden_size": 2**40}, "shapes don't fit|from which no model can be built"),

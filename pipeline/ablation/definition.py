@@ -21,6 +21,7 @@ from typing import Any, Literal, Self
 
 import pydantic
 
+from ray_distill.pipeline.ablation.common_goals import have_nothing_in_common
 from ray_distill.pipeline.composition.config_tree import ConfigTree, compose, parse_override, read_tree, set_key
 from ray_distill.pipeline.composition.explanation import explain
 from ray_distill.pipeline.config import Config, ConfigError, check_config
@@ -229,10 +230,10 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
         except ConfigError as error:
             raise ConfigError(f"variant {variant.name}: {error}") from error
     _refuse_duplicates(runs)
-    if len({run.config.objectives for run in runs}) > 1 and settings.probe is None:
+    if settings.probe is None and have_nothing_in_common([run.config for run in runs]):
         raise ConfigError(
-            "train.objective: runs with different objectives have neither losses nor similarities in common; give `probe` too, to "
-            "compare them by their probes"
+            "train.objective, train.aggregate, teachers: runs with different objectives, aggregates or teachers have neither losses "
+            "nor similarities in common; give `probe` too, to compare them by their probes"
         )
     return Ablation(settings, variants, runs, _needs(runs))
 

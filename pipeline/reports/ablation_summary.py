@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_distill.pipeline.ablation.common_goals import absent_teachers, share_targets
 from ray_distill.pipeline.ablation.definition import Ablation
 from ray_distill.pipeline.config import Config
 from ray_distill.pipeline.probing.probe_record import distinct_titles
@@ -84,19 +85,22 @@ class AblationSummary:
         self.metrics = self._metrics()
 
     def _common_layers(self) -> list[str]:
-        """Return the layers on which all finished runs were validated, as `layer_names` has them."""
+        """Return the layers that all finished runs learned and were validated on, as `layer_names` has them."""
+        if not share_targets(self.configs.values()):
+            return []  # Such as the similarities of the objective STaR, which are between relations and not between features.
+        absent = absent_teachers(self.configs.values())
         finished = [result for result in self.results if result.training is not None]
         found = [
             {key.removeprefix(_COSINE) for key in result.best_validation if key.startswith(_COSINE)}
             for result in finished
         ]
-        return sorted(set.intersection(*found)) if found else []
+        common = sorted(set.intersection(*found)) if found else []
+        return [layer for layer in common if layer.rpartition("_")[0] not in absent]
 
     def _metrics(self) -> list[Metric]:
         """Return the metrics that mean the same for all variants, the most important first."""
         found = [Metric("validation loss", lambda r: r.loss, True)] if self.losses_comparable else []
-        # The similarities of the STaR objective are between relations, not between features.
-        if self.layers and len({config.objectives for config in self.configs.values()}) == 1:
+        if self.layers:
             # Variants with different weights on the hints share the last layer as their goal.
             for layers in by_teacher(self.layers):
                 last = [] if self.losses_comparable else [layers[-1:]]

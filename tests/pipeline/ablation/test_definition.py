@@ -154,10 +154,17 @@ def test_the_documented_example_is_sound(tmp_path: Path) -> None:
 def test_shipped_ablations_are_sound() -> None:
     paths = sorted((REPOSITORY / "configs" / "ablations").glob("*.yaml"))
     names = {path.stem for path in paths}
-    assert {"reuse-pattern", "mask-draws", "hint-layers", "objective", "clean-target", "smoke"} <= names
+    assert {"reuse-pattern", "mask-draws", "hint-layers", "objective", "clean-target", "smoke", "targets"} <= names
     for path in paths:
         ablation = load_ablation(path, [], ProbeSection(manifest=Path("labels.csv")))
         assert ablation.settings.name == path.stem and len(ablation.runs) >= 4
+    for name in ("objective", "several-teachers", "targets", "aggregate"):
+        with pytest.raises(ConfigError, match="have neither losses nor similarities in common; give `probe` too"):
+            load_ablation(REPOSITORY / "configs" / "ablations" / f"{name}.yaml")
+    targets = load_ablation(
+        REPOSITORY / "configs" / "ablations" / "targets.yaml", [], ProbeSection(manifest=Path("a.csv"))
+    )
+    assert len({part.cache.path for part in targets.needs.parts}) == 5, "one set of caches"
 
 
 def test_room_on_machines_and_clusters() -> None:

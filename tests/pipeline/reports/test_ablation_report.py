@@ -15,8 +15,8 @@ from ray_distill.pipeline.probing.linear_probe import Outcome
 from ray_distill.pipeline.probing.probe_record import probe_folder, probe_settings, read_probes, write_outcomes
 from ray_distill.pipeline.probing.task import read_task
 from ray_distill.pipeline.reports.ablation_report import write_ablation_report
-from ray_distill.pipeline.reports.ablation_results import read_results
-from ray_distill.pipeline.reports.ablation_summary import by_teacher, layer_range
+from ray_distill.pipeline.reports.ablation_results import RunResult, read_results
+from ray_distill.pipeline.reports.ablation_summary import AblationSummary, by_teacher, layer_range
 from ray_distill.pipeline.reports.ablation_tables import results_table
 from ray_distill.pipeline.reports.seed_statistics import compare, critical_t
 from ray_distill.pipeline.reports.teacher_time import teacher_hours
@@ -105,6 +105,28 @@ def test_layers_are_named_by_their_teachers() -> None:
     assert layer_range(["01", "02", "03"]) == "layers 1-3" and layer_range(["04"]) == "layer 4"
     assert layer_range(["a_01", "a_02", "b_2_04", "b_2_08"]) == "a layers 1-2 and b_2 layers 4, 8"
     assert by_teacher(["01", "02"]) == [["01", "02"]] and by_teacher(["a_01", "b_01"]) == [["a_01"], ["b_01"]]
+
+
+def test_similarities_to_a_teacher_that_a_run_leaves_out_are_not_compared(tmp_path: Path) -> None:
+    two = {key: value for key, value in BASE.items() if key not in ("teacher", "cache")}
+    two["teachers"] = [
+        {"name": name, "checkpoint": f"random:2x{dim}", "cache": name} for name, dim in (("a", 32), ("b", 48))
+    ]
+    row = {"step": 0} | {f"cosine_unmasked_layer_{name}_{layer:02d}": 0.5 for name in "ab" for layer in (1, 2)}
+    training = {"best_step": 0, "best_validation_loss": 1.0}
+
+    def layers(*changes: dict[str, Any]) -> list[str]:
+        named = {f"v{number}": change for number, change in enumerate(changes)}
+        tree = {"name": "two", "base": two, "variants": named, "seeds": [0], "probe": {"manifest": "labels.csv"}}
+        (tmp_path / "two.yaml").write_text(yaml.safe_dump(tree))
+        ablation = load_ablation(tmp_path / "two.yaml", [f"runs={tmp_path}"])
+        results = [RunResult(run.name, training, "", [row], None, []) for run in ablation.runs]
+        return AblationSummary(ablation, results).layers
+
+    assert layers({}, {"train.max_grad_norm": 1.0}) == ["a_01", "a_02", "b_01", "b_02"]
+    assert layers({}, {"teachers.b.weight": 0}) == ["a_01", "a_02"]
+    assert layers({"teachers.a.weight": 0}, {"teachers.b.weight": 0}) == []
+    assert layers({}, {"train.aggregate": "concatenate"}) == layers({}, {"teachers.b.frames": "nearest"}) == []
 
 
 def test_the_report_compares_variants_and_names_failures(finished: Ablation) -> None:

@@ -110,7 +110,7 @@ def test_units_agree_with_fairseq(bare: Student) -> None:
     model = type("Model", (), {"logit_temp": settings.unit_temperature})()
     projected = predictor.projection(x)
     positive, negatives = predictor.embeddings[units], predictor.embeddings[:, None].expand(-1, 7, -1)
-    logits = hubert.HubertModel.compute_frame_loss(model, projected, positive, negatives)
+    logits = hubert.HubertModel.compute_nce(model, projected, positive, negatives)
     expected = F.cross_entropy(logits, torch.zeros(7, dtype=torch.int64), reduction="sum")
     torch.testing.assert_close(F.cross_entropy(predictor(x), units, reduction="sum"), expected)
 

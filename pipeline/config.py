@@ -99,8 +99,8 @@ class Config(Section):
         objective = training.chosen_objective
         parts = [("", objective, self.cache)]
         if isinstance(objective, SeveralTeachers):
-            pairs = zip(objective.terms, self.teachers, strict=True)
-            parts = [(term.name, term.settings, entry.cache) for term, entry in pairs]
+            terms = {term.name: term.settings for term in objective.terms}
+            parts = [(entry.name, terms[entry.name], entry.cache) for entry in self.teachers if entry.name in terms]
         for name, settings, cache in parts:
             try:
                 settings.check_source(
@@ -117,10 +117,15 @@ class Config(Section):
 
     @property
     def owner(self) -> int:
-        """Number of the teacher that the student's own heads predict: the first whose objective uses heads, or else the first."""
+        """Number of the teacher that the student's own heads predict: the first whose objective uses heads, or else the first, both
+        without those of weight 0."""
         default = self.train.objective == "prediction"
-        uses = [default if entry.objective is None else entry.objective.uses_heads for entry in self.teachers]
-        return uses.index(True) if True in uses else 0
+        active = [number for number, entry in enumerate(self.teachers) if entry.weight] or [0]
+        for number in active:
+            objective = self.teachers[number].objective if self.teachers else None
+            if default if objective is None else objective.uses_heads:
+                return number
+        return active[0]
 
     def target_dim(self, dims: Sequence[int]) -> int:
         """Return the width of the targets that the student's heads predict.
@@ -143,16 +148,16 @@ class Config(Section):
         """
         if self.train.aggregate == "heads":
             return
-        for entry, (layers, dim) in zip(self.teachers[1:], sizes[1:], strict=True):
-            if layers != sizes[0][0]:
+        (first, size), *others = [pair for pair in zip(self.teachers, sizes, strict=True) if pair[0].weight]
+        for entry, (layers, dim) in others:
+            if layers != size[0]:
                 raise ConfigError(
-                    f"teachers.{entry.name}.layers: {layers} layers can't be combined with {sizes[0][0]} of {self.teachers[0].name}; "
-                    "choose as many"
+                    f"teachers.{entry.name}.layers: {layers} layers can't be combined with {size[0]} of {first.name}; choose as many"
                 )
-            if self.train.aggregate == "average" and dim != sizes[0][1]:
+            if self.train.aggregate == "average" and dim != size[1]:
                 raise ConfigError(
-                    f"train.aggregate average: the teachers {self.teachers[0].name} and {entry.name} have widths {sizes[0][1]} and "
-                    f"{dim}; set it to concatenate or heads"
+                    f"train.aggregate average: the teachers {first.name} and {entry.name} have widths {size[1]} and {dim}; set it to "
+                    "concatenate or heads"
                 )
 
     @property
@@ -172,7 +177,7 @@ class Config(Section):
         return [self.of_teacher(entry) for entry in self.teachers] or [self]
 
     def training(self, sizes: Sequence[tuple[int, int]] = ()) -> TrainSettings:
-        """Return the settings of the training, with an objective for each of several teachers.
+        """Return the settings of the training, with an objective for each of several teachers that have a weight.
 
         Args:
             sizes: For each of several teachers the number of layers to learn from and its width.
@@ -205,6 +210,7 @@ class Config(Section):
                 }
             )
             for entry, (num_layers, dim) in zip(self.teachers, sizes, strict=True)
+            if entry.weight
         )
         return SeveralTeacherSettings(**dict(self.train), terms=terms)
 

@@ -176,7 +176,7 @@ class TeacherEntry(TeacherSection):
     """Objective with this teacher: a table with ``objective`` (its name) and its keys as in ``train``, or the name alone. None takes
     the objective of ``train``."""
     weight: Annotated[float, CHANGES_LOSS_MEANING] = pydantic.Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Weight of this teacher's loss. 0 leaves the teacher out of the loss."""
+    """Weight of this teacher's loss. 0 leaves the teacher out of the training."""
     start_step: int = pydantic.Field(default=0, ge=0)
     """First optimiser step, counted from 0, at which the teacher takes part. Validation always counts all teachers."""
     stop_step: int | None = pydantic.Field(default=None, ge=1)

@@ -114,8 +114,9 @@ def _teachers(
         assert isinstance(part, TeacherRun)
         settings, owns = objective, True  # With one target for all teachers.
         if isinstance(objective, SeveralTeachers):
-            settings = objective.terms[k].settings
-            owns = settings.uses_heads and k == objective.owner
+            terms = {term.name: term.settings for term in objective.terms}
+            settings = terms.get(part.name, part.entry.objective or run.config.train.chosen_objective)
+            owns = k == run.config.owner
         found.append(
             {
                 "name": part.name,

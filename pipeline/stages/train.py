@@ -121,7 +121,7 @@ def prepare_training(
 
 
 def teacher_caches(run: Run) -> list[TeacherCache]:
-    """Return the caches of several teachers; nothing if there is one."""
+    """Return the caches of those of several teachers that have a weight; nothing if there is one teacher."""
     return [
         TeacherCache(
             part.name,
@@ -132,7 +132,7 @@ def teacher_caches(run: Run) -> list[TeacherCache]:
             part.entry.weight,
         )
         for part in run.parts
-        if isinstance(part, TeacherRun)
+        if isinstance(part, TeacherRun) and part.entry.weight
     ]
 
 

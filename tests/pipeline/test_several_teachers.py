@@ -21,9 +21,10 @@ from ray_distill.pipeline.stages.frame_rates import check_frame_rates
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.pipeline.stages.report import report_run
-from ray_distill.pipeline.stages.train import initial_student, prepare_training
+from ray_distill.pipeline.stages.train import initial_student, prepare_training, teacher_caches
 from ray_distill.pipeline.student_export import export_student, open_student
 from ray_distill.student.exporters.origin import describe
+from ray_distill.student.objectives.several_teachers import SeveralTeachers
 from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
@@ -330,6 +331,22 @@ def test_an_ablation_varies_teachers(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="teachers.b.checkpoint: can't differ between runs, which share"):
         ablation({}, {"teachers.b.checkpoint": TEACHER})
     assert json.loads(both.needs.model_dump_json())["teachers"][1]["weight"] == 0.5
+
+
+def test_a_teacher_without_weight_is_left_out_of_the_training(config: Callable[..., Config]) -> None:
+    run = begin(config(A | {"weight": 0}, B))
+    assert (
+        [entry.name for entry in run.config.teachers] == ["a", "b"] and run.config.owner == 1 and run.main.name == "b"
+    )  # type: ignore[attr-defined]
+    objective = run.settings().chosen_objective
+    assert isinstance(objective, SeveralTeachers) and [term.name for term in objective.terms] == ["b"]
+    assert initial_student(run)[0].target_dim == 48 == run.target_dim
+    assert [cache.name for cache in teacher_caches(run)] == ["b"]
+    build(run)
+    Path(run.parts[0].cache.location, "cache.json").unlink()
+    prepare_training(run, 1, in_process=True)()
+    last = [row for row in read_rows(run.folder.metrics_file) if row["kind"] == "validation"][-1]
+    assert "teacher_loss_b" in last and "teacher_loss_a" not in last
 
 
 def test_the_student_starts_from_the_named_teacher(config: Callable[..., Config]) -> None:

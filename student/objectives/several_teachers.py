@@ -34,6 +34,9 @@ from ray_distill.teacher_cache.targets.target_batch import Batch, SymbolLayout
 Balance = Literal["weights", "variance", "uncertainty"]
 """How the losses of several teachers are balanced."""
 
+Aggregate = Literal["heads", "average", "concatenate"]
+"""How a student learns from several teachers: with heads for each, or from one target for all."""
+
 TEACHER_OBJECTIVES = (LayerPrediction, TemporalRelation, UnitPrediction, CodebookPrediction)
 """Objectives with which a student can learn from one of several teachers."""
 TeacherObjective = Annotated[

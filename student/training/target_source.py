@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ray_distill.student.objectives.several_teachers import Aggregate
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
-from ray_distill.teacher_cache.targets.combined_caches import Aggregate, CombinedCaches
+from ray_distill.teacher_cache.targets.combined_caches import CombinedCaches
 from ray_distill.teacher_cache.targets.frame_rate import FrameRule
 from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
 from ray_distill.teacher_cache.targets.several_caches import SeveralCaches

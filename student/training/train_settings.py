@@ -7,11 +7,10 @@ import pydantic
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.objective import Objective
 from ray_distill.student.objectives.objective_keys import ObjectiveKeys, objective_of
-from ray_distill.student.objectives.several_teachers import Balance, SeveralTeachers, TeacherTerm
+from ray_distill.student.objectives.several_teachers import Aggregate, Balance, SeveralTeachers, TeacherTerm
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT
 from ray_distill.student.training.spec_augment import SpecAugment
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
-from ray_distill.teacher_cache.targets.combined_caches import Aggregate
 
 
 class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_docstrings=True):

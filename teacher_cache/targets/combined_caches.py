@@ -1,7 +1,6 @@
 """Targets of several teachers as one: the average of their layers, or their layers side by side (EKD, arXiv 2302.12757)."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -9,9 +8,6 @@ from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
 from ray_distill.teacher_cache.targets.student_frames import SplitReader
 from ray_distill.teacher_cache.targets.target_batch import Batch, CombinedTargets, SeveralTargets
-
-Aggregate = Literal["heads", "average", "concatenate"]
-"""How a student learns from several teachers: with heads for each, or from one target for all."""
 
 
 class CombinedCaches(SeveralCaches):

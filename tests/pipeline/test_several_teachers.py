@@ -266,6 +266,8 @@ def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[...,
         for one in (run, other)
     ]
     assert losses[0] == losses[1]
+    export_best(other)
+    assert [one["audio"] for one in report_run(other)["teachers"]] == [str(tmp_path / "audio")] * 2
     moved = (tmp_path / "audio").rename(tmp_path / "moved")
     with pytest.raises(
         CacheError, match=f"^the cache at {tmp_path}/beside/a refers to audio at {tmp_path}/audio, but there"

@@ -15,6 +15,7 @@ from torch import Tensor
 from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import draw_mask
+from ray_distill.teacher_cache.reading.audio_place import refuse_place
 from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
 from ray_distill.teacher_cache.reading.read_ahead import ReadAhead
 from ray_distill.teacher_cache.reading.referred_rows import ReferredRows, decoded
@@ -138,6 +139,8 @@ class CacheReader:
             )
         self.ids, self.num_samples, self.num_frames = rows.ids, rows.num_samples, rows.num_frames
         self.shards = rows.shard
+        if spec.embeds_audio:
+            refuse_place(self.cache.store, audio)
         self._audio = None if spec.embeds_audio else ReferredRows(self.cache, split, rows, local, local_gb, audio)
         remote = self.cache.store.local is None or (self._audio is not None and self._audio.is_remote)
         self.batches_at_once = _REMOTE_BATCHES if remote else 1

@@ -5,7 +5,8 @@ teacher's layers of real speech, keeps them in memory and encodes them with each
 bytes per second of audio, the relative error of each layer on held-out speakers, and the decoding speed. It also trains students
 from the decoded targets, with several seeds and an equal number of steps, and reports their validation loss against
 *uncompressed* targets. ``check`` compares how well a layer of HuBERT Base compresses with layers of Whisper. ``loud`` measures the
-error of the channels beside loud ones. ``plot`` draws the trade-off from the result files.
+error of the channels beside loud ones. ``beside`` builds an audio store and whole caches that refer to it, and reports the bytes
+of both per second of audio, and for 60,000 h what follows from them. ``plot`` draws the trade-off from the result files.
 """
 
 import json
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -27,16 +29,33 @@ from benchmarks.result_file import REPOSITORY, RESULTS, write_result
 from benchmarks.small_speech import HELD_OUT, TRAIN, shared_data, small_student, utterances, whisper_folder
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
-from ray_distill.teacher_cache.codecs import ColumnCodec, fit_codec, open_codec, relative_error, sample_frames
+from ray_distill.teacher_cache.build import codec_fit
+from ray_distill.teacher_cache.build.audio_store import build_audio_store, plan_audio
+from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.codecs import (
+    ColumnCodec,
+    discrete_bytes,
+    fit_codec,
+    open_codec,
+    relative_error,
+    sample_frames,
+)
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.source_audio import load_waveform
-from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.storage.build_statistics import BUILDS
+from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
+from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
+from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.target_batch import Batch, CodedTargets, pad_waveforms
 from ray_distill.teacher_cache.teachers import load_teacher
 
 CODECS = "fp32,int8,pca:0.25,pca:0.5,pca:1,pca:2,pca:4"
 UNTRAINED = "fp16,layer-pca:0.5,layer-pca:1"
 DISCRETE = "fp16,int8,layer-pca:0.5,layer-pca:1,layer-pca:2,layer-pca:4,units:100,units:500,mvq:1,mvq:2,mvq:4,mvq:8"
+FEW_FRAMES = 3000
+"""Frames to fit a discrete codec to where only its bytes count, which do not depend on the fit."""
+BESIDE = "mvq:16,units:100,layer-pca:1,pca:1,pca,int8,fp16"
 MASKS = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=10), draws=2)
 FRAMES_PER_SECOND = 50
 
@@ -368,6 +387,68 @@ def discrete(
         )
 
 
+def beside(
+    layer: Annotated[int, typer.Option(help="Layer of hubert_small; all layers with `pca`.")] = 4,
+    codecs: Annotated[str, typer.Option(help="Codecs, separated by commas.")] = BESIDE,
+    seconds: Annotated[float, typer.Option(help="Seconds of training audio, at most.")] = 500,
+    hours: Annotated[float, typer.Option(help="Hours of audio to compute the size for.")] = 60_000,
+    output: Annotated[Path, typer.Option()] = RESULTS / "cache/codec_beside_audio.json",
+) -> None:
+    """Measure all bytes of caches of the clean pass, and of the audio store to which they refer."""
+    torch.set_num_threads(1)
+    checkpoint = str(shared_data() / "teacher" / "hubert_small.pt")
+    teacher = load_teacher(checkpoint)
+    members = utterances(TRAIN, seconds) + utterances(HELD_OUT, 60)
+    length = sum(utterance.num_samples for utterance in members) / SAMPLE_RATE
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        audio = CacheSpec.of_audio("small speech", 600)
+        build_audio_store(folder / "audio", audio, plan_audio(members, audio.shard_seconds), workers=None)
+
+        def measured(place: Path) -> dict[str, float]:
+            """Return the bytes of any amount of audio, those per second of audio, and from both the size for all hours.
+
+            Records of builds don't count.
+            """
+            files = {file: size for file, size in Store(place).sizes().items() if not file.startswith(BUILDS)}
+            fixed = sum(size for file, size in files.items() if "codec/" in file or file.endswith("cache.json"))
+            rate = (sum(files.values()) - fixed) / length
+            return {
+                "fixed_bytes": fixed,
+                "bytes_per_second": rate,
+                "computed_gigabytes": (fixed + rate * hours * 3600) / 1e9,
+            }
+
+        rows: list[dict[str, Any]] = [{"part": "audio store, flac", **measured(folder / "audio")}]
+        for codec in codecs.split(","):
+            layers = tuple(range(1, teacher.num_layers + 1)) if codec.startswith("pca") else (layer,)
+            spec = CacheSpec(
+                teacher=teacher.fingerprint,
+                num_layers=teacher.num_layers,
+                dim=teacher.dim,
+                layers=layers,
+                masks=MaskDraws(draws=0),
+                codec=codec,
+                corpus=audio.corpus,
+                shard_seconds=audio.shard_seconds,
+                batch_seconds=60,
+                audio="store",
+                audio_store=audio.audio_fingerprint,
+            )
+            plan = plan_shards(members, spec.shard_seconds)
+            place = folder / codec.replace(":", "-")
+            names = {"teacher_name": "hubert_small", "audio": str(folder / "audio")}
+            frames = FEW_FRAMES if discrete_bytes(codec) is not None else sample_frames(codec, len(layers), teacher.dim)
+            with mock.patch.object(codec_fit, "sample_frames", lambda *_, frames=frames: frames):
+                build_cache(place, spec, plan, checkpoint, workers=None, **names)
+            part = f"{codec}, {len(layers)} x {teacher.dim}"
+            rows.append({"part": part, **measured(place), "share_beside_audio": 0.0})
+            rows[-1]["share_beside_audio"] = rows[-1]["bytes_per_second"] / rows[0]["bytes_per_second"]
+            print(rows[-1], flush=True)
+            facts = {"utterances": len(members), "seconds": length, "hours": hours}
+            write_result(output, teacher="hubert_small", layer=layer, **facts, rows=rows)
+
+
 def plot(output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "pictures" / "codecs.svg") -> None:
     """Plot bytes per second against the change of the student's loss, for both teachers, and print the table as Markdown."""
     import matplotlib
@@ -421,6 +502,6 @@ def plot(output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "pictur
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    for command in (measure, check, loud, discrete, plot):
+    for command in (measure, check, loud, discrete, beside, plot):
         app.command()(command)
     app()

@@ -87,6 +87,7 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
         "starts": read_starts(run.folder.starts_file),
         "resumed": [{key: row[key] for key in ("step", "time")} for row in rows_of_kind(metrics, "resumed")],
         "cache": None if online else run.cache.location,
+        "audio": None if online else run.config.cache.audio_location,
         "export": str(run.folder.export),
         "run": str(run.folder.path),
         "report": str(run.folder.report),
@@ -131,6 +132,7 @@ def _teachers(
                 "heads_in_the_student": owns and settings.uses_heads,
                 "cache": part.cache.location,
                 "cache_bytes": sizes[k],
+                "audio": part.config.cache.audio_location,
                 "utterances": len(part.utterances),
                 "failed_utterances": len(failed[k]) if failed else None,
                 "last_validation_loss": last.get(f"teacher_loss_{part.name}"),
@@ -224,7 +226,7 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
             f"{one['teacher']}, {one['teacher_parameters']:,} parameters, layers {', '.join(map(str, one['layers']))} of width "
             f"{one['dim']}, objective {one['objective']}{_listed(one['objective_options'])}, weight {one['weight']:g}{heads}"
             + (
-                f"; cache of {one['cache_bytes'] / 1e6:,.1f} MB at {one['cache']}"
+                f"; cache of {one['cache_bytes'] / 1e6:,.1f} MB at {one['cache']}{_beside(one['audio'])}"
                 if one["cache_bytes"] is not None
                 else ""
             )
@@ -237,8 +239,13 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     elif summary["cache_bytes"] is not None:
         facts["cache"] = (
             f"{run.spec.codec}, {run.spec.targets}, {summary['cache_bytes'] / 1e6:,.1f} MB at {summary['cache']}"
+            f"{_beside(summary['audio'])}"
         )
     return facts | ({"model": summary["export"]} if run.folder.export.is_dir() else {})
+
+
+def _beside(audio: str | None) -> str:
+    return "" if audio is None else f", beside the audio at {audio}"
 
 
 def _listed(options: Mapping[str, Any]) -> str:

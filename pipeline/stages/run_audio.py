@@ -26,8 +26,8 @@ def audio_spec_of(settings: CacheSection, index: CorpusIndex) -> CacheSpec | Non
         return None
     if Cache.exists(store := Store(settings.audio_location)):
         return open_holder(store).spec
-    minutes = settings.shard_minutes
-    seconds = default_shard_seconds(index.utterances.seconds) if minutes is None else minutes * 60
+    # If the audio of an existing cache is lost, it nearly always had the shards of the cache.
+    seconds = shard_seconds_of(settings, None, index.utterances.seconds)
     return CacheSpec.of_audio(index.fingerprint, seconds)
 
 

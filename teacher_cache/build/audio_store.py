@@ -10,8 +10,8 @@ import pyarrow as pa
 from ray_distill.teacher_cache.build.build_cache import BuildReport, Progress, write_missing
 from ray_distill.teacher_cache.build.shard_audio import ShardAudio, audio_from_corpus
 from ray_distill.teacher_cache.build.shard_output import open_output
-from ray_distill.teacher_cache.build.shard_workers import Workers, quiet_ray_data, ray_errors_as_cache_errors
-from ray_distill.teacher_cache.build.shard_writer import shard_from_json, shard_to_json
+from ray_distill.teacher_cache.build.shard_workers import Workers, map_on_ray
+from ray_distill.teacher_cache.build.shard_writer import shard_from_json
 from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
 from ray_distill.teacher_cache.storage.build_statistics import TeacherTime
 from ray_distill.teacher_cache.storage.cache import Cache, check_location
@@ -21,9 +21,6 @@ from ray_distill.teacher_cache.storage.failed_utterances import DEFAULT_MAX_FAIL
 from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import Shard, Shards, Utterance, plan_shards, with_sources
 from ray_distill.teacher_cache.storage.store import Store, is_disk_full
-
-_SHARDS_AT_ONCE = 20_000
-"""Number of shards, with the addresses of their audio, that are given to Ray at a time."""
 
 
 def plan_audio(utterances: Iterable[Utterance], shard_seconds: float) -> pa.Table:
@@ -123,9 +120,6 @@ def _records_of(
         for shard in shards:
             yield write_audio(cache, shard, max_failed=max_failed)
         return
-    import ray.data
-
-    quiet_ray_data()
     location = cache.store.location
 
     def write(row: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +129,4 @@ def _records_of(
         except ValueError as error:
             return {"refused": str(error)}
 
-    with ray_errors_as_cache_errors():
-        for begin in range(0, len(shards), _SHARDS_AT_ONCE):
-            items = [{"shard": shard_to_json(shard)} for shard in shards[begin : begin + _SHARDS_AT_ONCE]]
-            yield from ray.data.from_items(items, override_num_blocks=len(items)).map(write, num_cpus=1).iter_rows()
+    yield from map_on_ray(shards, write)

@@ -16,7 +16,7 @@ from ray_distill.memory import ran_out_of_memory
 from ray_distill.teacher_cache.build.codec_fit import fit_codec_to_corpus
 from ray_distill.teacher_cache.build.shard_workers import Workers, ray_errors_as_cache_errors, records_of
 from ray_distill.teacher_cache.codecs import is_learned
-from ray_distill.teacher_cache.reading.audio_place import check_holds, open_holder, recorded_place
+from ray_distill.teacher_cache.reading.audio_place import check_holds, open_holder, recorded_place, refuse_place
 from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
 from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, write_build_statistics
 from ray_distill.teacher_cache.storage.cache import Cache, check_location, derived_error
@@ -126,6 +126,8 @@ def build_cache(
         check_masked(teacher_name, spec.rate)
     store = Store(location)
     check_location(store)
+    if spec.embeds_audio:
+        refuse_place(store, audio)
     with cache_lock(store) as check_lock:
         store.remove_leftovers()
         cache = _create_or_grow(store, spec, plan, teacher_spec, teacher_name, workers, max_failed, audio, check_lock)

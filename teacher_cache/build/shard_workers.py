@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +149,28 @@ def records_of(
             yield from _records_on_ray(cache.store.location, some, teacher_spec, workers, max_failed, referred)
 
 
-def quiet_ray_data() -> None:
+def map_on_ray(
+    shards: Sequence[Shard], task: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Generator[dict[str, Any], None, None]:
+    """Yield the results of a task for each shard, run on one core each, in the order in which they are finished.
+
+    Args:
+        shards: The shards.
+        task: Function of a row with ``shard``, the text of `shard_to_json`.
+
+    Raises:
+        CacheError: If a worker failed too often.
+    """
+    import ray.data
+
+    _quiet_ray_data()
+    with ray_errors_as_cache_errors():
+        for begin in range(0, len(shards), _SHARDS_AT_ONCE):
+            items = [{"shard": shard_to_json(shard)} for shard in shards[begin : begin + _SHARDS_AT_ONCE]]
+            yield from ray.data.from_items(items, override_num_blocks=len(items)).map(task, num_cpus=1).iter_rows()
+
+
+def _quiet_ray_data() -> None:
     """Keep Ray Data from printing progress bars and plans."""
     import ray.data
 
@@ -168,7 +189,7 @@ def _records_on_ray(
 ) -> Iterator[dict[str, Any]]:
     import ray.data
 
-    quiet_ray_data()
+    _quiet_ray_data()
     holder = None if referred is None else referred.location
 
     def decode(row: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def derive_cache(
     with cache_lock(store) as check_lock:
         store.remove_leftovers()
         readers = {
-            split: CacheReader(origin.store, split, spec.layers, 0, audio=audio)
+            split: CacheReader(origin.store, split, spec.layers, 0, audio=None if origin.spec.embeds_audio else audio)
             for split in sorted({shard.split for shard in origin.shards})
         }
         if Cache.exists(store):

@@ -22,7 +22,7 @@ from ray_distill.teacher_cache.build.shard_audio import (
 from ray_distill.teacher_cache.build.shard_writer import open_writer
 from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
 from ray_distill.teacher_cache.maintenance.verify import Problem, verify_audio, verify_cache
-from ray_distill.teacher_cache.reading.audio_place import holder_of, recorded_place
+from ray_distill.teacher_cache.reading.audio_place import holder_of, recorded_place, refuse_place
 from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
 from ray_distill.teacher_cache.sources.address import AudioAddress
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile, derived_error
@@ -114,9 +114,7 @@ def repair_cache(
 def _move_audio(cache: Cache, audio: str) -> list[str]:
     """Record the new place of the audio that a cache refers to. Return one sentence if it is new."""
     if cache.spec.embeds_audio:
-        raise CacheError(
-            f"the cache at {cache.store.location} holds its audio itself, so --audio does nothing; leave it out"
-        )
+        refuse_place(cache.store, audio)
     place = recorded_place(cache.store, holder_of(cache, audio).store)
     if place == cache.record.get("audio_path"):
         return []

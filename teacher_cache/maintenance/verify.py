@@ -13,7 +13,7 @@ from ray_distill.teacher_cache.codecs import relative_error
 from ray_distill.teacher_cache.maintenance.verified import part_digests, remember, verified_parts
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.reader import CacheReader
-from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, holder_of
+from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, holder_of, refuse_place
 from ray_distill.teacher_cache.reading.known_commits import KnownCommits
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, DATA_FOLDERS, PLAN, Cache, ShardFile, state_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, CacheSpec, parts_of
@@ -124,6 +124,7 @@ def verify_audio(cache: Cache, location: str | None = None, *, checksums: bool =
         checksums: As for `verify_cache`, whose memory is used.
     """
     if cache.spec.embeds_audio:
+        refuse_place(cache.store, location)
         return []
     try:
         holder = holder_of(cache, location)

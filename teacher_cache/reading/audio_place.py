@@ -39,9 +39,11 @@ def holder_of(cache: Cache, location: str | None = None) -> Cache:
         The cache itself if it embeds its audio.
 
     Raises:
-        CacheError: If there is no such audio, or it is not the audio that the cache refers to.
+        CacheError: If there is no such audio, or it is not the audio that the cache refers to, or a place is given for a cache that
+            embeds its audio.
     """
     if cache.spec.embeds_audio:
+        refuse_place(cache.store, location)
         return cache
     refers = f"the cache at {cache.store.location} refers to audio"
     store = Store(location) if location is not None else _recorded_store(cache)
@@ -54,6 +56,14 @@ def holder_of(cache: Cache, location: str | None = None) -> Cache:
             f"{refers} with the fingerprint {wanted[:12]}..., but that at {store.location} has {found[:12]}...; {_GIVE_PLACE}"
         )
     return holder
+
+
+def refuse_place(cache: Store, location: str | None) -> None:
+    """Raise CacheError if a place of the audio is given for a cache that embeds its audio."""
+    if location is not None:
+        raise CacheError(
+            f"the cache at {cache.location} holds its audio itself, so the place {location} of its audio does nothing; leave it out"
+        )
 
 
 def open_holder(location: str | Store) -> Cache:

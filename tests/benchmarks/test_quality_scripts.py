@@ -33,6 +33,13 @@ def test_codecs(tmp_path: Path, shared: Path) -> None:
     assert ours["loss_change"] == pytest.approx(sum(ours["loss_change_of_seeds"]) / 2)
 
 
+def test_bytes_beside_the_audio(tmp_path: Path, shared: Path) -> None:
+    arguments = ["beside", "--seconds", "30", "--codecs", "mvq:2,fp16"]
+    audio, two, floats = run(shared, tmp_path / "a.json", "cache.codec_rate_distortion", *arguments)["rows"]
+    assert 12_000 < audio["bytes_per_second"] < 24_000 and floats["bytes_per_second"] > 0.98 * 50 * 192 * 2
+    assert 100 < two["bytes_per_second"] < 200 and two["fixed_bytes"] > 2 * 2 * 256 * 192 * 4
+
+
 def test_parity(tmp_path: Path, shared: Path) -> None:
     record = run(shared, tmp_path / "a.json", "student.parity", "measure", "--quick")
     assert [row["targets"] for row in record["rows"]] == ["online", "1 draw", "2 draws"]

@@ -1,10 +1,13 @@
 """Runs of several teachers: the configuration, the caches and utterances of each, the training, and what names them afterwards."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -15,7 +18,8 @@ from ray_distill.pipeline.composition.config_listing import config_with_origins
 from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_config, load_config
 from ray_distill.pipeline.planning.dry_run import plan_run
 from ray_distill.pipeline.stages import STAGES, Run
-from ray_distill.pipeline.stages.audio import audio_places
+from ray_distill.pipeline.stages import audio as audio_stage
+from ray_distill.pipeline.stages.audio import store_audio
 from ray_distill.pipeline.stages.cache import check_cache
 from ray_distill.pipeline.stages.export import export_best
 from ray_distill.pipeline.stages.frame_rates import check_frame_rates
@@ -75,10 +79,9 @@ def begin(config: Config) -> Run:
 
 def build(run: Run) -> None:
     """The cache stage without Ray."""
-    for place in audio_places(run):
-        spec = run.parts[0].audio_spec
-        assert spec is not None
-        build_audio_store(place, spec, plan_audio(run.utterances, spec.shard_seconds), workers=None)
+    here: dict[str, Any] = {"init_ray": lambda: None, "quiet_ray": nullcontext, "Workers": lambda: None}
+    with mock.patch.multiple(audio_stage, **here):
+        store_audio(run)
     for part in run.parts:
         if not Cache.exists(part.cache):
             plan = plan_shards(part.utterances, part.spec.shard_seconds, part.teacher.num_frames)
@@ -290,12 +293,21 @@ def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[...,
         for one in (run, other)
     ]
     assert losses[0] == losses[1]
+    export_best(other)
+    assert [one["audio"] for one in report_run(other)["teachers"]] == [str(tmp_path / "audio")] * 2
+    tree = other.config.model_dump(mode="json")
+    for entry in tree["teachers"]:
+        entry["cache"]["audio_path"] = str(tmp_path / "nowhere")
+    here = re.escape(str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=f"no audio at {here}/nowhere, .* to that at {here}/audio; set cache.audio_path="
+    ):
+        store_audio(Run(check_config(tree), Console(quiet=True)))
     moved = (tmp_path / "audio").rename(tmp_path / "moved")
     with pytest.raises(
         CacheError, match=f"^the cache at {tmp_path}/beside/a refers to audio at {tmp_path}/audio, but there"
     ):
         check_cache(other)
-    tree = other.config.model_dump(mode="json")
     for entry in tree["teachers"]:
         entry["cache"]["audio_path"] = str(moved)
     other.folder.refuse_other_config(check_config(tree))

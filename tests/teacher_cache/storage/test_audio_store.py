@@ -1,7 +1,9 @@
 """Caches that refer to audio: an audio store, or another cache, holds it once for all of them."""
 
+import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +173,8 @@ def test_a_moved_missing_or_other_store_is_refused_by_name(
         console.quiet = False
         console.print(info_table(moved / "cache"))
     assert "but there is none" in shown.get()
-    assert len(CacheReader(moved / "cache", "train", audio=str(elsewhere))[0].waveform) > 0
+    reader = CacheReader(moved / "cache", "train", audio=str(elsewhere))
+    assert torch.equal(pickle.loads(pickle.dumps(reader))[0].waveform, reader[0].waveform)
     assert verify_cache(moved / "cache", audio=str(elsewhere)) == []
     make_cache(tmp_path / "other", codec="fp16", audio="pcm")
     with pytest.raises(
@@ -183,8 +186,11 @@ def test_a_moved_missing_or_other_store_is_refused_by_name(
     (done,) = repair_cache(moved / "cache", audio=str(elsewhere))
     assert done.endswith("/cache.json now names " + str(elsewhere) + " as the place of the audio")
     assert verify_cache(moved / "cache") == [] and CacheReader(moved / "cache", "train")[0].id
-    with pytest.raises(CacheError, match="holds its audio itself, so --audio does nothing"):
-        repair_cache(tmp_path / "other", audio=str(elsewhere))
+    for use in (repair_cache, verify_cache, partial(CacheReader, split="train")):
+        with pytest.raises(
+            CacheError, match="/other holds its audio itself, so the place .*/elsewhere of its audio does noth"
+        ):
+            use(tmp_path / "other", audio=str(elsewhere))  # type: ignore[operator]
 
 
 def test_a_place_that_is_not_beside_the_cache_is_not_opened_unasked(tmp_path: Path, store: Path, refer: Refer) -> None:

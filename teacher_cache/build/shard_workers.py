@@ -196,7 +196,9 @@ def _records_on_ray(
         shard = shard_from_json(row["shard"])
         try:
             cache = Cache.open(location)
-            elsewhere = None if holder is None else ReferredAudio(cache, holder, {shard.number: row["numbers"]})
+            elsewhere = (
+                None if holder is None else ReferredAudio(cache, holder, {shard.number: json.loads(row["numbers"])})
+            )
             decoded = load_shard_audio(cache, shard, elsewhere)
         except (ValueError, OSError) as error:
             decoded = ShardAudio([], [], {}, f"shard {shard.number}: {error}")
@@ -209,7 +211,7 @@ def _records_on_ray(
         }
 
     items = [
-        {"shard": shard_to_json(shard), "numbers": [] if referred is None else referred.numbers(shard)}
+        {"shard": shard_to_json(shard), "numbers": json.dumps([] if referred is None else referred.numbers(shard))}
         for shard in shards
     ]
     dataset = ray.data.from_items(items, override_num_blocks=len(shards)).map(decode, num_cpus=1)

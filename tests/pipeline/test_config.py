@@ -144,7 +144,7 @@ def test_the_effects_of_every_key_are_decided() -> None:
     assert plain == decided, "decide the effects of a new key (field_effects.py): annotate it, or list it above"
     assert set(keys_with(Config, CHANGES_NO_RESULT)) == {
         *("runs", "cache.actors", "cache.gpus_per_actor", "cache.cpus_per_actor", "cache.max_failed", "cache.verify"),
-        *("cache.local", "cache.local_gb"),
+        *("cache.local", "cache.local_gb", "cache.audio_path"),
         *("train.max_skipped_steps", "train.checkpoint_activations", "train.checkpoint_every", "train.keep_best"),
         *("train.trackers", "train.max_failures"),
     }

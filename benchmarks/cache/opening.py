@@ -140,9 +140,7 @@ def opened(folder: Path, store: str) -> dict[str, Any]:
 
 
 def main(
-    utterances: Annotated[
-        str, typer.Option(help="Numbers of utterances, separated by commas.")
-    ] = "300000,3000000,17000000",
+    utterances: Annotated[str, typer.Option(help="Numbers of utterances, separated by commas.")] = "300000,3000000",
     files_up_to: Annotated[int, typer.Option(help="Utterances up to which all files are written.")] = 300_000,
     latency: Annotated[float, typer.Option(help="Milliseconds per request of the simulated bucket.")] = 30,
     quick: Annotated[bool, typer.Option("--quick", help="Run for a moment, only to try the script.")] = False,

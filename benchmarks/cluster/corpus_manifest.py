@@ -87,7 +87,7 @@ def measure_manifest(rows: int, kind: str, columns: str) -> dict[str, Any]:
 
 @app.command()
 def measure(
-    count: Annotated[str, typer.Option(help="Numbers of rows, separated by commas.")] = "300000,3000000",
+    count: Annotated[str, typer.Option(help="Numbers of rows, separated by commas.")] = "300000",
     output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cluster/corpus_manifest.json",
 ) -> None:
     """Measure all sizes, and write the result file."""

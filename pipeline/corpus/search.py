@@ -48,8 +48,13 @@ def find_audio(
         format: Name of the corpus's format. Default: None, which looks.
 
     Raises:
-        ValueError: The corpus doesn't exist, has no audio, lacks a split, or it is ambiguous which splits its files belong to.
+        ValueError: The corpus doesn't exist, its path is not valid UTF-8, it has no audio, lacks a split, or it is ambiguous which
+            splits its files belong to.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the path of the corpus, {str(path)!r}, is not valid UTF-8; rename the folder") from error
     if format is None:
         format = recognise(path)
         if format == "folder":

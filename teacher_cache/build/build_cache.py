@@ -319,9 +319,9 @@ def write_missing(
     return BuildReport(written, len(finished), elapsed, seconds, busy)
 
 
-def raise_failures(failures: list[str], doing: str = "caching") -> None:
-    """Raise CacheError with the first few of some failures, if there are any, and what was being done."""
+def raise_failures(failures: list[str], doing: str = "while caching:") -> None:
+    """Raise CacheError with the first few of some failures, if there are any, and what was done then."""
     if failures:
         count = "1 failure" if len(failures) == 1 else f"{len(failures)} failures"
         more = f" and {len(failures) - _SHOWN_FAILURES} more" if len(failures) > _SHOWN_FAILURES else ""
-        raise CacheError(f"{count} while {doing}: {'; '.join(failures[:_SHOWN_FAILURES])}{more}")
+        raise CacheError(f"{count} {doing} {'; '.join(failures[:_SHOWN_FAILURES])}{more}")

@@ -107,7 +107,7 @@ def repair_cache(
         old = store.size(MANIFEST) is not None
         if update_manifest(Cache.open(store)) and old:
             done.append(f"{store.at(MANIFEST)} written again from the commit records")
-    raise_failures([problem.text for problem in verify_audio(Cache.open(store), checksums=False)], "repairing")
+    raise_failures([problem.text for problem in verify_audio(Cache.open(store), checksums=False)], "while repairing:")
     return done
 
 

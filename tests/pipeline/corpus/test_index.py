@@ -354,3 +354,15 @@ def test_folders_that_cannot_be_read_are_said(
     closed[0] = speech_folder
     with pytest.raises(ValueError, match=f"the folder {speech_folder} can't be read"):
         index_corpus(speech_folder, output=tmp_path / "index")
+
+
+def test_a_corpus_below_a_folder_that_is_not_utf8_is_one_sentence(tmp_path: Path) -> None:
+    below = tmp_path / os.fsdecode(b"bad\xff")
+    below.mkdir()
+    (below / "train-a.wav").touch()
+    (below / "m.csv").write_text("path,split\ntrain-a.wav,train\n")
+    for corpus in (below, below / "m.csv"):
+        with pytest.raises(
+            ValueError, match=r"^the path of the corpus, .*bad.udcff.*, is not valid UTF-8; rename the folder$"
+        ):
+            index_corpus(corpus, output=tmp_path / "index")

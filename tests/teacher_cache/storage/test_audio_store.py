@@ -188,7 +188,7 @@ def test_a_moved_missing_or_other_store_is_refused_by_name(
     assert verify_cache(moved / "cache") == [] and CacheReader(moved / "cache", "train")[0].id
     for use in (repair_cache, verify_cache, partial(CacheReader, split="train")):
         with pytest.raises(
-            CacheError, match="/other holds its audio itself, so the place .*/elsewhere of its audio does noth"
+            CacheError, match="/other holds its audio itself, so the place .*/elsewhere of its audio does nothing"
         ):
             use(tmp_path / "other", audio=str(elsewhere))  # type: ignore[operator]
 

@@ -55,6 +55,7 @@ CHANGES: dict[str, Any] = {
     "precision": "bf16",
     "audio": "pcm",
     "audio_store": "b" * 64,
+    "frame_rate": "75",
 }
 
 

@@ -37,7 +37,8 @@ def test_bytes_beside_the_audio(tmp_path: Path, shared: Path) -> None:
     arguments = ["beside", "--seconds", "30", "--codecs", "mvq:2,fp16"]
     audio, two, floats = run(shared, tmp_path / "a.json", "cache.codec_rate_distortion", *arguments)["rows"]
     assert 12_000 < audio["bytes_per_second"] < 24_000 and floats["bytes_per_second"] > 0.98 * 50 * 192 * 2
-    assert 100 < two["bytes_per_second"] < 200 and two["fixed_bytes"] > 2 * 2 * 256 * 192 * 4
+    # Two bytes a frame, and about a kilobyte for the records of each utterance.
+    assert 100 < two["bytes_per_second"] < 400 and two["fixed_bytes"] > 2 * 2 * 256 * 192 * 4
 
 
 def test_parity(tmp_path: Path, shared: Path) -> None:

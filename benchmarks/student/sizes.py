@@ -29,6 +29,7 @@ from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
 WIDTHS = {"a half": 160, "a quarter": 112, "an eighth": 72}
 """Width of the student for each part of the teacher's parameters."""
+TASKS = ("phones", "characters", "speakers")
 
 
 def write_corpus(path: Path, seconds: float) -> None:
@@ -70,6 +71,7 @@ def main(
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of each probe. Default: until it stops improving.", show_default=False)
     ] = None,
+    tasks: Annotated[list[str], typer.Option("--task", help="Task to probe; may be repeated.")] = list(TASKS),
     quick: Annotated[
         bool, typer.Option("--quick", help="Run a few steps and epochs on a few minutes of speech, to try the script.")
     ] = False,
@@ -116,7 +118,7 @@ def main(
             sources.append(FeatureSource.of_student(Student(student.config).eval(), f"random weights, {part}"))
     sources.append(FeatureSource.of_teacher(load_teacher(checkpoint), "teacher"))
     found = {}
-    for name in ("phones", "characters", "speakers"):
+    for name in tasks:
         write_manifest(folder / f"{name}.csv", name, 400.0 if quick else float("inf"))
         task = read_task(folder / f"{name}.csv")
         print(f"{name}: {len(task.examples)} utterances, {len(task.vocabulary)} classes or symbols", flush=True)

@@ -71,7 +71,9 @@ def main(
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of each probe. Default: until it stops improving.", show_default=False)
     ] = None,
-    tasks: Annotated[list[str], typer.Option("--task", help="Task to probe; may be repeated.")] = list(TASKS),
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="Task to probe; may be repeated. Default: all three.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Run a few steps and epochs on a few minutes of speech, to try the script.")
     ] = False,
@@ -118,7 +120,7 @@ def main(
             sources.append(FeatureSource.of_student(Student(student.config).eval(), f"random weights, {part}"))
     sources.append(FeatureSource.of_teacher(load_teacher(checkpoint), "teacher"))
     found = {}
-    for name in tasks:
+    for name in tasks or TASKS:
         write_manifest(folder / f"{name}.csv", name, 400.0 if quick else float("inf"))
         task = read_task(folder / f"{name}.csv")
         print(f"{name}: {len(task.examples)} utterances, {len(task.vocabulary)} classes or symbols", flush=True)

@@ -12,7 +12,6 @@ from ray_distill.teacher_cache.build.shard_audio import ShardAudio, audio_from_c
 from ray_distill.teacher_cache.build.shard_output import open_output
 from ray_distill.teacher_cache.build.shard_workers import Workers, map_on_ray
 from ray_distill.teacher_cache.build.shard_writer import shard_from_json
-from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
 from ray_distill.teacher_cache.storage.build_statistics import TeacherTime
 from ray_distill.teacher_cache.storage.cache import Cache, check_location
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
@@ -69,11 +68,8 @@ def build_audio_store(
         def records(todo: list[Shard], allowed: int) -> Generator[dict[str, Any], None, None]:
             return _records_of(cache, todo, allowed, on_ray=workers is not None)
 
-        manifest = take_manifest(store) if cache.missing() else None
         shards = Shards(with_sources(cache.plan, plan))
         report = write_missing(cache, shards, records, workers, max_failed, on_progress, check_lock)
-        if report.written or not store.size(MANIFEST):
-            update_manifest(cache, manifest)
         store.remove_leftovers()
     return report
 

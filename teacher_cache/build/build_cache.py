@@ -134,14 +134,11 @@ def build_cache(
         remove_unused_states(cache)
         # The corpus may have moved since the cache was created. The identity of each file shows that it is the same.
         shards = Shards(with_sources(cache.plan, plan))
-        manifest = take_manifest(store) if cache.missing() else None
 
         def records(todo: list[Shard], allowed: int) -> Generator[dict[str, Any], None, None]:
             return records_of(cache, todo, teacher_spec, workers, allowed, audio)
 
         report = write_missing(cache, shards, records, workers, max_failed, on_progress, check_lock)
-        if report.written or not store.size(MANIFEST):
-            update_manifest(cache, manifest)
         store.remove_leftovers()
     return report
 
@@ -250,7 +247,7 @@ def write_missing(
     on_progress: Callable[[Progress], None],
     check_lock: Callable[[], None],
 ) -> BuildReport:
-    """Write all files of a cache without a commit record. Call it only while holding the lock of the cache.
+    """Write all files of a cache without a commit record, and its manifest. Call it only while holding the lock of the cache.
 
     Args:
         cache: The cache.
@@ -262,6 +259,7 @@ def write_missing(
     """
     started = time.monotonic()
     missing = cache.missing()
+    manifest = take_manifest(cache.store) if missing else None
     todo = [shard for shard in shards if shard.number in missing]
     finished = [shard for shard in shards if shard.number not in missing]
     utterances_before, seconds_before = sum(len(s.utterances) for s in finished), sum(s.seconds for s in finished)
@@ -316,6 +314,8 @@ def write_missing(
         device = "cpu" if workers is None else workers.device
         write_build_statistics(cache.store, teacher_time, device=device, actors=actors, elapsed=elapsed)
     raise_failures(failures)
+    if written or not cache.store.size(MANIFEST):
+        update_manifest(cache, manifest)
     return BuildReport(written, len(finished), elapsed, seconds, busy)
 
 

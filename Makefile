@@ -15,7 +15,7 @@ $(STAMP): requirements.txt
 		|| (echo "Python 3.11 or 3.12 is needed; name it with make PYTHON=python3.11"; exit 1)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
-	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -r requirements.txt
+	@$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.txt
 	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -240,3 +240,11 @@ def test_a_manifest_that_another_process_takes_meanwhile_is_written_again(
     monkeypatch.setattr(Store, "entries", taken)
     for thorough in (True, False):
         assert rewrite_manifest(root, thorough=thorough) and (root / MANIFEST).read_bytes() == sound
+
+
+def test_a_record_of_another_size_counts_even_if_it_seems_old(root: Path) -> None:
+    record = decode_record((root / COMMIT).read_bytes())
+    (root / COMMIT).write_bytes(encode_record(record | {"bytes": 5}))
+    os.utime(root / COMMIT, ns=(0, 0))
+    with pytest.raises(CacheError, match=f"{MASKED} is missing or does not have its committed size"):
+        CacheReader(root, "train")

@@ -1,12 +1,16 @@
 """Caches and the audio to which they refer, when one of them lies, moved, lost utterances or is another kind of cache."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
+import soundfile
 
+from ray_distill.teacher_cache.audio import load_audio
 from ray_distill.teacher_cache.build.audio_store import build_audio_store, plan_audio
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
@@ -109,6 +113,17 @@ def test_audio_without_any_utterance_of_a_split_is_refused(
     empty = store_audio(tmp_path / "empty", source_utterances, max_failed=100)
     with pytest.raises(CacheError, match=r"the audio at .*/empty lacks utterance \S+ of the cache at .*/cache"):
         CacheReader(cache, "train", audio=str(empty))
+
+
+def test_audio_of_another_length_is_refused(cache: Path, tmp_path: Path, source_utterances: list[Utterance]) -> None:
+    first = next(utterance for utterance in source_utterances if utterance.split == "train")
+    soundfile.write(first.path, np.zeros(8_000), 16_000)
+    digest = hashlib.sha256(load_audio(Path(first.path)).tobytes()).hexdigest()
+    shorter = Utterance(first.id, first.path, 8_000, first.split, digest)
+    others = [utterance for utterance in source_utterances if utterance is not first]
+    other = store_audio(tmp_path / "other", [shorter, *others])
+    with pytest.raises(CacheError, match=rf"/other lacks utterance {first.id} of the cache"):
+        CacheReader(cache, "train", audio=str(other))
 
 
 def test_an_utterance_of_another_split_is_refused(

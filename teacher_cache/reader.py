@@ -15,7 +15,7 @@ from torch import Tensor
 from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import draw_mask
-from ray_distill.teacher_cache.reading.audio_place import refuse_place
+from ray_distill.teacher_cache.reading.audio_place import refuse_audio_store, refuse_place
 from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
 from ray_distill.teacher_cache.reading.read_ahead import ReadAhead
 from ray_distill.teacher_cache.reading.referred_rows import ReferredRows, decoded
@@ -79,7 +79,7 @@ class CacheReader:
 
     Raises:
         CacheError: If the cache or the audio to which it refers is missing or incomplete, a file does not have its committed size, or
-            the split, a layer or a draw does not exist.
+            the split, a layer or a draw does not exist, or it is an audio store.
 
     Example:
         >>> reader = CacheReader("caches/demo", "train")
@@ -102,6 +102,7 @@ class CacheReader:
     ) -> None:
         self.cache = Cache.open(location)
         spec = self.cache.spec
+        refuse_audio_store(self.cache, "give the cache of a teacher")
         self.targets = targets or spec.targets
         if self.targets != spec.targets and (spec.targets, targets) != ("clean_and_masked", "clean_only"):
             raise CacheError(f"the cache at {self.cache.store.location} has targets {spec.targets}, not {targets}")

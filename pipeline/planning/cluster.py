@@ -1,6 +1,7 @@
 """The description of a cluster in YAML: measured and assumed speeds, sizes and prices."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -29,13 +30,13 @@ class Measured(pydantic.BaseModel, frozen=True, extra="forbid"):
     file: str
     where: dict[str, str] = {}
     key: str
-    times: float = 1.0
+    times: float = pydantic.Field(default=1.0, gt=0, allow_inf_nan=False)
 
     def read(self, results: Path) -> float:
         """Return the number from a folder of benchmark results.
 
         Raises:
-            ClusterError: The file, row or key doesn't exist.
+            ClusterError: The file, row or key doesn't exist, or there is no positive number.
         """
         found = sorted(results.rglob(self.file))
         if not found:
@@ -43,20 +44,27 @@ class Measured(pydantic.BaseModel, frozen=True, extra="forbid"):
                 f"there is no benchmark result {results / self.file}; set --results to the folder of benchmark results"
             )
         path = found[0]
-        record = json.loads(path.read_text())
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise ClusterError(f"{path} is not valid JSON ({error}); run its benchmark again") from error
         if self.where:
-            rows = [row for row in record["rows"] if all(row.get(key) == value for key, value in self.where.items())]
+            found_rows = record.get("rows", []) if isinstance(record, dict) else []
+            rows = [row for row in found_rows if all(row.get(key) == value for key, value in self.where.items())]
             if len(rows) != 1:
                 raise ClusterError(f"{path} has {len(rows)} rows with {self.where}; exactly one is needed")
             record = rows[0]
-        if self.key not in record:
+        if not isinstance(record, dict) or self.key not in record:
             raise ClusterError(
                 f"{path} has no key {self.key!r}" + (f" in the row with {self.where}" if self.where else "")
             )
-        return float(record[self.key]) * self.times
+        value = record[self.key]
+        if not isinstance(value, (int, float)) or not 0 < value * self.times < math.inf:
+            raise ClusterError(f"{path}: {self.key} is {value!r}, but a positive number is needed")
+        return float(value) * self.times
 
 
-Unit = Annotated[float, pydantic.Field(gt=0)] | Measured
+Unit = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] | Measured
 """A positive number (an assumption or a price), or a reference to a measured number."""
 
 

@@ -88,10 +88,10 @@ def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> Clu
         results: Folder of the benchmark results that the description refers to. Default: the repository's.
 
     Raises:
-        ClusterError: ``hours`` is not positive, or a measured number doesn't exist.
+        ClusterError: ``hours`` is not positive and finite, or a measured number doesn't exist or is no positive number.
     """
-    if not hours > 0:
-        raise ClusterError(f"hours must be above 0, not {hours:g}")
+    if not 0 < hours < math.inf:
+        raise ClusterError(f"hours must be above 0 and finite, not {hours:g}")
     speech, build, train, store = cluster.speech, cluster.build, cluster.train, cluster.store
     seconds = hours * 3600
     passes = 1 + speech.draws
@@ -121,10 +121,11 @@ def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> Clu
     epoch_gets = utterances * train.number("requests_per_utterance", results)
     readers = train.trainers * train.reader_threads
     if copied := cache_bytes <= train.local_bytes:
-        epoch_bytes = cache_bytes * train.nodes / train.epochs
+        # No node reads in an epoch what it does not need there.
+        epoch_bytes = min(epoch_bytes, cache_bytes * train.nodes / train.epochs)
     if train.local_bytes:
         epoch_gets = epoch_bytes / RANGE_BYTES
-        readers = train.nodes * RANGES_AT_ONCE
+        readers = train.trainers * RANGES_AT_ONCE
     rate = train.number("student_audio_per_second", results)
     epoch_seconds = {
         "students": seconds / (rate * train.number("share_of_resident", results) * train.trainers),

@@ -22,7 +22,7 @@ from ray_distill.pipeline.stages.index import split_table
 from ray_distill.pipeline.stages.run import TeacherRun
 from ray_distill.pipeline.stages.run_audio import check_reference
 from ray_distill.student import Student
-from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holder
+from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holder, refuse_audio_store
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.store import Store
@@ -227,6 +227,7 @@ def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) 
         return "nothing, since targets are online"
     if cache is None:
         return f"build the cache at {config.cache.location}"
+    refuse_audio_store(cache, "set cache.path to another folder")
     # The fingerprints of the teacher and the corpus are unknown without weights and samples; take the cache's for granted.
     values = cache.spec.model_dump() | {
         "masks": config.masks,

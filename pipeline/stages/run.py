@@ -229,7 +229,7 @@ class Run:
                     f"cache at {self.cache.location} was made; set teacher.checkpoint={other.repository}@{other.revision}, or "
                     "cache.path to another folder"
                 )
-            corpus = known_fingerprint(found, self.corpus)
+            corpus = known_fingerprint(found, self.corpus, cache.audio_location)
             check_reference(found, cache)
         audio = self.audio_spec
         return CacheSpec(

@@ -16,7 +16,7 @@ from ray_distill.teacher_cache.codecs import fit_codec, is_discrete, sample_fram
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.reading.audio_place import check_holds, holder_of, open_holder, recorded_place
-from ray_distill.teacher_cache.reading.commit_manifest import take_manifest, update_manifest
+from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
 from ray_distill.teacher_cache.storage.cache import Cache, check_location
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.create import create_cache, remove_unused_states
@@ -105,7 +105,7 @@ def derive_cache(
             _write(cache, shard, readers[shard.split], load_shard_audio(origin, shard, referred))
             written += 1
             on_progress(len(cache.shards) - len(missing) + written, len(cache.shards))
-        if written:
+        if written or not store.size(MANIFEST):
             update_manifest(cache, manifest)
         store.remove_leftovers()
     return written

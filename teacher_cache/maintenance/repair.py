@@ -103,11 +103,12 @@ def repair_cache(
                     store.remove(file.commit)
                 raise derived_error(cache)
             shards = cache.shards if corpus_moved is None else _with_moved_corpus(cache, *map(Path, corpus_moved))
-            done += _rebuild(cache, shards, damaged, teacher_spec, device, check_lock)
+            done += _rebuild(cache, shards, damaged, teacher_spec, device, check_lock, audio)
         old = store.size(MANIFEST) is not None
         if update_manifest(Cache.open(store)) and old:
             done.append(f"{store.at(MANIFEST)} written again from the commit records")
-    raise_failures([problem.text for problem in verify_audio(Cache.open(store), checksums=False)], "while repairing:")
+    lacking = verify_audio(Cache.open(store), audio, checksums=False)
+    raise_failures([problem.text for problem in lacking], "while repairing:")
     return done
 
 
@@ -167,12 +168,7 @@ def _recorded_audio(cache: Cache, shard: Shard) -> tuple[ShardAudio, list[str]]:
 
     It lacks no utterance but those that failed when the file was built. The reasons of further ones are returned too.
     """
-    try:
-        known: dict[str, str] = (cache.commit_of(cache.files(shard)[0]) or {}).get("failed", {})
-    except CacheAccessError:
-        raise
-    except CacheError:  # The record is damaged too.
-        known = {}
+    known = _known_failures(cache, shard) or {}
     audio = audio_from_corpus(
         cache, shard, exact=True
     )  # A stranger's plan must not fetch other files of the same length.
@@ -182,6 +178,25 @@ def _recorded_audio(cache: Cache, shard: Shard) -> tuple[ShardAudio, list[str]]:
     return replace(audio, failed={name: known.get(name, reason) for name, reason in audio.failed.items()}), lost
 
 
+def _referred_audio(cache: Cache, shard: Shard, referred: ReferredAudio) -> tuple[ShardAudio, list[str]]:
+    """Return the audio for a damaged file without audio, and the reasons for utterances that the file held and the audio lacks."""
+    audio, known = referred.load(shard), _known_failures(cache, shard)
+    if known is None:  # Then what failed there has failed here too.
+        return audio, []
+    return audio, [f"utterance {name}: {reason}" for name, reason in audio.failed.items() if name not in known]
+
+
+def _known_failures(cache: Cache, shard: Shard) -> dict[str, str] | None:
+    """Return the utterances that failed when the first file of a shard was built. None if its record is missing or damaged."""
+    try:
+        record = cache.commit_of(cache.files(shard)[0])
+    except CacheAccessError:
+        raise
+    except CacheError:
+        return None
+    return None if record is None else record.get("failed", {})
+
+
 def _rebuild(
     cache: Cache,
     shards: Shards,
@@ -189,10 +204,11 @@ def _rebuild(
     teacher_spec: str | None,
     device: str,
     check_lock: Callable[[], None],
+    audio_place: str | None,
 ) -> list[str]:
     done: list[str] = []
     failures: list[str] = []
-    referred = None if cache.spec.embeds_audio else ReferredAudio(cache)
+    referred = None if cache.spec.embeds_audio else ReferredAudio(cache, audio_place)
     with ExitStack() as stack:
         write: Callable[[Shard, ShardAudio], dict[str, Any]] = partial(write_audio, cache)
         if not cache.spec.is_audio_store:
@@ -208,7 +224,7 @@ def _rebuild(
             if cache.files(shard)[0] not in files:
                 audio = load_shard_audio(cache, shard, referred)
             elif referred is not None:
-                audio = referred.load(shard)
+                audio, lost = _referred_audio(cache, shard, referred)
             else:
                 audio, lost = _recorded_audio(cache, shard)
             if lost or audio.problem:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ray_distill.command_line import application
 from ray_distill.pipeline.planning.cluster import RESULTS, Cluster, ClusterError, load_cluster, origins
 from ray_distill.pipeline.planning.cluster_plan import bottleneck, plan_cluster, upload_requests
-from ray_distill.teacher_cache.reading.local_copies import RANGE_BYTES
+from ray_distill.teacher_cache.reading.local_copies import RANGE_BYTES, RANGES_AT_ONCE
 from ray_distill.teacher_cache.storage.store import WHOLE_BYTES, Store
 
 CLUSTERS = sorted((Path(__file__).resolve().parents[3] / "configs" / "clusters").glob("*.yaml"))
@@ -179,6 +179,16 @@ def test_local_copies_are_read_once_if_the_cache_fits() -> None:
     assert large.epoch_gets == pytest.approx(large.epoch_bytes / RANGE_BYTES)
 
 
+def test_local_copies_never_read_more_than_no_copies() -> None:
+    few, none = (plan_cluster(round_numbers(train__epochs=2, train__local_bytes=space), 1000) for space in (1e15, 0))
+    assert few.copied and few.epoch_bytes == none.epoch_bytes, (
+        "in two epochs four nodes can't read the cache four times"
+    )
+    # Each process of a node has requests of its own.
+    waiting = few.epoch_gets * 0.001 / (8 * RANGES_AT_ONCE)
+    assert few.epoch_hours["latency of the readers"] == pytest.approx(waiting / 3600)
+
+
 def test_without_draws_the_cache_has_one_pass() -> None:
     plan = plan_cluster(round_numbers(speech__draws=0), 1000)
     assert plan.cache_bytes == pytest.approx(3.6e6 * 50e3)
@@ -228,3 +238,22 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     changed = tree | {"build": tree["build"] | {"share_of_teacher": {"file": "cache_build.json", "key": "none"}}}
     with pytest.raises(ClusterError, match="has no key 'none'"):
         plan_cluster(Cluster.model_validate(changed), 1)
+    for hours in (math.inf, math.nan):
+        with pytest.raises(ClusterError, match="hours must be above 0 and finite"):
+            plan_cluster(round_numbers(), hours)
+    path.write_text(yaml.safe_dump(tree | {"node_bytes_per_second": math.inf}))
+    with pytest.raises(ClusterError, match="node_bytes_per_second: input should be a finite number"):
+        load_cluster(path)
+    for content, key, message in (
+        ('{"rate": 0}', "rate", "rate is 0, but a positive number is needed"),
+        ('{"rate": "fast"}', "rate", "rate is 'fast', but a positive number is needed"),
+        ("{", "rate", "result.json is not valid JSON"),
+        ("[]", "rate", "result.json has no key 'rate'"),
+    ):
+        (tmp_path / "result.json").write_text(content)
+        changed = tree | {"node_bytes_per_second": {"file": "result.json", "key": key}}
+        with pytest.raises(ClusterError, match=message):
+            plan_cluster(Cluster.model_validate(changed), 1, tmp_path)
+    changed = tree | {"node_bytes_per_second": {"file": "result.json", "key": "rate", "where": {"way": "x"}}}
+    with pytest.raises(ClusterError, match="has 0 rows with"):
+        plan_cluster(Cluster.model_validate(changed), 1, tmp_path)

@@ -16,7 +16,9 @@ from ray_distill.pipeline.ray_session import require_gpus
 from ray_distill.pipeline.stages import STAGES, Run
 from ray_distill.pipeline.stages.train import initial_student
 from ray_distill.student import Student
+from ray_distill.teacher_cache.build.audio_store import build_audio_store, plan_audio
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from tests.hub_server import running_hub, use_hub
 from tests.teacher_cache.teachers.huggingface_folders import save_tiny
 
@@ -66,6 +68,14 @@ def test_the_students_size_is_that_of_the_run(tmp_path: Path, speech_folder: Pat
 
 def test_only_selected_stages_are_planned(tmp_path: Path, speech_folder: Path) -> None:
     assert list(plan_run(configure(tmp_path), ["report", "index"]).stages) == ["index", "report"]
+
+
+def test_the_place_of_an_audio_store_is_not_that_of_a_cache(tmp_path: Path, source_utterances: list[Utterance]) -> None:
+    build_audio_store(tmp_path / "cache", CacheSpec.of_audio("x", 5), plan_audio(source_utterances, 5), workers=None)
+    with pytest.raises(
+        CacheError, match=r"^the cache at \S+/cache is an audio store, which has no targets; set cache.path to another"
+    ):
+        plan_run(configure(tmp_path, *OF_THE_CACHE), ["cache"])
 
 
 def test_finished_work_is_reused(tmp_path: Path, make_cache: Make) -> None:

@@ -14,6 +14,7 @@ from ray_distill.teacher_cache.maintenance.derive import derive_cache
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
 from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
@@ -104,3 +105,12 @@ def test_a_cache_without_clean_pass_is_refused(tmp_path: Path, make_cache: Make)
     make_cache(tmp_path / "source", targets="composite_only")
     with pytest.raises(CacheError, match="has no clean pass of the training split"):
         derive_cache(tmp_path / "source", tmp_path / "units", "units:3", [1])
+
+
+def test_a_derivation_that_was_killed_before_its_manifest_writes_it(tmp_path: Path, make_cache: Make) -> None:
+    make_cache(tmp_path / "source", codec="fp16")
+    derive_cache(tmp_path / "source", tmp_path / "units", "units:4", [2])
+    sound = (tmp_path / "units" / MANIFEST).read_bytes()
+    (tmp_path / "units" / MANIFEST).unlink()
+    assert derive_cache(tmp_path / "source", tmp_path / "units", "units:4", [2]) == 0
+    assert (tmp_path / "units" / MANIFEST).read_bytes() == sound

@@ -60,6 +60,7 @@ def verify(
     from ray_distill.teacher_cache.device import check_device
     from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
     from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
+    from ray_distill.teacher_cache.reading.audio_place import holder_of
     from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, rewrite_manifest
     from ray_distill.teacher_cache.storage.cache import Cache
     from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
@@ -105,8 +106,13 @@ def verify(
         if failed
         else ""
     )
+    beside = ""
+    if not (opened := Cache.open(cache)).spec.embeds_audio:
+        place = holder_of(opened, audio).store.location
+        beside = f"; of its audio only the sizes were checked, `ray-distill cache verify {place}` reads it"
     console.print(
-        f"{cache} {'has files of the right sizes (their bytes were not read)' if sizes_only else 'is sound'}{without}"
+        f"{cache} {'has files of the right sizes (their bytes were not read)' if sizes_only else 'is sound'}{without}{beside}",
+        markup=False,
     )
 
 

@@ -84,6 +84,13 @@ class TeacherSection(Section):
     ``average`` over the student's frame (100 per second are averaged over pairs, 25 are repeated), or the ``nearest`` frame. None
     takes ``average``, and ``nearest`` for discrete targets. Teachers with 50 frames per second or with patches need neither."""
 
+    @pydantic.field_validator("layers")
+    @classmethod
+    def _each_once(cls, layers: list[int] | None) -> list[int] | None:
+        if layers is not None and (not layers or len(set(layers)) < len(layers)):
+            raise ValueError(f"{layers} must name one or more layers, each once, such as [4, 8, 12]")
+        return layers
+
 
 class CacheSection(Section):
     """The teacher cache, and how it is built."""
@@ -190,7 +197,7 @@ class TeacherEntry(TeacherSection):
     """Name of the teacher, by which metrics and reports call it."""
     cache: CacheSection
     """Cache of this teacher. Keys that are not given are those of the section ``cache``, and the path is ``caches/TEACHER-CORPUS``. A
-    text is its path."""
+    string is its path."""
     objective: TeacherObjective | None = None
     """Objective with this teacher: a table with ``objective`` (its name) and its keys as in ``train``, or the name alone. None takes
     the objective of ``train``."""

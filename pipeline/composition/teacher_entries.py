@@ -85,6 +85,7 @@ def check_teachers(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> 
             raise ValueError(f"teachers: two have the name {name}; give each a name of its own")
     if train.aggregate != "heads":
         _check_aggregate(teachers, train)
+    _check_steps(teachers, train)
     if train.targets == "online":
         raise ValueError("train.targets online runs one teacher; set it to cached, which several teachers need")
     if train.init_teacher is not None and train.init_teacher not in names:
@@ -102,6 +103,18 @@ def check_teachers(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> 
                     f"teachers: {other.name} and {entry.name} have the same cache.path {entry.cache.path}, but differ in the "
                     "checkpoint or in other keys of cache; give one of them another cache.path"
                 )
+
+
+def _check_steps(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> None:
+    """Raise ValueError if no teacher is left at a step, so that nothing would be learnt from there on."""
+    learnt = [entry for entry in teachers if entry.weight]
+    for step in sorted({entry.stop_step for entry in learnt if entry.stop_step is not None}):
+        left = any(entry.start_step <= step and (entry.stop_step is None or step < entry.stop_step) for entry in learnt)
+        if not left and (train.max_steps is None or step < train.max_steps):
+            raise ValueError(
+                f"teachers: no teacher takes part in step {step}, so nothing would be learnt there; choose start_step and stop_step "
+                "without such a gap"
+            )
 
 
 def _check_aggregate(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> None:

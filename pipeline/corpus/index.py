@@ -298,9 +298,11 @@ def _notes(totals: Mapping[str, int], max_seconds: float) -> tuple[str, ...]:
             "again"
         )
     if cut := totals["cut"]:
+        skipped = totals["skipped_windows"]
+        left = f", and {skipped:,} {'window was' if skipped == 1 else 'windows were'} skipped" if skipped else ""
         notes.append(
             f"{cut:,} {'recording' if cut == 1 else 'recordings'} longer than {max_seconds:g} s {'was' if cut == 1 else 'were'} cut "
-            f"into {totals['windows']:,} utterances, and {totals['skipped_windows']:,} windows were skipped"
+            f"into {totals['windows']:,} utterances{left}"
         )
     if long := totals["too_long"]:
         notes.append(

@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ray_distill.pipeline.ray_session import counted
 from ray_distill.teacher_cache.codecs import check_codec, discrete_bytes, fit_codec, open_codec
 from ray_distill.teacher_cache.embedded_audio import to_flac
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
@@ -199,10 +200,18 @@ def _bytes_per_frame(name: str, hidden: list[Tensor]) -> float:
     return stored / len(frames)
 
 
+def shown_bytes(number: float) -> str:
+    """Return a number of bytes in the largest decimal unit of which it has one, such as ``19.10 MB``."""
+    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:,.2f} {unit}"
+    return f"{number / 1e3:,.2f} kB"
+
+
 def cost_table(plan: CostPlan) -> Table:
     """Return a table of the sizes of the cache by codec and targets; an arrow marks the configured ones."""
     spec = plan.spec
-    draws = f", with {plan.draws} mask draws" if plan.draws else ""
+    draws = f", with {counted(plan.draws, 'mask draw')}" if plan.draws else ""
     beside = "" if spec.embeds_audio else ", beside the audio"
     table = Table(title=f"estimated size of the cache{draws}{beside}", show_lines=False)
     table.add_column("codec")
@@ -212,7 +221,7 @@ def cost_table(plan: CostPlan) -> Table:
     for codec in plan.bytes_per_frame:
         chosen = codec == spec.codec
         cells = [
-            f"{plan.total_bytes(codec, targets) / 1e9:.2f} GB" + (" <-" if chosen and targets == spec.targets else "")
+            shown_bytes(plan.total_bytes(codec, targets)) + (" <-" if chosen and targets == spec.targets else "")
             for targets in _TARGETS
         ]
         rate = plan.total_bytes(codec, spec.targets) / plan.hours / 3600 / 1e3
@@ -229,11 +238,11 @@ def cost_lines(plan: CostPlan) -> list[str]:
     hours = plan.teacher_hours
     duration = f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.2g} min"
     return [
-        f"{plan.hours:.2f} h, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, {plan.draws} mask draws "
-        f"({plan.masked_fraction:.0%} masked), {spec.codec}: about {plan.total_bytes(spec.codec, spec.targets) / 1e9:.2f} GB"
-        f"{'' if spec.embeds_audio else f' beside {plan.audio_bytes / 1e9:.2f} GB of audio'}, "
-        f"{plan.bytes_per_epoch / 1e9:.2f} GB read per epoch" + (f"; {subset}" if subset else ""),
-        f"{plan.teacher_passes} teacher passes: about {duration} on one {plan.device} "
-        f"({plan.audio_per_second:.0f} s of audio per second, measured now); this pays off after {plan.pays_after} epochs, compared "
-        "with a teacher in the loop",
+        f"{plan.hours:.2f} h, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, {counted(plan.draws, 'mask draw')} "
+        f"({plan.masked_fraction:.0%} masked), {spec.codec}: about {shown_bytes(plan.total_bytes(spec.codec, spec.targets))}"
+        f"{'' if spec.embeds_audio else f' beside {shown_bytes(plan.audio_bytes)} of audio'}, "
+        f"{shown_bytes(plan.bytes_per_epoch)} read per epoch" + (f"; {subset}" if subset else ""),
+        f"{counted(plan.teacher_passes, 'teacher pass', 'teacher passes')}: about {duration} on one {plan.device} "
+        f"({plan.audio_per_second:.0f} s of audio per second, measured now); this pays off after {counted(plan.pays_after, 'epoch')}, "
+        "compared with a teacher in the loop",
     ]

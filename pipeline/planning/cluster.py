@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Self
 
 import pydantic
-import yaml
 
+from ray_distill.pipeline.composition.yaml_text import load_yaml
 from ray_distill.pipeline.recipes import other_recipes
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -206,9 +206,11 @@ def load_cluster(path: Path) -> Cluster:
     if not path.is_file():
         raise ClusterError(f"there is no cluster description at {path}; {other_recipes(path, 'clusters')}")
     try:
-        return Cluster.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise ClusterError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        tree = load_yaml(path.read_text())
+    except ValueError as error:
+        raise ClusterError(f"{path} is not valid YAML: {error}") from error
+    try:
+        return Cluster.model_validate(tree)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-float", "Measured"))

@@ -16,7 +16,7 @@ from ray_distill.pipeline.initialise import tensors_of_student
 from ray_distill.pipeline.ray_session import counted, missing_gpus
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
-from ray_distill.pipeline.stages.audio import audio_places
+from ray_distill.pipeline.stages.audio import audio_places, refuse_other_place
 from ray_distill.pipeline.stages.frame_rates import check_frame_rates
 from ray_distill.pipeline.stages.index import split_table
 from ray_distill.pipeline.stages.run import TeacherRun
@@ -148,6 +148,8 @@ def _audio_action(run: Run) -> list[str]:
     actions = []
     for place in audio_places(run):
         if not Cache.exists(store := Store(place)):
+            for part in run.parts:
+                refuse_other_place(part, place)
             actions.append(f"store the audio at {place}")
         else:
             actions.append(f"{'finish' if open_holder(store).missing(AUDIO_ONLY) else 'reuse'} the audio at {place}")
@@ -253,19 +255,22 @@ def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) 
         layers = sorted(set(needed.layers) - set(cache.spec.layers))
         draws = max(0, needed.masks.draws - cache.spec.masks.draws)
         additions = [f"layers {', '.join(map(str, layers))}"] if layers else []
-        additions += [f"{draws} mask draws"] if draws else []
+        additions += [counted(draws, "mask draw")] if draws else []
         return f"add {' and '.join(additions)} to {present}"
     if missing := sum(map(len, cache.missing(needed).values())):
-        return f"write {missing} missing files of {present}"
+        return f"write {counted(missing, 'missing file')} of {present}"
     return f"reuse {present} if it belongs to the same teacher weights and audio"
 
 
 def _train_action(folder: RunFolder, config: Config) -> str:
     """Say what the train stage would do, and whether this machine has its GPUs."""
-    if folder.is_trained:
+    longer = folder.would_continue(config)
+    if folder.is_trained and not longer:
         return "nothing, since the training is finished"
     gpus = missing_gpus(config)
     lacking = f"; {gpus}, so it needs another machine or a cluster" if gpus else ""
+    if longer:
+        return f"continue the finished training from its last checkpoint in {folder.checkpoints}{lacking}"
     if folder.checkpoints.is_dir():
         return f"resume from the last checkpoint in {folder.checkpoints}{lacking}"
     return f"train from the first step, with checkpoints in {folder.checkpoints}{lacking}"

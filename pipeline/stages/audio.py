@@ -34,7 +34,7 @@ def _store_audio(run: Run, place: str) -> None:
     store = Store(place)
     if not Cache.exists(store):
         for part in run.parts:
-            _refuse_other_place(part, place)
+            refuse_other_place(part, place)
     elif not (found := Cache.open(store)).spec.is_audio_store or not found.missing():
         return
     elif found.spec.corpus != run.corpus.fingerprint:
@@ -71,7 +71,7 @@ def _store_audio(run: Run, place: str) -> None:
     )
 
 
-def _refuse_other_place(part: Run, place: str) -> None:
+def refuse_other_place(part: Run, place: str) -> None:
     """Raise ConfigError if a part's cache refers to audio that is still at another place than the configured one."""
     if part.config.cache.audio_location != place or not Cache.exists(part.cache):
         return

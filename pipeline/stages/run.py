@@ -348,7 +348,15 @@ class TeacherRun(Run):
         try:
             yield
         except ConfigError as error:
+            if str(error).startswith(f"teachers.{self.name}"):  # A block inside has named it.
+                raise
             raise ConfigError(for_teacher(self.name, str(error))) from error
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """See `Run.teacher`."""
+        with self.named():
+            return super().teacher
 
     @cached_property
     def corpus(self) -> CorpusIndex:

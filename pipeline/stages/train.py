@@ -16,6 +16,7 @@ from ray_distill.pipeline.stages.cache import check_cache
 from ray_distill.pipeline.stages.progress import ProgressUpdate
 from ray_distill.pipeline.stages.run import Run, TeacherRun
 from ray_distill.student import Student, StudentConfig
+from ray_distill.student.objectives.mixture import Mixture
 from ray_distill.student.training.metric_rows import read_last_train_row
 from ray_distill.student.training.ray_training import train_on_ray
 from ray_distill.student.training.target_source import TeacherCache
@@ -42,6 +43,8 @@ def train_student(run: Run) -> None:
     settings = run.config.train
     if settings.targets == "cached":
         check_cache(run)
+    if settings.max_steps is not None:
+        say_unused(run, settings.max_steps)
     training = prepare_training(run, max(1, (os.cpu_count() or 1) // settings.workers))
     if step is not None and run.folder.finished_before:
         run.say(
@@ -67,6 +70,24 @@ def train_student(run: Run) -> None:
         f"train   {result['steps']} steps in {result['seconds']:.0f} s: training loss {result['first_loss']:.4f} -> "
         f"{result['last_loss']:.4f}, validation {result['first_validation_loss']:.4f} -> {result['last_validation_loss']:.4f}"
     )
+    if settings.max_steps is None or result["steps"] < settings.max_steps:
+        say_unused(run, result["steps"])
+
+
+def say_unused(run: Run, steps: int) -> None:
+    """Name the teachers and the parts of a mixture that begin after the last of ``steps`` optimiser steps."""
+    for part in run.parts:
+        if isinstance(part, TeacherRun) and part.entry.weight and part.entry.start_step >= steps:
+            part.say(f"[yellow]train   {_not_reached(part.entry.start_step, steps)}[/yellow]")
+    objective = run.config.train.chosen_objective
+    for one in objective.parts if isinstance(objective, Mixture) else ():
+        if one.from_step >= steps:
+            name = one.settings.objective
+            run.say(f"[yellow]train   objective {name}: {_not_reached(one.from_step, steps)}[/yellow]")
+
+
+def _not_reached(start: int, steps: int) -> str:
+    return f"takes part from step {start:,}, which a training of {steps:,} steps does not reach; it has no effect"
 
 
 def prepare_training(

@@ -12,7 +12,7 @@ from torch import Tensor
 from ray_distill.teacher_cache.build.codec_fit import HELD_OUT, sample_order
 from ray_distill.teacher_cache.build.shard_audio import ReferredAudio, ShardAudio, load_shard_audio
 from ray_distill.teacher_cache.build.shard_output import open_output
-from ray_distill.teacher_cache.codecs import fit_codec, is_discrete, sample_frames
+from ray_distill.teacher_cache.codecs import check_codec, fit_codec, is_discrete, sample_frames
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.reading.audio_place import check_holds, holder_of, open_holder, recorded_place
@@ -113,6 +113,14 @@ def derive_cache(
 
 def _derived_spec(origin: Cache, codec: str, layers: Sequence[int]) -> CacheSpec:
     spec, place = origin.spec, origin.store.location
+    try:
+        check_codec(codec)
+    except ValueError as error:
+        raise CacheError(str(error)) from error
+    if spec.is_audio_store:
+        raise CacheError(
+            f"{place} is an audio store, which has no features to derive targets from; give a cache of a teacher"
+        )
     if unknown := sorted(set(layers) - set(spec.layers)):
         raise CacheError(f"the cache at {place} has no layer {unknown[0]}; it has layers {list(spec.layers)}")
     if is_discrete(spec.codec):

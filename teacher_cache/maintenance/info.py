@@ -94,8 +94,8 @@ def _add_targets(table: Table, cache: Cache) -> None:
         error = torch.cat([codec.error for codec in codecs])
         table.add_row(
             f"layers, set {number}",
-            f"{' '.join(map(str, layer_set.layers))}: codec {spec.codec}, relative error {float(error.min()):.2g} to "
-            f"{float(error.max()):.2g}",
+            f"{' '.join(map(str, layer_set.layers))}: codec {spec.codec}, relative error "
+            + " to ".join(dict.fromkeys(f"{float(value):.2g}" for value in (error.min(), error.max()))),
         )
     table.add_row("mask draws", f"{spec.masks.draws}, seed {spec.masks.seed}")
     for draw in range(min(spec.masks.draws, len(spec.masks.policies) or 1)):

@@ -1,5 +1,6 @@
 """Runs of several teachers: the configuration, the caches and utterances of each, the training, and what names them afterwards."""
 
+import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from ray_distill.pipeline.stages.frame_rates import check_frame_rates
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.pipeline.stages.report import report_run
-from ray_distill.pipeline.stages.train import initial_student, prepare_training, teacher_caches
+from ray_distill.pipeline.stages.train import initial_student, prepare_training, say_unused, teacher_caches
 from ray_distill.pipeline.student_export import export_student, open_student
 from ray_distill.student.exporters.origin import describe
 from ray_distill.student.objectives.several_teachers import SeveralTeachers
@@ -139,6 +140,10 @@ def test_each_teacher_has_a_cache_section_of_its_own() -> None:
             "^teachers: no teacher takes part in the first step",
         ),
         (
+            {"teachers": [A | {"stop_step": 3}, B | {"start_step": 4}]},
+            "^teachers: no teacher takes part in step 3, so nothing would be learnt there; choose start_step and stop_step",
+        ),
+        (
             {"train": {"batch_seconds": 8, "objective": "mixture", "parts": [PART, UNITS]}},
             "^train.objective mixture is for one teacher; give each of teachers an objective of its own$",
         ),
@@ -211,6 +216,10 @@ def test_files_and_the_command_line_change_teachers(tmp_path: Path) -> None:
     assert lines["codec: pca"] == "recipe demo" and lines["start_step: 0"] == "default"
     elsewhere = load_config(file, ["corpus=/data/speech"])
     assert [part.cache.path for part in elsewhere.parts] == ["caches/random-2x32-speech", "caches/random-2x48-speech"]
+    elsewhere = load_config(file, ["teachers.b.cache.codec=fp16", "teachers.b.cache=2024", "teachers.a.cache=other"])
+    assert [(part.cache.path, part.cache.codec) for part in elsewhere.parts] == [("other", "pca"), ("2024", "fp16")]
+    with pytest.raises(ConfigError, match="teachers.b.cache= has no value; write teachers.b.cache=PATH"):
+        load_config(file, ["teachers.b.cache="])
     with pytest.raises(ConfigError, match="'teachers.c.weight' can't be set: there is no teacher 'c'; they are a, b"):
         load_config(file, ["teachers.c.weight=3"])
 
@@ -279,7 +288,8 @@ def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[...,
         other.console.quiet = False
         plan_cache(other)
         other.console.quiet = True
-    assert "GB beside 0.00 GB of audio" in shown.get() and f"stored once: about 0.00 GB at {tmp_path}" in shown.get()
+    assert re.search(r"about [\d.]+ kB beside [\d.]+ kB of audio, [\d.]+ kB read per epoch", shown.get())
+    assert re.search(f"stored once: about [\\d.]+ kB at {tmp_path}", shown.get())
     build(other)
     check_cache(other)
     assert (
@@ -303,6 +313,8 @@ def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[...,
         ConfigError, match=f"no audio at {here}/nowhere, .* to that at {here}/audio; set cache.audio_path="
     ):
         store_audio(Run(check_config(tree), Console(quiet=True)))
+    with pytest.raises(ConfigError, match=f"no audio at {here}/nowhere, .* to that at {here}/audio; set"):
+        plan_run(check_config(tree), list(STAGES))
     moved = (tmp_path / "audio").rename(tmp_path / "moved")
     with pytest.raises(
         CacheError, match=f"^the cache at {tmp_path}/beside/a refers to audio at {tmp_path}/audio, but there"
@@ -383,6 +395,12 @@ def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(
 def test_frame_rates_that_cant_be_right_are_refused(config: Callable[..., Config]) -> None:
     run = Run(config(), Console(quiet=True))
     check_frame_rates(run)
+    idle = run.sibling(config(A, B | {"frames": "nearest"}), Console(quiet=True))
+    with pytest.raises(
+        ConfigError,
+        match=r"^teachers.b: teachers.b.frames nearest does nothing: random:2x48 has 50 frames per second, as the student; remove",
+    ):
+        check_frame_rates(idle)
     teacher = run.parts[1].teacher
     teacher.frame_rate = Fraction(100)
     check_frame_rates(run)
@@ -405,6 +423,14 @@ def test_frame_rates_that_cant_be_right_are_refused(config: Callable[..., Config
         ConfigError, match=r"^teachers.b: random:2x48 has 108 patches in 1 s of audio, but random:2x32 has 49"
     ):
         check_frame_rates(clean)
+
+
+def test_a_teacher_that_lacks_something_is_named_once(config: Callable[..., Config]) -> None:
+    run = Run(config(A, B | {"layers": [3]}), Console(quiet=True))
+    for wrapped in (nullcontext, run.parts[1].named):
+        message = "^teachers.b: teachers.b.layers: there is no layer 3; random:2x48 has"
+        with pytest.raises(ConfigError, match=message), wrapped():
+            _ = run.parts[1].teacher
 
 
 def test_an_ablation_varies_teachers(tmp_path: Path) -> None:
@@ -447,3 +473,30 @@ def test_the_student_starts_from_the_named_teacher(config: Callable[..., Config]
     _, tensors = initial_student(run)
     weights = run.parts[1].teacher.weights  # type: ignore[attr-defined]
     assert tensors["mask_embedding"].equal(weights["mask_embedding"])
+
+
+def test_a_teacher_that_begins_after_the_training_is_named() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=200)
+    run = Run(check_config(tree(A, B | {"start_step": 9})), console)
+    say_unused(run, 10)
+    assert text.getvalue() == ""
+    say_unused(run, 9)
+    assert text.getvalue() == (
+        "train   b: takes part from step 9, which a training of 9 steps does not reach; it has no effect\n"
+    )
+    mixture = {
+        "train": {
+            "batch_seconds": 8,
+            "objective": "mixture",
+            "masks": "fresh",
+            "parts": [PART, UNITS | {"from_step": 20_000}],
+        },
+        "masks": {"draws": 0},
+        "cache": {"path": "cache", "codec": "units:8"},
+        "student": tiny_tree()["student"] | {"heads": "split"},
+    }
+    say_unused(Run(check_config(tiny_tree(**mixture)), console), 100)
+    assert text.getvalue().splitlines()[1:] == [
+        "train   objective units: takes part from step 20,000, which a training of 100 steps does not reach; it has no effect"
+    ]

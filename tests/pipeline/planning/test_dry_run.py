@@ -85,13 +85,15 @@ def test_finished_work_is_reused(tmp_path: Path, make_cache: Make) -> None:
     more = configure(tmp_path, *OF_THE_CACHE, "masks.draws=5")
     assert plan_run(more, ["cache"]).stages["cache"].startswith("add 3 mask draws to the cache at")
     next((tmp_path / "cache" / "commits").rglob("*.json")).unlink()
-    assert plan_run(config, ["cache"]).stages["cache"].startswith("write 1 missing files of the cache at")
+    assert plan_run(config, ["cache"]).stages["cache"].startswith("write 1 missing file of the cache at")
     run = tmp_path / "runs" / "demo"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(dump_config(config))
     assert plan_run(config, ["train"]).stages["train"].startswith("resume from the last checkpoint in")
     (run / "train.json").write_text("{}")
     assert plan_run(config, ["train"]).stages["train"] == "nothing, since the training is finished"
+    longer = configure(tmp_path, *OF_THE_CACHE, "train.max_steps=1001")
+    assert plan_run(longer, ["train"]).stages["train"].startswith("continue the finished training from its last")
 
 
 def test_online_targets_need_no_cache(tmp_path: Path, speech_folder: Path) -> None:

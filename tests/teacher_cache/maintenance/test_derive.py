@@ -99,6 +99,10 @@ def test_an_interrupted_derivation_continues(tmp_path: Path, make_cache: Make, m
         derive_cache(tmp_path / "source", tmp_path / "source", "units:3", [1])
     with pytest.raises(CacheError, match="could not be fitted: codec units:60000 needs at least 60000 frames"):
         derive_cache(tmp_path / "source", tmp_path / "big", "units:60000", [1])
+    with pytest.raises(
+        CacheError, match=r"^codec 'mvq:0': the number after the colon must be a whole number from 1 to 64"
+    ):
+        derive_cache(tmp_path / "source", tmp_path / "none", "mvq:0", [1])
 
 
 def test_a_cache_without_clean_pass_is_refused(tmp_path: Path, make_cache: Make) -> None:

@@ -13,6 +13,7 @@ from ray_distill.teacher_cache.codecs import DEFAULT_CODEC, check_codec
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.failed_utterances import DEFAULT_MAX_FAILED
+from ray_distill.teacher_cache.targets.domains import Weight
 from ray_distill.teacher_cache.targets.frame_rate import FrameRule
 
 
@@ -201,8 +202,9 @@ class TeacherEntry(TeacherSection):
     objective: TeacherObjective | None = None
     """Objective with this teacher: a table with ``objective`` (its name) and its keys as in ``train``, or the name alone. None takes
     the objective of ``train``."""
-    weight: Annotated[float, CHANGES_LOSS_MEANING] = pydantic.Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Weight of this teacher's loss. 0 leaves the teacher out of the training."""
+    weight: Annotated[Weight, CHANGES_LOSS_MEANING] = 1.0
+    """Weight of this teacher's loss. 0 leaves the teacher out of the training. A table such as ``{speech: 1, audio: 0.1}`` has a
+    weight for each domain that the corpus names (the column ``domain`` of a manifest); utterances of other domains are refused."""
     start_step: int = pydantic.Field(default=0, ge=0)
     """First optimiser step, counted from 0, at which the teacher takes part. Validation always counts all teachers."""
     stop_step: int | None = pydantic.Field(default=None, ge=1)

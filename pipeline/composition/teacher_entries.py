@@ -7,6 +7,7 @@ from ray_distill.pipeline.composition.config_tree import default_cache, with_def
 from ray_distill.pipeline.composition.sections import TeacherEntry
 from ray_distill.student.objectives.objective import FeatureObjective
 from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.targets.domains import counted_domains
 
 
 def with_teacher_entries(tree: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def check_teachers(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> 
     for number, name in enumerate(names):
         if name in names[:number]:
             raise ValueError(f"teachers: two have the name {name}; give each a name of its own")
+    _check_domains(teachers)
     if train.aggregate != "heads":
         _check_aggregate(teachers, train)
     _check_steps(teachers, train)
@@ -117,6 +119,21 @@ def _check_steps(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> No
             )
 
 
+def _check_domains(teachers: "Sequence[TeacherEntry]") -> None:
+    """Raise ValueError if there is a domain from whose utterances nothing would be learnt."""
+    active = [entry.weight for entry in teachers if entry.weight]
+    if not active or not all(isinstance(weight, dict) for weight in active):
+        return
+    learnt = {domain for weight in active for domain in counted_domains(weight)}
+    for entry in teachers:
+        for domain in entry.weight if isinstance(entry.weight, dict) else ():
+            if domain not in learnt:
+                raise ValueError(
+                    f"teachers.{entry.name}.weight: no teacher has a weight for the domain {domain}, so nothing would be learnt from "
+                    "its utterances; give a teacher a positive weight there, or leave the domain and its utterances out"
+                )
+
+
 def _check_aggregate(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> None:
     """Raise ValueError if a key is given that one target for all teachers can't have."""
     aggregate, objective = train.aggregate, train.chosen_objective
@@ -135,7 +152,7 @@ def _check_aggregate(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -
             "objective": entry.objective is not None,
             "start_step": entry.start_step != 0,
             "stop_step": entry.stop_step is not None,
-            "weight": entry.weight != 1 and aggregate == "concatenate",
+            "weight": isinstance(entry.weight, dict) or (entry.weight != 1 and aggregate == "concatenate"),
         }
         for key in (key for key, is_given in given.items() if is_given):
             raise ValueError(

@@ -26,6 +26,7 @@ from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holde
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.targets.domains import shown
 from ray_distill.teacher_cache.teachers import Teacher
 from ray_distill.teacher_cache.teachers.header import hub_model_of, load_header
 from ray_distill.teacher_cache.teachers.hub.hub_model import HubModel
@@ -134,7 +135,7 @@ def _facts_of(run: Run, header: Teacher | None) -> str:
     own = run.entry.objective
     options = {} if own is None else own.changed_options()
     chosen += "".join(f", {key} {value}" for key, value in options.items())
-    return f"{facts}; objective {chosen}, weight {run.entry.weight:g}{since}"
+    return f"{facts}; objective {chosen}, weight {shown(run.entry.weight)}{since}"
 
 
 def _cache_facts(run: Run) -> str:

@@ -23,6 +23,7 @@ from ray_distill.student.objectives.several_teachers import SeveralTeachers
 from ray_distill.student.training.target_source import several_readers
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
+from ray_distill.teacher_cache.targets.domains import counted_domains, shown
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.student_frames import open_reader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
@@ -136,6 +137,10 @@ def _teachers(
                 "utterances": len(part.utterances),
                 "failed_utterances": len(failed[k]) if failed else None,
                 "last_validation_loss": last.get(f"teacher_loss_{part.name}"),
+                "last_validation_loss_by_domain": {
+                    domain: last.get(f"teacher_loss_{part.name}.{domain}")
+                    for domain in counted_domains(part.entry.weight)
+                },
             }
         )
     return {"teachers": found}
@@ -224,7 +229,7 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         heads = ", which the exported heads predict" if one["heads_in_the_student"] else ""
         facts[f"teacher {one['name']}"] = (
             f"{one['teacher']}, {one['teacher_parameters']:,} parameters, layers {', '.join(map(str, one['layers']))} of width "
-            f"{one['dim']}, objective {one['objective']}{_listed(one['objective_options'])}, weight {one['weight']:g}{heads}"
+            f"{one['dim']}, objective {one['objective']}{_listed(one['objective_options'])}, weight {shown(one['weight'])}{heads}"
             + (
                 f"; cache of {one['cache_bytes'] / 1e6:,.1f} MB at {one['cache']}{_beside(one['audio'])}"
                 if one["cache_bytes"] is not None

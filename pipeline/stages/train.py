@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ray_distill.pipeline.corpus.labels import LABELS
 from ray_distill.pipeline.initialise import initial_tensors, tensors_of_student, write_initial
 from ray_distill.pipeline.ray_session import init_ray, owns_ray, quiet_ray, require_resources
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.run_starts import record_start
 from ray_distill.pipeline.stages.cache import check_cache
+from ray_distill.pipeline.stages.domains import check_domains
 from ray_distill.pipeline.stages.progress import ProgressUpdate
 from ray_distill.pipeline.stages.run import Run, TeacherRun
 from ray_distill.student import Student, StudentConfig
@@ -27,7 +29,7 @@ def train_student(run: Run) -> None:
     """Train the student, from its last checkpoint if it has one. Do nothing if its training is finished.
 
     Raises:
-        ConfigError: Ray has no resources for the workers.
+        ConfigError: Ray has no resources for the workers, or a teacher has no weight for a domain.
         CacheError: The cache lacks something or is damaged.
         ValueError: The run's files are damaged, or can't be continued from.
         TrainingError: The workers can't be started, or failed too often.
@@ -42,6 +44,7 @@ def train_student(run: Run) -> None:
     refuse_missing_metrics(run.folder.checkpoints, step or 0)
     settings = run.config.train
     if settings.targets == "cached":
+        check_domains(run)
         check_cache(run)
     if settings.max_steps is not None:
         say_unused(run, settings.max_steps)
@@ -155,6 +158,7 @@ def teacher_caches(run: Run) -> list[TeacherCache]:
             part.config.cache.local_gb,
             part.config.teacher.frames,
             part.entry.weight,
+            str(run.folder.corpus / LABELS) if isinstance(part.entry.weight, dict) else None,
         )
         for part in run.parts
         if isinstance(part, TeacherRun) and part.entry.weight

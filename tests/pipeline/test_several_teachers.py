@@ -144,6 +144,19 @@ def test_each_teacher_has_a_cache_section_of_its_own() -> None:
             "^teachers: no teacher takes part in step 3, so nothing would be learnt there; choose start_step and stop_step",
         ),
         (
+            {"teachers": [A | {"weight": {"speech": 1, "audio": 0}}, B | {"weight": {"speech": 2, "audio": 0}}]},
+            "^teachers.a.weight: no teacher has a weight for the domain audio, so nothing would be learnt from its utterances",
+        ),
+        (
+            {"teachers": [A, B | {"weight": {"speech": -1}}]},
+            "^teachers.b.weight: the weight of domain speech is -1; give a number of at least 0, or one for each domain$",
+        ),
+        ({"teachers": [A, B | {"weight": "much"}]}, "^teachers.b.weight: the weight is 'much'; give a number"),
+        (
+            {"train": {"batch_seconds": 8, "aggregate": "average"}, "teachers": [A, B | {"weight": {"speech": 1}}]},
+            "^teachers.b.weight: with train.aggregate average all teachers have one target and one loss; remove it",
+        ),
+        (
             {"train": {"batch_seconds": 8, "objective": "mixture", "parts": [PART, UNITS]}},
             "^train.objective mixture is for one teacher; give each of teachers an objective of its own$",
         ),

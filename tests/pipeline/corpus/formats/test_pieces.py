@@ -68,7 +68,7 @@ def test_pieces_of_a_manifest(tmp_path: Path, write_audio: Writer, kind: str) ->
     labels = read_labels(tmp_path / "i")
     assert labels["a_00001.00_end"] == Label("s1", "x") and "b" not in labels
     assert labels["a_00000.00_00001.00"].text.startswith("he said")
-    assert (index.transcripts, index.speakers) == (2, 2)
+    assert (index.labels.transcripts, index.labels.speakers) == (2, 2)
     manifest.write_text(manifest.read_text().replace("1.00006", "1.25"))
     changed = index_corpus(manifest, output=tmp_path / "i")
     assert not changed.reused and changed.fingerprint != index.fingerprint

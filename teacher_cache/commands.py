@@ -23,8 +23,9 @@ TeacherSpec = Annotated[
 AudioPlace = Annotated[
     str | None,
     typer.Option(
-        metavar="STORE",
-        help="Where the audio is now to which the cache refers. Default: the place that the cache has recorded.",
+        metavar="PLACE",
+        help="Where the audio is now to which the cache refers. Default: the place that the cache has recorded. For a cache with "
+        "cache.audio=source: the index of the corpus as it is now, which is corpus/index.parquet in the folder of a run.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device of the teacher: cpu, cuda.")]
@@ -52,7 +53,8 @@ def verify(
 
     Every file is compared with its commit record; --deep compares features with those of the teacher. The exit code is 1 if the
     cache is damaged. The manifest of an intact cache is written again if it is missing, old or damaged. Of audio to which
-    a cache refers only the sizes are checked; verify its store to read it. Training does not read a cache again that is
+    a cache refers only the sizes are checked; verify its store to read it. Of a corpus from which a cache reads its audio only the
+    files are looked for; their content is checked whenever it is read. Training does not read a cache again that is
     sound and has not changed since.
     """
     from rich.table import Table
@@ -123,7 +125,11 @@ def repair(
     ] = None,
     audio: Annotated[
         str | None,
-        typer.Option(metavar="STORE", help="New place of the audio to which the cache refers, which is then recorded."),
+        typer.Option(
+            metavar="PLACE",
+            help="New place of the audio to which the cache refers, which is then recorded. For a cache with cache.audio=source: the "
+            "index of the corpus as it is now.",
+        ),
     ] = None,
 ) -> None:
     """Restore damaged records from their copies, rebuild damaged or missing shards, and move unknown files to set-aside/.
@@ -165,7 +171,7 @@ def derive(
         typer.Option(
             metavar="STORE",
             help="Audio store, or cache with audio such as CACHE, to which the new cache refers. Default: it holds a copy of the "
-            "audio, or refers to what CACHE refers to.",
+            "audio, refers to what CACHE refers to, or reads it from the corpus as CACHE does.",
         ),
     ] = None,
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_
 from ray_distill.pipeline.planning.dry_run import plan_run
 from ray_distill.pipeline.stages import STAGES, Run
 from ray_distill.pipeline.stages import audio as audio_stage
+from ray_distill.pipeline.stages import plan as plan_stage
 from ray_distill.pipeline.stages.audio import store_audio
 from ray_distill.pipeline.stages.cache import check_cache
 from ray_distill.pipeline.stages.export import export_best
@@ -429,6 +431,19 @@ def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(
         ConfigError, match=r"^teachers.b: corpus.max_seconds: random:2x48 can take no utterance of the split"
     ):
         plan_cache(again)
+
+
+def test_the_plan_counts_audio_that_is_read_once_for_all_teachers(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(config())
+    measured = plan_stage.plan_cost
+    large = {"audio_bytes": 5e9, "free_bytes": None}
+    monkeypatch.setattr(plan_stage, "plan_cost", lambda *given: replace(measured(*given), **large))
+    with run.console.capture() as shown:
+        run.console.quiet = False
+        plan_cache(run)
+    assert "the 2 caches: about 10.00 GB, 5.00 GB read per epoch" in shown.get()
 
 
 def test_frame_rates_that_cant_be_right_are_refused(config: Callable[..., Config]) -> None:

@@ -107,8 +107,10 @@ def verify(
         if failed
         else ""
     )
+    from_corpus = Cache.open(cache).spec.audio == "source"
+    unread = "; its audio, in the corpus, was not compared" if from_corpus and not deep else ""
     console.print(
-        f"{cache} {'has files of the right sizes (their bytes were not read)' if sizes_only else 'is sound'}{without}"
+        f"{cache} {'has files of the right sizes (their bytes were not read)' if sizes_only else 'is sound'}{without}{unread}"
     )
 
 

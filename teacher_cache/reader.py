@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,6 @@ from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalC
 from ray_distill.teacher_cache.reading.read_ahead import ReadAhead
 from ray_distill.teacher_cache.reading.referred_rows import ReferredRows, decoded
 from ray_distill.teacher_cache.reading.shard_rows import ShardRows
-from ray_distill.teacher_cache.reading.source_rows import SourceRows
 from ray_distill.teacher_cache.storage.cache import Cache, column_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, Part, Targets, parts_of
 from ray_distill.teacher_cache.storage.store import Store
@@ -31,6 +30,9 @@ from ray_distill.teacher_cache.targets.target_batch import (
     pad_waveforms,
     symbol_layout,
 )
+
+if TYPE_CHECKING:
+    from ray_distill.teacher_cache.reading.source_rows import SourceRows
 
 _LOCAL_THREADS = 16
 """Maximum default number of threads for a local disk, where they mostly decompress, outside the interpreter's lock."""
@@ -148,6 +150,9 @@ class CacheReader:
         elif spec.embeds_audio:
             refuse_place(self.cache.store, spec, audio)
         else:
+            # Decoding files of any format loads torchaudio, which other caches don't need.
+            from ray_distill.teacher_cache.reading.source_rows import SourceRows
+
             self._audio = SourceRows(self.cache, split, rows, audio)
         in_store = self.cache.store.local is None
         remote = in_store or (self._audio is not None and self._audio.is_remote)

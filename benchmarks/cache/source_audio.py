@@ -140,7 +140,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Seconds of audio.")] = 1200,
     rounds: Annotated[int, typer.Option(help="Number of rounds; medians over them are reported.")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="Run for a moment, only to try the script.")] = False,
-    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cache/source_audio.json",
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cache/audio/source_audio.json",
 ) -> None:
     """Measure seconds of audio per CPU second from an audio store and from corpora of several formats."""
     if quick:

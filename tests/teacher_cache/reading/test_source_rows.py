@@ -254,6 +254,8 @@ def test_the_commands_say_where_the_audio_is(
     assert "are sound, but not the audio to which it refers" in shown.output
     index = write_index(tmp_path / "index.parquet", moved(source_utterances, corpus, tmp_path / "elsewhere"))
     assert verify_cache(cache, audio=index) == []
+    shown = CliRunner().invoke(application, ["cache", "verify", str(cache), "--audio", index])
+    assert shown.exit_code == 0 and "is sound; its audio, in the corpus, was not compared" in shown.output
     shown = CliRunner().invoke(
         application, ["cache", "verify", str(cache), "--audio", index, "--deep", "2", "--teacher", TEACHER]
     )

@@ -20,6 +20,7 @@ from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalC
 from ray_distill.teacher_cache.reading.read_ahead import ReadAhead
 from ray_distill.teacher_cache.reading.referred_rows import ReferredRows, decoded
 from ray_distill.teacher_cache.reading.shard_rows import ShardRows
+from ray_distill.teacher_cache.reading.split_rows import SplitRows
 from ray_distill.teacher_cache.storage.cache import Cache, column_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, Part, Targets, parts_of
 from ray_distill.teacher_cache.storage.store import Store
@@ -150,10 +151,7 @@ class CacheReader:
         elif spec.embeds_audio:
             refuse_place(self.cache.store, spec, audio)
         else:
-            # Decoding files of any format loads torchaudio, which other caches don't need.
-            from ray_distill.teacher_cache.reading.source_rows import SourceRows
-
-            self._audio = SourceRows(self.cache, split, rows, audio)
+            self._audio = _source_rows(self.cache, split, rows, audio)
         in_store = self.cache.store.local is None
         remote = in_store or (self._audio is not None and self._audio.is_remote)
         self.batches_at_once = _REMOTE_BATCHES if remote else 1
@@ -345,3 +343,10 @@ class CacheReader:
 
     def _damaged(self, index: int, part: tuple[str, int | None, int], reason: str) -> CacheError:
         return self._rows.damaged(index, self._parts[part], reason)
+
+
+def _source_rows(cache: Cache, split: str, rows: SplitRows, index: str | None) -> "SourceRows":
+    # Decoding files of any format loads torchaudio, which other caches don't need.
+    from ray_distill.teacher_cache.reading.source_rows import SourceRows
+
+    return SourceRows(cache, split, rows, index)

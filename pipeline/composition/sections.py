@@ -108,9 +108,10 @@ class CacheSection(Section):
     precision: Annotated[Precision | None, SAME_IN_ABLATION] = None
     """Precision of the teacher's forward passes; ``fp16`` needs GPUs. None takes the precision of an existing cache, or else
     ``fp16`` on GPUs and ``fp32`` on CPUs."""
-    audio: Annotated[Literal["flac", "pcm", "store"], SAME_IN_ABLATION] = "flac"
+    audio: Annotated[Literal["flac", "pcm", "store", "source"], SAME_IN_ABLATION] = "flac"
     """Storage of the audio: ``flac`` (smaller) or ``pcm`` (faster to read) in the cache itself, or ``store``: once for any number of
-    caches, in ``audio_path``. The cache then refers to it by its fingerprint."""
+    caches, in ``audio_path``. The cache then refers to it by its fingerprint. ``source`` stores none: every epoch decodes the files of
+    the corpus and compares their hashes, which is fast enough for FLAC and WAV at 16 kHz."""
     audio_path: Annotated[str | None, CHANGES_NO_RESULT, SAME_IN_ABLATION] = None
     """Folder or URI of the audio with ``audio`` ``store``: an audio store, which the cache stage builds if nothing is there, or a
     cache that holds the audio of the same corpus. A configuration that names none takes ``caches/audio-CORPUS``."""

@@ -48,7 +48,9 @@ def _by_id(table: pa.Table) -> pa.Table:
 
 def _sounds_equal(cache: Cache, utterances: Utterances, doubtful: pa.ChunkedArray, place: str | None) -> bool:
     """Compare the corpus with the audio of some doubtful utterances in a finished shard, without files that can't be read."""
-    referred = None if cache.spec.embeds_audio else ReferredAudio(cache, place)
+    if cache.spec.audio == "source":
+        return False  # The corpus would be compared with itself.
+    referred = ReferredAudio(cache, place) if cache.spec.refers_to_store else None
     for shard in cache.shards:
         if cache.store.size(cache.files(shard)[0].commit) is None:
             continue

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import pydantic
 
@@ -82,7 +82,9 @@ class Speech(_Section):
 
     Attributes:
         source_bytes: Size of the source audio, in bytes per second of audio.
-        audio_bytes: Size of the audio in the cache, in bytes per second of audio.
+        audio: Where the audio of the cache is, as its setting ``cache.audio``: ``cache`` (in the cache itself; the default), ``store``
+            (in an audio store, once for any number of caches) or ``source`` (in the corpus, which the trainers decode in each epoch).
+        audio_bytes: Size of the audio in the cache or the audio store, in bytes per second of audio.
         target_bytes: Size of all layers of one complete pass, in bytes per second of audio.
         draws: Number of mask draws.
         masked_fraction: Fraction of masked frames, which a masked pass does not store.
@@ -90,6 +92,7 @@ class Speech(_Section):
         shard_minutes: Minutes of audio per shard.
     """
 
+    audio: Literal["cache", "store", "source"] = "cache"
     source_bytes: Unit
     audio_bytes: Unit
     target_bytes: Unit
@@ -133,7 +136,8 @@ class Train(_Section):
         requests_per_utterance: Number of GET requests for reading one utterance.
         reader_threads: Number of threads of one trainer's `reader.CacheReader`, each with one request at a time.
         cores: Number of CPU cores of the trainers that read and decode the cache. None: more than they need.
-        reader_audio_per_second: Seconds of audio per second that one core reads and decodes. Given with ``cores``.
+        reader_audio_per_second: Seconds of audio per second that one core reads and decodes, from a cache with audio. Given with
+            ``cores``.
         local_bytes: Space for copies on the disks of one node (``cache.local`` with ``train.shuffle: window``), so that files
             are read from the store in large ranges: once if the space holds the cache, else in each epoch. 0, the default: no
             copies, and single utterances are read.

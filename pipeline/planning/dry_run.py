@@ -141,6 +141,8 @@ def _facts_of(run: Run, header: Teacher | None) -> str:
 def _cache_facts(run: Run) -> str:
     audio = run.config.cache.audio_location
     beside = "" if audio is None else f", audio at {audio}"
+    if run.config.cache.audio == "source":
+        beside = ", audio read from the corpus"
     return f"{run.config.cache.location}: {run.config.cache.codec}, {run.config.cache.targets}{beside}"
 
 

@@ -35,7 +35,9 @@ def plan_cache(run: Run) -> None:
     _plan_audio(run, planned, needed)
     if len(planned) > 1:
         size = sum(cost.total_bytes(cost.spec.codec, cost.spec.targets) for cost in planned)
-        read, hours = sum(cost.bytes_per_epoch for cost in planned), sum(cost.teacher_hours for cost in planned)
+        # The audio of an utterance is read once for all teachers.
+        read = sum(cost.bytes_per_epoch - cost.audio_bytes for cost in planned) + max(c.audio_bytes for c in planned)
+        hours = sum(cost.teacher_hours for cost in planned)
         run.say(
             f"plan    the {len(planned)} caches: about {shown_bytes(size)}, {shown_bytes(read)} read per epoch, {hours:.2g} h of "
             "teacher time one after another"
@@ -53,7 +55,7 @@ def _plan_audio(run: Run, planned: Sequence[CostPlan], needed: dict[int, int]) -
     Raises:
         ConfigError: The disk is too small.
     """
-    sizes = [cost.audio_bytes for cost in planned if not cost.spec.embeds_audio]
+    sizes = [cost.audio_bytes for cost in planned if cost.spec.refers_to_store]
     for place in audio_places(run) if sizes else []:
         store = Store(place)
         if Cache.exists(store):

@@ -88,7 +88,7 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
         "starts": read_starts(run.folder.starts_file),
         "resumed": [{key: row[key] for key in ("step", "time")} for row in rows_of_kind(metrics, "resumed")],
         "cache": None if online else run.cache.location,
-        "audio": None if online else run.config.cache.audio_location,
+        "audio": None if online else _place_of_audio(run),
         "export": str(run.folder.export),
         "run": str(run.folder.path),
         "report": str(run.folder.report),
@@ -133,7 +133,7 @@ def _teachers(
                 "heads_in_the_student": owns and settings.uses_heads,
                 "cache": part.cache.location,
                 "cache_bytes": sizes[k],
-                "audio": part.config.cache.audio_location,
+                "audio": _place_of_audio(part),
                 "utterances": len(part.utterances),
                 "failed_utterances": len(failed[k]) if failed else None,
                 "last_validation_loss": last.get(f"teacher_loss_{part.name}"),
@@ -182,8 +182,9 @@ def _validation_reader(run: Run) -> TargetReader:
         )[1]
     if run.config.train.targets == "cached":
         main = run.main
-        audio, frames = main.config.cache.audio_location, main.config.teacher.frames
-        return open_reader(main.cache.location, "validation", run.layers, audio=audio, frames=frames)
+        return open_reader(
+            main.cache.location, "validation", run.layers, audio=main.audio, frames=main.config.teacher.frames
+        )
     members = run.utterances.of_split("validation")
     rule = run.config.teacher.frames
     return OnlineReader(
@@ -247,6 +248,12 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
             f"{_beside(summary['audio'])}"
         )
     return facts | ({"model": summary["export"]} if run.folder.export.is_dir() else {})
+
+
+def _place_of_audio(run: Run) -> str | None:
+    """Return where the audio is that the cache of a run does not hold; None if it does."""
+    cache = run.config.cache
+    return str(run.config.corpus.model_dump(mode="json")["path"]) if cache.audio == "source" else cache.audio_location
 
 
 def _beside(audio: str | None) -> str:

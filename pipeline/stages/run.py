@@ -18,7 +18,7 @@ from ray_distill.pipeline.composition.sections import TeacherEntry
 from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.pipeline.corpus.cached_corpus import known_fingerprint
 from ray_distill.pipeline.corpus.hub_dataset import dataset_of_run, download_dataset, keep_dataset, parse_hub_dataset
-from ray_distill.pipeline.corpus.index import CorpusIndex
+from ray_distill.pipeline.corpus.index import INDEX, CorpusIndex
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
 from ray_distill.pipeline.stages.run_audio import audio_spec_of, check_reference, shard_seconds_of
@@ -202,6 +202,13 @@ class Run:
     def utterances(self) -> Utterances:
         """All utterances of the corpus index."""
         return self.corpus.utterances
+
+    @property
+    def audio(self) -> str | None:
+        """Where the audio of the run's cache is, as for `CacheReader`; None if the cache holds it."""
+        if self.config.cache.audio == "source":
+            return str(self.folder.corpus / INDEX)
+        return self.config.cache.audio_location
 
     @property
     def seconds(self) -> float:

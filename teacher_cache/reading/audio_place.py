@@ -39,10 +39,11 @@ def holder_of(cache: Cache, location: str | None = None) -> Cache:
 
     Raises:
         CacheError: If there is no such audio, or it is not the audio that the cache refers to, or a place is given for a cache that
-            embeds its audio.
+            refers to none.
     """
-    if cache.spec.embeds_audio:
-        refuse_place(cache.store, location)
+    if not cache.spec.refers_to_store:
+        refuse_place(cache.store, cache.spec, location)
+        assert cache.spec.embeds_audio
         return cache
     refers = f"the cache at {cache.store.location} refers to audio"
     store = Store(location) if location is not None else _recorded_store(cache)
@@ -57,11 +58,12 @@ def holder_of(cache: Cache, location: str | None = None) -> Cache:
     return holder
 
 
-def refuse_place(cache: Store, location: str | None) -> None:
-    """Raise CacheError if a place of the audio is given for a cache that embeds its audio."""
+def refuse_place(cache: Store, spec: CacheSpec, location: str | None) -> None:
+    """Raise CacheError if a place of the audio is given for a cache that refers to none."""
     if location is not None:
+        how = "holds its audio itself" if spec.embeds_audio else "reads its audio from the corpus (cache.audio=source)"
         raise CacheError(
-            f"the cache at {cache.location} holds its audio itself, so the place {location} of its audio does nothing; leave it out"
+            f"the cache at {cache.location} {how}, so the place {location} of its audio does nothing; leave it out"
         )
 
 

@@ -27,7 +27,7 @@ class ReferredRows:
 
     Attributes:
         bytes: Total size of the files with the audio of the split.
-        is_remote: Whether they are in an object store.
+        is_remote, prefers_window: Whether they are in an object store.
 
     Raises:
         CacheError: If there is no such audio, it is not the cache's, or it lacks an utterance or is not finished.
@@ -55,7 +55,7 @@ class ReferredRows:
                 f"{cache.store.location}; repair it with `ray-distill cache repair {holder.store.location}`"
             )
         self.bytes = self._rows.bytes
-        self.is_remote = holder.store.local is None
+        self.is_remote = self.prefers_window = holder.store.local is None
 
     @property
     def bytes_read(self) -> int:

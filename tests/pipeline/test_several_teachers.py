@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_
 from ray_distill.pipeline.planning.dry_run import plan_run
 from ray_distill.pipeline.stages import STAGES, Run
 from ray_distill.pipeline.stages import audio as audio_stage
+from ray_distill.pipeline.stages import plan as plan_stage
 from ray_distill.pipeline.stages.audio import store_audio
 from ray_distill.pipeline.stages.cache import check_cache
 from ray_distill.pipeline.stages.export import export_best
@@ -281,6 +283,11 @@ def test_a_run_of_two_teachers(config: Callable[..., Config], tmp_path: Path) ->
         run.folder.refuse_other_config(check_config(changed))
 
 
+def _losses(run: Run) -> list[dict[str, Any]]:
+    rows = read_rows(run.folder.metrics_file)
+    return [{key: value for key, value in row.items() if "loss" in key} for row in rows]
+
+
 def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[..., Config], tmp_path: Path) -> None:
     """Train as a run of two teachers did, but from caches that refer to audio."""
     entries = [entry | {"cache": {"path": str(tmp_path / "beside" / str(entry["name"]))}} for entry in (A, B)]
@@ -311,11 +318,7 @@ def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[...,
         .startswith(f"reuse the audio at {tmp_path / 'audio'}; a: re")
     )
     prepare_training(other, 1, in_process=True)()
-    losses = [
-        [{key: value for key, value in row.items() if "loss" in key} for row in read_rows(one.folder.metrics_file)]
-        for one in (run, other)
-    ]
-    assert losses[0] == losses[1]
+    assert _losses(run) == _losses(other)
     export_best(other)
     assert [one["audio"] for one in report_run(other)["teachers"]] == [str(tmp_path / "audio")] * 2
     tree = other.config.model_dump(mode="json")
@@ -347,6 +350,50 @@ def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[...,
         check_cache(Run(check_config(tree), Console(quiet=True)))
 
 
+def _trains_alike_from_the_corpus_itself(
+    run: Run, config: Callable[..., Config], tmp_path: Path, speech_folder: Path
+) -> None:
+    """Train as a run of two teachers did, but from caches that hold no audio."""
+    entries = [entry | {"cache": {"path": str(tmp_path / "light" / str(entry["name"]))}} for entry in (A, B)]
+    cache = {"codec": "fp16", "audio": "source"}
+
+    def begun(name: str, corpus: Path) -> Run:
+        other = begin(config(*entries, cache=cache, name=name, corpus={"path": str(corpus)}))
+        other.parts[1].teacher.max_samples = 30_000
+        return other
+
+    other = begun("light", speech_folder)
+    plan = plan_run(other.config, list(STAGES))
+    assert plan.facts["cache a"].endswith(", audio read from the corpus") and plan.stages["cache"].startswith(
+        "a: build"
+    )
+    with other.console.capture() as shown:
+        other.console.quiet = False
+        plan_cache(other)
+        other.console.quiet = True
+    assert "GB beside 0.00 GB of audio in the corpus, " in shown.get() and "stored once" not in shown.get()
+    assert (
+        len(re.findall(r"the audio is read from the corpus in each epoch: [\d,]+ s of audio per CPU", shown.get())) == 2
+    )
+    build(other)
+    assert not (tmp_path / "caches" / "audio-corpus").exists()
+    # The corpus moves before the training, whose index says where it is.
+    moved = begun("moved", speech_folder.rename(tmp_path / "elsewhere"))
+    check_cache(moved)
+    prepare_training(moved, 1, in_process=True)()
+    assert _losses(moved) == _losses(run)
+    export_best(moved)
+    summary = report_run(moved)
+    assert [one["audio"] for one in summary["teachers"]] == [str(tmp_path / "elsewhere")] * 2
+    assert f"beside the audio at {tmp_path / 'elsewhere'}" in moved.folder.report.read_text()
+    with pytest.raises(
+        CacheError,
+        match=r"^the cache at \S+ reads its audio .* 12 of 12 files are missing, .*; restore .*, or run the index",
+    ):
+        check_cache(other)
+    (tmp_path / "elsewhere").rename(speech_folder)
+
+
 def test_the_place_of_the_audio_is_that_of_the_corpus_unless_it_is_given() -> None:
     stored = {"codec": "fp16", "audio": "store"}
     config = check_config(tree(A, B | {"cache": {"audio": "flac"}}, cache=stored | {"audio_path": "mine"}))
@@ -360,6 +407,11 @@ def test_the_place_of_the_audio_is_that_of_the_corpus_unless_it_is_given() -> No
         ConfigError, match="^cache: cache.audio_path does nothing with cache.audio flac; set cache.audio=store"
     ):
         check_config(tiny_tree(cache={"audio_path": "mine"}))
+    for audio in ("pcm", "source"):
+        with pytest.raises(ConfigError, match=f"^cache: cache.audio_path does nothing with cache.audio {audio}; set"):
+            check_config(tiny_tree(cache={"audio": audio, "audio_path": "mine"}))
+    mixed = check_config(tree(A, B | {"cache": {"audio": "source"}}, cache=stored))
+    assert [part.cache.audio_path for part in mixed.parts] == ["caches/audio-corpus", None]
 
 
 @pytest.mark.slow
@@ -385,7 +437,7 @@ def test_a_run_from_the_layers_of_two_teachers_side_by_side(config: Callable[...
 
 
 def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(
-    config: Callable[..., Config], tmp_path: Path
+    config: Callable[..., Config], tmp_path: Path, speech_folder: Path
 ) -> None:
     run = begin(config())
     run.parts[1].teacher.max_samples = 30_000
@@ -397,12 +449,26 @@ def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(
     export_best(run)
     assert [one["utterances"] for one in report_run(run)["teachers"]] == [12, 10]
     _trains_alike_from_audio_that_is_stored_once(run, config, tmp_path)
+    _trains_alike_from_the_corpus_itself(run, config, tmp_path, speech_folder)
     again = begin(config(A, B, name="again"))
     again.parts[1].teacher.max_samples = 5_000
     with pytest.raises(
         ConfigError, match=r"^teachers.b: corpus.max_seconds: random:2x48 can take no utterance of the split"
     ):
         plan_cache(again)
+
+
+def test_the_plan_counts_audio_that_is_read_once_for_all_teachers(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(config())
+    measured = plan_stage.plan_cost
+    large = {"audio_bytes": 5e9, "free_bytes": None}
+    monkeypatch.setattr(plan_stage, "plan_cost", lambda *given: replace(measured(*given), **large))
+    with run.console.capture() as shown:
+        run.console.quiet = False
+        plan_cache(run)
+    assert "the 2 caches: about 10.00 GB, 5.00 GB read per epoch" in shown.get()
 
 
 def test_frame_rates_that_cant_be_right_are_refused(config: Callable[..., Config]) -> None:

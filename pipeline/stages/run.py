@@ -206,9 +206,8 @@ class Run:
     @property
     def audio(self) -> str | None:
         """Where the audio of the run's cache is, as for `CacheReader`; None if the cache holds it."""
-        if self.config.cache.audio == "source":
-            return str(self.folder.corpus / INDEX)
-        return self.config.cache.audio_location
+        cache = self.config.cache
+        return str(self.folder.corpus / INDEX) if cache.audio == "source" else cache.audio_location
 
     @property
     def seconds(self) -> float:

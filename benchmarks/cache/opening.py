@@ -144,6 +144,7 @@ def main(
     files_up_to: Annotated[int, typer.Option(help="Utterances up to which all files are written.")] = 300_000,
     latency: Annotated[float, typer.Option(help="Milliseconds per request of the simulated bucket.")] = 30,
     quick: Annotated[bool, typer.Option("--quick", help="Run for a moment, only to try the script.")] = False,
+    shared: Annotated[bool, typer.Option("--shared", help="Record that other work ran on the machine.")] = False,
     output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cache/opening.json",
 ) -> None:
     """Measure the opening of caches of several sizes, from a disk and from a simulated bucket."""
@@ -162,7 +163,7 @@ def main(
                 (folder / "manifest.parquet").unlink()
                 rows.append({"manifest": False, "store": "local"} | opened(folder, "local"))
                 print(rows[-1], flush=True)
-    write_result(output, contended_machine=True, latency_ms=latency, megabytes_per_second_and_request=50, rows=rows)
+    write_result(output, contended_machine=shared, latency_ms=latency, megabytes_per_second_and_request=50, rows=rows)
 
 
 if __name__ == "__main__":

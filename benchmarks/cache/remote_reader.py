@@ -48,6 +48,7 @@ def main(
     codec: Annotated[str, typer.Option(help="Codec of the cache.")] = "int8",
     rounds: Annotated[int, typer.Option(help="Number of rounds; medians over them are reported.")] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="Run for a moment, only to try the script.")] = False,
+    shared: Annotated[bool, typer.Option("--shared", help="Record that other work ran on the machine.")] = False,
     output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "cache/remote_reader.json",
 ) -> None:
     """Read a cache from a disk, row by row from a bucket, and from a bucket with local copies."""
@@ -89,7 +90,7 @@ def main(
         ]
     write_result(
         output,
-        contended_machine=True,
+        contended_machine=shared,
         train_seconds=seconds,
         cache_megabytes=size / 1e6,
         latency_ms=latency,

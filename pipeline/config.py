@@ -91,7 +91,7 @@ class Config(Section):
         fresh = self.train.masks == "fresh"
         if fresh and self.masks.draws:
             raise ValueError(
-                f"train.masks fresh draws a mask for each epoch, so the {self.masks.draws} mask draws of the cache are not used; set "
+                f"train.masks fresh draws a mask for each epoch, so masks.draws {self.masks.draws} does nothing; set "
                 "masks.draws=0"
             )
         if self.train.mask_embedding == "teacher" and not self.masks.draws and not fresh:

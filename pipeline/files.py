@@ -1,7 +1,9 @@
-"""Small files that stay intact if the process is killed."""
+"""Small files that stay intact if the process is killed, and JSON objects in files."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,3 +24,16 @@ def check_room(folder: Path) -> None:
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"nothing can be written into {folder}; choose another --output")
+
+
+def read_json_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, or None if there is no such file. ValueError if it holds something else."""
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is damaged: it does not contain a JSON object")
+    return tree

@@ -19,6 +19,8 @@ from ray_distill.teacher_cache.shapes_only import shapes_only
 from ray_distill.teacher_cache.teachers import Teacher
 from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
+_HEADS = ("split.", "heads.", "upsamplers.")
+"""Names of the tensors of heads begin so."""
 _FRONT_END = (
     (r"feature_extractor\.conv_layers\.(\d+)\.conv\.(weight|bias)", r"conv_blocks.\1.conv.\2"),
     (r"feature_extractor\.conv_layers\.(\d+)\.layer_norm\.(weight|bias)", r"conv_blocks.\1.norm.\2"),
@@ -142,8 +144,11 @@ def tensors_of_student(model: str, config: StudentConfig) -> dict[str, Tensor]:
     with shapes_only():
         expected = Student(config).state_dict()
     fitting = {name: value for name, value in given.items() if name in expected and value.shape == expected[name].shape}
+    if any(name.startswith("split.") and name not in fitting for name in [*expected, *given]):
+        # Heads read what their own split layer gives, so they start anew with it.
+        fitting = {name: value for name, value in fitting.items() if not name.startswith(_HEADS)}
     for name in [*expected, *given]:
-        if name not in fitting and not name.startswith(("heads.", "upsamplers.")):
+        if name not in fitting and not name.startswith(_HEADS):
             shapes = [tuple(tensors[name].shape) if name in tensors else "none" for tensors in (given, expected)]
             raise ConfigError(
                 f"train.init_from: {name} has the shape {shapes[0]} in {model}, but {shapes[1]} in this student; give the section "

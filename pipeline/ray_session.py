@@ -128,9 +128,9 @@ def describe_resources(nodes: Sequence[Mapping[str, float]]) -> str:
     return f"Ray has {counted(cores, 'core')} and {counted(gpus, 'GPU')} on {counted(len(nodes), 'machine')}"
 
 
-def counted(number: float, noun: str) -> str:
-    """Return a number with its noun: ``1 core``, ``2 cores``."""
-    return f"{number:.12g} {noun}{'' if number == 1 else 's'}"
+def counted(number: float, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: ``1 core``, ``2 cores``. The plural is the noun with an s unless it is given."""
+    return f"{number:.12g} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def count_fitting_workers(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:

@@ -1,6 +1,5 @@
 """The folder of a run: paths of its files, typed access to their contents, and the one process that works on it."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import yaml
 from ray_distill.pipeline.composition.sections import CacheSection
 from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_config
 from ray_distill.pipeline.corpus.index import SKIPPED
-from ray_distill.pipeline.files import write_text
+from ray_distill.pipeline.files import read_json_object, write_text
 from ray_distill.pipeline.run_lock import LockHolder, lock_run
 from ray_distill.pipeline.run_plugins import PLUGINS, absent_plugin, note_plugins
 from ray_distill.student.training.field_effects import CHANGES_NO_RESULT, fields_with, keys_with
@@ -240,7 +239,7 @@ class RunFolder:
         Raises:
             ValueError: The file is damaged.
         """
-        return _read_json(self.result_file)
+        return read_json_object(self.result_file)
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary of the run, or None if it has no summary yet.
@@ -248,7 +247,7 @@ class RunFolder:
         Raises:
             ValueError: The file is damaged.
         """
-        return _read_json(self.summary_file)
+        return read_json_object(self.summary_file)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the rows of the metrics so far; see `read_rows`.
@@ -307,10 +306,14 @@ class RunFolder:
         """Results of trainings that were finished, and then made longer."""
         return sorted(self.path.glob("train-[0-9]*.json"))
 
+    def would_continue(self, config: Config) -> bool:
+        """Return whether the training is finished, and the configuration makes it longer."""
+        return self.result() is not None and _is_longer(config, self._recorded_config())
+
     def _reopen_extended(self, config: Config) -> None:
         """Set the result of a finished training aside, as ``train-STEPS.json``, if the configuration makes it longer."""
         result = self.result()
-        if result is not None and _is_longer(config, self._recorded_config()):
+        if result is not None and self.would_continue(config):
             self.result_file.rename(self.path / f"train-{result['steps']:06d}.json")
 
     def refuse_other_config(self, config: Config, *, may_extend: bool = False) -> None:
@@ -385,16 +388,4 @@ def _result_keys(tree: dict[str, Any]) -> dict[str, Any]:
     for entry in tree.get("teachers", ()):
         for name in fields_with(CacheSection, CHANGES_NO_RESULT):
             entry["cache"].pop(name, None)
-    return tree
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        tree = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} is damaged: it does not contain a JSON object")
     return tree

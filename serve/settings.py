@@ -139,7 +139,7 @@ class BatchLimits(_Group):
     wait_seconds: float = Field(default=0.002, ge=0)
     """Longest time that the oldest utterance waits for others to fill its batch while the model is idle, in seconds."""
     queue_seconds: float = Field(default=300.0, gt=0)
-    """Audio that may wait in the queue of a model, in seconds. An empty queue accepts one utterance of any length."""
+    """Audio that may wait in the queue of a model, in seconds. A request needs room for its first utterance there."""
 
 
 def _split(value: Any) -> Any:

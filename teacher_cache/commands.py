@@ -23,8 +23,9 @@ TeacherSpec = Annotated[
 AudioPlace = Annotated[
     str | None,
     typer.Option(
-        metavar="STORE",
-        help="Where the audio is now to which the cache refers. Default: the place that the cache has recorded.",
+        metavar="PLACE",
+        help="Where the audio is now to which the cache refers. Default: the place that the cache has recorded. For a cache with "
+        "cache.audio=source: the index of the corpus as it is now, which is corpus/index.parquet in the folder of a run.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device of the teacher: cpu, cuda.")]
@@ -52,7 +53,8 @@ def verify(
 
     Every file is compared with its commit record; --deep compares features with those of the teacher. The exit code is 1 if the
     cache is damaged. The manifest of an intact cache is written again if it is missing, old or damaged. Of audio to which
-    a cache refers only the sizes are checked; verify its store to read it. Training does not read a cache again that is
+    a cache refers only the sizes are checked; verify its store to read it. Of a corpus from which a cache reads its audio only the
+    files are looked for; their content is checked whenever it is read. Training does not read a cache again that is
     sound and has not changed since.
     """
     from rich.table import Table
@@ -60,6 +62,7 @@ def verify(
     from ray_distill.teacher_cache.device import check_device
     from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
     from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
+    from ray_distill.teacher_cache.reading.audio_place import holder_of
     from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, rewrite_manifest
     from ray_distill.teacher_cache.storage.cache import Cache
     from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
@@ -105,8 +108,15 @@ def verify(
         if failed
         else ""
     )
+    beside, spec = "", (opened := Cache.open(cache)).spec
+    if spec.refers_to_store:
+        place = holder_of(opened, audio).store.location
+        beside = f"; of its audio only the sizes were checked, `ray-distill cache verify {place}` reads it"
+    elif spec.audio == "source" and not deep:
+        beside = "; its audio, in the corpus, was not compared"
     console.print(
-        f"{cache} {'has files of the right sizes (their bytes were not read)' if sizes_only else 'is sound'}{without}"
+        f"{cache} {'has files of the right sizes (their bytes were not read)' if sizes_only else 'is sound'}{without}{beside}",
+        markup=False,
     )
 
 
@@ -123,7 +133,11 @@ def repair(
     ] = None,
     audio: Annotated[
         str | None,
-        typer.Option(metavar="STORE", help="New place of the audio to which the cache refers, which is then recorded."),
+        typer.Option(
+            metavar="PLACE",
+            help="New place of the audio to which the cache refers, which is then recorded. For a cache with cache.audio=source: the "
+            "index of the corpus as it is now.",
+        ),
     ] = None,
 ) -> None:
     """Restore damaged records from their copies, rebuild damaged or missing shards, and move unknown files to set-aside/.
@@ -165,7 +179,7 @@ def derive(
         typer.Option(
             metavar="STORE",
             help="Audio store, or cache with audio such as CACHE, to which the new cache refers. Default: it holds a copy of the "
-            "audio, or refers to what CACHE refers to.",
+            "audio, refers to what CACHE refers to, or reads it from the corpus as CACHE does.",
         ),
     ] = None,
 ) -> None:

@@ -39,8 +39,9 @@ class MaskPolicy(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_
     """Minimum number of unmasked frames between spans. Only used with ``no_overlap``."""
     trim_batch: int = pydantic.Field(default=1, ge=1, le=1000)
     """Batch size of published training, which trims all masks of a batch to the fewest masked frames by unmasking single frames. A
-    mask is trimmed as if it were in a batch of so many random masks for as many frames, but depends on no batch: with the policy of
-    the recipes, 18 masks 67 % of 12 s in runs of 4.6 frames, in place of 78 % in runs of 10.7. 1, the default, trims nothing."""
+    mask is trimmed as if it were in a batch of so many random masks for as many frames, but depends on no batch. With the policy of
+    the recipes and a value of 18, 67 % of an utterance of 12 s are masked, in runs of 4.6 frames on average, instead of 78 % in runs
+    of 10.7. The default 1 trims nothing."""
 
     @pydantic.model_validator(mode="after")
     def _check_span_lengths(self) -> Self:

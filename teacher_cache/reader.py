@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +15,12 @@ from torch import Tensor
 from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import draw_mask
-from ray_distill.teacher_cache.reading.audio_place import refuse_place
+from ray_distill.teacher_cache.reading.audio_place import refuse_audio_store, refuse_place
 from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
 from ray_distill.teacher_cache.reading.read_ahead import ReadAhead
 from ray_distill.teacher_cache.reading.referred_rows import ReferredRows, decoded
 from ray_distill.teacher_cache.reading.shard_rows import ShardRows
+from ray_distill.teacher_cache.reading.split_rows import SplitRows
 from ray_distill.teacher_cache.storage.cache import Cache, column_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, Part, Targets, parts_of
 from ray_distill.teacher_cache.storage.store import Store
@@ -30,6 +31,9 @@ from ray_distill.teacher_cache.targets.target_batch import (
     pad_waveforms,
     symbol_layout,
 )
+
+if TYPE_CHECKING:
+    from ray_distill.teacher_cache.reading.source_rows import SourceRows
 
 _LOCAL_THREADS = 16
 """Maximum default number of threads for a local disk, where they mostly decompress, outside the interpreter's lock."""
@@ -57,7 +61,9 @@ class CacheReader:
         local: Absolute path of a folder of this node for copies of shard files; see `LocalCopies`. Whole files are then fetched
             and read from there. Default None: rows are read from the cache itself.
         local_gb: Limit on the size of that folder in units of 1e9 bytes. Default `LocalCopies`' own.
-        audio: Location of the audio that the cache refers to. Default: the recorded place.
+        audio: Location of the audio that the cache refers to. Default: the recorded place. For a cache with ``audio`` ``source`` the
+            path of an index of the corpus (``corpus/index.parquet`` in the folder of a run), which says where the audio is now; by
+            default only local files are read, from the paths in the plan of the cache.
 
     Attributes:
         cache: The opened cache.
@@ -79,7 +85,7 @@ class CacheReader:
 
     Raises:
         CacheError: If the cache or the audio to which it refers is missing or incomplete, a file does not have its committed size, or
-            the split, a layer or a draw does not exist.
+            the split, a layer or a draw does not exist, the index of the corpus does not fit, or it is an audio store.
 
     Example:
         >>> reader = CacheReader("caches/demo", "train")
@@ -102,6 +108,7 @@ class CacheReader:
     ) -> None:
         self.cache = Cache.open(location)
         spec = self.cache.spec
+        refuse_audio_store(self.cache, "give the cache of a teacher")
         self.targets = targets or spec.targets
         if self.targets != spec.targets and (spec.targets, targets) != ("clean_and_masked", "clean_only"):
             raise CacheError(f"the cache at {self.cache.store.location} has targets {spec.targets}, not {targets}")
@@ -139,10 +146,15 @@ class CacheReader:
             )
         self.ids, self.num_samples, self.num_frames = rows.ids, rows.num_samples, rows.num_frames
         self.shards = rows.shard
-        if spec.embeds_audio:
-            refuse_place(self.cache.store, audio)
-        self._audio = None if spec.embeds_audio else ReferredRows(self.cache, split, rows, local, local_gb, audio)
-        remote = self.cache.store.local is None or (self._audio is not None and self._audio.is_remote)
+        self._audio: ReferredRows | SourceRows | None = None
+        if spec.refers_to_store:
+            self._audio = ReferredRows(self.cache, split, rows, local, local_gb, audio)
+        elif spec.embeds_audio:
+            refuse_place(self.cache.store, spec, audio)
+        else:
+            self._audio = _source_rows(self.cache, split, rows, audio)
+        in_store = self.cache.store.local is None
+        remote = in_store or (self._audio is not None and self._audio.is_remote)
         self.batches_at_once = _REMOTE_BATCHES if remote else 1
         default = _REMOTE_THREADS if remote else min(_LOCAL_THREADS, os.cpu_count() or 1)
         self._threads = threads
@@ -150,7 +162,7 @@ class CacheReader:
         self._local, self._local_gb, self._audio_location = local, local_gb, audio
         copies = self._rows.copies
         self.read_ahead = None if copies is None else ReadAhead(self._files)
-        self.prefers_window = remote
+        self.prefers_window = in_store or (self._audio is not None and self._audio.prefers_window)
         size = self._rows.bytes + (0 if self._audio is None else self._audio.bytes)
         self.local_share = 0.0 if copies is None else size / copies.limit
         self.needs_window = self.local_share > 1
@@ -332,3 +344,10 @@ class CacheReader:
 
     def _damaged(self, index: int, part: tuple[str, int | None, int], reason: str) -> CacheError:
         return self._rows.damaged(index, self._parts[part], reason)
+
+
+def _source_rows(cache: Cache, split: str, rows: SplitRows, index: str | None) -> "SourceRows":
+    # Decoding files of any format loads torchaudio, which other caches don't need.
+    from ray_distill.teacher_cache.reading.source_rows import SourceRows
+
+    return SourceRows(cache, split, rows, index)

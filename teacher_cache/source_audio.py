@@ -9,11 +9,23 @@ from ray_distill.teacher_cache.embedded_audio import quantize
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, is_earlier_hash
 
 
+class ChangedAudioError(ValueError):
+    """Audio that is not what was indexed, or may not be fetched.
+
+    Attributes:
+        what: What is wrong, without what to do.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}; {advice}")
+        self.what = what
+
+
 def load_waveform(utterance: Utterance, *, exact: bool = False) -> np.ndarray:
     """Return the (S,) float32 waveform of an utterance, as teachers and students receive it.
 
     The samples of resampled or lossy audio may differ in their last bit between machines. A cache stores the samples that its
-    teacher received, and students get those.
+    teacher received, and students get those, unless the cache reads its audio from the corpus.
 
     Args:
         utterance: The utterance.
@@ -22,26 +34,27 @@ def load_waveform(utterance: Utterance, *, exact: bool = False) -> np.ndarray:
             file of the same length is taken for the same.
 
     Raises:
-        ValueError: If the file can't be decoded or has changed since the corpus was indexed.
+        ChangedAudioError: If the file has changed since the corpus was indexed, or is a URL that is refused.
+        ValueError: If the file can't be decoded.
     """
     address = utterance.address
     if exact and address.is_remote:
-        raise ValueError(
-            f"{address} is not fetched unasked, because a cache may come from a stranger; run the cache stage of a run with this "
-            "corpus"
+        raise ChangedAudioError(
+            f"{address} is not fetched unasked, because a cache may come from a stranger",
+            "run the cache stage of a run with this corpus",
         )
     waveform, identity = load_identified_audio(address)
     same = identity == utterance.sha256
     if not same and is_earlier_hash(utterance.sha256, identity):
         same = not exact or hashlib.sha256(waveform.tobytes()).hexdigest() == utterance.sha256
         if not same:
-            raise ValueError(
-                f"{address} has changed, or an earlier version indexed it on a machine that rounds differently; repair the "
-                "cache there, or remove the commit record of the shard and run the cache stage of a run again"
+            raise ChangedAudioError(
+                f"{address} has changed, or an earlier version indexed it on a machine that rounds differently",
+                "repair the cache there, or remove the commit record of the shard and run the cache stage of a run again",
             )
     if not same or len(waveform) != utterance.num_samples:
-        raise ValueError(
-            f"{address} has changed since the corpus was indexed; run the index stage again (if it says that the index is "
-            "reused, remove the folder corpus in the run's folder first)"
+        raise ChangedAudioError(
+            f"{address} has changed since the corpus was indexed",
+            "run the index stage again (if it says that the index is reused, remove the folder corpus in the run's folder first)",
         )
     return quantize(waveform)

@@ -22,7 +22,14 @@ from typing import Any, Literal, Self
 import pydantic
 
 from ray_distill.pipeline.ablation.common_goals import have_nothing_in_common
-from ray_distill.pipeline.composition.config_tree import ConfigTree, compose, parse_override, read_tree, set_key
+from ray_distill.pipeline.composition.config_tree import (
+    SHORT_KEYS,
+    ConfigTree,
+    compose,
+    parse_override,
+    read_tree,
+    set_key,
+)
 from ray_distill.pipeline.composition.explanation import explain
 from ray_distill.pipeline.config import Config, ConfigError, check_config
 from ray_distill.student.training.field_effects import SAME_IN_ABLATION, keys_with
@@ -113,7 +120,7 @@ def _refuse_reserved(key: str) -> None:
     if key == "name":
         raise ValueError("name: can't be set here; runs are named after their variants")
     if key in _SECTIONS:  # Its value would replace the whole section, which silently resets the section's other keys.
-        raise ValueError(f"{key}: is a section; name one of its keys, as in {key}.KEY")
+        raise ValueError(f"{key}: is a section; name one of its keys, as in {key}.{SHORT_KEYS.get(key, 'KEY')}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ resumes an interrupted ablation: finished runs are not repeated, others continue
 gained variants or seeds.
 """
 
+import filecmp
 import os
 import shutil
 import sys
@@ -25,6 +26,7 @@ from ray_distill.pipeline.ablation.definition import Ablation
 from ray_distill.pipeline.ablation.sweep_progress import shown_runs
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.corpus.index import STATE
+from ray_distill.pipeline.corpus.labels import LABELS
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.probing.feature_source import FeatureSource
 from ray_distill.pipeline.probing.linear_probe import run_probes
@@ -45,6 +47,7 @@ from ray_distill.pipeline.reports.ablation_tables import results_table
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.cache import cache_targets, check_cache
+from ray_distill.pipeline.stages.domains import check_domains
 from ray_distill.pipeline.stages.export import export_best
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
@@ -215,6 +218,7 @@ class Sweep:
                 check_cache(self.shared)
                 for run in self.runs.values():
                     _copy_index(self.shared.folder.corpus, run.folder.corpus)
+                    check_domains(run)
             failures = self._train(self._jobs(cpus), concurrent)
         if self.probing is not None:
             self.probing.probe_baselines(self.ablation.folder, [part.teacher for part in self.shared.parts])
@@ -377,8 +381,8 @@ def _reason(error: BaseException | None) -> str:
 
 def _copy_index(source: Path, target: Path) -> None:
     """Copy the corpus index into a run's folder, so that the folder is complete like that of any run."""
-    state = source / STATE
-    if (target / STATE).is_file() and (target / STATE).read_bytes() == state.read_bytes():
+    names = [name for name in (STATE, LABELS) if (source / name).is_file() or (target / name).is_file()]
+    if filecmp.cmpfiles(source, target, names, shallow=False)[0] == names:
         return
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -52,6 +52,7 @@ def ablate(
     from ray_distill.pipeline.ablation.definition import ProbeSection, load_ablation
     from ray_distill.pipeline.ablation.sweep import Sweep
     from ray_distill.pipeline.config import ConfigError
+    from ray_distill.pipeline.probing.task import read_task
 
     # The stream itself: Tune's tables are later redirected by replacing sys.stdout.
     console = Console(file=sys.stdout)
@@ -60,6 +61,8 @@ def ablate(
     section = None if probe is None else ProbeSection(manifest=probe, units=units or "characters")
     ablation = load_ablation(config, overrides or [], section)
     if only_list:
+        if (labelled := ablation.settings.probe) is not None:
+            read_task(labelled.manifest, labelled.units)  # A probe that can't be is refused before the trainings.
         console.print(runs_table(ablation))
         return
     sweep = Sweep(ablation, console)

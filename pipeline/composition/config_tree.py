@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ray_distill.pipeline.composition.yaml_text import load_yaml
 from ray_distill.pipeline.corpus.hub_dataset import parse_hub_dataset
 from ray_distill.pipeline.recipes import find_recipe, other_recipes, recipe_name
 
@@ -21,6 +20,7 @@ SHORT_KEYS = {"teacher": "checkpoint", "corpus": "path", "cache": "path"}
 """Sections that one text may stand for, with the key that it sets."""
 
 COMMAND_LINE = "command line"
+_SECTIONS = ("corpus", "teacher", "masks", "cache", "student", "train")
 _MAX_BASES = 16
 
 
@@ -181,9 +181,9 @@ def read_tree(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no configuration file at {path}; {other_recipes(path)}")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        tree = load_yaml(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must contain sections (corpus, teacher, ...), not {type(tree).__name__}")
     return tree
@@ -199,13 +199,14 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"{text!r} is not an override; write section.key=value, such as train.epochs=3")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {key!r} is not valid YAML: {value!r}") from error
+        return key, load_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"the value of {key!r} is not valid YAML: {value!r} ({error})") from error
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, or a short key of `SHORT_KEYS`, in place. ``teachers.NAME.KEY`` is a key of one of several teachers.
+    """Set a dotted key, or a short key of `SHORT_KEYS`, in place. ``teachers.NAME.KEY`` is a key of one of several teachers,
+    and ``teachers.NAME.cache`` with a text is the path of its cache.
 
     Raises:
         ConfigError: A part of the key before its last dot names a value instead of a section, or there is no such teacher.
@@ -221,7 +222,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"{key!r} can't be set: {section!r} is a value, not a section")
     # YAML reads a path such as 2024 as a number.
-    node[name] = str(value) if key in SHORT_KEYS and not isinstance(value, (dict, list)) else value
+    node[name] = str(value) if _long_key(key, value) != key and not isinstance(value, list) else value
 
 
 def _teacher_named(tree: dict[str, Any], name: str, key: str) -> dict[str, Any]:
@@ -270,23 +271,25 @@ def _has_folder(path: Path, name: str) -> bool:
 
 
 def _long_key(key: str, value: Any) -> str:
-    """Return the dotted key that a short key stands for; other keys as they are.
+    """Return the dotted key that a short key stands for; other keys as they are. ``teachers.NAME.cache`` is short for its path.
 
     Raises:
         ConfigError: A short key has no value.
     """
-    if key not in SHORT_KEYS or isinstance(value, dict):
+    of_teacher = re.fullmatch(r"teachers\.[^.]+\.cache", key) is not None
+    if not (key in SHORT_KEYS or of_teacher) or isinstance(value, dict):
         return key
     if value is None:
         raise ConfigError(f"{key}= has no value; write {key}={'NAME' if key == 'teacher' else 'PATH'}")
-    return f"{key}.{SHORT_KEYS[key]}"
+    return f"{key}.{SHORT_KEYS[key.rpartition('.')[2]]}"
 
 
 def _expanded(sections: dict[str, Any]) -> dict[str, Any]:
-    """Return the sections with short keys written out."""
+    """Return the sections with short keys written out, without those that are empty and thus give no key."""
     return {
         name: {SHORT_KEYS[name]: str(value)} if _long_key(name, value) != name else value
         for name, value in sections.items()
+        if value is not None or name not in _SECTIONS
     }
 
 

@@ -13,6 +13,7 @@ from ray_distill.teacher_cache.codecs import DEFAULT_CODEC, check_codec
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.failed_utterances import DEFAULT_MAX_FAILED
+from ray_distill.teacher_cache.targets.domains import Weight
 from ray_distill.teacher_cache.targets.frame_rate import FrameRule
 
 
@@ -84,6 +85,13 @@ class TeacherSection(Section):
     ``average`` over the student's frame (100 per second are averaged over pairs, 25 are repeated), or the ``nearest`` frame. None
     takes ``average``, and ``nearest`` for discrete targets. Teachers with 50 frames per second or with patches need neither."""
 
+    @pydantic.field_validator("layers")
+    @classmethod
+    def _each_once(cls, layers: list[int] | None) -> list[int] | None:
+        if layers is not None and (not layers or len(set(layers)) < len(layers)):
+            raise ValueError(f"{layers} must name one or more layers, each once, such as [4, 8, 12]")
+        return layers
+
 
 class CacheSection(Section):
     """The teacher cache, and how it is built."""
@@ -100,9 +108,10 @@ class CacheSection(Section):
     precision: Annotated[Precision | None, SAME_IN_ABLATION] = None
     """Precision of the teacher's forward passes; ``fp16`` needs GPUs. None takes the precision of an existing cache, or else
     ``fp16`` on GPUs and ``fp32`` on CPUs."""
-    audio: Annotated[Literal["flac", "pcm", "store"], SAME_IN_ABLATION] = "flac"
+    audio: Annotated[Literal["flac", "pcm", "store", "source"], SAME_IN_ABLATION] = "flac"
     """Storage of the audio: ``flac`` (smaller) or ``pcm`` (faster to read) in the cache itself, or ``store``: once for any number of
-    caches, in ``audio_path``. The cache then refers to it by its fingerprint."""
+    caches, in ``audio_path``. The cache then refers to it by its fingerprint. ``source`` stores none: every epoch decodes the files of
+    the corpus and compares their hashes, which is fast enough for FLAC and WAV at 16 kHz."""
     audio_path: Annotated[str | None, CHANGES_NO_RESULT, SAME_IN_ABLATION] = None
     """Folder or URI of the audio with ``audio`` ``store``: an audio store, which the cache stage builds if nothing is there, or a
     cache that holds the audio of the same corpus. A configuration that names none takes ``caches/audio-CORPUS``."""
@@ -190,12 +199,13 @@ class TeacherEntry(TeacherSection):
     """Name of the teacher, by which metrics and reports call it."""
     cache: CacheSection
     """Cache of this teacher. Keys that are not given are those of the section ``cache``, and the path is ``caches/TEACHER-CORPUS``. A
-    text is its path."""
+    string is its path."""
     objective: TeacherObjective | None = None
     """Objective with this teacher: a table with ``objective`` (its name) and its keys as in ``train``, or the name alone. None takes
     the objective of ``train``."""
-    weight: Annotated[float, CHANGES_LOSS_MEANING] = pydantic.Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Weight of this teacher's loss. 0 leaves the teacher out of the training."""
+    weight: Annotated[Weight, CHANGES_LOSS_MEANING] = 1.0
+    """Weight of this teacher's loss. 0 leaves the teacher out of the training. A table such as ``{speech: 1, audio: 0.1}`` has a
+    weight for each domain that the corpus names (the column ``domain`` of a manifest); utterances of other domains are refused."""
     start_step: int = pydantic.Field(default=0, ge=0)
     """First optimiser step, counted from 0, at which the teacher takes part. Validation always counts all teachers."""
     stop_step: int | None = pydantic.Field(default=None, ge=1)

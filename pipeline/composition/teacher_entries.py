@@ -7,6 +7,7 @@ from ray_distill.pipeline.composition.config_tree import default_cache, with_def
 from ray_distill.pipeline.composition.sections import TeacherEntry
 from ray_distill.student.objectives.objective import FeatureObjective
 from ray_distill.student.training.train_settings import TrainSettings
+from ray_distill.teacher_cache.targets.domains import counted_domains
 
 
 def with_teacher_entries(tree: dict[str, Any]) -> dict[str, Any]:
@@ -83,8 +84,10 @@ def check_teachers(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> 
     for number, name in enumerate(names):
         if name in names[:number]:
             raise ValueError(f"teachers: two have the name {name}; give each a name of its own")
+    _check_domains(teachers)
     if train.aggregate != "heads":
         _check_aggregate(teachers, train)
+    _check_steps(teachers, train)
     if train.targets == "online":
         raise ValueError("train.targets online runs one teacher; set it to cached, which several teachers need")
     if train.init_teacher is not None and train.init_teacher not in names:
@@ -101,6 +104,33 @@ def check_teachers(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> 
                 raise ValueError(
                     f"teachers: {other.name} and {entry.name} have the same cache.path {entry.cache.path}, but differ in the "
                     "checkpoint or in other keys of cache; give one of them another cache.path"
+                )
+
+
+def _check_steps(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> None:
+    """Raise ValueError if no teacher is left at a step, so that nothing would be learnt from there on."""
+    learnt = [entry for entry in teachers if entry.weight]
+    for step in sorted({entry.stop_step for entry in learnt if entry.stop_step is not None}):
+        left = any(entry.start_step <= step and (entry.stop_step is None or step < entry.stop_step) for entry in learnt)
+        if not left and (train.max_steps is None or step < train.max_steps):
+            raise ValueError(
+                f"teachers: no teacher takes part in step {step}, so nothing would be learnt there; choose start_step and stop_step "
+                "without such a gap"
+            )
+
+
+def _check_domains(teachers: "Sequence[TeacherEntry]") -> None:
+    """Raise ValueError if there is a domain from whose utterances nothing would be learnt."""
+    active = [entry.weight for entry in teachers if entry.weight]
+    if not active or not all(isinstance(weight, dict) for weight in active):
+        return
+    learnt = {domain for weight in active for domain in counted_domains(weight)}
+    for entry in teachers:
+        for domain in entry.weight if isinstance(entry.weight, dict) else ():
+            if domain not in learnt:
+                raise ValueError(
+                    f"teachers.{entry.name}.weight: no teacher has a weight for the domain {domain}, so nothing would be learnt from "
+                    "its utterances; give a teacher a positive weight there, or leave the domain and its utterances out"
                 )
 
 
@@ -122,7 +152,7 @@ def _check_aggregate(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -
             "objective": entry.objective is not None,
             "start_step": entry.start_step != 0,
             "stop_step": entry.stop_step is not None,
-            "weight": entry.weight != 1 and aggregate == "concatenate",
+            "weight": isinstance(entry.weight, dict) or (entry.weight != 1 and aggregate == "concatenate"),
         }
         for key in (key for key, is_given in given.items() if is_given):
             raise ValueError(

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_distill.pipeline.corpus.index import CorpusIndex
-from ray_distill.teacher_cache.build.shard_audio import load_shard_audio
+from ray_distill.teacher_cache.build.shard_audio import ReferredAudio, load_shard_audio
 from ray_distill.teacher_cache.source_audio import load_waveform
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.shard_plan import Utterances, is_earlier_hash
@@ -16,12 +16,17 @@ _TOLERANCE = 2 / 32768
 """Largest difference of samples that is rounding: of the resampling or decoding, and then to 16 bits."""
 
 
-def known_fingerprint(cache: Cache, index: CorpusIndex) -> str:
+def known_fingerprint(cache: Cache, index: CorpusIndex, audio: str | None = None) -> str:
     """Return the fingerprint under which a cache knows the corpus of an index.
 
     It is the index's own, unless an earlier version made the cache or the index: the hashes of resampled or lossy audio that it
     wrote, and so its fingerprint, depend on the machine. Then the corpus is the same if ids, splits, lengths and the hashes of
     all other audio are equal, and up to 8 utterances have the audio that the cache stores, up to rounding.
+
+    Args:
+        cache: The cache.
+        index: The index.
+        audio: Where the audio is that the cache refers to. Default: the recorded place.
     """
     if cache.spec.corpus == index.fingerprint or cache.record["utterances"] != len(index.utterances):
         return index.fingerprint
@@ -32,7 +37,7 @@ def known_fingerprint(cache: Cache, index: CorpusIndex) -> str:
     identities = (pc.filter(table["sha256"], different).to_pylist() for table in (mine, theirs))
     if not all(is_earlier_hash(one, two) or is_earlier_hash(two, one) for one, two in zip(*identities, strict=True)):
         return index.fingerprint
-    return cache.spec.corpus if _sounds_equal(cache, index.utterances, doubtful) else index.fingerprint
+    return cache.spec.corpus if _sounds_equal(cache, index.utterances, doubtful, audio) else index.fingerprint
 
 
 def _by_id(table: pa.Table) -> pa.Table:
@@ -41,8 +46,11 @@ def _by_id(table: pa.Table) -> pa.Table:
     return plain.take(pc.sort_indices(plain["id"]))
 
 
-def _sounds_equal(cache: Cache, utterances: Utterances, doubtful: pa.ChunkedArray) -> bool:
+def _sounds_equal(cache: Cache, utterances: Utterances, doubtful: pa.ChunkedArray, place: str | None) -> bool:
     """Compare the corpus with the audio of some doubtful utterances in a finished shard, without files that can't be read."""
+    if cache.spec.audio == "source":
+        return False  # The corpus would be compared with itself.
+    referred = ReferredAudio(cache, place) if cache.spec.refers_to_store else None
     for shard in cache.shards:
         if cache.store.size(cache.files(shard)[0].commit) is None:
             continue
@@ -50,7 +58,7 @@ def _sounds_equal(cache: Cache, utterances: Utterances, doubtful: pa.ChunkedArra
         members = pc.filter(ids, pc.is_in(ids, value_set=doubtful))
         if not len(members):
             continue
-        audio = load_shard_audio(cache, shard)
+        audio = load_shard_audio(cache, shard, referred)
         stored = dict(zip(ids.to_pylist(), audio.waveforms, strict=False))
         compared = 0
         for name in sorted(set(members.to_pylist()) & stored.keys() - audio.failed.keys())[:_COMPARED]:

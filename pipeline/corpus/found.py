@@ -49,6 +49,7 @@ class FoundFile:
         channel: Channel to use. Default: None, which leaves it to ``corpus.channel``.
         speaker: Speaker, if the corpus names one. Default: empty.
         text: Transcript, if the corpus has one. Default: empty.
+        domain: Domain, such as ``speech``, if the corpus names one. Default: empty.
         inside: Address of the audio inside the file. Default: None, the file is the audio.
     """
 
@@ -63,6 +64,7 @@ class FoundFile:
     speaker: str = ""
     text: str = ""
     inside: AudioAddress | None = None
+    domain: str = ""
 
     @property
     def address(self) -> AudioAddress:
@@ -84,6 +86,7 @@ FOUND_SCHEMA = pa.schema(
         ("speaker", pa.large_string()),
         ("text", pa.large_string()),
         ("inside", pa.large_string()),
+        ("domain", _LABELS),
     ]
 )
 """Columns of `FoundFiles`. Channels and addresses are texts. A column may have the type null instead if it has no values."""
@@ -95,7 +98,7 @@ class FoundFiles(Sequence[FoundFile]):
     """What was found, as rows of an Arrow table. A `FoundFile` is made only when it is asked for.
 
     Args:
-        table: A table with the columns of FOUND_SCHEMA. An empty speaker or text may also be null.
+        table: A table with the columns of FOUND_SCHEMA. An empty speaker, text or domain may also be null.
 
     Attributes:
         table: The table.
@@ -154,7 +157,8 @@ class FoundFiles(Sequence[FoundFile]):
         return next(iter(FoundFiles(self.table.slice(index % len(self), 1))))
 
     def __iter__(self) -> Iterator[FoundFile]:
-        for id, path, split, origin, role, start, end, channel, speaker, text, inside in self.rows(*FOUND_SCHEMA.names):
+        rows = self.rows(*FOUND_SCHEMA.names)
+        for id, path, split, origin, role, start, end, channel, speaker, text, inside, domain in rows:
             yield FoundFile(
                 id=id,
                 path=Path(path),
@@ -167,6 +171,7 @@ class FoundFiles(Sequence[FoundFile]):
                 speaker=speaker or "",
                 text=text or "",
                 inside=None if inside is None else AudioAddress.parse(inside),
+                domain=domain or "",
             )
 
 

@@ -20,7 +20,7 @@ from ray_distill.pipeline.corpus.decoding import Limits, LongAudio
 from ray_distill.pipeline.corpus.decoding_work import Decode, decode_here
 from ray_distill.pipeline.corpus.duplicates import duplicate_notes
 from ray_distill.pipeline.corpus.found import FoundFiles, Skipped, channel_of
-from ray_distill.pipeline.corpus.labels import audio_folder_notes, labels_of, write_labels
+from ray_distill.pipeline.corpus.labels import LabelCounts, audio_folder_notes, labels_of, write_labels
 from ray_distill.pipeline.corpus.search import find_audio
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary
 from ray_distill.pipeline.corpus.utterance_files import fingerprint_of, read_utterances, write_utterances
@@ -50,8 +50,7 @@ class CorpusIndex:
         splits: The splits that were found. Empty if the index was only loaded.
         notes: Sentences that warn the user. If the index was only loaded, those about its audio.
         format: Name of the corpus's format. Empty if the index was only loaded.
-        transcripts: Number of utterances with a transcript. 0 if the index was only loaded.
-        speakers: Number of speakers that the corpus names. 0 if the index was only loaded.
+        labels: Numbers of transcripts, speakers and domains that the corpus has. None of them if the index was only loaded.
     """
 
     utterances: Utterances
@@ -60,8 +59,7 @@ class CorpusIndex:
     splits: tuple[SplitSummary, ...] = ()
     notes: tuple[str, ...] = ()
     format: str = ""
-    transcripts: int = 0
-    speakers: int = 0
+    labels: LabelCounts = LabelCounts()
 
     @property
     def num_unused(self) -> int:
@@ -143,10 +141,10 @@ def index_corpus(
             mean, with a note that says how many utterances have several channels.
         long_audio: ``skip`` audio that is longer than ``max_seconds``, or ``cut`` it at pauses into windows that cover it exactly.
             Default: ``skip``.
-        output: Folder to write ``index.parquet``, ``skipped.csv`` (path, reason, message) and, if the corpus has transcripts or
-            speakers, ``labels.parquet`` (id, speaker, text) to. If it contains an index of the same files (by path, size and
-            modification time) that was made with the same arguments, that index is returned. Otherwise only files that it, or an
-            interrupted call, has not decoded with the same arguments are decoded.
+        output: Folder to write ``index.parquet``, ``skipped.csv`` (path, reason, message) and, if the corpus has transcripts,
+            speakers or domains, ``labels.parquet`` (id, speaker, text, domain) to. If it contains an index of the same files (by path,
+            size and modification time) that was made with the same arguments, that index is returned. Otherwise only files that it, or
+            an interrupted call, has not decoded with the same arguments are decoded.
         others: Output folders of other indexes. What they decoded of the same corpus, with the same arguments, is not decoded again.
             Default: none.
         decode: Function that decodes the audio, such as `decode_on_ray`. The index is the same. Default: `decode_here`.
@@ -209,8 +207,7 @@ def index_corpus(
             f"{output / SKIPPED}{f'; one of them: {first}' if first else ''}); add audio or choose other splits"
         )
     positions = _positions(index.utterances, found.entries)
-    labels = labels_of(index.utterances.ids(), found.entries.take(positions))
-    transcripts, speakers = write_labels(output, labels)
+    labels = write_labels(output, labels_of(index.utterances.ids(), found.entries.take(positions)))
     return replace(
         index,
         splits=_summarise(found.splits, found.entries, index.utterances.num_samples, positions),
@@ -218,8 +215,7 @@ def index_corpus(
         if found.format == "folder"
         else (*found.notes, *index.notes),
         format=found.format,
-        transcripts=transcripts,
-        speakers=speakers,
+        labels=labels,
     )
 
 
@@ -298,9 +294,11 @@ def _notes(totals: Mapping[str, int], max_seconds: float) -> tuple[str, ...]:
             "again"
         )
     if cut := totals["cut"]:
+        skipped = totals["skipped_windows"]
+        left = f", and {skipped:,} {'window was' if skipped == 1 else 'windows were'} skipped" if skipped else ""
         notes.append(
             f"{cut:,} {'recording' if cut == 1 else 'recordings'} longer than {max_seconds:g} s {'was' if cut == 1 else 'were'} cut "
-            f"into {totals['windows']:,} utterances, and {totals['skipped_windows']:,} windows were skipped"
+            f"into {totals['windows']:,} utterances{left}"
         )
     if long := totals["too_long"]:
         notes.append(

@@ -1,11 +1,11 @@
-"""Transcripts and speakers of a corpus, stored beside its index for probes."""
+"""Transcripts, speakers and domains of a corpus, stored beside its index for probes and for weights of teachers."""
 
 import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,16 +34,26 @@ _ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class Label:
-    """The speaker and the transcript of an utterance. Both are empty where the corpus has none."""
+    """The speaker, the transcript and the domain of an utterance. They are empty where the corpus has none."""
 
     speaker: str
     text: str
+    domain: str = ""
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """The numbers of transcripts and of speakers, and of the utterances of each domain that is named."""
+
+    transcripts: int = 0
+    speakers: int = 0
+    domains: Mapping[str, int] = field(default_factory=dict)
 
 
 def labels_of(ids: Iterable[str], entries: FoundFiles) -> Iterator[tuple[str, Label]]:
     """Yield the ids and labels of utterances: what the format found, or else what files beside the audio say.
 
-    A window has no transcript, since that belongs to the whole recording.
+    A window has no transcript, since that belongs to the whole recording. Domains are those that the format found.
 
     Args:
         ids: N ids of utterances.
@@ -52,11 +62,11 @@ def labels_of(ids: Iterable[str], entries: FoundFiles) -> Iterator[tuple[str, La
     Raises:
         ValueError: A table of an audio folder is damaged.
     """
-    rows = entries.rows("id", "path", "start", "end", "speaker", "text", "inside")
-    for id, (known, path, start, end, speaker, text, inside) in zip(ids, rows, strict=True):
+    rows = entries.rows("id", "path", "start", "end", "speaker", "text", "inside", "domain")
+    for id, (known, path, start, end, speaker, text, inside, domain) in zip(ids, rows, strict=True):
         found = speaker or text or inside or start is not None or end is not None
         label = Label(speaker or "", text or "") if found else _label_beside(Path(path))
-        yield id, label if known == id else Label(label.speaker, "")
+        yield id, Label(label.speaker, label.text if known == id else "", domain or "")
 
 
 def _label_beside(path: Path) -> Label:
@@ -204,30 +214,31 @@ def _table(file: Path, separator: str) -> dict[str, str]:
     return {id: text_of(text) for _, line in read_lines(file) for id, _, text in [line.partition(separator)]}
 
 
-def write_labels(folder: Path, labels: Iterable[tuple[str, Label]]) -> tuple[int, int]:
-    """Write ``labels.parquet`` with the columns ``id``, ``speaker`` and ``text``, or remove it if all are empty.
+def write_labels(folder: Path, labels: Iterable[tuple[str, Label]]) -> LabelCounts:
+    """Write ``labels.parquet`` with the columns ``id``, ``speaker``, ``text`` and ``domain``, or remove it if all are empty.
 
     Returns:
-        The number of transcripts and that of speakers.
+        How many labels there are.
     """
     for known in (_metadata, _text_files, _table):
         known.cache_clear()  # The files may have changed since another index of this process.
     file, temporary = folder / LABELS, folder / f"{LABELS}.tmp"
-    schema = pa.schema([("id", pa.string()), ("speaker", pa.string()), ("text", pa.string())])
-    rows = ((id, label.speaker, label.text) for id, label in labels if label != Label("", ""))
-    transcripts, count, speakers = 0, 0, set[str]()
+    schema = pa.schema([(name, pa.string()) for name in ("id", "speaker", "text", "domain")])
+    rows = ((id, label.speaker, label.text, label.domain) for id, label in labels if label != Label("", ""))
+    transcripts, count, speakers, domains = 0, 0, set[str](), Counter[str]()
     with pq.ParquetWriter(temporary, schema) as writer:
         while batch := list(itertools.islice(rows, _ROWS)):
             writer.write_table(pa.table(list(zip(*batch, strict=True)), schema=schema), _ROWS)
             count += len(batch)
-            transcripts += sum(bool(text) for *_, text in batch)
-            speakers |= {speaker for _, speaker, _ in batch}
+            transcripts += sum(bool(text) for _, _, text, _ in batch)
+            speakers |= {speaker for _, speaker, _, _ in batch}
+            domains.update(domain for *_, domain in batch if domain)
     if count:
         temporary.replace(file)
     else:
         temporary.unlink()
         file.unlink(missing_ok=True)
-    return transcripts, len(speakers - {""})
+    return LabelCounts(transcripts, len(speakers - {""}), dict(sorted(domains.items())))
 
 
 def read_labels(folder: Path) -> dict[str, Label]:
@@ -241,6 +252,7 @@ def read_labels(folder: Path) -> dict[str, Label]:
         return {}
     try:
         rows = pq.read_table(file).to_pylist()
-        return {row["id"]: Label(row["speaker"], row["text"]) for row in rows}
+        # Indexes of earlier versions have no domains.
+        return {row["id"]: Label(row["speaker"], row["text"], row.get("domain", "")) for row in rows}
     except (OSError, pa.ArrowException, KeyError) as error:
         raise ValueError(f"{file} is damaged; run the index stage again") from error

@@ -4,6 +4,8 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import SEEK_END
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +13,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ray_distill.pipeline.ray_session import counted
+from ray_distill.teacher_cache.audio import read_header
 from ray_distill.teacher_cache.codecs import check_codec, discrete_bytes, fit_codec, open_codec
 from ray_distill.teacher_cache.embedded_audio import to_flac
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
@@ -58,12 +62,14 @@ class CostPlan:
         draws: Number of mask draws.
         masked_fraction: Fraction of masked frames, from the masks of a sample of utterances; 0 without draws.
         bytes_per_frame: Size of a frame of all layers of one pass, by codec.
-        audio_bytes: Size of the audio, in the cache or where it refers to.
+        audio_bytes: Size of the audio, in the cache or where it refers to; with ``audio`` ``source`` that of the corpus's files.
         audio_per_second: Seconds of audio per second that one teacher processes on ``device`` in one pass.
         device: Device of that measurement.
         spec: Specification of the cache that is needed.
         free_bytes: Free space of the cache's disk; None for an object store.
         there_bytes: Size of the cache if it exists already, else 0.
+        source_per_second: Seconds of audio that a core of this machine reads per second from the corpus; None unless the audio is read
+            there.
     """
 
     hours: float
@@ -78,6 +84,7 @@ class CostPlan:
     spec: CacheSpec
     free_bytes: int | None
     there_bytes: int
+    source_per_second: float | None = None
 
     def total_bytes(self, codec: str, targets: Targets) -> float:
         """Return the size of the whole cache for a codec and a choice of targets, without audio that it refers to."""
@@ -133,11 +140,13 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
         mask = teacher_mask(spec.masks, spec.rate, 0, [u.id for u in chosen], lengths, counts)
         masked = float(mask.sum()) / sum(counts)
     waveforms: list[np.ndarray] = []
+    sample: list[Utterance] = []
     problem: ValueError | None = None
     # Utterances at even distances over the corpus, until there is enough audio.
     for utterance in utterances[:: max(1, len(utterances) // 20)]:
         try:
             waveforms.append(load_waveform(utterance))
+            sample.append(utterance)
         except ValueError as error:  # The build leaves it out and counts it.
             problem = error
         if sum(map(len, waveforms)) > _SECONDS_SAMPLED * SAMPLE_RATE:
@@ -145,7 +154,14 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
     if not waveforms and problem is not None:
         raise problem
     seconds = sum(len(w) for w in waveforms) / SAMPLE_RATE
-    per_second = 32_000.0 if spec.audio == "pcm" else sum(len(to_flac(w)) for w in waveforms) / seconds
+    source_per_second = None
+    if spec.audio == "source":
+        per_second = sum(map(_source_bytes, sample)) / seconds
+        source_per_second = seconds / _read_seconds(sample)
+    elif spec.audio == "pcm":
+        per_second = 32_000.0
+    else:
+        per_second = sum(len(to_flac(w)) for w in waveforms) / seconds
     hidden, audio_per_second = _timed(teacher, spec, [pad_waveforms([w]) for w in waveforms])
     store = Store(location)
     total = utterances.seconds
@@ -162,7 +178,27 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
         spec=spec,
         free_bytes=store.free_bytes(),
         there_bytes=sum(store.sizes().values()) if Cache.exists(store) else 0,
+        source_per_second=source_per_second,
     )
+
+
+def _source_bytes(utterance: Utterance) -> float:
+    """Return the number of bytes that the audio of an utterance has in the corpus; of a piece, its share of the whole."""
+    address = utterance.address
+    with address.opened() as stream:
+        size = stream.stat().st_size if isinstance(stream, Path) else stream.seek(0, SEEK_END)
+    header = read_header(address)
+    if (address.start, address.end) == (None, None) or not header.frames:
+        return float(size)
+    return size * min(1.0, utterance.num_samples / SAMPLE_RATE * header.rate / header.frames)
+
+
+def _read_seconds(sample: Sequence[Utterance]) -> float:
+    """Return the CPU time that reading some utterances from the corpus takes, in seconds, when they have been read before."""
+    began = time.process_time()
+    for utterance in sample:
+        load_waveform(utterance)
+    return max(time.process_time() - began, 1e-6)
 
 
 def _timed(teacher: Teacher, spec: CacheSpec, batches: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], float]:
@@ -199,10 +235,18 @@ def _bytes_per_frame(name: str, hidden: list[Tensor]) -> float:
     return stored / len(frames)
 
 
+def shown_bytes(number: float) -> str:
+    """Return a number of bytes in the largest decimal unit of which it has one, such as ``19.10 MB``."""
+    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:,.2f} {unit}"
+    return f"{number / 1e3:,.2f} kB"
+
+
 def cost_table(plan: CostPlan) -> Table:
     """Return a table of the sizes of the cache by codec and targets; an arrow marks the configured ones."""
     spec = plan.spec
-    draws = f", with {plan.draws} mask draws" if plan.draws else ""
+    draws = f", with {counted(plan.draws, 'mask draw')}" if plan.draws else ""
     beside = "" if spec.embeds_audio else ", beside the audio"
     table = Table(title=f"estimated size of the cache{draws}{beside}", show_lines=False)
     table.add_column("codec")
@@ -212,7 +256,7 @@ def cost_table(plan: CostPlan) -> Table:
     for codec in plan.bytes_per_frame:
         chosen = codec == spec.codec
         cells = [
-            f"{plan.total_bytes(codec, targets) / 1e9:.2f} GB" + (" <-" if chosen and targets == spec.targets else "")
+            shown_bytes(plan.total_bytes(codec, targets)) + (" <-" if chosen and targets == spec.targets else "")
             for targets in _TARGETS
         ]
         rate = plan.total_bytes(codec, spec.targets) / plan.hours / 3600 / 1e3
@@ -226,14 +270,22 @@ def cost_lines(plan: CostPlan) -> list[str]:
     subset = (
         "a run that needs only some of these layers still reads all of them" if spec.codec.startswith("pca") else ""
     )
+    beside = "" if spec.embeds_audio else f" beside {shown_bytes(plan.audio_bytes)} of audio"
+    source = []
+    if plan.source_per_second is not None:
+        beside += " in the corpus"
+        source = [
+            f"the audio is read from the corpus in each epoch: {plan.source_per_second:,.0f} s of audio per CPU second, measured now; "
+            "if that is too slow for the student, set cache.audio=store"
+        ]
     hours = plan.teacher_hours
     duration = f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.2g} min"
     return [
-        f"{plan.hours:.2f} h, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, {plan.draws} mask draws "
-        f"({plan.masked_fraction:.0%} masked), {spec.codec}: about {plan.total_bytes(spec.codec, spec.targets) / 1e9:.2f} GB"
-        f"{'' if spec.embeds_audio else f' beside {plan.audio_bytes / 1e9:.2f} GB of audio'}, "
-        f"{plan.bytes_per_epoch / 1e9:.2f} GB read per epoch" + (f"; {subset}" if subset else ""),
-        f"{plan.teacher_passes} teacher passes: about {duration} on one {plan.device} "
-        f"({plan.audio_per_second:.0f} s of audio per second, measured now); this pays off after {plan.pays_after} epochs, compared "
-        "with a teacher in the loop",
+        f"{plan.hours:.2f} h, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, {counted(plan.draws, 'mask draw')} "
+        f"({plan.masked_fraction:.0%} masked), {spec.codec}: about {shown_bytes(plan.total_bytes(spec.codec, spec.targets))}"
+        f"{beside}, {shown_bytes(plan.bytes_per_epoch)} read per epoch" + (f"; {subset}" if subset else ""),
+        f"{counted(plan.teacher_passes, 'teacher pass', 'teacher passes')}: about {duration} on one {plan.device} "
+        f"({plan.audio_per_second:.0f} s of audio per second, measured now); this pays off after {counted(plan.pays_after, 'epoch')}, "
+        "compared with a teacher in the loop",
+        *source,
     ]

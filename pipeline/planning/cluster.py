@@ -1,12 +1,13 @@
 """The description of a cluster in YAML: measured and assumed speeds, sizes and prices."""
 
 import json
+import math
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import pydantic
-import yaml
 
+from ray_distill.pipeline.composition.yaml_text import load_yaml
 from ray_distill.pipeline.recipes import other_recipes
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -29,13 +30,13 @@ class Measured(pydantic.BaseModel, frozen=True, extra="forbid"):
     file: str
     where: dict[str, str] = {}
     key: str
-    times: float = 1.0
+    times: float = pydantic.Field(default=1.0, gt=0, allow_inf_nan=False)
 
     def read(self, results: Path) -> float:
         """Return the number from a folder of benchmark results.
 
         Raises:
-            ClusterError: The file, row or key doesn't exist.
+            ClusterError: The file, row or key doesn't exist, or there is no positive number.
         """
         found = sorted(results.rglob(self.file))
         if not found:
@@ -43,20 +44,27 @@ class Measured(pydantic.BaseModel, frozen=True, extra="forbid"):
                 f"there is no benchmark result {results / self.file}; set --results to the folder of benchmark results"
             )
         path = found[0]
-        record = json.loads(path.read_text())
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise ClusterError(f"{path} is not valid JSON ({error}); run its benchmark again") from error
         if self.where:
-            rows = [row for row in record["rows"] if all(row.get(key) == value for key, value in self.where.items())]
+            found_rows = record.get("rows", []) if isinstance(record, dict) else []
+            rows = [row for row in found_rows if all(row.get(key) == value for key, value in self.where.items())]
             if len(rows) != 1:
                 raise ClusterError(f"{path} has {len(rows)} rows with {self.where}; exactly one is needed")
             record = rows[0]
-        if self.key not in record:
+        if not isinstance(record, dict) or self.key not in record:
             raise ClusterError(
                 f"{path} has no key {self.key!r}" + (f" in the row with {self.where}" if self.where else "")
             )
-        return float(record[self.key]) * self.times
+        value = record[self.key]
+        if not isinstance(value, (int, float)) or not 0 < value * self.times < math.inf:
+            raise ClusterError(f"{path}: {self.key} is {value!r}, but a positive number is needed")
+        return float(value) * self.times
 
 
-Unit = Annotated[float, pydantic.Field(gt=0)] | Measured
+Unit = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] | Measured
 """A positive number (an assumption or a price), or a reference to a measured number."""
 
 
@@ -74,7 +82,9 @@ class Speech(_Section):
 
     Attributes:
         source_bytes: Size of the source audio, in bytes per second of audio.
-        audio_bytes: Size of the audio in the cache, in bytes per second of audio.
+        audio: Where the audio of the cache is, as its setting ``cache.audio``: ``cache`` (in the cache itself; the default), ``store``
+            (in an audio store, once for any number of caches) or ``source`` (in the corpus, which the trainers decode in each epoch).
+        audio_bytes: Size of the audio in the cache or the audio store, in bytes per second of audio.
         target_bytes: Size of all layers of one complete pass, in bytes per second of audio.
         draws: Number of mask draws.
         masked_fraction: Fraction of masked frames, which a masked pass does not store.
@@ -82,6 +92,7 @@ class Speech(_Section):
         shard_minutes: Minutes of audio per shard.
     """
 
+    audio: Literal["cache", "store", "source"] = "cache"
     source_bytes: Unit
     audio_bytes: Unit
     target_bytes: Unit
@@ -125,7 +136,8 @@ class Train(_Section):
         requests_per_utterance: Number of GET requests for reading one utterance.
         reader_threads: Number of threads of one trainer's `reader.CacheReader`, each with one request at a time.
         cores: Number of CPU cores of the trainers that read and decode the cache. None: more than they need.
-        reader_audio_per_second: Seconds of audio per second that one core reads and decodes. Given with ``cores``.
+        reader_audio_per_second: Seconds of audio per second that one core reads and decodes, from a cache with audio. Given with
+            ``cores``.
         local_bytes: Space for copies on the disks of one node (``cache.local`` with ``train.shuffle: window``), so that files
             are read from the store in large ranges: once if the space holds the cache, else in each epoch. 0, the default: no
             copies, and single utterances are read.
@@ -198,9 +210,11 @@ def load_cluster(path: Path) -> Cluster:
     if not path.is_file():
         raise ClusterError(f"there is no cluster description at {path}; {other_recipes(path, 'clusters')}")
     try:
-        return Cluster.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise ClusterError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        tree = load_yaml(path.read_text())
+    except ValueError as error:
+        raise ClusterError(f"{path} is not valid YAML: {error}") from error
+    try:
+        return Cluster.model_validate(tree)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-float", "Measured"))

@@ -12,6 +12,7 @@ HOURS = (960.0, 60_000.0, 1_000_000.0)
 """Hours of audio to plan by default: LibriSpeech, Libri-Light, and a larger corpus."""
 
 _PART_BYTES = 10 << 20  # Size of a part of a multipart upload by Arrow.
+_SOURCE_GETS = 2  # Requests for an audio file: one for its size, one for its bytes.
 
 
 @dataclass(frozen=True)
@@ -22,24 +23,29 @@ class ClusterPlan:
         hours: Hours of audio.
         build_hours: Hours that each part alone would need to build the cache, by name.
         epoch_hours: Hours that each part alone would need for one epoch, by name.
+        audio: Where the audio is, as `Speech`.
         cache_bytes: Size of the finished cache.
+        audio_store_bytes: Size of the audio store, which any number of caches share; 0 without one.
         build_puts: Number of write requests of the build.
-        build_gets: Number of read requests of the build, one per utterance.
+        build_gets: Number of read requests of the build: one per utterance, and one per shard of an audio store.
         epoch_bytes: Bytes that all trainers read from the store in one epoch; with local copies, the mean over all epochs.
         epoch_gets: Number of read requests of one epoch, in the same way.
-        copied: Whether the trainers read the whole cache from local copies.
+        copied: Whether the trainers read the whole cache, and its audio store, from local copies.
         build_accelerator_hours, train_accelerator_hours: Accelerator hours, including idle time.
         online_hours: Wall time of the same training with the teacher in the loop.
         trainer_bytes_per_second: Network traffic of one trainer during training.
         gets_per_second: Read requests per second of all trainers during training.
-        build_money, train_money, month_money: Cost of the build, of one training, and of storing the cache for a month.
+        build_money, train_money, month_money: Cost of the build, of one training, and of storing the cache and its audio store for a
+            month.
         epochs: Number of epochs of one training.
     """
 
     hours: float
     build_hours: dict[str, float]
     epoch_hours: dict[str, float]
+    audio: str
     cache_bytes: float
+    audio_store_bytes: float
     build_puts: float
     build_gets: float
     epoch_bytes: float
@@ -88,23 +94,35 @@ def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> Clu
         results: Folder of the benchmark results that the description refers to. Default: the repository's.
 
     Raises:
-        ClusterError: ``hours`` is not positive, or a measured number doesn't exist.
+        ClusterError: ``hours`` is not positive and finite, a measured number doesn't exist or is no positive number, or the audio is
+            read from the corpus by trainers whose cores are not given.
     """
-    if not hours > 0:
-        raise ClusterError(f"hours must be above 0, not {hours:g}")
+    if not 0 < hours < math.inf:
+        raise ClusterError(f"hours must be above 0 and finite, not {hours:g}")
     speech, build, train, store = cluster.speech, cluster.build, cluster.train, cluster.store
+    if speech.audio == "source" and train.cores is None:
+        raise ClusterError(
+            "train.cores: with speech.audio source the trainers decode the corpus in each epoch; give train.cores and "
+            "train.reader_audio_per_second"
+        )
     seconds = hours * 3600
     passes = 1 + speech.draws
     stored_draw = (1 - speech.masked_fraction) if speech.draws else 0.0
     audio, target = speech.number("audio_bytes", results), speech.number("target_bytes", results)
     source = seconds * speech.number("source_bytes", results)
-    cache_bytes = seconds * (audio + target * (1 + speech.draws * stored_draw))
+    held = audio if speech.audio == "cache" else 0.0
+    audio_store = seconds * audio if speech.audio == "store" else 0.0
+    cache_bytes = seconds * (held + target * (1 + speech.draws * stored_draw))
     utterances = seconds / speech.number("utterance_seconds", results)
     # A shard has one file for the clean pass and one for each draw, and each file has a commit record.
     shard = speech.number("shard_minutes", results) * 60
     draw = upload_requests(shard * target * stored_draw)
-    files = upload_requests(shard * (audio + target)) + speech.draws * draw
-    puts = (files + passes * upload_requests(0)) * math.ceil(seconds / shard)
+    files, shards = upload_requests(shard * (held + target)) + speech.draws * draw, math.ceil(seconds / shard)
+    puts = (files + passes * upload_requests(0)) * shards
+    gets = utterances
+    if speech.audio == "store":
+        puts += (upload_requests(shard * audio) + upload_requests(0)) * shards
+        gets += shards
     node = cluster.node_bytes_per_second
     node_bytes = node.read(results) if isinstance(node, Measured) else node
     store_bytes = store.number("bytes_per_second", results)
@@ -112,42 +130,52 @@ def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> Clu
     build_seconds = {
         "teachers": seconds * passes / (teacher * build.number("share_of_teacher", results) * build.accelerators),
         "decoding": seconds / (build.number("decode_audio_per_second", results) * build.cores),
-        "network of the build": max(source, cache_bytes) / (node_bytes * build.nodes),
-        "bandwidth of the store": (source + cache_bytes) / store_bytes,
+        "network of the build": (max(source, cache_bytes) + audio_store) / (node_bytes * build.nodes),
+        "bandwidth of the store": (source + cache_bytes + 2 * audio_store) / store_bytes,
         "writes of the store": puts / store.number("puts_per_second", results),
-        "reads of the store": utterances / store.number("gets_per_second", results),
+        "reads of the store": gets / store.number("gets_per_second", results),
     }
-    epoch_bytes = seconds * (audio + target * (1 + stored_draw))
-    epoch_gets = utterances * train.number("requests_per_utterance", results)
-    readers = train.trainers * train.reader_threads
-    if copied := cache_bytes <= train.local_bytes:
-        epoch_bytes = cache_bytes * train.nodes / train.epochs
+    # Bytes of shard files, those of an audio store among them; requests for rows and for audio files; requests for copies.
+    shard_bytes = seconds * (held + target * (1 + stored_draw)) + audio_store
+    row_gets = utterances * (train.number("requests_per_utterance", results) + (speech.audio == "store"))
+    range_gets = 0.0
+    if copied := cache_bytes + audio_store <= train.local_bytes:
+        # No node reads in an epoch what it does not need there.
+        shard_bytes = min(shard_bytes, (cache_bytes + audio_store) * train.nodes / train.epochs)
     if train.local_bytes:
-        epoch_gets = epoch_bytes / RANGE_BYTES
-        readers = train.nodes * RANGES_AT_ONCE
+        row_gets, range_gets = 0.0, shard_bytes / RANGE_BYTES
+    from_corpus = speech.audio == "source"
+    row_gets += utterances * _SOURCE_GETS * from_corpus
+    epoch_bytes = shard_bytes + source * from_corpus
+    epoch_gets = row_gets + range_gets
+    waiting = max(row_gets / train.reader_threads, range_gets / RANGES_AT_ONCE) / train.trainers
     rate = train.number("student_audio_per_second", results)
     epoch_seconds = {
         "students": seconds / (rate * train.number("share_of_resident", results) * train.trainers),
         "network of the trainers": epoch_bytes / (node_bytes * train.nodes),
         "bandwidth of the store": epoch_bytes / store_bytes,
         "reads of the store": epoch_gets / store.number("gets_per_second", results),
-        "latency of the readers": epoch_gets * store.number("get_seconds", results) / readers,
+        "latency of the readers": waiting * store.number("get_seconds", results),
     }
     if train.cores is not None:
         core = train.number("reader_audio_per_second", results)
+        if from_corpus:  # At least the decoding, which takes longer than that of the audio in a cache.
+            core = min(core, build.number("decode_audio_per_second", results))
         epoch_seconds["decoding by the readers"] = seconds / (core * train.cores)
     epoch_wall = max(epoch_seconds.values())
     online = seconds * (1 / rate + min(passes, 2) / teacher) / train.trainers
     build_accelerator_hours = max(build_seconds.values()) / 3600 * build.accelerators
     train_accelerator_hours = epoch_wall * train.epochs / 3600 * train.trainers
-    requests = puts * store.price_per_million_puts + utterances * store.price_per_million_gets
+    requests = puts * store.price_per_million_puts + gets * store.price_per_million_gets
     return ClusterPlan(
         hours=hours,
         build_hours={part: value / 3600 for part, value in build_seconds.items()},
         epoch_hours={part: value / 3600 for part, value in epoch_seconds.items()},
+        audio=speech.audio,
         cache_bytes=cache_bytes,
+        audio_store_bytes=audio_store,
         build_puts=puts,
-        build_gets=utterances,
+        build_gets=gets,
         epoch_bytes=epoch_bytes,
         epoch_gets=epoch_gets,
         copied=copied,
@@ -159,6 +187,6 @@ def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> Clu
         build_money=build_accelerator_hours * build.number("price_per_hour", results) + requests / 1e6,
         train_money=train_accelerator_hours * train.number("price_per_hour", results)
         + epoch_gets * train.epochs * store.price_per_million_gets / 1e6,
-        month_money=cache_bytes / 1e12 * store.price_per_terabyte_month,
+        month_money=(cache_bytes + audio_store) / 1e12 * store.price_per_terabyte_month,
         epochs=train.epochs,
     )

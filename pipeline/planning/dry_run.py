@@ -16,16 +16,17 @@ from ray_distill.pipeline.initialise import tensors_of_student
 from ray_distill.pipeline.ray_session import counted, missing_gpus
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
-from ray_distill.pipeline.stages.audio import audio_places
+from ray_distill.pipeline.stages.audio import audio_places, refuse_other_place
 from ray_distill.pipeline.stages.frame_rates import check_frame_rates
 from ray_distill.pipeline.stages.index import split_table
 from ray_distill.pipeline.stages.run import TeacherRun
 from ray_distill.pipeline.stages.run_audio import check_reference
 from ray_distill.student import Student
-from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holder
+from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holder, refuse_audio_store
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.targets.domains import shown
 from ray_distill.teacher_cache.teachers import Teacher
 from ray_distill.teacher_cache.teachers.header import hub_model_of, load_header
 from ray_distill.teacher_cache.teachers.hub.hub_model import HubModel
@@ -134,12 +135,14 @@ def _facts_of(run: Run, header: Teacher | None) -> str:
     own = run.entry.objective
     options = {} if own is None else own.changed_options()
     chosen += "".join(f", {key} {value}" for key, value in options.items())
-    return f"{facts}; objective {chosen}, weight {run.entry.weight:g}{since}"
+    return f"{facts}; objective {chosen}, weight {shown(run.entry.weight)}{since}"
 
 
 def _cache_facts(run: Run) -> str:
     audio = run.config.cache.audio_location
     beside = "" if audio is None else f", audio at {audio}"
+    if run.config.cache.audio == "source":
+        beside = ", audio read from the corpus"
     return f"{run.config.cache.location}: {run.config.cache.codec}, {run.config.cache.targets}{beside}"
 
 
@@ -148,6 +151,8 @@ def _audio_action(run: Run) -> list[str]:
     actions = []
     for place in audio_places(run):
         if not Cache.exists(store := Store(place)):
+            for part in run.parts:
+                refuse_other_place(part, place)
             actions.append(f"store the audio at {place}")
         else:
             actions.append(f"{'finish' if open_holder(store).missing(AUDIO_ONLY) else 'reuse'} the audio at {place}")
@@ -227,6 +232,7 @@ def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) 
         return "nothing, since targets are online"
     if cache is None:
         return f"build the cache at {config.cache.location}"
+    refuse_audio_store(cache, "set cache.path to another folder")
     # The fingerprints of the teacher and the corpus are unknown without weights and samples; take the cache's for granted.
     values = cache.spec.model_dump() | {
         "masks": config.masks,
@@ -252,19 +258,22 @@ def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) 
         layers = sorted(set(needed.layers) - set(cache.spec.layers))
         draws = max(0, needed.masks.draws - cache.spec.masks.draws)
         additions = [f"layers {', '.join(map(str, layers))}"] if layers else []
-        additions += [f"{draws} mask draws"] if draws else []
+        additions += [counted(draws, "mask draw")] if draws else []
         return f"add {' and '.join(additions)} to {present}"
     if missing := sum(map(len, cache.missing(needed).values())):
-        return f"write {missing} missing files of {present}"
+        return f"write {counted(missing, 'missing file')} of {present}"
     return f"reuse {present} if it belongs to the same teacher weights and audio"
 
 
 def _train_action(folder: RunFolder, config: Config) -> str:
     """Say what the train stage would do, and whether this machine has its GPUs."""
-    if folder.is_trained:
+    longer = folder.would_continue(config)
+    if folder.is_trained and not longer:
         return "nothing, since the training is finished"
     gpus = missing_gpus(config)
     lacking = f"; {gpus}, so it needs another machine or a cluster" if gpus else ""
+    if longer:
+        return f"continue the finished training from its last checkpoint in {folder.checkpoints}{lacking}"
     if folder.checkpoints.is_dir():
         return f"resume from the last checkpoint in {folder.checkpoints}{lacking}"
     return f"train from the first step, with checkpoints in {folder.checkpoints}{lacking}"

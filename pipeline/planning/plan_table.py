@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
+from ray_distill.pipeline.planning.cache_cost import shown_bytes
 from ray_distill.pipeline.planning.cluster import Cluster
 from ray_distill.pipeline.planning.cluster_plan import ClusterPlan, bottleneck
 
@@ -19,7 +20,9 @@ def plan_table(cluster: Cluster, plans: Sequence[ClusterPlan]) -> Table:
     table.add_column("")
     for plan in plans:
         table.add_column(f"{plan.hours:,.0f} h", justify="right")
-    row("cache", lambda p: _bytes(p.cache_bytes))
+    row("cache", lambda p: shown_bytes(p.cache_bytes))
+    if any(plan.audio_store_bytes for plan in plans):
+        row("audio store", lambda p: shown_bytes(p.audio_store_bytes))
     row("build: accelerator hours", lambda p: f"{p.build_accelerator_hours:,.1f}")
     row("build: wall time", lambda p: _time(p.build_wall))
     row("build: bottleneck", lambda p: bottleneck(p.build_hours))
@@ -29,20 +32,18 @@ def plan_table(cluster: Cluster, plans: Sequence[ClusterPlan]) -> Table:
     row(f"training, {plans[0].epochs} epochs: accelerator hours", lambda p: f"{p.train_accelerator_hours:,.1f}")
     row("training: wall time", lambda p: _time(p.train_wall))
     row("training: with the teacher in the loop", lambda p: _time(p.online_hours))
-    row("training: reads", lambda p: "local copies" if p.copied else "the store")
+    row("training: reads", _place_read)
     row("training: bottleneck", lambda p: bottleneck(p.epoch_hours))
-    row("training: network per trainer", lambda p: f"{_bytes(p.trainer_bytes_per_second)}/s")
-    row("training: read from the store per epoch", lambda p: _bytes(p.epoch_bytes))
+    row("training: network per trainer", lambda p: f"{shown_bytes(p.trainer_bytes_per_second)}/s")
+    row("training: read from the store per epoch", lambda p: shown_bytes(p.epoch_bytes))
     row("training: requests to the store", lambda p: f"{p.gets_per_second:,.0f}/s")
     row("training: cost", lambda p: f"{p.train_money:,.0f} {money}")
     return table
 
 
-def _bytes(number: float) -> str:
-    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if number >= size:
-            return f"{number / size:,.2f} {unit}"
-    return f"{number / 1e3:,.2f} kB"
+def _place_read(plan: ClusterPlan) -> str:
+    place = "local copies" if plan.copied else "the store"
+    return f"{place} and the corpus" if plan.audio == "source" else place
 
 
 def _time(hours: float) -> str:

@@ -25,6 +25,8 @@ _LAYER_CHARTS = (
 """Title, kind of row, prefix of the keys and title of the y axis of each chart with a curve per layer."""
 _TEACHER_LOSS = "teacher_loss_"
 """Prefix of the keys of several teachers' losses in rows of validations."""
+_TEACHER_WEIGHT = "teacher_weight_"
+"""Prefix of the keys of the factors of these losses in rows of trainings."""
 _LAYER_COLUMNS = (
     *("validation loss", "cosine, validation", "cosine, masked, training", "cosine, unmasked, training"),
     *("symbols right, masked, validation", "symbols right, unmasked, validation"),
@@ -67,10 +69,14 @@ def _teacher_charts(metrics: Rows) -> list[Chart]:
     for key, name in zip(keys, names, strict=True):
         series = [_series(train, key, "training", COLORS[0]), _series(validation, key, "validation", COLORS[1])]
         shown = [one for one in series if any(not math.isnan(value) for value in one.y)]
-        charts.append(line_chart(f"Loss of teacher {name}", shown, "loss per frame, before it is balanced"))
+        title = f"Loss of teacher {name.replace('.', ', domain ')}"
+        charts.append(line_chart(title, shown, "loss per frame, before it is balanced"))
     if names and train:
+        # With weights by domain, the teacher as a whole has no factor.
+        weighted = sorted({key for key in set().union(*train) if key.startswith(_TEACHER_WEIGHT)})
         factors = [
-            _series(train, f"teacher_weight_{name}", name, ordered_color(n, len(names))) for n, name in enumerate(names)
+            _series(train, key, key.removeprefix(_TEACHER_WEIGHT), ordered_color(n, len(weighted)))
+            for n, key in enumerate(weighted)
         ]
         charts.append(line_chart("Factors of the teachers' losses", factors, "factor", y_scale="linear"))
     return charts

@@ -1,4 +1,4 @@
-"""The audio to which the caches of a run refer: an audio store, which is built once, or a cache that holds the audio."""
+"""The audio to which the caches of a run refer: an audio store, which is built once, a cache that holds the audio, or the corpus."""
 
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.ray_session import counted, init_ray, quiet_ray
@@ -8,9 +8,13 @@ from ray_distill.teacher_cache.build.build_cache import Progress
 from ray_distill.teacher_cache.build.shard_workers import Workers
 from ray_distill.teacher_cache.maintenance.verify import Problem, verify_audio
 from ray_distill.teacher_cache.reading.audio_place import holder_of
+from ray_distill.teacher_cache.reading.source_rows import missing_sources
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.store import Store
+
+_FILES_SOUGHT = 100
+"""Maximum number of utterances whose files are looked for before a training."""
 
 
 def audio_places(run: Run) -> list[str]:
@@ -34,7 +38,7 @@ def _store_audio(run: Run, place: str) -> None:
     store = Store(place)
     if not Cache.exists(store):
         for part in run.parts:
-            _refuse_other_place(part, place)
+            refuse_other_place(part, place)
     elif not (found := Cache.open(store)).spec.is_audio_store or not found.missing():
         return
     elif found.spec.corpus != run.corpus.fingerprint:
@@ -71,12 +75,12 @@ def _store_audio(run: Run, place: str) -> None:
     )
 
 
-def _refuse_other_place(part: Run, place: str) -> None:
+def refuse_other_place(part: Run, place: str) -> None:
     """Raise ConfigError if a part's cache refers to audio that is still at another place than the configured one."""
     if part.config.cache.audio_location != place or not Cache.exists(part.cache):
         return
     cache = Cache.open(part.cache)
-    if cache.spec.embeds_audio:
+    if not cache.spec.refers_to_store:
         return
     try:
         holder = holder_of(cache)
@@ -89,14 +93,18 @@ def _refuse_other_place(part: Run, place: str) -> None:
 
 
 def check_audio(run: Run) -> list[Problem]:
-    """Return the problems of the audio to which the caches of a run refer, each place checked once."""
+    """Return the problems of the audio to which the caches of a run refer, each place checked once.
+
+    Of a corpus only some files are looked for, since the index stage has looked at all of them.
+    """
     problems: list[Problem] = []
     checked: set[str] = set()
     for part in run.parts:
-        place = part.config.cache.audio_location
-        # The fingerprint is compared for each cache, the files are read once.
-        problems += verify_audio(
-            Cache.open(part.cache), place, checksums=part.config.cache.verify and place not in checked
-        )
+        cache, place, new = Cache.open(part.cache), part.audio, part.audio not in checked
+        if cache.spec.audio == "source":
+            lost = missing_sources(cache, place, most=_FILES_SOUGHT) if new else None
+            problems += [Problem("audio", lost, "audio")] if lost else []
+        else:  # The fingerprint is compared for each cache, the files are read once.
+            problems += verify_audio(cache, place, checksums=part.config.cache.verify and new)
         checked |= {place} if place else set()
     return problems

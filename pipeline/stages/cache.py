@@ -78,7 +78,7 @@ def _cache_targets(run: Run) -> None:
     size = cache_bytes(Cache.open(run.cache))
     run.say(
         f"cache   {detail}: {size / 1e6:.1f} MB, {size / run.seconds / 1e3:.1f} kB per second of audio"
-        f"{'' if settings.audio_location is None else ' beside it'}, at {run.cache.location}"
+        f"{'' if settings.audio in ('flac', 'pcm') else ' beside it'}, at {run.cache.location}"
     )
     _list_failed(run, failed_utterances(Cache.open(run.cache), run.spec))
 

@@ -12,12 +12,17 @@ def check_frame_rates(run: Run) -> None:
     """Check the frames of the teachers.
 
     Raises:
-        ConfigError: The frames of a teacher can't be averaged, or can't have exact masked targets. Or one of several teachers
-            has patches of a spectrogram that another lacks.
+        ConfigError: A rule is given for a teacher whose frames are the student's. The frames of a teacher can't be averaged, or
+            can't have exact masked targets. Or one of several teachers has patches of a spectrogram that another lacks.
     """
     for part in run.parts:
         teacher, config = part.teacher, part.config
         if teacher.stated_rate is None:
+            if config.teacher.frames is not None:
+                with part.named():
+                    raise ConfigError(
+                        f"teacher.frames {config.teacher.frames} does nothing: {teacher.name} has {_own_frames(teacher)}; remove it"
+                    )
             continue
         cached = config.train.targets == "cached"
         with part.named():
@@ -47,6 +52,14 @@ def check_frame_rates(run: Run) -> None:
 
 def _student_frames(teacher: Teacher, samples: int) -> int:
     return teacher.num_frames(samples) if teacher.patches is not None else num_frames(samples)
+
+
+def _own_frames(teacher: Teacher) -> str:
+    return (
+        f"{FRAME_RATE} frames per second, as the student"
+        if teacher.patches is None
+        else "patches, which are not mapped"
+    )
 
 
 def _unit(teacher: Teacher) -> str:

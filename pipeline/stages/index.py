@@ -14,17 +14,20 @@ from ray_distill.pipeline.corpus.index import index_corpus
 from ray_distill.pipeline.corpus.splits import SplitSummary
 from ray_distill.pipeline.ray_session import counted, init_ray, owns_ray, quiet_ray
 from ray_distill.pipeline.run_plugins import format_found, note_format
+from ray_distill.pipeline.stages.domains import check_domains
 from ray_distill.pipeline.stages.run import Run
 
 CLUSTER_SOURCES = 1000
 """Number of sources to decode from which a cluster decodes them."""
+_SHOWN_DOMAINS = 8
+"""Maximum number of domains whose names are shown."""
 
 
 def index_audio(run: Run) -> None:
     """Find, decode and list the audio of the corpus, or reuse the index if nothing changed.
 
     Raises:
-        ValueError: The corpus can't be read, or has no usable audio for training or validation.
+        ValueError: The corpus can't be read, has no usable audio for training or validation, or lacks a domain that a weight needs.
     """
     corpus, path = run.config.corpus, run.corpus_path
     with run.progress("index", "files") as update:
@@ -56,12 +59,19 @@ def index_audio(run: Run) -> None:
     unused = f", {counted(index.num_unused, 'file')} of unused splits" if index.num_unused else ""
     where = f" (see {run.folder.skipped_files})" if index.skipped else ""
     again = " (unchanged since last time, reused)" if index.reused else ""
-    labels = [f"{index.transcripts:,} transcripts" if index.transcripts else "", counted(index.speakers, "speaker")]
-    known = ", ".join(label for label in labels if label and not label.startswith("0 "))
+    labels = index.labels
+    numbers = [f"{labels.transcripts:,} transcripts" if labels.transcripts else ""]
+    numbers += [counted(labels.speakers, "speaker") if labels.speakers else ""]
+    if len(labels.domains) <= _SHOWN_DOMAINS:
+        numbers += [f"{counted(n, 'utterance')} of {escape(domain)}" for domain, n in labels.domains.items()]
+    else:
+        numbers += [counted(len(labels.domains), "domain")]
+    known = ", ".join(filter(None, numbers))
     run.say(f"index   format {index.format}{f', with {known}' if known else ''}")
     run.say(
         f"index   {counted(len(index.utterances), 'utterance')}, {index.hours:.2f} h of audio{skipped}{unused}{where}{again}"
     )
+    check_domains(run)
 
 
 def _decode(run: Run, sources: Sequence[Source], limits: Limits) -> Iterator[pa.Table]:

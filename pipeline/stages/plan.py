@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ray_distill.pipeline.config import ConfigError
-from ray_distill.pipeline.planning.cache_cost import CostPlan, cost_lines, cost_table, plan_cost
+from ray_distill.pipeline.planning.cache_cost import CostPlan, cost_lines, cost_table, plan_cost, shown_bytes
 from ray_distill.pipeline.ray_session import counted, owns_ray
 from ray_distill.pipeline.stages.audio import audio_places
 from ray_distill.pipeline.stages.run import Run, TeacherRun
@@ -35,9 +35,11 @@ def plan_cache(run: Run) -> None:
     _plan_audio(run, planned, needed)
     if len(planned) > 1:
         size = sum(cost.total_bytes(cost.spec.codec, cost.spec.targets) for cost in planned)
-        read, hours = sum(cost.bytes_per_epoch for cost in planned), sum(cost.teacher_hours for cost in planned)
+        # The audio of an utterance is read once for all teachers.
+        read = sum(cost.bytes_per_epoch - cost.audio_bytes for cost in planned) + max(c.audio_bytes for c in planned)
+        hours = sum(cost.teacher_hours for cost in planned)
         run.say(
-            f"plan    the {len(planned)} caches: about {size / 1e9:.2f} GB, {read / 1e9:.2f} GB read per epoch, {hours:.2g} h of "
+            f"plan    the {len(planned)} caches: about {shown_bytes(size)}, {shown_bytes(read)} read per epoch, {hours:.2g} h of "
             "teacher time one after another"
         )
 
@@ -53,14 +55,14 @@ def _plan_audio(run: Run, planned: Sequence[CostPlan], needed: dict[int, int]) -
     Raises:
         ConfigError: The disk is too small.
     """
-    sizes = [cost.audio_bytes for cost in planned if not cost.spec.embeds_audio]
+    sizes = [cost.audio_bytes for cost in planned if cost.spec.refers_to_store]
     for place in audio_places(run) if sizes else []:
         store = Store(place)
         if Cache.exists(store):
             run.say(f"plan    the audio is at {place}")
             continue
         size, free = max(sizes), store.free_bytes()
-        run.say(f"plan    the audio, stored once: about {size / 1e9:.2f} GB at {place}")
+        run.say(f"plan    the audio, stored once: about {shown_bytes(size)} at {place}")
         needed[store.disk()] = needed.get(store.disk(), 0) + round(size)
         if free is not None and needed[store.disk()] > free:
             raise ConfigError(

@@ -23,6 +23,7 @@ from ray_distill.student.objectives.several_teachers import SeveralTeachers
 from ray_distill.student.training.target_source import several_readers
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
+from ray_distill.teacher_cache.targets.domains import counted_domains, shown
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.student_frames import open_reader
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
@@ -87,7 +88,7 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
         "starts": read_starts(run.folder.starts_file),
         "resumed": [{key: row[key] for key in ("step", "time")} for row in rows_of_kind(metrics, "resumed")],
         "cache": None if online else run.cache.location,
-        "audio": None if online else run.config.cache.audio_location,
+        "audio": None if online else _place_of_audio(run),
         "export": str(run.folder.export),
         "run": str(run.folder.path),
         "report": str(run.folder.report),
@@ -132,10 +133,14 @@ def _teachers(
                 "heads_in_the_student": owns and settings.uses_heads,
                 "cache": part.cache.location,
                 "cache_bytes": sizes[k],
-                "audio": part.config.cache.audio_location,
+                "audio": _place_of_audio(part),
                 "utterances": len(part.utterances),
                 "failed_utterances": len(failed[k]) if failed else None,
                 "last_validation_loss": last.get(f"teacher_loss_{part.name}"),
+                "last_validation_loss_by_domain": {
+                    domain: last.get(f"teacher_loss_{part.name}.{domain}")
+                    for domain in counted_domains(part.entry.weight)
+                },
             }
         )
     return {"teachers": found}
@@ -177,8 +182,9 @@ def _validation_reader(run: Run) -> TargetReader:
         )[1]
     if run.config.train.targets == "cached":
         main = run.main
-        audio, frames = main.config.cache.audio_location, main.config.teacher.frames
-        return open_reader(main.cache.location, "validation", run.layers, audio=audio, frames=frames)
+        return open_reader(
+            main.cache.location, "validation", run.layers, audio=main.audio, frames=main.config.teacher.frames
+        )
     members = run.utterances.of_split("validation")
     rule = run.config.teacher.frames
     return OnlineReader(
@@ -224,7 +230,7 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         heads = ", which the exported heads predict" if one["heads_in_the_student"] else ""
         facts[f"teacher {one['name']}"] = (
             f"{one['teacher']}, {one['teacher_parameters']:,} parameters, layers {', '.join(map(str, one['layers']))} of width "
-            f"{one['dim']}, objective {one['objective']}{_listed(one['objective_options'])}, weight {one['weight']:g}{heads}"
+            f"{one['dim']}, objective {one['objective']}{_listed(one['objective_options'])}, weight {shown(one['weight'])}{heads}"
             + (
                 f"; cache of {one['cache_bytes'] / 1e6:,.1f} MB at {one['cache']}{_beside(one['audio'])}"
                 if one["cache_bytes"] is not None
@@ -242,6 +248,12 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
             f"{_beside(summary['audio'])}"
         )
     return facts | ({"model": summary["export"]} if run.folder.export.is_dir() else {})
+
+
+def _place_of_audio(run: Run) -> str | None:
+    """Return where the audio is that the cache of a run does not hold; None if it does."""
+    cache = run.config.cache
+    return str(run.config.corpus.model_dump(mode="json")["path"]) if cache.audio == "source" else cache.audio_location
 
 
 def _beside(audio: str | None) -> str:

@@ -18,7 +18,7 @@ from ray_distill.pipeline.composition.sections import TeacherEntry
 from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.pipeline.corpus.cached_corpus import known_fingerprint
 from ray_distill.pipeline.corpus.hub_dataset import dataset_of_run, download_dataset, keep_dataset, parse_hub_dataset
-from ray_distill.pipeline.corpus.index import CorpusIndex
+from ray_distill.pipeline.corpus.index import INDEX, CorpusIndex
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
 from ray_distill.pipeline.stages.run_audio import audio_spec_of, check_reference, shard_seconds_of
@@ -204,6 +204,12 @@ class Run:
         return self.corpus.utterances
 
     @property
+    def audio(self) -> str | None:
+        """Where the audio of the run's cache is, as for `CacheReader`; None if the cache holds it."""
+        cache = self.config.cache
+        return str(self.folder.corpus / INDEX) if cache.audio == "source" else cache.audio_location
+
+    @property
     def seconds(self) -> float:
         """Duration of all utterances, in seconds."""
         return self.utterances.seconds
@@ -229,7 +235,7 @@ class Run:
                     f"cache at {self.cache.location} was made; set teacher.checkpoint={other.repository}@{other.revision}, or "
                     "cache.path to another folder"
                 )
-            corpus = known_fingerprint(found, self.corpus)
+            corpus = known_fingerprint(found, self.corpus, cache.audio_location)
             check_reference(found, cache)
         audio = self.audio_spec
         return CacheSpec(
@@ -348,7 +354,15 @@ class TeacherRun(Run):
         try:
             yield
         except ConfigError as error:
+            if str(error).startswith(f"teachers.{self.name}"):  # A block inside has named it.
+                raise
             raise ConfigError(for_teacher(self.name, str(error))) from error
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """See `Run.teacher`."""
+        with self.named():
+            return super().teacher
 
     @cached_property
     def corpus(self) -> CorpusIndex:

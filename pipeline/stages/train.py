@@ -8,14 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
+from ray_distill.pipeline.corpus.labels import LABELS
 from ray_distill.pipeline.initialise import initial_tensors, tensors_of_student, write_initial
 from ray_distill.pipeline.ray_session import init_ray, owns_ray, quiet_ray, require_resources
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.run_starts import record_start
 from ray_distill.pipeline.stages.cache import check_cache
+from ray_distill.pipeline.stages.domains import check_domains
 from ray_distill.pipeline.stages.progress import ProgressUpdate
 from ray_distill.pipeline.stages.run import Run, TeacherRun
 from ray_distill.student import Student, StudentConfig
+from ray_distill.student.objectives.mixture import Mixture
 from ray_distill.student.training.metric_rows import read_last_train_row
 from ray_distill.student.training.ray_training import train_on_ray
 from ray_distill.student.training.target_source import TeacherCache
@@ -26,7 +29,7 @@ def train_student(run: Run) -> None:
     """Train the student, from its last checkpoint if it has one. Do nothing if its training is finished.
 
     Raises:
-        ConfigError: Ray has no resources for the workers.
+        ConfigError: Ray has no resources for the workers, or a teacher has no weight for a domain.
         CacheError: The cache lacks something or is damaged.
         ValueError: The run's files are damaged, or can't be continued from.
         TrainingError: The workers can't be started, or failed too often.
@@ -41,7 +44,10 @@ def train_student(run: Run) -> None:
     refuse_missing_metrics(run.folder.checkpoints, step or 0)
     settings = run.config.train
     if settings.targets == "cached":
+        check_domains(run)
         check_cache(run)
+    if settings.max_steps is not None:
+        say_unused(run, settings.max_steps)
     training = prepare_training(run, max(1, (os.cpu_count() or 1) // settings.workers))
     if step is not None and run.folder.finished_before:
         run.say(
@@ -67,6 +73,24 @@ def train_student(run: Run) -> None:
         f"train   {result['steps']} steps in {result['seconds']:.0f} s: training loss {result['first_loss']:.4f} -> "
         f"{result['last_loss']:.4f}, validation {result['first_validation_loss']:.4f} -> {result['last_validation_loss']:.4f}"
     )
+    if settings.max_steps is None or result["steps"] < settings.max_steps:
+        say_unused(run, result["steps"])
+
+
+def say_unused(run: Run, steps: int) -> None:
+    """Name the teachers and the parts of a mixture that begin after the last of ``steps`` optimiser steps."""
+    for part in run.parts:
+        if isinstance(part, TeacherRun) and part.entry.weight and part.entry.start_step >= steps:
+            part.say(f"[yellow]train   {_not_reached(part.entry.start_step, steps)}[/yellow]")
+    objective = run.config.train.chosen_objective
+    for one in objective.parts if isinstance(objective, Mixture) else ():
+        if one.from_step >= steps:
+            name = one.settings.objective
+            run.say(f"[yellow]train   objective {name}: {_not_reached(one.from_step, steps)}[/yellow]")
+
+
+def _not_reached(start: int, steps: int) -> str:
+    return f"takes part from step {start:,}, which a training of {steps:,} steps does not reach; it has no effect"
 
 
 def prepare_training(
@@ -107,7 +131,7 @@ def prepare_training(
         masks=run.config.masks,
         utterances=[] if cached else list(run.utterances),
         cache_targets=run.config.cache.targets,
-        audio=run.config.cache.audio_location,
+        audio=run.audio,
         frames=run.config.teacher.frames,
         local=run.config.cache.local,
         local_gb=run.config.cache.local_gb,
@@ -129,11 +153,12 @@ def teacher_caches(run: Run) -> list[TeacherCache]:
             part.cache.location,
             part.layers,
             part.config.cache.targets,
-            part.config.cache.audio_location,
+            part.audio,
             part.config.cache.local,
             part.config.cache.local_gb,
             part.config.teacher.frames,
             part.entry.weight,
+            str(run.folder.corpus / LABELS) if isinstance(part.entry.weight, dict) else None,
         )
         for part in run.parts
         if isinstance(part, TeacherRun) and part.entry.weight

@@ -129,7 +129,7 @@ class MixtureDistiller(CompositeDistiller):
         """See `Distiller.loss`; targets are a tuple with those of each part."""
         found = [
             part.loss(encoded, frame_mask, wanted, divisor, cosines=cosines)
-            for part, wanted in zip(self.parts, targets, strict=True)
+            for part, wanted in zip(self.parts, cast(tuple[Tensor, ...], targets), strict=True)
         ]
         weights = [
             weight if not self.training or self._step >= start else 0.0

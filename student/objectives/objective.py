@@ -56,7 +56,7 @@ class DistillationLoss:
         return torch.stack([empty if sums is None else sums for sums in (self.cosines, self.accuracies)])
 
     def teachers(self) -> Tensor:
-        """Return the loss of each of several teachers (K,), not differentiable; empty with a single teacher."""
+        """Return the losses of several teachers as `loss_names` names them, not differentiable; empty with a single teacher."""
         return self.total.new_empty(0)
 
 
@@ -76,9 +76,23 @@ class Encoded(NamedTuple):
     padded: Tensor
 
 
-Targets = Tensor | tuple[Tensor, ...]
-"""Targets of a batch: (B, L, T, D) float features, (B, L, T, S) int64 symbols, for a mixture those of each part, or for several
-teachers those of each and then (B, K) bool, whether each teacher has the utterance."""
+class TeachersTargets(NamedTuple):
+    """Targets of a batch of several teachers.
+
+    Attributes:
+        wanted: Targets of each of the K teachers.
+        present: (B, K) bool, whether each teacher has the utterance and a weight for it.
+        domains: Domain of each utterance, on the host; None unless weights depend on it.
+    """
+
+    wanted: tuple[Tensor, ...]
+    present: Tensor
+    domains: tuple[str, ...] | None
+
+
+Targets = Tensor | tuple[Tensor, ...] | TeachersTargets
+"""Targets of a batch: (B, L, T, D) float features, (B, L, T, S) int64 symbols, for a mixture those of each part, or those of several
+teachers."""
 
 
 class Distiller(nn.Module, ABC):

@@ -1,7 +1,7 @@
 """Weighted sums of the losses of several teachers, each with an objective and targets of its own.
 
 Every teacher's loss is that of its objective alone, divided by the frames of the optimiser step. An utterance that a teacher lacks
-adds nothing to its loss. How the losses are balanced:
+adds nothing to its loss. A weight may depend on the domain of the utterance; see `domain_losses`. How the losses are balanced:
 
 - ``weights``: the sum of weight * loss.
 - ``variance``: weight * loss / size, where the size follows from the variance of the teacher's targets (`Objective.target_size`).
@@ -22,13 +22,22 @@ from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.codebook_prediction import CodebookPrediction
 from ray_distill.student.objectives.composite import CompositeDistiller
+from ray_distill.student.objectives.domain_losses import added, chosen_rows, rows_by_domain
 from ray_distill.student.objectives.layer_prediction import LayerDistiller, LayerPrediction
 from ray_distill.student.objectives.masked_prediction import MaskedPrediction
-from ray_distill.student.objectives.objective import DistillationLoss, Distiller, Encoded, Objective, Targets
+from ray_distill.student.objectives.objective import (
+    DistillationLoss,
+    Distiller,
+    Encoded,
+    Objective,
+    Targets,
+    TeachersTargets,
+)
 from ray_distill.student.objectives.teacher_heads import TeacherHeads
 from ray_distill.student.objectives.temporal_relation import TemporalRelation
 from ray_distill.student.objectives.unit_prediction import UnitPrediction
 from ray_distill.student.training.spec_augment import SpecAugment
+from ray_distill.teacher_cache.targets.domains import Weight, counted_domains, counts
 from ray_distill.teacher_cache.targets.target_batch import Batch, SymbolLayout
 
 Balance = Literal["weights", "variance", "uncertainty"]
@@ -52,8 +61,8 @@ class TeacherTerm(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute
     """Name of the teacher."""
     settings: TeacherObjective
     """Its objective."""
-    weight: float = pydantic.Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Weight of its loss."""
+    weight: Weight = 1.0
+    """Weight of its loss, or of its loss for each domain; none is negative."""
     start_step: int = pydantic.Field(default=0, ge=0)
     """First optimiser step, counted from 0, at which it takes part."""
     stop_step: int | None = pydantic.Field(default=None, ge=1)
@@ -79,7 +88,7 @@ class SeveralTeachers(Objective, frozen=True):
 
     @pydantic.model_validator(mode="after")
     def _check_terms(self) -> Self:
-        if not any(term.weight > 0 and term.counts_at(0) for term in self.terms):
+        if not any(counts(term.weight) and term.counts_at(0) for term in self.terms):
             raise ValueError(
                 "teachers: no teacher takes part in the first step; give one of them a positive weight and start_step 0"
             )
@@ -146,17 +155,18 @@ class SeveralTeachers(Objective, frozen=True):
         """See `Objective.targets_of`."""
         assert batch.present is not None
         of_terms = (term.settings.targets_of(batch.of_teacher(k)) for k, term in enumerate(self.terms))
-        return (*(cast(Tensor, targets) for targets in of_terms), batch.present)
+        return TeachersTargets(tuple(cast(Tensor, targets) for targets in of_terms), batch.present, batch.domains)
 
     def constant_loss(self, variance: Tensor) -> float | None:
         """See `Objective.constant_loss`; ``variance`` has the layers of all teachers, one after another."""
-        if self.balance != "weights":
+        weights = [term.weight for term in self.terms if not isinstance(term.weight, dict)]
+        if self.balance != "weights" or len(weights) < len(self.terms):
             return None
         parts = variance.split_with_sizes([term.num_layers for term in self.terms])
         losses = [term.settings.constant_loss(part) for term, part in zip(self.terms, parts, strict=True)]
         if any(loss is None for loss in losses):
             return None
-        return sum(term.weight * cast(float, loss) for term, loss in zip(self.terms, losses, strict=True))
+        return sum(weight * cast(float, loss) for weight, loss in zip(weights, losses, strict=True))
 
     def distiller(
         self, student: Student, *, spec_augment: SpecAugment | None, seed: int, symbols: SymbolLayout | None = None
@@ -197,9 +207,11 @@ class SeveralLoss(DistillationLoss):
 
     Attributes:
         parts: Loss of each teacher, before it is weighted.
+        domains: For each teacher the losses of the domains for which it has a weight, before they are weighted.
     """
 
     parts: tuple[DistillationLoss, ...] = ()
+    domains: tuple[dict[str, Tensor], ...] = ()
 
     def agreement(self) -> Tensor:
         """Return those of the teachers (2, 2, sum of L + 1), one after another."""
@@ -207,7 +219,8 @@ class SeveralLoss(DistillationLoss):
 
     def teachers(self) -> Tensor:
         """See `DistillationLoss.teachers`."""
-        return torch.stack([part.total.detach() for part in self.parts])
+        losses = ((part.total, *domains.values()) for part, domains in zip(self.parts, self.domains, strict=True))
+        return torch.stack([loss.detach() for of_teacher in losses for loss in of_teacher])
 
 
 class LossBalance(nn.Module):
@@ -284,17 +297,20 @@ class SeveralDistiller(CompositeDistiller):
         """Balance of the losses."""
         return cast(LossBalance, self.predictors[-1])
 
-    def weights(self) -> list[float]:
-        """Return the weight of each teacher in the current step of a training, or in a validation."""
-        return [term.weight if not self.training or term.counts_at(self._step) else 0.0 for term in self.terms]
+    def counted(self) -> list[bool]:
+        """Return for each teacher whether it takes part in the current step of a training, or in a validation."""
+        return [not self.training or term.counts_at(self._step) for term in self.terms]
 
     def row_fields(self) -> dict[str, float]:
-        """Return the factor of each teacher's loss as ``teacher_weight_NAME``."""
+        """Return the factor of each teacher's loss as ``teacher_weight_NAME``, by domain as ``teacher_weight_NAME.DOMAIN``."""
+        fields = {}
         factors = self.balance.factors(len(self.terms))
-        return {
-            f"teacher_weight_{term.name}": weight * factor
-            for term, weight, factor in zip(self.terms, self.weights(), factors, strict=True)
-        }
+        for term, counted, factor in zip(self.terms, self.counted(), factors, strict=True):
+            weights = term.weight if isinstance(term.weight, dict) else {"": term.weight}
+            for domain, weight in weights.items():
+                name = f"{term.name}.{domain}" if domain else term.name
+                fields[f"teacher_weight_{name}"] = counted * weight * factor
+        return fields
 
     def loss(
         self,
@@ -305,18 +321,30 @@ class SeveralDistiller(CompositeDistiller):
         *,
         cosines: bool = False,
     ) -> SeveralLoss:
-        """See `Distiller.loss`; targets are a tuple with those of each teacher, and then (B, K) bool as `Batch.present`."""
-        *wanted, present = targets
-        found, balanced = [], []
-        for k, (part, weight) in enumerate(zip(self.parts, self.weights(), strict=True)):
-            lacking = ~present[:, k]
+        """See `Distiller.loss`."""
+        assert isinstance(targets, TeachersTargets)
+        found, balanced, hints, finals, by_domain = [], [], [], [], []
+        for k, (part, term, counted) in enumerate(zip(self.parts, self.terms, self.counted(), strict=True)):
+            lacking = ~targets.present[:, k]
             seen = encoded._replace(padded=encoded.padded | lacking[:, None])
-            loss = part.loss(seen, frame_mask, wanted[k], divisor, cosines=cosines)
-            share = encoded.num_frames.masked_fill(lacking, 0).sum() / divisor
-            found.append(loss)
-            balanced.append(self.balance(k, loss.total, share) * weight)
-        total = sum(balanced[1:], start=balanced[0])
-        pairs = list(zip(found, self.terms, strict=True))
-        hint = torch.stack([loss.hint * term.weight for loss, term in pairs]).sum()
-        final = torch.stack([loss.final * term.weight for loss, term in pairs]).sum()
-        return SeveralLoss(total, hint, final, torch.cat([loss.per_layer for loss in found]), parts=tuple(found))
+            losses = {}
+            for domain, weight, rows in rows_by_domain(term.weight, targets.domains):
+                some, mask, wanted = chosen_rows(rows, seen, frame_mask, targets.wanted[k])
+                loss = part.loss(some, mask, wanted, divisor, cosines=cosines)
+                share = (~some.padded).sum() / divisor
+                balanced.append(self.balance(k, loss.total, share) * (weight * counted))
+                hints.append(loss.hint * weight)
+                finals.append(loss.final * weight)
+                losses[domain] = loss
+            found.append(added(list(losses.values())))
+            none = found[k].total.new_zeros(())
+            domains = counted_domains(term.weight)
+            by_domain.append({domain: losses[domain].total if domain in losses else none for domain in domains})
+        return SeveralLoss(
+            sum(balanced[1:], start=balanced[0]),
+            torch.stack(hints).sum(),
+            torch.stack(finals).sum(),
+            torch.cat([loss.per_layer for loss in found]),
+            parts=tuple(found),
+            domains=tuple(by_domain),
+        )

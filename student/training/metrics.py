@@ -18,7 +18,7 @@ from ray_distill.student.training import run_files
 from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.student.training.rank import Rank
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
-from ray_distill.teacher_cache.targets.several_caches import TeacherTargets, layer_names
+from ray_distill.teacher_cache.targets.several_caches import TeacherTargets, layer_names, loss_names
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 
@@ -88,8 +88,7 @@ class MetricWindow:
     def forget_step(self) -> None:
         """Set agreement and the teachers' losses to zero, as at the beginning of a step."""
         self.agreement = empty_agreement(self._reader, self._rank.device)
-        names = getattr(self._reader, "teachers", ())
-        self.teachers = torch.zeros(len(names), dtype=torch.float64, device=self._rank.device)
+        self.teachers = torch.zeros(len(loss_names(self._reader)), dtype=torch.float64, device=self._rank.device)
 
     def _bytes_read(self) -> int | None:
         return getattr(self._reader, "bytes_read", None)
@@ -116,7 +115,7 @@ class MetricWindow:
         read_here = 0 if read is None or self._read is None else read - self._read
         mine = self.loss.new_tensor([self._real, self._padded, self.waited / elapsed, read_here])
         cells = self._rank.sum(torch.cat([mine, self.teachers, self.agreement.flatten()])).cpu()
-        names = [teacher.name for teacher in getattr(self._reader, "teachers", ())]
+        names = loss_names(self._reader)
         totals, losses, agreement = cells.split_with_sizes([len(mine), len(names), self.agreement.numel()])
         real, padded, waited, total_read = totals.tolist()
         row = {
@@ -222,7 +221,7 @@ class Metrics:
       data_wait (share of the time), padding_waste (share of the samples), skipped_steps (so far), and
       cosine_KIND_layer_NN or, for discrete targets, accuracy_KIND_layer_NN (of this step only). With several teachers also
       teacher_loss_NAME (of this step only, before it is balanced) and teacher_weight_NAME (the factor of that loss), and the layers
-      are NAME_NN.
+      are NAME_NN. With weights by domain, both are there for NAME.DOMAIN too.
     - ``validation``: loss, layer_NN (unweighted), cosine_unmasked_layer_NN; in the first row also constant_loss and
       constant_layer_NN, the losses of the best constant prediction, if the error is the squared one.
     - ``skipped``: cause of a skipped step, and its utterances.

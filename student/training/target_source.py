@@ -4,13 +4,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from ray_distill.student.objectives.several_teachers import Aggregate
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.storage.cache_spec import Targets
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.targets.combined_caches import CombinedCaches
+from ray_distill.teacher_cache.targets.domains import Weight
 from ray_distill.teacher_cache.targets.frame_rate import FrameRule
 from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
 from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
@@ -45,7 +47,8 @@ class TeacherCache:
         audio: Location of the audio that the cache refers to. Default: the recorded place.
         local, local_gb: Folder of each node for copies of the cache's files, and its limit, as for `CacheReader`. Default: none.
         frames: How frames of another rate are mapped to those of the student; see `StudentFrames`. Default None.
-        weight: Weight of the teacher in an average of several. Default 1.
+        weight: Weight of the teacher in an average of several, or weights by domain. Default 1.
+        labels: File with the domains of the utterances, for weights by domain; see `read_domains`. Default: none.
     """
 
     name: str
@@ -56,7 +59,8 @@ class TeacherCache:
     local: str | None = None
     local_gb: float | None = None
     frames: FrameRule | None = None
-    weight: float = 1.0
+    weight: Weight = 1.0
+    labels: str | None = None
 
 
 def cached_source(reader: SplitReader, fresh_masks: MaskDraws | None = None) -> TargetSource:
@@ -132,15 +136,19 @@ def several_readers(
         for t in teachers
     }
     held_out = {t.name: open_reader(t.cache, "validation", t.layers, **options[t.name]) for t in teachers}
-    weights = [t.weight for t in teachers] if aggregate == "average" else None
+    weights = [cast(float, t.weight) for t in teachers] if aggregate == "average" else None
+    by_domain: dict[str, Weight] = {t.name: t.weight for t in teachers if isinstance(t.weight, dict)}
+    labels = next((Path(t.labels) for t in teachers if t.labels is not None), None)
     train, validation = (
-        SeveralCaches(readers) if aggregate == "heads" else CombinedCaches(readers, weights)
+        SeveralCaches(readers, by_domain, labels) if aggregate == "heads" else CombinedCaches(readers, weights)
         for readers in (by_name, held_out)
     )
     drawn = masks if fresh else None
     source = several_sources({name: cached_source(reader, drawn) for name, reader in by_name.items()})
     if aggregate != "heads":
         source = replace(source, key=_digest([source.key, aggregate, weights]))
+    if train.domains is not None:
+        source = replace(source, key=_digest([source.key, dict(zip(train.ids, train.domains, strict=True))]))
     if fresh:
         return FreshMasks(train, masks), FreshMasks(validation, masks), source
     return train, validation, source

@@ -16,7 +16,7 @@ from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.frames import padding_mask
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
-from ray_distill.teacher_cache.targets.several_caches import TeacherTargets, layer_names
+from ray_distill.teacher_cache.targets.several_caches import TeacherTargets, layer_names, loss_names
 from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
 
 _MEASURED = 200
@@ -101,8 +101,8 @@ def validate(
 
     Returns:
         Means per real frame, the same on every rank: ``loss`` (weighted), with several teachers ``teacher_loss_NAME`` (before it is
-        balanced, over the frames that the teacher has), ``layer_NN`` or ``layer_NAME_NN`` (unweighted) and
-        ``cosine_unmasked_layer_NN`` or accuracies; with ``constant`` and the squared error also ``constant_loss`` and
+        balanced, over the frames that the teacher has; also by domain, see `loss_names`), ``layer_NN`` or ``layer_NAME_NN``
+        (unweighted) and ``cosine_unmasked_layer_NN`` or accuracies; with ``constant`` and the squared error also ``constant_loss`` and
         ``constant_layer_NN``, the losses of predicting the mean of the split's targets (see `TargetVariance`).
     """
     objective = settings.chosen_objective
@@ -116,7 +116,8 @@ def validate(
         assert settings.batch_seconds is not None
         batches = cut_by_seconds(longest_first, reader.num_samples, settings.batch_seconds)
     teachers: tuple[TeacherTargets, ...] = getattr(reader, "teachers", ())
-    losses = torch.zeros(1 + len(teachers) + len(reader.layers), dtype=torch.float64, device=rank.device)
+    parts = loss_names(reader)
+    losses = torch.zeros(1 + len(parts) + len(reader.layers), dtype=torch.float64, device=rank.device)
     agreement = empty_agreement(reader, rank.device)
     frames = torch.zeros_like(losses)
     variances = target_variances(reader, rank)
@@ -133,7 +134,7 @@ def validate(
     rank.sum(agreement)
     rank.sum(frames)
     names = layer_names(reader, reader.layers)
-    fields = ["loss", *(f"teacher_loss_{teacher.name}" for teacher in teachers), *(f"layer_{name}" for name in names)]
+    fields = ["loss", *(f"teacher_loss_{part}" for part in parts), *(f"layer_{name}" for name in names)]
     row = dict(zip(fields, (losses / frames.clamp(min=1)).tolist(), strict=True))
     row |= agreement_fields(agreement, reader)
     if constant:
@@ -149,9 +150,17 @@ def _counted_frames(batch: Batch, teachers: Sequence[TeacherTargets], count: int
     frames = batch.num_frames.sum()
     if batch.present is None:
         return frames.expand(count)
-    of_teachers = (batch.present * batch.num_frames[:, None]).sum(0)
+    of_utterances = (batch.present * batch.num_frames[:, None]).T  # (K, B)
+    of_teachers = of_utterances.sum(1)
+    parts = [frames]
+    for k, teacher in enumerate(teachers):
+        parts.append(of_teachers[k])
+        for domain in teacher.domains:
+            assert batch.domains is not None
+            members = torch.tensor([one == domain for one in batch.domains], device=frames.device)
+            parts.append((of_utterances[k] * members).sum())
     layers = [of_teachers[k].expand(len(teacher.layers)) for k, teacher in enumerate(teachers)]
-    return torch.cat([frames[None], of_teachers, *layers])
+    return torch.cat([torch.stack(parts), *layers])
 
 
 def target_variances(reader: TargetReader, rank: Rank) -> list["TargetVariance"]:

@@ -126,8 +126,8 @@ def build_cache(
         check_masked(teacher_name, spec.rate)
     store = Store(location)
     check_location(store)
-    if spec.embeds_audio:
-        refuse_place(store, audio)
+    if not spec.refers_to_store:
+        refuse_place(store, spec, audio)
     with cache_lock(store) as check_lock:
         store.remove_leftovers()
         cache = _create_or_grow(store, spec, plan, teacher_spec, teacher_name, workers, max_failed, audio, check_lock)
@@ -155,7 +155,7 @@ def _create_or_grow(
     check_lock: Callable[[], None],
 ) -> Cache:
     if not Cache.exists(store):
-        place = None if spec.embeds_audio else _place_of_audio(store, spec, plan, audio)
+        place = _place_of_audio(store, spec, plan, audio) if spec.refers_to_store else None
         state = _fit(spec, spec.layers, plan, teacher_spec, workers, max_failed)
         check_lock()
         return create_cache(

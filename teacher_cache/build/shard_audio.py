@@ -56,7 +56,8 @@ def load_shard_audio(cache: Cache, shard: Shard, referred: "ReferredAudio | None
     """
     first = cache.files(shard)[0]
     if not cache.spec.embeds_audio:
-        audio = (referred or ReferredAudio(cache)).load(shard)
+        stored = cache.spec.refers_to_store
+        audio = (referred or ReferredAudio(cache)).load(shard) if stored else audio_from_corpus(cache, shard)
         if not first.part.leads or cache.store.size(first.commit) is None:
             return audio
         try:
@@ -147,15 +148,15 @@ def _commit_of(cache: Cache, file: ShardFile) -> dict[str, Any]:
 
 
 def audio_from_corpus(cache: Cache, shard: Shard, *, exact: bool = False) -> ShardAudio:
-    """Decode a shard's audio from the corpus; ``exact`` as for `load_waveform`."""
-    encode = ENCODERS[cache.spec.audio]
+    """Decode a shard's audio from the corpus; ``exact`` as for `load_waveform`. Nothing is encoded if the cache embeds none."""
+    encode = ENCODERS.get(cache.spec.audio)
     waveforms: list[np.ndarray] = []
     embedded: list[bytes] = []
     failed = {}
     for utterance in shard.utterances:
         try:
             waveform = load_waveform(utterance, exact=exact)
-            data = encode(waveform)
+            data = b"" if encode is None else encode(waveform)
         except (ValueError, OSError) as error:
             failed[utterance.id] = reason_of(error)
             waveform, data = np.zeros(0, np.float32), b""

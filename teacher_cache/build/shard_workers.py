@@ -137,7 +137,7 @@ def records_of(
     """
     if not shards:
         return
-    referred = None if cache.spec.embeds_audio else ReferredAudio(cache, audio)
+    referred = ReferredAudio(cache, audio) if cache.spec.refers_to_store else None
     if workers is None:
         with open_writer(cache, teacher_spec, max_failed=max_failed) as writer:
             for shard in shards:

@@ -12,11 +12,11 @@ from torch import Tensor
 from ray_distill.teacher_cache.build.codec_fit import HELD_OUT, sample_order
 from ray_distill.teacher_cache.build.shard_audio import ReferredAudio, ShardAudio, load_shard_audio
 from ray_distill.teacher_cache.build.shard_output import open_output
-from ray_distill.teacher_cache.codecs import fit_codec, is_discrete, sample_frames
+from ray_distill.teacher_cache.codecs import check_codec, fit_codec, is_discrete, sample_frames
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.reading.audio_place import check_holds, holder_of, open_holder, recorded_place
-from ray_distill.teacher_cache.reading.commit_manifest import take_manifest, update_manifest
+from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
 from ray_distill.teacher_cache.storage.cache import Cache, check_location
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.create import create_cache, remove_unused_states
@@ -38,7 +38,7 @@ def derive_cache(
     """Write a cache of the clean pass of another cache's layers, encoded with another codec, or finish an interrupted one.
 
     The codec is fitted to the source's decoded features, whose errors it inherits. The new cache has the teacher, the corpus and the
-    plan of the source, whose fingerprint is part of its identity. The audio is copied, unless the new cache refers to it.
+    plan of the source, whose fingerprint is part of its identity. The audio is copied, unless it is elsewhere.
 
     Args:
         source: Location of a finished cache with a clean pass, of any codec but a discrete one.
@@ -47,7 +47,8 @@ def derive_cache(
         layers: Its layers, 1-based.
         on_progress: Called after each shard with the numbers of finished and of all shards.
         audio: Location of the audio that the new cache refers to: an audio store, or a cache with audio such as the source. Default
-            None: it refers to what the source refers to, or holds a copy of the audio that the source holds.
+            None: it refers to what the source refers to, reads its audio from the corpus as the source does, or holds a copy of the
+            audio that the source holds.
 
     Returns:
         The number of shards that were written now.
@@ -59,9 +60,9 @@ def derive_cache(
     origin = Cache.open(source)
     spec = _derived_spec(origin, codec, layers)
     store = Store(location)
-    refers = audio is not None or not origin.spec.embeds_audio
+    refers = audio is not None or origin.spec.refers_to_store
     if refers:
-        holder = open_holder(audio) if audio is not None and origin.spec.embeds_audio else holder_of(origin, audio)
+        holder = holder_of(origin, audio) if origin.spec.refers_to_store else open_holder(str(audio))
         spec = CacheSpec.model_validate(
             spec.model_dump() | {"audio": "store", "audio_store": holder.spec.audio_fingerprint}
         )
@@ -72,7 +73,9 @@ def derive_cache(
     with cache_lock(store) as check_lock:
         store.remove_leftovers()
         readers = {
-            split: CacheReader(origin.store, split, spec.layers, 0, audio=None if origin.spec.embeds_audio else audio)
+            split: CacheReader(
+                origin.store, split, spec.layers, 0, audio=audio if origin.spec.refers_to_store else None
+            )
             for split in sorted({shard.split for shard in origin.shards})
         }
         if Cache.exists(store):
@@ -97,15 +100,18 @@ def derive_cache(
                 audio_path=recorded_place(store, holder.store) if refers else None,
             )
         remove_unused_states(cache)
-        referred = None if origin.spec.embeds_audio else ReferredAudio(origin, audio)
+        referred = ReferredAudio(origin, audio) if origin.spec.refers_to_store else None
         missing = cache.missing()
         manifest = take_manifest(store) if missing else None
         for shard in (shard for shard in cache.shards if shard.number in missing):
             check_lock()
-            _write(cache, shard, readers[shard.split], load_shard_audio(origin, shard, referred))
+            # Utterances whose audio failed are in no file of the source.
+            decoded = origin.spec.audio != "source"
+            shard_audio = load_shard_audio(origin, shard, referred) if decoded else ShardAudio([], [], {})
+            _write(cache, shard, readers[shard.split], shard_audio)
             written += 1
             on_progress(len(cache.shards) - len(missing) + written, len(cache.shards))
-        if written:
+        if written or not store.size(MANIFEST):
             update_manifest(cache, manifest)
         store.remove_leftovers()
     return written
@@ -113,6 +119,14 @@ def derive_cache(
 
 def _derived_spec(origin: Cache, codec: str, layers: Sequence[int]) -> CacheSpec:
     spec, place = origin.spec, origin.store.location
+    try:
+        check_codec(codec)
+    except ValueError as error:
+        raise CacheError(str(error)) from error
+    if spec.is_audio_store:
+        raise CacheError(
+            f"{place} is an audio store, which has no features to derive targets from; give a cache of a teacher"
+        )
     if unknown := sorted(set(layers) - set(spec.layers)):
         raise CacheError(f"the cache at {place} has no layer {unknown[0]}; it has layers {list(spec.layers)}")
     if is_discrete(spec.codec):
@@ -149,11 +163,16 @@ def _fit(spec: CacheSpec, reader: CacheReader) -> Mapping[str, Tensor]:
         if count >= wanted:
             break
         hold_out = sum(map(len, held_out)) < HELD_OUT * count or number == len(known) - 1
-        (held_out if hold_out else fitted).append(reader[index[utterance.id]].targets.transpose(0, 1))
+        (held_out if hold_out else fitted).append(_features(reader, index[utterance.id]))
     try:
         return fit_codec(spec.codec, torch.cat(fitted or held_out), torch.cat(held_out or fitted))
     except ValueError as error:
         raise CacheError(f"the codec could not be fitted: {error}") from error
+
+
+def _features(reader: CacheReader, index: int) -> Tensor:
+    """Return the (T, L, D) features of an utterance in the clean pass, without reading its audio."""
+    return reader.read([index], None, audio=False).targets[0].transpose(0, 1)
 
 
 def _write(cache: Cache, shard: Shard, reader: CacheReader, audio: ShardAudio) -> None:
@@ -168,7 +187,7 @@ def _write(cache: Cache, shard: Shard, reader: CacheReader, audio: ShardAudio) -
         for row, utterance in enumerate(shard.utterances):
             if utterance.id in output.failed:
                 continue
-            frames = reader[index[utterance.id]].targets.transpose(0, 1)
+            frames = _features(reader, index[utterance.id])
             codes: list[np.ndarray] = []
             try:
                 for codec in codecs:

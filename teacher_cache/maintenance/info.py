@@ -7,10 +7,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from ray_distill.teacher_cache.reading.audio_place import holder_of
+from ray_distill.teacher_cache.reading.source_rows import missing_sources
+from ray_distill.teacher_cache.sources.address import AudioAddress
 from ray_distill.teacher_cache.storage.cache import Cache, commit_name, file_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.storage.store import Store
+
+_FILES_SOUGHT = 100
+"""Maximum number of files of a corpus that are looked for."""
 
 
 def info_table(location: str | Path) -> Table:
@@ -64,6 +69,9 @@ def _where_audio_is(cache: Cache) -> str:
     spec = cache.spec
     if spec.embeds_audio:
         return f"{spec.audio}, fingerprint {spec.audio_fingerprint[:16]}..." if spec.is_audio_store else spec.audio
+    if spec.audio == "source":
+        first = AudioAddress.parse(cache.plan["path"][0].as_py()).file
+        return escape(missing_sources(cache, most=_FILES_SOUGHT) or f"read from the corpus, such as {first}")
     try:
         holder = holder_of(cache)
     except CacheAccessError:
@@ -94,8 +102,8 @@ def _add_targets(table: Table, cache: Cache) -> None:
         error = torch.cat([codec.error for codec in codecs])
         table.add_row(
             f"layers, set {number}",
-            f"{' '.join(map(str, layer_set.layers))}: codec {spec.codec}, relative error {float(error.min()):.2g} to "
-            f"{float(error.max()):.2g}",
+            f"{' '.join(map(str, layer_set.layers))}: codec {spec.codec}, relative error "
+            + " to ".join(dict.fromkeys(f"{float(value):.2g}" for value in (error.min(), error.max()))),
         )
     table.add_row("mask draws", f"{spec.masks.draws}, seed {spec.masks.seed}")
     for draw in range(min(spec.masks.draws, len(spec.masks.policies) or 1)):

@@ -22,8 +22,9 @@ from ray_distill.teacher_cache.build.shard_audio import (
 from ray_distill.teacher_cache.build.shard_writer import open_writer
 from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
 from ray_distill.teacher_cache.maintenance.verify import Problem, verify_audio, verify_cache
-from ray_distill.teacher_cache.reading.audio_place import holder_of, recorded_place, refuse_place
+from ray_distill.teacher_cache.reading.audio_place import holder_of, recorded_place
 from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
+from ray_distill.teacher_cache.reading.source_rows import with_places
 from ray_distill.teacher_cache.sources.address import AudioAddress
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile, derived_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError
@@ -57,8 +58,10 @@ def repair_cache(
         teacher_spec: Specification of the teacher for `load_teacher`. Default the one in ``cache.json``, if that is safe; see
             `chosen_teacher`. The teacher is only loaded if shards are damaged.
         device: Device of the teacher. Default the CPU.
-        corpus_moved: Old and new path of a folder above the corpus, if it was moved since the cache was created.
-        audio: New place of the audio that the cache refers to, which is recorded. Default: the recorded place.
+        corpus_moved: Old and new path of a folder above the corpus, if it was moved since the cache was created. Not for a cache with
+            ``audio`` ``source``.
+        audio: New place of the audio that the cache refers to, which is recorded. Default: the recorded place. For a cache with
+            ``audio`` ``source`` the path of an index of the corpus, as for `CacheReader`, which is used this time.
 
     Returns:
         One sentence per repair. Empty for an intact cache.
@@ -92,7 +95,13 @@ def repair_cache(
         if records:
             problems = verify_cache(store)
             done += _set_aside(store, problems)
-        if audio is not None:
+        from_corpus = Cache.open(store).spec.audio == "source"
+        if from_corpus and corpus_moved is not None:
+            raise CacheError(
+                f"the cache at {store.location} reads its audio from the corpus (cache.audio=source); if that has moved, give its "
+                "index as --audio, which is corpus/index.parquet in the folder of a run with the new path"
+            )
+        if audio is not None and not from_corpus:
             done += _move_audio(Cache.open(store), audio)
         damaged = [problem.file for problem in problems if problem.file is not None]
         if damaged:
@@ -103,18 +112,21 @@ def repair_cache(
                     store.remove(file.commit)
                 raise derived_error(cache)
             shards = cache.shards if corpus_moved is None else _with_moved_corpus(cache, *map(Path, corpus_moved))
-            done += _rebuild(cache, shards, damaged, teacher_spec, device, check_lock)
+            if from_corpus:
+                shards = Shards(with_places(cache, cache.plan, audio))
+            # A stranger's plan must not fetch other files of the same length.
+            exact = not from_corpus or audio is None
+            done += _rebuild(cache, shards, damaged, teacher_spec, device, check_lock, audio, exact=exact)
         old = store.size(MANIFEST) is not None
         if update_manifest(Cache.open(store)) and old:
             done.append(f"{store.at(MANIFEST)} written again from the commit records")
-    raise_failures([problem.text for problem in verify_audio(Cache.open(store), checksums=False)], "while repairing:")
+    lacking = verify_audio(Cache.open(store), audio, checksums=False)
+    raise_failures([problem.text for problem in lacking], "while repairing:")
     return done
 
 
 def _move_audio(cache: Cache, audio: str) -> list[str]:
     """Record the new place of the audio that a cache refers to. Return one sentence if it is new."""
-    if cache.spec.embeds_audio:
-        refuse_place(cache.store, audio)
     place = recorded_place(cache.store, holder_of(cache, audio).store)
     if place == cache.record.get("audio_path"):
         return []
@@ -162,24 +174,40 @@ def _with_moved_corpus(cache: Cache, old: Path, new: Path) -> Shards:
     return Shards(with_sources(cache.plan, sources))
 
 
-def _recorded_audio(cache: Cache, shard: Shard) -> tuple[ShardAudio, list[str]]:
-    """Return the audio for a damaged file with audio, from the corpus or else from the file itself.
+def _recorded_audio(
+    cache: Cache, shard: Shard, damaged: list[ShardFile], *, exact: bool
+) -> tuple[ShardAudio, list[str]]:
+    """Return the audio of a shard for its damaged files, from the corpus or else from a damaged file with audio.
 
     It lacks no utterance but those that failed when the file was built. The reasons of further ones are returned too.
     """
+    first = cache.files(shard)[0]
+    known = _known_failures(cache, shard) or {}
+    audio = audio_from_corpus(cache, shard, exact=exact)
+    lost = [reason for name, reason in audio.failed.items() if name not in known]
+    if lost and cache.spec.embeds_audio and (rest := audio_from_damaged_file(cache, shard, known)) is not None:
+        return rest, []
+    audio = replace(audio, failed={name: known.get(name, reason) for name, reason in audio.failed.items()})
+    return audio.without(shard, known) if first.part.leads and first not in damaged else audio, lost
+
+
+def _referred_audio(cache: Cache, shard: Shard, referred: ReferredAudio) -> tuple[ShardAudio, list[str]]:
+    """Return the audio for a damaged file without audio, and the reasons for utterances that the file held and the audio lacks."""
+    audio, known = referred.load(shard), _known_failures(cache, shard)
+    if known is None:  # Then what failed there has failed here too.
+        return audio, []
+    return audio, [f"utterance {name}: {reason}" for name, reason in audio.failed.items() if name not in known]
+
+
+def _known_failures(cache: Cache, shard: Shard) -> dict[str, str] | None:
+    """Return the utterances that failed when the first file of a shard was built. None if its record is missing or damaged."""
     try:
-        known: dict[str, str] = (cache.commit_of(cache.files(shard)[0]) or {}).get("failed", {})
+        record = cache.commit_of(cache.files(shard)[0])
     except CacheAccessError:
         raise
-    except CacheError:  # The record is damaged too.
-        known = {}
-    audio = audio_from_corpus(
-        cache, shard, exact=True
-    )  # A stranger's plan must not fetch other files of the same length.
-    lost = [reason for name, reason in audio.failed.items() if name not in known]
-    if lost and (rest := audio_from_damaged_file(cache, shard, known)) is not None:
-        return rest, []
-    return replace(audio, failed={name: known.get(name, reason) for name, reason in audio.failed.items()}), lost
+    except CacheError:
+        return None
+    return None if record is None else record.get("failed", {})
 
 
 def _rebuild(
@@ -189,10 +217,13 @@ def _rebuild(
     teacher_spec: str | None,
     device: str,
     check_lock: Callable[[], None],
+    audio_place: str | None,
+    *,
+    exact: bool,
 ) -> list[str]:
     done: list[str] = []
     failures: list[str] = []
-    referred = None if cache.spec.embeds_audio else ReferredAudio(cache)
+    referred = ReferredAudio(cache, audio_place) if cache.spec.refers_to_store else None
     with ExitStack() as stack:
         write: Callable[[Shard, ShardAudio], dict[str, Any]] = partial(write_audio, cache)
         if not cache.spec.is_audio_store:
@@ -205,12 +236,12 @@ def _rebuild(
             check_lock()
             lost: list[str] = []
             # A damaged file may still have its commit record, so load_shard_audio must not read it.
-            if cache.files(shard)[0] not in files:
+            if cache.files(shard)[0] not in files and cache.spec.audio != "source":
                 audio = load_shard_audio(cache, shard, referred)
             elif referred is not None:
-                audio = referred.load(shard)
+                audio, lost = _referred_audio(cache, shard, referred)
             else:
-                audio, lost = _recorded_audio(cache, shard)
+                audio, lost = _recorded_audio(cache, shard, files, exact=exact)
             if lost or audio.problem:
                 failures += lost or [audio.problem]
                 continue

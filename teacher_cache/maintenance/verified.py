@@ -2,8 +2,8 @@
 
     CACHE/verified.json      SHA-256 by the folder of a part; with a checksum
 
-A digest covers the place of the cache, and the names, sizes and modification times of the part's shard files and commit records. A
-copy of a cache is another place, even if it keeps the times, since its folder has another number.
+A digest covers the place of the cache, and the names, sizes and times of the part's shard files and commit records. A copy is read
+even if it keeps the times of modification, since a disk also knows when a file came to its place.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def part_digests(store: Store, entries: Mapping[str, FileEntry], folders: Iterab
         folder = name.rpartition("/")[0].removeprefix("commits/")
         if folder in digests:
             entry = entries[name]
-            digests[folder].update(json.dumps([name, entry.size, entry.changed]).encode())
+            digests[folder].update(json.dumps([name, *entry]).encode())
             if entry.changed is None:
                 undated.add(folder)
     return {folder: digest.hexdigest() for folder, digest in digests.items() if folder not in undated}

@@ -15,6 +15,7 @@ from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, holder_of, refuse_place
 from ray_distill.teacher_cache.reading.known_commits import KnownCommits
+from ray_distill.teacher_cache.reading.source_rows import missing_sources
 from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, DATA_FOLDERS, PLAN, Cache, ShardFile, state_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, CacheSpec, parts_of
 from ray_distill.teacher_cache.storage.create import is_growth
@@ -61,15 +62,15 @@ def verify_cache(
 ) -> list[Problem]:
     """Check every file of a cache against its commit record and the plan.
 
-    If the cache refers to audio elsewhere, that is checked only for its fingerprint and the sizes of its files, unless there is a
-    need: `verify_audio` checks it.
+    If the cache refers to audio elsewhere, that is checked only for its fingerprint and the sizes of its files, and a corpus only for
+    its files being there, unless there is a need: `verify_audio` checks it.
 
     Args:
         location: Location of the cache.
         checksums: Whether to read every byte and compare SHA-256. Otherwise only sizes and records are checked.
         needed: Check only the shard files that this need reads, and ignore foreign files, because another run may be
             extending the cache. Default: check everything.
-        audio: Where the audio is that the cache refers to. Default: the recorded place.
+        audio: Where the audio is that the cache refers to, as for `CacheReader`. Default: the recorded place.
         memory: With checksums, ``write`` notes in the cache which parts are sound, and ``use`` also does not read the shard files of
             a part again that was sound before, if no file of it has changed since. Default: ``none``.
 
@@ -116,17 +117,22 @@ def verify_cache(
 
 
 def verify_audio(cache: Cache, location: str | None = None, *, checksums: bool = True) -> list[Problem]:
-    """Check the files with the audio to which a cache refers. None if it embeds its audio.
+    """Check the files with the audio to which a cache refers. No problems if it embeds its audio.
+
+    If the audio is read from the corpus, its files are looked for. Their content is checked whenever it is read.
 
     Args:
         cache: The cache.
-        location: Where the audio is. Default: the recorded place.
+        location: Where the audio is, as for `CacheReader`. Default: the recorded place.
         checksums: As for `verify_cache`, whose memory is used.
     """
     if cache.spec.embeds_audio:
-        refuse_place(cache.store, location)
+        refuse_place(cache.store, cache.spec, location)
         return []
     try:
+        if cache.spec.audio == "source":
+            lost = missing_sources(cache, location)
+            return [] if lost is None else [Problem("audio", lost, "audio")]
         holder = holder_of(cache, location)
         problems = verify_cache(holder.store, checksums=checksums, needed=AUDIO_ONLY, memory="use")
     except CacheAccessError:
@@ -267,7 +273,7 @@ def verify_deep(
         teacher: The teacher that the cache was made with.
         sample: Number of utterances. Default 8.
         seed: Seed of their choice. Default 0.
-        audio: Where the audio is that the cache refers to. Default: the recorded place.
+        audio: Where the audio is that the cache refers to, as for `CacheReader`. Default: the recorded place.
 
     Returns:
         One check per layer, for the clean pass and every draw.

@@ -4,7 +4,6 @@
 a reader knows it again wherever it is.
 """
 
-import os
 import posixpath
 
 import pyarrow.compute as pc
@@ -21,8 +20,8 @@ _GIVE_PLACE = "give its place as cache.audio_path, or to commands as --audio"
 
 def recorded_place(cache: Store, audio: Store) -> str:
     """Return the place of the audio as a cache records it: relative if both are on local disks or in one bucket, or else whole."""
-    (scheme, one), (other_scheme, other) = _parts(cache.location), _parts(audio.location)
-    if scheme != other_scheme or "?" in cache.location + audio.location:
+    (scheme, one, options), (other_scheme, other, other_options) = _parts(cache.location), _parts(audio.location)
+    if (scheme, options) != (other_scheme, other_options):
         return audio.location
     return posixpath.relpath(other, one)
 
@@ -40,10 +39,11 @@ def holder_of(cache: Cache, location: str | None = None) -> Cache:
 
     Raises:
         CacheError: If there is no such audio, or it is not the audio that the cache refers to, or a place is given for a cache that
-            embeds its audio.
+            refers to none.
     """
-    if cache.spec.embeds_audio:
-        refuse_place(cache.store, location)
+    if not cache.spec.refers_to_store:
+        refuse_place(cache.store, cache.spec, location)
+        assert cache.spec.embeds_audio
         return cache
     refers = f"the cache at {cache.store.location} refers to audio"
     store = Store(location) if location is not None else _recorded_store(cache)
@@ -58,12 +58,19 @@ def holder_of(cache: Cache, location: str | None = None) -> Cache:
     return holder
 
 
-def refuse_place(cache: Store, location: str | None) -> None:
-    """Raise CacheError if a place of the audio is given for a cache that embeds its audio."""
+def refuse_place(cache: Store, spec: CacheSpec, location: str | None) -> None:
+    """Raise CacheError if a place of the audio is given for a cache that refers to none."""
     if location is not None:
+        how = "holds its audio itself" if spec.embeds_audio else "reads its audio from the corpus (cache.audio=source)"
         raise CacheError(
-            f"the cache at {cache.location} holds its audio itself, so the place {location} of its audio does nothing; leave it out"
+            f"the cache at {cache.location} {how}, so the place {location} of its audio does nothing; leave it out"
         )
+
+
+def refuse_audio_store(cache: Cache, advice: str) -> None:
+    """Raise CacheError if a cache is an audio store, which can't be the cache of a teacher. ``advice`` says what would be right."""
+    if cache.spec.is_audio_store:
+        raise CacheError(f"the cache at {cache.store.location} is an audio store, which has no targets; {advice}")
 
 
 def open_holder(location: str | Store) -> Cache:
@@ -80,13 +87,15 @@ def open_holder(location: str | Store) -> Cache:
 def _recorded_store(cache: Cache) -> Store:
     """Return the store at the recorded place. CacheError if it is not relative to the cache."""
     place = cache.record.get("audio_path", "")
-    if not place or "://" in place or place.startswith("/"):
+    scheme, path, options = _parts(cache.store.location)
+    # The options of a URI may name another server.
+    has_options = scheme and any(mark in place for mark in ("?", "#", "::"))
+    if not place or "://" in place or place.startswith("/") or has_options:
         raise CacheError(
             f"the cache at {cache.store.location} names the place {place!r} of its audio, which is not opened unasked because a cache "
             "may come from a stranger; if you trust it, give the place as cache.audio_path, or to commands as --audio"
         )
-    scheme, path = _parts(cache.store.location)
-    return Store(scheme + posixpath.normpath(posixpath.join(path, place)))
+    return Store(scheme + posixpath.normpath(posixpath.join(path, place)) + options)
 
 
 def check_holds(holder: Cache, utterances: Utterances, place: str) -> None:
@@ -113,10 +122,14 @@ def check_holds(holder: Cache, utterances: Utterances, place: str) -> None:
             )
 
 
-def _parts(location: str) -> tuple[str, str]:
-    """Return the scheme (empty for a local path) with the bucket, and the path in it, which begins with a slash."""
+def _parts(location: str) -> tuple[str, str, str]:
+    """Return the scheme with the bucket, the path in it, which begins with a slash, and the options from the question mark on.
+
+    Scheme and options of a local path are empty.
+    """
     if "://" not in location:
-        return "", os.fspath(location)
+        return "", location, ""
     scheme, _, rest = location.partition("://")
+    rest, mark, options = rest.partition("?")
     bucket, _, path = rest.partition("/")
-    return f"{scheme}://{bucket}", f"/{path}"
+    return f"{scheme}://{bucket}", f"/{path}", mark + options

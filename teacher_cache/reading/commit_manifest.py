@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ MANIFEST = "manifest.parquet"
 _THREADS = 16
 _SEAL = b"ray_distill.seal"
 _KEY = pa.binary(32)
+_PLAIN = {"PLAIN", "RLE"}
+"""Encodings of a manifest: values as they are, and where there is none. All others can repeat values in few bytes."""
+_ROW_BYTES = 92
+"""Bytes of the numbers and hashes of a row, without its texts."""
 _SCHEMA = pa.schema(
     [
         pa.field("part", pa.string(), nullable=False),
@@ -206,11 +211,12 @@ def rewrite_manifest(location: str | Path | Store, *, thorough: bool = True) -> 
     entry = store.entries().get(MANIFEST)
     if entry is not None:
         previous = None if thorough else read_manifest(store, entry.changed)
-        if store.read(MANIFEST) == current_manifest(cache, previous):
-            return False
+        with suppress(FileNotFoundError):  # Another process has begun to change the cache.
+            if store.read(MANIFEST) == current_manifest(cache, previous):
+                return False
     try:
         with cache_lock(store):
-            return update_manifest(cache)
+            return update_manifest(Cache.open(store))  # It may have grown.
     except (CacheError, OSError):  # It is being built, or may only be read. Readers then read the records.
         return False
 
@@ -232,7 +238,7 @@ def _row_of(folder: str, shard: int, size: int, record: Mapping[str, Any]) -> di
 def _encode(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     sealed = table.replace_schema_metadata({_SEAL: _digest(table)})
-    # Without compression and dictionaries, a manifest can't claim to be much larger than it is.
+    # Without compression and with plain values, a manifest can't claim to be much larger than it is; see `_decode`.
     pq.write_table(sealed, buffer, compression="none", use_dictionary=False, store_schema=True)
     return buffer.getvalue()
 
@@ -244,11 +250,10 @@ def _decode(data: bytes) -> pa.Table:
         columns = [
             metadata.row_group(g).column(c) for g in range(metadata.num_row_groups) for c in range(metadata.num_columns)
         ]
-        if (
-            any(c.compression != "UNCOMPRESSED" or c.has_dictionary_page for c in columns)
-            or metadata.num_rows > MAX_FILES
-        ):
-            raise ValueError("it is compressed or too long")
+        if any(c.compression != "UNCOMPRESSED" or not {*c.encodings} <= _PLAIN for c in columns):
+            raise ValueError("it is compressed")
+        if metadata.num_rows > min(MAX_FILES, len(data) // _ROW_BYTES):
+            raise ValueError("it is too long")
         seal = (file.schema_arrow.metadata or {}).get(_SEAL)
         if file.schema_arrow.remove_metadata() != _SCHEMA:
             raise ValueError("it has other columns")

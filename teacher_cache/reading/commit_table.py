@@ -1,6 +1,7 @@
 """The commit records of one split's files as columns, from the manifest where it holds, and from the records elsewhere."""
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,6 +49,7 @@ class CommitTable:
             manifest = read_manifest(store, entries[MANIFEST].changed) if MANIFEST in entries else None
         elif (manifest := read_manifest(store)) is None:
             entries = store.entries()
+        self._lock = threading.Lock()  # Of the columns, which `refresh` changes.
         self._bytes: dict[str, np.ndarray] = {}
         self._sha256: dict[str, np.ndarray] = {}
         self._unchecked: dict[str, np.ndarray] = {}
@@ -118,7 +120,8 @@ class CommitTable:
     def file(self, part: Part, shard: int) -> CommittedFile:
         """Return a file as its commit record describes it."""
         n = self._place(shard)
-        size, sha256 = int(self._bytes[part.folder][n]), self._sha256[part.folder][n].tobytes().hex()
+        with self._lock:
+            size, sha256 = int(self._bytes[part.folder][n]), self._sha256[part.folder][n].tobytes().hex()
         return CommittedFile(f"{part.folder}/part-{shard:05d}.parquet", size, sha256)
 
     def shard_file(self, part: Part, shard: int) -> ShardFile:
@@ -128,15 +131,19 @@ class CommitTable:
             raise ValueError("its commit record belongs to another file or cache")
         return file
 
-    def refresh(self, part: Part, shard: int) -> bool:
-        """Read the record of a file again if only the manifest was read. Return whether it differs.
+    def refresh(self, part: Part, shard: int, used: CommittedFile) -> bool:
+        """Read the record of a file again if only the manifest was read. Return whether it differs from what was used.
+
+        Args:
+            part, shard: As for `file`.
+            used: What `file` returned before. Another thread may have read the record since.
 
         Raises:
             CacheError: If the record is missing or damaged, or names other failed utterances.
         """
         n, folder = self._place(shard), part.folder
         if not self._unchecked[folder][n]:
-            return False
+            return used != self.file(part, shard)
         file = self._file(part, shard)
         record = self._cache.commit_of(file)
         store = self._cache.store
@@ -147,10 +154,12 @@ class CommitTable:
                 f"{store.at(file.name)} was written again without some of its utterances after the manifest; run "
                 f"`ray-distill cache verify {store.location}`, which writes it again, and start again"
             )
-        before = self.file(part, shard), self._content[folder][n].tobytes()
-        self._bytes[folder][n], self._unchecked[folder][n] = record["bytes"], False
-        self._sha256[folder][n], self._content[folder][n] = _key(record["sha256"]), _key(record["content"])
-        return before != (self.file(part, shard), self._content[folder][n].tobytes())
+        content = _key(record["content"])
+        with self._lock:
+            differs = bool((self._content[folder][n] != content).any())
+            self._bytes[folder][n], self._sha256[folder][n] = record["bytes"], _key(record["sha256"])
+            self._content[folder][n], self._unchecked[folder][n] = content, False
+        return differs or used != self.file(part, shard)
 
     def _place(self, shard: int) -> int:
         return int(np.searchsorted(self._shards, shard))

@@ -34,10 +34,11 @@ class ReadAhead:
         """Tell that a batch was read. Nothing happens if it was not expected."""
         key = (tuple(indices), draw)
         with self._lock:
-            if not self._expected[key]:
-                del self._expected[key]
+            count = self._expected.pop(key, 0)
+            if not count:
                 return
-            self._expected[key] -= 1
+            if count > 1:
+                self._expected[key] = count - 1
         for copies, file in self._files(indices, draw):
             copies.unwant(file)
 

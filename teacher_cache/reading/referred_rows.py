@@ -27,7 +27,7 @@ class ReferredRows:
 
     Attributes:
         bytes: Total size of the files with the audio of the split.
-        is_remote: Whether they are in an object store.
+        is_remote, prefers_window: Whether they are in an object store.
 
     Raises:
         CacheError: If there is no such audio, it is not the cache's, or it lacks an utterance or is not finished.
@@ -46,14 +46,16 @@ class ReferredRows:
         self._part = parts_of(holder.spec, len(holder.layer_sets), split)[0]
         self._rows = ShardRows(holder, split, [self._part], local=local, local_gb=local_gb)
         self._places = utterances.places_in(self._rows.utterances)
-        lengths = self._rows.utterances.num_samples[self._places]
-        if len(lost := np.flatnonzero((self._places < 0) | (lengths != utterances.num_samples))):
+        lengths = np.append(
+            self._rows.utterances.num_samples, -1
+        )  # The last is that of what is not there, at place -1.
+        if len(lost := np.flatnonzero(lengths[self._places] != utterances.num_samples)):
             raise CacheError(
                 f"the audio at {holder.store.location} lacks utterance {utterances.ids[int(lost[0])]} of the cache at "
                 f"{cache.store.location}; repair it with `ray-distill cache repair {holder.store.location}`"
             )
         self.bytes = self._rows.bytes
-        self.is_remote = holder.store.local is None
+        self.is_remote = self.prefers_window = holder.store.local is None
 
     @property
     def bytes_read(self) -> int:

@@ -102,7 +102,7 @@ class ShardRows:
                 raise
             except (OSError, ValueError, LookupError, AttributeError, RuntimeError, pa.ArrowException) as error:
                 # The manifest may be old, or the local copy damaged.
-                if attempt or not (self._commits.refresh(part, shard) or self._open.discard(file)):
+                if attempt or not (self._commits.refresh(part, shard, file) or self._open.discard(file)):
                     if isinstance(error, CacheError):
                         raise
                     reason = f"is damaged ({str(error).splitlines()[0]})"

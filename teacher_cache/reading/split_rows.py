@@ -96,9 +96,13 @@ class SplitRows:
         """Return the (N,) int64 position of each utterance among others; -1 for those that are not there."""
         if self.ids._texts.equals(others.ids._texts):
             return np.arange(len(self.ids))
-        places = pc.fill_null(pc.index_in(self.ids._texts, value_set=others.ids._texts), -1)
+        places = pc.fill_null(self.rows_among(others.ids._texts), -1)
         found: np.ndarray = places.to_numpy().astype(np.int64)
         return found
+
+    def rows_among(self, ids: pa.LargeStringArray) -> pa.Int32Array:
+        """Return the (N,) position of each utterance among ids; null for those that are not there."""
+        return pc.index_in(self.ids._texts, value_set=ids)
 
     def without(self, failed: Sequence[str]) -> "SplitRows":
         """Return the utterances but those with one of these ids."""

@@ -68,9 +68,9 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
     """Padded audio per teacher batch, in seconds. It affects rounding and so the stored bytes."""
     precision: Precision = "fp32"
     """Precision of the teacher's arithmetic: ``fp32``, ``fp16`` or ``bf16``."""
-    audio: AudioFormat | Literal["store"] = "flac"
+    audio: AudioFormat | Literal["store", "source"] = "flac"
     """Format of the embedded waveforms: ``flac`` is a third smaller, ``pcm`` is faster to read. ``store`` embeds none: the cache
-    refers to the audio of an audio store or of another cache."""
+    refers to the audio of an audio store or of another cache. ``source`` embeds none either: audio is read from the corpus."""
     audio_store: str | None = pydantic.Field(default=None, pattern="^[0-9a-f]{64}$")
     """Fingerprint of the audio that a cache with ``audio`` ``store`` refers to; see `audio_fingerprint`."""
     frame_rate: str | None = pydantic.Field(default=None, pattern="^[1-9][0-9]{0,5}(/[1-9][0-9]{0,5})?$")
@@ -95,7 +95,7 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
 
     @pydantic.model_validator(mode="after")
     def _check_audio(self) -> Self:
-        if (self.audio_store is None) != self.embeds_audio:
+        if (self.audio_store is not None) != self.refers_to_store:
             raise ValueError("audio_store belongs to the audio format store, and to no other")
         return self
 
@@ -117,6 +117,11 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
     def embeds_audio(self) -> bool:
         """Whether the cache holds its audio itself."""
         return self.audio in DECODERS
+
+    @property
+    def refers_to_store(self) -> bool:
+        """Whether the audio is in an audio store or another cache. If it is neither there nor embedded, it is read from the corpus."""
+        return self.audio == "store"
 
     @property
     def audio_fingerprint(self) -> str:
@@ -200,8 +205,8 @@ class Part:
         draw: 0-based mask draw, or None for ``clean`` and ``audio``.
         features: Whether the file holds features. False for ``audio``, and if the clean part of ``composite_only`` holds the audio
             only.
-        has_audio: Whether the file holds the audio: that of an audio store, and otherwise the clean part of set 0, unless the cache
-            refers to its audio.
+        has_audio: Whether the file holds the audio: that of an audio store, and otherwise the clean part of set 0, unless the audio is
+            elsewhere.
     """
 
     kind: Literal["clean", "masked", "composite", "audio"]

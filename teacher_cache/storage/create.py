@@ -45,13 +45,14 @@ def create_cache(
         state: State of the codec. Empty for a codec without state.
         threads: Number of PyTorch threads of a teacher on a CPU. It affects rounding, so later builds and repairs use the
             same number.
-        audio_path: Where the audio is that the cache refers to, as `recorded_place` writes it. Default None: the cache embeds it.
+        audio_path: Where the audio is that the cache refers to, as `recorded_place` writes it. Default None: the cache
+            embeds it, or reads it from the corpus.
 
     Raises:
         CacheError: If the location holds other files, or the specification or plan is beyond the limits of a cache.
     """
     assert bool(state) == is_learned(spec.codec)
-    assert (audio_path is None) == spec.embeds_audio
+    assert (audio_path is not None) == spec.refers_to_store
     check_location(store)
     samples, shards = plan["num_samples"].to_numpy(), len(shard_numbers(plan))
     _check(store, lambda: check_plan(samples, shards, spec, 1))

@@ -3,7 +3,6 @@
 Every cache that this program builds is far below the limits. A function raises ``ValueError`` with a phrase about the file.
 """
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -105,7 +104,7 @@ def read_plan(
 ) -> pa.Table:
     """Read the bytes of ``plan.parquet``, or only some columns, which must include all of numbers."""
     try:
-        with pq.ParquetFile(io.BytesIO(data), read_dictionary=["id", "split", "path", "sha256"]) as file:
+        with pq.ParquetFile(pa.BufferReader(data), read_dictionary=["id", "split", "path", "sha256"]) as file:
             rows = file.metadata.num_rows
             _check_rows(rows)
             if rows > _SMALL_PLAN + len(data) // _PLAN_BYTES_PER_ROW:

@@ -17,6 +17,7 @@ _PLACES = {
     "manifest.parquet",
     "verified.json",
     "codec",
+    "audio",
     "clean",
     "masked",
     "composite",
@@ -29,10 +30,15 @@ _PLACES = {
 
 
 class FileEntry(NamedTuple):
-    """Size of a file in bytes, and the time of its last change in nanoseconds, or None if the storage does not tell it."""
+    """Size of a file in bytes, and times in nanoseconds, or None if the storage does not tell them.
+
+    ``changed`` is the time of the last change of the content, which a copy may keep; ``placed`` that of the last change of anything,
+    which a disk sets itself.
+    """
 
     size: int
     changed: int | None
+    placed: int | None = None
 
 
 class LocalFiles:
@@ -131,7 +137,9 @@ class LocalFiles:
                             folders.append(path)
                         elif entry.is_file(follow_symlinks=False):
                             info = entry.stat(follow_symlinks=False)
-                            found[str(path.relative_to(self._root))] = FileEntry(info.st_size, info.st_mtime_ns)
+                            found[str(path.relative_to(self._root))] = FileEntry(
+                                info.st_size, info.st_mtime_ns, info.st_ctime_ns
+                            )
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,9 @@ import pyarrow.fs as pafs
 from ray_distill.teacher_cache.storage.local_files import FileEntry, LocalFiles
 
 _COPY_BYTES = 8 << 20
+_RANGES = 8
+_RANGE_BYTES = 64 << 20
+"""Size above which a remote file is read in ranges of this size, and number of ranges that are read side by side."""
 WHOLE_BYTES = 8 << 20
 """Size up to which a file is uploaded to S3 in one request."""
 _T = TypeVar("_T")
@@ -85,9 +89,15 @@ class Store:
             with self._files.reading(name) as path:
                 return path.read_bytes()
         with self._fs.open_input_file(f"{self._root}/{name}") as file:
-            _check_size(file.size(), max_bytes)
-            data: bytes = file.read()
-        return data
+            size = file.size()
+            _check_size(size, max_bytes)
+            if size <= _RANGE_BYTES:
+                data: bytes = file.read()
+                return data
+        # A store sends one request at 50 to 100 MB/s, and several side by side.
+        with self.ranges(name) as read_range, ThreadPoolExecutor(_RANGES) as pool:
+            starts = range(0, size, _RANGE_BYTES)
+            return b"".join(pool.map(lambda start: read_range(start, min(_RANGE_BYTES, size - start)), starts))
 
     @contextmanager
     def ranges(self, name: str) -> Iterator[Callable[[int, int], bytes]]:

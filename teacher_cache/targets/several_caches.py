@@ -1,7 +1,8 @@
 """Targets of several teachers for the same utterances, from one cache of each teacher."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.reading.read_ahead import SeveralReadAhead
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.targets.domains import Weight, counted_domains, read_domains, without_weight
 from ray_distill.teacher_cache.targets.student_frames import SplitReader
 from ray_distill.teacher_cache.targets.target_batch import Batch, CodedTargets, SeveralTargets, SymbolLayout
 
@@ -23,12 +25,14 @@ class TeacherTargets:
         layers: 1-based layers.
         dim: Width D of the teacher.
         symbols: Layout of discrete targets; None if the targets are features.
+        domains: Domains for which its weight is positive; none if its weight is a number.
     """
 
     name: str
     layers: tuple[int, ...]
     dim: int
     symbols: SymbolLayout | None
+    domains: tuple[str, ...] = ()
 
 
 class SeveralCaches:
@@ -36,14 +40,18 @@ class SeveralCaches:
 
     The caches are made from the same audio with the same masks. They may lack different utterances, because their teachers failed
     on them or can't take their length. An utterance is read if any teacher has it, and `Batch.present` says which have it. Audio is
-    read once, from the first cache that has the utterance.
+    read once, from the first cache that has the utterance. A teacher whose weight for the domain of an utterance is 0 is taken as
+    one that lacks it, and its targets are not read.
 
     Args:
         readers: Reader of the split in each teacher's cache, by the teacher's name.
+        weights: Weights that depend on the domain, by the teacher's name. Default: none.
+        labels: File with the domains; see `read_domains`. Needed if there are such weights. Default: none.
 
     Attributes:
         readers: The readers, by the teacher's name.
         ids: Utterance ids.
+        domains: Domain of each utterance; None unless a weight depends on it.
         teachers: What batches have of each teacher.
         num_samples, num_frames, draws: As for `TargetReader`.
         layers: Layers of all teachers, one after another.
@@ -53,13 +61,22 @@ class SeveralCaches:
         read_ahead: Fetching of the files of later batches; None if no cache has local copies.
 
     Raises:
-        CacheError: Two caches differ in the masks, or in the length, the frames or the audio of an utterance.
+        CacheError: Two caches differ in the masks, or in the length, the frames or the audio of an utterance; or a teacher has no
+            weight for the domain of an utterance.
+        ValueError: The file with the domains is damaged.
     """
 
-    def __init__(self, readers: dict[str, SplitReader]) -> None:
+    def __init__(
+        self,
+        readers: dict[str, SplitReader],
+        weights: Mapping[str, Weight] | None = None,
+        labels: Path | None = None,
+    ) -> None:
         self.readers = readers
+        weights = weights or {}
         self.teachers = tuple(
-            TeacherTargets(name, reader.layers, reader.dim, reader.symbols) for name, reader in readers.items()
+            TeacherTargets(name, reader.layers, reader.dim, reader.symbols, counted_domains(weights.get(name, 1.0)))
+            for name, reader in readers.items()
         )
         self.layers = tuple(layer for teacher in self.teachers for layer in teacher.layers)
         self.dim = self.teachers[0].dim
@@ -72,6 +89,7 @@ class SeveralCaches:
         self.num_samples = self._common_values("samples", [reader.num_samples for reader in readers.values()])
         self.num_frames = self._common_values("frames", [reader.num_frames for reader in readers.values()])
         self._check_audio()
+        self.domains = self._leave_out_domains(weights, labels) if weights else None
         self.shards = self._all_shards()
         self.prefers_window = any(reader.prefers_window for reader in readers.values())
         self.needs_window = sum(reader.local_share for reader in readers.values()) > 1
@@ -163,6 +181,24 @@ class SeveralCaches:
                             "build one of them again from the same corpus"
                         )
 
+    def _leave_out_domains(self, weights: Mapping[str, Weight], labels: Path | None) -> list[str]:
+        """Leave out for each teacher the utterances of domains that it has no weight for, and return the domains of the others."""
+        assert labels is not None, "weights by domain need the domains"
+        domains = read_domains(labels, self.ids)
+        if (problem := without_weight(weights, self.ids, domains)) is not None:
+            raise CacheError(problem)
+        for k, teacher in enumerate(self.teachers):
+            if isinstance(weights.get(teacher.name), dict):
+                self._rows[[domain not in teacher.domains for domain in domains], k] = -1
+        kept = np.flatnonzero((self._rows >= 0).any(1))
+        if not len(kept):
+            raise CacheError(
+                f"no utterance has a domain for which a teacher has a weight; they are {', '.join(set(domains))}"
+            )
+        self.ids = [self.ids[row] for row in kept]
+        self._rows, self.num_samples, self.num_frames = self._rows[kept], self.num_samples[kept], self.num_frames[kept]
+        return [domains[row] for row in kept]
+
     def _all_shards(self) -> np.ndarray:
         """Return the (N,) shards of the first cache that has each utterance, numbered apart for each cache."""
         shards, first = np.zeros(len(self.ids), np.int64), (self._rows >= 0).argmax(1)
@@ -231,6 +267,7 @@ class SeveralCaches:
             SeveralTargets(tuple(parts)),
             frame_mask,
             torch.from_numpy(rows >= 0),
+            None if self.domains is None else tuple(self.domains[index] for index in indices),
         )
 
 
@@ -238,6 +275,16 @@ def _place(whole: Tensor, members: np.ndarray, rows: Tensor) -> None:
     """Write some rows (M, S, ...) of a batch into the beginnings of the rows ``members`` of another (B, S', ...)."""
     if rows.shape[1]:
         whole[torch.from_numpy(members), : rows.shape[1]] = rows
+
+
+def loss_names(reader: object) -> list[str]:
+    """Return the names of the losses of several teachers: each one's, and ``NAME.DOMAIN`` where its weight depends on the domain."""
+    teachers: tuple[TeacherTargets, ...] = getattr(reader, "teachers", ())
+    return [
+        name
+        for teacher in teachers
+        for name in (teacher.name, *(f"{teacher.name}.{domain}" for domain in teacher.domains))
+    ]
 
 
 def layer_names(reader: object, layers: Sequence[int]) -> list[str]:

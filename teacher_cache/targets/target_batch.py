@@ -171,7 +171,8 @@ class Batch:
         num_frames: (B,) int64, number of real frames.
         coded: The targets, encoded or decoded.
         frame_mask: (B, T) bool, True at masked frames, False at padding; None for the clean pass.
-        present: (B, K) bool, whether each of K teachers has targets for the utterance; None with a single teacher.
+        present: (B, K) bool, whether each of K teachers has targets and a weight for the utterance; None with a single teacher.
+        domains: Domain of each utterance; None unless weights of teachers depend on it.
     """
 
     ids: list[str]
@@ -181,6 +182,7 @@ class Batch:
     coded: CodedTargets | SeveralTargets | CombinedTargets | Tensor
     frame_mask: Tensor | None
     present: Tensor | None = None
+    domains: tuple[str, ...] | None = None
 
     def of_teacher(self, number: int) -> "Batch":
         """Return the batch with the targets of one of several teachers, counted from 0."""

@@ -80,10 +80,12 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("name=../elsewhere", "name"),
         (
             "train.masks=fresh",
-            r"train\.masks fresh draws a mask for each epoch, so the 2 mask draws .* set masks\.draws=0",
+            r"train\.masks fresh draws a mask for each epoch, so masks\.draws 2 does nothing; set masks\.draws=0",
         ),
         ("train.objective=units", "train.hint_weight does nothing with train.objective units"),
         ("train.codebooks=independent", "it belongs to objective mvq"),
+        ("teacher.layers=[]", r"^teacher\.layers: \[\] must name one or more layers, each once, such as"),
+        ("teacher.layers=[2, 2]", r"^teacher\.layers: \[2, 2\] must name one or more layers"),
         ("train", "not an override"),
         ("cache.local=copies", "copies is not an absolute path"),
         ("cache.local_gb=5", "cache.local_gb limits the size of cache.local, which is not set"),

@@ -169,6 +169,12 @@ def test_a_student_starts_from_another(tmp_path: Path) -> None:
     assert all(torch.equal(value, first.state_dict()[name]) for name, value in taken.items())
     other_teacher = tensors_of_student(str(tmp_path / "first"), tiny_student(target_dim=48))
     assert taken.keys() - other_teacher.keys() == {name for name in taken if name.startswith("heads.")}
+    heads_of_another_kind = tensors_of_student(str(tmp_path / "first"), tiny_student(heads="split", split_heads=2))
+    assert heads_of_another_kind.keys() == other_teacher.keys()
+    save_student(Student(tiny_student(heads="split", split_heads=2)), tmp_path / "split")
+    assert tensors_of_student(str(tmp_path / "split"), tiny_student()).keys() == other_teacher.keys()
+    more = tensors_of_student(str(tmp_path / "split"), tiny_student(heads="split", split_heads=3))
+    assert more.keys() == other_teacher.keys(), "the heads of another split layer"
     with pytest.raises(
         ConfigError, match=r"train\.init_from: .*has the shape \(.*\) in .*first, but \(.*\) in this student"
     ):

@@ -1,9 +1,11 @@
 """Runs of several teachers: the configuration, the caches and utterances of each, the training, and what names them afterwards."""
 
+import io
 import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_
 from ray_distill.pipeline.planning.dry_run import plan_run
 from ray_distill.pipeline.stages import STAGES, Run
 from ray_distill.pipeline.stages import audio as audio_stage
+from ray_distill.pipeline.stages import plan as plan_stage
 from ray_distill.pipeline.stages.audio import store_audio
 from ray_distill.pipeline.stages.cache import check_cache
 from ray_distill.pipeline.stages.export import export_best
@@ -26,7 +29,7 @@ from ray_distill.pipeline.stages.frame_rates import check_frame_rates
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.pipeline.stages.report import report_run
-from ray_distill.pipeline.stages.train import initial_student, prepare_training, teacher_caches
+from ray_distill.pipeline.stages.train import initial_student, prepare_training, say_unused, teacher_caches
 from ray_distill.pipeline.student_export import export_student, open_student
 from ray_distill.student.exporters.origin import describe
 from ray_distill.student.objectives.several_teachers import SeveralTeachers
@@ -139,6 +142,23 @@ def test_each_teacher_has_a_cache_section_of_its_own() -> None:
             "^teachers: no teacher takes part in the first step",
         ),
         (
+            {"teachers": [A | {"stop_step": 3}, B | {"start_step": 4}]},
+            "^teachers: no teacher takes part in step 3, so nothing would be learnt there; choose start_step and stop_step",
+        ),
+        (
+            {"teachers": [A | {"weight": {"speech": 1, "audio": 0}}, B | {"weight": {"speech": 2, "audio": 0}}]},
+            "^teachers.a.weight: no teacher has a weight for the domain audio, so nothing would be learnt from its utterances",
+        ),
+        (
+            {"teachers": [A, B | {"weight": {"speech": -1}}]},
+            "^teachers.b.weight: the weight of domain speech is -1; give a number of at least 0, or one for each domain$",
+        ),
+        ({"teachers": [A, B | {"weight": "much"}]}, "^teachers.b.weight: the weight is 'much'; give a number"),
+        (
+            {"train": {"batch_seconds": 8, "aggregate": "average"}, "teachers": [A, B | {"weight": {"speech": 1}}]},
+            "^teachers.b.weight: with train.aggregate average all teachers have one target and one loss; remove it",
+        ),
+        (
             {"train": {"batch_seconds": 8, "objective": "mixture", "parts": [PART, UNITS]}},
             "^train.objective mixture is for one teacher; give each of teachers an objective of its own$",
         ),
@@ -211,6 +231,10 @@ def test_files_and_the_command_line_change_teachers(tmp_path: Path) -> None:
     assert lines["codec: pca"] == "recipe demo" and lines["start_step: 0"] == "default"
     elsewhere = load_config(file, ["corpus=/data/speech"])
     assert [part.cache.path for part in elsewhere.parts] == ["caches/random-2x32-speech", "caches/random-2x48-speech"]
+    elsewhere = load_config(file, ["teachers.b.cache.codec=fp16", "teachers.b.cache=2024", "teachers.a.cache=other"])
+    assert [(part.cache.path, part.cache.codec) for part in elsewhere.parts] == [("other", "pca"), ("2024", "fp16")]
+    with pytest.raises(ConfigError, match="teachers.b.cache= has no value; write teachers.b.cache=PATH"):
+        load_config(file, ["teachers.b.cache="])
     with pytest.raises(ConfigError, match="'teachers.c.weight' can't be set: there is no teacher 'c'; they are a, b"):
         load_config(file, ["teachers.c.weight=3"])
 
@@ -259,6 +283,11 @@ def test_a_run_of_two_teachers(config: Callable[..., Config], tmp_path: Path) ->
         run.folder.refuse_other_config(check_config(changed))
 
 
+def _losses(run: Run) -> list[dict[str, Any]]:
+    rows = read_rows(run.folder.metrics_file)
+    return [{key: value for key, value in row.items() if "loss" in key} for row in rows]
+
+
 def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[..., Config], tmp_path: Path) -> None:
     """Train as a run of two teachers did, but from caches that refer to audio."""
     entries = [entry | {"cache": {"path": str(tmp_path / "beside" / str(entry["name"]))}} for entry in (A, B)]
@@ -279,7 +308,8 @@ def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[...,
         other.console.quiet = False
         plan_cache(other)
         other.console.quiet = True
-    assert "GB beside 0.00 GB of audio" in shown.get() and f"stored once: about 0.00 GB at {tmp_path}" in shown.get()
+    assert re.search(r"about [\d.]+ kB beside [\d.]+ kB of audio, [\d.]+ kB read per epoch", shown.get())
+    assert re.search(f"stored once: about [\\d.]+ kB at {tmp_path}", shown.get())
     build(other)
     check_cache(other)
     assert (
@@ -288,11 +318,7 @@ def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[...,
         .startswith(f"reuse the audio at {tmp_path / 'audio'}; a: re")
     )
     prepare_training(other, 1, in_process=True)()
-    losses = [
-        [{key: value for key, value in row.items() if "loss" in key} for row in read_rows(one.folder.metrics_file)]
-        for one in (run, other)
-    ]
-    assert losses[0] == losses[1]
+    assert _losses(run) == _losses(other)
     export_best(other)
     assert [one["audio"] for one in report_run(other)["teachers"]] == [str(tmp_path / "audio")] * 2
     tree = other.config.model_dump(mode="json")
@@ -303,6 +329,8 @@ def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[...,
         ConfigError, match=f"no audio at {here}/nowhere, .* to that at {here}/audio; set cache.audio_path="
     ):
         store_audio(Run(check_config(tree), Console(quiet=True)))
+    with pytest.raises(ConfigError, match=f"no audio at {here}/nowhere, .* to that at {here}/audio; set"):
+        plan_run(check_config(tree), list(STAGES))
     moved = (tmp_path / "audio").rename(tmp_path / "moved")
     with pytest.raises(
         CacheError, match=f"^the cache at {tmp_path}/beside/a refers to audio at {tmp_path}/audio, but there"
@@ -322,6 +350,50 @@ def _trains_alike_from_audio_that_is_stored_once(run: Run, config: Callable[...,
         check_cache(Run(check_config(tree), Console(quiet=True)))
 
 
+def _trains_alike_from_the_corpus_itself(
+    run: Run, config: Callable[..., Config], tmp_path: Path, speech_folder: Path
+) -> None:
+    """Train as a run of two teachers did, but from caches that hold no audio."""
+    entries = [entry | {"cache": {"path": str(tmp_path / "light" / str(entry["name"]))}} for entry in (A, B)]
+    cache = {"codec": "fp16", "audio": "source"}
+
+    def begun(name: str, corpus: Path) -> Run:
+        other = begin(config(*entries, cache=cache, name=name, corpus={"path": str(corpus)}))
+        other.parts[1].teacher.max_samples = 30_000
+        return other
+
+    other = begun("light", speech_folder)
+    plan = plan_run(other.config, list(STAGES))
+    assert plan.facts["cache a"].endswith(", audio read from the corpus") and plan.stages["cache"].startswith(
+        "a: build"
+    )
+    with other.console.capture() as shown:
+        other.console.quiet = False
+        plan_cache(other)
+        other.console.quiet = True
+    assert re.search(r"kB beside [\d.]+ kB of audio in the corpus, ", shown.get()) and "stored once" not in shown.get()
+    assert (
+        len(re.findall(r"the audio is read from the corpus in each epoch: [\d,]+ s of audio per CPU", shown.get())) == 2
+    )
+    build(other)
+    assert not (tmp_path / "caches" / "audio-corpus").exists()
+    # The corpus moves before the training, whose index says where it is.
+    moved = begun("moved", speech_folder.rename(tmp_path / "elsewhere"))
+    check_cache(moved)
+    prepare_training(moved, 1, in_process=True)()
+    assert _losses(moved) == _losses(run)
+    export_best(moved)
+    summary = report_run(moved)
+    assert [one["audio"] for one in summary["teachers"]] == [str(tmp_path / "elsewhere")] * 2
+    assert f"beside the audio at {tmp_path / 'elsewhere'}" in moved.folder.report.read_text()
+    with pytest.raises(
+        CacheError,
+        match=r"^the cache at \S+ reads its audio .* 12 of 12 files are missing, .*; restore .*, or run the index",
+    ):
+        check_cache(other)
+    (tmp_path / "elsewhere").rename(speech_folder)
+
+
 def test_the_place_of_the_audio_is_that_of_the_corpus_unless_it_is_given() -> None:
     stored = {"codec": "fp16", "audio": "store"}
     config = check_config(tree(A, B | {"cache": {"audio": "flac"}}, cache=stored | {"audio_path": "mine"}))
@@ -335,6 +407,11 @@ def test_the_place_of_the_audio_is_that_of_the_corpus_unless_it_is_given() -> No
         ConfigError, match="^cache: cache.audio_path does nothing with cache.audio flac; set cache.audio=store"
     ):
         check_config(tiny_tree(cache={"audio_path": "mine"}))
+    for audio in ("pcm", "source"):
+        with pytest.raises(ConfigError, match=f"^cache: cache.audio_path does nothing with cache.audio {audio}; set"):
+            check_config(tiny_tree(cache={"audio": audio, "audio_path": "mine"}))
+    mixed = check_config(tree(A, B | {"cache": {"audio": "source"}}, cache=stored))
+    assert [part.cache.audio_path for part in mixed.parts] == ["caches/audio-corpus", None]
 
 
 @pytest.mark.slow
@@ -360,7 +437,7 @@ def test_a_run_from_the_layers_of_two_teachers_side_by_side(config: Callable[...
 
 
 def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(
-    config: Callable[..., Config], tmp_path: Path
+    config: Callable[..., Config], tmp_path: Path, speech_folder: Path
 ) -> None:
     run = begin(config())
     run.parts[1].teacher.max_samples = 30_000
@@ -372,6 +449,7 @@ def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(
     export_best(run)
     assert [one["utterances"] for one in report_run(run)["teachers"]] == [12, 10]
     _trains_alike_from_audio_that_is_stored_once(run, config, tmp_path)
+    _trains_alike_from_the_corpus_itself(run, config, tmp_path, speech_folder)
     again = begin(config(A, B, name="again"))
     again.parts[1].teacher.max_samples = 5_000
     with pytest.raises(
@@ -380,9 +458,28 @@ def test_utterances_that_a_teacher_cant_take_are_left_out_for_it_only(
         plan_cache(again)
 
 
+def test_the_plan_counts_audio_that_is_read_once_for_all_teachers(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(config())
+    measured = plan_stage.plan_cost
+    large = {"audio_bytes": 5e9, "free_bytes": None}
+    monkeypatch.setattr(plan_stage, "plan_cost", lambda *given: replace(measured(*given), **large))
+    with run.console.capture() as shown:
+        run.console.quiet = False
+        plan_cache(run)
+    assert "the 2 caches: about 10.00 GB, 5.00 GB read per epoch" in shown.get()
+
+
 def test_frame_rates_that_cant_be_right_are_refused(config: Callable[..., Config]) -> None:
     run = Run(config(), Console(quiet=True))
     check_frame_rates(run)
+    idle = run.sibling(config(A, B | {"frames": "nearest"}), Console(quiet=True))
+    with pytest.raises(
+        ConfigError,
+        match=r"^teachers.b: teachers.b.frames nearest does nothing: random:2x48 has 50 frames per second, as the student; remove",
+    ):
+        check_frame_rates(idle)
     teacher = run.parts[1].teacher
     teacher.frame_rate = Fraction(100)
     check_frame_rates(run)
@@ -405,6 +502,14 @@ def test_frame_rates_that_cant_be_right_are_refused(config: Callable[..., Config
         ConfigError, match=r"^teachers.b: random:2x48 has 108 patches in 1 s of audio, but random:2x32 has 49"
     ):
         check_frame_rates(clean)
+
+
+def test_a_teacher_that_lacks_something_is_named_once(config: Callable[..., Config]) -> None:
+    run = Run(config(A, B | {"layers": [3]}), Console(quiet=True))
+    for wrapped in (nullcontext, run.parts[1].named):
+        message = "^teachers.b: teachers.b.layers: there is no layer 3; random:2x48 has"
+        with pytest.raises(ConfigError, match=message), wrapped():
+            _ = run.parts[1].teacher
 
 
 def test_an_ablation_varies_teachers(tmp_path: Path) -> None:
@@ -447,3 +552,30 @@ def test_the_student_starts_from_the_named_teacher(config: Callable[..., Config]
     _, tensors = initial_student(run)
     weights = run.parts[1].teacher.weights  # type: ignore[attr-defined]
     assert tensors["mask_embedding"].equal(weights["mask_embedding"])
+
+
+def test_a_teacher_that_begins_after_the_training_is_named() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=200)
+    run = Run(check_config(tree(A, B | {"start_step": 9})), console)
+    say_unused(run, 10)
+    assert text.getvalue() == ""
+    say_unused(run, 9)
+    assert text.getvalue() == (
+        "train   b: takes part from step 9, which a training of 9 steps does not reach; it has no effect\n"
+    )
+    mixture = {
+        "train": {
+            "batch_seconds": 8,
+            "objective": "mixture",
+            "masks": "fresh",
+            "parts": [PART, UNITS | {"from_step": 20_000}],
+        },
+        "masks": {"draws": 0},
+        "cache": {"path": "cache", "codec": "units:8"},
+        "student": tiny_tree()["student"] | {"heads": "split"},
+    }
+    say_unused(Run(check_config(tiny_tree(**mixture)), console), 100)
+    assert text.getvalue().splitlines()[1:] == [
+        "train   objective units: takes part from step 20,000, which a training of 100 steps does not reach; it has no effect"
+    ]

@@ -105,6 +105,8 @@ def _found(columns: Columns, path: Path) -> FoundFiles:
         found["channel"] = _labels(texts.take(codes.indices))
     if "speaker" in columns:
         found["speaker"] = _labels(_replaced(columns["speaker"], _UNUSUAL_SPACE, text_of))
+    if "domain" in columns:
+        found["domain"] = _labels(columns["domain"])
     if "text" in columns:
         found["text"] = _replaced(columns["text"], _UNUSUAL_SPACE, text_of)
     found["id"] = columns["id"] if "id" in columns else _ids(columns, found)

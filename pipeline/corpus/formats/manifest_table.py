@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ray_distill.pipeline.corpus.formats.text_lines import read_records, text_of
 
 NEEDED = ("path", "id", "split")
-COLUMNS = (*NEEDED, "start", "end", "channel", "speaker", "text")
+COLUMNS = (*NEEDED, "start", "end", "channel", "speaker", "text", "domain")
 """The known columns. A value of the first three can't be empty where the column exists."""
 SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _BATCH = 1 << 15

@@ -28,7 +28,7 @@ def find(path: Path, search: Search) -> list[FoundFile]:
     """Return the audio of a manifest, or of all manifests in a folder, whose names are the splits.
 
     Relative paths start at the manifest's folder. A line with an ``offset`` is a piece of ``duration`` seconds. The id is the
-    path without suffix, followed by the piece's bounds. ``speaker`` is kept.
+    path without suffix, followed by the piece's bounds. ``speaker`` and ``domain`` are kept.
 
     Raises:
         ValueError: A line is not JSON, lacks ``audio_filepath``, or has an impossible time.
@@ -64,6 +64,7 @@ def find(path: Path, search: Search) -> list[FoundFile]:
                     start=start,
                     end=end,
                     speaker=text_of(record.get("speaker")),
+                    domain=text_of(record.get("domain")),
                     text=text_of(record.get("text")),
                     inside=inside,
                 )

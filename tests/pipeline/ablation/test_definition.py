@@ -76,7 +76,7 @@ def test_one_cache_has_what_all_runs_need(tmp_path: Path) -> None:
         ({"set": {"name": "other"}}, "name: can't be set here; runs are named after their variants"),
         (
             {"variants": {"a": {}, "b": {"teacher": {"checkpoint": "other.pt"}}}},
-            r"teacher: is a section; name one of its keys, as in teacher\.KEY",
+            r"teacher: is a section; name one of its keys, as in teacher\.checkpoint",
         ),
         ({"variants": {"a": {}, "b": {"student": {"attention_reuse": "none"}}}}, "student: is a section"),
         ({"grid": {"train": [{"loss": "l1"}]}}, "train: is a section"),

@@ -124,3 +124,14 @@ def test_units_without_a_probe_are_refused(tmp_path: Path) -> None:
     app.command(cls=Command)(ablate)
     done = CliRunner().invoke(app, ["--config", str(tmp_path / "none.yaml"), "--units", "words"])
     assert done.exit_code == 2 and "--units needs --probe" in " ".join(done.output.split())
+
+
+def test_the_list_reads_the_manifest_of_the_probe(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command(cls=Command)(ablate)
+    done = CliRunner().invoke(app, ["--config", "ablations/aggregate", "--list", "--probe", str(tmp_path / "none.csv")])
+    assert (
+        done.exit_code == 2
+        and "can't be read" in " ".join(done.output.split())
+        and "aggregate: 9 runs" not in done.output
+    )

@@ -12,6 +12,7 @@ from ray_distill.command_line import application
 from ray_distill.pipeline.composition.config_listing import config_with_origins
 from ray_distill.pipeline.composition.config_tree import COMMAND_LINE, compose
 from ray_distill.pipeline.config import ConfigError, load_config
+from ray_distill.pipeline.planning.cluster import ClusterError, load_cluster
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 DEMO = CONFIGS / "demo.yaml"
@@ -125,3 +126,30 @@ def test_the_recipe_may_stand_before_the_changes() -> None:
     assert (bare.exit_code, bare.output + bare.stderr) == listed, "the command run may be left out"
     assert "give one recipe or YAML file, such as demo" in invoke("train.epochs=3")[1]
     assert "give one recipe or YAML file, not demo, demo" in invoke("demo", "--config", "demo")[1]
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, "twice.yaml", "base: demo\ncache: {codec: fp16}\ntrain: {epochs: 3}\ncache:\n  shard_minutes: 5\n"
+    )
+    with pytest.raises(
+        ConfigError, match=r"twice\.yaml is not valid YAML: the key cache is given twice; .* at line 4, column 1"
+    ):
+        load_config(file)
+    inner = write(tmp_path, "inner.yaml", "base: demo\ntrain:\n  epochs: 3\n  epochs: 4\n")
+    with pytest.raises(ConfigError, match="the key epochs is given twice; keep one of them at line 4, column 3"):
+        load_config(inner)
+    with pytest.raises(ConfigError, match="the key mask_prob is given twice"):
+        load_config(DEMO, ["masks.policy={mask_prob: 0.1, mask_prob: 0.2}"])
+    with pytest.raises(ClusterError, match="the key name is given twice"):
+        load_cluster(write(tmp_path, "cluster.yaml", "name: a\nname: b\n"))
+    merged = write(tmp_path, "merged.yaml", "base: demo\ntrain: {<<: {epochs: 3, seed: 1}, epochs: 4}\n")
+    assert load_config(merged).train.epochs == 4, "a merge key may be overridden"
+
+
+def test_an_empty_section_gives_no_key(tmp_path: Path) -> None:
+    file = write(tmp_path, "empty.yaml", "base: demo\ncache:\n  # codec: fp16\nmasks:\ntrain:\n")
+    assert load_config(file) == load_config(DEMO)
+    assert load_config(file, ["corpus=/data/x"]).cache.path == "caches/builtin-phone-hubert-x"
+    several = write(tmp_path, "several.yaml", "base: empty.yaml\nteachers:\n  - {name: a, checkpoint: random:2x32}\n")
+    assert [part.cache.path for part in load_config(several).parts] == ["caches/random-2x32-demo"]

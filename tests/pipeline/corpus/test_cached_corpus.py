@@ -12,9 +12,11 @@ import soundfile
 from ray_distill.pipeline.corpus import index as corpus_index
 from ray_distill.pipeline.corpus.cached_corpus import known_fingerprint
 from ray_distill.pipeline.corpus.index import CorpusIndex, index_corpus
+from ray_distill.teacher_cache.build.audio_store import build_audio_store, plan_audio
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
+from ray_distill.teacher_cache.storage.create import move_audio
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, Utterances, plan_shards
 
 from ...tiny import TEACHER
@@ -98,3 +100,18 @@ def test_an_index_of_an_earlier_version_is_reused(
     assert again.reused and again.fingerprint == earlier.fingerprint
     soundfile.write(corpus / "u9.wav", np.zeros(9_000), 8_000)
     assert not index_corpus(corpus, output=tmp_path / "index").reused
+
+
+def test_a_given_place_of_the_audio_is_heard(corpus: Path, tmp_path: Path, cache_spec: Make) -> None:
+    index = index_corpus(corpus, output=tmp_path / "index")
+    earlier = as_earlier(index)
+    audio = CacheSpec.of_audio(earlier.fingerprint, 5)
+    build_audio_store(tmp_path / "store", audio, plan_audio(earlier.utterances, 5), workers=None)
+    spec = cache_spec(
+        corpus=earlier.fingerprint, layers=(1,), audio="store", audio_store=audio.audio_fingerprint, codec="fp16"
+    )
+    plan = plan_shards(earlier.utterances, 5)
+    place = str(tmp_path / "store")
+    build_cache(tmp_path / "cache", spec, plan, TEACHER, teacher_name=TEACHER, workers=None, audio=place)
+    moved = move_audio(Cache.open(tmp_path / "cache"), "s3://bucket/store")  # It is not opened unasked.
+    assert known_fingerprint(moved, index, place) == earlier.fingerprint

@@ -12,7 +12,9 @@ from ray_distill.pipeline.planning.cache_cost import cost_lines, cost_table, pla
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
+from ray_distill.teacher_cache.audio import load_identified_audio
 from ray_distill.teacher_cache.masks import MaskDraws
+from ray_distill.teacher_cache.sources.address import AudioAddress
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
@@ -66,6 +68,31 @@ def test_what_the_plan_says(tmp_path: Path, cache_spec: Make, source_utterances:
     assert columns.masked_fraction == 0
     assert columns.pays_after == 1
     assert "still reads all of them" not in " ".join(cost_lines(columns))
+
+
+def test_audio_in_the_corpus_is_read_but_not_stored(
+    tmp_path: Path, cache_spec: Make, source_utterances: list[Utterance]
+) -> None:
+    teacher = load_teacher(TEACHER)
+    plans = {
+        audio: plan_cost(source_utterances, cache_spec(codec="fp16", audio=audio), teacher, str(tmp_path / "new"))
+        for audio in ("flac", "source")
+    }
+    held, beside = plans["flac"], plans["source"]
+    files = sum(Path(utterance.path).stat().st_size for utterance in source_utterances)
+    assert beside.audio_bytes == pytest.approx(files) and held.source_per_second is None
+    assert held.total_bytes("fp16", "clean_only") - beside.total_bytes("fp16", "clean_only") == held.audio_bytes
+    assert beside.bytes_per_epoch - held.bytes_per_epoch == pytest.approx(files - held.audio_bytes)
+    lines = " ".join(cost_lines(beside))
+    assert "of audio in the corpus, " in lines and "s of audio per CPU second, measured now; if that is too" in lines
+    assert "in the corpus" not in " ".join(cost_lines(held))
+    # A piece of a long file counts with its share of the file.
+    first = source_utterances[0]
+    piece = AudioAddress(first.path, start=0, end=4_000)
+    waveform, identity = load_identified_audio(piece)
+    utterance = Utterance("piece", piece.encode(), len(waveform), "train", identity)
+    plan = plan_cost([utterance], cache_spec(codec="fp16", audio="source"), teacher, str(tmp_path / "new"))
+    assert plan.audio_bytes == pytest.approx(Path(first.path).stat().st_size * 4_000 / first.num_samples)
 
 
 def test_a_disk_that_is_too_small_is_refused(

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ray_distill.command_line import application
 from ray_distill.pipeline.planning.cluster import RESULTS, Cluster, ClusterError, load_cluster, origins
 from ray_distill.pipeline.planning.cluster_plan import bottleneck, plan_cluster, upload_requests
-from ray_distill.teacher_cache.reading.local_copies import RANGE_BYTES
+from ray_distill.pipeline.planning.plan_table import plan_table
+from ray_distill.teacher_cache.reading.local_copies import RANGE_BYTES, RANGES_AT_ONCE
 from ray_distill.teacher_cache.storage.store import WHOLE_BYTES, Store
 
 CLUSTERS = sorted((Path(__file__).resolve().parents[3] / "configs" / "clusters").glob("*.yaml"))
@@ -179,6 +181,56 @@ def test_local_copies_are_read_once_if_the_cache_fits() -> None:
     assert large.epoch_gets == pytest.approx(large.epoch_bytes / RANGE_BYTES)
 
 
+def test_local_copies_never_read_more_than_no_copies() -> None:
+    few, none = (plan_cluster(round_numbers(train__epochs=2, train__local_bytes=space), 1000) for space in (1e15, 0))
+    assert few.copied and few.epoch_bytes == none.epoch_bytes, (
+        "in two epochs four nodes can't read the cache four times"
+    )
+    # Each process of a node has requests of its own.
+    waiting = few.epoch_gets * 0.001 / (8 * RANGES_AT_ONCE)
+    assert few.epoch_hours["latency of the readers"] == pytest.approx(waiting / 3600)
+
+
+def test_audio_that_is_stored_once() -> None:
+    plain, plan = (plan_cluster(round_numbers(speech__audio=audio), 1000) for audio in ("cache", "store"))
+    seconds = 3.6e6
+    assert (plain.audio_store_bytes, plan.audio_store_bytes) == (0, pytest.approx(seconds * 16e3))
+    assert plan.cache_bytes == pytest.approx(plain.cache_bytes - seconds * 16e3)
+    assert plan.epoch_bytes == pytest.approx(plain.epoch_bytes) and plan.month_money == pytest.approx(plain.month_money)
+    # The clean pass (20.4 MB) has 2 parts instead of 3. An audio shard (9.6 MB) has a begin, a part and an end, and a record.
+    assert plan.build_puts == 6000 * (4 + 4 + 5 + 3 + 1)
+    assert plan.build_gets == pytest.approx(360_000 + 6000) and plan.epoch_gets == pytest.approx(3 * 360_000)
+    # The build writes the audio, and reads it again for the cache.
+    assert plan.build_hours["bandwidth of the store"] == pytest.approx(seconds * (16e3 + 68e3 + 2 * 16e3) / 1e10 / 3600)
+    room = round_numbers(speech__audio="store", train__local_bytes=seconds * 84e3)
+    small, large = (plan_cluster(room, hours) for hours in (1000, 1001))
+    assert (small.copied, large.copied) == (True, False), "copies of both"
+    assert small.epoch_bytes == pytest.approx(seconds * 84e3 * 4 / 10)
+
+
+def test_audio_that_is_read_from_the_corpus() -> None:
+    with pytest.raises(ClusterError, match="^train.cores: with speech.audio source the trainers decode the corpus in"):
+        plan_cluster(round_numbers(speech__audio="source"), 1)
+    tree = round_numbers(speech__audio="source", speech__source_bytes=40e3).model_dump()
+    tree["train"] |= {"cores": 8, "reader_audio_per_second": 5000}
+    plan = plan_cluster(Cluster.model_validate(tree), 1000)
+    seconds = 3.6e6
+    assert plan.cache_bytes == pytest.approx(seconds * 68e3) and plan.audio_store_bytes == 0
+    assert plan.epoch_bytes == pytest.approx(seconds * (40e3 + 34e3 * 1.25))
+    assert plan.epoch_gets == pytest.approx(360_000 * (2 + 2))
+    assert plan.epoch_hours["decoding by the readers"] == pytest.approx(1000 / (8 * 1000)), "as the build decodes"
+    tree["train"]["local_bytes"] = seconds * 68e3
+    copied = plan_cluster(Cluster.model_validate(tree), 1000)
+    assert copied.copied and copied.epoch_bytes == pytest.approx(seconds * (68e3 * 4 / 10 + 40e3))
+    assert copied.epoch_gets == pytest.approx(seconds * 68e3 * 4 / 10 / RANGE_BYTES + 2 * 360_000)
+    console = Console(width=200, record=True, quiet=True)
+    with console.capture() as shown:
+        console.quiet = False
+        console.print(plan_table(Cluster.model_validate(tree), [copied]))
+        console.print(plan_table(round_numbers(), [plan_cluster(round_numbers(speech__audio="store"), 1000)]))
+    assert "local copies and the corpus" in shown.get() and "audio store" in shown.get() and "57.60 GB" in shown.get()
+
+
 def test_without_draws_the_cache_has_one_pass() -> None:
     plan = plan_cluster(round_numbers(speech__draws=0), 1000)
     assert plan.cache_bytes == pytest.approx(3.6e6 * 50e3)
@@ -228,3 +280,22 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     changed = tree | {"build": tree["build"] | {"share_of_teacher": {"file": "cache_build.json", "key": "none"}}}
     with pytest.raises(ClusterError, match="has no key 'none'"):
         plan_cluster(Cluster.model_validate(changed), 1)
+    for hours in (math.inf, math.nan):
+        with pytest.raises(ClusterError, match="hours must be above 0 and finite"):
+            plan_cluster(round_numbers(), hours)
+    path.write_text(yaml.safe_dump(tree | {"node_bytes_per_second": math.inf}))
+    with pytest.raises(ClusterError, match="node_bytes_per_second: input should be a finite number"):
+        load_cluster(path)
+    for content, key, message in (
+        ('{"rate": 0}', "rate", "rate is 0, but a positive number is needed"),
+        ('{"rate": "fast"}', "rate", "rate is 'fast', but a positive number is needed"),
+        ("{", "rate", "result.json is not valid JSON"),
+        ("[]", "rate", "result.json has no key 'rate'"),
+    ):
+        (tmp_path / "result.json").write_text(content)
+        changed = tree | {"node_bytes_per_second": {"file": "result.json", "key": key}}
+        with pytest.raises(ClusterError, match=message):
+            plan_cluster(Cluster.model_validate(changed), 1, tmp_path)
+    changed = tree | {"node_bytes_per_second": {"file": "result.json", "key": "rate", "where": {"way": "x"}}}
+    with pytest.raises(ClusterError, match="has 0 rows with"):
+        plan_cluster(Cluster.model_validate(changed), 1, tmp_path)

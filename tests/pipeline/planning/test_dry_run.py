@@ -16,7 +16,9 @@ from ray_distill.pipeline.ray_session import require_gpus
 from ray_distill.pipeline.stages import STAGES, Run
 from ray_distill.pipeline.stages.train import initial_student
 from ray_distill.student import Student
+from ray_distill.teacher_cache.build.audio_store import build_audio_store, plan_audio
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from tests.hub_server import running_hub, use_hub
 from tests.teacher_cache.teachers.huggingface_folders import save_tiny
 
@@ -68,6 +70,14 @@ def test_only_selected_stages_are_planned(tmp_path: Path, speech_folder: Path) -
     assert list(plan_run(configure(tmp_path), ["report", "index"]).stages) == ["index", "report"]
 
 
+def test_the_place_of_an_audio_store_is_not_that_of_a_cache(tmp_path: Path, source_utterances: list[Utterance]) -> None:
+    build_audio_store(tmp_path / "cache", CacheSpec.of_audio("x", 5), plan_audio(source_utterances, 5), workers=None)
+    with pytest.raises(
+        CacheError, match=r"^the cache at \S+/cache is an audio store, which has no targets; set cache.path to another"
+    ):
+        plan_run(configure(tmp_path, *OF_THE_CACHE), ["cache"])
+
+
 def test_finished_work_is_reused(tmp_path: Path, make_cache: Make) -> None:
     make_cache(tmp_path / "cache")
     config = configure(tmp_path, *OF_THE_CACHE)
@@ -75,13 +85,15 @@ def test_finished_work_is_reused(tmp_path: Path, make_cache: Make) -> None:
     more = configure(tmp_path, *OF_THE_CACHE, "masks.draws=5")
     assert plan_run(more, ["cache"]).stages["cache"].startswith("add 3 mask draws to the cache at")
     next((tmp_path / "cache" / "commits").rglob("*.json")).unlink()
-    assert plan_run(config, ["cache"]).stages["cache"].startswith("write 1 missing files of the cache at")
+    assert plan_run(config, ["cache"]).stages["cache"].startswith("write 1 missing file of the cache at")
     run = tmp_path / "runs" / "demo"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(dump_config(config))
     assert plan_run(config, ["train"]).stages["train"].startswith("resume from the last checkpoint in")
     (run / "train.json").write_text("{}")
     assert plan_run(config, ["train"]).stages["train"] == "nothing, since the training is finished"
+    longer = configure(tmp_path, *OF_THE_CACHE, "train.max_steps=1001")
+    assert plan_run(longer, ["train"]).stages["train"].startswith("continue the finished training from its last")
 
 
 def test_online_targets_need_no_cache(tmp_path: Path, speech_folder: Path) -> None:

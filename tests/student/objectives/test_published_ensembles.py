@@ -8,6 +8,7 @@ import torch
 
 from ray_distill.student import Student
 from ray_distill.student.objectives.codebook_prediction import CodebookPredictor
+from ray_distill.student.objectives.objective import TeachersTargets
 from ray_distill.student.objectives.several_teachers import SeveralTeachers
 from ray_distill.student.objectives.teacher_heads import TeacherHeads
 from ray_distill.teacher_cache.targets.target_batch import SymbolLayout
@@ -48,7 +49,7 @@ def test_spear_predicts_the_codebooks_of_two_teachers(draw: np.random.Generator)
     distiller = objective.distiller_for(student, layouts, spec_augment=None, seed=0).eval()
     waveforms, lengths, mask = batch(draw)
     entries = [draw.integers(0, 8, (2, 1, 19, layout.per_frame)) for layout in layouts]
-    found = distiller(waveforms, lengths, mask, (*map(torch.from_numpy, entries), PRESENT))
+    found = distiller(waveforms, lengths, mask, TeachersTargets(tuple(map(torch.from_numpy, entries)), PRESENT, None))
     states = student(waveforms, lengths, mask).layer(2).detach().numpy().astype(np.float64)
     expected = 0.0
     for k, (wanted, alpha) in enumerate(zip(entries, (1.0, 0.1), strict=True)):
@@ -72,7 +73,7 @@ def test_usad_predicts_layers_of_two_teachers(draw: np.random.Generator) -> None
     module = distiller.distiller_for(student, [None, None], spec_augment=None, seed=0).eval()
     waveforms, lengths, _ = batch(draw)
     targets = [draw.normal(size=(2, 2, 19, dim)).astype(np.float32) for dim in (32, 48)]
-    found = module(waveforms, lengths, None, (*map(torch.from_numpy, targets), PRESENT))
+    found = module(waveforms, lengths, None, TeachersTargets(tuple(map(torch.from_numpy, targets)), PRESENT, None))
     own = module.parts[1].predictors[0]
     assert isinstance(own, TeacherHeads)
     states = [student(waveforms, lengths).layer(layer).detach().numpy().astype(np.float64) for layer in (1, 2)]

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from ray_distill.student.training.train_state import TrainState
 from ray_distill.teacher_cache.frames import num_frames
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.reading.read_ahead import ReadAhead
+from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
 from ray_distill.teacher_cache.targets.target_batch import Batch
 
 Settings = Callable[..., TrainSettings]
@@ -187,3 +190,24 @@ def test_files_are_named_before_their_batches_are_read(settings: Settings) -> No
     assert len(list(feed(reader, settings(batch_size=2, max_steps=steps)))) == steps
     assert events.index("read") >= FILES_AHEAD and events[-1] == "clear"
     assert events.count("expect") == events.count("read") == steps
+
+
+def test_batches_that_were_read_are_forgotten_and_their_files_let_go(
+    readers: tuple[CacheReader, CacheReader], settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = settings(batch_size=2, max_steps=12)
+    place = readers[0].cache.store.location
+    for fresh in (False, True):
+        reader = CacheReader(place, "train", local=tmp_path / "copies")
+        used = FreshMasks(reader, reader.cache.spec.masks) if fresh else reader
+        ahead, copies = reader.read_ahead, reader._rows.copies
+        assert ahead is not None and copies is not None
+        monkeypatch.setattr(ahead, "clear", lambda: None)  # What is left at the end was never let go.
+        list(micro_batches(TrainingPlan(reader.num_samples, options, 1), used, Rank(), 0, 1))
+        assert not ahead._expected and not copies._wanted
+        monitored = ReadAhead(ahead._files)
+        for indices in ([0, 1], [2, 0], [0, 1]):
+            monitored.expect(indices, 0)
+        for indices in ([0, 1], [2, 0], [0, 1], [5]):
+            monitored.met(indices, 0)
+        assert not monitored._expected and not copies._wanted, "a training has millions of batches"

@@ -21,14 +21,17 @@ from ray_distill.student.training.train_settings import SeveralTeacherSettings, 
 from ray_distill.student.training.train_state import TrainState
 from ray_distill.student.training.training_loop import train
 from ray_distill.student.training.validation import batch_loss, make_distiller, validate
+from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
+from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 from ray_distill.teacher_cache.targets.combined_caches import CombinedCaches
 from ray_distill.teacher_cache.targets.crop import crop_batch
 from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
 from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
 from ray_distill.teacher_cache.targets.target_batch import CombinedTargets, SeveralTargets
 
+from ...tiny import TEACHER
 from ..conftest import MASKS
 
 OTHER = "random:2x48"
@@ -255,9 +258,9 @@ def test_a_teacher_takes_part_between_its_steps(
     weights = []
     for step in range(5):
         distiller.set_progress(0, step)
-        weights.append(distiller.weights()[1])
+        weights.append(distiller.row_fields()["teacher_weight_b"])
     assert weights == [0, 0, 1, 1, 0]
-    assert distiller.eval().weights() == [1, 1], "a validation counts all teachers"
+    assert list(distiller.eval().row_fields().values()) == [1, 1], "a validation counts all teachers"
 
 
 def test_a_resumed_training_is_bit_equal(
@@ -306,6 +309,23 @@ def test_caches_that_do_not_fit_together_are_refused(
         CacheError, match="has .* frames in the cache of teacher a, but .*; patches of a spectrogram are not mapped"
     ):
         SeveralCaches(readers)
+
+
+def test_the_order_is_that_of_the_largest_plan_and_audio_is_read_once(
+    caches: tuple[Path, Path], tmp_path: Path, cache_spec: Make, source_utterances: list[Any]
+) -> None:
+    larger = CacheReader(caches[1], "train")
+    some = [utterance for utterance in source_utterances if utterance.id != larger.ids[0]]
+    spec = cache_spec(masks=MASKS)
+    build_cache(tmp_path / "c", spec, plan_shards(some, 5), TEACHER, teacher_name=TEACHER, workers=None)
+    smaller = CacheReader(tmp_path / "c", "train")
+    both = SeveralCaches({"c": smaller, "b": larger})
+    assert both.ids == list(larger.ids)
+    reads = [(k, members.tolist(), audio) for k, members, _, audio in both.reads([0, 3, 4])]
+    assert reads == [(0, [1, 2], True), (1, [0], True), (1, [1, 2], False)]
+    # The files of the first cache and of the second are other files, whatever their numbers.
+    assert both.shards[0] == smaller.shards.max() + 1 + larger.shards[0]
+    assert both.shards[1:].max() <= smaller.shards.max()
 
 
 @pytest.mark.parametrize(("aggregate", "other"), [("average", "random:3x32"), ("concatenate", OTHER)])

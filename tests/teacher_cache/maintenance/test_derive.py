@@ -14,6 +14,7 @@ from ray_distill.teacher_cache.maintenance.derive import derive_cache
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache, verify_deep
 from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
@@ -98,9 +99,22 @@ def test_an_interrupted_derivation_continues(tmp_path: Path, make_cache: Make, m
         derive_cache(tmp_path / "source", tmp_path / "source", "units:3", [1])
     with pytest.raises(CacheError, match="could not be fitted: codec units:60000 needs at least 60000 frames"):
         derive_cache(tmp_path / "source", tmp_path / "big", "units:60000", [1])
+    with pytest.raises(
+        CacheError, match=r"^codec 'mvq:0': the number after the colon must be a whole number from 1 to 64"
+    ):
+        derive_cache(tmp_path / "source", tmp_path / "none", "mvq:0", [1])
 
 
 def test_a_cache_without_clean_pass_is_refused(tmp_path: Path, make_cache: Make) -> None:
     make_cache(tmp_path / "source", targets="composite_only")
     with pytest.raises(CacheError, match="has no clean pass of the training split"):
         derive_cache(tmp_path / "source", tmp_path / "units", "units:3", [1])
+
+
+def test_a_derivation_that_was_killed_before_its_manifest_writes_it(tmp_path: Path, make_cache: Make) -> None:
+    make_cache(tmp_path / "source", codec="fp16")
+    derive_cache(tmp_path / "source", tmp_path / "units", "units:4", [2])
+    sound = (tmp_path / "units" / MANIFEST).read_bytes()
+    (tmp_path / "units" / MANIFEST).unlink()
+    assert derive_cache(tmp_path / "source", tmp_path / "units", "units:4", [2]) == 0
+    assert (tmp_path / "units" / MANIFEST).read_bytes() == sound

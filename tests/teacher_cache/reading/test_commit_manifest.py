@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -13,14 +16,16 @@ from benchmarks.cache.slow_store import SlowStore
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.reader import CacheReader
-from ray_distill.teacher_cache.reading import commit_table
+from ray_distill.teacher_cache.reading import commit_manifest, commit_table
 from ray_distill.teacher_cache.reading.commit_manifest import (
     MANIFEST,
     current_manifest,
     read_manifest,
     rewrite_manifest,
 )
-from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.reading.local_copies import CommittedFile
+from ray_distill.teacher_cache.reading.shard_file_pool import ShardFilePool
+from ray_distill.teacher_cache.storage.cache import Cache, ShardFile
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
@@ -173,3 +178,73 @@ def test_checks_of_records_take_few_requests(root: Path) -> None:
     assert checked() == few - 4 + 4 * files, "a request for a size and one for the content"
     (root / COMMIT).write_bytes(b"damaged")
     assert [problem.name for problem in verify_cache(root, checksums=False)] == [COMMIT]
+
+
+def test_a_small_manifest_can_not_claim_much_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 100_000
+    columns = [
+        pa.array(["p" * 1000] * rows, field.type)
+        if field.name == "part"
+        else pa.array([bytes(32)] * rows, field.type)
+        if field.name in ("sha256", "content")
+        else pa.nulls(rows, field.type)
+        if field.name == "failed"
+        else pa.array(range(rows), field.type)
+        for field in commit_manifest._SCHEMA
+    ]
+    encodings = dict.fromkeys(("shard", "record_bytes", "rows", "bytes"), "DELTA_BINARY_PACKED")
+    encodings |= dict.fromkeys(("part", "sha256", "content", "failed"), "DELTA_BYTE_ARRAY")
+    pq.write_table(
+        pa.table(columns, commit_manifest._SCHEMA),
+        root / MANIFEST,
+        compression="none",
+        use_dictionary=False,
+        column_encoding=encodings,
+        write_statistics=False,
+    )
+    assert (root / MANIFEST).stat().st_size < rows
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda *_: pytest.fail("it is expanded"))
+    assert read_manifest(Store(root)) is None
+
+
+def test_threads_that_meet_an_old_manifest_together_all_go_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = decode_record((root / COMMIT).read_bytes())
+    (root / COMMIT).write_bytes(encode_record(record | {"bytes": 5}))
+    assert rewrite_manifest(root)
+    (root / COMMIT).write_bytes(encode_record(record))
+    monkeypatch.setattr(commit_table, "MAX_LISTED", 0)
+    reader = CacheReader(root, "train", threads=2)
+    barrier, mine, opened = threading.Barrier(2), threading.local(), ShardFilePool._opened
+
+    def together(pool: ShardFilePool, file: CommittedFile, shard_file: ShardFile) -> object:
+        if file.name == MASKED and not hasattr(mine, "waited"):
+            mine.waited = True
+            barrier.wait(20)
+        return opened(pool, file, shard_file)
+
+    monkeypatch.setattr(ShardFilePool, "_opened", together)
+    rows = np.flatnonzero(reader.shards == 0)[:2].tolist()
+    assert len(rows) == 2 and reader.read(rows, 0).targets.isfinite().all()
+
+
+def test_a_manifest_that_another_process_takes_meanwhile_is_written_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound, entries = (root / MANIFEST).read_bytes(), Store.entries
+
+    def taken(store: Store, prefix: str = "") -> object:
+        found = entries(store, prefix)
+        (root / MANIFEST).unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Store, "entries", taken)
+    for thorough in (True, False):
+        assert rewrite_manifest(root, thorough=thorough) and (root / MANIFEST).read_bytes() == sound
+
+
+def test_a_record_of_another_size_counts_even_if_it_seems_old(root: Path) -> None:
+    record = decode_record((root / COMMIT).read_bytes())
+    (root / COMMIT).write_bytes(encode_record(record | {"bytes": 5}))
+    os.utime(root / COMMIT, ns=(0, 0))
+    with pytest.raises(CacheError, match=f"{MASKED} is missing or does not have its committed size"):
+        CacheReader(root, "train")

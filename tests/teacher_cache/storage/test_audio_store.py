@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from ray_distill.command_line import application
 from ray_distill.teacher_cache.build.audio_store import build_audio_store, plan_audio
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.maintenance.derive import derive_cache
@@ -204,6 +206,12 @@ def test_a_place_that_is_not_beside_the_cache_is_not_opened_unasked(tmp_path: Pa
 
 def test_damage_of_either_is_found_and_repaired(tmp_path: Path, store: Path, refer: Refer) -> None:
     refer(tmp_path / "cache", store, codec="fp16")
+    told = CliRunner().invoke(application, ["cache", "verify", str(tmp_path / "cache")]).output
+    assert (
+        f"cache is sound; of its audio only the sizes were checked, `ray-distill cache verify {store}` reads it" in told
+    )
+    with pytest.raises(CacheError, match="is an audio store, which has no features to derive targets from"):
+        derive_cache(store, tmp_path / "units", "units:3", [1])
     files = [store / "audio" / "part-00001.parquet", tmp_path / "cache" / "clean" / "part-00000.parquet"]
     sound = [file.read_bytes() for file in files]
     for file, data in zip(files, sound, strict=True):

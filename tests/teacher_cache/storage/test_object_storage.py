@@ -61,6 +61,19 @@ def contents(store: Store) -> dict[str, bytes]:
     return {name: store.read(name) for name in store.names() if not name.startswith(BUILDS)}
 
 
+def test_a_large_file_is_read_in_ranges(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray_distill.teacher_cache.storage.store._RANGE_BYTES", 1000)
+    for place in (location, "memory://ranges"):
+        store = Store(place)
+        for size in (0, 1000, 1001, 12_345):
+            data = os.urandom(size)
+            store.write(f"{size}.bin", data)
+            assert store.read(f"{size}.bin") == data
+            if size > 1000:
+                with pytest.raises(ValueError, match="limit"):
+                    store.read(f"{size}.bin", max_bytes=1000)
+
+
 def test_a_cache_in_an_object_store(tmp_path: Path, make_cache: Make, location: str) -> None:
     make_cache(location, codec="pca:0.2", masks=masks(1))
     make_cache(tmp_path / "local", codec="pca:0.2", masks=masks(1))

@@ -25,7 +25,7 @@ from ray_distill.teacher_cache.storage.create import create_cache
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, plan_shards
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.crop import crop_batch, crop_starts
-from ray_distill.teacher_cache.targets.frame_rate import check_counts, check_rule, teacher_positions
+from ray_distill.teacher_cache.targets.frame_rate import check_counts, check_rule, spread_mask, teacher_positions
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
 from ray_distill.teacher_cache.targets.student_frames import StudentFrames, open_reader
@@ -165,6 +165,12 @@ def test_a_short_and_a_long_utterance_at_24_khz_do_not_change_each_other() -> No
     count = teacher.num_frames(4_001)
     torch.testing.assert_close(both[1, :, :count], teacher(waves[1:, :4_001])[0], atol=1e-5, rtol=1e-5)
     assert teacher.min_samples == 400 and teacher.num_frames(400) >= 1
+
+
+def test_a_spread_mask_ends_with_its_utterance() -> None:
+    masks = torch.tensor([[True, False, True], [True, False, False]])
+    spread = spread_mask(masks, Fraction(100), [3, 1], [7, 3]).int().tolist()
+    assert spread == [[1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]]
 
 
 def test_symbols_are_those_of_the_nearest_frame(write: Callable[..., str], tmp_path: Path) -> None:

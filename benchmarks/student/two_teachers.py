@@ -172,7 +172,8 @@ def main(
         write_corpus(folder / "corpus.csv", 60 * minutes)
     checkpoints = {
         "hubert": str(shared_data() / "teacher" / "hubert_small.pt"),
-        "whisper": str(whisper_folder(whisper).resolve()),
+        # As the documentation of teachers says: a few frames of Whisper's layers are a thousand times as large as the others.
+        "whisper": f"layer-norm:{whisper_folder(whisper).resolve()}",
     }
     make_caches(folder, checkpoints)
     part, parts = map(int, (share or "0/1").split("/"))
@@ -193,7 +194,8 @@ def main(
         sources.append(FeatureSource.log_mel())
         sources.append(FeatureSource.of_student(Student(student.config).eval(), "random weights"))
         for name, checkpoint in checkpoints.items():
-            sources.append(FeatureSource.of_teacher(load_teacher(checkpoint), f"teacher {name}"))
+            plain = load_teacher(checkpoint.removeprefix("layer-norm:"))
+            sources.append(FeatureSource.of_teacher(plain, f"teacher {name}"))
     found = {
         task: [probe(folder, task, source, minutes, epochs) for source in sources]
         for task in tasks or ("phones", "speakers", "characters")

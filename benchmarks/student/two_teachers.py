@@ -1,13 +1,15 @@
 """What students learn from one and from two trained teachers of real speech, by layers, units and codebooks, at equal steps.
 
-``python -m benchmarks.student.two_teachers --folder FOLDER --whisper FOLDER`` caches layers of a small HuBERT and of Whisper-small's
-encoder for the same speech, derives units and codebooks from these caches without the teachers, and trains a student of the
-same encoder for each objective, set of teachers and seed. Probes then read phones, characters and speakers. The teachers have no
-common mask embedding, so all targets are clean; units and codebooks are predicted at all frames under fresh masks. Caches and
-students that ``--folder`` already has are not made again, and ``--share`` divides the trainings among processes. No Ray is needed.
+``python -m benchmarks.student.two_teachers measure --folder FOLDER --whisper FOLDER`` caches layers of a small HuBERT and of
+Whisper-small's encoder for the same speech, derives units and codebooks from these caches without the teachers, and trains a
+student of the same encoder for each objective, set of teachers and seed. Probes then read phones, characters and speakers. The
+teachers have no common mask embedding, so all targets are clean; units and codebooks are predicted at all frames under fresh
+masks. Caches, students and outcomes that ``--folder`` already has are not made again, and ``--share`` divides the work among
+processes. ``plot`` draws bytes against errors. No Ray is needed.
 """
 
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +37,7 @@ from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.maintenance.derive import derive_cache
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.teacher_cache.teachers import load_teacher
 
 LAYERS = {"hubert": [1, 2, 3, 4, 5, 6], "whisper": [2, 4, 6, 8, 10, 12]}
 """Layers of each teacher that the six layers of a student predict."""
@@ -129,15 +132,32 @@ def trainings(seeds: int) -> Iterator[tuple[str, tuple[str, ...], int]]:
                 yield objective, names, seed
 
 
+def probe(folder: Path, task: str, source: FeatureSource, minutes: float, epochs: int | None) -> dict[str, Any]:
+    """Probe one source for a task, unless its outcome is in ``folder``, and return the outcome."""
+    record = folder / f"probe-{task}-{source.name.replace(' ', '-')}.json"
+    if not record.is_file():
+        manifest = folder / f"{task}.csv"
+        if not manifest.is_file():
+            write_manifest(manifest, task, 60 * minutes)
+        found = probed(read_task(manifest), [source], epochs)
+        record.write_text(json.dumps({key: found[key] for key in found if key != "outcomes"} | found["outcomes"][0]))
+    outcome: dict[str, Any] = json.loads(record.read_text())
+    print(task, {key: outcome[key] for key in ("source", "value", "low", "high")}, flush=True)
+    return outcome
+
+
 def main(
-    folder: Annotated[Path, typer.Option(help="Folder for caches and students; it is kept.")],
+    folder: Annotated[Path, typer.Option(help="Folder for caches, students and outcomes of probes; it is kept.")],
     whisper: Annotated[str, typer.Option(help="Folder of Whisper-small.")] = "",
     minutes: Annotated[float, typer.Option(help="Minutes of speech to distil with.")] = 45.0,
     steps: Annotated[int, typer.Option(help="Optimiser steps of each training.")] = 400,
     seeds: Annotated[int, typer.Option(help="Students of each objective and set of teachers.")] = 3,
     share: Annotated[
         str | None,
-        typer.Option(help="I/N: only train every N-th student from the I-th (from 0) on, and probe nothing."),
+        typer.Option(help="I/N: only train and probe every N-th student from the I-th (from 0) on; write no result."),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="Task to probe; may be repeated. Default: all three.")
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of each probe. Default: until it stops improving.", show_default=False)
@@ -152,11 +172,12 @@ def main(
         write_corpus(folder / "corpus.csv", 60 * minutes)
     checkpoints = {
         "hubert": str(shared_data() / "teacher" / "hubert_small.pt"),
-        "whisper": str(whisper_folder(whisper).resolve()),
+        # As the documentation of teachers says: a few frames of Whisper's layers are a thousand times as large as the others.
+        "whisper": f"layer-norm:{whisper_folder(whisper).resolve()}",
     }
     make_caches(folder, checkpoints)
     part, parts = map(int, (share or "0/1").split("/"))
-    rows, sources = [], [FeatureSource.log_mel()]
+    rows, sources, student = [], [], None
     for number, (objective, names, seed) in enumerate(trainings(seeds)):
         if number % parts != part:
             continue
@@ -167,16 +188,20 @@ def main(
         rows.append(row)
         student = load_student(place / "checkpoints" / "best").eval()
         sources.append(FeatureSource.of_student(student, place.name))
+    assert student is not None
+    if part == 0:
+        torch.manual_seed(0)
+        sources.append(FeatureSource.log_mel())
+        sources.append(FeatureSource.of_student(Student(student.config).eval(), "random weights"))
+        for name, checkpoint in checkpoints.items():
+            plain = load_teacher(checkpoint.removeprefix("layer-norm:"))
+            sources.append(FeatureSource.of_teacher(plain, f"teacher {name}"))
+    found = {
+        task: [probe(folder, task, source, minutes, epochs) for source in sources]
+        for task in tasks or ("phones", "speakers", "characters")
+    }
     if share is not None:
         return
-    torch.manual_seed(0)
-    sources.append(FeatureSource.of_student(Student(student.config).eval(), "random weights"))
-    found = {}
-    for name in ("phones", "characters", "speakers"):
-        write_manifest(folder / f"{name}.csv", name, 60 * minutes)
-        found[name] = probed(read_task(folder / f"{name}.csv"), sources, epochs)
-        for outcome in found[name]["outcomes"]:
-            print(name, {key: outcome[key] for key in ("source", "value", "low", "high")}, flush=True)
     write_result(
         output,
         layers=LAYERS,
@@ -191,7 +216,60 @@ def main(
     )
 
 
+def plot(
+    result: Annotated[Path, typer.Option()] = RESULTS / "student/two_teachers.json",
+    output: Annotated[Path, typer.Option()] = REPOSITORY / "docs" / "pictures" / "two-teachers.svg",
+) -> None:
+    """Plot bytes of targets per second against the error of each probe, and print the table as Markdown."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "two-teachers", "font.size": 9}
+    from matplotlib import pyplot
+
+    record = json.loads(result.read_text())
+    seeds = sorted({row["seed"] for row in record["rows"]})
+    errors = {task: {row["source"]: row["value"] for row in outcomes} for task, outcomes in record["tasks"].items()}
+    metrics = {task: outcomes[0]["metric"] for task, outcomes in record["tasks"].items()}
+    figure, axes = pyplot.subplots(1, len(errors), figsize=(4 * len(errors), 3.8), squeeze=False)
+    markers, colours = (
+        dict(zip(CODECS, "osD", strict=True)),
+        {"hubert": "C0", "whisper": "C1", "hubert + whisper": "C2"},
+    )
+    lines = [
+        "| targets | teachers | bytes/s | " + " | ".join(f"{task}, {metrics[task]}" for task in errors) + " |",
+        "|---|---|---" + "|---" * len(errors) + "|",
+    ]
+    for objective in CODECS:
+        for names in TEACHERS:
+            rows = [row for row in record["rows"] if (row["objective"], tuple(row["teachers"])) == (objective, names)]
+            rate, teachers = rows[0]["target_bytes_per_second"], " + ".join(names)
+            cells = [f"`{objective}`", teachers, f"{rate:,}"]
+            for axis, values in zip(axes[0], errors.values(), strict=True):
+                of_seeds = [100 * values[f"{objective}-{'-'.join(names)}-{seed}"] for seed in seeds]
+                mean = statistics.mean(of_seeds)
+                axis.plot(rate, mean, markers[objective], color=colours[teachers], label=f"{objective}, {teachers}")
+                axis.vlines(rate, min(of_seeds), max(of_seeds), color=colours[teachers])
+                spread = f" ({min(of_seeds):.1f} to {max(of_seeds):.1f})" if len(seeds) > 1 else ""
+                cells.append(f"{mean:.1f}{spread}")
+            lines.append("| " + " | ".join(cells) + " |")
+    baselines = [name for name in next(iter(errors.values())) if not name[-1].isdigit()]
+    for name in baselines:
+        cells = [f"{100 * values[name]:.1f}" for values in errors.values()]
+        lines.append(f"| none: {name} | | | " + " | ".join(cells) + " |")
+    for axis, (task, values) in zip(axes[0], errors.items(), strict=True):
+        for name, style in zip(baselines, ("-", "--", "-.", ":"), strict=False):
+            if name != "random weights":
+                axis.axhline(100 * values[name], color="0.6", linestyle=style, linewidth=1, label=name)
+        axis.set(xscale="log", xlabel="bytes of targets per second of audio", ylabel=f"{metrics[task]}, %", title=task)
+    axes[0][-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.tight_layout()
+    figure.savefig(output, metadata={"Date": None})
+    print("\n".join(lines))
+
+
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app.command("measure")(main)
+    app.command()(plot)
     app()

@@ -8,13 +8,10 @@ from ray_distill.teacher_cache.build.build_cache import Progress
 from ray_distill.teacher_cache.build.shard_workers import Workers
 from ray_distill.teacher_cache.maintenance.verify import Problem, verify_audio
 from ray_distill.teacher_cache.reading.audio_place import holder_of
-from ray_distill.teacher_cache.reading.source_rows import missing_sources
+from ray_distill.teacher_cache.reading.source_rows import SOUGHT_FILES, missing_sources
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.store import Store
-
-_FILES_SOUGHT = 100
-"""Maximum number of utterances whose files are looked for before a training."""
 
 
 def audio_places(run: Run) -> list[str]:
@@ -102,7 +99,7 @@ def check_audio(run: Run) -> list[Problem]:
     for part in run.parts:
         cache, place, new = Cache.open(part.cache), part.audio, part.audio not in checked
         if cache.spec.audio == "source":
-            lost = missing_sources(cache, place, most=_FILES_SOUGHT) if new else None
+            lost = missing_sources(cache, place, most=SOUGHT_FILES) if new else None
             problems += [Problem("audio", lost, "audio")] if lost else []
         else:  # The fingerprint is compared for each cache, the files are read once.
             problems += verify_audio(cache, place, checksums=part.config.cache.verify and new)

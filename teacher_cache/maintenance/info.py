@@ -7,15 +7,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ray_distill.teacher_cache.reading.audio_place import holder_of
-from ray_distill.teacher_cache.reading.source_rows import missing_sources
+from ray_distill.teacher_cache.reading.source_rows import SOUGHT_FILES, missing_sources
 from ray_distill.teacher_cache.sources.address import AudioAddress
 from ray_distill.teacher_cache.storage.cache import Cache, commit_name, file_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.storage.store import Store
-
-_FILES_SOUGHT = 100
-"""Maximum number of files of a corpus that are looked for."""
 
 
 def info_table(location: str | Path) -> Table:
@@ -71,7 +68,7 @@ def _where_audio_is(cache: Cache) -> str:
         return f"{spec.audio}, fingerprint {spec.audio_fingerprint[:16]}..." if spec.is_audio_store else spec.audio
     if spec.audio == "source":
         first = AudioAddress.parse(cache.plan["path"][0].as_py()).file
-        return escape(missing_sources(cache, most=_FILES_SOUGHT) or f"read from the corpus, such as {first}")
+        return escape(missing_sources(cache, most=SOUGHT_FILES) or f"read from the corpus, such as {first}")
     try:
         holder = holder_of(cache)
     except CacheAccessError:

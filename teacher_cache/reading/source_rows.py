@@ -16,6 +16,8 @@ from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA, Utterances
 
+SOUGHT_FILES = 100
+"""Number of utterances whose files are looked for where not all have to be."""
 _THREADS = 8
 
 

@@ -212,7 +212,8 @@ class LocalCopies:
                 offset += os.pwrite(written.fileno(), data, offset)
         if offset != file.size or digest.hexdigest() != file.sha256:
             raise damage_error(self._store, file.name, "does not match its commit record")
-        self.fetched += 1
+        with self._mutex:
+            self.fetched += 1
 
     def _in_order(self, read: Callable[[int, int], bytes], size: int) -> Iterator[bytes]:
         pending: deque[Future[bytes]] = deque()

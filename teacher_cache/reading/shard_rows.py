@@ -1,6 +1,7 @@
 """Rows of the shard files of one split of a cache, with random access: one row group per utterance."""
 
 import bisect
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class ShardRows:
     ) -> None:
         self.cache = cache
         self.bytes_read = 0
+        self._counting = threading.Lock()  # A reader's threads read side by side, and `+=` alone would lose some of them.
         self._parts, self._bytes_per_frame = parts, bytes_per_frame
         planned = SplitRows.of(cache, split)
         self._commits = CommitTable(cache, planned, split, parts)
@@ -122,7 +124,8 @@ class ShardRows:
         kinds = [pa.ListScalar if name == "mask" else (pa.BinaryScalar, pa.LargeBinaryScalar) for name in columns]
         if not all(value.is_valid and isinstance(value, kind) for value, kind in zip(values, kinds, strict=True)):
             raise ValueError("a column has another type, or no value")
-        self.bytes_read += table.nbytes
+        with self._counting:
+            self.bytes_read += table.nbytes
         return [values[0].as_py(), *values[1:]]
 
     def _check_size(self, index: int, row: pq.RowGroupMetaData, columns: list[str]) -> None:

@@ -131,6 +131,16 @@ def test_a_reader_works_in_the_workers_of_a_data_loader(cache: Path) -> None:
         assert item.id == expected.id and torch.equal(item.targets, expected.targets)
 
 
+def test_threads_count_every_byte_that_they_read(cache: Path) -> None:
+    counts = set()
+    for threads in (1, 8):
+        reader = CacheReader(cache, "train", threads=threads)
+        for _ in range(20):
+            reader.read(range(len(reader)), 0)
+        counts.add(reader.bytes_read)
+    assert len(counts) == 1
+
+
 def test_what_a_notebook_shows(cache: Path) -> None:
     reader = CacheReader(cache, "train")
     assert repr(reader) == (

@@ -4,7 +4,10 @@ Every cache that this program builds is far below the limits. A function raises 
 """
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,8 @@ _PLAN_BYTES_PER_ROW = 16
 """Minimum size of a row in a plan. A row has a SHA-256, whose 32 random bytes no compression removes."""
 _PLAN_BATCH = 1 << 16
 """Rows of a plan that are checked at a time, before their texts are expanded."""
+_THREADS = 8
+"""Maximum number of row groups of a plan that are decoded side by side."""
 _SMALL_PLAN = 1000
 """Number of rows that a plan of any size may have."""
 _MAX_SETTING = 1_000_000
@@ -104,21 +109,18 @@ def read_plan(
 ) -> pa.Table:
     """Read the bytes of ``plan.parquet``, or only some columns, which must include all of numbers."""
     try:
-        with pq.ParquetFile(pa.BufferReader(data), read_dictionary=["id", "split", "path", "sha256"]) as file:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
             rows = file.metadata.num_rows
             _check_rows(rows)
             if rows > _SMALL_PLAN + len(data) // _PLAN_BYTES_PER_ROW:
                 raise ValueError(f"it has {rows} rows in {len(data)} bytes, which can't be rows of utterances")
             if file.schema_arrow.names != PLAN_SCHEMA.names:
                 raise ValueError(f"its columns are not {', '.join(PLAN_SCHEMA.names)}")
-            schema = pa.schema([PLAN_SCHEMA.field(name) for name in columns])
-            batches = []
-            for batch in file.iter_batches(_PLAN_BATCH, columns=list(columns)):
-                for field in schema:
-                    if pa.types.is_string(field.type):
-                        _check_texts(batch[field.name])
-                batches.append(batch.select(schema.names).cast(schema))
-            table = pa.Table.from_batches(batches, schema)
+            groups = range(file.num_row_groups)
+        schema = pa.schema([PLAN_SCHEMA.field(name) for name in columns])
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            batches = [batch for part in pool.map(partial(_row_group, data, schema), groups) for batch in part]
+        table = pa.Table.from_batches(batches, schema)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"it is not a plan: {str(error).splitlines()[0]}") from error
     if any(column.null_count for column in table.columns):
@@ -132,6 +134,17 @@ def read_plan(
     if bool((np.diff(shards, prepend=0) < 0).any()) or not np.array_equal(row, expected):
         raise ValueError("its rows are not in the order of shards")
     return table
+
+
+def _row_group(data: bytes, schema: pa.Schema, number: int) -> list[pa.RecordBatch]:
+    batches = []
+    with pq.ParquetFile(pa.BufferReader(data), read_dictionary=["id", "split", "path", "sha256"]) as file:
+        for batch in file.iter_batches(_PLAN_BATCH, [number], schema.names, use_threads=False):
+            for field in schema:
+                if pa.types.is_string(field.type):
+                    _check_texts(batch[field.name])
+            batches.append(batch.select(schema.names).cast(schema))
+    return batches
 
 
 def check_plan(num_samples: np.ndarray, shards: int, spec: CacheSpec, num_sets: int) -> None:

@@ -9,6 +9,7 @@ import pydantic
 from ray_distill.pipeline.corpus.formats import check_format
 from ray_distill.student.objectives.several_teachers import TeacherObjective
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT, SAME_IN_ABLATION
+from ray_distill.student.training.train_settings import ONE_OR_MORE
 from ray_distill.teacher_cache.codecs import DEFAULT_CODEC, check_codec
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache_spec import Targets
@@ -40,10 +41,10 @@ class CorpusSection(Section):
     channel: int | Literal["mix"] | None = None
     """Channel to use of audio with several, counted from 0, or ``mix`` for their mean. None also takes the mean, and says how many
     utterances have several channels. A channel that the corpus itself names counts first."""
-    train_splits: list[str] | None = None
+    train_splits: Annotated[list[str] | None, ONE_OR_MORE] = None
     """Splits or folders to train on; ``.`` means the files in no split's folder. None takes those with a word that begins with
     ``train``; see `ray_distill.pipeline.corpus.index`."""
-    validation_splits: list[str] | None = None
+    validation_splits: Annotated[list[str] | None, ONE_OR_MORE] = None
     """Splits or folders to validate on. None takes those with a word such as ``dev``, ``val``, ``valid``, ``validation`` or
     ``heldout``. Splits with a word that begins with ``test`` or ``eval`` are not used unless they are named."""
     validation_fraction: float = pydantic.Field(default=0.05, gt=0, lt=1)
@@ -78,7 +79,7 @@ class TeacherSection(Section):
     in this package (see `ray_distill.teacher_cache.teachers.builtin`), or ``random:LxD`` for random weights.
     The prefix ``mean-mask:`` gives a teacher without a mask embedding a substitute, so that it has masked targets. The prefix
     ``layer-norm:`` normalises each frame of each layer, as teachers with layer norms before their blocks need."""
-    layers: Annotated[list[int] | None, CHANGES_LOSS_MEANING] = None
+    layers: Annotated[list[int] | None, ONE_OR_MORE, CHANGES_LOSS_MEANING] = None
     """Layers to learn from, counted from 1. None takes all of them."""
     frames: Annotated[FrameRule | None, CHANGES_LOSS_MEANING] = None
     """How the frames of a teacher with another rate than 50 per second become the student's of 20 ms when the cache is read:

@@ -1,6 +1,6 @@
 """Settings of a training: every hyper-parameter of a recipe, with the published value as its default."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
@@ -11,6 +11,14 @@ from ray_distill.student.objectives.several_teachers import Aggregate, Balance, 
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT
 from ray_distill.student.training.spec_augment import SpecAugment
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
+
+
+ONE_OR_MORE = pydantic.BeforeValidator(_one_or_more)
+"""Mark of a list for which a single text or number stands too: ``trackers: wandb`` is ``trackers: [wandb]``."""
 
 
 class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -117,7 +125,7 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     """Number of validated students to keep, those with the lowest validation losses."""
     log_every: int = pydantic.Field(default=10, ge=1)
     """Optimiser steps between rows of metrics."""
-    trackers: Annotated[tuple[Literal["wandb", "mlflow"], ...], CHANGES_NO_RESULT] = ()
+    trackers: Annotated[tuple[Literal["wandb", "mlflow"], ...], ONE_OR_MORE, CHANGES_NO_RESULT] = ()
     """Experiment trackers that also receive the metrics: ``wandb``, ``mlflow``."""
     max_failures: Annotated[int, CHANGES_NO_RESULT] = pydantic.Field(default=2, ge=0)
     """Number of times that failed workers are restarted from the last checkpoint."""
@@ -126,8 +134,13 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        if (self.batch_size is None) == (self.batch_seconds is None):
-            raise ValueError("give exactly one of train.batch_size and train.batch_seconds")
+        if self.batch_size is None and self.batch_seconds is None:
+            raise ValueError("give one of train.batch_size and train.batch_seconds")
+        if self.batch_size is not None and self.batch_seconds is not None:
+            raise ValueError(
+                f"train.batch_size is {self.batch_size} and train.batch_seconds is {self.batch_seconds:g}, but a batch has one "
+                "size; set one of them to null, as in train.batch_seconds=null"
+            )
         if self.validate_every != "epoch" and self.validate_every < 1:
             raise ValueError(
                 f"train.validate_every is {self.validate_every}; give a positive number of optimiser steps, or epoch"

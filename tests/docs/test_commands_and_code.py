@@ -13,6 +13,7 @@ import typer
 
 from ray_distill.command_line import application
 from ray_distill.pipeline.composition.config_tree import SHORT_KEYS
+from ray_distill.pipeline.composition.sections import TeacherEntry
 from ray_distill.pipeline.config import Config
 from ray_distill.pipeline.recipes import find_recipe
 from ray_distill.student import Student, StudentConfig, save_student
@@ -29,7 +30,7 @@ PAGES = [
 RECIPES = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 SECTIONS: dict[str, Any] = {
     name: Config.model_fields[name].annotation for name in ("corpus", "teacher", "masks", "cache", "train")
-} | {"student": StudentConfig}
+} | {"student": StudentConfig, "teachers": TeacherEntry}
 
 
 def code(page: Path) -> str:
@@ -81,7 +82,7 @@ def test_every_documented_command_exists_with_its_options() -> None:
                 assert find_recipe(word).is_file(), f"{page}: {line!r} names no recipe"
             if option in ("--config", "--cluster"):
                 assert find_recipe(given or value).is_file(), f"{page}: {line!r} names no recipe"
-            section, _, key = option.partition(".")
+            section, _, key = re.sub(r"^teachers\.\w+", "teachers", option).partition(".")
             if given and option in SHORT_KEYS:
                 continue
             if given and section in SECTIONS:

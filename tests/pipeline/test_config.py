@@ -49,7 +49,7 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("train.epochs=many", r"train\.epochs: .*integer.*'many'"),
         ("train.epochs=0", r"train\.epochs: .*greater than or equal to 1"),
         ("train.targets=both", r"train\.targets: .*'cached' or 'online'"),
-        ("train.batch_size=4", "exactly one of train.batch_size and train.batch_seconds"),
+        ("train.batch_size=4", "train.batch_size is 4 and train.batch_seconds is 10, .*train.batch_seconds=null"),
         ("train.precision=fp16", "needs train.use_gpu"),
         (
             "cache.codec=mp3",
@@ -117,6 +117,14 @@ def test_the_dumped_configuration_loads_again(tmp_path: Path) -> None:
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "again.yaml") == config
     assert yaml.safe_load(dump_config(config))["train"]["max_steps"] == 7
+
+
+def test_a_single_value_stands_for_a_list() -> None:
+    given = ["corpus.train_splits=a", "corpus.validation_splits=b", "teacher.layers=4", "train.trackers=wandb"]
+    listed = ["corpus.train_splits=[a]", "corpus.validation_splits=[b]", "teacher.layers=[4]", "train.trackers=[wandb]"]
+    assert load_config(DEMO, given) == load_config(DEMO, listed)
+    with pytest.raises(ConfigError, match="layers: Input should be a valid list"):
+        load_config(DEMO, ["teacher.layers=true"])
 
 
 def test_student_follows_the_teacher() -> None:

@@ -68,6 +68,7 @@ class CacheReader:
     Attributes:
         cache: The opened cache.
         ids: Utterance ids, in index order, without those that any of the files read lacks: a sequence of texts.
+        planned_ids: The same with those.
         failed: Reasons by id for the utterances of the split that are left out.
         num_samples: (N,) int64 numbers of samples.
         num_frames: (N,) int64 numbers of frames.
@@ -137,7 +138,7 @@ class CacheReader:
         }
         width = max((codec.bytes_per_frame for codec in self._codecs), default=0)
         self._rows = ShardRows(self.cache, split, list(self._parts.values()), width, local, local_gb)
-        rows, self.failed = self._rows.utterances, self._rows.failed
+        rows, self.failed, self.planned_ids = self._rows.utterances, self._rows.failed, self._rows.planned.ids
         if not len(rows.ids):
             name, reason = next(iter(self.failed.items()))
             raise CacheError(

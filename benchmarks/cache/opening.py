@@ -102,6 +102,7 @@ OPEN = """
 import json, sys, time
 from pathlib import Path
 from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
 
 def gigabytes(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -115,6 +116,9 @@ Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
 before = gigabytes("VmRSS")
 began, cpu = time.perf_counter(), time.process_time()
 reader = CacheReader(place, "train")
+if int(sys.argv[3]) > 1:
+    others = [CacheReader(place, "train") for _ in range(1, int(sys.argv[3]))]
+    reader = SeveralCaches({str(number): one for number, one in enumerate([reader, *others])})
 print(json.dumps({
     "seconds": time.perf_counter() - began,
     "cpu_seconds": time.process_time() - cpu,
@@ -126,10 +130,13 @@ print(json.dumps({
 """
 
 
-def opened(folder: Path, store: str) -> dict[str, Any]:
-    """Open a cache in a new process. ``store`` is ``local``, or the latency of a simulated bucket in seconds."""
+def opened(folder: Path, store: str, teachers: int = 1) -> dict[str, Any]:
+    """Open a cache, or as many as there are teachers, in a new process.
+
+    ``store`` is ``local``, or the latency of a simulated bucket in seconds.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", OPEN, str(folder), store],
+        [sys.executable, "-c", OPEN, str(folder), store, str(teachers)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -157,11 +164,13 @@ def main(
             print(f"{count} utterances written in {time.perf_counter() - began:.0f} s", flush=True)
             for store in ("local", str(latency / 1e3)):
                 with_manifest = opened(folder, store)
-                rows.append({"manifest": True, "store": store} | with_manifest)
+                rows.append({"manifest": True, "store": store, "teachers": 1} | with_manifest)
                 print(rows[-1], flush=True)
+            rows.append({"manifest": True, "store": "local", "teachers": 3} | opened(folder, "local", 3))
+            print(rows[-1], flush=True)
             if count <= files_up_to:
                 (folder / "manifest.parquet").unlink()
-                rows.append({"manifest": False, "store": "local"} | opened(folder, "local"))
+                rows.append({"manifest": False, "store": "local", "teachers": 1} | opened(folder, "local"))
                 print(rows[-1], flush=True)
     write_result(output, contended_machine=shared, latency_ms=latency, megabytes_per_second_and_request=50, rows=rows)
 

@@ -32,7 +32,7 @@ from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.reading.audio_place import recorded_place
 from ray_distill.teacher_cache.reading.referred_rows import ReferredRows
 from ray_distill.teacher_cache.reading.source_rows import SourceRows
-from ray_distill.teacher_cache.reading.split_rows import SplitRows
+from ray_distill.teacher_cache.reading.split_rows import PlanSplits
 from ray_distill.teacher_cache.sources.address import AudioAddress
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -127,13 +127,13 @@ def stored(folder: Path, members: list[Utterance], audio: str) -> ReferredRows:
     spec = CacheSpec.model_validate(CacheSpec.of_audio("small speech", SHARD_SECONDS).model_dump() | {"audio": audio})
     build_audio_store(folder / "store", spec, plan_audio(members, SHARD_SECONDS), workers=None)
     cache = empty_cache(folder / "cache", members, "store", Cache.open(folder / "store"))
-    return ReferredRows(cache, "train", SplitRows.of(cache, "train"))
+    return ReferredRows(cache, "train", PlanSplits.of(cache, "train")["train"])
 
 
 def from_corpus(folder: Path, addresses: dict[str, AudioAddress]) -> SourceRows:
     """Return the audio of utterances in a corpus."""
     cache = empty_cache(folder / "cache", indexed(addresses), "source")
-    return SourceRows(cache, "train", SplitRows.of(cache, "train"))
+    return SourceRows(cache, "train", PlanSplits.of(cache, "train")["train"])
 
 
 def main(

@@ -148,7 +148,10 @@ def several_readers(
     if aggregate != "heads":
         source = replace(source, key=_digest([source.key, aggregate, weights]))
     if train.domains is not None:
-        source = replace(source, key=_digest([source.key, dict(zip(train.ids, train.domains, strict=True))]))
+        digest = hashlib.sha256(source.key.encode())
+        for pair in zip(train.ids, train.domains, strict=True):
+            digest.update(json.dumps(pair).encode())
+        source = replace(source, key=digest.hexdigest())
     if fresh:
         return FreshMasks(train, masks), FreshMasks(validation, masks), source
     return train, validation, source

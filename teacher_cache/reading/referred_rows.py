@@ -45,7 +45,7 @@ class ReferredRows:
         holder = holder_of(cache, location)
         self._part = parts_of(holder.spec, len(holder.layer_sets), split)[0]
         self._rows = ShardRows(holder, split, [self._part], local=local, local_gb=local_gb)
-        self._places = utterances.places_in(self._rows.utterances)
+        self._places = utterances.ids.places_in(self._rows.utterances.ids)
         lengths = np.append(
             self._rows.utterances.num_samples, -1
         )  # The last is that of what is not there, at place -1.

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from ray_distill.teacher_cache.reading.commit_table import CommitTable
 from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
 from ray_distill.teacher_cache.reading.shard_file_pool import ShardFilePool
-from ray_distill.teacher_cache.reading.split_rows import SplitRows
+from ray_distill.teacher_cache.reading.split_rows import PlanSplits
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, damage_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, Part
 
@@ -38,7 +38,8 @@ class ShardRows:
 
     Attributes:
         cache: The cache.
-        utterances: The utterances of the split, in index order, without those that any of the files lacks.
+        planned: The utterances of the split, in index order.
+        utterances: Those without the ones that any of the files lacks.
         failed: Reasons by id for the utterances that are left out.
         copies: Local copies of the files; None without ``local``.
         bytes: Total size of the files.
@@ -63,7 +64,8 @@ class ShardRows:
             threading.Lock()
         )  # A reader's threads read side by side, and `+=` alone would lose some of them.
         self._parts, self._bytes_per_frame = parts, bytes_per_frame
-        planned = SplitRows.of(cache, split)
+        self._plan = PlanSplits.of(cache, split)
+        self.planned = planned = self._plan[split]
         self._commits = CommitTable(cache, planned, split, parts)
         # The rows of the plan that a file lacks, ascending. All others have a row group each.
         self._absent: dict[tuple[str, int], list[int]] = {}

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +48,22 @@ class TextColumn(Sequence[str]):
     def __repr__(self) -> str:
         return f"TextColumn({len(self)} texts)"
 
+    def take(self, rows: np.ndarray) -> "TextColumn":
+        """Return the texts of some rows (M,)."""
+        return TextColumn(self._texts.take(pa.array(rows)))
+
+    def joined(self, others: "TextColumn") -> "TextColumn":
+        """Return these texts, then the others."""
+        return TextColumn(pa.concat_arrays([self._texts, others._texts]))
+
+    def places_in(self, others: "TextColumn") -> np.ndarray:
+        """Return the (N,) int32 position of each text among others; -1 for those that are not there."""
+        if self._texts.equals(others._texts):
+            return np.arange(len(self), dtype=np.int32)
+        places = pc.fill_null(pc.index_in(self._texts, value_set=others._texts), -1)
+        found: np.ndarray = places.to_numpy()
+        return found
+
 
 @dataclass(frozen=True)
 class SplitRows:
@@ -67,20 +84,8 @@ class SplitRows:
     row: np.ndarray
 
     @classmethod
-    def of(cls, cache: Cache, split: str) -> "SplitRows":
-        """Read the utterances of a split. CacheError if the cache has no such split, or its plan is damaged."""
-        plan = cache.plan_columns(_COLUMNS)
-        places = np.flatnonzero(pc.equal(plan["split"], split))
-        if not len(places):
-            splits = sorted(pc.unique(plan["split"]).to_pylist())
-            raise CacheError(f"the cache at {cache.store.location} has no split {split!r}; it has {splits}")
-        together = (
-            places[-1] - places[0] == len(places) - 1
-        )  # As in every plan of this program: nothing has to be copied.
-        return cls._from(plan.slice(places[0], len(places)) if together else plan.take(places))
-
-    @classmethod
-    def _from(cls, table: pa.Table) -> "SplitRows":
+    def of_table(cls, table: pa.Table) -> "SplitRows":
+        """Return rows of a plan as columns."""
         ids = table["id"].cast(pa.large_string()).combine_chunks()
         ids = ids if isinstance(ids, pa.Array) else ids.chunk(0)
         return cls(
@@ -91,14 +96,6 @@ class SplitRows:
         """Return the ids of a shard in the order of rows."""
         start, end = np.searchsorted(self.shard, [shard, shard + 1])
         return self.ids[int(start) : int(end)]
-
-    def places_in(self, others: "SplitRows") -> np.ndarray:
-        """Return the (N,) int64 position of each utterance among others; -1 for those that are not there."""
-        if self.ids._texts.equals(others.ids._texts):
-            return np.arange(len(self.ids))
-        places = pc.fill_null(self.rows_among(others.ids._texts), -1)
-        found: np.ndarray = places.to_numpy().astype(np.int64)
-        return found
 
     def rows_among(self, ids: pa.LargeStringArray) -> pa.Int32Array:
         """Return the (N,) position of each utterance among ids; null for those that are not there."""
@@ -112,3 +109,36 @@ class SplitRows:
         mask = kept.to_numpy(zero_copy_only=False)
         columns = (self.num_samples, self.num_frames, self.shard, self.row)
         return SplitRows(TextColumn(self.ids._texts.filter(kept)), *(column[mask] for column in columns))
+
+
+class PlanSplits(dict[str, SplitRows]):
+    """The splits of a plan by their names. All readers of the plan share them as long as one of them holds them."""
+
+    @classmethod
+    def of(cls, cache: Cache, split: str) -> "PlanSplits":
+        """Read a split of a cache's plan, and the splits of a training, because decoding the plan is most of the work.
+
+        Raises:
+            CacheError: If the cache has no such split, or its plan is damaged.
+        """
+        key = cache.record["plan"], len(cache.layer_sets), cache.spec.masks.draws
+        if (found := _open_plans.get(key)) is not None and split in found:
+            return found
+        plan = cache.plan_columns(_COLUMNS)
+        splits = cls()
+        for name in dict.fromkeys((split, "train", "validation")):
+            places = np.flatnonzero(pc.equal(plan["split"], name))
+            if len(places):
+                # As in every plan of this program: nothing has to be copied.
+                together = places[-1] - places[0] == len(places) - 1
+                splits[name] = SplitRows.of_table(plan.slice(places[0], len(places)) if together else plan.take(places))
+            elif name == split:
+                names = sorted(pc.unique(plan["split"]).to_pylist())
+                raise CacheError(f"the cache at {cache.store.location} has no split {split!r}; it has {names}")
+        _open_plans[key] = splits
+        return splits
+
+
+_open_plans: WeakValueDictionary[tuple[str, int, int], PlanSplits] = WeakValueDictionary()
+"""The plans that a reader has open, by their SHA-256 and the numbers by which their size was checked. The caches of several teachers
+mostly have the same plan."""

@@ -355,6 +355,26 @@ def with_sources(plan: pa.Table, sources: pa.Table) -> pa.Table:
     return pa.concat_tables(pieces) if pieces else plan
 
 
+def different_audio(plan: pa.Table, other: pa.Table) -> str | None:
+    """Return the id of the first utterance for which two plans have different audio; None if there is none.
+
+    Hashes of earlier versions are not compared with the identities of this one; see `is_earlier_hash`.
+    """
+    mine, theirs = ({name: Utterances(table).texts(name) for name in ("id", "sha256")} for table in (plan, other))
+    places = pc.index_in(mine["id"], value_set=theirs["id"])
+    for begin in range(0, len(places), _COMPARED):
+        one, two = (
+            mine["sha256"].slice(begin, _COMPARED),
+            theirs["sha256"].take(places.slice(begin, _COMPARED)),
+        )
+        comparable = pc.equal(pc.match_substring(one, ":"), pc.match_substring(two, ":"))
+        wrong = pc.index(pc.and_(comparable, pc.not_equal(one, two)), True).as_py()
+        if wrong >= 0:
+            found: str = mine["id"][begin + wrong].as_py()
+            return found
+    return None
+
+
 def _equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:
     """Return whether two columns of texts are equal, of which each may be plain or a dictionary."""
     return all(

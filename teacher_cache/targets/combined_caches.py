@@ -47,7 +47,7 @@ class CombinedCaches(SeveralCaches):
         complete = np.flatnonzero((self._rows >= 0).all(1))
         if not len(complete):
             raise CacheError(f"no utterance is in all caches of the teachers {', '.join(readers)}")
-        self.ids = [self.ids[row] for row in complete]
+        self.ids = self.ids.take(complete)
         self._rows, self.shards = self._rows[complete], self.shards[complete]
         self.num_samples, self.num_frames = self.num_samples[complete], self.num_frames[complete]
         self.teachers = ()  # To the training they are one.

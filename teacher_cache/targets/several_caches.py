@@ -1,5 +1,6 @@
 """Targets of several teachers for the same utterances, from one cache of each teacher."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.reading.read_ahead import SeveralReadAhead
+from ray_distill.teacher_cache.reading.split_rows import TextColumn
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA, different_audio
 from ray_distill.teacher_cache.targets.domains import Weight, counted_domains, read_domains, without_weight
 from ray_distill.teacher_cache.targets.student_frames import SplitReader
 from ray_distill.teacher_cache.targets.target_batch import Batch, CodedTargets, SeveralTargets, SymbolLayout
@@ -82,10 +85,11 @@ class SeveralCaches:
         self.dim = self.teachers[0].dim
         self.batches_at_once = max(reader.batches_at_once for reader in readers.values())
         self.draws = self._common_draws()
-        rows = [{name: row for row, name in enumerate(reader.ids)} for reader in readers.values()]
-        self.ids = [name for name in self._planned_ids() if any(name in known for known in rows)]
+        self.ids = self._planned_ids()
         # (N, K) row of each utterance in each teacher's reader; -1 where the teacher lacks it.
-        self._rows = np.array([[known.get(name, -1) for known in rows] for name in self.ids])
+        self._rows = np.stack([self.ids.places_in(reader.ids) for reader in readers.values()], axis=1)
+        if not (found := (self._rows >= 0).any(1)).all():
+            self.ids, self._rows = self.ids.take(np.flatnonzero(found)), self._rows[found]
         self.num_samples = self._common_values("samples", [reader.num_samples for reader in readers.values()])
         self.num_frames = self._common_values("frames", [reader.num_frames for reader in readers.values()])
         self._check_audio()
@@ -128,58 +132,60 @@ class SeveralCaches:
                 )
         return reader.draws
 
-    def _planned_ids(self) -> list[str]:
+    def _planned_ids(self) -> TextColumn:
         """Return the ids of the split in the order of the largest plan, then those of the other plans.
 
         Utterances on which a teacher failed are in its plan, so they do not change the order of the others.
         """
-        plans = [
-            [
-                utterance.id
-                for shard in reader.cache.shards
-                if shard.split == reader.split
-                for utterance in shard.utterances
-            ]
-            for reader in self.readers.values()
-        ]
-        return list(dict.fromkeys(name for plan in sorted(plans, key=len, reverse=True) for name in plan))
+        ids, *others = sorted((reader.planned_ids for reader in self.readers.values()), key=len, reverse=True)
+        for plan in others:
+            if len(new := np.flatnonzero(plan.places_in(ids) < 0)):
+                ids = ids.joined(plan.take(new))
+        return ids
 
     def _common_values(self, what: str, values: Sequence[np.ndarray]) -> np.ndarray:
         """Return the number of samples or frames (N,) of each utterance, which must be equal for all teachers that have it."""
-        table = np.stack(
-            [np.where(rows < 0, -1, values[k][rows]) for k, rows in enumerate(self._rows.T)], axis=1
-        )  # (N, K)
-        common: np.ndarray = table.max(1)
-        wrong = np.argwhere((table != common[:, None]) & (self._rows >= 0))
-        if len(wrong):
-            row, teacher = wrong[0]
-            other = int(table[row].argmax())
-            names = [part.name for part in self.teachers]
-            advice = (
-                "patches of a spectrogram are not mapped to frames, so either all teachers of a run have the same patches, or "
-                "none has patches"
-                if what == "frames"
-                else "build one of the caches again from the same corpus"
-            )
-            raise CacheError(
-                f"utterance {self.ids[row]} has {table[row, teacher]} {what} in the cache of teacher {names[teacher]}, but "
-                f"{common[row]} in that of {names[other]}; {advice}"
-            )
+        common = np.zeros(len(self.ids), np.int64)
+        known = [np.flatnonzero(rows >= 0) for rows in self._rows.T]
+        for k, places in enumerate(known):
+            common[places] = np.maximum(common[places], values[k][self._rows[places, k]])
+        for k, places in enumerate(known):
+            wrong = places[values[k][self._rows[places, k]] != common[places]]
+            if len(wrong):
+                row = int(wrong[0])
+                found = {
+                    name: int(values[k][self._rows[row, k]])
+                    for k, name in enumerate(self.readers)
+                    if self._rows[row, k] >= 0
+                }
+                teacher, other = list(self.readers)[k], max(found, key=lambda name: found[name])
+                advice = (
+                    "patches of a spectrogram are not mapped to frames, so either all teachers of a run have the same patches, or "
+                    "none has patches"
+                    if what == "frames"
+                    else "build one of the caches again from the same corpus"
+                )
+                raise CacheError(
+                    f"utterance {self.ids[row]} has {found[teacher]} {what} in the cache of teacher {teacher}, but "
+                    f"{found[other]} in that of {other}; {advice}"
+                )
         return common
 
     def _check_audio(self) -> None:
         """Raise CacheError if two caches know an utterance by different audio."""
-        known: dict[str, tuple[str, str]] = {}
+        names: dict[str, str] = {}
         for name, reader in self.readers.items():
-            for shard in reader.cache.shards:
-                for utterance in shard.utterances:
-                    first, identity = known.setdefault(utterance.id, (name, utterance.sha256))
-                    # Hashes of earlier versions depend on the machine; the cache stage has compared their audio.
-                    if identity != utterance.sha256 and (":" in identity) == (":" in utterance.sha256):
-                        raise CacheError(
-                            f"the caches of the teachers {first} and {name} have different audio for utterance {utterance.id}; "
-                            "build one of them again from the same corpus"
-                        )
+            names.setdefault(reader.cache.record["plan"], name)
+        if len(names) == 1:
+            return
+        plans = {name: self.readers[name].cache.plan_columns(PLAN_SCHEMA.names) for name in names.values()}
+        for (first, plan), (name, other) in itertools.combinations(plans.items(), 2):
+            # Hashes of earlier versions depend on the machine; the cache stage has compared their audio.
+            if (lost := different_audio(plan, other)) is not None:
+                raise CacheError(
+                    f"the caches of the teachers {first} and {name} have different audio for utterance {lost}; "
+                    "build one of them again from the same corpus"
+                )
 
     def _leave_out_domains(self, weights: Mapping[str, Weight], labels: Path | None) -> list[str]:
         """Leave out for each teacher the utterances of domains that it has no weight for, and return the domains of the others."""
@@ -195,7 +201,7 @@ class SeveralCaches:
             raise CacheError(
                 f"no utterance has a domain for which a teacher has a weight; they are {', '.join(set(domains))}"
             )
-        self.ids = [self.ids[row] for row in kept]
+        self.ids = self.ids.take(kept)
         self._rows, self.num_samples, self.num_frames = self._rows[kept], self.num_samples[kept], self.num_frames[kept]
         return [domains[row] for row in kept]
 

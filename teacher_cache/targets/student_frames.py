@@ -31,7 +31,7 @@ class StudentFrames:
         reader: Reader of the cache.
         rule: How frames are mapped.
         num_frames: (N,) int64 numbers of frames of 20 ms.
-        cache, ids, failed, split, num_samples, layers, dim, draws, symbols, codecs, shards, prefers_window, needs_window,
+        cache, ids, planned_ids, failed, split, num_samples, layers, dim, draws, symbols, codecs, shards, prefers_window, needs_window,
             local_share, read_ahead, batches_at_once: As for `CacheReader`.
 
     Raises:
@@ -43,12 +43,8 @@ class StudentFrames:
         spec, place = reader.cache.spec, reader.cache.store.location
         self.reader, self._rate = reader, spec.rate
         self.cache, self.ids, self.failed, self.split = reader.cache, reader.ids, reader.failed, reader.split
-        self.num_samples, self.layers, self.dim, self.draws = (
-            reader.num_samples,
-            reader.layers,
-            reader.dim,
-            reader.draws,
-        )
+        self.planned_ids, self.num_samples = reader.planned_ids, reader.num_samples
+        self.layers, self.dim, self.draws = reader.layers, reader.dim, reader.draws
         self.symbols, self.codecs, self.shards = reader.symbols, reader.codecs, reader.shards
         self.prefers_window, self.needs_window = reader.prefers_window, reader.needs_window
         self.local_share = reader.local_share

@@ -144,8 +144,15 @@ class Cache:
 
     @staticmethod
     def exists(store: Store) -> bool:
-        """Return whether the store holds a cache."""
-        return store.size(CACHE_JSON) is not None
+        """Return whether the store holds a cache.
+
+        Raises:
+            ValueError: A location in S3 has no bucket, so that no cache can be built there.
+        """
+        if store.size(CACHE_JSON) is not None:
+            return True
+        store.check_bucket()
+        return False
 
     @classmethod
     def open(cls, location: "str | Path | Store") -> "Cache":
@@ -158,6 +165,7 @@ class Cache:
         try:
             return cls._from(store, CACHE_JSON)
         except FileNotFoundError:
+            store.check_bucket()
             raise CacheError(
                 f"there is no teacher cache at {store.location} (no {CACHE_JSON}); run the cache stage first"
             ) from None

@@ -372,9 +372,17 @@ def derived_error(cache: Cache) -> CacheError:
 
 
 def check_location(store: Store) -> None:
-    """Raise CacheError if a location has no cache but other files, except for those of an interrupted `create_cache`."""
+    """Check that a cache can be built at a location.
+
+    Raises:
+        CacheError: It has no cache but other files, except for those of an interrupted `create_cache`.
+        ValueError: A location in S3 has no bucket.
+    """
     known = (CACHE_JSON, PLAN, "codec", COPIES, BUILDS, LEASE, CLAIMS)
-    foreign = [name for name in store.names() if name.partition("/")[0] not in known]
+    names = store.names()
+    if not names:
+        store.check_bucket()
+    foreign = [name for name in names if name.partition("/")[0] not in known]
     if foreign and not Cache.exists(store):
         raise CacheError(
             f"{store.location} holds files (such as {foreign[0]}) but no {CACHE_JSON}; set cache.path to an empty or new folder"

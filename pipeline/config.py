@@ -16,7 +16,14 @@ import yaml
 from ray_distill.pipeline.composition.config_tree import ConfigError as ConfigError  # Exported here too.
 from ray_distill.pipeline.composition.config_tree import compose, default_cache, with_default_audio
 from ray_distill.pipeline.composition.explanation import explain, for_teacher
-from ray_distill.pipeline.composition.sections import CacheSection, CorpusSection, Section, TeacherEntry, TeacherSection
+from ray_distill.pipeline.composition.sections import (
+    CacheSection,
+    CorpusSection,
+    Section,
+    TeacherEntry,
+    TeacherSection,
+    is_url,
+)
 from ray_distill.pipeline.composition.teacher_entries import check_teachers, with_teacher_entries
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.objective_keys import ObjectiveKeys
@@ -51,6 +58,15 @@ class Config(Section):
     ``target_dim`` are missing or ``teacher``, they become the number of layers to learn from and the teacher's width."""
     train: TrainSettings
     """Training settings."""
+
+    @pydantic.field_validator("runs", mode="before")
+    @classmethod
+    def _no_url(cls, runs: Any) -> Any:
+        if is_url(runs):
+            raise ValueError(
+                f"{runs} is a URL, but runs are written to a local folder, which all nodes of a cluster share"
+            )
+        return runs
 
     @property
     def folder(self) -> Path:

@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from ray_distill import __version__
 from ray_distill.interruption import Interrupted, interruptible
 from ray_distill.memory import ran_out_of_memory
+from ray_distill.object_store import advice_about_store
 from ray_distill.pipeline.commands.ablate import ablate
 from ray_distill.pipeline.commands.convert import convert
 from ray_distill.pipeline.commands.demo import demo
@@ -49,7 +50,10 @@ class _Sentences:
             if os.environ.get(TRACEBACK) == "1":
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            typer.secho(f"error: {' '.join(lines) or type(error).__name__}", err=True, fg="red")
+            sentence = " ".join(lines) or type(error).__name__
+            if advice := advice_about_store(sentence):
+                sentence = f"{sentence.rstrip('.')}; {advice}"
+            typer.secho(f"error: {sentence}", err=True, fg="red")
             sys.exit(2)
         except (RuntimeError, MemoryError) as error:
             if os.environ.get(TRACEBACK) == "1" or not ran_out_of_memory(error):

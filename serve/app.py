@@ -58,7 +58,8 @@ def create_app(
         keywords: Settings by name, or in the tables ``limits``, ``batch`` and ``backend``; see `AppSettings`.
 
     Raises:
-        ValueError: a setting is impossible, the device doesn't exist, or a folder holds no readable student.
+        ValueError: a setting is impossible, the device doesn't exist, a folder holds no readable student, or two models have one
+            name.
     """
     assert settings is None or not keywords, "give the settings once"
     settings = AppSettings(**keywords) if settings is None else settings
@@ -70,9 +71,11 @@ def create_app(
     metrics = Metrics()
     traces = Traces() if settings.traces else None
     models = Models(settings, metrics.record_batch, lambda outcome: metrics.loads.labels(outcome).inc())
-    models.put(settings.name or default_name(model), model)
-    for name, source in (more or {}).items():
-        models.put(name, source)
+    name = settings.name or default_name(model)
+    if more and name in more:
+        raise ValueError(f"Two models are named {name!r}: give one of them another name.")
+    for each, source in {name: model, **(more or {})}.items():
+        models.put(each, source)
     handler = RequestHandler(models, settings, metrics)
     metrics.watch(models, lambda: admission.held_bytes, lambda: handler.decoders.waiting_seconds)
 
@@ -114,7 +117,7 @@ def create_app(
             CrossOriginMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["authorization", "content-type", "traceparent", "x-request-id"],
             expose_headers=["*"],
         )
     app.add_middleware(SendTimeoutMiddleware, seconds=settings.deadline_seconds)  # The outermost middleware.

@@ -43,6 +43,10 @@ def _seconds(retry_after: str | None) -> float | None:
 
 
 def _request(path: str, files: Sequence[bytes], **parameters: Any) -> dict[str, Any]:
+    if isinstance(files, (bytes, str)) or not all(isinstance(file, bytes) for file in files):
+        raise TypeError(
+            "files must be a list of the contents of audio files, such as [Path('speech.flac').read_bytes()]"
+        )
     form = [("file", ("audio", file)) for file in files]
     return {"method": "POST", "url": path, "files": form, "params": parameters}
 
@@ -93,6 +97,7 @@ class Client:
 
         Raises:
             RefusedError: the service refused the request.
+            TypeError: ``files`` is not a list of bytes.
         """
         request = _request("/v1/features", files, layer=layer, space=space, format="npz")
         return _arrays(self._http.request(**request))

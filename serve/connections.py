@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import h11
@@ -36,6 +37,7 @@ def protocol_class(head_seconds: float, max_connections: int) -> type[Any]:
         _head_bytes = 0
         _in_body = False  # Set by the callbacks of httptools.
         _upgraded = False
+        _data = b""  # What the client sent last.
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
@@ -49,7 +51,9 @@ def protocol_class(head_seconds: float, max_connections: int) -> type[Any]:
                 return
             if not self._past_head():
                 self._head_bytes += len(data)
+            self._data = data
             super().data_received(data)
+            self._data = b""
             if self.transport.is_closing() or self._upgraded:
                 self._stop_timer()
             elif self._past_head():
@@ -80,13 +84,41 @@ def protocol_class(head_seconds: float, max_connections: int) -> type[Any]:
 
         def on_headers_complete(self) -> None:
             """Note that the body begins; called by httptools."""
+            if self._offers_another_protocol():
+                return
             self._in_body = True
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
             """Note that the body is complete; called by httptools."""
+            if self._offers_another_protocol():
+                return
             self._in_body = False
             super().on_message_complete()
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """Read a request as if it offered no other protocol, such as h2c; called by Uvicorn while it handles HttpParserUpgrade.
+
+            RFC 9110, section 7.8, allows that. Java's HttpClient sends the offer with its first request, and httptools reads no body
+            after an offer.
+            """
+            upgrade = sys.exc_info()[1]
+            if upgrade is None or not self._offers_another_protocol():
+                super()._unsupported_upgrade_warning()
+                return
+            first = b"%s %s HTTP/%s" % (
+                self.parser.get_method(),
+                self.url,
+                self.parser.get_http_version().encode(),
+            )
+            head = [first, *(name + b": " + value for name, value in self.headers if name != b"upgrade"), b"", b""]
+            self.parser = type(self.parser)(self)
+            super().data_received(b"\r\n".join(head) + self._data[upgrade.args[0] :])
+
+        def _offers_another_protocol(self) -> bool:
+            """Return whether httptools reads a request with the header Upgrade that is no handshake of a WebSocket."""
+            is_offer = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+            return bool(is_offer and not self._should_upgrade())
 
         def _past_head(self) -> bool:
             """Return whether a request is being answered, or its body is still arriving, maybe after the answer."""

@@ -61,8 +61,8 @@ def _refusal(error: AudioError, max_seconds: float) -> ServiceError:
         "empty": "The audio file contains no samples.",
         "too_short": "The audio is too short: one frame needs at least 400 samples at 16 kHz (25 ms).",
         "too_long": f"The audio is longer than the limit of {max_seconds:g} seconds.",
-        "undecodable": "The body can't be decoded as audio, is damaged, or has samples far outside [-1, 1]; send a complete wav, "
-        "flac, ogg or mp3 file.",
+        "undecodable": "The body can't be decoded as audio, is damaged, has samples far outside [-1, 1], or is a chain of Ogg "
+        "streams; send a complete wav, flac, ogg or mp3 file.",
     }
     return ServiceError(error.reason, messages[error.reason])
 

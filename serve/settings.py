@@ -5,6 +5,7 @@ docs/in-depth/serving.md has a table that is made from them. An option that is n
 ``RAY_DISTILL_SERVE_NAME``; without that, its default holds.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -16,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 ENVIRONMENT_PREFIX = "RAY_DISTILL_SERVE_"
 Runtime = Literal["torch", "onnx"]
 Precision = Literal["fp32", "bf16"]
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[^\s/?#@:A-Z]+)(:\d+)?")
 
 
 class _Group(BaseModel):
@@ -158,6 +160,41 @@ def _named_folders(value: Any) -> Any:
     return folders
 
 
+def read_keys(path: Path) -> tuple[str, ...]:
+    """Return the API keys in a file, one per line; empty lines are left out.
+
+    Raises:
+        ValueError: the file is missing, empty, not UTF-8, or has a line that is no key. A comment must not become a key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""  # Some editors begin a file with a mark.
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not UTF-8 text: write one API key per line.") from error
+    lines = [line.strip() for line in text.splitlines()]
+    for number, line in enumerate(lines, 1):
+        if len(line.split()) > 1 or line.startswith("#"):
+            raise ValueError(
+                f"Line {number} of '{path}' is no API key: write one key per line, without spaces or comments."
+            )
+    keys = tuple(line for line in lines if line)
+    if not keys:
+        raise ValueError(f"'{path}' holds no API keys: write one key per line.")
+    return keys
+
+
+def _origins(value: Any) -> Any:
+    """Return origins in a list or a string as a list, each as browsers send it: without a path, in lower case."""
+    origins = _split(value)
+    if isinstance(origins, (list, tuple)):
+        for origin in origins:
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(str(origin)):
+                raise ValueError(
+                    f"cors_origins has {origin!r}, which no browser sends: use SCHEME://HOST or SCHEME://HOST:PORT in lower "
+                    "case and without a path, such as https://app.example."
+                )
+    return origins
+
+
 class AppSettings(BackendOptions, BatchLimits, Limits, BaseSettings):
     """Settings of the application, whatever runs it.
 
@@ -178,7 +215,7 @@ class AppSettings(BackendOptions, BatchLimits, Limits, BaseSettings):
     """Number of models of the library that stay loaded; loading another one unloads the least recently used."""
     api_keys: Annotated[Path | tuple[str, ...] | None, NoDecode] = None
     """File of API keys, one per line. Clients must send one of them. Default: no key is needed."""
-    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+    cors_origins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)] = Field(
         (), validation_alias=f"{ENVIRONMENT_PREFIX}CORS_ORIGIN"
     )
     """Origin whose pages may send requests from a browser, or *; may be repeated. Default: only the service's own page."""
@@ -193,14 +230,9 @@ class AppSettings(BackendOptions, BatchLimits, Limits, BaseSettings):
         """Return the API keys; none if no key is needed.
 
         Raises:
-            ValueError: the file of keys is missing or empty.
+            ValueError: the file of keys is missing, empty, not UTF-8, or has a line that is no key.
         """
-        if not isinstance(self.api_keys, Path):
-            return self.api_keys or ()
-        keys = self.api_keys.read_text().split() if self.api_keys.is_file() else []
-        if not keys:
-            raise ValueError(f"'{self.api_keys}' holds no API keys: write one key per line.")
-        return tuple(keys)
+        return read_keys(self.api_keys) if isinstance(self.api_keys, Path) else self.api_keys or ()
 
 
 class ServeSettings(AppSettings):

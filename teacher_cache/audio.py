@@ -16,7 +16,7 @@ import torchaudio.functional
 
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from ray_distill.teacher_cache.sources.address import AudioAddress
-from ray_distill.teacher_cache.sources.claimed_length import bytes_after_data, cut_off
+from ray_distill.teacher_cache.sources.claimed_length import bytes_after_data, cut_off, has_later_streams
 
 Reason = Literal["undecodable", "empty", "too_short", "too_long", "no_channel", "outside"]
 
@@ -271,6 +271,9 @@ def _blocks(opened: _Opened, on_block: Callable[[int], None] | None = None) -> I
         raise outside
     if end is None and (short := cut_off(file)) is not None:  # A piece that ends before the end is complete.
         raise AudioError("undecodable", f"{opened.name} is cut off ({short}); copy or convert it again")
+    if end is None and file.format == "OGG" and has_later_streams(opened.stream):
+        message = f"{opened.name} is a chain of several Ogg streams, of which only the first would be read; convert it to one stream"
+        raise AudioError("undecodable", message)
     try:
         drop = start - _seek(opened, start)
         # soundfile seeks after each read of a seekable file. That fails in FLAC streams of unknown length.

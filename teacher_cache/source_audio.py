@@ -41,7 +41,7 @@ def load_waveform(utterance: Utterance, *, exact: bool = False) -> np.ndarray:
     if exact and address.is_remote:
         raise ChangedAudioError(
             f"{address} is not fetched unasked, because a cache may come from a stranger",
-            "run the cache stage of a run with this corpus",
+            "give the index of a run with this corpus as --audio, or run its cache stage",
         )
     waveform, identity = load_identified_audio(address)
     same = identity == utterance.sha256
@@ -55,6 +55,7 @@ def load_waveform(utterance: Utterance, *, exact: bool = False) -> np.ndarray:
     if not same or len(waveform) != utterance.num_samples:
         raise ChangedAudioError(
             f"{address} has changed since the corpus was indexed",
-            "run the index stage again (if it says that the index is reused, remove the folder corpus in the run's folder first)",
+            "run the index stage again (if the index stays the same, remove the folder corpus of this run, and of the runs beside it "
+            "whose results it takes)",
         )
     return quantize(waveform)

@@ -28,6 +28,11 @@ def _check_format(name: str | None) -> str | None:
     return None if name is None else check_format(name)
 
 
+def is_url(path: Any) -> bool:
+    """Return whether a text or path is a URL such as ``s3://bucket``, maybe with one slash, as paths are written."""
+    return re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
+
+
 class CorpusSection(Section):
     """Location of the audio, and which of it is used."""
 
@@ -55,6 +60,16 @@ class CorpusSection(Section):
     """Longest utterance in seconds. Longer audio is skipped and listed, or cut; see ``long_audio``."""
     long_audio: Literal["skip", "cut"] = "skip"
     """What becomes of audio longer than ``max_seconds``: ``skip`` it, or ``cut`` it at pauses into windows that cover it."""
+
+    @pydantic.field_validator("path", mode="before")
+    @classmethod
+    def _no_url(cls, path: Any) -> Any:
+        if is_url(path) and not str(path).startswith("hf:"):
+            raise ValueError(
+                f"{path} is a URL, but a corpus is a local folder or file; list its files in a local manifest, whose column path "
+                "may hold URLs"
+            )
+        return path
 
     @pydantic.field_serializer("path", when_used="json")
     def _with_two_slashes(self, path: Path) -> str:
@@ -190,6 +205,10 @@ class CacheSection(Section):
     @pydantic.field_validator("path", "audio_path", mode="before")
     @classmethod
     def _text(cls, path: Any) -> Any:
+        if is_url(path) and not re.match("[^:]+://[^/]", str(path)) and not str(path).startswith("file:///"):
+            raise ValueError(
+                f"{path} is neither a local path nor a URI; write {str(path).partition(':')[0]}://BUCKET/PREFIX"
+            )
         return str(path) if isinstance(path, Path) else path
 
 

@@ -17,5 +17,6 @@ class CrossOriginMiddleware(CORSMiddleware):
             return response
         kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
         reason = bytes(response.body).decode().removeprefix("Disallowed CORS ")
-        message = f"The service does not allow this request from other origins: its {reason} is not allowed."
+        reason = f"one of its {reason}" if reason == "headers" else f"its {reason}"
+        message = f"The service does not allow this request from other origins: {reason} is not allowed."
         return ServiceError("bad_request", message, kept).response()

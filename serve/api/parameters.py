@@ -34,7 +34,7 @@ class CommonQuery(BaseModel):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Time limit of the request, in seconds; after it the response is 504.",
+        description="Time limit of the request, in seconds; after it the response is 504. The service's own limit also holds.",
     )
 
 
@@ -98,12 +98,12 @@ Query = TypeVar("Query", bound=CommonQuery)
 
 
 def parse_parameters(kind: type[Query], query: QueryParams, members: dict[str, Any]) -> Query:
-    """Return the parameters of a request; members of a JSON body have precedence over the query string.
+    """Return the parameters of a request, each from the query string or from a member of a JSON body.
 
     Raises:
         ServiceError: ``bad_parameter``, also for one that is repeated, or ``bad_layer`` if the layer is wrong.
     """
-    if repeated := [name for name in query if len(query.getlist(name)) > 1]:
+    if repeated := [name for name in query if len(query.getlist(name)) > 1 or name in members]:
         raise ServiceError("bad_parameter", f"Parameter {repeated[0][:40]!r} is given several times; give it once.")
     try:
         return kind.model_validate({**query, **members})

@@ -18,6 +18,7 @@ from ray_distill.serve.api.errors import ServiceError
 MAX_FILES = 64
 _MAX_DELIMITERS = 1000
 _DATA_URL = re.compile(r"\A\s*data:[^,]{0,100};base64,", re.IGNORECASE)
+_MEMBER = re.compile(rb'"([^"\\]*)"\s*:')  # In valid JSON; a name with a backslash is not found.
 _OTHER_TYPES = ("", "application/octet-stream", "application/ogg", "application/x-www-form-urlencoded")
 
 
@@ -131,6 +132,11 @@ def _read_json(body: bytes) -> tuple[list[bytes], dict[str, Any], bool]:
         members = orjson.loads(
             body
         )  # Unlike json, it refuses halves of surrogate pairs, which no other library accepts.
+        names = [found[1] for found in _MEMBER.finditer(body)]
+        if repeated := [name for name in members if names.count(name.encode()) > 1]:
+            raise ServiceError(
+                "bad_body", f"The JSON body has the member {repeated[0][:40]!r} several times; give it once."
+            )
         audio = members.pop("input")
         is_list = isinstance(audio, list)
         texts = audio if is_list else [audio]

@@ -36,8 +36,18 @@ def model_name(path: Path) -> str:
     return path.stem if path.suffix == ".onnx" else path.name
 
 
-def models_in(folder: Path) -> dict[str, Path]:
-    """Return the models in a folder by name: ONNX files, exported students, and runs with an ``export`` folder."""
+def can_be_named(name: str) -> bool:
+    """Return whether requests can name a model so: ``@`` separates a name from a revision."""
+    return bool(name) and "@" not in name
+
+
+def models_in(folder: Path, named: bool = True) -> dict[str, Path]:
+    """Return the models in a folder by name: ONNX files, exported students, and runs with an ``export`` folder.
+
+    Args:
+        folder: Folder of models.
+        named: Whether to return those that requests can name, or all others. Default: those that can be named.
+    """
     found = {}
     for path in sorted(folder.iterdir()):
         model = next((place for place in (path, path / "export") if (place / "config.json").is_file()), None)
@@ -45,4 +55,4 @@ def models_in(folder: Path) -> dict[str, Path]:
             found[path.stem] = path
         elif model:
             found[path.name] = model
-    return found
+    return {name: path for name, path in found.items() if can_be_named(name) is named}

@@ -11,7 +11,7 @@ from pathlib import Path
 from ray_distill.serve.api.errors import ServiceError
 from ray_distill.serve.inference.backends import Backend, OnnxBackend, TorchBackend
 from ray_distill.serve.inference.engine import BatchRecord, FeatureEngine
-from ray_distill.serve.inference.model_files import check_model_path, model_name, models_in
+from ray_distill.serve.inference.model_files import can_be_named, check_model_path, model_name, models_in
 from ray_distill.serve.settings import AppSettings, BackendOptions
 from ray_distill.student import Student, load_student
 
@@ -55,6 +55,8 @@ class Models:
         self._settings, self._on_batch, self._on_load = settings, on_batch, on_load
         if settings.library is not None and not settings.library.is_dir():
             raise ValueError(f"There is no folder of models at '{settings.library}'.")
+        for unusable in models_in(settings.library, named=False) if settings.library else ():
+            _LOG.warning("The library's %r is not served, since NAME@REVISION names a revision: rename it", unusable)
         self._models: dict[str, ServedModel] = {}
         self._folders: dict[str, Path] = {}
         self._from_library: set[str] = set()
@@ -77,8 +79,10 @@ class Models:
             source: Student, folder of one, or file written by ``export --format onnx``.
 
         Raises:
-            ValueError: the folder or file is missing or unreadable, or the backend can't run the model.
+            ValueError: the folder or file is missing or unreadable, the backend can't run the model, or requests can't name it.
         """
+        if not can_be_named(name):
+            raise ValueError(f"A model can't be named {name!r}: requests name models as NAME or NAME@REVISION.")
         _LOG.info("Loading the model %s%s", name, "" if isinstance(source, Student) else f" from {source}")
         with self._changing:
             self._put(name, source, open_backend(source, self._settings))

@@ -65,6 +65,11 @@ def add_streams(
 
         await _answering_errors(websocket, metrics, talk)
 
+    @app.get(PATH, include_in_schema=False)
+    async def no_handshake() -> None:
+        message = f"{PATH} is a WebSocket: open it with ws:// or wss://; a proxy must pass the headers Upgrade and Connection on."
+        raise ServiceError("bad_request", message)
+
     @app.websocket("/{path:path}")
     async def other(websocket: WebSocket) -> None:
         async def refuse() -> None:

@@ -25,11 +25,12 @@ def info_table(location: str | Path) -> Table:
     spec, record = cache.spec, cache.record
     sizes = cache.store.sizes()
     by_folder: dict[str, list[int]] = {}
-    finished = total = 0
+    finished = missing = total = 0
     for part, members in cache.parts():
         for shard in cache.shards.numbers[members].tolist():
             total += 1
-            finished += commit_name(part, shard) in sizes
+            finished += (is_finished := commit_name(part, shard) in sizes)
+            missing += is_finished and file_name(part, shard) not in sizes
             by_folder.setdefault(part.folder, []).append(sizes.get(file_name(part, shard), 0))
     size = sum(sum(part) for part in by_folder.values())
     what = "audio store" if spec.is_audio_store else "teacher cache"
@@ -57,7 +58,11 @@ def info_table(location: str | Path) -> Table:
         name, reason = next(iter(failed.items()))
         table.add_row("failed", f"{len(failed)} of the utterances, such as {escape(name)}: {escape(reason)}")
     state = "complete" if finished == total else f"{total - finished} of {total} files are not finished"
-    table.add_row("state", f"{state}; `ray-distill cache verify` checks every byte")
+    advice = "`ray-distill cache verify` checks every byte"
+    if missing:
+        state = f"damaged, {missing} of {total} files {'is' if missing == 1 else 'are'} missing"
+        advice = "`ray-distill cache repair` rebuilds what is damaged"
+    table.add_row("state", f"{state}; {advice}")
     return table
 
 

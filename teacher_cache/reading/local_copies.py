@@ -8,6 +8,7 @@ of a copy holds an exclusive lock on it, and whoever reads it a shared one, so a
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from weakref import WeakSet, WeakValueDictionary
 
 from ray_distill.teacher_cache.storage.cache import damage_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError
@@ -37,7 +39,7 @@ _RANGES_OF_A_FILE = 4
 _FILES_AHEAD = 4
 """Files that are fetched at a time before they are needed."""
 _AHEAD_SHARE = 0.5
-"""Share of the limit that a process fills with files before it needs them."""
+"""Share of the limit that a process fills with files before it needs them, those of all its caches together."""
 _LOCK = ".lock"
 _COPY = re.compile(r"[0-9a-f]{64}\.(?:parquet|part)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -56,6 +58,19 @@ class CommittedFile:
     name: str
     size: int
     sha256: str
+
+
+class _Folder:
+    """What the copies of several caches in one folder share in a process, so that together they keep to the limit."""
+
+    def __init__(self) -> None:
+        self.mutex = threading.Lock()
+        self.users: WeakSet[LocalCopies] = WeakSet()
+        self.order = itertools.count()
+
+
+_FOLDERS: WeakValueDictionary[Path, _Folder] = WeakValueDictionary()
+_FOLDERS_MUTEX = threading.Lock()
 
 
 class LocalCopies:
@@ -93,10 +108,14 @@ class LocalCopies:
         self.fetched = 0
         self._ranges = ThreadPoolExecutor(RANGES_AT_ONCE, "cache-range")
         self._fetches = ThreadPoolExecutor(_FILES_AHEAD, "cache-fetch")
-        self._mutex = threading.Lock()
         self._wanted: Counter[CommittedFile] = Counter()
-        self._queue: deque[CommittedFile] = deque()
+        self._queue: deque[tuple[int, CommittedFile]] = deque()  # With the place in the order of all caches.
         self._ahead: dict[CommittedFile, FileIO | None] = {}
+        with _FOLDERS_MUTEX:
+            self._shared = _FOLDERS.setdefault(self._folder.resolve(), _Folder())
+        self._mutex = self._shared.mutex
+        with self._mutex:
+            self._shared.users.add(self)
 
     def open(self, file: CommittedFile) -> FileIO | None:
         """Return a copy of a file, fetched if there is none, or None if it can't be given room. Closing it ends its use.
@@ -134,14 +153,15 @@ class LocalCopies:
                 written.close()  # Between the two locks, another process needed its room.
 
     def want(self, file: CommittedFile) -> None:
-        """Fetch a file in the background and keep it until `unwant` was called as often. Files are fetched in the order of calls.
+        """Fetch a file in the background and keep it until `unwant` was called as often.
 
-        All files kept in this way have at most half of the limit; others are not fetched before they are opened.
+        Files are fetched in the order of calls, those of all caches with copies in this folder. Together, the files kept in this way
+        have at most half of the limit; others are not fetched before they are opened.
         """
         with self._mutex:
             self._wanted[file] += 1
             if self._wanted[file] == 1:
-                self._queue.append(file)
+                self._queue.append((next(self._shared.order), file))
         self._fetch_ahead()
 
     def unwant(self, file: CommittedFile) -> None:
@@ -159,16 +179,19 @@ class LocalCopies:
         self._path(file, "parquet").unlink(missing_ok=True)
 
     def _fetch_ahead(self) -> None:
+        most = _AHEAD_SHARE * self.limit
         with self._mutex:
-            while self._queue:
-                file = self._queue[0]
-                known = file in self._ahead or file not in self._wanted
-                if not known and sum(kept.size for kept in self._ahead) + file.size > _AHEAD_SHARE * self.limit:
+            users = list(self._shared.users)
+            while waiting := [user for user in users if user._queue]:
+                first = min(waiting, key=lambda user: user._queue[0][0])
+                file = first._queue[0][1]
+                useless = file in first._ahead or file not in first._wanted or file.size > most
+                if not useless and sum(kept.size for user in users for kept in user._ahead) + file.size > most:
                     break
-                self._queue.popleft()
-                if not known:
-                    self._ahead[file] = None
-                    self._fetches.submit(self._fetch_early, file)
+                first._queue.popleft()
+                if not useless:
+                    first._ahead[file] = None
+                    first._fetches.submit(first._fetch_early, file)
 
     def _fetch_early(self, file: CommittedFile) -> None:
         with self._mutex:

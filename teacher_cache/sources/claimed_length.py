@@ -1,4 +1,4 @@
-"""The length that the header of an uncompressed audio file claims, compared with the bytes that follow it."""
+"""The length of audio that its decoder does not notice: bytes that are missing, and parts that would not be read."""
 
 import re
 from pathlib import Path
@@ -18,6 +18,7 @@ _SHORT = {
     "RF64": r"^ *Riff size +: +(\d+) \(should be (\d+)\)",
     "W64": r"^riff +: +(\d+) \(should be (\d+)\)",
 }
+_PAGE_BYTES = 2**16  # More than the largest page of an Ogg file.
 _UNKNOWN = 2**31 - 2**16
 """Programs that write to a pipe claim about 2 or 4 GiB, since they don't know the length before the end."""
 
@@ -50,3 +51,33 @@ def bytes_after_data(source: Path | str | BinaryIO) -> int:
     rest = head[at + 8 : at + 12]
     is_chunk = rest.strip().isalnum()  # LIST, bext, ...
     return 0 if at < 0 or is_chunk else source.seek(0, 2) - (at + 8)
+
+
+def has_later_streams(source: Path | str | BinaryIO) -> bool:
+    """Return whether an Ogg file is a chain of streams, of which libsndfile decodes only the first.
+
+    A recording of a radio station begins a stream with each title. The streams of a chain have different serial numbers (RFC 3533), so
+    the last page has another one than the pages that begin the file.
+    """
+    if isinstance(source, (str, Path)):
+        with Path(source).open("rb") as file:
+            return has_later_streams(file)
+    at = source.tell()
+    try:
+        source.seek(0)
+        first = _serials(source.read(_PAGE_BYTES), only_begins=True)
+        source.seek(max(source.seek(0, 2) - _PAGE_BYTES, 0))
+        last = _serials(source.read())
+    finally:
+        source.seek(at)
+    return bool(first and last) and last[-1] not in first
+
+
+def _serials(data: bytes, only_begins: bool = False) -> list[bytes]:
+    """Return the serial numbers of the Ogg pages in ``data``; ``only_begins`` stops at the first page that begins no stream."""
+    serials = []
+    for page in re.finditer(rb"OggS\0([\0-\x07]).{8}(.{4})", data, re.DOTALL):
+        if only_begins and not page[1][0] & 2:
+            break
+        serials.append(page[2])
+    return serials

@@ -144,8 +144,15 @@ class Cache:
 
     @staticmethod
     def exists(store: Store) -> bool:
-        """Return whether the store holds a cache."""
-        return store.size(CACHE_JSON) is not None
+        """Return whether the store holds a cache.
+
+        Raises:
+            ValueError: A location in S3 has no bucket, so that no cache can be built there.
+        """
+        if store.size(CACHE_JSON) is not None:
+            return True
+        store.check_bucket()
+        return False
 
     @classmethod
     def open(cls, location: "str | Path | Store") -> "Cache":
@@ -158,6 +165,7 @@ class Cache:
         try:
             return cls._from(store, CACHE_JSON)
         except FileNotFoundError:
+            store.check_bucket()
             raise CacheError(
                 f"there is no teacher cache at {store.location} (no {CACHE_JSON}); run the cache stage first"
             ) from None
@@ -364,9 +372,17 @@ def derived_error(cache: Cache) -> CacheError:
 
 
 def check_location(store: Store) -> None:
-    """Raise CacheError if a location has no cache but other files, except for those of an interrupted `create_cache`."""
+    """Check that a cache can be built at a location.
+
+    Raises:
+        CacheError: It has no cache but other files, except for those of an interrupted `create_cache`.
+        ValueError: A location in S3 has no bucket.
+    """
     known = (CACHE_JSON, PLAN, "codec", COPIES, BUILDS, LEASE, CLAIMS)
-    foreign = [name for name in store.names() if name.partition("/")[0] not in known]
+    names = store.names()
+    if not names:
+        store.check_bucket()
+    foreign = [name for name in names if name.partition("/")[0] not in known]
     if foreign and not Cache.exists(store):
         raise CacheError(
             f"{store.location} holds files (such as {foreign[0]}) but no {CACHE_JSON}; set cache.path to an empty or new folder"

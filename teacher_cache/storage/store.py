@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -24,6 +25,8 @@ _RANGE_BYTES, _RANGES = 64 << 20, 8
 """Size above which a remote file is read in ranges of this size, and number of ranges that are read side by side."""
 WHOLE_BYTES = 8 << 20
 """Size up to which a file is uploaded to S3 in one request."""
+_HALF_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?:/?$|[^/])")
+"""A URI with one slash or without a bucket, which would be taken for a local path."""
 _T = TypeVar("_T")
 
 
@@ -53,6 +56,11 @@ class Store:
     def __init__(self, location: str | os.PathLike[str]) -> None:
         self.location = os.fspath(location).rstrip("/")
         self.local: Path | None = None
+        if found := _HALF_URI.match(os.fspath(location)):
+            raise ValueError(
+                f"{os.fspath(location)} is no place for a cache: write {found[1]}://BUCKET/PREFIX, or ./{found[1]}: for a folder of "
+                "that name"
+            )
         if "://" not in self.location or self.location.startswith(("file://", "local://")):
             self.local = Path(_local_path(self.location)).absolute()
             self.location = str(self.local)
@@ -64,6 +72,21 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({self.location!r})"
+
+    def check_bucket(self) -> None:
+        """Check that the bucket of a location in S3 exists; keys that may not ask for it are no error.
+
+        Raises:
+            ValueError: There is no such bucket. Uploads would fail, and listings are empty.
+        """
+        if not isinstance(self._fs, pafs.S3FileSystem):
+            return
+        bucket = self._root.partition("/")[0]
+        kind = pafs.FileType.Unknown
+        with contextlib.suppress(OSError):
+            kind = self._fs.get_file_info(bucket).type
+        if kind == pafs.FileType.NotFound:
+            raise ValueError(f"there is no bucket {bucket!r} for {self.location}; create it, or correct its name")
 
     def at(self, name: str) -> str:
         """Return the full path or URI of a file, for messages."""

@@ -90,6 +90,15 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("cache.local=copies", "copies is not an absolute path"),
         ("cache.local_gb=5", "cache.local_gb limits the size of cache.local, which is not set"),
         ("name.x=1", "is a value, not a section"),
+        ("runs=s3://bucket/runs", "runs: s3://bucket/runs is a URL, but runs are written to a local folder"),
+        (
+            "corpus.path=s3://bucket/audio",
+            "corpus.path: s3://bucket/audio is a URL, but a corpus is a local folder or file",
+        ),
+        (
+            "cache.path=s3:/bucket/cache",
+            "cache.path: s3:/bucket/cache is neither a local path nor a URI; write s3://BUCKET",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(override: str, message: str) -> None:

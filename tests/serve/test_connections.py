@@ -22,8 +22,16 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "websocket.send", "text": "ok"})
         await send({"type": "websocket.close", "code": 4429})
         return
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"ok"})
+    answer = b"ok"
+    if scope["path"] == "/echo":
+        answer, more = b"", True
+        while more:
+            message = await receive()
+            answer, more = answer + message["body"], message["more_body"]
+        answer += b"<end>"
+    size = str(len(answer)).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", size)]})
+    await send({"type": "http.response.body", "body": answer})
 
 
 @pytest.fixture(params=["httptools", "h11"])
@@ -106,6 +114,28 @@ def test_open_connections_are_limited(base: None) -> None:
         reader, writer = await connect()
         writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+
+    run(talk)
+
+
+def test_a_request_that_offers_another_protocol_keeps_its_body(base: None) -> None:
+    """Java's HttpClient offers h2c with its first request, whatever its method."""
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+    sized, chunked = b"Content-Length: 10\r\n", b"Transfer-Encoding: chunked\r\n"
+
+    async def talk(connect: Callable[[], Awaitable[Streams]]) -> None:
+        reader, writer = await connect()
+        for framing, body in ((sized, b"0123456789"), (chunked, b"4\r\n0123\r\n6\r\n456789\r\n0\r\n\r\n")):
+            head = b"POST /echo HTTP/1.1\r\nHost: a\r\n" + offer + framing + b"\r\n"
+            for parts in ([head + body], [head, body], [head[:50], head[50:] + body[:7], body[7:]]):
+                for part in parts:
+                    writer.write(part)
+                    await asyncio.sleep(0.02)
+                answer = await reader.readuntil(b"<end>")
+                assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"0123456789<end>")
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n" + offer + b"\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        assert (await reader.readuntil(b"ok")).strip().startswith(b"HTTP/1.1 200")
 
     run(talk)
 

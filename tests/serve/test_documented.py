@@ -151,6 +151,13 @@ def test_the_client_sync_and_async(address: str, speech: Path) -> None:
     np.testing.assert_allclose(vectors_again, vectors, atol=1e-4)
 
 
+def test_the_client_refuses_what_is_no_list_of_bytes() -> None:
+    with Client("http://127.0.0.1:9") as client:
+        for files in ("speech.flac", b"RIFF", ["speech.flac"], [Path("speech.flac")]):
+            with pytest.raises(TypeError, match="files must be a list of the contents of audio files, such as"):
+                client.features(files)  # type: ignore[arg-type]
+
+
 def test_the_client_reads_any_retry_after() -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
     for header, seconds in (("7", 7), (soon, 90), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("later", None)):

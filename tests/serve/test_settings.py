@@ -108,14 +108,14 @@ def test_options_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
         "--model m --name n --host h --port 1 --backend torch --device cuda --precision bf16 --compile --max-seconds 40 "
         "--long-audio windows --long-seconds 100 --window-seconds 20 --overlap-seconds 2 --max-bytes 5 --open-bytes 6 "
         "--deadline-seconds 7 --max-requests 8 --batch-seconds 9 --queue-seconds 10 --more a=b --more c=d --library l "
-        "--library-loaded 2 --api-keys k --key-requests 3 --key-rate 4 --cors-origin x --cors-origin y --leave-seconds 11"
+        "--library-loaded 2 --api-keys k --key-requests 3 --key-rate 4 --cors-origin https://x --cors-origin * --leave-seconds 11"
     )
     settings = read_options(monkeypatch, *arguments.split())
     assert settings.model_fields_set >= {option.field_name for option in options()} - {
         "request_seconds",
         "wait_seconds",
     }
-    assert settings.more == {"a": Path("b"), "c": Path("d")} and settings.cors_origins == ("x", "y")
+    assert settings.more == {"a": Path("b"), "c": Path("d")} and settings.cors_origins == ("https://x", "*")
     assert settings.record()["long_audio"] == {"max_seconds": 100, "window_seconds": 20, "overlap_seconds": 2}
     assert pickle.loads(pickle.dumps(settings)) == settings  # Ray Serve pickles them for replicas.
 
@@ -184,6 +184,33 @@ def test_keys_are_read_from_a_file(tmp_path: Path) -> None:
     for path in (tmp_path / "keys", tmp_path / "none"):
         with pytest.raises(ValueError, match="holds no API keys"):
             AppSettings(api_keys=path).read_api_keys()
+    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfone\r\n\r\n two \r\n")  # As editors of Windows write it.
+    assert AppSettings(api_keys=tmp_path / "keys").read_api_keys() == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"one\n# team a\n", "Line 2 of '.*keys' is no API key: write one key per line, without spaces or comments."),
+        (b"#team\n", "Line 1 of '.*keys' is no API key"),
+        (b"one  alice\n", "Line 1 of '.*keys' is no API key"),
+        (b"\xff\xfeo\0n\0e\0", "'.*keys' is not UTF-8 text: write one API key per line."),
+    ],
+)
+def test_words_of_a_comment_are_no_keys(tmp_path: Path, content: bytes, sentence: str) -> None:
+    (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        AppSettings(api_keys=tmp_path / "keys").read_api_keys()
+
+
+@pytest.mark.parametrize(
+    "origin", ["app.example", "https://app.example/", "https://App.example", "https://a/b", "https://"]
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ValueError, match=rf"cors_origins has '{origin}', which no browser sends: use SCHEME://HOST"):
+        AppSettings(cors_origins=["https://b.example", origin])
+    fine = ("*", "null", "http://localhost:3000", "https://[::1]:8443", "chrome-extension://abc")
+    assert AppSettings(cors_origins=fine).cors_origins == fine
 
 
 def test_the_package_and_the_options_import_nothing_heavy() -> None:

@@ -246,6 +246,21 @@ def test_audio_that_was_cut_off(tmp_path: Path, kind: str, share: float) -> None
     assert np.array_equal(load_identified_audio(piece)[0], load_audio(io.BytesIO(data))[8000:24_000])
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_a_chain_of_ogg_streams_is_refused(tmp_path: Path, subtype: str) -> None:
+    first, second = (encode(tone(seconds, 16_000), 16_000, "OGG", subtype) for seconds in (1.0, 9.0))
+    assert first[14:18] != second[14:18]  # The serial numbers of the streams.
+    (tmp_path / "a.ogg").write_bytes(first + second)
+    with pytest.raises(
+        AudioError, match=r"a\.ogg is a chain of several Ogg streams, of which only the first"
+    ) as caught:
+        load_audio(tmp_path / "a.ogg")
+    assert caught.value.reason == refused(first + second).reason == "undecodable"
+    assert len(load_audio(AudioAddress(str(tmp_path / "a.ogg"), start=0, end=8000))) == 8000  # In the first stream.
+    for whole in (first, second):
+        assert len(load_audio(io.BytesIO(whole))) >= 15_990
+
+
 def test_mp3_inside_wav() -> None:
     mp3 = encode(tone(1.0, 16_000), 16_000, "MP3")
     form = struct.pack("<HHIIHHHHIHHH", 0x55, 1, 16_000, 4000, 1, 0, 12, 1, 2, 288, 1, 0)

@@ -149,7 +149,8 @@ def test_info_verify_repair(tmp_path: Path, make_cache: Make) -> None:
     assert run("repair", root)[0] == 0
 
     shutil.rmtree(root / "clean")
-    assert "files are not finished" not in run("info", root)[1]  # The commit records exist; only `verify` notices.
+    assert "files are not finished" not in run("info", root)[1]  # The commit records exist.
+    assert "damaged, 4 of 10 files are missing" in run("info", root)[1]
     assert run("verify", root, "--fast")[0] == 1
 
     alter = tmp_path / "altered"

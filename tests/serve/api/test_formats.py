@@ -24,7 +24,7 @@ from ray_distill.serve.api.formats import base64_chunks
 from ray_distill.serve.decoding import decode
 from ray_distill.serve.inference.backends import LayerRequest, TorchBackend
 from ray_distill.serve.settings import BatchLimits, Limits
-from ray_distill.student import Student, load_student
+from ray_distill.student import Student, load_student, save_student
 
 from ..conftest import MAX_SECONDS
 
@@ -204,6 +204,21 @@ def test_models_are_listed_and_chosen(client: httpx.Client) -> None:
     exact = client.post(f"/v1/features?model=other@{listed[1]['revision']}", content=FILES[0])
     assert exact.status_code == 200
     assert_refused(client.post("/v1/features?model=other@0", content=FILES[0]), 404, "model_not_found")
+
+
+def test_models_have_names_that_requests_can_give(
+    student: Student, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match="Two models are named 'a': give one of them another name"):
+        create_app(student, name="a", more={"b": student, "a": student})
+    for name in ("a@1", ""):
+        with pytest.raises(ValueError, match=f"A model can't be named '{name}': requests name models as NAME or"):
+            create_app(student, name="a", more={name: student})
+    for name in ("run", "run@2024"):
+        save_student(student, tmp_path / name / "export")
+    with TestClient(create_app(student, name="a", library=tmp_path)) as client:
+        assert client.get("/v1/models").json()["library"] == ["run"]
+    assert "'run@2024' is not served" in caplog.text
 
 
 @pytest.mark.parametrize("with_header", [False, True], ids=["parameter", "multiplexed"])

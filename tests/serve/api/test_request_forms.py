@@ -125,6 +125,20 @@ def test_base64_may_have_lines_or_be_a_data_url(app_client: TestClient, text: st
     assert app_client.post("/v1/features", json={"input": text}).json()["shape"] == [12, 16]
 
 
+def test_a_parameter_given_twice_is_refused(app_client: TestClient) -> None:
+    for query, body, named in (
+        ("", f'{{"input": "{BASE64}", "layer": 1, "layer": 2}}', "'layer' several times"),
+        ("", f'{{"input": "AA", "layer": 1, "input": "{BASE64}"}}', "'input' several times"),
+        ("?layer=1", f'{{"input": "{BASE64}", "layer": 2}}', "'layer' is given several times"),
+    ):
+        response = app_client.post(f"/v1/features{query}", content=body.encode(), headers=JSON)
+        assert refusal(response)[0] in (400, 422) and named in response.json()["error"]
+    # Names in strings and in other places are no members.
+    fine = {"input": [BASE64], "user": '"layer": 1, "user": 2', "layer": 1}
+    assert app_client.post("/v1/embeddings", json=fine).status_code == 200
+    assert app_client.post("/v1/features?layer=1", json={"input": BASE64, "format": "base64"}).json()["layer"] == 1
+
+
 def test_compressed_bodies_redirects_and_head_requests(app_client: TestClient) -> None:
     squeezed = app_client.post("/v1/features", content=AUDIO, headers={"content-encoding": "gzip"})
     assert refusal(squeezed) == (415, "unsupported_media_type")
@@ -139,7 +153,13 @@ def test_refused_preflights_have_the_form_of_errors(student: Student) -> None:
     with TestClient(create_app(student, cors_origins=["https://lab.example"])) as client:
         headers = {"origin": "https://else.example", "access-control-request-method": "POST"}
         refused = client.options("/v1/features", headers=headers)
-    assert refusal(refused) == (400, "bad_request") and "origin is not allowed" in refused.text
+        headers = {"origin": "https://lab.example", "access-control-request-method": "POST"}
+        names = {"access-control-request-headers": "authorization, content-type, traceparent, x-request-id"}
+        allowed = client.options("/v1/features", headers=headers | names)
+        other = client.options("/v1/features", headers=headers | {"access-control-request-headers": "x-other"})
+    assert refusal(refused) == (400, "bad_request") and "its origin is not allowed" in refused.text
+    assert allowed.status_code == 200
+    assert refusal(other) == (400, "bad_request") and "one of its headers is not allowed" in other.text
 
 
 def test_forms_are_not_written_to_the_disk(app_client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

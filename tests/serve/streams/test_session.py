@@ -157,6 +157,15 @@ def test_other_messages_and_other_paths_are_refused(client: TestClient) -> None:
         assert socket.receive() == {"type": "websocket.close", "code": 4404, "reason": "not_found"}
 
 
+def test_a_request_that_is_no_handshake_names_the_websocket(client: TestClient) -> None:
+    """A proxy that drops the header Upgrade makes an ordinary request of a handshake."""
+    answer = client.get(f"{PATH}?rate=16000")
+    assert (answer.status_code, answer.json()["error_type"]) == (400, "bad_request")
+    assert (
+        "is a WebSocket" in answer.json()["error"] and "a proxy must pass the headers Upgrade" in answer.json()["error"]
+    )
+
+
 def test_an_idle_client_is_cut(client: TestClient) -> None:
     with client.websocket_connect(f"{PATH}?timeout=0.2") as socket:
         socket.receive_json()

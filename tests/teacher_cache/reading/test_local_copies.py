@@ -1,8 +1,10 @@
 """Local copies of shard files: whole files, checked, shared, limited, and never taken from or written to another place."""
 
+import gc
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,6 +45,15 @@ def put(tmp_path: Path) -> Callable[[str], CommittedFile]:
 
 def copies(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    """Wait up to 20 s, and then a moment more, in which too much might happen."""
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    return condition()
 
 
 def test_a_file_is_fetched_once_in_ranges_and_shared(
@@ -104,6 +115,34 @@ def test_a_killed_writer_blocks_neither_its_file_nor_its_room(
         assert opened is not None and opened.read() == (tmp_path / "bucket" / file.name).read_bytes()
         opened.close()
     assert copies(tmp_path / "local") == {f"{two.sha256}.parquet"}
+
+
+def test_caches_in_one_folder_share_what_they_fetch_ahead(
+    tmp_path: Path, bucket: SlowStore, put: Callable[[str], CommittedFile]
+) -> None:
+    """As with targets, an audio store and a second teacher: each alone may fill half of the limit, and all three no more."""
+    caches = [LocalCopies(tmp_path / "local", bucket, 4.5 * SIZE / 1e9) for _ in range(3)]
+    files = [[put(f"{cache}-{number}") for number in range(3)] for cache in range(3)]
+    for number in range(3):  # Batch by batch, as a training names them.
+        for cache, copy in enumerate(caches):
+            copy.want(files[cache][number])
+
+    def fetched(expected: set[tuple[int, int]]) -> bool:
+        names = {f"{files[cache][number].sha256}.parquet" for cache, number in expected}
+        return wait_for(lambda: copies(tmp_path / "local") == names)
+
+    assert fetched({(0, 0), (1, 0)})
+    opened = caches[2].open(files[2][0])
+    assert opened is not None, "files that are needed later leave no room for one that is needed now"
+    opened.close()
+    caches[0].unwant(files[0][0])  # The next file in the order of all caches is not the first cache's own.
+    assert fetched({(0, 0), (1, 0), (2, 0)})
+    caches[1].unwant(files[1][0])
+    assert fetched({(0, 0), (1, 0), (2, 0), (0, 1)})
+    del copy, caches[2]  # A reader that is gone keeps nothing from the others.
+    gc.collect()
+    caches[0].unwant(files[0][1])
+    assert wait_for(lambda: (tmp_path / "local" / f"{files[1][1].sha256}.parquet").exists())
 
 
 def test_what_does_not_match_its_record_is_refused_and_leaves_nothing(

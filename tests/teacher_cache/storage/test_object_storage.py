@@ -21,7 +21,9 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
+from typer.testing import CliRunner
 
+from ray_distill.command_line import application
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
@@ -342,6 +344,27 @@ def test_invalid_locations_are_errors() -> None:
         Store("abfs://container:password@account.dfs.core.windows.net/cache")
     with pytest.raises(ValueError, match="file://host/cache can't be opened: "):
         Store("file://host/cache")
+    for half in ("s3:/bucket/cache", "s3://", "s3:/"):  # They would be folders of the working directory.
+        with pytest.raises(ValueError, match=f"{half} is no place for a cache: write s3://BUCKET/PREFIX, or ./s3: for"):
+            Store(half)
+
+
+def test_a_missing_bucket_is_named_before_anything_is_computed(make_cache: Make, location: str) -> None:
+    missing = "s3://test-no-such-bucket/cache"
+    sentence = f"there is no bucket 'test-no-such-bucket' for {missing}; create it, or correct its name"
+    for use in (lambda: Cache.exists(Store(missing)), lambda: Cache.open(missing), lambda: make_cache(missing)):
+        with pytest.raises(ValueError, match=sentence):
+            use()
+    assert not Cache.exists(Store(location))
+
+
+def test_wrong_keys_give_a_sentence_with_what_to_check(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    result = CliRunner().invoke(application, ["cache", "info", location])
+    assert result.exit_code == 2 and "ACCESS_DENIED" in result.stderr
+    assert result.stderr.endswith(
+        "check the keys (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and what they may do in this bucket\n"
+    )
 
 
 def test_an_azure_container_is_not_a_credential() -> None:
@@ -389,3 +412,4 @@ def test_an_unreachable_store_gives_one_sentence(location: str, monkeypatch: pyt
     )
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith("; check AWS_ENDPOINT_URL, and that this machine reaches it\n")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 import pydantic
 
 from ray_distill.pipeline.composition.yaml_text import load_yaml
-from ray_distill.pipeline.recipes import other_recipes
+from ray_distill.pipeline.recipes import other_kind, other_recipes
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -213,6 +213,8 @@ def load_cluster(path: Path) -> Cluster:
         tree = load_yaml(path.read_text())
     except ValueError as error:
         raise ClusterError(f"{path} is not valid YAML: {error}") from error
+    if isinstance(tree, dict) and (other := other_kind(tree, "cluster")):
+        raise ClusterError(f"{path} {other}")
     try:
         return Cluster.model_validate(tree)
     except pydantic.ValidationError as error:

@@ -78,6 +78,22 @@ def test_another_teacher_or_corpus_gets_a_cache_of_its_own() -> None:
         assert load_config(recipe, kept).cache.path == "caches/hubert-base-train-clean-100"
 
 
+@pytest.mark.parametrize(
+    ("teacher", "name"),
+    [
+        ("runs/first/export", "first"),
+        ("runs/first/export/", "first"),
+        ("runs/first", "first"),
+        ("runs/first/checkpoints/step-000100", "first-step-000100"),
+        ("layer-norm:/models/whisper-small", "layer-norm-whisper-small"),
+        ("mean-mask:layer-norm:runs/first/export", "mean-mask-layer-norm-first"),
+        ("export", "export"),
+    ],
+)
+def test_caches_are_named_after_the_run_of_a_teacher(teacher: str, name: str) -> None:
+    assert load_config(DEMO, [f"teacher={teacher}", "corpus=/data/x"]).cache.path == f"caches/{name}-x"
+
+
 def test_the_recipes_splits_stay_where_the_corpus_has_them(tmp_path: Path) -> None:
     recipe = CONFIGS / "armhubert-s-100.yaml"
     (tmp_path / "LibriSpeech" / "train-clean-100").mkdir(parents=True)

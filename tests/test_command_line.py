@@ -163,7 +163,10 @@ def test_completion_can_be_shown() -> None:
         (["ablations/smoke"], "smoke.yaml describes an ablation; give it to `ray-distill ablate`"),
         (["profile", "ablations/smoke"], "smoke.yaml describes an ablation; give it to `ray-distill ablate`"),
         (["run", "clusters/one-h100"], "describes a cluster; give it to `ray-distill plan-cluster --cluster`"),
-        (["plan-cluster", "--cluster", "demo"], "demo.yaml is the configuration of a run; give it to `ray-distill run`"),
+        (
+            ["plan-cluster", "--cluster", "demo"],
+            "demo.yaml is the configuration of a run; give it to `ray-distill run`",
+        ),
         (["ablate", "--config", "ablations/smoke", "--units", "words"], "--units needs --probe"),
         (["import-config", "nothing.yaml"], "nothing.yaml"),
         (["plan-cluster", "--cluster", "nothing"], "there is no cluster description at nothing"),

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from ray_distill.teacher_cache.teachers.hub.hub_errors import hub_errors
 from ray_distill.teacher_cache.teachers.hub.hub_name import HubName
-from ray_distill.teacher_cache.teachers.huggingface_folder import EXTRACTOR_FILE, PROCESSOR_FILE, WEIGHT_FILES, HuggingFaceFolder
+from ray_distill.teacher_cache.teachers.huggingface_folder import (
+    EXTRACTOR_FILE,
+    PROCESSOR_FILE,
+    WEIGHT_FILES,
+    HuggingFaceFolder,
+)
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 
 _DESCRIPTIONS = ["config.json", EXTRACTOR_FILE, PROCESSOR_FILE, *(f"{name}.index.json" for name in WEIGHT_FILES)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray_distill.pipeline.composition.yaml_text import load_yaml
+from ray_distill.pipeline.composition.yaml_text import load_yaml, read_yaml
 from ray_distill.pipeline.corpus.hub_dataset import parse_hub_dataset
 from ray_distill.pipeline.recipes import find_recipe, other_kind, other_recipes, recipe_name
 
@@ -37,7 +37,7 @@ class ConfigTree:
     Attributes:
         tree: Sections by name, not yet checked.
         sources: By dotted key, the file or ``recipe NAME`` that set the value, or `COMMAND_LINE`. A key that is missing has a default.
-        notes: Sentences about values of the recipe that a short key replaced.
+        notes: Sentences about values of the recipe that a short key replaced, and about keys that were given twice.
     """
 
     tree: dict[str, Any] = field(default_factory=dict)
@@ -62,9 +62,12 @@ class ConfigTree:
             del self.sources[old]
 
     def set(self, key: str, value: Any) -> None:
-        """Set a dotted or short key from the command line; see `set_key`."""
+        """Set a dotted or short key from the command line; see `set_key`. A note says so if it was set before, which then has no effect."""
         set_key(self.tree, key, value)
-        self.sources[long_key(key, value)] = COMMAND_LINE
+        long = long_key(key, value)
+        if self.sources.get(long) == COMMAND_LINE:
+            self.notes.append(f"{long} is given twice, and the last value counts: {value}")
+        self.sources[long] = COMMAND_LINE
 
     def source_of(self, key: str) -> str | None:
         """Return where the value of a dotted key comes from; None for a default."""
@@ -185,11 +188,12 @@ def read_tree(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no configuration file at {path}; {other_recipes(path)}")
     try:
-        tree = load_yaml(path.read_text())
+        tree = read_yaml(path)
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(str(error)) from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must contain sections (corpus, teacher, ...), not {type(tree).__name__}")
+        what = "is empty" if tree is None else f"is a {type(tree).__name__}"
+        raise ConfigError(f"{path} {what}, but must contain sections, such as corpus: and teacher:")
     return tree
 
 

@@ -124,7 +124,7 @@ def test_what_can_not_be_is_refused_with_its_key(tmp_path: Path, changes: dict[s
         ("masks.draws=3", "masks.draws: is varied by the ablation"),
         ("masks={draws: 3}", "masks: is a section"),
         ("train.seed=3", "train.seed: can't be set here; give the seeds of all variants as `seeds`"),
-        ("name=a/b", "name: String should match pattern"),
+        ("name=a/b", "name: 'a/b' can't be a name; use letters from a to z, digits, '.', '_' and '-'"),
     ],
 )
 def test_overrides_that_would_do_nothing_are_refused(tmp_path: Path, override: str, message: str) -> None:

@@ -1,13 +1,24 @@
 """Recipes by name: ``--config demo`` stands for the file ``configs/demo.yaml``, also in an installed package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ray_distill.pipeline.composition.suggestions import by_nearness, nearest, question
 
 _ROOT = Path(__file__).resolve().parents[1]
 _FOLDERS = (_ROOT / "recipes", _ROOT / "configs")
 """Folders of the recipes: in an installed package, and in the repository."""
+
+_KINDS = {
+    "ablation": ({"variants", "grid"}, "describes an ablation; give it to `ray-distill ablate`"),
+    "cluster": ({"node_bytes_per_second"}, "describes a cluster; give it to `ray-distill plan-cluster --cluster`"),
+    "run": (
+        {"corpus", "teacher", "teachers", "masks", "student"},
+        "is the configuration of a run; give it to `ray-distill run`",
+    ),
+}
+"""Kinds of YAML files: keys that only they have, and what is said where another kind is wanted."""
 
 
 def find_recipe(name: str) -> Path:
@@ -33,6 +44,21 @@ def find_recipe(name: str) -> Path:
             if file.is_file():
                 return file
     return path
+
+
+def other_kind(tree: Mapping[str, Any], wanted: str) -> str | None:
+    """Return what a YAML file is, and the command for it, if it is not of the kind that is wanted; None if it may be.
+
+    Args:
+        tree: The file's sections.
+        wanted: ``run``, ``ablation`` or ``cluster``.
+
+    Example:
+        >>> other_kind({"base": "demo", "variants": {}}, "run")
+        'describes an ablation; give it to `ray-distill ablate`'
+    """
+    kind = next((kind for kind, (keys, _) in _KINDS.items() if keys & set(tree)), wanted)
+    return None if kind == wanted else _KINDS[kind][1]
 
 
 def recipe_name(path: Path) -> str | None:
@@ -76,3 +102,23 @@ def complete_recipe(folder: str = "") -> Callable[[str], list[str]]:
         return [name for name in recipe_names(folder) if name.startswith(incomplete)]
 
     return complete
+
+
+def recipe_and_changes(config: str | None, words: list[str], example: str) -> tuple[str, list[str]]:
+    """Return the recipe, from ``--config`` or the first word without ``=``, and the changes.
+
+    Args:
+        config: Value of ``--config``, or None.
+        words: Words of the command.
+        example: What to give where nothing is, as in ``such as demo``.
+
+    Raises:
+        ValueError: No recipe is given, or more than one.
+    """
+    recipes = [word for word in words if "=" not in word] + ([] if config is None else [config])
+    if len(recipes) != 1:
+        given = f"not {', '.join(recipes)}" if recipes else example
+        raise ValueError(
+            f"give one recipe or YAML file, {given}; changes are written KEY=VALUE, such as train.epochs=3"
+        )
+    return recipes[0], [word for word in words if "=" in word]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ray_distill.pipeline.composition.suggestions import enumerated
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.student.checkpoints import load_student, student_folder
 from ray_distill.student.exporters.origin import Origin
@@ -48,7 +49,7 @@ def open_student(model: Path, model_config: Path | None = None) -> tuple[Student
     files = sorted(model.glob(f"{prefix}*.json")) if model.is_dir() else []
     found = [{"name": path.stem.removeprefix(prefix)} | _recorded_teacher(path) for path in files]
     if recorded := [one for one in found if "teacher" in one]:
-        origin |= {"teachers": recorded, "teacher": " and ".join(one["teacher"] for one in recorded)}
+        origin |= {"teachers": recorded, "teacher": enumerated(one["teacher"] for one in recorded)}
     run = _run_folder(model)
     configuration = None if run is None else _configuration(run.config_file)
     if run is not None and configuration is not None:
@@ -117,7 +118,7 @@ def _origin_in_run(run: RunFolder, configuration: dict[str, Any], metrics: dict[
     train = configuration["train"]
     origin: Origin = {
         "run": configuration["name"],
-        "teacher": summary.get("teacher", " and ".join(checkpoints(configuration))),
+        "teacher": summary.get("teacher", enumerated(checkpoints(configuration))),
         "corpus_hours": None if "hours" not in summary else round(summary["hours"], 2),
         "targets": train.get("targets"),
         "loss": train.get("loss"),
@@ -133,7 +134,7 @@ def _origin_in_run(run: RunFolder, configuration: dict[str, Any], metrics: dict[
     if summary.get("teacher_is_random"):
         origin["teacher"] += " (RANDOM weights: the features are meaningless)"
     elif some := summary.get("random_teachers"):
-        origin["teacher"] += f" (RANDOM weights: {' and '.join(some)})"
+        origin["teacher"] += f" (RANDOM weights: {enumerated(some)})"
     if train.get("targets") == "cached":
         # Earlier versions did not record the fingerprint in train.json.
         origin["cache_fingerprint"] = trained.get("cache_fingerprint") or _fingerprint(summary.get("cache"))

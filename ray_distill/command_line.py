@@ -66,6 +66,14 @@ class _Sentences:
 class ServerCommand(_Sentences, TyperCommand):
     """A command that handles signals itself; a user's mistake is one sentence on standard error, with exit code 2."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments. Typer's messages lose the words with which pydantic begins those of some types."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
 
 class Command(ServerCommand):
     """A command; a user's mistake is one sentence on standard error, with exit code 2.

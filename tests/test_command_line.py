@@ -132,6 +132,13 @@ def test_completion(words: str, expected: set[str]) -> None:
     assert set(shown.output.split()) == expected
 
 
+@pytest.mark.parametrize("arguments", [["probe", "x.csv", "--task", "words"], ["export", "x", "--format", "words"]])
+def test_a_wrong_choice_is_said_plainly(arguments: list[str]) -> None:
+    shown = CliRunner().invoke(application, arguments, env={"COLUMNS": "200"})
+    assert shown.exit_code == 2 and "Value error" not in shown.output
+    assert f"Invalid value for '{arguments[2]}': 'words' is not one of '" in shown.output
+
+
 def test_completion_can_be_shown() -> None:
     shown = CliRunner().invoke(application, [], prog_name="ray-distill", env={"_RAY_DISTILL_COMPLETE": "source_bash"})
     assert shown.exit_code == 0 and "complete -o default -F" in shown.output
@@ -150,6 +157,16 @@ def test_completion_can_be_shown() -> None:
         (["run", "--config", "demo", "train.epoch=3"], "train.epoch: unknown key; did you mean train.epochs?"),
         (["demo", "--config", "nothing", "--corpus", "."], "there is no configuration file at nothing"),
         (["ablate", "--config", "nothing"], "nothing"),
+        (["ablate"], "give one recipe or YAML file, such as ablations/smoke; they are ablations/aggregate"),
+        (["ablate", "demo", "--config", "ablations/smoke"], "give one recipe or YAML file, not demo, ablations/smoke"),
+        (["ablate", "demo"], "demo.yaml is the configuration of a run; give it to `ray-distill run`"),
+        (["ablations/smoke"], "smoke.yaml describes an ablation; give it to `ray-distill ablate`"),
+        (["profile", "ablations/smoke"], "smoke.yaml describes an ablation; give it to `ray-distill ablate`"),
+        (["run", "clusters/one-h100"], "describes a cluster; give it to `ray-distill plan-cluster --cluster`"),
+        (
+            ["plan-cluster", "--cluster", "demo"],
+            "demo.yaml is the configuration of a run; give it to `ray-distill run`",
+        ),
         (["ablate", "--config", "ablations/smoke", "--units", "words"], "--units needs --probe"),
         (["import-config", "nothing.yaml"], "nothing.yaml"),
         (["plan-cluster", "--cluster", "nothing"], "there is no cluster description at nothing"),

@@ -26,12 +26,15 @@ from ray_distill.pipeline.composition.config_tree import (
     SHORT_KEYS,
     ConfigTree,
     compose,
+    find_base,
+    long_key,
     parse_override,
     read_tree,
     set_key,
 )
 from ray_distill.pipeline.composition.explanation import explain
 from ray_distill.pipeline.config import Config, ConfigError, check_config
+from ray_distill.pipeline.recipes import other_kind
 from ray_distill.student.training.field_effects import SAME_IN_ABLATION, keys_with
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -59,7 +62,7 @@ class AblationSettings(pydantic.BaseModel, frozen=True, extra="forbid", use_attr
     question: str = ""
     """Question that the ablation answers: one sentence for the report."""
     base: str | dict[str, Any]
-    """Configuration of a run: its sections, or the path of a YAML file relative to this one."""
+    """Configuration of a run: its sections, the path of a YAML file relative to this one, or the name of a recipe."""
     set: dict[str, Any] = {}
     """Dotted keys and their values for all runs."""
     variants: dict[str, dict[str, Any]] = {}
@@ -166,12 +169,14 @@ class Ablation:
         runs: All variants with the first seed, then all with the second, and so on, so that an unfinished ablation can already
             be compared.
         needs: Configuration whose cache has the layers, mask draws and targets of all runs.
+        notes: Sentences about values of the base that a short key replaced.
     """
 
     settings: AblationSettings
     variants: list[Variant]
     runs: list[PlannedRun]
     needs: Config
+    notes: Sequence[str] = ()
 
     @property
     def folder(self) -> Path:
@@ -184,7 +189,8 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
 
     Args:
         path: YAML file.
-        overrides: Changes of the form ``section.key=value`` to all runs; ``name=...`` names the ablation. Default: none.
+        overrides: Changes of the form ``section.key=value`` to all runs, also by short keys such as ``corpus=...``, which have the
+            effect that they have on a single run; ``name=...`` names the ablation. Default: none.
         probe: Probe settings that replace those of the file. Default: None, which keeps them.
 
     Raises:
@@ -192,16 +198,19 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
             all runs. The message names the variant and the key.
     """
     tree = read_tree(path)
+    if other := other_kind(tree, "ablation"):
+        raise ConfigError(f"{path} {other}")
     changes = []
     for key, value in map(parse_override, overrides):
         if key == "name":
             tree["name"] = value
             continue
+        long = long_key(key, value)
         try:
-            _refuse_reserved(key)
+            _refuse_reserved(long)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        changes.append((key, value))
+        changes.append((key, long, value))
     try:
         settings = AblationSettings.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -216,14 +225,16 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
         composed = ConfigTree()
         composed.merge(copy.deepcopy(settings.base), str(path))
     else:
-        composed = compose(path.parent / settings.base)
+        composed = compose(find_base(path, settings.base))
     base = composed.tree
     for key, value in settings.set.items():
         set_key(base, key, value)
-    for key, value in changes:
-        if any(key in variant.changes for variant in variants):
+        composed.sources[key] = str(path)
+    for key, long, value in changes:
+        if any(long in variant.changes for variant in variants):
             raise ConfigError(f"{key}: is varied by the ablation; change its values in {path}")
-        set_key(base, key, value)
+        composed.set(key, value)
+    composed.adapt_recipe([key for key, long, _ in changes if key != long])
     base["name"] = settings.name
     folder = check_config(base).folder  # Checked first, so that no variant is blamed for an error of the base.
     runs = []
@@ -242,7 +253,7 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
             "train.objective, train.aggregate, teachers: runs with different objectives, aggregates or teachers have neither losses "
             "nor similarities in common; give `probe` too, to compare them by their probes"
         )
-    return Ablation(settings, variants, runs, _needs(runs))
+    return Ablation(settings, variants, runs, _needs(runs), composed.notes)
 
 
 def _variants(settings: AblationSettings) -> list[Variant]:

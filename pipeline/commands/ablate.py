@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ray_distill.pipeline.recipes import complete_recipe, find_recipe
+from ray_distill.pipeline.recipes import complete_recipe, find_recipe, recipe_and_changes, recipe_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,17 +15,22 @@ if TYPE_CHECKING:
 
 
 def ablate(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[GRID] KEY=VALUE",
+            autocompletion=complete_recipe("ablations"),
+            help="The ablation, if --config is not given, and changes of all runs, as in train.epochs=3. corpus=, teacher= and "
+            "cache= are short keys, as for `run`.",
+        ),
+    ] = None,
     config: Annotated[
-        Path,
+        str | None,
         typer.Option(
-            parser=find_recipe,
-            metavar="RECIPE",
+            metavar="GRID",
             autocompletion=complete_recipe("ablations"),
             help="YAML file of the ablation, or the name of one in configs/, such as ablations/smoke.",
         ),
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes of all runs, as in train.epochs=3.")
     ] = None,
     probe: Annotated[
         Path | None,
@@ -46,6 +51,8 @@ def ablate(
 
     Each variant is trained with several seeds. Running the same command again resumes the ablation.
     """
+    known = f"such as ablations/smoke; they are {', '.join(recipe_names('ablations'))}"
+    grid, overrides = recipe_and_changes(config, words or [], known)
     typer.echo("start   importing PyTorch and Ray")
     from rich.console import Console
 
@@ -59,7 +66,9 @@ def ablate(
     if units is not None and probe is None:
         raise ConfigError("--units needs --probe; the probe of the ablation's file has its own key `units`")
     section = None if probe is None else ProbeSection(manifest=probe, units=units or "characters")
-    ablation = load_ablation(config, overrides or [], section)
+    ablation = load_ablation(find_recipe(grid), overrides, section)
+    for note in ablation.notes:
+        typer.echo(f"config  {note}")
     if only_list:
         if (labelled := ablation.settings.probe) is not None:
             read_task(labelled.manifest, labelled.units)  # A probe that can't be is refused before the trainings.

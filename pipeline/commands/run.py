@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from ray_distill.pipeline.recipes import complete_recipe, find_recipe, recipe_names
+from ray_distill.pipeline.recipes import complete_recipe, find_recipe, recipe_and_changes, recipe_names
 
 
 def run(
@@ -54,7 +54,8 @@ def run(
     `ray-distill run armhubert-s-100 teacher=/models/hubert_base_ls960.pt corpus=/data/LibriSpeech` is a whole command. Running the
     same command again resumes the job.
     """
-    recipe, overrides = _recipe_and_changes(config, words or [])
+    known = f"such as demo; they are {', '.join(recipe_names())}"
+    recipe, overrides = recipe_and_changes(config, words or [], known)
     if print_config:
         from ray_distill.pipeline.composition.config_listing import config_with_origins
 
@@ -90,18 +91,3 @@ def run(
     summary = run_stages(Run(settings, console), selected)
     if summary is not None:
         console.print(summary_table(summary))
-
-
-def _recipe_and_changes(config: str | None, words: list[str]) -> tuple[str, list[str]]:
-    """Return the recipe, from ``--config`` or the first word without ``=``, and the changes.
-
-    Raises:
-        ValueError: No recipe is given, or more than one.
-    """
-    recipes = [word for word in words if "=" not in word] + ([] if config is None else [config])
-    if len(recipes) != 1:
-        given = f"not {', '.join(recipes)}" if recipes else f"such as demo; they are {', '.join(recipe_names())}"
-        raise ValueError(
-            f"give one recipe or YAML file, {given}; changes are written KEY=VALUE, such as train.epochs=3"
-        )
-    return recipes[0], [word for word in words if "=" in word]

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ray_distill.pipeline.composition.yaml_text import load_yaml
+from ray_distill.pipeline.composition.yaml_text import load_yaml, read_yaml
 from ray_distill.pipeline.corpus.hub_dataset import parse_hub_dataset
-from ray_distill.pipeline.recipes import find_recipe, other_recipes, recipe_name
+from ray_distill.pipeline.recipes import find_recipe, other_kind, other_recipes, recipe_name
 
 SHORT_KEYS = {"teacher": "checkpoint", "corpus": "path", "cache": "path"}
 """Sections that one text may stand for, with the key that it sets."""
@@ -22,6 +22,8 @@ SHORT_KEYS = {"teacher": "checkpoint", "corpus": "path", "cache": "path"}
 COMMAND_LINE = "command line"
 _SECTIONS = ("corpus", "teacher", "masks", "cache", "student", "train")
 _MAX_BASES = 16
+_DISCRETE = ("units", "mvq")
+"""Kinds of codecs that store discrete targets."""
 
 
 class ConfigError(ValueError):
@@ -35,7 +37,7 @@ class ConfigTree:
     Attributes:
         tree: Sections by name, not yet checked.
         sources: By dotted key, the file or ``recipe NAME`` that set the value, or `COMMAND_LINE`. A key that is missing has a default.
-        notes: Sentences about values of the recipe that a short key replaced.
+        notes: Sentences about values of the recipe that a short key replaced, and about keys that were given twice.
     """
 
     tree: dict[str, Any] = field(default_factory=dict)
@@ -60,9 +62,12 @@ class ConfigTree:
             del self.sources[old]
 
     def set(self, key: str, value: Any) -> None:
-        """Set a dotted or short key from the command line; see `set_key`."""
+        """Set a dotted or short key from the command line; see `set_key`. A note says so if it was set before, which then has no effect."""
         set_key(self.tree, key, value)
-        self.sources[_long_key(key, value)] = COMMAND_LINE
+        long = long_key(key, value)
+        if self.sources.get(long) == COMMAND_LINE:
+            self.notes.append(f"{long} is given twice, and the last value counts: {value}")
+        self.sources[long] = COMMAND_LINE
 
     def source_of(self, key: str) -> str | None:
         """Return where the value of a dotted key comes from; None for a default."""
@@ -143,7 +148,7 @@ def compose(path: Path, overrides: Sequence[str] = ()) -> ConfigTree:
     changes = [parse_override(text) for text in overrides]
     for key, value in changes:
         found.set(key, value)
-    found.adapt_recipe([key for key, value in changes if _long_key(key, value) != key])
+    found.adapt_recipe([key for key, value in changes if long_key(key, value) != key])
     return found
 
 
@@ -154,11 +159,13 @@ def _read_with_bases(path: Path) -> ConfigTree:
         if any(current.resolve() == known.resolve() for known, _ in files) or len(files) == _MAX_BASES:
             raise ConfigError(f"the bases of {path} form a circle: {current} is read twice; remove one `base:`")
         sections = read_tree(current)
+        if other := other_kind(sections, "run"):
+            raise ConfigError(f"{current} {other}")
         base = sections.pop("base", None)
         files.append((current, sections))
         if base is not None and not isinstance(base, str):
             raise ConfigError(f"base in {current} must be the path of a file or the name of a recipe, not {base!r}")
-        current = None if base is None else _base(current, base)
+        current = None if base is None else find_base(current, base)
     found = ConfigTree()
     for file, sections in reversed(files):
         recipe = recipe_name(file)
@@ -166,7 +173,7 @@ def _read_with_bases(path: Path) -> ConfigTree:
     return found
 
 
-def _base(file: Path, name: str) -> Path:
+def find_base(file: Path, name: str) -> Path:
     """Return the base that a file names: a file relative to it, or a recipe."""
     beside = file.parent / name
     return beside if beside.is_file() else find_recipe(name)
@@ -181,11 +188,12 @@ def read_tree(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no configuration file at {path}; {other_recipes(path)}")
     try:
-        tree = load_yaml(path.read_text())
+        tree = read_yaml(path)
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(str(error)) from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must contain sections (corpus, teacher, ...), not {type(tree).__name__}")
+        what = "is empty" if tree is None else f"is a {type(tree).__name__}"
+        raise ConfigError(f"{path} {what}, but must contain sections, such as corpus: and teacher:")
     return tree
 
 
@@ -211,7 +219,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     Raises:
         ConfigError: A part of the key before its last dot names a value instead of a section, or there is no such teacher.
     """
-    *sections, name = _long_key(key, value).split(".")
+    *sections, name = long_key(key, value).split(".")
     node = tree
     if sections[:1] == ["teachers"] and len(sections) > 1:
         node, sections = _teacher_named(tree, sections[1], key), sections[2:]
@@ -222,7 +230,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"{key!r} can't be set: {section!r} is a value, not a section")
     # YAML reads a path such as 2024 as a number.
-    node[name] = str(value) if _long_key(key, value) != key and not isinstance(value, list) else value
+    node[name] = str(value) if long_key(key, value) != key and not isinstance(value, list) else value
 
 
 def _teacher_named(tree: dict[str, Any], name: str, key: str) -> dict[str, Any]:
@@ -240,12 +248,16 @@ def _teacher_named(tree: dict[str, Any], name: str, key: str) -> dict[str, Any]:
 def default_cache(tree: dict[str, Any]) -> str:
     """Return the path of the cache of a configuration that names none: ``caches/TEACHER-CORPUS``.
 
-    Runs with equal teachers, corpora and training splits thus share a cache, whatever their names.
+    Runs with equal teachers, corpora and training splits thus share a cache, whatever their names. A discrete codec follows the name
+    of the corpus, as in ``caches/TEACHER-CORPUS-units-500``, since one teacher may have such a cache beside that of its layers.
 
     Args:
         tree: Sections with the keys ``teacher.checkpoint`` and ``corpus.path``.
     """
-    return _in_caches(_last_part(str(tree["teacher"]["checkpoint"])), tree["corpus"])
+    cache = tree.get("cache")
+    codec = str(cache.get("codec", "")) if isinstance(cache, dict) else ""
+    kind = [codec] if codec.partition(":")[0] in _DISCRETE else []
+    return _in_caches(_teacher_name(str(tree["teacher"]["checkpoint"])), tree["corpus"], kind)
 
 
 def with_default_audio(cache: dict[str, Any], corpus: dict[str, Any]) -> dict[str, Any]:
@@ -255,9 +267,26 @@ def with_default_audio(cache: dict[str, Any], corpus: dict[str, Any]) -> dict[st
     return cache | {"audio_path": _in_caches("audio", corpus)}
 
 
-def _in_caches(name: str, corpus: dict[str, Any]) -> str:
-    parts = [name, _last_part(str(corpus["path"])), *map(str, corpus.get("train_splits") or ())]
+def _in_caches(name: str, corpus: dict[str, Any], more: Sequence[str] = ()) -> str:
+    parts = [name, _last_part(str(corpus["path"])), *map(str, corpus.get("train_splits") or ()), *more]
     return "caches/" + re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
+
+
+def _teacher_name(spec: str) -> str:
+    """Return a name for a teacher: its options and the last part of its path, for a student the name of its run.
+
+    Example:
+        >>> _teacher_name("layer-norm:runs/first/export"), _teacher_name("runs/first/checkpoints/best")
+        ('layer-norm:first', 'first-best')
+    """
+    match = re.fullmatch(r"((?:layer-norm:|mean-mask:)*)(.*?)/*", spec)
+    options, path = match.groups() if match else ("", spec)
+    folders = path.split("/")
+    if len(folders) > 1 and folders[-1] == "export":
+        path = folders[-2]
+    elif len(folders) > 2 and folders[-2] == "checkpoints":
+        path = f"{folders[-3]}-{folders[-1]}"
+    return options + _last_part(path)
 
 
 def _last_part(path: str) -> str:
@@ -270,7 +299,7 @@ def _has_folder(path: Path, name: str) -> bool:
     return (path / name).is_dir() or (path.is_dir() and any((inner / name).is_dir() for inner in path.iterdir()))
 
 
-def _long_key(key: str, value: Any) -> str:
+def long_key(key: str, value: Any) -> str:
     """Return the dotted key that a short key stands for; other keys as they are. ``teachers.NAME.cache`` is short for its path.
 
     Raises:
@@ -287,7 +316,7 @@ def _long_key(key: str, value: Any) -> str:
 def _expanded(sections: dict[str, Any]) -> dict[str, Any]:
     """Return the sections with short keys written out, without those that are empty and thus give no key."""
     return {
-        name: {SHORT_KEYS[name]: str(value)} if _long_key(name, value) != name else value
+        name: {SHORT_KEYS[name]: str(value)} if long_key(name, value) != name else value
         for name, value in sections.items()
         if value is not None or name not in _SECTIONS
     }

@@ -29,6 +29,12 @@ def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], pr
         elif item["type"] == "union_tag_invalid":
             context = item["ctx"]
             sentences.append(f"{key}: {wrong_word('Input should be ' + context['expected_tags'], context['tag'])}")
+        elif item["type"] == "string_pattern_mismatch" and location[-1:] == ["name"]:
+            dot = "'.', " if "." in item["ctx"]["pattern"] else ""
+            sentences.append(
+                f"{key}: {item['input']!r} can't be a name; use letters from a to z, digits, {dot}'_' and '-', and begin with a letter "
+                "or digit"
+            )
         elif item["type"] == "value_error":
             reason = str(item["ctx"]["error"])
             sentences.append(

@@ -1,4 +1,4 @@
-"""What a mistyped key, value or name may have meant."""
+"""Names in sentences, and what a mistyped key, value or name may have meant."""
 
 import difflib
 import re
@@ -49,6 +49,17 @@ def nearest(name: str, options: Iterable[str]) -> list[str]:
 def by_nearness(name: str, options: Sequence[str]) -> list[str]:
     """Return all options, the one most like a name first."""
     return sorted(options, key=lambda option: -difflib.SequenceMatcher(None, name, option).ratio())
+
+
+def enumerated(names: Iterable[str]) -> str:
+    """Return different names as a text.
+
+    Example:
+        >>> enumerated(["a", "b", "a", "c"])
+        'a, b and c'
+    """
+    *first, last = [*dict.fromkeys(names)] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def question(names: Sequence[str]) -> str:

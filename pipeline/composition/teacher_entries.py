@@ -54,7 +54,9 @@ def _filled(entry: dict[str, Any], common: dict[str, Any], tree: dict[str, Any])
         if "path" not in cache:
             complete = "checkpoint" in entry and isinstance(corpus, dict) and corpus.get("path")
             # Without its teacher or its corpus the configuration is refused for that alone.
-            cache["path"] = default_cache({"teacher": entry, "corpus": corpus}) if complete else "caches"
+            cache["path"] = (
+                default_cache({"teacher": entry, "corpus": corpus, "cache": cache}) if complete else "caches"
+            )
         if isinstance(corpus, dict) and corpus.get("path"):
             cache = with_default_audio(cache, corpus)
     named = {"objective": {"objective": objective}} if isinstance(objective, str) else {}

@@ -1,5 +1,6 @@
 """YAML in which a key that is given twice is an error; PyYAML alone keeps the last value and drops the others."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -30,4 +31,20 @@ def load_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split()).replace('in "<unicode string>", ', "at ")) from error
+        message = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
+        tab = "; indent with spaces, not with tabs" if r"character '\t'" in message else ""
+        raise ValueError(message + tab) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the value of a YAML file, as `load_yaml`.
+
+    Raises:
+        ValueError: It is not UTF-8, or not valid YAML. The message begins with the path.
+    """
+    try:
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error

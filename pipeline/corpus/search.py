@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_distill.pipeline.composition.suggestions import enumerated
 from ray_distill.pipeline.corpus.formats import FORMATS, open_format, recognise
 from ray_distill.pipeline.corpus.found import FoundFiles, Search, Skipped
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary, assign_splits, kinds
@@ -70,7 +71,7 @@ def find_audio(
         ]
         if others:
             notes.append(
-                f"{path} is read in the format {format}; it also has data in the format {' and '.join(others)}, which is not used; "
+                f"{path} is read in the format {format}; it also has data in the format {enumerated(others)}, which is not used; "
                 "corpus.format chooses another"
             )
     if not found:

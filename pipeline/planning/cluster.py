@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 
 import pydantic
 
-from ray_distill.pipeline.composition.yaml_text import load_yaml
-from ray_distill.pipeline.recipes import other_recipes
+from ray_distill.pipeline.composition.yaml_text import read_yaml
+from ray_distill.pipeline.recipes import other_kind, other_recipes
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -210,9 +210,13 @@ def load_cluster(path: Path) -> Cluster:
     if not path.is_file():
         raise ClusterError(f"there is no cluster description at {path}; {other_recipes(path, 'clusters')}")
     try:
-        tree = load_yaml(path.read_text())
+        tree = read_yaml(path)
     except ValueError as error:
-        raise ClusterError(f"{path} is not valid YAML: {error}") from error
+        raise ClusterError(str(error)) from error
+    if tree is None:
+        raise ClusterError(f"{path} is empty; copy one of configs/clusters and change its numbers")
+    if isinstance(tree, dict) and (other := other_kind(tree, "cluster")):
+        raise ClusterError(f"{path} {other}")
     try:
         return Cluster.model_validate(tree)
     except pydantic.ValidationError as error:

@@ -17,6 +17,7 @@ from ray_distill.pipeline.ray_session import counted, missing_gpus
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.audio import audio_places, refuse_other_place
+from ray_distill.pipeline.stages.domains import check_found_domains
 from ray_distill.pipeline.stages.frame_rates import check_frame_rates
 from ray_distill.pipeline.stages.index import split_table
 from ray_distill.pipeline.stages.run import TeacherRun
@@ -71,6 +72,7 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     else:
         found = find_audio(corpus.path.absolute(), corpus.train_splits, corpus.validation_splits, format=corpus.format)
         described, splits = f"{corpus.path.absolute()}: {_listed(count_files(found))}", tuple(found.splits)
+        check_found_domains(config, found.entries)
     named = Run(config, Console(quiet=True))
     headers = [load_header(part.checkpoint) for part in named.parts]
     run = named.sibling(config, Console(quiet=True), headers)

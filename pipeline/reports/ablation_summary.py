@@ -10,6 +10,7 @@ import numpy as np
 
 from ray_distill.pipeline.ablation.common_goals import absent_teachers, share_targets
 from ray_distill.pipeline.ablation.definition import Ablation
+from ray_distill.pipeline.composition.suggestions import enumerated
 from ray_distill.pipeline.config import Config
 from ray_distill.pipeline.probing.probe_record import distinct_titles
 from ray_distill.pipeline.reports.ablation_results import RunResult
@@ -195,7 +196,7 @@ def layer_range(layers: Sequence[str]) -> str:
         listed = f"{numbers[0]}-{numbers[-1]}" if contiguous else ", ".join(map(str, numbers))
         text = f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {listed}"
         ranges.append(f"{teacher} {text}".lstrip())
-    return " and ".join(ranges)
+    return enumerated(ranges)
 
 
 def _cosine_metric(layers: Sequence[str]) -> Metric:

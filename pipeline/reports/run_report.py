@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_distill.pipeline.composition.suggestions import enumerated
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.probing.probe_record import distinct_titles, read_probes
 from ray_distill.pipeline.probing.task import NO_LABEL, SILENCE
@@ -107,7 +108,8 @@ def _warnings(summary: Mapping[str, Any], metrics: Rows) -> list[str]:
         )
     elif some := summary.get("random_teachers"):
         found.append(
-            f"The teacher {' and '.join(some)} has seeded random weights, so what the student learns from it means nothing."
+            f"{enumerated(some)} {'has' if len({*some}) == 1 else 'have'} seeded random weights, so what the student learns from "
+            f"{'it' if len({*some}) == 1 else 'them'} means nothing."
         )
     train, result = rows_of_kind(metrics, "train"), summary["training"]
     last = train[-1]["step"] if train else 0

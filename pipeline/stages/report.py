@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ray_distill.pipeline.composition.suggestions import enumerated
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.probing.task import PHONES_FILE, read_task
@@ -73,7 +74,7 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
         "utterances": len(run.utterances),
         "skipped_files": len(run.corpus.skipped) - run.corpus.num_unused,
         "failed_utterances": None if size is None else sum(map(len, failed)),
-        "teacher": " and ".join(part.teacher.name for part in run.parts),
+        "teacher": enumerated(part.teacher.name for part in run.parts),
         "teacher_source": run.checkpoint,
         "teacher_is_random": run.teacher_is_random,
         "random_teachers": [part.teacher.name for part in run.parts if part.teacher_is_random],
@@ -276,7 +277,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     trained = summary["training"]
     table = Table(show_header=False, title=f"run {summary['name']}")
     some = summary.get("random_teachers")  # Missing in summaries of earlier versions.
-    random = f" (RANDOM weights: {' and '.join(some)})" if some else ""
+    random = f" (RANDOM weights: {enumerated(some)})" if some else ""
     if summary["teacher_is_random"]:
         random = " (RANDOM weights: features are meaningless)"
     table.add_row(

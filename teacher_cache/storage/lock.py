@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
@@ -87,17 +88,34 @@ def _locked_error(store: Store, content: bytes) -> CacheError:
 def _file_lock(store: Store) -> Iterator[Callable[[], None]]:
     assert store.local is not None
     path = store.local / _LOCK_FILE
-    with os.fdopen(open_lock_file(path), "a+b", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _locked_error(store, _wait_for_identity(path)) from None
+    is_new = not store.local.exists()
+    with _locked_file(store, path) as file:
         file.truncate(0)
         file.write(json.dumps(_identity()).encode())
         try:
             yield lambda: None
+        except BaseException:
+            if is_new and [entry.name for entry in store.local.iterdir()] == [_LOCK_FILE]:
+                with suppress(OSError):  # Another process has begun to write there.
+                    path.unlink()
+                    store.local.rmdir()  # Nothing was written, so no cache is there.
+            raise
         finally:
             file.truncate(0)
+
+
+@contextmanager
+def _locked_file(store: Store, path: Path) -> Iterator[FileIO]:
+    """Open the lock file and lock it. Its last holder may have removed it between the two; then the next one is tried."""
+    while True:
+        with os.fdopen(open_lock_file(path), "a+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _locked_error(store, _wait_for_identity(path)) from None
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                yield file
+                return
 
 
 def _wait_for_identity(path: Path) -> bytes:

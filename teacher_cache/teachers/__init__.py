@@ -155,9 +155,10 @@ def resolve_teacher(spec: str) -> str:
 
 
 def open_folder(path: Path) -> HuggingFaceFolder:
-    """Return the Hugging Face folder at a path. The folder of a run stands for its exported student."""
+    """Return the Hugging Face folder at a path. The folder of a run stands for its exported student, which has the run's name."""
     run = not (path / "config.json").exists() and (path / "export" / "config.json").is_file()
-    return HuggingFaceFolder(path / "export", path.name) if run else HuggingFaceFolder(path)
+    folder = path / "export" if run else path
+    return HuggingFaceFolder(folder, folder.parent.name if folder.name == "export" else None)
 
 
 def check_supported(folder: HuggingFaceFolder) -> None:

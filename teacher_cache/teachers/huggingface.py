@@ -50,7 +50,7 @@ def load_huggingface(folder: HuggingFaceFolder, device: str | torch.device) -> W
     """Load a pre-trained model of a type in MODEL_TYPES.
 
     Args:
-        folder: Hugging Face folder. ``preprocessor_config.json``, if present, says whether waveforms are normalised.
+        folder: Hugging Face folder. Its feature extractor's settings, if present, say whether waveforms are normalised.
         device: Device on which the teacher computes.
 
     Raises:
@@ -140,10 +140,12 @@ def _weights(folder: HuggingFaceFolder) -> tuple[dict[str, Tensor], Tensor | Non
         if key == "masked_spec_embed":
             mask_embedding = value
         elif _TASK_WEIGHTS.match(key):
+            extractor = folder.preprocessor_file
             raise TeacherError(
                 f"{folder.name} is a fine-tuned model, since it has the weight {full_key!r} of a task's head; use the pre-trained "
                 "model that it was made from, or drop the head with "
                 f"transformers.AutoModel.from_pretrained({str(folder.path)!r}).save_pretrained(NEW_FOLDER)"
+                f"{f' and copy {extractor} to NEW_FOLDER, which says how audio is normalised' if extractor else ''}"
             )
         elif not _PRETRAINING_WEIGHTS.match(key):
             weights[_torchaudio_name(key)] = value

@@ -1,4 +1,4 @@
-"""A Hugging Face folder (config.json, weights, preprocessor_config.json), read without transformers."""
+"""A Hugging Face folder (config.json, weights, settings of the feature extractor), read without transformers."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -19,6 +19,9 @@ STUDENT = "distilled_student"
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Files that may have the weights; the first that exists is read, or its shards."""
+
+EXTRACTOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
+"""Files that may have the settings of the feature extractor, such as whether waveforms are normalised."""
 
 
 class HuggingFaceFolder:
@@ -51,19 +54,34 @@ class HuggingFaceFolder:
         return str(self.config.get("model_type", STUDENT if ours else None))
 
     @cached_property
+    def preprocessor_file(self) -> str | None:
+        """Name of the file that has the settings of the feature extractor, or None if there is none.
+
+        Processors of transformers 5 are saved in one file with their feature extractor, which counts first, as in transformers.
+        """
+        if isinstance(self._json_if_there(PROCESSOR_FILE).get("feature_extractor"), dict):
+            return PROCESSOR_FILE
+        return EXTRACTOR_FILE if (self.path / EXTRACTOR_FILE).exists() else None
+
+    @cached_property
     def preprocessor(self) -> dict[str, Any] | None:
-        """Content of preprocessor_config.json, or None if there is no such file. Its sampling rate must be 16 kHz, or MERT's own."""
-        path = self.path / "preprocessor_config.json"
-        if not path.exists():
+        """Settings of the feature extractor, or None if no file has them. Its sampling rate must be 16 kHz, or MERT's own."""
+        if self.preprocessor_file is None:
             return None
-        content = _read_json(path)
+        content: dict[str, Any] = self._json_if_there(self.preprocessor_file)
+        if self.preprocessor_file == PROCESSOR_FILE:
+            content = content["feature_extractor"]
         expected = self.config.get("sample_rate", SAMPLE_RATE)  # Only MERT has it, and `huggingface` checks it.
         if (rate := content.get("sampling_rate", SAMPLE_RATE)) != expected:
             raise TeacherError(
-                f"{path} has sampling_rate = {rate!r}, but teachers must take {expected} Hz; use a model that was trained on "
-                "such audio"
+                f"{self.path / self.preprocessor_file} has sampling_rate = {rate!r}, but teachers must take {expected} Hz; use a "
+                "model that was trained on such audio"
             )
         return content
+
+    def _json_if_there(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        return _read_json(path) if path.exists() else {}
 
     @property
     def size(self) -> tuple[int | None, int | None]:

@@ -64,6 +64,7 @@ def test_a_wrong_name_lists_the_recipes_nearest_first(name: str, folder: str | N
     ("arguments", "shown"),
     [
         (["ablate", "--config", "ablations/smoke", "--list"], "variant"),
+        (["ablate", "ablations/smoke", "--list", "corpus=elsewhere"], "variant"),
         (["plan-cluster", "--cluster", "clusters/this-machine", "--hours", "1"], "Measured"),
         (["profile", "demo", "--seconds", "1"], "builtin:phone-hubert"),
     ],

@@ -116,8 +116,11 @@ def test_domains_without_a_weight_are_refused_in_the_index_stage(
     manifest: Callable[..., Path], config: Callable[..., Config]
 ) -> None:
     manifest("speech", "audio", "music")
-    with pytest.raises(ConfigError, match="^teachers.a.weight: 4 of 12 utterances, such as .*, have the domain music,"):
+    message = "^teachers.a.weight: 4 of 12 utterances, such as .*, have the domain music,"
+    with pytest.raises(ConfigError, match=message):
         begin(config())
+    with pytest.raises(ConfigError, match=message):  # A dry run knows it too.
+        plan_run(config(), list(STAGES))
     begin(config(1.0, {"speech": 1, "audio": 0.5, "music": 0}))
     manifest()
     begin(config(1.0, 2.0))

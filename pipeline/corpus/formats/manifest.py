@@ -148,7 +148,7 @@ def _check(columns: Columns, times: dict[str, pa.DoubleArray], path: Path) -> No
         if seconds is not None:
             wrong |= np.isnan(seconds) & pc.not_equal(columns[name], "").to_numpy(zero_copy_only=False)
     if end is not None:
-        wrong |= end <= (0 if start is None else np.nan_to_num(start))
+        wrong |= end < (0 if start is None else np.nan_to_num(start))
     if "channel" in columns:
         wrong |= ~pc.match_substring_regex(columns["channel"], _PLAIN_CHANNEL).to_numpy(zero_copy_only=False)
     for row in np.flatnonzero(wrong).tolist():

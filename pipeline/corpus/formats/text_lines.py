@@ -117,8 +117,8 @@ def seconds_of(value: object, what: str) -> float | None:
 
 
 def check_piece(start: float | None, end: float | None, place: str) -> None:
-    """Raise ValueError if a piece ends before it starts, or is empty."""
-    if end is not None and end <= (start or 0):
+    """Raise ValueError if a piece ends before it starts. An empty piece passes: decoding lists it as skipped."""
+    if end is not None and end < (start or 0):
         raise ValueError(f"{place} has a piece from {start or 0:g} s to {end:g} s; its end must come after its start")
 
 

@@ -35,12 +35,18 @@ def _shards(path: Path) -> list[Path]:
 
 @dataclass
 class _Sample:
-    """The members of a key in a tar file."""
+    """The members of a key in a tar file. ``labels`` has the labels by what is between the key and the last suffix, mostly nothing."""
 
     shard: Path
     key: str
     audio: AudioAddress | None = None
-    texts: dict[str, str] = field(default_factory=dict)
+    middle: str = ""
+    labels: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The labels of the audio: those with all of its name (``1.x.txt`` for ``1.x.wav``), or else with its key (``1.txt``)."""
+        return self.labels.get("", {}) | self.labels.get(self.middle, {})
 
 
 def find(path: Path, search: Search) -> list[FoundFile]:
@@ -48,7 +54,7 @@ def find(path: Path, search: Search) -> list[FoundFile]:
 
     The key of a member is its path up to the first dot of its name. The id is the key or, if one occurs twice, the tar file's name
     and the key. ``KEY.txt`` is the transcript; ``KEY.json`` may have ``text`` (or ``transcript``) and ``speaker`` (or
-    ``speaker_id``), which count first. The split is a word in the tar file's name or folder. Members are never extracted: audio is
+    ``speaker_id``), which count first. A second audio of a key is listed. The split is a word in the tar file's name or folder. Members are never extracted: audio is
     read from its place in the tar file. Links in it are not followed but listed, as is audio in other formats.
 
     Raises:
@@ -92,14 +98,16 @@ def _split(shard: Path, path: Path, wanted: list[str]) -> str | None:
 
 def _samples(shard: Path, search: Search) -> list[_Sample]:
     samples: dict[str, _Sample] = {}
+    seen: set[str] = set()
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
                 stem, _, suffix = name.name.partition(".")
-                suffix = f".{suffix.lower()}"
-                is_audio = suffix.endswith(SUFFIXES)
-                if suffix.endswith(UNSUPPORTED) or (is_audio and not _is_plain(member)):
+                middle, _, last = suffix.lower().rpartition(".")
+                suffix = f".{last}"
+                is_audio = suffix in SUFFIXES
+                if suffix in UNSUPPORTED or (is_audio and not _is_plain(member)):
                     reason = "it is a link" if is_audio else f"libsndfile doesn't read {suffix} files"
                     message = f"{member.name[:200]} in {shard} can't be used, since {reason}"
                     search.skipped.append(Skipped(shard, "unsupported_format", message))
@@ -108,12 +116,22 @@ def _samples(shard: Path, search: Search) -> list[_Sample]:
                     continue
                 key = (name.parent / stem).as_posix()
                 sample = samples.setdefault(key, _Sample(shard, key))
-                if is_audio:
+                if is_audio and sample.audio is not None:
+                    message = (
+                        f"{member.name[:200]} is the second audio of the key {key[:200]!r} in {shard}, of which the first is used; a "
+                        "key ends at the first dot of a name and must be unique in its tar file"
+                    )
+                    search.skipped.append(Skipped(shard, "duplicate_id", message))
+                elif is_audio:
+                    sample.middle = middle
                     sample.audio = AudioAddress(
                         str(shard), offset=member.offset_data, size=member.size, name=member.name[:200]
                     )
-                elif suffix in (".txt", ".json") and member.size <= _MAX_TEXT and (opened := tar.extractfile(member)):
-                    sample.texts |= dict(_labels(suffix, opened.read(), sample.texts))
+                elif member.name not in seen and suffix in (".txt", ".json") and member.size <= _MAX_TEXT:
+                    seen.add(member.name)
+                    if opened := tar.extractfile(member):
+                        labels = sample.labels.setdefault(middle, {})
+                        labels |= dict(_labels(suffix, opened.read(), labels))
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"{shard} can't be read as a tar file ({error})") from error
     return list(samples.values())

@@ -9,10 +9,15 @@ from torch import Tensor
 
 from ray_distill.teacher_cache.teachers.hub.hub_errors import hub_errors
 from ray_distill.teacher_cache.teachers.hub.hub_name import HubName
-from ray_distill.teacher_cache.teachers.huggingface_folder import WEIGHT_FILES, HuggingFaceFolder
+from ray_distill.teacher_cache.teachers.huggingface_folder import (
+    EXTRACTOR_FILE,
+    PROCESSOR_FILE,
+    WEIGHT_FILES,
+    HuggingFaceFolder,
+)
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 
-_DESCRIPTIONS = ["config.json", "preprocessor_config.json", *(f"{name}.index.json" for name in WEIGHT_FILES)]
+_DESCRIPTIONS = ["config.json", EXTRACTOR_FILE, PROCESSOR_FILE, *(f"{name}.index.json" for name in WEIGHT_FILES)]
 _SPECIAL = re.compile(r"([*?[])")
 """Characters with a meaning in the library's patterns of file names."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -162,11 +167,11 @@ def open_hub_model(name: HubName) -> HubModel:
         except CachedRepoTreeNotFoundError:
             listed = None
     model = HubModel(commit, folder, listed)
-    if listed is None and not (folder / _DESCRIPTIONS[1]).is_file():
+    if listed is None and model.description.preprocessor_file is None:
         # Without a network, it is unknown whether the model has this file, which decides how waveforms are normalised.
-        known = try_to_load_from_cache(name.repository, _DESCRIPTIONS[1], revision=commit.revision)
+        known = try_to_load_from_cache(name.repository, EXTRACTOR_FILE, revision=commit.revision)
         if known is None:
-            raise model.incomplete(_DESCRIPTIONS[1])
+            raise model.incomplete(EXTRACTOR_FILE)
     if "config.json" not in model._present():
         raise TeacherError(
             f"{model.label} has no config.json, so it is not a model of transformers; name another model"

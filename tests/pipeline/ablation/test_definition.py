@@ -124,12 +124,24 @@ def test_what_can_not_be_is_refused_with_its_key(tmp_path: Path, changes: dict[s
         ("masks.draws=3", "masks.draws: is varied by the ablation"),
         ("masks={draws: 3}", "masks: is a section"),
         ("train.seed=3", "train.seed: can't be set here; give the seeds of all variants as `seeds`"),
-        ("name=a/b", "name: String should match pattern"),
+        ("name=a/b", "name: 'a/b' can't be a name; use letters from a to z, digits, '.', '_' and '-'"),
     ],
 )
 def test_overrides_that_would_do_nothing_are_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_ablation(write(tmp_path), [override])
+
+
+def test_short_keys_mean_what_they_mean_for_a_run(tmp_path: Path) -> None:
+    path = write(tmp_path, base="armhubert-s-100", variants={"a": {}, "b": {"masks.draws": 1}})
+    ablation = load_ablation(path, ["corpus=/data/speech", "teacher=/models/x.pt"])
+    assert str(ablation.needs.corpus.path) == "/data/speech" and ablation.needs.teacher.checkpoint == "/models/x.pt"
+    assert ablation.needs.cache.path == "caches/x-speech-train-clean-100"
+    assert ["the cache is caches/x-speech" in note for note in ablation.notes] == [True]
+    named = load_ablation(path, ["corpus=/data/speech", "cache=/data/c"])
+    assert {run.config.cache.path for run in named.runs} == {"/data/c"} and not named.notes
+    with pytest.raises(ConfigError, match=r"corpus: is a section; name one of its keys, as in corpus\.path"):
+        load_ablation(path, ["corpus={path: x}"])
 
 
 def test_another_name_is_another_folder(tmp_path: Path) -> None:
@@ -149,6 +161,26 @@ def test_the_documented_example_is_sound(tmp_path: Path) -> None:
     assert definition.__doc__ is not None
     brief = yaml.safe_load(definition.__doc__.partition("\n\n")[2])
     assert brief == {key: value for key, value in yaml.safe_load(example).items() if key != "question"}
+
+
+def test_shipped_grids_of_several_teachers_take_another_corpus_and_other_widths() -> None:
+    folder = REPOSITORY / "configs/ablations"
+    probe = ProbeSection(manifest=Path("labels.csv"))
+    targets = load_ablation(folder / "targets.yaml", ["corpus=/data/speech"], probe)
+    corpus = "speech-train-clean-100-train-clean-360-train-other-500"
+    assert [part.cache.path for part in targets.needs.parts] == [
+        f"caches/{name}_base{more}"
+        for name, more in (
+            ("hubert", f"_ls960-{corpus}"),
+            ("hubert", f"_ls960-{corpus}-mvq-16"),
+            ("hubert", f"_ls960-{corpus}-mvq-16"),
+            ("hubert", f"_ls960-{corpus}-units-500"),
+            ("wavlm", f"-{corpus}"),
+            ("wavlm", f"-{corpus}-units-500"),
+        )
+    ]
+    narrow = load_ablation(folder / "aggregate.yaml", ["student.target_dim=48"], probe)
+    assert {run.config.student["target_dim"] for run in narrow.runs} == {48}
 
 
 def test_shipped_ablations_are_sound() -> None:

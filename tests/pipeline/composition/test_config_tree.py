@@ -49,6 +49,30 @@ def test_wrong_bases_are_refused(tmp_path: Path) -> None:
         load_config(write(tmp_path, "d.yaml", "base: 3\n"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"a\.yaml is empty, but must contain sections, such as corpus: and teacher:"),
+        (b"- a\n", r"a\.yaml is a list, but must contain sections"),
+        (b"base: demo\ntrain:\n\tmax_steps: 3\n", r"at line 3, .*; indent with spaces, not with tabs"),
+        (b"\xff\xfen", r"a\.yaml is not UTF-8 \(invalid start byte at byte 0\); save it as UTF-8"),
+        (b"base: demo\nname: \"\xc3\xbcber\"\n", "name: 'über' can't be a name; use letters from a to z, digits, '.', '_' and"),
+    ],
+)
+def test_files_that_are_no_configuration_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_a_key_that_is_given_twice_is_said() -> None:
+    assert compose(DEMO, ["train.max_steps=3", "train.max_steps=4"]).notes == [
+        "train.max_steps is given twice, and the last value counts: 4"
+    ]
+    twice = compose(DEMO, ["teacher=random:2x32", "teacher.checkpoint=random:2x48"])
+    assert "teacher.checkpoint is given twice, and the last value counts: random:2x48" in twice.notes
+
+
 def test_short_keys_set_their_long_keys(tmp_path: Path) -> None:
     config = load_config(DEMO, ["teacher=random:2x32", "corpus=/data/x", "cache=/data/c"])
     assert config == load_config(DEMO, ["teacher.checkpoint=random:2x32", "corpus.path=/data/x", "cache.path=/data/c"])
@@ -76,6 +100,22 @@ def test_another_teacher_or_corpus_gets_a_cache_of_its_own() -> None:
     )
     for kept in (["teacher.checkpoint=x.pt"], ["teacher=x.pt", "cache.path=caches/hubert-base-train-clean-100"]):
         assert load_config(recipe, kept).cache.path == "caches/hubert-base-train-clean-100"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "name"),
+    [
+        ("runs/first/export", "first"),
+        ("runs/first/export/", "first"),
+        ("runs/first", "first"),
+        ("runs/first/checkpoints/step-000100", "first-step-000100"),
+        ("layer-norm:/models/whisper-small", "layer-norm-whisper-small"),
+        ("mean-mask:layer-norm:runs/first/export", "mean-mask-layer-norm-first"),
+        ("export", "export"),
+    ],
+)
+def test_caches_are_named_after_the_run_of_a_teacher(teacher: str, name: str) -> None:
+    assert load_config(DEMO, [f"teacher={teacher}", "corpus=/data/x"]).cache.path == f"caches/{name}-x"
 
 
 def test_the_recipes_splits_stay_where_the_corpus_has_them(tmp_path: Path) -> None:

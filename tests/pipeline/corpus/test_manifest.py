@@ -63,7 +63,7 @@ def test_names_of_columns(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("path,start,duration\na.wav,0,1\na.wav,1,2\n", "the column 'duration', but pieces of files are given by"),
-        ("path,start,end\na.wav,0,1\na.wav,2,2\n", "row 2 of the manifest .*m.csv has a piece from 2 s to 2 s; its end must"),
+        ("path,start,end\na.wav,0,1\na.wav,2,1\n", "row 2 of the manifest .*m.csv has a piece from 2 s to 1 s; its end must"),
         ("path,start\na.wav,nan\n", "the start in row 1 of .* is 'nan'; give seconds"),
         ("path,channel\na.wav,left\n", "the channel in row 1 of .* is 'left'; give a number, counted from 0, or mix"),
         ("path,offset_seconds\na.wav,0\n", "the column 'offset_seconds'"),

@@ -105,6 +105,15 @@ def test_an_interrupted_derivation_continues(tmp_path: Path, make_cache: Make, m
         derive_cache(tmp_path / "source", tmp_path / "none", "mvq:0", [1])
 
 
+def test_a_failed_derivation_leaves_no_folder(tmp_path: Path, make_cache: Make) -> None:
+    make_cache(tmp_path / "source", codec="fp16")
+    (tmp_path / "mine").mkdir()
+    for name in ("new", "mine"):
+        with pytest.raises(CacheError, match="the codec could not be fitted"):
+            derive_cache(tmp_path / "source", tmp_path / name, "units:60000", [2])
+    assert not (tmp_path / "new").exists() and (tmp_path / "mine").is_dir()
+
+
 def test_a_cache_without_clean_pass_is_refused(tmp_path: Path, make_cache: Make) -> None:
     make_cache(tmp_path / "source", targets="composite_only")
     with pytest.raises(CacheError, match="has no clean pass of the training split"):

@@ -37,6 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     index = {"weight_map": {key: name for name, keys in parts.items() for key in keys}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     (single / "preprocessor_config.json").write_text('{"do_normalize": true, "sampling_rate": 16000}')
+    (sharded / "processor_config.json").write_text('{"feature_extractor": {"do_normalize": true}}')
     for folder in (single, sharded):
         (folder / "pytorch_model.bin").write_bytes(b"not read")
     for folder in (single, pickled, sharded):
@@ -64,7 +65,16 @@ def offline(patch: pytest.MonkeyPatch) -> None:
     [
         ("safetensors", ["config.json", "model.safetensors", "preprocessor_config.json"]),
         ("bin", ["config.json", "pytorch_model.bin"]),
-        ("shards", ["config.json", "model.safetensors.index.json", "part-1.safetensors", "part-2.safetensors"]),
+        (
+            "shards",
+            [
+                "config.json",
+                "model.safetensors.index.json",
+                "part-1.safetensors",
+                "part-2.safetensors",
+                "processor_config.json",
+            ],
+        ),
     ],
 )
 def test_only_what_is_needed_is_downloaded_once(

@@ -244,7 +244,17 @@ def test_huggingface_folder_is_the_same_teacher(
     assert teacher.fingerprint == reference.fingerprint
     assert teacher.has_mask_embedding
     (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
-    assert load_teacher(str(tmp_path / "hf")).fingerprint != reference.fingerprint
+    normalised = load_teacher(str(tmp_path / "hf")).fingerprint
+    assert normalised != reference.fingerprint
+    # transformers 5 saves the feature extractor of a processor in the processor's file, and reads that one first.
+    nested = tmp_path / "hf" / "processor_config.json"
+    nested.write_text(json.dumps({"feature_extractor": {"do_normalize": False, "sampling_rate": 16000}}))
+    assert load_teacher(str(tmp_path / "hf")).fingerprint == reference.fingerprint
+    nested.write_text(json.dumps({"feature_extractor": {"do_normalize": False, "sampling_rate": 8000}}))
+    with pytest.raises(TeacherError, match="processor_config.json has sampling_rate = 8000"):
+        load_teacher(str(tmp_path / "hf"))
+    nested.write_text(json.dumps({"processor_class": "Wav2Vec2Processor"}))  # as transformers 4 wrote it
+    assert load_teacher(str(tmp_path / "hf")).fingerprint == normalised
 
 
 def test_huggingface_errors(tmp_path: Path) -> None:
@@ -301,6 +311,10 @@ def test_huggingface_errors(tmp_path: Path) -> None:
         save_file(weights | {name: value}, folder / "model.safetensors")
         with pytest.raises(TeacherError, match=message):
             load_teacher(str(folder))
+    save_file(weights | {"lm_head.bias": torch.zeros(3)}, folder / "model.safetensors")
+    (folder / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(TeacherError, match=r"and copy preprocessor_config\.json to NEW_FOLDER"):
+        load_teacher(str(folder))
     (folder / "model.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(TeacherError, match="not a readable safetensors"):
         load_teacher(str(folder))

@@ -20,6 +20,9 @@ from ray_distill.pipeline.corpus.formats.text_lines import (
 )
 from ray_distill.pipeline.corpus.found import FoundFile, Search
 
+_TOLERANCE = 0.1
+"""Seconds by which a supervision may begin before its cut or end after it, such as by rounding or a trimmed pause."""
+
 
 def _kind(file: Path) -> str:
     """Return ``recordings``, ``supervisions`` or ``cuts``; empty if a file is something else."""
@@ -197,11 +200,26 @@ def cut_piece(record: dict[str, Any], recording: Recording, supervisions: Any, p
     if isinstance(channel, list):
         channel = channel[0] if len(channel) == 1 else None
     speakers = {text_of(supervision.get("speaker")) for supervision in supervisions}
-    text = " ".join(filter(None, (text_of(supervision.get("text")) for supervision in supervisions)))
+    whole = all(_inside(supervision, record, duration) for supervision in supervisions)
+    texts = (text_of(supervision.get("text")) for supervision in supervisions) if whole else ()
+    text = " ".join(filter(None, texts))
     only = channel if isinstance(channel, int) and len(recording.channels) > 1 else None
     speaker = speakers.pop() if len(speakers) == 1 else ""
     # Lhotse rounds times to 8 decimals, and the sum of two is rounded too.
     return Piece(_id(record, place), recording, start, round(start + duration, 8), only, speaker, text, place)
+
+
+def _inside(supervision: dict[str, Any], cut: dict[str, Any], duration: float) -> bool:
+    """Return whether a supervision is within a cut of some seconds. Its text otherwise says more than is heard there.
+
+    The times of a supervision count from the start of the cut, as Lhotse's windows of cuts have them.
+    """
+    if supervision is cut:
+        return True
+    start, length = supervision.get("start"), supervision.get("duration")
+    if not isinstance(start, (int, float)) or not isinstance(length, (int, float)):
+        return True
+    return start >= -_TOLERANCE and start + length <= duration + _TOLERANCE
 
 
 def _id(record: dict[str, Any], place: str) -> str:

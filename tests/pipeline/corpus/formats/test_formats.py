@@ -81,7 +81,6 @@ def test_nemo(tmp_path: Path, write_audio: Writer) -> None:
             {"audio_filepath": "a.wav", "offset": -1, "duration": 2},
             r"the offset in line 2 of .*x\.json is '-1'; give sec",
         ),
-        ({"audio_filepath": "a.wav", "offset": 1, "duration": 0}, "line 2 of .* has a piece from 1 s to 1 s"),
         ({"audio": "a.wav"}, "line 2 of .* has no audio_filepath"),
         ({"audio_filepath": "a.wav", "shard_id": 0}, "line 2 of .* is a file inside a tar file"),
     ):
@@ -319,6 +318,47 @@ def test_webdataset(tmp_path: Path, write_audio: Writer) -> None:
     refuse(tmp_path / "c", r"train-000002\.tar can't be read as a tar file")
     (tmp_path / "c/train-000002.tar").rename(tmp_path / "c/train-000002.tar.gz")
     refuse(tmp_path / "c", r"train-000002\.tar\.gz is compressed, so its audio can't be read in place")
+
+
+@pytest.mark.parametrize("suffix", ["wav", "mp3"])
+def test_pieces_without_samples_are_listed(tmp_path: Path, write_audio: Writer, suffix: str) -> None:
+    name = write_audio(tmp_path / f"a.{suffix}", 1).name
+    pieces = [("u", 0, 0.4), ("v", 0.4, 0.8), ("w", 0.5, 0.5)]
+    write_text(tmp_path / "k/wav.scp", f"r {tmp_path / name}")
+    write_text(tmp_path / "k/segments", *(f"{id} r {start} {end}" for id, start, end in pieces))
+    write_json(tmp_path / "l/recordings.jsonl", recording("r", str(tmp_path / name)))
+    write_json(
+        tmp_path / "l/supervisions.jsonl",
+        *({"recording_id": "r", "id": id, "start": s, "duration": e - s, "channel": 0} for id, s, e in pieces),
+    )
+    corpora = [
+        write_text(tmp_path / "m.csv", "path,start,end", *(f"{name},{start},{end}" for _, start, end in pieces)),
+        write_json(
+            tmp_path / "n.json", *({"audio_filepath": name, "offset": s, "duration": e - s} for _, s, e in pieces)
+        ),
+        tmp_path / "k",
+        tmp_path / "l",
+    ]
+    for number, path in enumerate(corpora):
+        index = index_corpus(path, output=tmp_path / f"i{number}", validation_fraction=0.5)
+        assert len(index.utterances) == 2 and [skip.reason for skip in index.skipped] == ["empty"], path
+
+
+def test_webdataset_lists_a_second_audio_of_a_key(tmp_path: Path, write_audio: Writer) -> None:
+    data = [write_audio(tmp_path / f"{n}.wav", 0.3 + 0.1 * n).read_bytes() for n in range(3)]
+    members = {"a.1.wav": data[0], "a.2.txt": b"other", "a.1.txt": b"mine", "a.2.wav": data[1], "b.wav": data[2]}
+    shard = write_tar(tmp_path / "c/train.tar", members)
+    with tarfile.open(shard, "a") as tar:  # As `tar -r` appends a file once more.
+        info = tarfile.TarInfo("b.wav")
+        info.size = len(data[0])
+        tar.addfile(info, io.BytesIO(data[0]))
+    found = find_audio(tmp_path / "c", None, None)
+    assert [(entry.id, entry.text) for entry in found.entries] == [("a", "mine"), ("b", "")]
+    assert [skip.reason for skip in found.skipped] == ["duplicate_id"] * 2
+    assert [skip.message.split(" in ")[0] for skip in found.skipped] == [
+        "a.2.wav is the second audio of the key 'a'",
+        "b.wav is the second audio of the key 'b'",
+    ]
 
 
 def test_common_voice(tmp_path: Path, write_audio: Writer) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_distill.pipeline.corpus.index import index_corpus
+from ray_distill.pipeline.corpus.index import find_audio, index_corpus
 from ray_distill.pipeline.corpus.labels import Label, read_labels
 from ray_distill.teacher_cache.audio import load_identified_audio
 
@@ -67,6 +67,17 @@ def test_lhotse(tmp_path: Path, files: dict[str, Path], kind: str) -> None:
             recordings.to_file(folder / f"toy_recordings_{split}.jsonl.gz")
             supervisions.to_file(folder / f"toy_supervisions_{split}.jsonl.gz")
     check(folder, tmp_path, "lhotse", files)
+
+
+def test_windows_of_lhotse_have_no_transcript_of_more_than_they_hold(tmp_path: Path, files: dict[str, Path]) -> None:
+    lhotse = pytest.importorskip("lhotse")
+    recordings = lhotse.RecordingSet.from_recordings([lhotse.Recording.from_file(files["u5"])])  # 1 s
+    segments = [lhotse.SupervisionSegment(f"s{n}", "u5", 0.5 * n, 0.5, text=f"half {n}") for n in range(2)]
+    whole = lhotse.CutSet.from_manifests(recordings, lhotse.SupervisionSet.from_segments(segments))
+    (tmp_path / "corpus").mkdir()
+    for length, expected in ((0.5, ["half 0", "half 1"]), (0.25, ["", "", "", ""])):
+        whole.cut_into_windows(length).to_file(tmp_path / "corpus/cuts.jsonl.gz")
+        assert [entry.text for entry in find_audio(tmp_path / "corpus", None, None).entries] == expected
 
 
 def test_lhotse_shar(tmp_path: Path, files: dict[str, Path]) -> None:

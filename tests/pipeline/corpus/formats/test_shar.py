@@ -24,8 +24,8 @@ def cut(name: str, duration: float = 0.5, **more: Any) -> dict[str, Any]:
     supervision = {
         "id": name,
         "recording_id": name,
-        "start": -0.2,
-        "duration": 1.0,
+        "start": -0.05,  # A little more than the cut, as trimming leaves it.
+        "duration": duration + 0.1,
         "text": f"text {name}",
         "speaker": "s",
     }

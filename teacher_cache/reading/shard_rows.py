@@ -59,7 +59,9 @@ class ShardRows:
     ) -> None:
         self.cache = cache
         self.bytes_read = 0
-        self._counting = threading.Lock()  # A reader's threads read side by side, and `+=` alone would lose some of them.
+        self._counting = (
+            threading.Lock()
+        )  # A reader's threads read side by side, and `+=` alone would lose some of them.
         self._parts, self._bytes_per_frame = parts, bytes_per_frame
         planned = SplitRows.of(cache, split)
         self._commits = CommitTable(cache, planned, split, parts)

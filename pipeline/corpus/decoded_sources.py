@@ -193,7 +193,8 @@ class DecodedSources:
         positions = self._order[places]
         chosen = (self._sorted[places] == keys) & ~self.found[positions]
         if not fresh:
-            failed = pc.not_equal(rows["reason"], "").to_numpy() & self._unstamped[positions]
+            # The positions of keys of other sources mean nothing.
+            failed = chosen & pc.not_equal(rows["reason"], "").to_numpy() & self._unstamped[positions]
             chosen &= ~np.isin(positions, positions[failed])
         self.found[positions[chosen]] = True
         self._tables.append(rows.filter(pa.array(chosen)))

@@ -123,7 +123,7 @@ class Models:
             ServiceError: ``model_not_found`` if no such model is loaded.
         """
         if name is None:
-            return next(iter(self._models.values()))
+            return next(iter(self))  # A copy, since another thread may load a model meanwhile.
         plain, _, revision = name.partition("@")
         found = self._models.get(plain)
         if found is None or revision not in ("", found.revision):
@@ -178,7 +178,7 @@ class Models:
 
     def close(self) -> None:
         """Complete the queues of all models and stop their threads."""
-        for model in self._models.values():
+        for model in self:  # A copy, since a request may still be loading a model.
             model.engine.close()
 
 

@@ -148,6 +148,17 @@ def test_remote_failures_are_tried_again(tmp_path: Path) -> None:
     assert [entry for _, entry in local.unknown] == entries == [local.unknown[n][1] for n in range(2)]
 
 
+def test_failures_of_other_remote_sources_take_no_result_away(tmp_path: Path) -> None:
+    (entry,) = entries = [FoundFile("a", Path("https:/host/a"), None)]
+    known = DecodedSources(FoundFiles.of(entries), np.array([[-1, 0]]), "", tmp_path)
+    ((key, _),) = known.unknown
+    rows = rows_of(key, Decoded([Utterance("a", "https://host/a", 16_000, "train", "")]))
+    for other in (bytes(16), b"\xff" * 16):  # Before and after it in the order of keys.
+        rows += rows_of(other, Decoded([Skipped(entry.path, "undecodable", "no")]))
+    known.add(table_of(rows))
+    assert len(known.unknown) == 0 and known.results()[0]["id"].to_pylist() == ["a"]
+
+
 def test_few_sources_wait_for_a_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(decoding_work.os, "cpu_count", lambda: 2)
     taken = 0

@@ -8,7 +8,7 @@ import pytest
 
 from ray_distill.serve.api.errors import ServiceError
 from ray_distill.serve.inference.cost_estimate import CostEstimate
-from ray_distill.serve.inference.schedule import Job, Schedule
+from ray_distill.serve.inference.schedule import Job, Schedule, overloaded
 from ray_distill.serve.settings import BatchLimits
 
 LAYERS = 12
@@ -130,6 +130,92 @@ def test_a_request_that_would_wait_too_long_is_refused_with_the_time_of_the_wait
     with pytest.raises(ServiceError) as hopeless:
         schedule.admit([60 * 16_000], None, 5.0)
     assert hopeless.value.error_type == "deadline"
+
+
+def test_a_tenth_of_the_time_is_left_for_errors_unless_the_model_is_idle() -> None:
+    busy = fixed_schedule(Clock())
+    add(busy, 20)  # 2 s of work.
+    with pytest.raises(ServiceError) as refused:
+        busy.admit([70 * 16_000], None, 9.9)  # 2 s and 7 s are more than 90 % of it.
+    assert refused.value.error_type == "overloaded"
+    assert busy.admit([70 * 16_000], None, 10.1)
+    assert fixed_schedule(Clock()).admit([95 * 16_000], None, 10.0), "an idle model takes what may be in time"
+
+
+def test_the_time_of_decoding_counts_as_waiting() -> None:
+    schedule = fixed_schedule(Clock())
+    assert schedule.admit([16_000], None, 10.0, delay=7.9)
+    with pytest.raises(ServiceError) as refused:
+        schedule.admit([16_000], None, 10.0, delay=8.1)
+    assert refused.value.headers == {"retry-after": "9"}
+
+
+def test_an_old_measurement_alone_refuses_and_drops_nothing() -> None:
+    clock = Clock()
+    schedule = fixed_schedule(clock)
+    schedule.finish([job(10)], 10.0)
+    assert schedule.expected_wait() == 0
+    with pytest.raises(ServiceError):
+        schedule.admit([160_000], None, 5.0)
+    clock.now = 3000.0
+    waiting = add(schedule, 10, clock.now + 5.0)
+    assert schedule.take_late() == [] and schedule.waiting == [waiting]
+    clock.now += 2.6  # A quarter of the ten seconds that were measured is more than what is left.
+    assert schedule.take_late() == [waiting]
+
+
+def test_a_batch_that_takes_longer_than_expected_may_take_as_much_longer_again() -> None:
+    clock = Clock()
+    schedule = fixed_schedule(clock)
+    add(schedule, 10)
+    batch = schedule.take_batch()
+    for now, wait in ((0.25, 0.75), (1.0, 0.0), (3.0, 2.0)):
+        clock.now = now
+        assert schedule.expected_wait() == pytest.approx(wait)
+    schedule.finish(batch, None)
+    assert schedule.expected_wait() == 0
+
+
+def test_the_oldest_utterance_waits_for_others_only_so_long() -> None:
+    clock = Clock()
+    schedule = fixed_schedule(clock, wait_seconds=0.5)
+    add(schedule, 2)
+    clock.now = 0.25
+    add(schedule, 2)
+    assert schedule.fill_seconds() == pytest.approx(0.25)
+    clock.now = 1.0
+    assert schedule.fill_seconds() == 0
+    clock.now = 0.25
+    add(schedule, 4)
+    assert schedule.fill_seconds() == 0, "8 s are a full batch"
+
+
+def test_each_that_joins_a_batch_takes_time_from_those_that_wait_longer() -> None:
+    schedule = fixed_schedule(Clock())
+    # The second has 0.3 s to spare, so one more of 0.2 s may run before it, but not two.
+    oldest, tight, young, youngest = add(schedule, 2), add(schedule, 20, 2.5 / 0.9), add(schedule, 2), add(schedule, 2)
+    assert schedule.take_batch() == [oldest, young]
+    assert schedule.take_batch() == [tight] and schedule.take_batch() == [youngest]
+
+
+def test_the_queue_has_room_for_so_much_audio_but_an_empty_one_takes_any() -> None:
+    schedule = fixed_schedule(Clock(), queue_seconds=10.0)
+    for seconds in (10, 30):
+        alone = schedule.admit([seconds * 16_000], None)
+        with pytest.raises(ServiceError):
+            schedule.check_room()
+        schedule.release(alone)
+    add(schedule, 6)
+    assert schedule.admit([4 * 16_000, 60 * 16_000], None), "room is needed for the first alone"
+    for refused in (lambda: schedule.check_room(), lambda: schedule.admit([16_000], None)):
+        with pytest.raises(ServiceError) as error:
+            refused()
+        assert error.value.error_type == "overloaded"
+
+
+def test_clients_are_told_to_come_back_within_a_minute() -> None:
+    for wait, told in ((0.0, "1"), (1.2, "2"), (59.5, "60"), (1000.0, "60")):
+        assert overloaded("full", wait).headers == {"retry-after": told}
 
 
 def test_reserved_work_counts_until_it_is_released() -> None:

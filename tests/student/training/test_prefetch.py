@@ -86,6 +86,14 @@ def test_ranks_read_different_utterances_of_the_same_step(settings: Settings) ->
         assert one.step_frames == other.step_frames
 
 
+def test_batches_that_are_read_side_by_side_keep_their_order(settings: Settings) -> None:
+    reader = Reader()
+    reader.batches_at_once = 3  # type: ignore[attr-defined]
+    options = settings(batch_size=2, max_steps=20)
+    alone = [(micro.step, micro.batch.ids) for micro in feed(Reader(), options)]
+    assert [(micro.step, micro.batch.ids) for micro in feed(reader, options)] == alone and len(alone) == 20
+
+
 def test_no_more_is_read_ahead_than_said(settings: Settings) -> None:
     reader = Reader()
     running = feed(reader, settings(batch_size=2, max_steps=100))

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from ray_distill.student import Student, StudentConfig
-from ray_distill.student.objectives.several_teachers import SeveralDistiller, SeveralLoss, SeveralTeachers
+from ray_distill.student.objectives.several_teachers import LossBalance, SeveralDistiller, SeveralLoss, SeveralTeachers
 from ray_distill.student.objectives.teacher_heads import TeacherHeads
 from ray_distill.student.training.prefetch import TrainingPlan, chosen_shuffle, micro_batches
 from ray_distill.student.training.rank import Rank
@@ -20,7 +21,7 @@ from ray_distill.student.training.target_source import TeacherCache, several_rea
 from ray_distill.student.training.train_settings import SeveralTeacherSettings, TrainSettings
 from ray_distill.student.training.train_state import TrainState
 from ray_distill.student.training.training_loop import train
-from ray_distill.student.training.validation import batch_loss, make_distiller, validate
+from ray_distill.student.training.validation import batch_loss, loss_sizes, make_distiller, validate
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
@@ -28,7 +29,7 @@ from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 from ray_distill.teacher_cache.targets.combined_caches import CombinedCaches
 from ray_distill.teacher_cache.targets.crop import crop_batch
 from ray_distill.teacher_cache.targets.fresh_masks import FreshMasks
-from ray_distill.teacher_cache.targets.several_caches import SeveralCaches
+from ray_distill.teacher_cache.targets.several_caches import SeveralCaches, TeacherTargets
 from ray_distill.teacher_cache.targets.target_batch import CombinedTargets, SeveralTargets
 
 from ...tiny import TEACHER
@@ -136,6 +137,8 @@ def test_the_loss_is_the_sum_of_the_teachers_losses(
         alone = single.read([single.ids.index(name) for name in batch.ids], 0)
         losses.append(batch_loss(make_distiller(student, settings(), single), alone, settings(), 200.0, cosines=True))
     assert found.total.item() == (0.5 * losses[0].total + 2.0 * losses[1].total).item()
+    assert found.hint.item() == (0.5 * losses[0].hint + 2.0 * losses[1].hint).item()
+    assert found.final.item() == (0.5 * losses[0].final + 2.0 * losses[1].final).item()
     assert found.teachers().tolist() == [loss.total.item() for loss in losses]
     assert torch.equal(found.per_layer, torch.cat([loss.per_layer for loss in losses]))
     assert torch.equal(found.agreement(), torch.cat([loss.agreement() for loss in losses], -1))
@@ -209,6 +212,9 @@ def test_a_validation_counts_the_frames_that_a_teacher_has(
     assert part["teacher_loss_b"] > 0 and one.parts[1].total.item() == 0  # type: ignore[attr-defined]
     ratio = part["teacher_loss_b"] / whole["teacher_loss_b"]
     assert ratio == pytest.approx(1, abs=0.2) and ratio != frames.sum() / (frames.sum() - frames[last])
+    validation._rows[:, 1] = -1
+    none = validate(distiller, validation, chosen, Rank())
+    assert none["teacher_loss_b"] == none["layer_b_01"] == 0 and none["loss"] == 0.5 * none["teacher_loss_a"]
 
 
 @pytest.mark.parametrize("balance", ["variance", "uncertainty"])
@@ -246,6 +252,35 @@ def test_balances(
     assert distiller.row_fields() == pytest.approx(
         {"teacher_weight_a": 0.5 * np.exp(-0.3), "teacher_weight_b": 2 * np.exp(0.2)}
     )
+
+
+@pytest.mark.parametrize(("present", "size"), [(True, "0.0"), (False, "nan")])
+def test_targets_without_variance_are_refused(
+    several: Callable[..., SeveralTeacherSettings], present: bool, size: str
+) -> None:
+    """The second teacher's targets are the same everywhere, or there are none."""
+    objective = several(balance="variance").chosen_objective
+    assert isinstance(objective, SeveralTeachers)
+    parts = [
+        SimpleNamespace(targets=values) for values in (torch.arange(128.0).view(1, 2, 2, 32), torch.ones(1, 2, 2, 48))
+    ]
+    batch = SimpleNamespace(
+        num_frames=torch.tensor([2]), present=torch.tensor([[True, present]]), of_teacher=parts.__getitem__
+    )
+    batch.moved = lambda device: batch
+    reader: Any = SimpleNamespace(
+        num_samples=np.array([16_000]),
+        teachers=[TeacherTargets(name, (1, 2), dim, None) for name, dim in (("a", 32), ("b", 48))],
+        read=lambda indices, draw: batch,
+    )
+    with pytest.raises(ValueError, match=f"but that of teacher b is {size}; choose weights or uncertainty"):
+        loss_sizes(objective, reader, torch.device("cpu"))
+
+
+def test_the_sizes_of_losses_are_kept_in_checkpoints() -> None:
+    balance = LossBalance("variance", 2)
+    balance.load_state_dict(LossBalance("variance", 2, [2.0, 4.0]).state_dict())
+    assert balance.factors(2) == [0.5, 0.25]
 
 
 def test_a_teacher_takes_part_between_its_steps(
@@ -370,10 +405,17 @@ def test_aggregates_by_hand(
     # Utterances that a teacher lacks have no such target.
     assert isinstance(validation, CombinedCaches)
     readers = {name: CacheReader(cache, "train", (1, 2)) for name, cache in zip("ab", (caches[0], second), strict=True)}
+    gone = readers["b"].ids[0]
     readers["b"].ids = readers["b"].ids.take(np.arange(1, len(readers["b"])))
     for values in ("num_samples", "num_frames"):
         setattr(readers["b"], values, getattr(readers["b"], values)[1:])
-    assert len(CombinedCaches(readers, [1, 1] if aggregate == "average" else None)) == len(reader) - 1
+    some = CombinedCaches(readers, [1, 1] if aggregate == "average" else None)
+    assert some.ids == reader.ids[: reader.ids.index(gone)] + reader.ids[reader.ids.index(gone) + 1 :]
+    places = [reader.ids.index(name) for name in some.ids]
+    for values in ("num_samples", "num_frames", "shards"):
+        assert getattr(some, values).tolist() == getattr(reader, values)[places].tolist()
+    assert some._rows[:, 0].tolist() == [readers["a"].ids.index(name) for name in some.ids]
+    assert some._rows[:, 1].tolist() == [readers["b"].ids.index(name) for name in some.ids]
     if aggregate == "concatenate":
         with pytest.raises(
             CacheError, match="a and b have widths 32 and 48, so their layers have no average; set train"

@@ -1,18 +1,20 @@
 """Validation: the best constant prediction, and a cache that lacks utterances."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ray_distill.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.target_source import cached_source
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
-from ray_distill.student.training.validation import TargetVariance
+from ray_distill.student.training.validation import TargetVariance, make_distiller, validate
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -51,6 +53,33 @@ def test_the_first_validation_has_the_loss_of_the_best_constant(
     assert not any("constant" in key for key in last), "targets don't change"
     train(tiny, settings(max_steps=1, loss="l1"), *readers, tmp_path / "l1")
     assert not any("constant" in key for row in rows(tmp_path / "l1", "validation") for key in row)
+
+
+def test_ranks_validate_their_shares_together(
+    tiny: StudentConfig, settings: Settings, readers: tuple[CacheReader, CacheReader]
+) -> None:
+    chosen = settings(batch_size=1)
+    distiller = make_distiller(Student(tiny), chosen, readers[1])
+    whole = validate(distiller, readers[1], chosen, Rank(), constant=True)
+
+    @dataclass(frozen=True)
+    class Half(Rank):
+        """One of two ranks, which keeps what it would sum, and adds what the other one kept."""
+
+        kept: list[torch.Tensor] = field(default_factory=list)
+        others: list[torch.Tensor] | None = None
+
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            self.kept.append(values.clone())
+            return values if self.others is None else values.add_(self.others[len(self.kept) - 1])
+
+    def run(index: int, others: list[torch.Tensor] | None = None) -> tuple[dict[str, float], list[torch.Tensor]]:
+        rank = Half(index, 2, others=others)
+        return validate(distiller, readers[1], chosen, rank, constant=True), rank.kept
+
+    kept = [run(index)[1] for index in (0, 1)]
+    for index in (0, 1):
+        assert run(index, kept[1 - index])[0] == pytest.approx(whole, rel=1e-9)
 
 
 def test_training_and_validation_without_failed_utterances(

@@ -22,6 +22,7 @@ from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.create import grow_cache
 from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
+from ray_distill.teacher_cache.storage.limits import check_commit
 from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA
 
 from .test_cache import create, spec
@@ -56,6 +57,10 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "threads": lambda record: record.update(threads=1_000_000),
     "no threads at all": lambda record: record.update(threads=0),
     "seconds": lambda record: record.update(seconds=float("nan")),
+    "a long name": lambda record: record.update(teacher_name="x" * 4097),
+    "a long place": lambda record: record.update(audio_path="x" * 4097),
+    "a place of two lines": lambda record: record.update(audio_path="a\nb"),
+    "no seconds": lambda record: record["spec"].update(shard_seconds=0.0),
     "escape": lambda record: record.update(teacher_name="\x1b[2J"),
     "dim": lambda record: record["spec"].update(dim=10**9),
     "layers": lambda record: record["spec"].update(num_layers=10**9),
@@ -83,6 +88,27 @@ def test_deeply_nested_and_huge_records_are_damaged(tmp_path: Path) -> None:
         (tmp_path / "cache.json").write_bytes(data)
         with pytest.raises(CacheError, match="cache.json is damaged"):
             Cache.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": -1},
+        {"bytes": 2**62 + 1},
+        {"rows": True},
+        {"sha256": None},
+        {"content": 5},
+        {"failed": ["a"]},
+        {"failed": {"a": 1}},
+        {"failed": {"a": "x" * 4097}},
+        {"failed": {"a": "\x1b[2J"}},
+    ],
+)
+def test_a_commit_record_beyond_the_limits_is_refused(change: dict[str, Any]) -> None:
+    record = {"rows": 0, "bytes": 2**62, "sha256": "", "content": "", "failed": {"a": "x" * 4096}}
+    check_commit(record)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        check_commit(record | change)
 
 
 def plan_table(rows: int, **columns: Any) -> pa.Table:

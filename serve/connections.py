@@ -38,6 +38,7 @@ def protocol_class(head_seconds: float, max_connections: int) -> type[Any]:
         _in_body = False  # Set by the callbacks of httptools.
         _upgraded = False
         _data = b""  # What the client sent last.
+        parser: Any  # That of httptools; made by Uvicorn.
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)

@@ -19,7 +19,8 @@ from ray_distill.pipeline.stages.report import report_run, summary_table
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.pipeline.stages.train import initial_student, train_student
 from ray_distill.student.training.metrics import check_trackers
-from ray_distill.teacher_cache.storage.cache import Cache, check_location
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.create import check_location
 
 __all__ = ["STAGES", "Run", "run_stages", "summary_table"]
 

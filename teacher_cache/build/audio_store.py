@@ -13,9 +13,9 @@ from ray_distill.teacher_cache.build.shard_output import open_output
 from ray_distill.teacher_cache.build.shard_workers import Workers, map_on_ray
 from ray_distill.teacher_cache.build.shard_writer import shard_from_json
 from ray_distill.teacher_cache.storage.build_statistics import TeacherTime
-from ray_distill.teacher_cache.storage.cache import Cache, check_location
+from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
-from ray_distill.teacher_cache.storage.create import create_cache
+from ray_distill.teacher_cache.storage.create import check_location, create_cache
 from ray_distill.teacher_cache.storage.failed_utterances import DEFAULT_MAX_FAILED
 from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import Shard, Shards, Utterance, plan_shards, with_sources

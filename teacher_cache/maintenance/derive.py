@@ -17,9 +17,9 @@ from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.reading.audio_place import check_holds, holder_of, open_holder, recorded_place
 from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
-from ray_distill.teacher_cache.storage.cache import Cache, check_location
+from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
-from ray_distill.teacher_cache.storage.create import create_cache, remove_unused_states
+from ray_distill.teacher_cache.storage.create import check_location, create_cache, remove_unused_states
 from ray_distill.teacher_cache.storage.failed_utterances import reason_of
 from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterances

@@ -34,7 +34,6 @@ from torch import Tensor
 
 from ray_distill.plugins import missing_plugin
 from ray_distill.teacher_cache.codecs import ColumnCodec, open_codec
-from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache_spec import (
     SCHEMA_VERSION,
     CacheAccessError,
@@ -49,7 +48,6 @@ from ray_distill.teacher_cache.storage.cache_spec import (
 )
 from ray_distill.teacher_cache.storage.json_record import MAX_RECORD_BYTES, decode_record, encode_record
 from ray_distill.teacher_cache.storage.limits import check_commit, check_identity, load_state, read_plan
-from ray_distill.teacher_cache.storage.lock import CLAIMS, LEASE
 from ray_distill.teacher_cache.storage.missing_files import MissingFiles
 from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA, Shard, Shards
 from ray_distill.teacher_cache.storage.store import Store
@@ -369,24 +367,6 @@ def derived_error(cache: Cache) -> CacheError:
         f"the cache at {cache.store.location} was derived from another one, with the fingerprint {cache.spec.derived_from}, and lacks "
         "files, layers or draws; run `ray-distill cache derive` from that cache again"
     )
-
-
-def check_location(store: Store) -> None:
-    """Check that a cache can be built at a location.
-
-    Raises:
-        CacheError: It has no cache but other files, except for those of an interrupted `create_cache`.
-        ValueError: A location in S3 has no bucket.
-    """
-    known = (CACHE_JSON, PLAN, "codec", COPIES, BUILDS, LEASE, CLAIMS)
-    names = store.names()
-    if not names:
-        store.check_bucket()
-    foreign = [name for name in names if name.partition("/")[0] not in known]
-    if foreign and not Cache.exists(store):
-        raise CacheError(
-            f"{store.location} holds files (such as {foreign[0]}) but no {CACHE_JSON}; set cache.path to an empty or new folder"
-        )
 
 
 def check_content(metadata: Mapping[bytes, bytes] | None, file: ShardFile) -> None:

@@ -14,13 +14,33 @@ from torch import Tensor
 from ray_distill.plugins import Plugin, find_plugin
 from ray_distill.teacher_cache.codecs import CODECS, is_learned
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
-from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, PLAN, Cache, check_location, state_name
+from ray_distill.teacher_cache.storage.build_statistics import BUILDS
+from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, PLAN, Cache, state_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, fingerprint
 from ray_distill.teacher_cache.storage.json_record import encode_record
 from ray_distill.teacher_cache.storage.limits import check_identity, check_plan
+from ray_distill.teacher_cache.storage.lock import CLAIMS, LEASE
 from ray_distill.teacher_cache.storage.shard_plan import PLAN_ROWS, PLAN_SCHEMA, plain_rows, shard_numbers
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import split_options, teacher_of_package
+
+
+def check_location(store: Store) -> None:
+    """Check that a cache can be built at a location.
+
+    Raises:
+        CacheError: It has no cache but other files, except for those of an interrupted `create_cache`.
+        ValueError: A location in S3 has no bucket.
+    """
+    known = (CACHE_JSON, PLAN, "codec", COPIES, BUILDS, LEASE, CLAIMS)
+    names = store.names()
+    if not names:
+        store.check_bucket()
+    foreign = [name for name in names if name.partition("/")[0] not in known]
+    if foreign and not Cache.exists(store):
+        raise CacheError(
+            f"{store.location} holds files (such as {foreign[0]}) but no {CACHE_JSON}; set cache.path to an empty or new folder"
+        )
 
 
 def create_cache(

@@ -65,6 +65,12 @@ def test_files_that_are_no_configuration_are_refused(content: bytes, message: st
         load_config(tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize("change", ["train=3", "masks.policy=3", "student=3"])
+def test_a_value_in_the_place_of_a_section_is_refused(change: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{change[:-2]}: 3 is a single value, but this key needs a table"):
+        load_config(DEMO, [change])
+
+
 def test_a_key_that_is_given_twice_is_said() -> None:
     assert compose(DEMO, ["train.max_steps=3", "train.max_steps=4"]).notes == [
         "train.max_steps is given twice, and the last value counts: 4"

@@ -56,7 +56,10 @@ def test_wrong_bases_are_refused(tmp_path: Path) -> None:
         (b"- a\n", r"a\.yaml is a list, but must contain sections"),
         (b"base: demo\ntrain:\n\tmax_steps: 3\n", r"at line 3, .*; indent with spaces, not with tabs"),
         (b"\xff\xfen", r"a\.yaml is not UTF-8 \(invalid start byte at byte 0\); save it as UTF-8"),
-        (b"base: demo\nname: \"\xc3\xbcber\"\n", "name: 'über' can't be a name; use letters from a to z, digits, '.', '_' and"),
+        (
+            b'base: demo\nname: "\xc3\xbcber"\n',
+            "name: 'über' can't be a name; use letters from a to z, digits, '.', '_' and",
+        ),
     ],
 )
 def test_files_that_are_no_configuration_are_refused(content: bytes, message: str, tmp_path: Path) -> None:

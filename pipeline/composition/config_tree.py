@@ -62,7 +62,7 @@ class ConfigTree:
             del self.sources[old]
 
     def set(self, key: str, value: Any) -> None:
-        """Set a dotted or short key from the command line; see `set_key`. A note says so if it was set before, which then has no effect."""
+        """Set a dotted or short key from the command line; see `set_key`. A note says so if it replaces another value from there."""
         set_key(self.tree, key, value)
         long = long_key(key, value)
         if self.sources.get(long) == COMMAND_LINE:

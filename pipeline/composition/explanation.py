@@ -32,8 +32,12 @@ def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], pr
         elif item["type"] == "string_pattern_mismatch" and location[-1:] == ["name"]:
             dot = "'.', " if "." in item["ctx"]["pattern"] else ""
             sentences.append(
-                f"{key}: {item['input']!r} can't be a name; use letters from a to z, digits, {dot}'_' and '-', and begin with a letter "
-                "or digit"
+                f"{key}: {item['input']!r} can't be a name; use letters from a to z, digits, {dot}'_' and '-', and begin with a "
+                "letter or digit"
+            )
+        elif item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            sentences.append(
+                f"{key}: {item['input']!r} is a single value, but this key needs a table of keys and values"
             )
         elif item["type"] == "value_error":
             reason = str(item["ctx"]["error"])

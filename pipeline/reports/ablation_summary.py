@@ -44,8 +44,10 @@ class Metric:
         return f"{value:.{max(0, self.digits - 2)}%}" if self.percent else f"{value:.{self.digits}f}"
 
     def format_difference(self, value: float) -> str:
-        """Return a difference as text with its sign."""
-        return f"{'+' if value >= 0 else '-'}{self.format(abs(value))}"
+        """Return a difference as text with its sign; that of percentages in points."""
+        if self.percent:
+            return f"{100 * value:+.{max(0, self.digits - 2)}f} points"
+        return f"{value:+.{self.digits}f}"
 
 
 @dataclass(frozen=True)

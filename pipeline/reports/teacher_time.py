@@ -59,13 +59,13 @@ def _sentences_of_teacher(ablation: Ablation, results: Sequence[RunResult], numb
     time = total_teacher_time(store)
     hours = teacher_hours(time, seconds, passes)
     if hours is None:
-        return "The teacher hours saved are unknown, because the teacher's time was not fully recorded while this cache was built."
+        return "The teacher time saved is unknown, because the teacher's time was not fully recorded while this cache was built."
     online, built = hours
     rates = f"{time.clean.rate:.3g} teacher seconds per second of audio for a clean pass"
     rates += f" and {time.masked.rate:.3g} for a masked pass" if time.masked.rate is not None else ""
     outcome = "saved" if online > built else "spent, not saved"
     return (
-        f"Teacher hours {outcome}: {_duration(abs(online - built))}. With the teacher in the loop, "
+        f"Teacher time {outcome}: {_duration(abs(online - built))}. With the teacher in the loop, "
         f"{counted(finished, 'finished run')} would have needed {_duration(online)}: {sum(passes.values()):.1f} passes over "
         f"{_duration(seconds / 3600)} of audio, "
         f"{passes[True]:.1f} of them with a masked pass as well, at {rates}. These rates were measured while the cache was built. "

@@ -54,8 +54,9 @@ def find(path: Path, search: Search) -> list[FoundFile]:
 
     The key of a member is its path up to the first dot of its name. The id is the key or, if one occurs twice, the tar file's name
     and the key. ``KEY.txt`` is the transcript; ``KEY.json`` may have ``text`` (or ``transcript``) and ``speaker`` (or
-    ``speaker_id``), which count first. A second audio of a key is listed. The split is a word in the tar file's name or folder. Members are never extracted: audio is
-    read from its place in the tar file. Links in it are not followed but listed, as is audio in other formats.
+    ``speaker_id``), which count first. A second audio of a key is listed. The split is a word in the tar file's name or
+    folder. Members are never extracted: audio is read from its place in the tar file. Links in it are not followed but listed, as is
+    audio in other formats.
 
     Raises:
         ValueError: There is no tar file, or one is compressed or damaged.

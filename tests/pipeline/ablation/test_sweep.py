@@ -79,7 +79,7 @@ def test_an_ablation_from_end_to_end(tmp_path: Path, speech_folder: Path, monkey
         assert 0 <= float(table[name]["pitch, accuracy: mean"]) <= 1
     assert "validation loss: mean" not in table["star"], "losses of two objectives are not compared"
     page = (runs / "report.html").read_text()
-    assert "Teacher hours" in page and "teacher seconds per second of audio" in page and "diverges-seed0 failed" in page
+    assert "Teacher time" in page and "teacher seconds per second of audio" in page and "diverges-seed0 failed" in page
     spec = json.loads((tmp_path / "cache" / "cache.json").read_text())["spec"]
     assert spec["layers"] == [1, 2] and spec["masks"]["draws"] == 2, "one cache serves all runs"
 

@@ -56,13 +56,22 @@ def test_wrong_bases_are_refused(tmp_path: Path) -> None:
         (b"- a\n", r"a\.yaml is a list, but must contain sections"),
         (b"base: demo\ntrain:\n\tmax_steps: 3\n", r"at line 3, .*; indent with spaces, not with tabs"),
         (b"\xff\xfen", r"a\.yaml is not UTF-8 \(invalid start byte at byte 0\); save it as UTF-8"),
-        (b"base: demo\nname: \"\xc3\xbcber\"\n", "name: 'über' can't be a name; use letters from a to z, digits, '.', '_' and"),
+        (
+            b'base: demo\nname: "\xc3\xbcber"\n',
+            "name: 'über' can't be a name; use letters from a to z, digits, '.', '_' and",
+        ),
     ],
 )
 def test_files_that_are_no_configuration_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("change", ["train=3", "masks.policy=3", "student=3"])
+def test_a_value_in_the_place_of_a_section_is_refused(change: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{change[:-2]}: 3 is a single value, but this key needs a table"):
+        load_config(DEMO, [change])
 
 
 def test_a_key_that_is_given_twice_is_said() -> None:

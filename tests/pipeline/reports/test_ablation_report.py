@@ -16,7 +16,7 @@ from ray_distill.pipeline.probing.probe_record import probe_folder, probe_settin
 from ray_distill.pipeline.probing.task import read_task
 from ray_distill.pipeline.reports.ablation_report import write_ablation_report
 from ray_distill.pipeline.reports.ablation_results import RunResult, read_results
-from ray_distill.pipeline.reports.ablation_summary import AblationSummary, by_teacher, layer_range
+from ray_distill.pipeline.reports.ablation_summary import AblationSummary, Metric, by_teacher, layer_range
 from ray_distill.pipeline.reports.ablation_tables import results_table
 from ray_distill.pipeline.reports.seed_statistics import compare, critical_t
 from ray_distill.pipeline.reports.teacher_time import teacher_hours
@@ -153,6 +153,12 @@ def test_the_report_compares_variants_and_names_failures(finished: Ablation) -> 
     assert summary["name"] == "widths" and summary["said"][0].startswith("b compared with a: worse in validation loss")
     assert write_ablation_report(finished, read_results(folders(finished))).read_text() != page
     assert report(finished)[0] == page, "the same runs give the same bytes"
+
+
+def test_a_difference_of_percentages_is_in_points() -> None:
+    rate = Metric("phones, frame error rate", lambda run: None, True, digits=3, percent=True)
+    assert (rate.format(0.754), rate.format_difference(-0.0051)) == ("75.4%", "-0.5 points")
+    assert Metric("validation loss", lambda run: None, True).format_difference(0.01) == "+0.0100"
 
 
 def test_the_dots_of_a_chart_are_the_seeds_of_a_variant(finished: Ablation) -> None:

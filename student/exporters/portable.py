@@ -17,6 +17,8 @@ _COPIED_FIELDS = (
     "encoder_embed_dim",
     "encoder_ffn_embed_dim",
     "encoder_attention_heads",
+    "layer_heads",
+    "layer_ffn_dims",
     "layer_norm_first",
     "conv_pos",
     "conv_pos_groups",

@@ -5,7 +5,7 @@ Shape suffixes: B batch, S samples, C channels, T frames, L layers, P prediction
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -149,8 +149,14 @@ class Student(nn.Module):
             self.position = PositionConv(width, config.conv_pos, config.conv_pos_groups)
         self.encoder_norm = nn.LayerNorm(width)
         self.encoder_dropout = Dropout(config.dropout)
-        layer_type = ConformerLayer if config.layer_type == "conformer" else TransformerLayer
-        self.layers = nn.ModuleList([layer_type(config, reuses) for reuses in config.reuses])
+        self.layers = nn.ModuleList(
+            ConformerLayer(config, reuses)
+            if config.layer_type == "conformer"
+            else TransformerLayer(config, reuses, heads, ffn_dim)
+            for reuses, heads, ffn_dim in zip(
+                config.reuses, config.heads_of_layers, config.ffn_dims_of_layers, strict=True
+            )
+        )
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, 0.0, 0.02)
@@ -376,14 +382,17 @@ class Student(nn.Module):
 
 def _run_layer(
     layer: nn.Module, x: Tensor, attention_mask: Tensor | None, previous_map: AttentionMap | None
-) -> tuple[Tensor, AttentionMap]:
-    result: tuple[Tensor, AttentionMap] = layer(x, attention_mask, previous_map)
+) -> tuple[Tensor, AttentionMap | None]:
+    result: tuple[Tensor, AttentionMap | None] = layer(x, attention_mask, previous_map)
     return result
 
 
 @cache
-def compiled_layer() -> Callable[..., tuple[Tensor, AttentionMap]]:
+def compiled_layer() -> Callable[..., tuple[Tensor, AttentionMap | None]]:
     """Return the compiled form of a layer's forward pass, with the layer as its first argument."""
+    # The layers of a pruned student differ in their widths, and each width needs a program. PyTorch's own limit is 8.
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 128)
     return torch.compile(_run_layer, dynamic=True)
 
 

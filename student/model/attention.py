@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ray_distill.student.model.dropout import dropout_mask
+from ray_distill.student.model.gated_linear import GatedLinear
 from ray_distill.student.model.position_encoding import apply_rotary, relative_shift, relative_table
 from ray_distill.student.model.student_config import StudentConfig
 
@@ -75,7 +76,7 @@ class Attention(nn.Module):
                 )
                 self.content_bias, self.distance_bias = map(nn.Parameter, biases)
         self.value = nn.Linear(width, inner)
-        self.out = nn.Linear(inner, width)
+        self.out = GatedLinear(inner, width)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, reuses={self.reuses}, dropout={self.dropout:g}"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ray_distill.student.model.attention import Attention, AttentionMap
 from ray_distill.student.model.dropout import Dropout
+from ray_distill.student.model.gated_linear import GatedLinear
 from ray_distill.student.model.student_config import StudentConfig
 
 
@@ -35,7 +36,7 @@ class TransformerLayer(nn.Module):
         self.attention_norm = None if self.norm_first and self.attention is None else nn.LayerNorm(width)
         inner = config.encoder_ffn_embed_dim if ffn_dim is None else ffn_dim
         self.up = nn.Linear(width, inner) if inner else None
-        self.down = nn.Linear(inner, width) if inner else None
+        self.down = GatedLinear(inner, width) if inner else None
         self.final_norm = None if self.norm_first and self.up is None else nn.LayerNorm(width)
         self.dropout = Dropout(config.dropout)
         self.activation_dropout = Dropout(config.activation_dropout)

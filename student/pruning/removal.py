@@ -1,10 +1,12 @@
 """Removal of what hard gates have closed: a smaller student that computes the same."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ray_distill.student.checkpoints import save_student
 from ray_distill.student.model.student import Student
 from ray_distill.student.pruning.gates import Gates
 
@@ -72,6 +74,26 @@ def prune(student: Student, gates: Gates) -> Student:
         smaller = Student(type(config).model_validate(config.model_dump() | changes))
     smaller.load_state_dict(state)
     return smaller.to(gates.log_alpha.device).train(student.training)
+
+
+def save_pruned(student: Student, gates: Gates, folder: Path) -> None:
+    """Save the student that is left at the end of a pruning, with its sparsity and its number of parameters without heads.
+
+    Args:
+        student: Student with its weights.
+        gates: Its gates, whose step becomes the last.
+        folder: Receives the files of `save_student`.
+    """
+    gates.step = gates.settings.steps
+    pruned = prune(student, gates)
+    count = sum(parameter.numel() for parameter in pruned.without_heads().parameters())
+    record = {
+        "step": gates.step,
+        "sparsity": 1 - count / gates.total,
+        "parameters": count,
+        "parameters_before": gates.total,
+    }
+    save_student(pruned, folder, record)
 
 
 def _fold(state: dict[str, Tensor], name: str, linear: Any) -> None:

@@ -86,7 +86,7 @@ class Gates(nn.Module):
         super().__init__()
         settings.check_student(config)
         self.config, self.settings, self.seed = config, settings, seed
-        self.groups = _groups(config, settings.parts)
+        self.groups = _groups(config, settings.remove)
         self.sizes = [group.size for group in self.groups]
         self.step = 0
         generator = torch.Generator().manual_seed(seed)
@@ -103,9 +103,9 @@ class Gates(nn.Module):
         highest = 1 - float(self.count_parameters(self._at_least_one_channel(0 * ones))) / self.total
         if settings.sparsity > highest:
             raise ValueError(
-                f"train.prune.sparsity is {settings.sparsity:g}, but without all that train.prune.parts names, the student has "
+                f"train.prune.sparsity is {settings.sparsity:g}, but without all that train.prune.remove names, the student has "
                 f"{1 - highest:.1%} of its {self.total:,} parameters, so the highest sparsity is "
-                f"{math.floor(1000 * highest) / 1000:g}; lower it, or name more parts"
+                f"{math.floor(1000 * highest) / 1000:g}; lower it, or name more there"
             )
 
     def target(self) -> float:
@@ -123,8 +123,7 @@ class Gates(nn.Module):
     def penalty(self) -> Tensor:
         """Return the () loss that drives the expected sparsity to the step's."""
         gap = self.expected_sparsity() - self.target()
-        linear, quadratic = scale_gradient(self.multipliers, -1.0)
-        return linear * gap + quadratic * gap.square()
+        return (scale_gradient(self.multipliers, -1.0) * torch.stack([gap, gap.square()])).sum()
 
     def row_fields(self) -> dict[str, float]:
         """Return fields for a row of metrics."""
@@ -147,7 +146,7 @@ class Gates(nn.Module):
         """
         log_alpha = self.log_alpha.detach().double().cpu()
         groups = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
-        ranks = torch.cat([(-part).argsort().argsort() for part in log_alpha.split(self.sizes)])
+        ranks = torch.cat([(-part).argsort().argsort() for part in log_alpha.split_with_sizes(self.sizes)])
         wanted = (1 - self.target()) * self.total
         low, high = -60.0, 60.0
         best = torch.ones_like(log_alpha)
@@ -177,8 +176,8 @@ class Gates(nn.Module):
         inputs = one
         for number, (channels, kernel, _) in enumerate(config.conv_layers if config.patches is None else ()):
             outputs = given.get(("channels", number), one.expand(channels)).sum()
-            own = config.conv_bias + 2 * (number == 0 or config.conv_norm == "layer_norm")
-            count, inputs = count + outputs * (inputs * kernel + own), outputs
+            beside = config.conv_bias + 2 * (number == 0 or config.conv_norm == "layer_norm")
+            count, inputs = count + outputs * (inputs * kernel + beside), outputs
         once = width + 2 * width * config.layer_norm_first  # A block's last bias, and its norm if that is before it.
         of_head = config.head_width * (4 * width + 3 + (width + 2) * (config.position == "relative"))
         for number in range(config.encoder_layers):
@@ -220,13 +219,13 @@ class Gates(nn.Module):
                 linear.input_gate, linear.output_gate = (inner * block).repeat_interleave(width), block
 
     def _split(self, per_gate: Tensor) -> list[tuple[_Group, Tensor]]:
-        return list(zip(self.groups, per_gate.split(self.sizes), strict=True))
+        return list(zip(self.groups, per_gate.split_with_sizes(self.sizes), strict=True))
 
     def _at_least_one_channel(self, is_open: Tensor) -> Tensor:
         """Return gates (N,) with the likeliest channel of each convolution open, which can't have none."""
         is_open = is_open.clone()
         for (group, part), log_alpha in zip(
-            self._split(is_open), self.log_alpha.detach().cpu().split(self.sizes), strict=True
+            self._split(is_open), self.log_alpha.detach().cpu().split_with_sizes(self.sizes), strict=True
         ):
             if group.kind == "channels":
                 part[log_alpha.argmax()] = 1

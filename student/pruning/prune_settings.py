@@ -20,25 +20,26 @@ class PruneSettings(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     """Optimiser steps of the first phase. ``train.epochs`` and ``train.max_steps`` count those of the second."""
     rise_steps: int = pydantic.Field(default=5_000, ge=1)
     """Optimiser steps in which the sparsity rises linearly from 0 to ``sparsity``."""
-    parts: tuple[Part, ...] = pydantic.Field(default=("channels", "heads", "units"), min_length=1)
-    """What has gates: ``channels`` of all convolutions but the last, attention ``heads``, hidden ``units`` of the feed-forward
-    parts, and ``blocks``: the whole attention or feed-forward part of a layer."""
-    learning_rate: float = pydantic.Field(default=2e-4, gt=0)
+    remove: tuple[Part, ...] = pydantic.Field(default=("channels", "heads", "units"), min_length=1)
+    """What has gates and may be removed: ``channels`` of all convolutions but the last, attention ``heads``, hidden ``units`` of the
+    feed-forward parts, and ``blocks``: the whole attention or feed-forward part of a layer."""
+    weight_learning_rate: float = pydantic.Field(default=2e-4, gt=0)
     """Peak learning rate of the weights in the first phase."""
-    warmup_fraction: float = pydantic.Field(default=0.3, ge=0, le=1)
-    """``train.warmup_fraction`` of the first phase."""
+    warmup_steps: int = pydantic.Field(default=15_000, ge=0)
+    """Optimiser steps of the first phase in which both learning rates rise linearly from 0; after them they fall linearly to 0."""
     gate_learning_rate: float = pydantic.Field(default=0.02, gt=0)
     """Peak learning rate of the gates and of the multipliers of the sparsity's loss."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
-        if self.rise_steps > self.steps:
-            raise ValueError(
-                f"train.prune.rise_steps {self.rise_steps} is more than train.prune.steps {self.steps}, so the sparsity would not be "
-                "reached; lower it"
-            )
-        if len(set(self.parts)) < len(self.parts):
-            raise ValueError(f"train.prune.parts names a part twice: {', '.join(self.parts)}; name each once")
+        for key, what in (("rise_steps", "the sparsity"), ("warmup_steps", "the learning rate")):
+            if getattr(self, key) > self.steps:
+                raise ValueError(
+                    f"train.prune.{key} {getattr(self, key):,} is more than train.prune.steps {self.steps:,}, so {what} would not be "
+                    "reached; lower it"
+                )
+        if len(set(self.remove)) < len(self.remove):
+            raise ValueError(f"train.prune.remove names a part twice: {', '.join(self.remove)}; name each once")
         return self
 
     def check_student(self, config: StudentConfig) -> None:
@@ -47,20 +48,20 @@ class PruneSettings(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
             raise ValueError(
                 f"train.prune prunes Transformer layers; student.layer_type {config.layer_type} can't be pruned"
             )
-        if "heads" in self.parts and any(config.reuses):
+        if "heads" in self.remove and any(config.reuses):
             raise ValueError(
-                "train.prune.parts heads does not go with student.attention_reuse, because a reused map has the heads of an earlier "
+                "train.prune.remove heads does not go with student.attention_reuse, because a reused map has the heads of an earlier "
                 "layer; set it to none, or leave heads out"
             )
-        if "blocks" in self.parts and any(config.reuses):
+        if "blocks" in self.remove and any(config.reuses):
             raise ValueError(
-                "train.prune.parts blocks does not go with student.attention_reuse, because later layers need the map of a removed "
+                "train.prune.remove blocks does not go with student.attention_reuse, because later layers need the map of a removed "
                 "one; set it to none, or leave blocks out"
             )
-        if "channels" in self.parts and config.patches is not None:
-            raise ValueError("train.prune.parts channels does nothing for a student of patches; leave channels out")
-        if "channels" in self.parts and config.conv_norm != "group_norm":
+        if "channels" in self.remove and config.patches is not None:
+            raise ValueError("train.prune.remove channels does nothing for a student of patches; leave channels out")
+        if "channels" in self.remove and config.conv_norm != "group_norm":
             raise ValueError(
-                "train.prune.parts channels needs student.conv_norm group_norm: a layer norm averages over the channels, so none "
+                "train.prune.remove channels needs student.conv_norm group_norm: a layer norm averages over the channels, so none "
                 "can be removed exactly; leave channels out"
             )

@@ -192,8 +192,8 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
         changes = {
             "epochs": self.prune.steps,  # More than enough, since an epoch has at least one step.
             "max_steps": self.prune.steps,
-            "learning_rate": self.prune.learning_rate,
-            "warmup_fraction": self.prune.warmup_fraction,
+            "learning_rate": self.prune.weight_learning_rate,
+            "warmup_fraction": self.prune.warmup_steps / self.prune.steps,
             "ema_decay": None,
         }
         return self.model_copy(update=changes)

@@ -28,7 +28,11 @@ DEMO = REPOSITORY / "configs" / "demo.yaml"
 
 @pytest.mark.parametrize(
     "path",
-    sorted(path for folder in ("", "discrete", "several") for path in (REPOSITORY / "configs" / folder).glob("*.yaml")),
+    sorted(
+        path
+        for folder in ("", "discrete", "pruned", "several")
+        for path in (REPOSITORY / "configs" / folder).glob("*.yaml")
+    ),
     ids=lambda path: path.stem,
 )
 def test_every_shipped_configuration_is_valid(path: Path) -> None:

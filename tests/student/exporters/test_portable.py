@@ -231,6 +231,7 @@ def test_default_features_are_those_that_the_authors_evaluate() -> None:
         config = load_config(CONFIGS / f"{recipe}.yaml", [])
         layers = len(config.teacher.layers or range(12))
         assert default_features(config.resolve_student(layers, 768)) == features
+    assert default_features(tiny_student(layer_ffn_dims=(3, 4))) == "layers"
     bare = tiny_student(heads="none")
     assert default_features(bare) == "layers"
     with pytest.raises(ValueError, match="has no heads, so features heads can't be exported; choose features layers"):

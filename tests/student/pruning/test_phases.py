@@ -24,7 +24,14 @@ from ray_distill.teacher_cache.reader import CacheReader
 
 Readers = tuple[CacheReader, CacheReader]
 Rows = Callable[..., list[dict[str, Any]]]
-PRUNE = {"sparsity": 0.3, "steps": 8, "rise_steps": 4, "learning_rate": 1e-3, "gate_learning_rate": 0.1}
+PRUNE = {
+    "sparsity": 0.3,
+    "steps": 8,
+    "rise_steps": 4,
+    "weight_learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "gate_learning_rate": 0.1,
+}
 
 
 @pytest.fixture

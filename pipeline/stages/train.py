@@ -28,6 +28,9 @@ from ray_distill.student.training.run_files import PRUNED, PRUNING
 from ray_distill.student.training.target_source import TeacherCache
 from ray_distill.student.training.train_state import refuse_missing_metrics, resume_step
 
+_FAR = 0.02
+"""Difference of the sparsity from that of the gates at the end of a pruning that is worth a word."""
+
 
 def train_student(run: Run) -> None:
     """Train the student, from its last checkpoint if it has one. Do nothing if its training is finished.
@@ -80,6 +83,11 @@ def train_student(run: Run) -> None:
             f"train   pruning has left {pruned['parameters']:,} of {pruned['parameters_before']:,} parameters without heads "
             f"(sparsity {pruned['sparsity']:.3f})"
         )
+        if pruned["sparsity"] - pruned["expected_sparsity"] > _FAR:
+            run.say(
+                f"[yellow]train   the gates themselves had only reached a sparsity of {pruned['expected_sparsity']:.3f}; a larger "
+                "train.prune.steps or gate_learning_rate lets the student adapt to the rest[/yellow]"
+            )
     run.say(
         f"train   {result['steps']} steps in {result['seconds']:.0f} s: training loss {result['first_loss']:.4f} -> "
         f"{result['last_loss']:.4f}, validation {result['first_validation_loss']:.4f} -> {result['last_validation_loss']:.4f}"
@@ -200,7 +208,7 @@ def last_row(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def pruning_record(folder: RunFolder) -> dict[str, Any] | None:
-    """Return what the pruning of a run has left: step, sparsity, parameters and parameters_before. None if it has not pruned."""
+    """Return the record of `save_pruned` on what the pruning of a run has left. None if it has not pruned."""
     described = read_json_object(folder.path / PRUNING / PRUNED / STUDENT_CONFIG)
     return None if described is None else dict(described["metadata"])
 

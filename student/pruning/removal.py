@@ -77,7 +77,8 @@ def prune(student: Student, gates: Gates) -> Student:
 
 
 def save_pruned(student: Student, gates: Gates, folder: Path) -> None:
-    """Save the student that is left at the end of a pruning, with its sparsity and its number of parameters without heads.
+    """Save the student that is left at the end of a pruning, with its sparsity, the one that the gates had reached before the last
+    ones were removed, and its number of parameters without heads.
 
     Args:
         student: Student with its weights.
@@ -90,6 +91,7 @@ def save_pruned(student: Student, gates: Gates, folder: Path) -> None:
     record = {
         "step": gates.step,
         "sparsity": 1 - count / gates.total,
+        "expected_sparsity": float(gates.expected_sparsity().detach()),
         "parameters": count,
         "parameters_before": gates.total,
     }

@@ -64,6 +64,7 @@ def test_a_run_from_the_corpus_to_the_report(tmp_path: Path, speech_folder: Path
     record = pruning_record(run.folder)
     assert record is not None and summary["pruning"] == record
     assert record["sparsity"] == pytest.approx(0.5, abs=0.02)
+    assert 0 < record["expected_sparsity"] < record["sparsity"], "six steps are too few for the gates"
     assert f"{record['parameters']:,} of {record['parameters_before']:,} parameters" in run.folder.report.read_text()
     student = load_student(run.folder.path)
     assert student.config.layer_heads is not None

@@ -131,6 +131,20 @@ def test_the_target_rises_and_multipliers_rise_with_the_gap() -> None:
     assert gates.multipliers.grad.tolist() == pytest.approx([-gap, -(gap**2)])
 
 
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])
+def test_the_expected_sparsity_reaches_the_target_against_another_loss(sparsity: float) -> None:
+    gates = gates_of(lively().config, 0.0, sparsity=sparsity, steps=600, rise_steps=100).train()
+    groups = [{"params": list(gates.parameters()), "lr": 0.05}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    for gates.step in range(600):
+        optimizer.zero_grad()
+        # A loss that opens gates, as distillation does, and some more than others.
+        worth = torch.linspace(0.5, 1.5, len(gates.log_alpha))
+        (gates.penalty() - 0.5 * (worth * gates.open_probabilities()).mean()).backward()
+        optimizer.step()
+    assert float(gates.expected_sparsity().detach()) == pytest.approx(sparsity, abs=0.02)
+
+
 def test_gradients_reach_gates_and_weights() -> None:
     student = lively().train()
     gates = gates_of(student.config).train()

@@ -51,7 +51,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Students of each kind.")] = 1,
     epochs: Annotated[int, typer.Option(help="Epochs of each probe.")] = 20,
     minutes: Annotated[float, typer.Option(help="Minutes of synthetic speech; 0 for the demo's own amount.")] = 0,
-    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/pruning.json",
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/pruning/demo.json",
 ) -> None:
     """Train and probe students of both kinds."""
     torch.set_num_threads(1)

@@ -13,6 +13,7 @@ setup(
         "ray_distill.recipes.ablations",
         "ray_distill.recipes.clusters",
         "ray_distill.recipes.discrete",
+        "ray_distill.recipes.pruned",
         "ray_distill.recipes.several",
     ],
     package_dir={f"ray_distill.{folder}": folder for folder in FOLDERS} | RECIPES,
@@ -24,7 +25,7 @@ setup(
         "ray_distill.teacher_cache.teachers.known": ["*.json"],
         **{
             f"ray_distill.recipes{below}": ["*.yaml", "*.json"]
-            for below in ("", ".ablations", ".clusters", ".discrete", ".several")
+            for below in ("", ".ablations", ".clusters", ".discrete", ".pruned", ".several")
         },
         "ray_distill.serve.page": ["*.html", "*.css", "*.js", "*.svg", "*.flac"],
         "ray_distill.serve.reference": ["*.html", "*.js", "*.gz", "*.txt"],

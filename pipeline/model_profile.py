@@ -76,7 +76,7 @@ def profile_student(student: Student, seconds: float = 10.0) -> Profile:
     parts: dict[str, list[nn.Module]] = {
         "convolutions": list(student.conv_blocks),
         "position": [student.position] if student.position is not None else [],
-        "attention": [layer.attention for layer in layers if hasattr(layer, "attention")],
+        "attention": [layer.attention for layer in layers if getattr(layer, "attention", None) is not None],
         "feed-forward": [
             module
             for layer in layers

@@ -83,7 +83,7 @@ def other_recipes(name: Path, folder: str | None = None) -> str:
         folder: Sub-folder of ``configs/`` whose recipes are listed. Default: ``configs/`` itself and all but ``clusters``.
     """
     names = (
-        [name for below in ("", "ablations", "discrete", "several") for name in recipe_names(below)]
+        [name for below in ("", "ablations", "discrete", "pruned", "several") for name in recipe_names(below)]
         if folder is None
         else recipe_names(folder)
     )

@@ -36,8 +36,10 @@ _TRAINING_FIELDS = (
     "split_heads",
     "split_dim",
     "heads",
+    "layer_heads",
+    "layer_ffn_dims",
 )
-"""Settings that no output of the encoder's layers depends on."""
+"""Settings that no output of the encoder's layers depends on, or that the shapes of the weights show."""
 
 
 class StudentTeacher(Teacher):

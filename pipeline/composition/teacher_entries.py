@@ -83,6 +83,11 @@ def check_teachers(teachers: "Sequence[TeacherEntry]", train: TrainSettings) -> 
         for key in (key for key, is_given in given.items() if is_given):
             raise ValueError(f"train.{key} is for several teachers, but there is one; remove it, or give teachers")
         return
+    if train.prune is not None:
+        raise ValueError(
+            "train.prune is for one teacher, because the heads of further ones would be lost between the phases; give teacher "
+            "in place of teachers"
+        )
     for number, name in enumerate(names):
         if name in names[:number]:
             raise ValueError(f"teachers: two have the name {name}; give each a name of its own")

@@ -23,6 +23,7 @@ from ray_distill.pipeline.stages.index import split_table
 from ray_distill.pipeline.stages.run import TeacherRun
 from ray_distill.pipeline.stages.run_audio import check_reference
 from ray_distill.student import Student
+from ray_distill.student.pruning.gates import Gates
 from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holder, refuse_audio_store
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -218,7 +219,14 @@ def _student_facts(config: Config, headers: Sequence[Teacher | None]) -> str:
     with torch.device("meta"):
         student = Student(settings)
     parameters = sum(parameter.numel() for parameter in student.parameters())
-    return f"{parameters:,} parameters, {settings.encoder_layers} layers of width {settings.encoder_embed_dim}"
+    size = f"{parameters:,} parameters, {settings.encoder_layers} layers of width {settings.encoder_embed_dim}"
+    if config.train.prune is None:
+        return size
+    gates = Gates(settings, config.train.prune, config.train.seed)
+    left = round((1 - config.train.prune.sparsity) * gates.total)
+    return (
+        f"{size}; {config.train.prune.steps:,} steps of pruning leave about {left:,} of {gates.total:,} without heads"
+    )
 
 
 def _index_action(folder: RunFolder) -> str:

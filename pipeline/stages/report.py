@@ -18,7 +18,7 @@ from ray_distill.pipeline.reports.run_report import write_run_report
 from ray_distill.pipeline.reports.training_charts import rows_of_kind
 from ray_distill.pipeline.run_starts import read_starts
 from ray_distill.pipeline.stages.run import Run, TeacherRun
-from ray_distill.pipeline.stages.train import teacher_caches
+from ray_distill.pipeline.stages.train import pruning_record, teacher_caches
 from ray_distill.student import Student, load_student
 from ray_distill.student.objectives.several_teachers import SeveralTeachers
 from ray_distill.student.training.target_source import several_readers
@@ -93,6 +93,7 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
         "export": str(run.folder.export),
         "run": str(run.folder.path),
         "report": str(run.folder.report),
+        "pruning": pruning_record(run.folder),
     } | _teachers(run, sizes, failed, metrics)
 
 
@@ -208,6 +209,11 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
         "training": f"{train.targets} targets, batches of {batch}, {train.accumulate} per step and worker, "
         f"{counted(train.workers, 'worker')}, {train.precision}, {loss}peak learning rate {train.learning_rate:g}",
     }
+    if (pruned := summary["pruning"]) is not None:
+        facts["pruning"] = (
+            f"{pruned['step']:,} steps, after which {pruned['parameters']:,} of {pruned['parameters_before']:,} parameters without "
+            f"heads were left (sparsity {pruned['sparsity']:.3f})"
+        )
     if summary["constant_loss"] is not None:
         shares = list(summary["explained_variance"].values())
         facts["loss"] = (

@@ -24,7 +24,7 @@ from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
 from ray_distill.pipeline.stages.run_audio import audio_spec_of, check_reference, shard_seconds_of
 from ray_distill.pipeline.stages.run_teacher import keep_checkpoint, other_commit, run_checkpoint
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.student.training.train_state import saved_step
+from ray_distill.student.training.train_state import resume_step
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -315,7 +315,7 @@ class Run:
         if at.stage in ("index", "cache"):
             advice = "the same command resumes from there"
         elif at.stage == "train":
-            step = saved_step(self.folder.checkpoints)
+            step, _ = resume_step(self.folder.path)
             advice = (
                 "the same command starts the training again, since it has no checkpoint yet"
                 if step is None

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ray_distill.pipeline.corpus.labels import LABELS
+from ray_distill.pipeline.files import read_json_object
 from ray_distill.pipeline.initialise import initial_tensors, tensors_of_student, write_initial
 from ray_distill.pipeline.ray_session import init_ray, owns_ray, quiet_ray, require_resources
 from ray_distill.pipeline.run_folder import RunFolder
@@ -18,11 +19,17 @@ from ray_distill.pipeline.stages.domains import check_domains
 from ray_distill.pipeline.stages.progress import ProgressUpdate
 from ray_distill.pipeline.stages.run import Run, TeacherRun
 from ray_distill.student import Student, StudentConfig
+from ray_distill.student.checkpoints import CONFIG as STUDENT_CONFIG
 from ray_distill.student.objectives.mixture import Mixture
+from ray_distill.student.pruning.gates import Gates
 from ray_distill.student.training.metric_rows import read_last_train_row
 from ray_distill.student.training.ray_training import train_on_ray
+from ray_distill.student.training.run_files import PRUNED, PRUNING
 from ray_distill.student.training.target_source import TeacherCache
-from ray_distill.student.training.train_state import refuse_missing_metrics, saved_step
+from ray_distill.student.training.train_state import refuse_missing_metrics, resume_step
+
+_FAR = 0.02
+"""Difference of the sparsity from that of the gates at the end of a pruning that is worth a word."""
 
 
 def train_student(run: Run) -> None:
@@ -39,9 +46,9 @@ def train_student(run: Run) -> None:
     if finished is not None:
         run.say(f"train   finished before ({finished['steps']} steps), reused")
         return
-    step = saved_step(run.folder.checkpoints)
+    step, in_pruning = resume_step(run.folder.path)
     run.folder.metrics()  # Damaged and missing metrics are refused before Ray starts.
-    refuse_missing_metrics(run.folder.checkpoints, step or 0)
+    refuse_missing_metrics(run.folder.checkpoints, 0 if in_pruning else step or 0)
     settings = run.config.train
     if settings.targets == "cached":
         check_domains(run)
@@ -54,13 +61,15 @@ def train_student(run: Run) -> None:
             f"train   continuing from step {step} beyond a finished training; the learning rate follows the schedule of the new length"
         )
     elif step is not None:
-        run.say(f"train   resuming from step {step}, the last checkpoint")
+        run.say(f"train   resuming from step {step}{' of the pruning' if in_pruning else ''}, the last checkpoint")
     with quiet_ray(run.folder.ray_log), run.progress("train", "steps") as update:
         init_ray()
         require_resources("train.workers, train.use_gpu", settings.workers, 1, float(settings.use_gpu), run.say)
         record_start(run.folder.starts_file, first=step is None)
         done = threading.Event()
-        watcher = threading.Thread(target=_show_metrics, args=(run, update, done, step or 0), daemon=True)
+        watcher = threading.Thread(
+            target=_show_metrics, args=(run, update, done, 0 if in_pruning else step or 0), daemon=True
+        )
         watcher.start()
         try:
             training()
@@ -69,6 +78,16 @@ def train_student(run: Run) -> None:
             watcher.join()
     result = run.folder.result()
     assert result is not None, "a training that returns has written its result"
+    if (pruned := pruning_record(run.folder)) is not None:
+        run.say(
+            f"train   pruning has left {pruned['parameters']:,} of {pruned['parameters_before']:,} parameters without heads "
+            f"(sparsity {pruned['sparsity']:.3f})"
+        )
+        if pruned["sparsity"] - pruned["expected_sparsity"] > _FAR:
+            run.say(
+                f"[yellow]train   the gates themselves had only reached a sparsity of {pruned['expected_sparsity']:.3f}; a larger "
+                "train.prune.steps or gate_learning_rate lets the student adapt to the rest[/yellow]"
+            )
     run.say(
         f"train   {result['steps']} steps in {result['seconds']:.0f} s: training loss {result['first_loss']:.4f} -> "
         f"{result['last_loss']:.4f}, validation {result['first_validation_loss']:.4f} -> {result['last_validation_loss']:.4f}"
@@ -170,11 +189,14 @@ def initial_student(run: Run) -> tuple[StudentConfig, dict[str, Tensor]]:
 
     Raises:
         ConfigError: The student's configuration is impossible, or it can't start from the given weights.
+        ValueError: The student can't be pruned to the sparsity.
     """
     config = run.config.resolve_student(len(run.layers), run.target_dim, run.teacher.patches)
     settings = run.config.train
     named = [part for part in run.parts if isinstance(part, TeacherRun) and part.name == settings.init_teacher]
     origin = (named or run.parts)[0]
+    if settings.prune is not None:
+        Gates(config, settings.prune, settings.seed)  # Refuses a sparsity that can't be reached.
     if settings.init_from is not None:
         return config, tensors_of_student(settings.init_from, config)
     return config, initial_tensors(origin.teacher, config, settings) if settings.starts_from_teacher else {}
@@ -185,13 +207,26 @@ def last_row(folder: RunFolder) -> dict[str, Any] | None:
     return read_last_train_row(folder.metrics_file)
 
 
+def pruning_record(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the record of `save_pruned` on what the pruning of a run has left. None if it has not pruned."""
+    described = read_json_object(folder.path / PRUNING / PRUNED / STUDENT_CONFIG)
+    return None if described is None else dict(described["metadata"])
+
+
 def _show_metrics(run: Run, update: ProgressUpdate, done: threading.Event, start: int) -> None:
     """Show the last logged step after ``start``, once a second."""
     while not done.wait(1.0):
         try:
             row = last_row(run.folder)
+            pruning = last_row(RunFolder(run.folder.path / PRUNING)) if row is None else None
         except ValueError as error:
             run.say(f"train   the progress is no longer shown: {error}")
             return
+        if pruning is not None:
+            update(
+                pruning["step"],
+                pruning["steps"],
+                f"pruning, sparsity {pruning['sparsity']:.3f}, loss {pruning['loss']:.4f}",
+            )
         if row is not None and row["step"] > start:
             update(row["step"], row.get("steps", row["step"]), f"loss {row['loss']:.4f}")

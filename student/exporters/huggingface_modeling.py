@@ -129,7 +129,7 @@ class DistilledStudentModel(DistilledStudentPreTrainedModel):
             ``last_hidden_state`` (B, T, width), and on request ``hidden_states``: with features ``layers`` L + 1 tensors, where 0
             is the encoder's input and k the output of layer k; with features ``heads`` the heads' predictions. On request
             ``attentions``: the map (B, H, T, T) that each layer applies, its own or a reused one; after a time reduction, its
-            T are reduced frames.
+            T are reduced frames, and of a pruned layer, its H are the remaining heads, none without attention.
 
         Raises:
             ValueError: audio is shorter than one frame, padding precedes real samples, or a mask has another shape.

@@ -17,6 +17,8 @@ _COPIED_FIELDS = (
     "encoder_embed_dim",
     "encoder_ffn_embed_dim",
     "encoder_attention_heads",
+    "layer_heads",
+    "layer_ffn_dims",
     "layer_norm_first",
     "conv_pos",
     "conv_pos_groups",
@@ -58,9 +60,11 @@ def default_features(config: StudentConfig) -> Features:
     """Return the features that the authors of a student's method evaluate on SUPERB.
 
     These are the heads' predictions for ARMHuBERT and MaskHuBERT, whose students have a head on each layer and no time
-    reduction, and the encoder's layers for all others: FitHuBERT, DistilHuBERT, STaR, and students without heads.
+    reduction, and the encoder's layers for all others: FitHuBERT, DistilHuBERT, STaR, pruned students (DPHuBERT), and students
+    without heads.
     """
-    return "heads" if config.heads == "layerwise" and config.time_reduction is None else "layers"
+    pruned = config.layer_heads is not None or config.layer_ffn_dims is not None
+    return "heads" if config.heads == "layerwise" and config.time_reduction is None and not pruned else "layers"
 
 
 def portable_config(config: StudentConfig, features: Features = "layers") -> dict[str, Any]:

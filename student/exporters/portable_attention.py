@@ -28,19 +28,20 @@ def _apply_rotary(x_BHTh: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Self-attention that computes its own map, or applies the map of an earlier layer to its own values."""
 
-    def __init__(self, config: dict[str, Any], reuses: bool) -> None:
+    def __init__(self, config: dict[str, Any], reuses: bool, heads: int) -> None:
         super().__init__()
         width: int = config["encoder_embed_dim"]
-        self.heads: int = config["encoder_attention_heads"]
+        self.heads = heads
+        inner = heads * (width // config["encoder_attention_heads"])
         self.reuses = reuses
         self.second_softmax = config["reuse_behaviour"] == "released"
         self.dropout: float = config["attention_dropout"]
         self.rotary = config["position"] == "rotary"
         if not reuses:
-            self.query = nn.Linear(width, width)
-            self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+            self.query = nn.Linear(width, inner)
+            self.key = nn.Linear(width, inner)
+        self.value = nn.Linear(width, inner)
+        self.out = nn.Linear(inner, width)
 
     def _split_heads(self, x_BTd: Tensor) -> Tensor:
         return x_BTd.view(x_BTd.shape[0], x_BTd.shape[1], self.heads, -1).transpose(1, 2)
@@ -83,12 +84,17 @@ class Attention(nn.Module):
             weights = _softmax(weights, attention_mask)
         if maps is not None:
             maps.append(weights)
-        mixed = F.dropout(weights, rate, training=rate > 0) @ values
+        mixed = _product(F.dropout(weights, rate, training=rate > 0), values)
         return self.out(mixed.transpose(1, 2).flatten(2)), previous_map
 
 
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    # `torch.export` can't trace the product of single heads for all lengths.
+    return (x.squeeze(1) @ y.squeeze(1)).unsqueeze(1) if x.shape[1] == 1 else x @ y
+
+
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
-    return (queries / math.sqrt(keys.shape[-1])) @ keys.transpose(-1, -2)
+    return _product(queries / math.sqrt(keys.shape[-1]), keys.transpose(-1, -2))
 
 
 def _softmax(scores: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -23,7 +23,8 @@ class PortableStudent(nn.Module):
 
     Attributes:
         config: Architecture, as JSON values: conv_layers [[channels, kernel, stride], ...], conv_norm, conv_bias,
-            feature_norm, encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads, reuses [bool for each layer],
+            feature_norm, encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads, layer_heads and layer_ffn_dims
+            [number for each layer, 0 for none] (null or missing if all layers are alike), reuses [bool for each layer],
             reuse_behaviour, layer_norm_first, position, conv_pos, conv_pos_groups, conv_pos_depth, time_reduction,
             time_reduction_factor, time_reduction_index, dropout, attention_dropout, activation_dropout, dropout_input;
             features: ``layers`` or ``heads`` (see `forward`), and for heads: heads (``layerwise`` or ``split``),
@@ -55,7 +56,12 @@ class PortableStudent(nn.Module):
             self.position = PositionConv(width, config["conv_pos"], config["conv_pos_groups"])
         self.encoder_norm = nn.LayerNorm(width)
         self.encoder_dropout = nn.Dropout(config["dropout"])
-        self.layers = nn.ModuleList([EncoderLayer(config, reuses) for reuses in config["reuses"]])
+        count = len(config["reuses"])
+        heads = config.get("layer_heads") or [config["encoder_attention_heads"]] * count
+        inner = config.get("layer_ffn_dims") or [config["encoder_ffn_embed_dim"]] * count
+        self.layers = nn.ModuleList(
+            [EncoderLayer(config, reuses, heads[i], inner[i]) for i, reuses in enumerate(config["reuses"])]
+        )
         self.reduction: TimeReduction | None = None
         if config["time_reduction"] is not None:
             self.reduction = TimeReduction(width, config["time_reduction"], config["time_reduction_factor"])
@@ -315,17 +321,21 @@ class Upsampler(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Transformer layer, normalised after each part, or before it with ``layer_norm_first``."""
+    """Transformer layer, normalised after each part, or before it with ``layer_norm_first``.
 
-    def __init__(self, config: dict[str, Any], reuses: bool) -> None:
+    With 0 heads it has no attention, and with a feed-forward width of 0 no feed-forward part.
+    """
+
+    def __init__(self, config: dict[str, Any], reuses: bool, heads: int, inner: int) -> None:
         super().__init__()
-        self.norm_first: bool = config["layer_norm_first"]
+        norm_first: bool = config["layer_norm_first"]
+        self.norm_first = norm_first
         width: int = config["encoder_embed_dim"]
-        self.attention = Attention(config, reuses)
-        self.attention_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, config["encoder_ffn_embed_dim"])
-        self.down = nn.Linear(config["encoder_ffn_embed_dim"], width)
-        self.final_norm = nn.LayerNorm(width)
+        self.attention = Attention(config, reuses, heads) if heads else None
+        self.attention_norm = nn.LayerNorm(width) if heads or not norm_first else None
+        self.up = nn.Linear(width, inner) if inner else None
+        self.down = nn.Linear(inner, width) if inner else None
+        self.final_norm = nn.LayerNorm(width) if inner or not norm_first else None
         self.dropout = nn.Dropout(config["dropout"])
         self.activation_dropout = nn.Dropout(config["activation_dropout"])
 
@@ -338,14 +348,21 @@ class EncoderLayer(nn.Module):
         maps: list[Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the output (B, T, d) and the attention map; see `Attention.forward`."""
-        normalised = self.attention_norm(x_BTd) if self.norm_first else x_BTd
-        mixed, previous_map = self.attention(normalised, attention_mask, previous_map, hold_maps, maps)
-        x = x_BTd + self.dropout(mixed)
-        if not self.norm_first:
+        x, norm_first = x_BTd, self.norm_first
+        if self.attention is not None:
+            normalised = self.attention_norm(x) if norm_first and self.attention_norm is not None else x
+            mixed, previous_map = self.attention(normalised, attention_mask, previous_map, hold_maps, maps)
+            x = x + self.dropout(mixed)
+        elif maps is not None:
+            maps.append(x.new_zeros(x.shape[0], 0, x.shape[1], x.shape[1]))
+        if not norm_first and self.attention_norm is not None:
             x = self.attention_norm(x)
-        inner = self.activation_dropout(F.gelu(self.up(self.final_norm(x) if self.norm_first else x)))
-        x = x + self.dropout(self.down(inner))
-        return x if self.norm_first else self.final_norm(x), previous_map
+        if self.up is not None and self.down is not None:
+            inner = self.up(self.final_norm(x) if norm_first and self.final_norm is not None else x)
+            x = x + self.dropout(self.down(self.activation_dropout(F.gelu(inner))))
+        if not norm_first and self.final_norm is not None:
+            x = self.final_norm(x)
+        return x, previous_map
 
 
 def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor | None]:

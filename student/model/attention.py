@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ray_distill.student.model.dropout import dropout_mask
+from ray_distill.student.model.gated_linear import GatedLinear
 from ray_distill.student.model.position_encoding import apply_rotary, relative_shift, relative_table
 from ray_distill.student.model.student_config import StudentConfig
 
@@ -53,27 +54,29 @@ class Attention(nn.Module):
     Args:
         config: Architecture of the student.
         reuses: Whether this layer reuses a map.
+        heads: Number of heads. Default None: ``config.encoder_attention_heads``.
     """
 
-    def __init__(self, config: StudentConfig, reuses: bool) -> None:
+    def __init__(self, config: StudentConfig, reuses: bool, heads: int | None = None) -> None:
         super().__init__()
         width = config.encoder_embed_dim
-        self.heads = config.encoder_attention_heads
+        self.heads = config.encoder_attention_heads if heads is None else heads
+        inner = self.heads * config.head_width
         self.reuses = reuses
         self.second_softmax = config.reuse_behaviour == "released"
         self.dropout = config.attention_dropout
         self.positions = config.position
         if not reuses:
-            self.query = nn.Linear(width, width)
-            self.key = nn.Linear(width, width)
+            self.query = nn.Linear(width, inner)
+            self.key = nn.Linear(width, inner)
             if self.positions == "relative":
-                self.distance = nn.Linear(width, width, bias=False)
+                self.distance = nn.Linear(width, inner, bias=False)
                 biases = (
-                    nn.init.xavier_uniform_(torch.empty(self.heads, width // self.heads))[:, None] for _ in range(2)
+                    nn.init.xavier_uniform_(torch.empty(self.heads, config.head_width))[:, None] for _ in range(2)
                 )
                 self.content_bias, self.distance_bias = map(nn.Parameter, biases)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.value = nn.Linear(width, inner)
+        self.out = GatedLinear(inner, width)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, reuses={self.reuses}, dropout={self.dropout:g}"

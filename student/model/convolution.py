@@ -1,4 +1,4 @@
-"""Convolutions of the front end, channels last: GELU and convolution in one step that saves only the input of the GELU.
+"""Blocks of the front end, channels last: GELU and convolution in one step that saves only the input of the GELU, and a norm.
 
 Shape suffixes: B batch, S positions, C channels.
 """
@@ -7,11 +7,59 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from ray_distill.teacher_cache.frames import conv_output_length, group_norm_over_real
 
 _BLOCK_POSITIONS = 1024
 """Number of output positions that are computed at a time on a CPU, so that the operands fit into its caches."""
+
+
+class ConvBlock(nn.Module):
+    """GELU (except in the first block), unpadded convolution, and normalisation if any.
+
+    The published order is convolution, normalisation, GELU. Here the GELU is moved into the next block, and the last GELU
+    into the student, so that GELU and convolution are one step, which does not save the GELU's output for backward.
+
+    Args:
+        inputs: Input channels C.
+        channels: Output channels C'.
+        kernel, stride: Kernel and stride of the convolution.
+        bias: Whether the convolution has a bias.
+        norm: ``group_norm``, ``layer_norm`` or None.
+        first: Whether this is the first block, which has no GELU.
+
+    Attributes:
+        input_gate: (C,) float, factor of each input channel after the GELU while a student is pruned; None otherwise.
+    """
+
+    input_gate: Tensor | None = None
+
+    def __init__(
+        self, inputs: int, channels: int, kernel: int, stride: int, bias: bool, norm: str | None, first: bool
+    ) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.first = kernel, stride, first
+        self.conv = nn.Conv1d(inputs, channels, kernel, stride, bias=bias)
+        nn.init.kaiming_normal_(self.conv.weight)
+        self.norm: nn.Module | None = None
+        if norm == "group_norm":
+            self.norm = nn.GroupNorm(channels, channels)
+        elif norm == "layer_norm":
+            self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x_BSC: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, S, C) and lengths (B,) to (B, S', C') and lengths (B,)."""
+        weight = self.conv.weight if self.input_gate is None else self.conv.weight * self.input_gate[:, None]
+        x = gelu_convolution(x_BSC, weight, self.conv.bias, self.stride, gelu=not self.first)
+        lengths = conv_output_length(lengths_B, [(self.kernel, self.stride)])
+        if isinstance(self.norm, nn.GroupNorm):
+            norm = self.norm
+            x = group_norm_over_real(x.transpose(1, 2), lengths, norm.weight, norm.bias, norm.eps).transpose(1, 2)
+        elif self.norm is not None:
+            x = self.norm(x)
+        return x, lengths
 
 
 def gelu_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *, gelu: bool) -> Tensor:

@@ -5,7 +5,7 @@ Shape suffixes: B batch, S samples, C channels, T frames, L layers, P prediction
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ray_distill.student.model.attention import AttentionMap
 from ray_distill.student.model.conformer import ConformerLayer
-from ray_distill.student.model.convolution import gelu_convolution
+from ray_distill.student.model.convolution import ConvBlock
 from ray_distill.student.model.dropout import Dropout
 from ray_distill.student.model.patch_embedding import PatchEmbedding
 from ray_distill.student.model.position_encoding import DeepPositionConv, PositionConv
@@ -22,7 +22,7 @@ from ray_distill.student.model.scaled_gradient import scale_gradient
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.model.time_reduction import TimeReduction, Upsampler, repeat_frames
 from ray_distill.student.model.transformer import TransformerLayer
-from ray_distill.teacher_cache.frames import conv_output_length, group_norm_over_real, padding_mask
+from ray_distill.teacher_cache.frames import padding_mask
 
 Lengths = Tensor | Sequence[int]
 """Numbers of samples (B,): an integer tensor, or integers on the host."""
@@ -55,46 +55,6 @@ class StudentOutput(NamedTuple):
         if not 1 <= number <= self.hidden_states.shape[1]:
             raise ValueError(f"the student has layers 1 to {self.hidden_states.shape[1]}, not {number}")
         return self.hidden_states[:, number - 1]
-
-
-class ConvBlock(nn.Module):
-    """GELU (except in the first block), unpadded convolution, and normalisation if any.
-
-    The published order is convolution, normalisation, GELU. Here the GELU is moved into the next block, and the last GELU
-    into the student, so that GELU and convolution are one step, which does not save the GELU's output for backward.
-
-    Args:
-        inputs: Input channels C.
-        channels: Output channels C'.
-        kernel, stride: Kernel and stride of the convolution.
-        bias: Whether the convolution has a bias.
-        norm: ``group_norm``, ``layer_norm`` or None.
-        first: Whether this is the first block, which has no GELU.
-    """
-
-    def __init__(
-        self, inputs: int, channels: int, kernel: int, stride: int, bias: bool, norm: str | None, first: bool
-    ) -> None:
-        super().__init__()
-        self.kernel, self.stride, self.first = kernel, stride, first
-        self.conv = nn.Conv1d(inputs, channels, kernel, stride, bias=bias)
-        nn.init.kaiming_normal_(self.conv.weight)
-        self.norm: nn.Module | None = None
-        if norm == "group_norm":
-            self.norm = nn.GroupNorm(channels, channels)
-        elif norm == "layer_norm":
-            self.norm = nn.LayerNorm(channels)
-
-    def forward(self, x_BSC: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (B, S, C) and lengths (B,) to (B, S', C') and lengths (B,)."""
-        x = gelu_convolution(x_BSC, self.conv.weight, self.conv.bias, self.stride, gelu=not self.first)
-        lengths = conv_output_length(lengths_B, [(self.kernel, self.stride)])
-        if isinstance(self.norm, nn.GroupNorm):
-            norm = self.norm
-            x = group_norm_over_real(x.transpose(1, 2), lengths, norm.weight, norm.bias, norm.eps).transpose(1, 2)
-        elif self.norm is not None:
-            x = self.norm(x)
-        return x, lengths
 
 
 class Student(nn.Module):
@@ -149,8 +109,14 @@ class Student(nn.Module):
             self.position = PositionConv(width, config.conv_pos, config.conv_pos_groups)
         self.encoder_norm = nn.LayerNorm(width)
         self.encoder_dropout = Dropout(config.dropout)
-        layer_type = ConformerLayer if config.layer_type == "conformer" else TransformerLayer
-        self.layers = nn.ModuleList([layer_type(config, reuses) for reuses in config.reuses])
+        self.layers = nn.ModuleList(
+            ConformerLayer(config, reuses)
+            if config.layer_type == "conformer"
+            else TransformerLayer(config, reuses, heads, ffn_dim)
+            for reuses, heads, ffn_dim in zip(
+                config.reuses, config.heads_of_layers, config.ffn_dims_of_layers, strict=True
+            )
+        )
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, 0.0, 0.02)
@@ -376,14 +342,17 @@ class Student(nn.Module):
 
 def _run_layer(
     layer: nn.Module, x: Tensor, attention_mask: Tensor | None, previous_map: AttentionMap | None
-) -> tuple[Tensor, AttentionMap]:
-    result: tuple[Tensor, AttentionMap] = layer(x, attention_mask, previous_map)
+) -> tuple[Tensor, AttentionMap | None]:
+    result: tuple[Tensor, AttentionMap | None] = layer(x, attention_mask, previous_map)
     return result
 
 
 @cache
-def compiled_layer() -> Callable[..., tuple[Tensor, AttentionMap]]:
+def compiled_layer() -> Callable[..., tuple[Tensor, AttentionMap | None]]:
     """Return the compiled form of a layer's forward pass, with the layer as its first argument."""
+    # The layers of a pruned student differ in their widths, and each width needs a program. PyTorch's own limit is 8.
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 128)
     return torch.compile(_run_layer, dynamic=True)
 
 

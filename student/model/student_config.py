@@ -1,7 +1,7 @@
 """Architecture of a student: every choice, with ARMHuBERT-S's value as its default."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pydantic
@@ -50,7 +50,12 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     encoder_ffn_embed_dim: int = pydantic.Field(default=816, ge=1)
     """Width of the feed-forward layers."""
     encoder_attention_heads: int = pydantic.Field(default=12, ge=1)
-    """Number of attention heads."""
+    """Number of attention heads. It also decides the width of a head, ``encoder_embed_dim / encoder_attention_heads``."""
+    layer_heads: tuple[Annotated[int, pydantic.Field(ge=0)], ...] | None = None
+    """Number of attention heads of each layer, of the same width as above; 0 for a layer without attention. Pruning makes such
+    students. None gives all layers ``encoder_attention_heads``."""
+    layer_ffn_dims: tuple[Annotated[int, pydantic.Field(ge=0)], ...] | None = None
+    """Width of each layer's feed-forward part; 0 for a layer without one. None gives all layers ``encoder_ffn_embed_dim``."""
     attention_reuse: Literal["none", "alternate"] | tuple[bool, ...] = "alternate"
     """Attention-map reuse: for each layer, True if it reuses the last computed attention map instead of computing its own;
     or ``alternate`` (every second layer reuses), or ``none``. This is the OPPOSITE sign of the published ``reuse_pattern``,
@@ -121,6 +126,21 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
         return self.attention_reuse
 
     @property
+    def heads_of_layers(self) -> tuple[int, ...]:
+        """Number of attention heads of each layer, as a tuple of L numbers."""
+        return self.layer_heads or (self.encoder_attention_heads,) * self.encoder_layers
+
+    @property
+    def ffn_dims_of_layers(self) -> tuple[int, ...]:
+        """Width of each layer's feed-forward part, as a tuple of L numbers."""
+        return self.layer_ffn_dims or (self.encoder_ffn_embed_dim,) * self.encoder_layers
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.encoder_embed_dim // self.encoder_attention_heads
+
+    @property
     def num_predictions(self) -> int:
         """Number of teacher layers that this student learns from: one per head, or one per encoder layer without heads."""
         return self.split_heads if self.heads == "split" else self.encoder_layers
@@ -178,7 +198,16 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
         width, inputs, count = self.encoder_embed_dim, 1, 0
         for channels, kernel, _ in self.conv_layers:
             count, inputs = count + inputs * channels * kernel, channels
-        count += inputs * width + self.encoder_layers * width * (4 * width + 2 * self.encoder_ffn_embed_dim)
+        # Not by the properties, which build a tuple as long as encoder_layers says.
+        heads = (
+            self.encoder_layers * self.encoder_attention_heads if self.layer_heads is None else sum(self.layer_heads)
+        )
+        units = (
+            self.encoder_layers * self.encoder_ffn_embed_dim
+            if self.layer_ffn_dims is None
+            else sum(self.layer_ffn_dims)
+        )
+        count += inputs * width + width * (4 * heads * self.head_width + 2 * units)
         count += width**2 * self.conv_pos * self.conv_pos_depth // self.conv_pos_groups
         count += self.num_predictions * self.target_dim * (self.split_dim or width)
         if count > MAX_PARAMETERS or self.encoder_layers + len(self.conv_layers) + self.conv_pos_depth > MAX_MODULES:
@@ -222,6 +251,22 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
             )
         if self.reuses[0]:
             raise ValueError("attention_reuse: the first layer has no attention map to reuse; its entry must be false")
+        for name, sizes in (("layer_heads", self.layer_heads), ("layer_ffn_dims", self.layer_ffn_dims)):
+            if sizes is None:
+                continue
+            if len(sizes) != self.encoder_layers:
+                raise ValueError(
+                    f"{name} has {len(sizes)} entries, but encoder_layers is {self.encoder_layers}; give one entry per layer"
+                )
+            if self.layer_type != "transformer":
+                raise ValueError(
+                    f"{name} applies to Transformer layers only; remove it, or set layer_type to transformer"
+                )
+        if self.layer_heads is not None and any(self.reuses):
+            raise ValueError(
+                "layer_heads does not go with attention_reuse, because a reused map has the heads of an earlier layer; set "
+                "attention_reuse to none"
+            )
         if self.time_reduction is not None:
             if self.time_reduction_index >= self.encoder_layers:
                 raise ValueError(

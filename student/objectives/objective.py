@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ray_distill.student.model.student import Lengths, Student
 from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.pruning.gates import Gates
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
 from ray_distill.student.training.spec_augment import SpecAugment, augmentation
 from ray_distill.teacher_cache.frames import padding_mask
@@ -37,6 +38,7 @@ class DistillationLoss:
             frames, each layer's cosine similarity of student and teacher summed over frames, and the number of frames.
             The values of several batches and ranks can be added up.
         accuracies: The same for the share of a frame's symbols that the student predicts, for objectives with discrete targets.
+        penalty: What is minimised beside ``total``: the batch's share of the loss that closes gates; None without gates.
     """
 
     total: Tensor
@@ -49,6 +51,7 @@ class DistillationLoss:
     unmask_final: Tensor | None = None
     cosines: Tensor | None = None
     accuracies: Tensor | None = None
+    penalty: Tensor | None = None
 
     def agreement(self) -> Tensor:
         """Return the cosine similarities and the accuracies (2, 2, L + 1) float64, zeros where there are none."""
@@ -105,11 +108,13 @@ class Distiller(nn.Module, ABC):
     Attributes:
         predictors: Modules of the objective that are trained with the student and are not part of it, such as the predictors of
             discrete targets. They are in the checkpoints from which a training continues. Default: none.
+        gates: Gates by which the student is pruned. Default None.
     """
 
     def __init__(self, student: Student, *, spec_augment: SpecAugment | None = None) -> None:
         super().__init__()
         self.student, self.spec_augment = student, spec_augment
+        self.gates: Gates | None = None
         self.predictors = nn.ModuleList()
 
     def set_progress(self, epoch: int, step: int) -> None:
@@ -148,9 +153,15 @@ class Distiller(nn.Module, ABC):
         Raises:
             ValueError: a shape that does not fit.
         """
+        if self.gates is not None:
+            self.gates.set_gates(self.student)
         encoded = self.encode(waveforms, lengths, frame_mask)
         divisor = encoded.num_frames.sum() if normalizer is None else normalizer
-        return self.loss(encoded, frame_mask, targets, divisor, cosines=cosines)
+        loss = self.loss(encoded, frame_mask, targets, divisor, cosines=cosines)
+        if self.gates is not None and self.training:
+            # The shares of all batches of a step add up to 1.
+            loss.penalty = self.gates.penalty() * (encoded.num_frames.sum() / divisor)
+        return loss
 
     @abstractmethod
     def loss(

@@ -72,15 +72,20 @@ def learning_rate(settings: TrainSettings, step: int, total_steps: int) -> float
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Return the optimiser with weight decay on all parameters but biases, as in the published parameter groups.
+    """Return the optimiser with weight decay on all parameters but biases and gates, as in the published parameter groups.
 
-    AdamW is fused on a GPU.
+    AdamW is fused on a GPU. The group of the gates has the key ``lr_scale``, the factor on its learning rate.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    gates = [parameter for name, parameter in named if name.startswith("gates.")]
+    named = [(name, parameter) for name, parameter in named if not name.startswith("gates.")]
     groups: list[dict[str, Any]] = [
         {"params": [p for n, p in named if not n.endswith("bias")], "weight_decay": settings.weight_decay},
         {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0},
     ]
+    if settings.prune is not None:
+        scale = settings.prune.gate_learning_rate / settings.learning_rate
+        groups.append({"params": gates, "weight_decay": 0.0, "lr_scale": scale})
     if settings.optimizer == "published":
         return PublishedUpdate(groups, settings.betas, settings.eps)
     return torch.optim.AdamW(

@@ -13,6 +13,7 @@ import torch
 
 from ray_distill.memory import memory_named, ran_out_of_memory
 from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.pruning.phases import train_in_phases
 from ray_distill.student.training import run_files
 from ray_distill.student.training.metrics import check_trackers
 from ray_distill.student.training.rank import Rank
@@ -25,7 +26,6 @@ from ray_distill.student.training.target_source import (
 )
 from ray_distill.student.training.train_settings import SeveralTeacherSettings, TrainSettings
 from ray_distill.student.training.train_state import CheckpointError
-from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.precision import Precision
 from ray_distill.teacher_cache.storage.cache_spec import Targets
@@ -176,7 +176,7 @@ def _train_on(job: dict[str, Any], rank: Rank, **options: Any) -> Exception | No
 
 def _train(job: dict[str, Any], rank: Rank, **options: Any) -> None:
     train_reader, validation_reader, source = _readers(job, rank.device)
-    train(
+    train_in_phases(
         StudentConfig.model_validate(job["student"]),
         (SeveralTeacherSettings if "terms" in job["settings"] else TrainSettings).model_validate(job["settings"]),
         train_reader,

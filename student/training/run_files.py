@@ -22,6 +22,11 @@ STATE = "state.pt"
 BEST = "best"
 """Link in CHECKPOINTS to the student with the lowest validation loss."""
 
+PRUNING = "pruning"
+"""Folder of the first phase of a training that prunes, with the files of a training."""
+PRUNED = "student"
+"""Folder in PRUNING with the pruned student, from which the second phase starts."""
+
 CONFIG = "config.yaml"
 """Configuration of the run, written by the job."""
 TEACHER = "teacher.json"

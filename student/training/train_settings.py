@@ -8,9 +8,13 @@ from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.objective import Objective
 from ray_distill.student.objectives.objective_keys import ObjectiveKeys, objective_of
 from ray_distill.student.objectives.several_teachers import Aggregate, Balance, SeveralTeachers, TeacherTerm
+from ray_distill.student.pruning.prune_settings import PruneSettings
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT
 from ray_distill.student.training.spec_augment import SpecAugment
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
+
+PRUNING_OBJECTIVES = ("prediction", "star")
+"""Objectives without predictors of their own, which a training with two phases can have."""
 
 
 def _one_or_more(value: Any) -> Any:
@@ -97,6 +101,9 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     init_teacher: str | None = None
     """Name of the teacher that init_front_end, init_encoder_layers and mask_embedding ``teacher`` copy from, if there are several.
     None takes the first."""
+    prune: PruneSettings | None = None
+    """Structured pruning in a first phase of the training: a table with ``sparsity`` and what else differs from DPHuBERT. The student
+    starts as a copy of the teacher (``init_front_end``, ``init_encoder_layers``) or of ``init_from``. None prunes nothing."""
     max_grad_norm: float | None = pydantic.Field(default=None, gt=0)
     """Gradient clipping threshold (norm). None, as published, disables clipping."""
     max_skipped_steps: Annotated[int, CHANGES_NO_RESULT] = pydantic.Field(default=10, ge=1)
@@ -174,6 +181,36 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _can_prune(self) -> Self:
+        if self.prune is None:
+            return self
+        if self.init_from is None and not self.init_encoder_layers:
+            raise ValueError(
+                "train.prune needs a student that has learned something; set train.init_front_end and train.init_encoder_layers for a "
+                "copy of the teacher, or train.init_from for another student"
+            )
+        if self.objective not in PRUNING_OBJECTIVES:
+            raise ValueError(
+                f"train.prune does not go with train.objective {self.objective}, whose predictors would be lost between the phases; "
+                f"choose {' or '.join(PRUNING_OBJECTIVES)}"
+            )
+        if self.count_padding:
+            raise ValueError("train.prune does not go with train.count_padding; remove one of them")
+        return self
+
+    def pruning_phase(self) -> "TrainSettings":
+        """Return the settings of the first phase of a training with ``prune``."""
+        assert self.prune is not None
+        changes = {
+            "epochs": self.prune.steps,  # More than enough, since an epoch has at least one step.
+            "max_steps": self.prune.steps,
+            "learning_rate": self.prune.weight_learning_rate,
+            "warmup_fraction": self.prune.warmup_steps / self.prune.steps,
+            "ema_decay": None,
+        }
+        return self.model_copy(update=changes)
+
     @property
     def crop_samples(self) -> int | None:
         """``crop_seconds`` in samples."""
@@ -186,6 +223,8 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
                 "train.crop_seconds crops at frames, but the student has patches; remove train.crop_seconds"
             )
         self.chosen_objective.check_student(config)
+        if self.prune is not None:
+            self.prune.check_student(config)
 
     @property
     def chosen_objective(self) -> Objective:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ray_distill.student.checkpoints import save_student
 from ray_distill.student.model.student import Student
@@ -86,6 +87,25 @@ class TrainResult:
     best_step: int
     seconds: float
     cache_fingerprint: str | dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """One batch of this rank in the current step: its loss, and the seconds of each utterance by id."""
+
+    loss: Tensor
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step whose gradient norm has not been read from the device."""
+
+    step: int
+    learning_rate: float
+    norm: Tensor
+    loss_scale: Tensor
+    batches: list[BatchRecord]
 
 
 class Stateful(Protocol):
@@ -324,3 +344,15 @@ def saved_step(folder: Path) -> int | None:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]["step"])
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
         return None  # A damaged checkpoint is reported when the training loads it.
+
+
+def resume_step(run: Path) -> tuple[int | None, bool]:
+    """Return the step from which a training resumes, or None, and whether that is a step of the pruning before it.
+
+    Args:
+        run: Folder of the run.
+    """
+    if (step := saved_step(run / run_files.CHECKPOINTS)) is not None:
+        return step, False
+    step = saved_step(run / run_files.PRUNING / run_files.CHECKPOINTS)
+    return step, step is not None

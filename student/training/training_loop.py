@@ -5,17 +5,18 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
+from ray_distill.student.pruning.removal import save_pruned
 from ray_distill.student.training import run_files
 from ray_distill.student.training.metrics import Metrics, MetricWindow
 from ray_distill.student.training.optimizer import learning_rate, make_optimizer, step_if_finite
@@ -23,7 +24,7 @@ from ray_distill.student.training.prefetch import MicroBatch, TrainingPlan, micr
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.target_source import TargetSource
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.student.training.train_state import Checkpoints, Stateful, TrainResult
+from ray_distill.student.training.train_state import BatchRecord, Checkpoints, Stateful, StepRecord, TrainResult
 from ray_distill.student.training.validation import batch_loss, make_distiller, validate
 from ray_distill.student.weights import load_tensors, load_weights
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
@@ -58,7 +59,8 @@ def train(
         settings: Settings of the training.
         train_reader: Targets of the training split.
         validation_reader: Targets of the validation split.
-        folder: Run folder; receives the files of `run_files`, at the end of the training ``train.json`` with the result.
+        folder: Run folder; receives the files of `run_files`, at the end of the training ``train.json`` with the result, and if
+            ``settings.prune`` is given, which makes this the first of two phases (see `train_in_phases`), the pruned student.
         rank: This process. Default: the only one.
         initial: Safetensors file of initial weights by name, such as the teacher's; all others are random. Default None.
         wrap: Function that wraps the module with student and loss in DDP. Default: no wrapping.
@@ -84,27 +86,10 @@ def train(
     with loop.metrics:
         result = replace(loop.run(), cache_fingerprint=None if source is None else source.cache_fingerprint)
     if rank.index == 0:
+        if loop.distiller.gates is not None:
+            save_pruned(loop.student, loop.distiller.gates, folder / run_files.PRUNED)
         run_files.replace_text(folder / run_files.RESULT, json.dumps(asdict(result), indent=2) + "\n")
     return result
-
-
-@dataclass(frozen=True)
-class _BatchRecord:
-    """One batch of this rank in the current step: its loss, and the seconds of each utterance by id."""
-
-    loss: Tensor
-    seconds: dict[str, float]
-
-
-@dataclass(frozen=True)
-class _StepRecord:
-    """A step whose gradient norm has not been read from the device."""
-
-    step: int
-    learning_rate: float
-    norm: Tensor
-    loss_scale: Tensor
-    batches: list[_BatchRecord]
 
 
 def _can_defer(device: torch.device) -> bool:
@@ -151,6 +136,8 @@ class _Loop:
         }
         if len(self.distiller.predictors.state_dict()):
             parts["predictors"] = self.distiller.predictors
+        if self.distiller.gates is not None:
+            parts["gates"] = self.distiller.gates
         self.average: AveragedModel | None = None
         if settings.ema_decay is not None:
             average = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
@@ -162,11 +149,11 @@ class _Loop:
         self.started = time.monotonic() - self.state.seconds
         self.model = wrap(self.distiller)
         self.window = MetricWindow(train_reader, rank)
-        self.step_batches: list[_BatchRecord] = []
+        self.step_batches: list[BatchRecord] = []
         # On a GPU, the outcomes of steps are read together. An average of the weights needs each outcome, and only a fused
         # optimiser leaves the decision to the device.
         self.defers = _can_defer(rank.device) and self.average is None and settings.optimizer == "adamw"
-        self.unread_steps: list[_StepRecord] = []
+        self.unread_steps: list[StepRecord] = []
         configuration = {f"student.{key}": value for key, value in config.model_dump(mode="json").items()} | {
             f"train.{key}": value for key, value in settings.model_dump(mode="json").items()
         }
@@ -212,7 +199,7 @@ class _Loop:
             state.last_loss,
             state.first_validation_loss,
             state.last_validation_loss,
-            *state.best[0],
+            *(state.best or [(state.last_validation_loss, state.step)])[0],
             time.monotonic() - self.started,
         )
 
@@ -229,6 +216,8 @@ class _Loop:
         batch = micro.batch.moved(self.rank.device)
         self.window.count(micro.num_samples)
         self.distiller.set_progress(micro.epoch, micro.step)
+        if self.distiller.gates is not None:
+            self.distiller.gates.step = micro.step
         exchange = micro.last_of_step or self.rank.world_size == 1
         with nullcontext() if exchange else self.model.no_sync():  # type: ignore[operator]
             logged = self.is_logged(micro.step + 1)
@@ -237,9 +226,10 @@ class _Loop:
             # DDP averages gradients over ranks, but their sum is needed. If a loss is not finite, its gradients may still
             # be (with L1 they are); the factor then makes them NaN, which informs every rank at no cost.
             factor = self.rank.world_size + 0 * loss.total.detach()
-            self.scaler.scale(loss.total * factor).backward()  # type: ignore[no-untyped-call]
+            minimised = loss.total if loss.penalty is None else loss.total + loss.penalty
+            self.scaler.scale(minimised * factor).backward()  # type: ignore[no-untyped-call]
         seconds = dict(zip(batch.ids, (micro.num_samples / SAMPLE_RATE).tolist(), strict=True))
-        self.step_batches.append(_BatchRecord(loss.total.detach(), seconds))
+        self.step_batches.append(BatchRecord(loss.total.detach(), seconds))
         if logged:
             self.window.add_step(loss)
 
@@ -248,13 +238,13 @@ class _Loop:
         settings, state = self.settings, self.state
         rate = self.learning_rate(micro.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.distiller.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         state.step += 1
         scale = self.scaler.scale(torch.ones_like(norm))
-        self.unread_steps.append(_StepRecord(state.step, rate, norm, scale, self.step_batches))
+        self.unread_steps.append(StepRecord(state.step, rate, norm, scale, self.step_batches))
         self.step_batches = []
         if self.defers or math.isfinite(float(norm)):
             if settings.max_grad_norm is not None:
@@ -284,12 +274,12 @@ class _Loop:
         """Return the learning rate of a 0-based optimiser step."""
         return learning_rate(self.settings, step, self.plan.total_steps)
 
-    def count_loss(self, record: _StepRecord) -> None:
+    def count_loss(self, record: StepRecord) -> None:
         for batch in record.batches:
             self.window.loss += batch.loss
         self.state.loss_steps += 1
 
-    def skip(self, record: _StepRecord) -> None:
+    def skip(self, record: StepRecord) -> None:
         """Count and record a skipped step; raise FloatingPointError after too many in a row."""
         state, limit = self.state, self.settings.max_skipped_steps
         in_loss, seconds = self.find_suspects(record)
@@ -321,7 +311,7 @@ class _Loop:
                 "cache"
             )
 
-    def find_suspects(self, record: _StepRecord) -> tuple[bool, dict[str, float]]:
+    def find_suspects(self, record: StepRecord) -> tuple[bool, dict[str, float]]:
         """Return whether a loss of a step is not finite, and the seconds of the utterances that may be the cause.
 
         The utterances of all ranks are returned: those of batches without a finite loss, or else all of the step's.
@@ -357,6 +347,8 @@ class _Loop:
             row["gradient_norm"] = state.gradient_norm
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()
+        if self.distiller.gates is not None:
+            row |= self.distiller.gates.row_fields()
         self.write(row | self.distiller.row_fields() | fields | {"skipped_steps": state.skipped_steps})
 
     def write(self, row: dict[str, Any]) -> None:
@@ -383,7 +375,8 @@ class _Loop:
             state.first_validation_loss = loss
         state.last_validation_loss = loss
         self.write(row)
-        self.checkpoints.save_best(student, state, loss, settings.keep_best)
+        if self.distiller.gates is None:  # A student with gates is not one to keep.
+            self.checkpoints.save_best(student, state, loss, settings.keep_best)
         self.window.exclude(time.monotonic() - began)
         self.checkpoint()
         self.checkpoints.remove_old(state)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ray_distill.student.model.student import Student
 from ray_distill.student.objectives.objective import DistillationLoss, Distiller
 from ray_distill.student.objectives.several_teachers import SeveralTeachers
+from ray_distill.student.pruning.gates import Gates
 from ray_distill.student.training.metrics import agreement_fields, empty_agreement
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.train_settings import TrainSettings
@@ -29,7 +30,7 @@ def make_distiller(
     reader: TargetReader | None = None,
     validation: TargetReader | None = None,
 ) -> Distiller:
-    """Return the module with the student and the loss of the settings' objective.
+    """Return the module with the student and the loss of the settings' objective, and the gates if the student is pruned.
 
     Args:
         student: The student.
@@ -37,6 +38,15 @@ def make_distiller(
         reader: Reader of the targets, which objectives with discrete targets need. Default None.
         validation: Reader of the validation split, which ``balance`` variance needs. Default None.
     """
+    distiller = _make_distiller(student, settings, reader, validation)
+    if settings.prune is not None:
+        distiller.gates = Gates(student.config, settings.prune, settings.seed)
+    return distiller
+
+
+def _make_distiller(
+    student: Student, settings: TrainSettings, reader: TargetReader | None, validation: TargetReader | None
+) -> Distiller:
     symbols = getattr(reader, "symbols", None)
     objective = settings.chosen_objective
     if isinstance(objective, SeveralTeachers):

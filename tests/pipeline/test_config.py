@@ -28,7 +28,11 @@ DEMO = REPOSITORY / "configs" / "demo.yaml"
 
 @pytest.mark.parametrize(
     "path",
-    sorted(path for folder in ("", "discrete", "several") for path in (REPOSITORY / "configs" / folder).glob("*.yaml")),
+    sorted(
+        path
+        for folder in ("", "discrete", "pruned", "several")
+        for path in (REPOSITORY / "configs" / folder).glob("*.yaml")
+    ),
     ids=lambda path: path.stem,
 )
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
@@ -149,7 +153,7 @@ CHANGES_RESULT = {
     "cache": "targets",
     "train": "targets epochs max_steps batch_size batch_seconds crop_seconds shuffle accumulate workers use_gpu precision "
     "learning_rate optimizer warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding "
-    "init_from init_front_end init_encoder_layers init_teacher unit_dim codebook_hidden "
+    "init_from init_front_end init_encoder_layers init_teacher unit_dim codebook_hidden prune "
     "max_grad_norm compile ema_decay draw_order validate_every log_every seed",
 }
 """Keys without an effect, by section: they change a run's result, keep the loss's meaning, and may differ within an ablation."""

@@ -32,6 +32,7 @@ def test_exact_parameter_count(name: str) -> None:
         ("starhubert-s", 14.1),
         ("starhubert-xs", 9.4),
         ("distilhubert-960", 23.5),
+        ("pruned/dphubert-960", 94.4),  # Before pruning.
     ],
 )
 def test_size_as_the_papers_round_it(name: str, millions: float) -> None:
@@ -41,7 +42,7 @@ def test_size_as_the_papers_round_it(name: str, millions: float) -> None:
 
 
 def test_every_recipe_can_be_built() -> None:
-    for path in (*CONFIGS.glob("*.yaml"), *(CONFIGS / "discrete").glob("*.yaml")):
+    for path in (*CONFIGS.glob("*.yaml"), *(CONFIGS / "discrete").glob("*.yaml"), *(CONFIGS / "pruned").glob("*.yaml")):
         config = load_config(path)
         layers = len(config.teacher.layers or range(12))
         student = config.resolve_student(layers, 768)

@@ -72,6 +72,21 @@ def test_exports_teach_what_the_student_does(
         assert not any(name.endswith(".py") for name in hub.downloaded()), "code is not downloaded"
 
 
+def test_a_pruned_student_teaches(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pruned = {"attention_reuse": "none", "layer_heads": (1, 0), "layer_ffn_dims": (0, 5)}
+    student = sharpen_attention(Student(tiny_student(**pruned))).eval()
+    save_student(student, tmp_path / "own")
+    export_s3prl(student, tmp_path / "upstream", {}, "layers")
+    expected = load_teacher(str(tmp_path / "own"))(*waveforms())
+    assert float((load_teacher(str(tmp_path / "upstream"))(*waveforms()) - expected).abs().max()) < 1e-5
+
+
+def test_the_fingerprint_of_students_of_earlier_versions_stays(student: Student) -> None:
+    plain = StudentTeacher(student, None, name="student")
+    assert not {"layer_heads", "layer_ffn_dims"} & plain._identity[1].keys()
+
+
 def test_students_that_cannot_teach(student: Student, tmp_path: Path) -> None:
     other = tmp_path / "frames"
     save_student(Student(tiny_student(conv_layers=((8, 10, 5), (8, 3, 2)))), other)

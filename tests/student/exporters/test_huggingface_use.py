@@ -87,6 +87,22 @@ def test_attention_implementations_and_maps(load: Load, batch: tuple[torch.Tenso
         load(attn_implementation="flash_attention_2")
 
 
+@torch.no_grad()
+def test_a_pruned_student(offline: None, tmp_path: Path, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    from ...tiny import sharpen_attention, tiny_student
+
+    torch.manual_seed(0)
+    config = tiny_student(attention_reuse="none", layer_heads=(1, 0), layer_ffn_dims=(0, 5))
+    student = sharpen_attention(Student(config).eval())
+    export_huggingface(student, tmp_path / "pruned", {"run": "tiny"}, "layers")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "pruned", trust_remote_code=True).eval()
+    found = model(*batch, output_attentions=True, output_hidden_states=True)
+    expected = student(batch[0], batch[1].sum(-1)).hidden_states
+    for layer, state in enumerate(found.hidden_states[1:]):
+        torch.testing.assert_close(state[0], expected[0, layer], rtol=0, atol=1e-5)
+    assert [attention.shape for attention in found.attentions] == [(2, 1, 49, 49), (2, 0, 49, 49)]
+
+
 def test_classes_of_frames(load: Load, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     model = load("AutoModelForAudioFrameClassification", num_labels=3)
     classes = torch.randint(3, (2, 49))

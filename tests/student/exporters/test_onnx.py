@@ -27,6 +27,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "released": {"reuse_behaviour": "released"},
     "fc1": {"time_reduction": "fc1", "layer_norm_first": True},
     "rotary": {"position": "rotary"},
+    "pruned": {"attention_reuse": "none", "layer_heads": (1, 0), "layer_ffn_dims": (0, 5)},
+    "one head": {"encoder_attention_heads": 1},
 }
 
 

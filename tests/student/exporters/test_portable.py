@@ -27,6 +27,13 @@ VARIANTS: dict[str, dict[str, object]] = {
     "norm first": {"layer_norm_first": True, "heads": "none"},
     "deep position": {"conv_pos_depth": 3, "heads": "split"},
     "rotary": {"position": "rotary"},
+    "pruned": {"attention_reuse": "none", "layer_heads": (1, 4, 0, 2), "layer_ffn_dims": (24, 0, 3, 7)},
+    "pruned, pre-norm": {
+        "attention_reuse": "none",
+        "layer_heads": (0, 3, 4, 0),
+        "layer_ffn_dims": (0, 24, 0, 5),
+        "layer_norm_first": True,
+    },
     "fc1": {"time_reduction": "fc1"},
     "fc2 in the middle": {"time_reduction": "fc2", "time_reduction_index": 2, "time_reduction_factor": 3},
     "conv1d, released": {"time_reduction": "conv1d", "reuse_behaviour": "released"},
@@ -224,6 +231,7 @@ def test_default_features_are_those_that_the_authors_evaluate() -> None:
         config = load_config(CONFIGS / f"{recipe}.yaml", [])
         layers = len(config.teacher.layers or range(12))
         assert default_features(config.resolve_student(layers, 768)) == features
+    assert default_features(tiny_student(layer_ffn_dims=(3, 4))) == "layers"
     bare = tiny_student(heads="none")
     assert default_features(bare) == "layers"
     with pytest.raises(ValueError, match="has no heads, so features heads can't be exported; choose features layers"):

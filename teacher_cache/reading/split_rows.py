@@ -88,9 +88,7 @@ class SplitRows:
         """Return rows of a plan as columns."""
         ids = table["id"].cast(pa.large_string()).combine_chunks()
         ids = ids if isinstance(ids, pa.Array) else ids.chunk(0)
-        return cls(
-            TextColumn(ids), *(table[name].to_numpy().copy() for name in ("num_samples", "num_frames", "shard", "row"))
-        )
+        return cls(TextColumn(ids), *(_numbers(table[name]) for name in ("num_samples", "num_frames", "shard", "row")))
 
     def of_shard(self, shard: int) -> list[str]:
         """Return the ids of a shard in the order of rows."""
@@ -109,6 +107,12 @@ class SplitRows:
         mask = kept.to_numpy(zero_copy_only=False)
         columns = (self.num_samples, self.num_frames, self.shard, self.row)
         return SplitRows(TextColumn(self.ids._texts.filter(kept)), *(column[mask] for column in columns))
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column as an array of its own, so that it does not keep the table."""
+    values: np.ndarray = column.to_numpy()
+    return values.copy() if column.num_chunks == 1 else values  # Several chunks were copied together.
 
 
 class PlanSplits(dict[str, SplitRows]):

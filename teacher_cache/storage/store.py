@@ -21,7 +21,7 @@ import pyarrow.fs as pafs
 from ray_distill.teacher_cache.storage.local_files import FileEntry, LocalFiles
 
 _COPY_BYTES = 8 << 20
-_RANGE_BYTES, _RANGES = 64 << 20, 8
+_RANGE_BYTES, _RANGES = 16 << 20, 32
 """Size above which a remote file is read in ranges of this size, and number of ranges that are read side by side."""
 WHOLE_BYTES = 8 << 20
 """Size up to which a file is uploaded to S3 in one request."""

@@ -77,7 +77,7 @@ def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="Run a few steps and epochs on a few minutes of speech, to try the script.")
     ] = False,
-    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/sizes.json",
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/sizes/short.json",
 ) -> None:
     """Distil three students, and probe them, their teacher and the baselines."""
     torch.set_num_threads(1)

@@ -223,9 +223,11 @@ class Cache:
         """Return columns of the plan, all of numbers among them, without reading the others. Raises as `plan`."""
         if "plan" in self.__dict__:  # It was read before.
             return self.plan.select(names)
-        data = self._read_checked(PLAN, self.record["plan"])
         try:
-            return read_plan(data, self.spec, len(self.layer_sets), names)
+            # Without a name here, the bytes of the file are freed as soon as they are decoded.
+            return read_plan(self._read_checked(PLAN, self.record["plan"]), self.spec, len(self.layer_sets), names)
+        except CacheError:
+            raise
         except ValueError as error:
             raise _invalid(self.store, PLAN, error) from error
 

@@ -123,6 +123,7 @@ def read_plan(
         table = pa.Table.from_batches(batches, schema)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"it is not a plan: {str(error).splitlines()[0]}") from error
+    del data
     if any(column.null_count for column in table.columns):
         raise ValueError("it has empty values")
     samples, frames, shards, row = (table[name].to_numpy() for name in ("num_samples", "num_frames", "shard", "row"))

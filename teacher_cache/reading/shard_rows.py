@@ -60,9 +60,8 @@ class ShardRows:
     ) -> None:
         self.cache = cache
         self.bytes_read = 0
-        self._counting = (
-            threading.Lock()
-        )  # A reader's threads read side by side, and `+=` alone would lose some of them.
+        # A reader's threads read side by side, and `+=` alone would lose some of the bytes.
+        self._counting = threading.Lock()
         self._parts, self._bytes_per_frame = parts, bytes_per_frame
         self._plan = PlanSplits.of(cache, split)
         self.planned = planned = self._plan[split]

@@ -22,8 +22,6 @@ SHORT_KEYS = {"teacher": "checkpoint", "corpus": "path", "cache": "path"}
 COMMAND_LINE = "command line"
 _SECTIONS = ("corpus", "teacher", "masks", "cache", "student", "train")
 _MAX_BASES = 16
-_DISCRETE = ("units", "mvq")
-"""Kinds of codecs that store discrete targets."""
 
 
 class ConfigError(ValueError):
@@ -254,9 +252,11 @@ def default_cache(tree: dict[str, Any]) -> str:
     Args:
         tree: Sections with the keys ``teacher.checkpoint`` and ``corpus.path``.
     """
+    from ray_distill.teacher_cache.codecs import is_discrete  # Imports PyTorch, which a command line can do without.
+
     cache = tree.get("cache")
     codec = str(cache.get("codec", "")) if isinstance(cache, dict) else ""
-    kind = [codec] if codec.partition(":")[0] in _DISCRETE else []
+    kind = [codec] if codec and is_discrete(codec) else []
     return _in_caches(_teacher_name(str(tree["teacher"]["checkpoint"])), tree["corpus"], kind)
 
 

@@ -25,6 +25,7 @@ from ray_distill.teacher_cache.storage.json_record import encode_record
 from ray_distill.teacher_cache.storage.limits import MAX_FILES
 from ray_distill.teacher_cache.storage.local_files import FileEntry
 from ray_distill.teacher_cache.storage.lock import cache_lock
+from ray_distill.teacher_cache.storage.shard_plan import first_rows
 from ray_distill.teacher_cache.storage.store import Store
 
 MANIFEST = "manifest.parquet"
@@ -146,7 +147,8 @@ def current_manifest(cache: Cache, previous: Manifest | None = None) -> bytes:
     """
     entries = cache.store.entries()
     plan = cache.plan_columns(("split", "num_samples", "num_frames", "shard", "row"))
-    shards, first = np.unique(plan["shard"].to_numpy(), return_index=True)
+    first = first_rows(plan["shard"].to_numpy())
+    shards = plan["shard"].to_numpy()[first]
     wanted: dict[str, list[tuple[Part, int, str]]] = {}
     for shard, split in zip(shards.tolist(), plan["split"].take(first).to_pylist(), strict=True):
         for part in parts_of(cache.spec, len(cache.layer_sets), split):

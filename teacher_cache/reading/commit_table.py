@@ -15,6 +15,7 @@ from ray_distill.teacher_cache.storage.cache_spec import CacheError, Part, conte
 from ray_distill.teacher_cache.storage.failed_utterances import check_failed
 from ray_distill.teacher_cache.storage.limits import check_commit
 from ray_distill.teacher_cache.storage.local_files import FileEntry
+from ray_distill.teacher_cache.storage.shard_plan import first_rows
 
 MAX_LISTED = 50_000
 """Number of objects up to which a reader lists a cache with a manifest: 50 requests."""
@@ -40,7 +41,8 @@ class CommitTable:
 
     def __init__(self, cache: Cache, planned: SplitRows, split: str, parts: Sequence[Part]) -> None:
         self._cache, self._planned, self._split = cache, planned, split
-        shards, self._counts = np.unique(planned.shard, return_counts=True)
+        starts = first_rows(planned.shard)
+        shards, self._counts = planned.shard[starts], np.diff(starts, append=len(planned.shard))
         self._shards = shards
         store = cache.store
         entries: Mapping[str, FileEntry] | None = None

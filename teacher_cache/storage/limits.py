@@ -23,7 +23,7 @@ from ray_distill.teacher_cache.codecs.direct_sum import SIZE
 from ray_distill.teacher_cache.embedded_audio import MAX_SAMPLES
 from ray_distill.teacher_cache.masks import MaskPolicy
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, LayerSet
-from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA
+from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA, first_rows
 
 MAX_LAYERS = 1000
 MAX_DIM = 65_536
@@ -127,12 +127,12 @@ def read_plan(
     if any(column.null_count for column in table.columns):
         raise ValueError("it has empty values")
     samples, frames, shards, row = (table[name].to_numpy() for name in ("num_samples", "num_frames", "shard", "row"))
-    starts = np.flatnonzero(np.diff(shards, prepend=-1))
+    starts = first_rows(shards)
     check_plan(samples, len(starts), spec, num_sets)
     if len(frames) and (frames.min() < 0 or bool((frames > samples).any())):
         raise ValueError("it has an utterance with more frames than samples")
     expected = np.arange(rows) - np.repeat(starts, np.diff(starts, append=rows))
-    if bool((np.diff(shards, prepend=0) < 0).any()) or not np.array_equal(row, expected):
+    if bool((shards[:1] < 0).any() or (shards[1:] < shards[:-1]).any()) or not np.array_equal(row, expected):
         raise ValueError("its rows are not in the order of shards")
     return table
 

@@ -245,7 +245,14 @@ def plain_rows(plan: pa.Table) -> Iterator[pa.Table]:
 
 def shard_numbers(plan: pa.Table) -> list[int]:
     """Return the numbers of all shards of a plan, ascending."""
-    return [int(shard) for shard in np.unique(plan["shard"].to_numpy())]
+    shards = plan["shard"].to_numpy()
+    return [int(shard) for shard in shards[first_rows(shards)]]
+
+
+def first_rows(shards: np.ndarray) -> np.ndarray:
+    """Return the (K,) int64 position of the first row of each shard, from the (N,) ascending numbers of the rows' shards."""
+    changes = np.flatnonzero(shards[1:] != shards[:-1]) + 1
+    return np.concatenate([np.zeros(min(1, len(shards)), np.int64), changes])
 
 
 @dataclass(frozen=True)
@@ -284,7 +291,7 @@ class Shards(Sequence[Shard]):
     def __init__(self, plan: pa.Table) -> None:
         self.plan = plan
         shards = plan["shard"].to_numpy()
-        starts = np.flatnonzero(np.diff(shards, prepend=-1))
+        starts = first_rows(shards)
         self.numbers: np.ndarray = shards[starts]
         self._bounds = np.append(starts, len(shards)).tolist()
 

@@ -124,6 +124,7 @@ def read_plan(
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"it is not a plan: {str(error).splitlines()[0]}") from error
     del data
+    pa.default_memory_pool().release_unused()  # Otherwise what decoding used stays allocated beside what follows.
     if any(column.null_count for column in table.columns):
         raise ValueError("it has empty values")
     samples, frames, shards, row = (table[name].to_numpy() for name in ("num_samples", "num_frames", "shard", "row"))

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.student.pruning`` makes the demo's corpus, caches the small HuBERT's layers, prunes a copy of it to the size of
 the demo's student (both without heads), trains the demo's student for as many steps as both phases together, and probes them for
-phones of voices that no model was trained on. The corpus and the models are tiny, and the trainings short. No Ray is needed.
+phones of voices that no model was trained on. The corpus and the models are tiny, and the trainings short. With ``--speech`` the
+teacher is the small HuBERT of real speech, the ARM student a quarter of it, and the corpus 2.4 hours of real speech. No Ray is needed.
 """
 
 import json
@@ -15,7 +16,10 @@ import torch
 import typer
 
 from benchmarks.result_file import REPOSITORY, RESULTS, write_result
+from benchmarks.small_speech import shared_data, small_student
+from benchmarks.student.sizes import write_corpus
 from benchmarks.teacher.cached_run import cached_run
+from benchmarks.teacher.quality import write_real_manifest
 from ray_distill.pipeline.config import load_config
 from ray_distill.pipeline.demo.demo_corpus import make_demo_corpus
 from ray_distill.pipeline.initialise import initial_tensors, write_initial
@@ -27,13 +31,23 @@ from ray_distill.student.pruning.phases import train_in_phases
 from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.teacher_cache.reader import CacheReader
 
-COPY = [
+DEMO_TEACHER = [
     "student.conv_layers=[[32,10,5],[48,3,2],[48,3,2],[48,3,2],[48,3,2],[48,2,2],[48,2,2]]",
     "student.encoder_embed_dim=128",
     "student.encoder_ffn_embed_dim=256",
-    "student.encoder_attention_heads=4",
     "student.conv_pos=64",
     "student.conv_pos_groups=16",
+]
+SPEECH_TEACHER = [
+    "student.conv_layers=[[96,10,5],[96,3,2],[96,3,2],[96,3,2],[96,3,2],[96,2,2],[96,2,2]]",
+    "student.encoder_embed_dim=192",
+    "student.encoder_ffn_embed_dim=768",
+    "student.conv_pos=128",
+    "student.conv_pos_groups=16",
+]
+"""Sizes of the small HuBERT of the demo and of that of real speech."""
+COPY = [
+    "student.encoder_attention_heads=4",
     "student.attention_reuse=none",
     "student.layer_grad_scale=false",
     "masks.draws=0",
@@ -43,35 +57,47 @@ COPY = [
     "train.loss=l1",
     "train.cosine_weight=1",
 ]
-"""Changes of the demo's configuration for a copy of the small HuBERT."""
+"""Changes of the demo's configuration for a copy of its teacher, beside the sizes."""
 
 
 def main(
     steps: Annotated[int, typer.Option(help="Optimiser steps of each of the two phases.")] = 400,
     seeds: Annotated[int, typer.Option(help="Students of each kind.")] = 1,
     epochs: Annotated[int, typer.Option(help="Epochs of each probe.")] = 20,
-    minutes: Annotated[float, typer.Option(help="Minutes of synthetic speech; 0 for the demo's own amount.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Minutes of speech; 0 for all.")] = 0,
+    speech: Annotated[bool, typer.Option("--speech", help="Use real speech and a teacher of it.")] = False,
     output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/pruning/demo.json",
 ) -> None:
     """Train and probe students of both kinds."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        corpus = make_demo_corpus(folder / "corpus", *([minutes] if minutes else []))
         demo, cache = REPOSITORY / "configs" / "demo.yaml", folder / "cache"
-        common = [f"corpus.path={corpus}", f"cache.path={cache}", f"runs={folder / 'runs'}", "student.encoder_layers=6"]
+        common = [f"cache.path={cache}", f"runs={folder / 'runs'}", "student.encoder_layers=6"]
         common += [f"train.validate_every={steps}"]
+        if speech:
+            corpus, phones = folder / "corpus.csv", folder / "phones.csv"
+            write_corpus(corpus, 60 * minutes or float("inf"))
+            write_real_manifest(phones, 60 * minutes or float("inf"))
+            quarter = small_student(6, 1, 112).model_dump(mode="json", exclude={"target_dim"})
+            common += [f"teacher.checkpoint={shared_data() / 'teacher' / 'hubert_small.pt'}"]
+            common += [f"student={json.dumps(quarter)}"]
+        else:
+            corpus = make_demo_corpus(folder / "corpus", *([minutes] if minutes else []))
+            phones = corpus / PHONES_FILE
+        common += [f"corpus.path={corpus}"]
+        copy = [*common, *(SPEECH_TEACHER if speech else DEMO_TEACHER), *COPY]
         plain = load_config(demo, [*common, f"train.max_steps={2 * steps}"])
         job = cached_run(plain)
         small = plain.resolve_student(6, job.teacher.dim)
-        whole = load_config(demo, [*common, *COPY]).resolve_student(6, job.teacher.dim)
+        whole = load_config(demo, copy).resolve_student(6, job.teacher.dim)
         sizes = [_parameters(Student(config)) for config in (small, whole)]
         prune = {"sparsity": 1 - sizes[0] / sizes[1], "steps": steps, "rise_steps": max(1, steps // 4)}
         prune |= {"weight_learning_rate": 1e-3, "warmup_steps": steps // 10, "gate_learning_rate": 0.1}
-        pruned = load_config(demo, [*common, *COPY, f"train.max_steps={steps}", f"train.prune={json.dumps(prune)}"])
+        pruned = load_config(demo, [*copy, f"train.max_steps={steps}", f"train.prune={json.dumps(prune)}"])
         initial = folder / "initial.safetensors"
         write_initial(initial, initial_tensors(job.teacher, whole, pruned.train))
-        task, rows = read_task(corpus / PHONES_FILE), []
+        task, rows = read_task(phones), []
         sources = [FeatureSource.log_mel()]
         for name, config, architecture, start in (
             ("ARM student", plain, small, None),

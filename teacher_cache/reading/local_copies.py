@@ -39,7 +39,7 @@ _RANGES_OF_A_FILE = 4
 _FILES_AHEAD = 4
 """Files that are fetched at a time before they are needed."""
 _AHEAD_SHARE = 0.5
-"""Share of the limit that a process fills with files before it needs them, those of all its caches together."""
+"""Share of the limit that the ranks of a node fill with files before they need them, those of all caches together."""
 _LOCK = ".lock"
 _COPY = re.compile(r"[0-9a-f]{64}\.(?:parquet|part)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -156,7 +156,8 @@ class LocalCopies:
         """Fetch a file in the background and keep it until `unwant` was called as often.
 
         Files are fetched in the order of calls, those of all caches with copies in this folder. Together, the files kept in this way
-        have at most half of the limit; others are not fetched before they are opened.
+        have at most half of the limit, divided by the ranks of the node (``LOCAL_WORLD_SIZE``, which Ray Train and torchrun set);
+        others are not fetched before they are opened.
         """
         with self._mutex:
             self._wanted[file] += 1
@@ -179,7 +180,7 @@ class LocalCopies:
         self._path(file, "parquet").unlink(missing_ok=True)
 
     def _fetch_ahead(self) -> None:
-        most = _AHEAD_SHARE * self.limit
+        most = _AHEAD_SHARE * self.limit / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         with self._mutex:
             users = list(self._shared.users)
             while waiting := [user for user in users if user._queue]:

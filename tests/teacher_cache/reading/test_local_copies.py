@@ -145,6 +145,20 @@ def test_caches_in_one_folder_share_what_they_fetch_ahead(
     assert wait_for(lambda: (tmp_path / "local" / f"{files[1][1].sha256}.parquet").exists())
 
 
+def test_the_ranks_of_a_node_divide_what_they_fetch_ahead(
+    tmp_path: Path, bucket: SlowStore, put: Callable[[str], CommittedFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    local = LocalCopies(tmp_path / "local", bucket, 4.5 * SIZE / 1e9)
+    files = [put(f"{number}") for number in range(3)]
+    for file in files:
+        local.want(file)
+    assert wait_for(lambda: copies(tmp_path / "local") == {f"{files[0].sha256}.parquet"})
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    local.unwant(files[2])
+    assert wait_for(lambda: copies(tmp_path / "local") == {f"{file.sha256}.parquet" for file in files[:2]})
+
+
 def test_what_does_not_match_its_record_is_refused_and_leaves_nothing(
     tmp_path: Path, bucket: SlowStore, put: Callable[[str], CommittedFile]
 ) -> None:

@@ -6,7 +6,7 @@ An utterance that can't be decoded or encoded is left out and recorded; see `fai
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ray_distill.memory import ran_out_of_memory
+from ray_distill.teacher_cache.build.host_copy import copy_to_host
 from ray_distill.teacher_cache.build.shard_audio import ShardAudio, load_shard_audio
 from ray_distill.teacher_cache.build.shard_output import ShardOutput, open_output
 from ray_distill.teacher_cache.codecs import ColumnCodec
@@ -35,6 +36,8 @@ from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
 _PENDING_BATCHES = 4
 """Maximum number of encoded batches that wait for the disk."""
+_HostArray = Callable[[], np.ndarray]
+"""What `copy_to_host` returns."""
 
 
 def shard_to_json(shard: Shard) -> str:
@@ -170,18 +173,21 @@ class ShardWriter:
             pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in outputs]
             waiting: list[Future[None]] = []
             for batch in cut_by_seconds(rows, samples, self._cache.spec.batch_seconds):
+                padded, lengths = pad_waveforms([audio.waveforms[i] for i in batch])
+                if self._teacher.device.type == "cuda":
+                    padded = padded.pin_memory()  # While the teacher is at another batch.
                 with self._teacher_lock:
                     started = time.perf_counter()
                     encoded = self._encode(
                         outputs,
                         [shard.utterances[i].id for i in batch],
-                        [audio.waveforms[i] for i in batch],
+                        (padded, lengths),
                         [shard.num_frames[i] for i in batch],
                         teacher_time,
                     )
                     busy += time.perf_counter() - started
                 waiting += [
-                    pool.submit(output.write, batch, *rest)
+                    pool.submit(_write, output, batch, *rest)
                     for pool, output, rest in zip(pools, outputs, encoded, strict=True)
                 ]
                 while len(waiting) > _PENDING_BATCHES * len(outputs):
@@ -197,13 +203,14 @@ class ShardWriter:
         self,
         outputs: list[ShardOutput],
         ids: list[str],
-        waveforms: list[np.ndarray],
+        waveforms: tuple[Tensor, Tensor],
         num_frames: list[int],
         teacher_time: TeacherTime,
-    ) -> list[tuple[list[np.ndarray], np.ndarray | None]]:
-        """Return, per output, the codes of each column (frames of all utterances concatenated) and the (B, T) masks."""
+    ) -> list[tuple[list[_HostArray], _HostArray | None]]:
+        """Return, per output, the codes of each column (frames of all utterances concatenated) and the (B, T) masks, all on their way
+        to the host."""
         device, spec = self._teacher.device, self._cache.spec
-        padded, lengths = (tensor.to(device) for tensor in pad_waveforms(waveforms))
+        padded, lengths = (tensor.to(device, non_blocking=True) for tensor in waveforms)
         real = ~padding_mask(torch.tensor(num_frames, device=device), max(num_frames))
         kinds = {output.part.kind for output in outputs if output.codecs}
         layers = sorted({layer for output in outputs for codec in output.codecs for layer in codec.layers})
@@ -217,8 +224,7 @@ class ShardWriter:
         for output in outputs:
             if output.part.draw is not None and output.part.draw != draw:
                 draw = output.part.draw
-                samples = [len(waveform) for waveform in waveforms]
-                mask = teacher_mask(spec.masks, spec.rate, draw, ids, samples, num_frames).to(device)
+                mask = teacher_mask(spec.masks, spec.rate, draw, ids, waveforms[1].tolist(), num_frames).to(device)
                 masked = self._hidden_states(padded, lengths, mask, layers, teacher_time.masked)
             targets, kept = clean, real
             if output.part.kind != "clean":
@@ -234,12 +240,12 @@ class ShardWriter:
                 for codec in output.codecs:
                     positions = [layers.index(layer) for layer in codec.layers]
                     coded, failed = _encoded(codec, frames_NLD[:, positions], kept)
-                    codes.append(coded.cpu().numpy())
+                    codes.append(copy_to_host(coded))
                     output.fail({ids[b]: reason for b, reason in failed.items()})
                 if output.part.leads:
                     for other in outputs:
                         other.fail(output.failed)
-            encoded.append((codes, None if output.part.kind == "clean" or mask is None else mask.cpu().numpy()))
+            encoded.append((codes, None if output.part.kind == "clean" or mask is None else copy_to_host(mask)))
         return encoded
 
     def _hidden_states(
@@ -251,6 +257,10 @@ class ShardWriter:
             torch.cuda.synchronize(states.device)
         pass_time.add(time.perf_counter() - started, float(lengths.sum()) / SAMPLE_RATE)
         return states
+
+
+def _write(output: ShardOutput, rows: list[int], codes: list[_HostArray], masks: _HostArray | None) -> None:
+    output.write(rows, [wait() for wait in codes], None if masks is None else masks())
 
 
 def _encoded(codec: ColumnCodec, frames: Tensor, kept: Tensor) -> tuple[Tensor, dict[int, str]]:

@@ -6,7 +6,7 @@ those of ``masks`` in ``teacher_cache/masks.py``.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -55,7 +55,8 @@ class Config(Section):
     """The teacher cache, and how it is built."""
     student: dict[str, Any] = pydantic.Field(default={})
     """Architecture of the student: fields of `StudentConfig`. If ``encoder_layers`` (``split_heads`` for split heads) and
-    ``target_dim`` are missing or ``teacher``, they become the number of layers to learn from and the teacher's width."""
+    ``target_dim`` are missing or ``teacher``, they become the number of layers to learn from and the teacher's width. With
+    ``head_layers``, ``encoder_layers`` becomes the last of them."""
     train: TrainSettings
     """Training settings."""
 
@@ -243,13 +244,21 @@ class Config(Section):
         """
         values = dict(self.student)
         predictions = "split_heads" if values.get("heads") == "split" else "encoder_layers"
-        for key, value in ((predictions, num_layers), ("target_dim", dim), ("patches", patches)):
+        layers = num_layers if (last := last_head(values)) is None else last
+        for key, value in ((predictions, layers), ("target_dim", dim), ("patches", patches)):
             if values.get(key, "teacher") == "teacher":
                 values[key] = value
         try:
             return StudentConfig.model_validate(values)
         except pydantic.ValidationError as error:
             raise ConfigError(explain(error, StudentConfig, "student.")) from error
+
+
+def last_head(student: Mapping[str, Any]) -> int | None:
+    """Return the last layer with a head, which is the student's last, where ``head_layers`` of a student's keys say so."""
+    given = student.get("head_layers")
+    numbers = [layer for layer in given if isinstance(layer, int)] if isinstance(given, (list, tuple)) else []
+    return max(numbers, default=None)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

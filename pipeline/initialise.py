@@ -12,15 +12,13 @@ from torch import Tensor
 
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.student import StudentConfig, load_student
-from ray_distill.student.model.student import Student
+from ray_distill.student.model.student import HEAD_WEIGHTS, Student
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.shapes_only import shapes_only
 from ray_distill.teacher_cache.teachers import Teacher
 from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
 
-_HEADS = ("split.", "heads.", "upsamplers.")
-"""Names of the tensors of heads begin so."""
 _FRONT_END = (
     (r"feature_extractor\.conv_layers\.(\d+)\.conv\.(weight|bias)", r"conv_blocks.\1.conv.\2"),
     (r"feature_extractor\.conv_layers\.(\d+)\.layer_norm\.(weight|bias)", r"conv_blocks.\1.norm.\2"),
@@ -138,17 +136,19 @@ def tensors_of_student(model: str, config: StudentConfig) -> dict[str, Tensor]:
         ConfigError: The other student can't be read, or another part than the heads does not have this student's shapes.
     """
     try:
-        given = load_student(model).state_dict()
+        other = load_student(model)
     except (ValueError, OSError) as error:
         raise ConfigError(f"train.init_from: {error}") from error
+    given = other.state_dict()
     with shapes_only():
         expected = Student(config).state_dict()
     fitting = {name: value for name, value in given.items() if name in expected and value.shape == expected[name].shape}
-    if any(name.startswith("split.") and name not in fitting for name in [*expected, *given]):
-        # Heads read what their own split layer gives, so they start anew with it.
-        fitting = {name: value for name, value in fitting.items() if not name.startswith(_HEADS)}
+    inner = [name for name in [*expected, *given] if name.startswith(("split.", "inner_heads."))]
+    if other.config.layers_with_heads != config.layers_with_heads or any(name not in fitting for name in inner):
+        # Heads read certain layers, or what their own inner layer gives, so they start anew with these.
+        fitting = {name: value for name, value in fitting.items() if not name.startswith(HEAD_WEIGHTS)}
     for name in [*expected, *given]:
-        if name not in fitting and not name.startswith(_HEADS):
+        if name not in fitting and not name.startswith(HEAD_WEIGHTS):
             shapes = [tuple(tensors[name].shape) if name in tensors else "none" for tensors in (given, expected)]
             raise ConfigError(
                 f"train.init_from: {name} has the shape {shapes[0]} in {model}, but {shapes[1]} in this student; give the section "

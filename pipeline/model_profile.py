@@ -86,6 +86,7 @@ def profile_student(student: Student, seconds: float = 10.0) -> Profile:
         "heads": [
             *student.upsamplers.values(),
             *([student.split] if student.split is not None else []),
+            *student.inner_heads,
             *student.heads,
         ],
     }

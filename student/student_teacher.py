@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ray_distill.student.checkpoints import load_student
-from ray_distill.student.model.student import Student
+from ray_distill.student.model.student import HEAD_WEIGHTS, Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.weights import student_with_weights
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD
@@ -23,7 +23,6 @@ from ray_distill.teacher_cache.untrusted import load_untrusted
 # Part of every fingerprint. Increase the number when a change of the arithmetic of students changes results.
 _ARITHMETIC = "student-1"
 
-_HEADS = ("heads.", "split.", "upsamplers.")
 _TRAINING_FIELDS = (
     "dropout",
     "attention_dropout",
@@ -36,6 +35,8 @@ _TRAINING_FIELDS = (
     "split_heads",
     "split_dim",
     "heads",
+    "head_layers",
+    "head_dim",
     "layer_heads",
     "layer_ffn_dims",
 )
@@ -122,7 +123,7 @@ def load_student_teacher(folder: HuggingFaceFolder, device: str | torch.device) 
         weights = _weights_of(folder)
         has_mask = "mask_embedding" in weights
         weights.setdefault("mask_embedding", torch.zeros(config.encoder_embed_dim))
-        student = student_with_weights(config.model_copy(update={"heads": "none"}), weights, folder.path)
+        student = student_with_weights(config.without_heads(), weights, folder.path)
     return StudentTeacher(student, student.mask_embedding if has_mask else None, name=folder.name, device=device)
 
 
@@ -147,6 +148,6 @@ def _weights_of(folder: HuggingFaceFolder) -> dict[str, Tensor]:
         if key == "position.conv.weight":  # Exports store the product of the weight norm.
             weights["position.conv.parametrizations.weight.original0"] = value.norm(dim=(0, 1), keepdim=True)
             weights["position.conv.parametrizations.weight.original1"] = value
-        elif not key.startswith(_HEADS):
+        elif not key.startswith(HEAD_WEIGHTS):
             weights[key] = value
     return weights

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from ray_distill.pipeline.composition.config_tree import ConfigTree, compose
-from ray_distill.pipeline.config import Config, check_config
+from ray_distill.pipeline.config import Config, check_config, last_head
 from ray_distill.student.model.student_config import StudentConfig
 
 _COLUMN = 48
@@ -45,6 +45,8 @@ def _student(config: Config) -> dict[str, Any]:
     predictions = "split_heads" if config.student.get("heads") == "split" else "encoder_layers"
     of_teacher = (predictions, "target_dim", "patches")
     defaults = StudentConfig().model_dump(mode="json")
+    if (last := last_head(config.student)) is not None:
+        of_teacher, defaults = of_teacher[1:], defaults | {"encoder_layers": last}
     return {
         name: config.student.get(name, "teacher" if name in of_teacher else default)
         for name, default in defaults.items()

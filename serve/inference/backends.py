@@ -235,8 +235,7 @@ class OnnxBackend:
 
 def _teacher_dim(student: Student) -> int | None:
     """Return the dimension of the heads' predictions, or None unless each layer has its own head on the layer's output."""
-    plain = student.config.heads == "layerwise" and student.config.time_reduction is None
-    return student.config.target_dim if plain else None
+    return student.config.target_dim if student.config.has_plain_heads else None
 
 
 def _feed(batch: Sequence[LayerRequest]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ray_distill.student.exporters.portable_model import PortableStudent
 from ray_distill.student.model.position_encoding import PositionConv
-from ray_distill.student.model.student import Student
+from ray_distill.student.model.student import HEAD_WEIGHTS, Student
 from ray_distill.student.model.student_config import StudentConfig
 
 _COPIED_FIELDS = (
@@ -46,6 +46,8 @@ _OMITTED_FIELDS = (
     "layer_drop",
     "depthwise_kernel",
     "feature_grad_mult",
+    "head_layers",
+    "head_dim",
 )
 _TOLERANCE = 1e-4
 
@@ -59,12 +61,12 @@ Features = Literal["heads", "layers"]
 def default_features(config: StudentConfig) -> Features:
     """Return the features that the authors of a student's method evaluate on SUPERB.
 
-    These are the heads' predictions for ARMHuBERT and MaskHuBERT, whose students have a head on each layer and no time
+    These are the heads' predictions for ARMHuBERT and MaskHuBERT, whose students have a linear head on each layer and no time
     reduction, and the encoder's layers for all others: FitHuBERT, DistilHuBERT, STaR, pruned students (DPHuBERT), and students
     without heads.
     """
     pruned = config.layer_heads is not None or config.layer_ffn_dims is not None
-    return "heads" if config.heads == "layerwise" and config.time_reduction is None and not pruned else "layers"
+    return "heads" if config.has_plain_heads and not pruned else "layers"
 
 
 def portable_config(config: StudentConfig, features: Features = "layers") -> dict[str, Any]:
@@ -79,6 +81,10 @@ def portable_config(config: StudentConfig, features: Features = "layers") -> dic
     """
     if features == "heads" and config.heads == "none":
         raise ValueError("the student has no heads, so features heads can't be exported; choose features layers")
+    if features == "heads" and (config.head_layers is not None or config.head_dim is not None):
+        raise ValueError(
+            "the student has head_layers or head_dim, and exports support one linear head on each layer; choose features layers"
+        )
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         known = name in (*_COPIED_FIELDS, *_HEAD_FIELDS, *_OMITTED_FIELDS) or value in _SUPPORTED_VALUES.get(
@@ -107,7 +113,7 @@ def portable_student(student: Student, features: Features = "layers") -> Portabl
     model = PortableStudent(portable_config(student.config, features)).eval()
     left_out: tuple[str, ...] = ("mask_embedding", "position.conv.parametrizations.")
     if features == "layers":
-        left_out += ("heads.", "split.", "upsamplers.")
+        left_out += HEAD_WEIGHTS
     weights = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(left_out)}
     if isinstance(student.position, PositionConv):
         weights["position.conv.weight"] = student.position.conv.weight

@@ -26,6 +26,8 @@ from ray_distill.teacher_cache.frames import padding_mask
 
 Lengths = Tensor | Sequence[int]
 """Numbers of samples (B,): an integer tensor, or integers on the host."""
+HEAD_WEIGHTS = ("split.", "inner_heads.", "heads.", "upsamplers.")
+"""Prefixes of the names of the heads' weights."""
 
 
 class StudentOutput(NamedTuple):
@@ -134,9 +136,13 @@ class Student(nn.Module):
             inner = config.split_dim or width
             self.split = nn.Linear(width, inner * config.split_heads)
         count = 0 if config.heads == "none" else config.num_predictions
+        self.inner_heads = nn.ModuleList()
+        if config.head_dim is not None:
+            inner = config.head_dim
+            self.inner_heads.extend(nn.Linear(width, inner) for _ in range(count))
         self.heads = nn.ModuleList(
             nn.Linear(inner, config.target_dim)
-            if self.split is not None or inner != config.target_dim
+            if self.split is not None or config.head_dim is not None or inner != config.target_dim
             else nn.Identity()
             for _ in range(count)
         )
@@ -145,18 +151,13 @@ class Student(nn.Module):
         if config.time_reduction is not None:
             self.reduction = TimeReduction(width, config.time_reduction, config.time_reduction_factor)
             # One for each layer that a head uses, by its index.
-            layers = {
-                "layerwise": range(config.time_reduction_index, config.encoder_layers),
-                "split": [config.encoder_layers - 1],
-                "none": [],
-            }[config.heads]
-            for layer in layers:
-                self.upsamplers[str(layer)] = Upsampler(width, config.time_reduction_factor)
+            for layer in config.layers_with_heads:
+                if layer > config.time_reduction_index:
+                    self.upsamplers[str(layer - 1)] = Upsampler(width, config.time_reduction_factor)
 
     def without_heads(self) -> "Student":
         """Return a copy without heads, for inference (published ``delete_projections``)."""
-        config = self.config.model_copy(update={"heads": "none"})
-        student = Student(config)
+        student = Student(self.config.without_heads())
         names = student.state_dict().keys()
         student.load_state_dict({name: tensor for name, tensor in self.state_dict().items() if name in names})
         return student.train(self.training)
@@ -224,7 +225,7 @@ class Student(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Return each layer's output (B, T, d), each head's input (B, T, .), and the number of real frames (B,).
 
-        With one head per layer, a head's input is the layer's output with a scaled gradient (``layer_grad_scale``); after a
+        The input of a head on a layer is the layer's output with a scaled gradient (``layer_grad_scale``); after a
         time reduction, its T frames also come from an `Upsampler`. Without heads it is the layer's output.
 
         Args:
@@ -337,6 +338,10 @@ class Student(nn.Module):
         if self.split is not None:
             is_last = len(layers) == count
             head_inputs = list(F.gelu(self.split(head_inputs[-1])).chunk(config.split_heads, -1)) if is_last else []
+        elif config.head_layers is not None:
+            head_inputs = [head_inputs[layer - 1] for layer in config.head_layers if layer <= len(layers)]
+        if self.inner_heads:
+            head_inputs = [F.gelu(inner(x)) for inner, x in zip(self.inner_heads, head_inputs)]  # noqa: B905 (fewer layers)
         return layers, head_inputs
 
 

@@ -92,6 +92,11 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     heads: Literal["layerwise", "split", "none"] = "layerwise"
     """Prediction heads: ``layerwise``: each layer's output predicts one teacher layer; ``split`` (DistilHuBERT): the last
     layer's output predicts several; ``none``: for objectives that compare hidden states."""
+    head_layers: tuple[Annotated[int, pydantic.Field(ge=1)], ...] | None = None
+    """Layers with a ``layerwise`` head, counted from 1, and the last one among them: with ``[3, 6, 9, 12]`` four layers learn from
+    four of the teacher (USAD, arXiv 2506.18843). None gives each layer one."""
+    head_dim: int | None = pydantic.Field(default=None, ge=1)
+    """Inner width of each ``layerwise`` head, which then has two linear layers with a GELU between them (USAD). None gives it one."""
     split_heads: int = pydantic.Field(default=3, ge=1)
     """Number of ``split`` heads."""
     split_dim: int | None = pydantic.Field(default=None, ge=1)
@@ -143,15 +148,34 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     @property
     def num_predictions(self) -> int:
         """Number of teacher layers that this student learns from: one per head, or one per encoder layer without heads."""
-        return self.split_heads if self.heads == "split" else self.encoder_layers
+        if self.heads == "split":
+            return self.split_heads
+        return self.encoder_layers if self.head_layers is None else len(self.head_layers)
+
+    @property
+    def layers_with_heads(self) -> tuple[int, ...]:
+        """The layers whose output a head reads, counted from 1."""
+        if self.heads == "layerwise":
+            return self.head_layers or tuple(range(1, self.encoder_layers + 1))
+        return (self.encoder_layers,) if self.heads == "split" else ()
+
+    def without_heads(self) -> "StudentConfig":
+        """Return a copy without heads."""
+        return self.model_copy(update={"heads": "none", "head_layers": None, "head_dim": None})
+
+    @property
+    def has_plain_heads(self) -> bool:
+        """Whether each layer has one linear head that reads its output."""
+        plain = self.head_layers is None and self.head_dim is None and self.time_reduction is None
+        return self.heads == "layerwise" and plain
 
     def check_targets(self, num_layers: int, dim: int) -> None:
         """Raise ValueError if this student does not predict ``num_layers`` layers of width ``dim``."""
         if self.num_predictions != num_layers or self.target_dim != dim:
             raise ValueError(
                 f"the student predicts {self.num_predictions} layers of width {self.target_dim}, but the targets have "
-                f"{num_layers} layers of width {dim}; set student.encoder_layers (student.split_heads "
-                "with split heads) and student.target_dim to match, or choose other teacher.layers"
+                f"{num_layers} layers of width {dim}; set student.encoder_layers (student.split_heads with split heads, or "
+                "student.head_layers) and student.target_dim to match, or choose other teacher.layers"
             )
 
     def check_frames(self, num_samples: np.ndarray, num_frames: np.ndarray) -> None:
@@ -209,7 +233,8 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
         )
         count += inputs * width + width * (4 * heads * self.head_width + 2 * units)
         count += width**2 * self.conv_pos * self.conv_pos_depth // self.conv_pos_groups
-        count += self.num_predictions * self.target_dim * (self.split_dim or width)
+        inner = self.split_dim if self.heads == "split" else self.head_dim
+        count += self.num_predictions * (inner or width) * (self.target_dim + (width if inner else 0))
         if count > MAX_PARAMETERS or self.encoder_layers + len(self.conv_layers) + self.conv_pos_depth > MAX_MODULES:
             raise ValueError(
                 f"a student with {self.encoder_layers:,} layers of width {width:,} and {len(self.conv_layers):,} convolutions would "
@@ -243,6 +268,15 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
         if self.layer_type == "conformer" and self.layer_norm_first:
             raise ValueError(
                 "layer_norm_first applies to Transformer layers only; Conformer layers have their own norms"
+            )
+        if self.heads != "layerwise" and (self.head_layers is not None or self.head_dim is not None):
+            raise ValueError(f"head_layers and head_dim are for heads layerwise, not {self.heads}; remove them")
+        if self.head_layers is not None and (
+            sorted({*self.head_layers}) != [*self.head_layers] or self.head_layers[-1:] != (self.encoder_layers,)
+        ):
+            raise ValueError(
+                f"head_layers is {list(self.head_layers)}; give ascending numbers of layers that end with the last one, "
+                f"{self.encoder_layers}, since nothing would train the layers above the last head"
             )
         if len(self.reuses) != self.encoder_layers:
             raise ValueError(

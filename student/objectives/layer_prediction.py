@@ -156,7 +156,7 @@ class LayerDistiller(Distiller):
         heads, head_inputs, dim = self.student.heads, encoded.head_inputs, self.student.config.target_dim
         if self.predictors:
             own = cast(TeacherHeads, self.predictors[0])
-            heads, head_inputs, dim = own.heads, own.inputs(encoded.head_inputs, encoded.layers[-1]), own.dim
+            heads, head_inputs, dim = own.heads, own.inputs(encoded.head_inputs, encoded.layers), own.dim
         assert isinstance(targets, Tensor)
         expected = (len(padded), len(head_inputs), padded.shape[1], dim)
         if targets.shape != expected:

@@ -59,7 +59,7 @@ class Mixture(Objective, frozen=True):
 
     def check_student(self, config: StudentConfig) -> None:
         """See `Objective.check_student`."""
-        headless = config.model_copy(update={"heads": "none"})
+        headless = config.without_heads()
         with_heads = any(part.settings.uses_heads for part in self.parts)
         for part in self.parts:
             part.settings.check_student(headless if with_heads and not part.settings.uses_heads else config)

@@ -122,7 +122,7 @@ class SeveralTeachers(Objective, frozen=True):
 
     def check_student(self, config: StudentConfig) -> None:
         """See `Objective.check_student`."""
-        headless = config.model_copy(update={"heads": "none"})
+        headless = config.without_heads()
         for term in self.terms:
             of_term = config.model_copy(update={"split_heads": term.num_layers}) if config.heads == "split" else config
             no_heads = self.uses_heads and isinstance(term.settings, MaskedPrediction)
@@ -131,10 +131,11 @@ class SeveralTeachers(Objective, frozen=True):
             except ValueError as error:
                 raise ValueError(f"teachers.{term.name}: {error}") from error
         with_heads = sum(term.settings.uses_heads for term in self.terms)
-        if with_heads > 1 and config.heads == "split" and config.time_reduction is not None:
+        inner = config.heads == "split" or config.head_dim is not None
+        if with_heads > 1 and inner and config.time_reduction is not None:
             raise ValueError(
-                "teachers: split heads of several teachers do not go with student.time_reduction; set student.heads to layerwise, or "
-                "remove student.time_reduction"
+                "teachers: heads of several teachers that are split or have a head_dim do not go with student.time_reduction; set "
+                "student.heads to layerwise without head_dim, or remove student.time_reduction"
             )
 
     def check_targets(self, config: StudentConfig, num_layers: int, dim: int) -> None:
@@ -144,11 +145,12 @@ class SeveralTeachers(Objective, frozen=True):
                 continue
             if k == self.owner:
                 term.settings.check_targets(config, term.num_layers, term.dim)
-            elif config.heads != "split" and term.num_layers != config.encoder_layers:
+            elif config.heads != "split" and term.num_layers != config.num_predictions:
+                with_heads = "" if config.head_layers is None else " with heads"
                 raise ValueError(
-                    f"teachers.{term.name}: the student has {config.encoder_layers} layers, but it is to learn {term.num_layers} of "
-                    "this teacher, one with each; set student.heads to split, or choose "
-                    f"{config.encoder_layers} with its key layers, if it has as many"
+                    f"teachers.{term.name}: the student has {config.num_predictions} layers{with_heads}, but it is to learn "
+                    f"{term.num_layers} of this teacher, one with each; set student.heads to split, or choose "
+                    f"{config.num_predictions} with its key layers, if it has as many"
                 )
 
     def targets_of(self, batch: Batch) -> Targets:

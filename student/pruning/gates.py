@@ -95,7 +95,7 @@ class Gates(nn.Module):
         self.log_alpha = nn.Parameter(means + 0.01 * torch.randn(len(means), generator=generator))
         self.multipliers = nn.Parameter(torch.zeros(2))
         with shapes_only():
-            student = Student(config.model_copy(update={"heads": "none"}))
+            student = Student(config.without_heads())
         self.total = sum(parameter.numel() for parameter in student.parameters())
         ones = torch.ones(len(self.log_alpha), dtype=torch.float64)
         self._fixed = 0.0

@@ -142,6 +142,8 @@ def test_a_single_value_stands_for_a_list() -> None:
 
 def test_student_follows_the_teacher() -> None:
     student = load_config(DEMO).resolve_student(6, 192)
+    sparse = load_config(DEMO, ["student.head_layers=[2,5]"]).resolve_student(2, 192)
+    assert (sparse.encoder_layers, sparse.num_predictions) == (5, 2)
     assert (student.encoder_layers, student.target_dim) == (6, 192)
 
 

@@ -175,6 +175,8 @@ def test_a_student_starts_from_another(tmp_path: Path) -> None:
     assert tensors_of_student(str(tmp_path / "split"), tiny_student()).keys() == other_teacher.keys()
     more = tensors_of_student(str(tmp_path / "split"), tiny_student(heads="split", split_heads=3))
     assert more.keys() == other_teacher.keys(), "the heads of another split layer"
+    sparse = tiny_student(head_layers=(2,))
+    assert tensors_of_student(str(tmp_path / "first"), sparse).keys() == other_teacher.keys(), "heads on other layers"
     with pytest.raises(
         ConfigError, match=r"train\.init_from: .*has the shape \(.*\) in .*first, but \(.*\) in this student"
     ):

@@ -50,6 +50,17 @@ def test_every_recipe_can_be_built() -> None:
         config.train.chosen_objective.check_targets(student, layers, 768)
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "several").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_several_teachers_can_be_built(path: Path) -> None:
+    config = load_config(path)
+    sizes = [(len(teacher.layers or range(12)), 768) for teacher in config.teachers]
+    training = config.training(sizes)
+    student = config.resolve_student(sizes[config.owner][0], 768)
+    training.check_student(student)
+    weighted = [layers for teacher, (layers, _) in zip(config.teachers, sizes, strict=True) if teacher.weight]
+    training.chosen_objective.check_targets(student, sum(weighted), 768)
+
+
 def test_students_of_base_size_have_the_parameters_of_hubert_base() -> None:
     for name in ("hubert-base-960", "mvq-base-960"):
         student = Student(load_config(CONFIGS / "discrete" / f"{name}.yaml").resolve_student(1, 768))

@@ -203,6 +203,7 @@ HEADS: dict[str, dict[str, object]] = {
     "split": {"heads": "split", "split_heads": 3, "split_dim": 20},
     "split, reduced": {"heads": "split", "split_heads": 2, "time_reduction": "fc1"},
 }
+SPARSE: dict[str, object] = {"head_layers": (2, 4), "head_dim": 5}
 
 
 @pytest.mark.parametrize("variant", HEADS)
@@ -220,6 +221,16 @@ def test_it_gives_the_heads_predictions(variant: str) -> None:
     assert len(portable_student(student)(waves, lengths)) == 5
 
 
+@torch.no_grad()
+def test_heads_on_some_layers_are_left_out() -> None:
+    torch.manual_seed(0)
+    student = Student(tiny_student(encoder_layers=4, **SPARSE)).eval()
+    waves, lengths = pad(noise([0.9, 0.3]))
+    states = student(waves, lengths).hidden_states
+    for layer, x in enumerate(portable_student(student)(waves, lengths)[1:]):
+        torch.testing.assert_close(x[0], states[0, layer], rtol=0, atol=1e-5)
+
+
 def test_default_features_are_those_that_the_authors_evaluate() -> None:
     for recipe, features in (
         ("armhubert-960", "heads"),
@@ -232,6 +243,12 @@ def test_default_features_are_those_that_the_authors_evaluate() -> None:
         layers = len(config.teacher.layers or range(12))
         assert default_features(config.resolve_student(layers, 768)) == features
     assert default_features(tiny_student(layer_ffn_dims=(3, 4))) == "layers"
+    sparse = tiny_student(head_layers=(2,))
+    assert default_features(sparse) == "layers"
+    with pytest.raises(
+        ValueError, match="has head_layers or head_dim, and exports support one linear head on each layer"
+    ):
+        portable_config(sparse, "heads")
     bare = tiny_student(heads="none")
     assert default_features(bare) == "layers"
     with pytest.raises(ValueError, match="has no heads, so features heads can't be exported; choose features layers"):

@@ -94,6 +94,42 @@ def test_split_heads_predict_several_layers_from_the_last() -> None:
     assert made.config.num_predictions == 3
 
 
+def test_heads_on_some_layers_and_of_two_layers() -> None:
+    made = student(head_layers=(2, 4), head_dim=7)
+    with torch.no_grad():
+        out = made(WAVEFORMS, LENGTHS)
+        expected = torch.stack(
+            [
+                made.heads[k](F.gelu(made.inner_heads[k](out.hidden_states[:, layer - 1])))
+                for k, layer in enumerate((2, 4))
+            ],
+            1,
+        )
+        _, lower, _ = made.layer_outputs(WAVEFORMS, LENGTHS, num_layers=3)
+    torch.testing.assert_close(out.projections, expected)
+    assert (made.config.num_predictions, made.config.layers_with_heads) == (2, (2, 4))
+    assert [x.shape[-1] for x in lower] == [7], "with fewer layers there are inputs of their heads only"
+    linear = student(head_layers=(1, 4))
+    with torch.no_grad():
+        out = linear(WAVEFORMS, LENGTHS)
+    torch.testing.assert_close(out.projections[:, 0], linear.heads[0](out.hidden_states[:, 0]))
+    reduced = student(head_layers=(2, 4), time_reduction="fc1", time_reduction_index=2)
+    assert list(reduced.upsamplers) == ["3"] and reduced(WAVEFORMS, LENGTHS).projections.shape == (2, 2, 19, 16)
+    bare = made.without_heads()
+    assert (bare.config.head_layers, bare.config.head_dim) == (None, None)
+    assert not [name for name in bare.state_dict() if name.startswith(("heads", "inner_heads"))]
+
+
+@pytest.mark.parametrize("layers", [(), (1, 3), (4, 2), (2, 2, 4), (2, 5)])
+def test_numbers_of_layers_with_heads_are_checked(layers: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match="give ascending numbers of layers that end with the last one, 4, since nothing"
+    ):
+        student(head_layers=layers)
+    with pytest.raises(ValueError, match="head_layers and head_dim are for heads layerwise, not split; remove them"):
+        student(head_layers=(2, 4), heads="split")
+
+
 def test_without_heads_keeps_hidden_states_and_forgets_projections() -> None:
     made = student(heads="split", time_reduction="conv1d")
     bare = made.without_heads()

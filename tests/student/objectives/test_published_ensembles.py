@@ -1,5 +1,6 @@
 """The losses of SPEAR (arXiv 2510.25955) and USAD (arXiv 2506.18843) on two teachers, computed again in NumPy."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -64,10 +65,17 @@ def test_spear_predicts_the_codebooks_of_two_teachers(draw: np.random.Generator)
     assert found.total.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_usad_predicts_layers_of_two_teachers(draw: np.random.Generator) -> None:
-    """For each layer and teacher the L1 error minus the log-sigmoid of the cosine, over unmasked input and real frames."""
+def linear(module: torch.nn.Module, x: np.ndarray) -> np.ndarray:
+    assert isinstance(module, torch.nn.Linear)
+    product: np.ndarray = x @ module.weight.detach().numpy().T + module.bias.detach().numpy()
+    return product
+
+
+@pytest.mark.parametrize("head_dim", [None, 24])
+def test_usad_predicts_layers_of_two_teachers(draw: np.random.Generator, head_dim: int | None) -> None:
+    """For some layers and each teacher the L1 error minus the log-sigmoid of the cosine, over unmasked input and real frames."""
     torch.manual_seed(0)
-    student = Student(tiny_student()).eval()
+    student = Student(tiny_student(encoder_layers=4, head_layers=(2, 4), head_dim=head_dim)).eval()
     settings = {"objective": "prediction", "loss": "l1", "cosine_weight": 1.0, "hint_weight": 0.5, "final_weight": 0.5}
     distiller = teachers(settings, settings, weights=(1.0, 1.0))
     module = distiller.distiller_for(student, [None, None], spec_augment=None, seed=0).eval()
@@ -76,13 +84,16 @@ def test_usad_predicts_layers_of_two_teachers(draw: np.random.Generator) -> None
     found = module(waveforms, lengths, None, TeachersTargets(tuple(map(torch.from_numpy, targets)), PRESENT, None))
     own = module.parts[1].predictors[0]
     assert isinstance(own, TeacherHeads)
-    states = [student(waveforms, lengths).layer(layer).detach().numpy().astype(np.float64) for layer in (1, 2)]
+    states = [student(waveforms, lengths).layer(layer).detach().numpy().astype(np.float64) for layer in (2, 4)]
     expected = 0.0
-    for k, (heads, wanted) in enumerate(zip((student.heads, own.heads), targets, strict=True)):
+    for k, (owner, wanted) in enumerate(zip((student, own), targets, strict=True)):
         real = (np.arange(19) < np.array(FRAMES)[:, None]) & PRESENT[:, k].numpy()[:, None]
-        for layer, head in enumerate(heads):
-            assert isinstance(head, torch.nn.Linear)
-            x = states[layer] @ head.weight.detach().numpy().T + head.bias.detach().numpy()
+        for layer, head in enumerate(owner.heads):
+            x = states[layer]
+            if head_dim is not None:
+                x = linear(owner.inner_heads[layer], x)
+                x = x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+            x = linear(head, x)
             y = wanted[:, layer].astype(np.float64)
             cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
             loss = np.abs(x - y).mean(-1) + np.log1p(np.exp(-cosine))

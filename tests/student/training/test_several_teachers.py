@@ -477,11 +477,35 @@ def test_split_heads_of_several_teachers(
     loss = batch_loss(distiller, both.read([0, 1], 0), chosen)
     loss.total.backward()
     assert loss.per_layer.shape == (3,) and all(p.grad is not None for p in distiller.predictors.parameters())
-    reduced = config.model_copy(update={"time_reduction": "fc1", "time_reduction_index": 1})
+    for heads in ({}, {"heads": "layerwise", "head_dim": 5}):
+        reduced = config.model_copy(update={"time_reduction": "fc1", "time_reduction_index": 1} | heads)
+        with pytest.raises(
+            ValueError, match="^teachers: heads of several teachers that are split or have a head_dim do not go with"
+        ):
+            chosen.check_student(reduced)
+
+
+@pytest.mark.parametrize("head_dim", [None, 6])
+def test_heads_on_some_layers_of_several_teachers(
+    caches: tuple[Path, Path],
+    still: StudentConfig,
+    several: Callable[..., SeveralTeacherSettings],
+    head_dim: int | None,
+) -> None:
+    config = still.model_copy(update={"head_layers": (2,), "head_dim": head_dim, "layer_grad_scale": True})
+    readers = {name: CacheReader(cache, "train", (2,)) for name, cache in zip("ab", caches, strict=True)}
+    both = SeveralCaches(readers)
+    chosen = several(term("a") | {"num_layers": 1}, term("b", 48) | {"num_layers": 1})
+    chosen.check_student(config)
+    chosen.chosen_objective.check_targets(config, 2, 32)
+    distiller = make_distiller(Student(config), chosen, both)
+    loss = batch_loss(distiller, both.read([0, 1], 0), chosen)
+    loss.total.backward()
+    assert loss.per_layer.shape == (2,) and all(p.grad is not None for p in distiller.parameters())
     with pytest.raises(
-        ValueError, match="^teachers: split heads of several teachers do not go with student.time_reduction"
+        ValueError, match="teachers.b: the student has 1 layers with heads, but it is to learn 2 of this"
     ):
-        chosen.check_student(reduced)
+        several(term("a") | {"num_layers": 1}, term("b", 48)).chosen_objective.check_targets(config, 3, 32)
 
 
 @pytest.mark.slow

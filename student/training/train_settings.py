@@ -43,9 +43,9 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     """Limit on the number of optimiser steps; the learning-rate schedule then spans these steps. None trains for all epochs."""
     batch_size: int | None = pydantic.Field(default=None, ge=1)
     """Number of utterances per worker and batch, as published. Give either this or batch_seconds."""
-    batch_seconds: Annotated[float, pydantic.Field(gt=0)] | Literal["auto"] | None = None
+    batch_seconds: float | Literal["auto"] | None = None
     """Seconds of audio per worker and batch, padding included. ``auto`` measures before the first step how many fit on the GPUs, and
-    the run keeps that number when it is resumed or made longer. Give either this or batch_size."""
+    the run keeps that number when it is resumed or made longer. Needs use_gpu. Give either this or batch_size."""
     crop_seconds: float | None = pydantic.Field(default=None, ge=1)
     """Longest part of an utterance that training uses in an epoch, as in DistilHuBERT. Longer utterances are cropped at a
     random frame, drawn from the seed, the epoch and the utterance's id, with their targets and masks. The targets are those
@@ -149,6 +149,10 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
             raise ValueError(
                 f"train.batch_size is {self.batch_size} and train.batch_seconds is {seconds}, but a batch has one "
                 "size; set one of them to null, as in train.batch_seconds=null"
+            )
+        if isinstance(self.batch_seconds, float) and self.batch_seconds <= 0:
+            raise ValueError(
+                f"train.batch_seconds is {self.batch_seconds:g}; give a positive number of seconds of audio, or auto"
             )
         if self.batch_seconds == "auto" and not self.use_gpu:
             raise ValueError(

@@ -261,6 +261,17 @@ def test_the_peak_counts_what_goes_on_beside_a_step(
     assert memory(0.5) == 1000 + 5000 - 300 + beside + buckets
 
 
+def test_a_tenth_of_the_free_memory_is_left(
+    tiny: StudentConfig, auto: Settings, readers: Readers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Allocator(monkeypatch)
+    gpu.now = 1000
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1500)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 80_000))
+    memory = StepMemory(tiny, auto(), *readers, Rank(device=torch.device("cuda", 0)))
+    assert memory.limit == 1000 + 0.9 * (10_000 + 500)
+
+
 def test_after_a_failure_the_parts_are_made_anew(
     tiny: StudentConfig, auto: Settings, readers: Readers, memory: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,7 @@ class FittingBatch:
 
 
 def find_fitting(measure: Measure, limit: int, shortest: float, most: float) -> FittingBatch | None:
-    """Return the largest size that fits, up to 5 %, or None if the shortest does not fit.
+    """Return a size that fits and is seldom more than a tenth below the largest, or None if the shortest does not fit.
 
     The shortest size and its double are measured, then the size at which the line through the last two measurements meets the limit,
     until the line gives nothing larger. What the line promises is always measured before it is returned.

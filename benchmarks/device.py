@@ -188,6 +188,19 @@ class Bench:
         return report.elapsed
 
 
+class Repeated:
+    """A corpus that has each utterance of a reader several times, since one that fits into a batch as a whole says little."""
+
+    def __init__(self, reader: CacheReader, times: int) -> None:
+        self.num_samples, self.num_frames = np.tile(reader.num_samples, times), np.tile(reader.num_frames, times)
+        self.layers, self.dim, self.draws = reader.layers, reader.dim, reader.draws
+        self._reader = reader
+
+    def read(self, indices: Any, draw: int | None) -> Batch:
+        """See `TargetReader.read`."""
+        return self._reader.read([index % len(self._reader) for index in indices], draw)
+
+
 class Resident:
     """The batches of a reader, read once and kept decoded on the device."""
 
@@ -328,6 +341,28 @@ def measure_memory(bench: Bench) -> list[dict[str, float]]:
     return found
 
 
+def measure_auto(bench: Bench) -> list[dict[str, Any]]:
+    """Return what ``train.batch_seconds=auto`` finds for each student, and the memory of a training with it; nothing on a CPU."""
+    found: list[dict[str, Any]] = []
+    corpus = Repeated(CacheReader(bench.folder / "cache-pca-fp32", "train"), 20)
+    for recipe in RECIPES if bench.on_gpu else ():
+        config, steps = bench.student(recipe), max(1, bench.sizes.steps // 4)
+        began = time.perf_counter()
+        rows = bench.train(config, corpus, batch_seconds="auto", max_steps=1)
+        (row,) = ({"student": recipe} | row for row in rows if row.pop("kind") == "batch")
+        seconds = time.perf_counter() - began
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(bench.device)
+        bench.train(config, corpus, batch_seconds=row["batch_seconds"], max_steps=steps)
+        allocated, reserved = (
+            torch.cuda.max_memory_allocated(bench.device),
+            torch.cuda.max_memory_reserved(bench.device),
+        )
+        row |= {"training_allocated_bytes": allocated, "training_reserved_bytes": reserved}
+        found.append(row | {"seconds_with_one_step": seconds})
+    return found
+
+
 def measure_codecs(bench: Bench) -> list[dict[str, Any]]:
     """Return the seconds of audio per second that each codec encodes and decodes, and decodes if three layers are wanted."""
     count, dim = bench.sizes.codec_frames, bench.teacher.dim
@@ -447,6 +482,7 @@ def main(
         "steps": measure_steps,
         "per_step": measure_calls,
         "memory": measure_memory,
+        "auto": measure_auto,
         "codecs": measure_codecs,
         "reader": measure_reader,
         "inference": measure_inference,

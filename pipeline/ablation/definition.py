@@ -248,6 +248,12 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
         except ConfigError as error:
             raise ConfigError(f"variant {variant.name}: {error}") from error
     _refuse_duplicates(runs)
+    for run in runs:
+        if run.config.train.batch_seconds == "auto":
+            raise ConfigError(
+                f"variant {run.variant}: train.batch_seconds: auto would measure another size for each student and GPU, so the runs "
+                "could not be compared; give the seconds"
+            )
     if settings.probe is None and have_nothing_in_common([run.config for run in runs]):
         raise ConfigError(
             "train.objective, train.aggregate, teachers: runs with different objectives, aggregates or teachers have neither losses "

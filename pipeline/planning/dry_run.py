@@ -24,6 +24,7 @@ from ray_distill.pipeline.stages.run import TeacherRun
 from ray_distill.pipeline.stages.run_audio import check_reference
 from ray_distill.student import Student
 from ray_distill.student.pruning.gates import Gates
+from ray_distill.student.training.train_state import saved_batch_seconds
 from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holder, refuse_audio_store
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
@@ -90,7 +91,8 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
         else "none"
     )
     length = counted(train.max_steps, "step") if train.max_steps else counted(train.epochs, "epoch")
-    batch = f"{train.batch_size} utterances" if train.batch_size else f"{train.batch_seconds:g} s of audio"
+    batch = train.describe_batch(seconds := saved_batch_seconds(folder.path))
+    batch += ", found on the GPU at the start" if train.batch_seconds == "auto" and seconds is None else ""
     facts = {
         "run folder": str(folder.path),
         "corpus": described,

@@ -22,6 +22,7 @@ from ray_distill.pipeline.stages.train import pruning_record, teacher_caches
 from ray_distill.student import Student, load_student
 from ray_distill.student.objectives.several_teachers import SeveralTeachers
 from ray_distill.student.training.target_source import several_readers
+from ray_distill.student.training.train_state import saved_batch_seconds
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.targets.domains import counted_domains, shown
@@ -84,6 +85,7 @@ def _summarise(run: Run, student: Student) -> dict[str, Any]:
         "cache_bytes": size,
         "cache_bytes_per_second": None if size is None else size / run.seconds,
         "training": run.folder.result(),
+        "batch_seconds": saved_batch_seconds(run.folder.path),
         "constant_loss": None if explained is None else explained.constant_loss,
         "explained_variance": None if explained is None else explained.share,
         "starts": read_starts(run.folder.starts_file),
@@ -197,7 +199,7 @@ def _validation_reader(run: Run) -> TargetReader:
 def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     """Return what the report's header states, by name."""
     train, masks = run.config.train, run.config.masks
-    batch = f"{train.batch_size} utterances" if train.batch_size else f"{train.batch_seconds:g} s of audio"
+    batch = train.describe_batch(summary["batch_seconds"])
     policy = "one policy per draw" if masks.policies else f"mask_prob {masks.policy.mask_prob:g}"
     layers = f"layers {', '.join(map(str, run.layers))} of width {run.teacher.dim}"
     loss = "" if run.config.teachers else f"{train.loss}, "  # Several teachers have one each.

@@ -22,11 +22,11 @@ from ray_distill.student import Student, StudentConfig
 from ray_distill.student.checkpoints import CONFIG as STUDENT_CONFIG
 from ray_distill.student.objectives.mixture import Mixture
 from ray_distill.student.pruning.gates import Gates
-from ray_distill.student.training.metric_rows import read_last_train_row
+from ray_distill.student.training.metric_rows import read_last_train_row, read_rows
 from ray_distill.student.training.ray_training import train_on_ray
-from ray_distill.student.training.run_files import PRUNED, PRUNING
+from ray_distill.student.training.run_files import METRICS, PRUNED, PRUNING
 from ray_distill.student.training.target_source import TeacherCache
-from ray_distill.student.training.train_state import refuse_missing_metrics, resume_step
+from ray_distill.student.training.train_state import refuse_missing_metrics, resume_step, saved_batch_seconds
 
 _FAR = 0.02
 """Difference of the sparsity from that of the gates at the end of a pruning that is worth a word."""
@@ -56,6 +56,9 @@ def train_student(run: Run) -> None:
     if settings.max_steps is not None:
         say_unused(run, settings.max_steps)
     training = prepare_training(run, max(1, (os.cpu_count() or 1) // settings.workers))
+    auto = settings.batch_seconds == "auto"
+    if auto and (seconds := saved_batch_seconds(run.folder.path)) is not None:
+        run.say(f"train   batches of {settings.describe_batch(seconds)}, as at the start of the training")
     if step is not None and run.folder.finished_before:
         run.say(
             f"train   continuing from step {step} beyond a finished training; the learning rate follows the schedule of the new length"
@@ -68,7 +71,9 @@ def train_student(run: Run) -> None:
         record_start(run.folder.starts_file, first=step is None)
         done = threading.Event()
         watcher = threading.Thread(
-            target=_show_metrics, args=(run, update, done, 0 if in_pruning else step or 0), daemon=True
+            target=_show_metrics,
+            args=(run, update, done, 0 if in_pruning else step or 0, auto and step is None),
+            daemon=True,
         )
         watcher.start()
         try:
@@ -213,10 +218,22 @@ def pruning_record(folder: RunFolder) -> dict[str, Any] | None:
     return None if described is None else dict(described["metadata"])
 
 
-def _show_metrics(run: Run, update: ProgressUpdate, done: threading.Event, start: int) -> None:
-    """Show the last logged step after ``start``, once a second."""
+def _found_batch(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the row about the batch that a new training has found, or None if it has none yet. ValueError if a row is damaged."""
+    rows = [row for path in (folder.path / PRUNING / METRICS, folder.metrics_file) for row in read_rows(path)]
+    return next((row for row in rows if row["kind"] == "batch"), None)
+
+
+def _show_metrics(run: Run, update: ProgressUpdate, done: threading.Event, start: int, measures: bool) -> None:
+    """Show the last logged step after ``start``, once a second, and what was measured if the training measures its batches first."""
     while not done.wait(1.0):
         try:
+            if measures and (found := _found_batch(run.folder)) is not None:
+                measures = False
+                run.say(
+                    f"train   batches of {run.config.train.describe_batch(found['batch_seconds'])}; a step needs "
+                    f"{found['peak_bytes'] / 1e9:.1f} of the {found['limit_bytes'] / 1e9:.1f} GB that it may use"
+                )
             row = last_row(run.folder)
             pruning = last_row(RunFolder(run.folder.path / PRUNING)) if row is None else None
         except ValueError as error:

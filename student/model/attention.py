@@ -22,7 +22,7 @@ from ray_distill.student.model.student_config import StudentConfig
 
 _BLOCK_ENTRIES = 500_000
 """Number of entries of attention maps that are computed at a time on a CPU with dropout, so that they fit into its caches."""
-_WHOLE_MAP_FRAMES = 1024
+WHOLE_MAP_FRAMES = 1024
 """Longest utterance, in frames, whose maps and dropout masks are held whole, which takes less time."""
 _CHUNK_ENTRIES = 2**25
 """Number of entries of the maps of a longer utterance that are held at a time where fused attention can't be used."""
@@ -114,7 +114,7 @@ class Attention(nn.Module):
             frames, width = x_BTd.shape[1:]
             distances = self._split_heads(self.distance(relative_table(frames, width, x_BTd))[None])
             distance_queries = queries + self.distance_bias
-            if frames > _WHOLE_MAP_FRAMES:
+            if frames > WHOLE_MAP_FRAMES:
                 return AttentionMap(queries + self.content_bias, keys, None, distance_queries, distances)
             return AttentionMap(queries + self.content_bias, keys, _relative_bias(distance_queries, distances, 0))
         return AttentionMap(queries, keys)
@@ -155,7 +155,7 @@ def _attend_by_chunks(
         return F.dropout(scores, dropout) @ values
 
     batch, heads, frames, _ = values.shape
-    if frames <= _WHOLE_MAP_FRAMES:
+    if frames <= WHOLE_MAP_FRAMES:
         return attend_rows(0, frames)
     step = max(1, _CHUNK_ENTRIES // (batch * heads * frames))
     chunks = [(first, min(first + step, frames)) for first in range(0, frames, step)]
@@ -216,7 +216,7 @@ class _DropoutAttention(torch.autograd.Function):
         ctx.seeds = []
         for row, heads, some, real in _blocks(queries, ctx.real):
             weights = _attention_map(queries[row, heads, some], keys[row, heads, :real])
-            if real <= _WHOLE_MAP_FRAMES:
+            if real <= WHOLE_MAP_FRAMES:
                 mask, ctx.scale = dropout_mask(weights.shape, dropout)
                 masks.append(mask)
             else:
@@ -240,7 +240,7 @@ class _DropoutAttention(torch.autograd.Function):
         for row, heads, some, real in _blocks(queries, ctx.real):
             at, seen = (row, heads, some), (row, heads, slice(real))
             weights = _attention_map(queries[at], keys[seen])
-            if real <= _WHOLE_MAP_FRAMES:
+            if real <= WHOLE_MAP_FRAMES:
                 dropout = next(kept).to(weights.dtype)
             else:
                 dropout = _seeded_mask(weights.shape, ctx.dropout, next(seeds))[0].to(weights.dtype)
@@ -266,7 +266,7 @@ def _blocks(queries: Tensor, real: list[int]) -> list[tuple[int, slice, slice, i
     blocks = []
     for row, frames in enumerate(real):
         several = max(1, _BLOCK_ENTRIES // frames**2)
-        step = frames if frames <= _WHOLE_MAP_FRAMES else max(1, _BLOCK_ENTRIES // frames)
+        step = frames if frames <= WHOLE_MAP_FRAMES else max(1, _BLOCK_ENTRIES // frames)
         for head in range(0, heads, several):
             for first in range(0, frames, step):
                 blocks.append((row, slice(head, head + several), slice(first, min(first + step, frames)), frames))

@@ -12,7 +12,7 @@ from ray_distill.student.training import run_files
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.target_source import TargetSource
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.student.training.train_state import TrainResult
+from ray_distill.student.training.train_state import TrainResult, saved_batch_seconds
 from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
@@ -34,7 +34,7 @@ def train_in_phases(
     """Train as `train` does, and with ``settings.prune`` in two phases, each of which continues from its last checkpoint.
 
     The first phase is a training of its own in ``folder/pruning``, and leaves the pruned student in ``folder/pruning/student``. The
-    second starts from it, and is a training as any other in ``folder``.
+    second starts from it, and is a training as any other in ``folder``. With ``batch_seconds`` auto, the first one measures for both.
 
     For the arguments see `train`. ``on_row`` gets the rows of both phases.
 
@@ -56,5 +56,8 @@ def train_in_phases(
         train(config, settings.pruning_phase(), train_reader, validation_reader, first, initial=initial, **common)
         rank.gather(None)  # Rank 0 has written the pruned student.
     pruned = first / run_files.PRUNED
-    config, settings = load_student(pruned).config, settings.model_copy(update={"prune": None})
+    changes: dict[str, Any] = {"prune": None}
+    if settings.batch_seconds == "auto":
+        changes["batch_seconds"] = saved_batch_seconds(first)
+    config, settings = load_student(pruned).config, settings.model_copy(update=changes)
     return train(config, settings, train_reader, validation_reader, folder, initial=pruned / WEIGHTS, **common)

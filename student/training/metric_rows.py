@@ -4,7 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-_NUMBERS = {"train": ("step", "loss"), "validation": ("step", "loss"), "skipped": ("step",), "resumed": ("step",)}
+_NUMBERS = {
+    "train": ("step", "loss"),
+    "validation": ("step", "loss"),
+    "skipped": ("step",),
+    "resumed": ("step",),
+    "batch": ("step", "batch_seconds", "peak_bytes", "limit_bytes"),
+}
 """Fields that are numbers in every row of a kind."""
 
 

@@ -225,6 +225,7 @@ class Metrics:
     - ``validation``: loss, layer_NN (unweighted), cosine_unmasked_layer_NN; in the first row also constant_loss and
       constant_layer_NN, the losses of the best constant prediction, if the error is the squared one.
     - ``skipped``: cause of a skipped step, and its utterances.
+    - ``batch``: with ``train.batch_seconds`` auto, batch_seconds, and the bytes that a step needs (peak_bytes) and may need.
     - ``resumed``: time at which the training continued from a checkpoint.
 
     After a restart, rows beyond the checkpoint are dropped and written again.

@@ -79,7 +79,7 @@ class TrainingPlan:
         return self._order(
             self._num_samples,
             batch_size=self._settings.batch_size,
-            batch_seconds=self._settings.batch_seconds,
+            batch_seconds=self._settings.seconds_of_batch,
             world_size=self._world_size,
             accumulate=self._settings.accumulate,
             seed=self._settings.seed,

@@ -387,6 +387,7 @@ def _explain_causes(causes: list[Exception], settings: TrainSettings) -> Excepti
 def _memory_advice(settings: TrainSettings) -> str:
     """Return which key to lower if memory runs out in training."""
     key = "train.batch_seconds" if settings.batch_size is None else "train.batch_size"
+    key += " (a number below what auto found)" if settings.batch_seconds == "auto" else ""
     others = "" if settings.checkpoint_activations else ", set train.checkpoint_activations=true"
     return f"lower {key}{others}, or lower corpus.max_seconds if one utterance is too long"
 

@@ -43,8 +43,9 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     """Limit on the number of optimiser steps; the learning-rate schedule then spans these steps. None trains for all epochs."""
     batch_size: int | None = pydantic.Field(default=None, ge=1)
     """Number of utterances per worker and batch, as published. Give either this or batch_seconds."""
-    batch_seconds: float | None = pydantic.Field(default=None, gt=0)
-    """Seconds of audio per worker and batch, padding included. Give either this or batch_size."""
+    batch_seconds: float | Literal["auto"] | None = None
+    """Seconds of audio per worker and batch, padding included. ``auto`` measures before the first step how many fit on the GPUs, and
+    the run keeps that number when it is resumed or made longer. Needs use_gpu. Give either this or batch_size."""
     crop_seconds: float | None = pydantic.Field(default=None, ge=1)
     """Longest part of an utterance that training uses in an epoch, as in DistilHuBERT. Longer utterances are cropped at a
     random frame, drawn from the seed, the epoch and the utterance's id, with their targets and masks. The targets are those
@@ -144,9 +145,19 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
         if self.batch_size is None and self.batch_seconds is None:
             raise ValueError("give one of train.batch_size and train.batch_seconds")
         if self.batch_size is not None and self.batch_seconds is not None:
+            seconds = self.batch_seconds if self.batch_seconds == "auto" else f"{self.batch_seconds:g}"
             raise ValueError(
-                f"train.batch_size is {self.batch_size} and train.batch_seconds is {self.batch_seconds:g}, but a batch has one "
+                f"train.batch_size is {self.batch_size} and train.batch_seconds is {seconds}, but a batch has one "
                 "size; set one of them to null, as in train.batch_seconds=null"
+            )
+        if isinstance(self.batch_seconds, float) and self.batch_seconds <= 0:
+            raise ValueError(
+                f"train.batch_seconds is {self.batch_seconds:g}; give a positive number of seconds of audio, or auto"
+            )
+        if self.batch_seconds == "auto" and not self.use_gpu:
+            raise ValueError(
+                "train.batch_seconds auto measures the memory of a GPU, but this training runs on the CPU; give the seconds, as in "
+                "train.batch_seconds=30, or set train.use_gpu=true"
             )
         if self.validate_every != "epoch" and self.validate_every < 1:
             raise ValueError(
@@ -210,6 +221,24 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
             "ema_decay": None,
         }
         return self.model_copy(update=changes)
+
+    @property
+    def seconds_of_batch(self) -> float | None:
+        """``batch_seconds``, after ``auto`` was replaced by the seconds that fit."""
+        assert self.batch_seconds != "auto", "the training has not measured how many seconds fit"
+        return self.batch_seconds
+
+    def describe_batch(self, found: float | None = None) -> str:
+        """Say how large a batch is.
+
+        Args:
+            found: Seconds that ``auto`` has found. Default None: it has not measured yet.
+        """
+        if self.batch_seconds is None:
+            return f"{self.batch_size} utterances"
+        if self.batch_seconds != "auto":
+            return f"{self.batch_seconds:g} s of audio"
+        return "as much audio as fits (auto)" if found is None else f"{found:g} s of audio (auto)"
 
     @property
     def crop_samples(self) -> int | None:

@@ -44,6 +44,7 @@ class TrainState:
         first_validation_loss, last_validation_loss: Validation losses; None before the first validation.
         best: (validation loss, step) of the kept students, best first.
         shuffle: Order of the utterances, ``full`` or ``window``; see `TrainSettings.shuffle`. None before it is chosen.
+        batch_seconds: Seconds of audio per batch and rank, given or found; None with ``train.batch_size``.
     """
 
     step: int = 0
@@ -59,6 +60,7 @@ class TrainState:
     last_validation_loss: float | None = None
     best: list[tuple[float, int]] = field(default_factory=list)
     shuffle: str | None = None
+    batch_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -339,9 +341,14 @@ def saved_step(folder: Path) -> int | None:
     Args:
         folder: Folder of the checkpoints.
     """
+    state = _saved_state(folder)
+    return None if state is None else state.step
+
+
+def _saved_state(folder: Path) -> TrainState | None:
     path = folder / run_files.LAST / run_files.STATE
     try:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]["step"])
+        return TrainState(**torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"])
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
         return None  # A damaged checkpoint is reported when the training loads it.
 
@@ -356,3 +363,14 @@ def resume_step(run: Path) -> tuple[int | None, bool]:
         return step, False
     step = saved_step(run / run_files.PRUNING / run_files.CHECKPOINTS)
     return step, step is not None
+
+
+def saved_batch_seconds(run: Path) -> float | None:
+    """Return the seconds of audio per batch and rank of a training that has begun, or of the pruning before it. None with batch_size.
+
+    Args:
+        run: Folder of the run.
+    """
+    folders = (run / run_files.CHECKPOINTS, run / run_files.PRUNING / run_files.CHECKPOINTS)
+    state = next(filter(None, map(_saved_state, folders)), None)
+    return None if state is None else state.batch_seconds

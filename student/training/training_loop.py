@@ -11,22 +11,22 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.amp.grad_scaler import GradScaler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.pruning.removal import save_pruned
 from ray_distill.student.training import run_files
 from ray_distill.student.training.metrics import Metrics, MetricWindow
-from ray_distill.student.training.optimizer import learning_rate, make_optimizer, step_if_finite
+from ray_distill.student.training.optimizer import learning_rate
 from ray_distill.student.training.prefetch import MicroBatch, TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.steps.fitting_batch import FittingBatch
+from ray_distill.student.training.steps.step_memory import find_fitting_batch
+from ray_distill.student.training.steps.trained_parts import TrainedParts
 from ray_distill.student.training.target_source import TargetSource
 from ray_distill.student.training.train_settings import TrainSettings
-from ray_distill.student.training.train_state import BatchRecord, Checkpoints, Stateful, StepRecord, TrainResult
-from ray_distill.student.training.validation import batch_loss, make_distiller, validate
-from ray_distill.student.weights import load_tensors, load_weights
+from ray_distill.student.training.train_state import BatchRecord, Checkpoints, StepRecord, TrainResult
+from ray_distill.student.training.validation import validate
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
@@ -92,11 +92,6 @@ def train(
     return result
 
 
-def _can_defer(device: torch.device) -> bool:
-    """Return whether the host should not wait for the outcome of each step. On a CPU there is nothing to wait for."""
-    return device.type == "cuda"
-
-
 class _Loop:
     """A training in progress; see `train` for the arguments."""
 
@@ -116,44 +111,23 @@ class _Loop:
     ) -> None:
         self.settings, self.rank, self.on_row, self.on_validation = settings, rank, on_row, on_validation
         self.train_reader, self.validation_reader = train_reader, validation_reader
-        torch.manual_seed(settings.seed)
-        self.student = Student(config).to(rank.device)
-        if initial is not None:
-            load_weights(self.student, load_tensors(initial), initial)
-        self.student.checkpoint_activations = settings.checkpoint_activations
-        self.student.compile_layers = settings.compile
-        # Without masks the mask embedding is unused, and DDP would wait for its gradient.
-        self.student.mask_embedding.requires_grad_(train_reader.draws != 0 and settings.mask_embedding == "learned")
-        self.distiller = make_distiller(self.student, settings, train_reader, validation_reader).to(rank.device)
-        # Ranks start from the same weights, but draw different dropout masks.
-        torch.manual_seed(settings.seed * 1_000_003 + 1 + rank.index)
-        self.optimizer = make_optimizer(self.distiller, settings)
-        self.scaler = GradScaler(rank.device.type, enabled=settings.precision == "fp16")
-        parts: dict[str, Stateful] = {
-            "student": self.student,
-            "optimizer": self.optimizer,
-            "scaler": self.scaler,
-        }
-        if len(self.distiller.predictors.state_dict()):
-            parts["predictors"] = self.distiller.predictors
-        if self.distiller.gates is not None:
-            parts["gates"] = self.distiller.gates
-        self.average: AveragedModel | None = None
-        if settings.ema_decay is not None:
-            average = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
-            self.average = AveragedModel(self.student, multi_avg_fn=average)
-            parts["average"] = self.average
-        self.checkpoints = Checkpoints(folder / run_files.CHECKPOINTS, parts, rank, source)
+        self.parts = TrainedParts(config, settings, train_reader, validation_reader, rank, initial)
+        self.student, self.distiller = self.parts.student, self.parts.distiller
+        self.checkpoints = Checkpoints(folder / run_files.CHECKPOINTS, self.parts.to_save(), rank, source)
         self.state = self.checkpoints.load()
+        found: FittingBatch | None = None
+        if settings.batch_seconds == "auto":
+            if (seconds := self.state.batch_seconds) is None:
+                found = self.measure(config)
+                seconds = found.seconds
+            self.settings = settings = settings.model_copy(update={"batch_seconds": seconds})
+        self.state.batch_seconds = settings.seconds_of_batch
         self.plan = TrainingPlan.of(train_reader, settings, rank.world_size, self.state)
         self.started = time.monotonic() - self.state.seconds
         self.model = wrap(self.distiller)
         self.window = MetricWindow(train_reader, rank)
         self.step_batches: list[BatchRecord] = []
-        # On a GPU, the outcomes of steps are read together. An average of the weights needs each outcome, and only a fused
-        # optimiser leaves the decision to the device.
-        self.defers = _can_defer(rank.device) and self.average is None and settings.optimizer == "adamw"
-        self.unread_steps: list[StepRecord] = []
+        self.unread_steps: list[StepRecord] = []  # On a GPU, the outcomes of steps are read together.
         configuration = {f"student.{key}": value for key, value in config.model_dump(mode="json").items()} | {
             f"train.{key}": value for key, value in settings.model_dump(mode="json").items()
         }
@@ -162,6 +136,17 @@ class _Loop:
         if resumed_step is not None:
             now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
             self.metrics.write({"kind": "resumed", "step": resumed_step, "time": now})
+        if found is not None:
+            self.write({"kind": "batch", "step": 0} | found.row_fields())
+
+    def measure(self, config: StudentConfig) -> FittingBatch:
+        """Find how many seconds of audio per batch fit, for a training that begins."""
+        if not self.is_fresh():
+            raise ValueError(
+                "train.batch_seconds auto measures before the first step, but this training has begun with another setting; give that "
+                "one again"
+            )
+        return find_fitting_batch(config, self.settings, self.train_reader, self.validation_reader, self.rank)
 
     def run(self) -> TrainResult:
         settings, state = self.settings, self.state
@@ -215,19 +200,18 @@ class _Loop:
         """Run forward and backward for one batch; ranks exchange gradients only at the last batch of a step."""
         batch = micro.batch.moved(self.rank.device)
         self.window.count(micro.num_samples)
-        self.distiller.set_progress(micro.epoch, micro.step)
-        if self.distiller.gates is not None:
-            self.distiller.gates.step = micro.step
+        logged = self.is_logged(micro.step + 1)
         exchange = micro.last_of_step or self.rank.world_size == 1
         with nullcontext() if exchange else self.model.no_sync():  # type: ignore[operator]
-            logged = self.is_logged(micro.step + 1)
-            lengths = micro.num_samples.tolist()
-            loss = batch_loss(self.model, batch, self.settings, micro.step_frames, cosines=logged, lengths=lengths)
-            # DDP averages gradients over ranks, but their sum is needed. If a loss is not finite, its gradients may still
-            # be (with L1 they are); the factor then makes them NaN, which informs every rank at no cost.
-            factor = self.rank.world_size + 0 * loss.total.detach()
-            minimised = loss.total if loss.penalty is None else loss.total + loss.penalty
-            self.scaler.scale(minimised * factor).backward()  # type: ignore[no-untyped-call]
+            loss = self.parts.backward(
+                self.model,
+                batch,
+                micro.step_frames,
+                epoch=micro.epoch,
+                step=micro.step,
+                lengths=micro.num_samples.tolist(),
+                cosines=logged,
+            )
         seconds = dict(zip(batch.ids, (micro.num_samples / SAMPLE_RATE).tolist(), strict=True))
         self.step_batches.append(BatchRecord(loss.total.detach(), seconds))
         if logged:
@@ -235,30 +219,19 @@ class _Loop:
 
     def step(self, micro: MicroBatch) -> None:
         """Take an optimiser step, or skip it if a loss or gradient is not finite; the norm is the same on every rank."""
-        settings, state = self.settings, self.state
+        state, parts = self.state, self.parts
         rate = self.learning_rate(micro.step)
-        for group in self.optimizer.param_groups:
+        for group in parts.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.distiller.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = parts.gradient_norm()
         state.step += 1
-        scale = self.scaler.scale(torch.ones_like(norm))
+        scale = parts.scaler.scale(torch.ones_like(norm))
         self.unread_steps.append(StepRecord(state.step, rate, norm, scale, self.step_batches))
         self.step_batches = []
-        if self.defers or math.isfinite(float(norm)):
-            if settings.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(self.distiller.parameters(), settings.max_grad_norm, norm)
-            if self.defers:
-                step_if_finite(self.optimizer, norm)
-            else:
-                self.scaler.step(self.optimizer)
-            if self.average is not None:
-                self.average.update_parameters(self.student)
-        if not self.defers:
+        parts.update(norm)
+        if not parts.defers:
             self.read_steps()
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        parts.end_step()
 
     def read_steps(self) -> None:
         """Read the outcomes of the steps since the last call from the device, and count or record them in order."""
@@ -283,7 +256,7 @@ class _Loop:
         """Count and record a skipped step; raise FloatingPointError after too many in a row."""
         state, limit = self.state, self.settings.max_skipped_steps
         in_loss, seconds = self.find_suspects(record)
-        searching = self.scaler.is_enabled() and not in_loss and float(record.loss_scale) > MIN_LOSS_SCALE
+        searching = self.parts.scaler.is_enabled() and not in_loss and float(record.loss_scale) > MIN_LOSS_SCALE
         cause = "loss scale" if searching else "loss" if in_loss else "gradient"
         state.skipped_steps += 1
         state.skipped_in_a_row += not searching
@@ -345,8 +318,8 @@ class _Loop:
         }
         if state.gradient_norm is not None:
             row["gradient_norm"] = state.gradient_norm
-        if self.scaler.is_enabled():
-            row["loss_scale"] = self.scaler.get_scale()
+        if self.parts.scaler.is_enabled():
+            row["loss_scale"] = self.parts.scaler.get_scale()
         if self.distiller.gates is not None:
             row |= self.distiller.gates.row_fields()
         self.write(row | self.distiller.row_fields() | fields | {"skipped_steps": state.skipped_steps})
@@ -361,7 +334,7 @@ class _Loop:
         self.read_steps()
         began = time.monotonic()
         state, settings = self.state, self.settings
-        student = self.student if self.average is None else cast(Student, self.average.module)
+        student = self.student if self.parts.average is None else cast(Student, self.parts.average.module)
         row: dict[str, Any] = {"kind": "validation", "step": state.step} | validate(
             self.distiller.with_student(student), self.validation_reader, settings, self.rank, constant=self.is_fresh()
         )

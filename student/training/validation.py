@@ -123,8 +123,8 @@ def validate(
         starts = range(0, len(longest_first), settings.batch_size)
         batches = [longest_first[start : start + settings.batch_size] for start in starts]
     else:
-        assert settings.batch_seconds is not None
-        batches = cut_by_seconds(longest_first, reader.num_samples, settings.batch_seconds)
+        assert settings.seconds_of_batch is not None
+        batches = cut_by_seconds(longest_first, reader.num_samples, settings.seconds_of_batch)
     teachers: tuple[TeacherTargets, ...] = getattr(reader, "teachers", ())
     parts = loss_names(reader)
     losses = torch.zeros(1 + len(parts) + len(reader.layers), dtype=torch.float64, device=rank.device)

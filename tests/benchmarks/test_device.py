@@ -28,5 +28,6 @@ def test_quick(tmp_path: Path) -> None:
     assert [row["codec"] for row in record["codecs"]] == ["pca", "layer-pca", "int8", "fp16"]
     assert record["build"][0]["relative_to_bare_teacher"] > 0
     assert record["per_step"]["kernels"] > 100
+    assert record["auto"] == [], "a CPU has no memory of a GPU"
     assert len(record["checks"]) >= 10
     assert all(row["passed"] for row in record["checks"])

@@ -55,6 +55,9 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("train.targets=both", r"train\.targets: .*'cached' or 'online'"),
         ("train.batch_size=4", "train.batch_size is 4 and train.batch_seconds is 10, .*train.batch_seconds=null"),
         ("train.precision=fp16", "needs train.use_gpu"),
+        ("train.batch_seconds=0", "train.batch_seconds is 0; give a positive number of seconds of audio, or auto$"),
+        ("train.batch_seconds=much", r"train\.batch_seconds: Input should be 'auto'"),
+        ("train.batch_seconds=auto", "auto measures the memory of a GPU, but this training runs on the CPU; give the"),
         (
             "cache.codec=mp3",
             r"cache\.codec: .*known codecs: fp32, fp16, int8, pca, layer-pca, and pca:STEP, layer-pca:STEP",

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.ray_session import RayStartError, check_ray, owns_ray, quiet_ray
 from ray_distill.pipeline.stages import Run, progress, run_stages
 from ray_distill.pipeline.stages.progress import Position
+from ray_distill.pipeline.stages.train import _show_metrics
 from ray_distill.student.training import run_files
 
 from ..tiny import demo_config
@@ -75,6 +77,35 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         update(1, 2)
         time.sleep(0.2)
     assert "1/2" in said.getvalue() and "finished yet" not in said.getvalue()
+
+
+def test_the_batches_that_a_training_found_are_said_once(tmp_path: Path) -> None:
+    said = io.StringIO()
+    auto = ("train.batch_seconds=auto", "train.use_gpu=true")
+    run = Run(demo_config(tmp_path, *auto), Console(file=said, width=200))
+    rows = [
+        {
+            "kind": "batch",
+            "step": 0,
+            "batch_seconds": 97.5,
+            "peak_bytes": 61_200_000_000,
+            "limit_bytes": 71_000_000_000,
+        },
+        {"kind": "train", "step": 1, "steps": 9, "loss": 0.5},
+    ]
+    run.folder.path.mkdir(parents=True)
+    run.folder.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done, seen = threading.Event(), []
+
+    def update(step: int, steps: int, note: str = "") -> None:
+        seen.append((step, steps, note))
+        if len(seen) == 2:
+            done.set()
+
+    _show_metrics(run, update, done, 0, measures=True)
+    assert seen == [(1, 9, "loss 0.5000")] * 2
+    sentence = "train   batches of 97.5 s of audio (auto); a step needs 61.2 of the 71.0 GB that it may use"
+    assert said.getvalue().splitlines() == [sentence]
 
 
 def test_an_interruption_says_where_it_was_and_what_comes_next(tmp_path: Path) -> None:

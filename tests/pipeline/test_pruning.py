@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from ray_distill.pipeline.config import Config, ConfigError, check_config, load_config
@@ -17,6 +18,8 @@ from ray_distill.pipeline.stages.train import initial_student, prepare_training,
 from ray_distill.pipeline.student_export import export_student, open_student
 from ray_distill.student import load_student
 from ray_distill.student.pruning.gates import Gates
+from ray_distill.student.training import ray_training
+from ray_distill.student.training.steps.step_memory import StepMemory
 from ray_distill.student.training.train_state import resume_step
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
@@ -48,8 +51,14 @@ def configure(folder: Path, prune: dict[str, Any] | None = None, **train: Any) -
 
 
 @pytest.mark.slow
-def test_a_run_from_the_corpus_to_the_report(tmp_path: Path, speech_folder: Path) -> None:
-    config = configure(tmp_path)
+def test_a_run_from_the_corpus_to_the_report(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A CPU stands for a GPU on which a step needs a byte for each sample.
+    monkeypatch.setattr(ray_training, "_device", lambda job: torch.device("cpu"))
+    monkeypatch.setattr(StepMemory, "_free_bytes", lambda memory: 64_000)
+    monkeypatch.setattr(StepMemory, "_peak", lambda memory, indices: int(memory._lengths[indices].max()) * len(indices))
+    config = configure(tmp_path, batch_seconds="auto", use_gpu=True)
     run = Run(config, Console(quiet=True))
     with run.folder.begin(config):
         index_audio(run)
@@ -63,6 +72,9 @@ def test_a_run_from_the_corpus_to_the_report(tmp_path: Path, speech_folder: Path
     summary = report_run(run)
     record = pruning_record(run.folder)
     assert record is not None and summary["pruning"] == record
+    assert 3.5 < summary["batch_seconds"] < 5
+    assert f"batches of {summary['batch_seconds']:g} s of audio (auto), 1 per step" in run.folder.report.read_text()
+    assert f"{summary['batch_seconds']:g} s of audio (auto)" in plan_run(config, list(STAGES)).facts["training"]
     assert record["sparsity"] == pytest.approx(0.5, abs=0.02)
     assert 0 < record["expected_sparsity"] < record["sparsity"], "six steps are too few for the gates"
     assert f"{record['parameters']:,} of {record['parameters_before']:,} parameters" in run.folder.report.read_text()

@@ -66,6 +66,10 @@ def test_one_cache_has_what_all_runs_need(tmp_path: Path) -> None:
         ({"variants": {"a": {"train.epoch": 3}}}, "variant a: train.epoch: unknown key; did you mean train.epochs?"),
         ({"variants": {"a": {"student.dropout": 2}}}, "variant a: student.dropout: Input should be less than 1"),
         ({"variants": {"a": {"train.batch_size": 3}}}, "variant a: .*train.batch_size is 3 and"),
+        (
+            {"set": {"train.use_gpu": True}, "variants": {"a": {}, "b": {"train.batch_seconds": "auto"}}},
+            "variant b: train.batch_seconds: auto would measure another size for each student and GPU, .*give the seconds$",
+        ),
         ({"variants": {"a": {"cache.codec": "int8"}}}, "cache.codec: can't differ between runs"),
         ({"variants": {"a": {"corpus.path": "x"}}}, "corpus.path: can't differ between runs"),
         (

@@ -60,6 +60,22 @@ def test_a_new_run_is_planned_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_size_of_batches_is_told(tmp_path: Path, speech_folder: Path) -> None:
+    def facts(*overrides: str) -> str:
+        return plan_run(configure(tmp_path, *overrides), list(STAGES)).facts["training"]
+
+    auto = ("train.batch_seconds=auto", "train.use_gpu=true")
+    assert "batches of 10 s of audio, 1 worker" in facts()
+    assert "batches of 4 utterances, 1 worker" in facts("train.batch_seconds=null", "train.batch_size=4")
+    assert "batches of as much audio as fits (auto), found on the GPU at the start, 1 worker" in facts(*auto)
+    run = configure(tmp_path, *auto)
+    state = run.folder / "checkpoints" / "last" / "state.pt"
+    state.parent.mkdir(parents=True)
+    torch.save({"state": {"step": 10, "batch_seconds": 97.5}}, state)
+    (run.folder / "config.yaml").write_text(dump_config(run))
+    assert "batches of 97.5 s of audio (auto), 1 worker" in facts(*auto)
+
+
 def test_the_students_size_is_that_of_the_run(tmp_path: Path, speech_folder: Path) -> None:
     plan = plan_run(configure(tmp_path), list(STAGES))
     settings, _ = initial_student(Run(configure(tmp_path), Console(quiet=True)))

@@ -47,7 +47,7 @@ def test_dropout_against_the_explicit_map(
     monkeypatch: pytest.MonkeyPatch, lengths: list[int] | None, block: int, whole: int
 ) -> None:
     monkeypatch.setattr(attention, "_BLOCK_ENTRIES", block)
-    monkeypatch.setattr(attention, "_WHOLE_MAP_FRAMES", whole)
+    monkeypatch.setattr(attention, "WHOLE_MAP_FRAMES", whole)
     inputs = heads()
     drop = torch.zeros(3, 4, 20, 20, dtype=torch.bool)
     attended = None if lengths is None else (torch.arange(20) < torch.tensor(lengths)[:, None])[:, None, None]
@@ -105,7 +105,7 @@ def test_maps_by_chunks_are_the_whole_maps(monkeypatch: pytest.MonkeyPatch, posi
 
     expected = results(0.0)
     with monkeypatch.context() as patched:
-        patched.setattr(attention, "_WHOLE_MAP_FRAMES", 8)
+        patched.setattr(attention, "WHOLE_MAP_FRAMES", 8)
         patched.setattr(attention, "_CHUNK_ENTRIES", 2 * 2 * 9 * 2)
         patched.setattr(
             Tensor, "softmax", lambda scores, axis: (sizes.append(scores.shape[-2]), softmax(scores, axis))[1]

@@ -53,6 +53,12 @@ def test_workers_that_fail_too_often_are_one_sentence(
     assert re.search(message, str(error)), error
 
 
+def test_batches_that_were_found_can_be_given_smaller(settings: Callable[..., TrainSettings]) -> None:
+    group = ray.train.WorkerGroupError("...", {0: torch.OutOfMemoryError("CUDA out of memory.")})
+    auto = settings(batch_size=None, batch_seconds="auto", use_gpu=True)
+    assert "lower train.batch_seconds (a number below what auto found), set" in str(_explain(group, auto))
+
+
 def test_what_a_worker_says_to_the_user_is_passed_on(settings: Callable[..., TrainSettings]) -> None:
     said = UserExceptionWithTraceback(ValueError("the student doesn't fit"), "")
     group = ray.train.WorkerGroupError("...", {0: UserExceptionWithTraceback(ConnectionError("peer"), ""), 1: said})

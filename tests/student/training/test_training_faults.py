@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.layer_prediction import LayerDistiller
-from ray_distill.student.training import training_loop
 from ray_distill.student.training.optimizer import make_optimizer
 from ray_distill.student.training.rank import Rank
+from ray_distill.student.training.steps import trained_parts
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import CheckpointError
 from ray_distill.student.training.training_loop import MIN_LOSS_SCALE, _Loop, train
@@ -136,16 +136,16 @@ def test_reading_the_outcomes_of_steps_later_changes_nothing(
     def counted(loop: _Loop, micro: Any) -> None:
         before = len(reads)
         step(loop, micro)
-        assert len(reads) == before or not loop.defers
+        assert len(reads) == before or not loop.parts.defers
 
-    monkeypatch.setattr(training_loop, "make_optimizer", fused)
+    monkeypatch.setattr(trained_parts, "make_optimizer", fused)
     monkeypatch.setattr(_Loop, "step", counted)
     monkeypatch.setattr(Tensor, "__float__", lambda x: (reads.append(1), real_float(x))[1])
     monkeypatch.setattr(Tensor, "item", lambda x: (reads.append(1), real_item(x))[1])
     options = settings(log_every=5, max_grad_norm=0.5, checkpoint_every=4)
     found = {}
     for name, defers in (("at once", False), ("later", True)):
-        monkeypatch.setattr(training_loop, "_can_defer", lambda device, defers=defers: defers)
+        monkeypatch.setattr(trained_parts, "_can_defer", lambda device, defers=defers: defers)
         reader = Faulty(readers[0], lambda number, batch: poisoned(batch) if number in (1, 6, 7) else batch)
         result = train(tiny, options, reader, readers[1], tmp_path / name)
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -255,7 +255,8 @@ def test_looking_for_the_loss_scale_does_not_stop_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        "ray_distill.student.training.training_loop.GradScaler", lambda *a, **k: GradScaler(*a, **k, init_scale=2.0**60)
+        "ray_distill.student.training.steps.trained_parts.GradScaler",
+        lambda *a, **k: GradScaler(*a, **k, init_scale=2.0**60),
     )
     # The arithmetic of fp16 is the same on a CPU, only slow.
     options = settings(precision="fp16", use_gpu=True, max_steps=60, max_skipped_steps=3)
@@ -273,7 +274,8 @@ def test_a_loss_scale_that_cannot_fall_stops_the_run(
 ) -> None:
     scale = 4.5 * MIN_LOSS_SCALE
     monkeypatch.setattr(
-        "ray_distill.student.training.training_loop.GradScaler", lambda *a, **k: GradScaler(*a, **k, init_scale=scale)
+        "ray_distill.student.training.steps.trained_parts.GradScaler",
+        lambda *a, **k: GradScaler(*a, **k, init_scale=scale),
     )
 
     def wrap(distiller: LayerDistiller) -> LayerDistiller:

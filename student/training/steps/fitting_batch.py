@@ -1,0 +1,142 @@
+"""The search for the largest batch for which a memory is enough, given a function that measures what a batch needs."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from ray_distill.memory import ran_out_of_memory
+from ray_distill.student.training.rank import Rank
+from ray_distill.teacher_cache.frames import SAMPLE_RATE
+
+Measure = Callable[[float], int]
+"""Return the peak bytes of a training step on the largest batch of so many seconds. An error about memory means too many."""
+
+AIM = 0.98
+"""Share of the limit at which the line is read, so that the size that it gives is likely to fit."""
+CLOSE = 1.05
+"""Ratio of two sizes below which the larger one is not worth another measurement."""
+GROWTH = 8
+"""Largest ratio of a size and the one before it, beyond which a line through small sizes says little."""
+TRIES = 16
+"""Largest number of sizes that are measured."""
+
+
+@dataclass(frozen=True)
+class FittingBatch:
+    """A size of batches that was measured to fit.
+
+    Attributes:
+        seconds: Seconds of audio per batch, padding included.
+        peak_bytes: Largest memory of a training step at that size, with all else that the process holds on the device.
+        limit_bytes: Memory that a step may need.
+    """
+
+    seconds: float
+    peak_bytes: int
+    limit_bytes: int
+
+    def row_fields(self) -> dict[str, float]:
+        """Return the fields of a row of metrics."""
+        fields = asdict(self)
+        return {"batch_seconds": fields.pop("seconds")} | fields
+
+
+def find_fitting(measure: Measure, limit: int, shortest: float, most: float) -> FittingBatch | None:
+    """Return a size that fits and is seldom more than a tenth below the largest, or None if the shortest does not fit.
+
+    The shortest size and its double are measured, then the size at which the line through the last two measurements meets the limit,
+    until the line gives nothing larger. What the line promises is always measured before it is returned.
+
+    Args:
+        measure: The measurement. More seconds must not need less memory, apart from noise.
+        limit: Bytes that a step may need.
+        shortest, most: Smallest and largest size to return, in seconds.
+    """
+    measured: list[tuple[float, int]] = []
+    fitting: list[tuple[float, int]] = []
+    too_much, failures = math.inf, 0
+    size = shortest
+    for _ in range(TRIES):
+        peak = _measured(measure, size)
+        if peak is not None:
+            measured.append((size, peak))
+        if peak is None or peak > limit:
+            if not fitting:
+                return None
+            too_much, failures = size, failures + 1
+        else:
+            fitting.append((size, peak))
+            failures = 0
+        last = fitting[-1][0]
+        size = min(_on_the_line(sorted(measured)[-2:], AIM * limit), GROWTH * last, most)
+        if size >= too_much:  # Where the line was wrong, it was wrong by little at first.
+            middle = (last + too_much) / 2
+            size = max(0.9 * too_much, middle) if failures == 1 else middle
+        if size < CLOSE * last:
+            break
+    return FittingBatch(*fitting[-1], limit)
+
+
+def _on_the_line(points: Sequence[tuple[float, int]], height: float) -> float:
+    """Return where the line through two points reaches a height; infinity if it does not rise, and twice the place of a single one."""
+    if len(points) == 1:
+        return 2 * points[0][0]
+    (left, low), (right, high) = points
+    slope = (high - low) / (right - left)
+    return right + (height - high) / slope if slope > 0 else math.inf
+
+
+def _measured(measure: Measure, size: float) -> int | None:
+    try:
+        return measure(size)
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        return None
+
+
+def agree(found: FittingBatch | None, limit: int, rank: Rank) -> tuple[FittingBatch | None, int]:
+    """Return the smallest size of all ranks, rounded down to a plain one, or None if a rank has none, and the lowest limit of all.
+
+    Every rank must call this.
+
+    Args:
+        found: What this rank has found.
+        limit: Bytes that a step may need on this rank.
+        rank: This process.
+    """
+    everyone: list[tuple[FittingBatch | None, int]] = rank.gather((found, limit))
+    lowest = min(of_rank for _, of_rank in everyone)
+    sizes = [one for one, _ in everyone if one is not None]
+    if len(sizes) < len(everyone):
+        return None, lowest
+    least = min(sizes, key=lambda one: one.seconds)
+    return replace(least, seconds=plain(least.seconds)), lowest
+
+
+def plain(seconds: float) -> float:
+    """Round down to a twentieth of the power of ten below, as from 1,234 to 1,200, from 123.4 to 120 and from 12.34 to 12."""
+    unit = 10.0 ** math.floor(math.log10(seconds)) / 20
+    return round(math.floor(seconds / unit + 1e-6) * unit, 6)
+
+
+def largest_batches(num_samples: np.ndarray, seconds: float, switches: Sequence[int] = ()) -> list[list[int]]:
+    """Return the batches that may need most memory of all that a plan can make of so many seconds, each once.
+
+    They are those with the longest utterances, whose attention needs most memory, with as much padded audio as possible, and with the
+    longest utterances below each switch.
+
+    Args:
+        num_samples: (N,) integers, lengths of all utterances.
+        seconds: Seconds of audio per batch, padding included. A single utterance may be longer.
+        switches: Lengths above which a model saves memory that it uses up to there. Default: none.
+    """
+    order = np.argsort(-num_samples, kind="stable")
+    longest = num_samples[order]
+    rows = np.maximum(1, (seconds * SAMPLE_RATE + 0.5) // longest).astype(np.int64)
+    rows = np.minimum(rows, len(order) - np.arange(len(order)))
+    below = [int(np.argmax(longest <= switch)) for switch in switches]  # 0 if there are none.
+    starts = dict.fromkeys((0, int(np.argmax(rows * longest)), *below))
+    return [order[start : start + rows[start]].tolist() for start in starts]

@@ -92,30 +92,36 @@ def measure_manifest(rows: int, kind: str, columns: str) -> dict[str, Any]:
     }
 
 
-def write_unused(folder: Path, rows: int, used: int) -> Path:
-    """Write a manifest with rows of a split that is not used, and with ``used`` pieces of a file for training and validation."""
+def write_unused(folder: Path, rows: int, order: str) -> Path:
+    """Write a manifest with rows of a split that is not used, and with pieces of one file for training and validation."""
     soundfile.write(folder / "a.wav", np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000)
     names = ("path", "id", "split", "start", "end")
-    schema, manifest = pa.schema([(name, pa.string()) for name in names]), folder / f"{rows}.parquet"
+    schema, manifest = pa.schema([(name, pa.string()) for name in names]), folder / f"{rows}-{order}.parquet"
     with pq.ParquetWriter(manifest, schema) as writer:
         for begin in range(0, rows, 100_000):
-            found = [row(n) | {"split": "test"} for n in range(begin, min(begin + 100_000, rows))]
+            numbers = range(begin, min(begin + 100_000, rows))
+            found = [row(rows - n if order == "reversed" else n) | {"split": "test"} for n in numbers]
             writer.write_table(pa.table({name: [values[name] for values in found] for name in names}, schema))
-        splits = ["dev" if n % 10 == 0 else "train" for n in range(used)]
-        starts = [f"{n / used / 2:.4f}" for n in range(used)]
-        pieces = {"path": [str(folder / "a.wav")] * used, "id": [f"used-{n}" for n in range(used)]}
+        splits = ["dev" if n % 10 == 0 else "train" for n in range(USED)]
+        starts = [f"{n / USED / 2:.4f}" for n in range(USED)]
+        pieces = {"path": [str(folder / "a.wav")] * USED, "id": [f"used-{n}" for n in range(USED)]}
         pieces |= {"split": splits, "start": starts, "end": [f"{float(start) + 0.4:.4f}" for start in starts]}
         writer.write_table(pa.table(pieces, schema))
     return manifest
 
 
-def measure_unused(rows: int) -> dict[str, Any]:
-    """Return the processor time and the peak resident memory of an index of a manifest with unused rows, and of its reuse."""
+def measure_unused(rows: int, order: str) -> dict[str, Any]:
+    """Return the seconds and the growth of the memory of an index of a manifest with unused rows, and of its reuse.
+
+    Args:
+        rows: Number of rows.
+        order: Whether the paths are ``sorted`` or ``reversed``.
+    """
     steps = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        index_corpus(write_unused(folder, 10, USED), output=folder / "tiny")  # It imports what it needs.
-        manifest = write_unused(folder, rows, USED)
+        index_corpus(write_unused(folder, 10, order), output=folder / "tiny")  # It imports what it needs.
+        manifest = write_unused(folder, rows, order)
         for step in ("index", "unchanged"):
             pa.default_memory_pool().release_unused()
             at_start = resident_bytes()
@@ -127,8 +133,10 @@ def measure_unused(rows: int) -> dict[str, Any]:
             del index
             cpu, grown = now.user + now.system - times.user - times.system, peak_resident_bytes() - at_start
             steps[step] = {"seconds": seconds, "cpu_seconds": cpu, "grown_bytes": grown}
-            print(f"{rows:>10,} unused rows, {step:10s} {cpu:8.2f} s of CPU  {grown / 1e9:6.2f} GB", flush=True)
-    return {"rows": rows, "steps": steps}
+            print(
+                f"{rows:>10,} unused rows, {order:8s} {step:10s} {cpu:8.2f} s of CPU  {grown / 1e9:6.2f} GB", flush=True
+            )
+    return {"rows": rows, "order": order, "steps": steps}
 
 
 @app.command()
@@ -139,14 +147,15 @@ def measure(
 ) -> None:
     """Measure all sizes, and write the result file."""
     measured = []
-    for rows in (int(number) for number in count.split(",")):
+    for rows in (int(number) for number in count.split(",") if number):
         for kind, columns in (("csv", "few"), ("csv", "all"), ("jsonl", "all"), ("parquet", "all")):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 measured.append(pool.apply(measure_manifest, (rows, kind, columns)))
     skipped = []
     for rows in (int(number) for number in unused.split(",") if number):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            skipped.append(pool.apply(measure_unused, (rows,)))
+        for order in ("sorted", "reversed"):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                skipped.append(pool.apply(measure_unused, (rows, order)))
     write_result(output, measured=measured, unused=skipped)
 
 

@@ -168,6 +168,7 @@ def index_corpus(
     states = index_states((_SCHEMA, *_EARLIER_SCHEMAS), entries, stamps, found.skipped, [validation_fraction, *audio])
     stored = (output / STATE).read_text() if all((output / name).is_file() for name in (INDEX, SKIPPED, STATE)) else ""
     if stored in states:
+        found = replace(found, skipped=SkippedFiles())  # The index has them too.
         index = CorpusIndex.load(output)
         if progress is not None:
             progress(len(entries), len(entries))

@@ -215,7 +215,7 @@ class SkippedFiles(Sequence[Skipped]):
     @classmethod
     def of_columns(cls, paths: pa.ChunkedArray, reasons: pa.ChunkedArray, messages: pa.ChunkedArray) -> "SkippedFiles":
         """Return skipped files from columns of texts. Paths may be written in any way."""
-        chunks = [_as_pathlib(chunk) for chunk in chunks_of(paths.cast(pa.large_binary()))]
+        chunks = [_as_pathlib(chunk) for chunk in _chunks(paths.cast(pa.large_binary()))]
         columns = [pa.chunked_array(chunks, pa.large_binary()), reasons, messages]
         return cls(
             pa.table(
@@ -261,7 +261,7 @@ class SkippedFiles(Sequence[Skipped]):
     def sorted_by_path(self) -> "SkippedFiles":
         """Return the rows in the order of their paths as texts. Rows of one path keep their order."""
         table = self.table.unify_dictionaries()
-        keys = pa.chunked_array([_in_order_of_texts(chunk) for chunk in chunks_of(table["path"])], pa.large_binary())
+        keys = pa.chunked_array([_in_order_of_texts(chunk) for chunk in _chunks(table["path"])], pa.large_binary())
         if pc.all(pc.less_equal(keys.slice(0, max(0, len(keys) - 1)), keys.slice(1))).as_py():
             return SkippedFiles(table)  # Most formats find files in this order, and a copy takes the memory again.
         order = pc.sort_indices(keys)
@@ -313,7 +313,7 @@ def decoded(data: bytes) -> str:
     return data.decode(errors="surrogateescape")
 
 
-def chunks_of(column: pa.ChunkedArray) -> Iterator[pa.Array]:
+def _chunks(column: pa.ChunkedArray) -> Iterator[pa.Array]:
     """Yield the values of a column, some at a time."""
     for chunk in column.chunks:
         for begin in range(0, len(chunk), _SKIPPED_ROWS):

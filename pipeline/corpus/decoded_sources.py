@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_distill.pipeline.corpus.decoding import Decoded
-from ray_distill.pipeline.corpus.found import FoundFile, FoundFiles, Skipped, channel_of
+from ray_distill.pipeline.corpus.found import FoundFile, FoundFiles, Skipped, SkippedFiles, channel_of, encoded
 
 DECODED = "decoded.parquet"
 DECODING = "decoding"
@@ -95,9 +95,9 @@ def rows_of(key: bytes, decoded: Decoded) -> list[Row]:
     for item in decoded.results:
         flags = (key, decoded.mixed, decoded.cut)
         if isinstance(item, Skipped):
-            rows.append((*flags, "", _encoded(str(item.path)), 0, "", item.reason, _encoded(item.message)))
+            rows.append((*flags, "", encoded(str(item.path)), 0, "", item.reason, encoded(item.message)))
         else:
-            rows.append((*flags, item.id, _encoded(item.path), item.num_samples, item.sha256, "", b""))
+            rows.append((*flags, item.id, encoded(item.path), item.num_samples, item.sha256, "", b""))
     return rows
 
 
@@ -107,18 +107,10 @@ def table_of(rows: Sequence[Row]) -> pa.Table:
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, RESULTS, strict=True)], RESULTS)
 
 
-def skipped_of(rows: pa.Table) -> list[Skipped]:
+def skipped_of(rows: pa.Table) -> SkippedFiles:
     """Return the rows that are no utterances."""
-    chosen = rows.filter(pc.not_equal(rows["reason"], "")).select(["path", "reason", "message"]).to_pylist()
-    return [Skipped(Path(_decoded(row["path"])), row["reason"], _decoded(row["message"])) for row in chosen]
-
-
-def _encoded(text: str) -> bytes:
-    return text.encode(errors="surrogateescape")
-
-
-def _decoded(data: bytes) -> str:
-    return data.decode(errors="surrogateescape")
+    chosen = rows.select(["path", "reason", "message"]).filter(pc.not_equal(rows["reason"], ""))
+    return SkippedFiles.of_columns(*chosen.columns)
 
 
 class UnknownSources(Sequence[tuple[bytes, FoundFile]]):
@@ -173,7 +165,7 @@ class DecodedSources:
         self._order = np.argsort(keys).astype(np.int32)
         self._sorted = keys[self._order]
         self._unstamped = stamps[:, 0] < 0
-        self._metadata = {_SETTINGS: settings.encode(), _CORPUS: _encoded(str(corpus))}
+        self._metadata = {_SETTINGS: settings.encode(), _CORPUS: encoded(str(corpus))}
         self.found = np.zeros(len(keys), bool)
         self._tables = [RESULTS.empty_table()]
         self._positions = [np.zeros(0, np.int64)]

@@ -1,7 +1,7 @@
 """What the search of a corpus finds: the audio to decode, and what can't be used."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_distill.teacher_cache.sources.address import AudioAddress, Channel
 
@@ -27,11 +28,6 @@ class Skipped:
     path: Path
     reason: str
     message: str
-
-    @property
-    def place(self) -> str:
-        """The path as text, with the two slashes of a URL, of which a path keeps one."""
-        return re.sub(r"^([a-z][a-z0-9+.-]*):/(?!/)", r"\1://", str(self.path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +184,158 @@ def _plain(column: pa.ChunkedArray) -> list[Any]:
     return values
 
 
+SKIPPED_SCHEMA = pa.schema([("path", pa.large_binary()), ("reason", _LABELS), ("message", pa.large_binary())])
+"""Columns of `SkippedFiles`. Paths and messages are bytes, since names of files need not be UTF-8; see `encoded`."""
+_SKIPPED_ROWS = 1 << 16
+"""Number of rows of skipped files of which there are several copies at a time."""
+_UNUSUAL_PATH = r"(?s)^$|//|(^|/)\.(/|$)|.+/$"
+"""Texts that may be others than those of their paths."""
+
+
+class SkippedFiles(Sequence[Skipped]):
+    """What isn't used, as rows of an Arrow table. A `Skipped` is made only when it is asked for, or where a format reports one.
+
+    Args:
+        table: A table with the schema SKIPPED_SCHEMA, and with paths as `pathlib` writes them. Default: no rows.
+    """
+
+    def __init__(self, table: pa.Table | None = None) -> None:
+        self._tables = [SKIPPED_SCHEMA.empty_table() if table is None else table]
+        self._rows: list[tuple[bytes, str, bytes]] = []
+
+    @classmethod
+    def of(cls, skipped: Iterable[Skipped]) -> "SkippedFiles":
+        """Return skipped files as a table, or as they are if they are in one already."""
+        if isinstance(skipped, SkippedFiles):
+            return skipped
+        made = cls()
+        made.extend(skipped)
+        return made
+
+    @classmethod
+    def of_columns(cls, paths: pa.ChunkedArray, reasons: pa.ChunkedArray, messages: pa.ChunkedArray) -> "SkippedFiles":
+        """Return skipped files from columns of texts. Paths may be written in any way."""
+        chunks = [_as_pathlib(chunk) for chunk in _chunks(paths.cast(pa.large_binary()))]
+        columns = [pa.chunked_array(chunks, pa.large_binary()), reasons, messages]
+        return cls(
+            pa.table(
+                [column.cast(field.type) for column, field in zip(columns, SKIPPED_SCHEMA, strict=True)], SKIPPED_SCHEMA
+            )
+        )
+
+    @property
+    def table(self) -> pa.Table:
+        """The rows, with the schema SKIPPED_SCHEMA."""
+        self._pack()
+        if len(self._tables) > 1:
+            self._tables = [pa.concat_tables(self._tables)]
+        return self._tables[0]
+
+    def append(self, skip: Skipped) -> None:
+        """Add a row."""
+        self._rows.append((encoded(str(skip.path)), skip.reason, encoded(skip.message)))
+        if len(self._rows) >= _BATCH:
+            self._pack()
+
+    def extend(self, skipped: Iterable[Skipped]) -> None:
+        """Add rows."""
+        if isinstance(skipped, SkippedFiles):
+            self._pack()
+            self._tables.append(skipped.table)
+        else:
+            for skip in skipped:
+                self.append(skip)
+
+    def __iadd__(self, skipped: Iterable[Skipped]) -> "SkippedFiles":
+        self.extend(skipped)
+        return self
+
+    def counts(self) -> Counter[str]:
+        """Return the number of rows of each reason, in the order in which the reasons occur first."""
+        counts: Counter[str] = Counter()
+        for chunk in self.table["reason"].chunks:
+            for row in pc.value_counts(chunk.indices):
+                counts[chunk.dictionary[row["values"].as_py()].as_py()] += row["counts"].as_py()
+        return counts
+
+    def sorted_by_path(self) -> "SkippedFiles":
+        """Return the rows in the order of their paths as texts. Rows of one path keep their order."""
+        table = self.table.unify_dictionaries()
+        keys = pa.chunked_array([_in_order_of_texts(chunk) for chunk in _chunks(table["path"])], pa.large_binary())
+        if pc.all(pc.less_equal(keys.slice(0, max(0, len(keys) - 1)), keys.slice(1))).as_py():
+            return SkippedFiles(table)  # Most formats find files in this order, and a copy takes the memory again.
+        order = pc.sort_indices(keys)
+        return SkippedFiles(pa.table([column.take(order) for column in table.columns], SKIPPED_SCHEMA))
+
+    def __len__(self) -> int:
+        return len(self._rows) + sum(len(table) for table in self._tables)
+
+    @overload
+    def __getitem__(self, index: int) -> Skipped: ...
+    @overload
+    def __getitem__(self, index: slice) -> "SkippedFiles": ...
+    def __getitem__(self, index: int | slice) -> "Skipped | SkippedFiles":
+        if isinstance(index, slice):
+            return SkippedFiles(self.table.take(pa.array(np.arange(*index.indices(len(self))))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return next(iter(SkippedFiles(self.table.slice(index % len(self), 1))))
+
+    def __iter__(self) -> Iterator[Skipped]:
+        table = self.table
+        for begin in range(0, len(table), _BATCH):
+            columns = [_plain(column) for column in table.slice(begin, _BATCH).columns]
+            for path, reason, message in zip(*columns, strict=True):
+                yield Skipped(Path(decoded(path)), reason, decoded(message))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Skipped.__eq__, self, other))
+
+    def __repr__(self) -> str:
+        return f"SkippedFiles({len(self):,})"
+
+    def _pack(self) -> None:
+        """Move the rows that were appended to a table."""
+        if self._rows:
+            columns = zip(*self._rows, strict=True)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, SKIPPED_SCHEMA, strict=True)]
+            self._tables.append(pa.table(arrays, SKIPPED_SCHEMA))
+            self._rows = []
+
+
+def encoded(text: str) -> bytes:
+    """Return the bytes of a text in which surrogates stand for bytes that are not UTF-8, as in names of files."""
+    return text.encode(errors="surrogateescape")
+
+
+def decoded(data: bytes) -> str:
+    """Return the text of bytes from `encoded`."""
+    return data.decode(errors="surrogateescape")
+
+
+def _chunks(column: pa.ChunkedArray) -> Iterator[pa.Array]:
+    """Yield the values of a column, some at a time."""
+    for chunk in column.chunks:
+        for begin in range(0, len(chunk), _SKIPPED_ROWS):
+            yield chunk.slice(begin, _SKIPPED_ROWS)
+
+
+def _as_pathlib(paths: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """Return paths as `pathlib` writes them."""
+    if not pc.any(pc.match_substring_regex(paths, _UNUSUAL_PATH)).as_py():
+        return paths
+    return pa.array([encoded(str(Path(decoded(path)))) for path in paths.to_pylist()], pa.large_binary())
+
+
+def _in_order_of_texts(paths: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """Return bytes with the order of the texts. UTF-8 has it, but other bytes come where their surrogates are."""
+    try:
+        paths.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        return pa.array([decoded(path).encode(errors="surrogatepass") for path in paths.to_pylist()], pa.large_binary())
+    return paths
+
+
 @dataclass
 class Search:
     """What a format is told for its search, and where it reports.
@@ -195,13 +343,13 @@ class Search:
     Attributes:
         train: Names of the splits to train on. None chooses by name.
         validation: Names of the splits to validate on. None chooses by name.
-        skipped: Files and folders that are not used are appended to it.
+        skipped: Files and folders that are not used are appended to it, each as a `Skipped`.
         notes: Sentences that warn the user are appended to it.
     """
 
     train: list[str] | None = None
     validation: list[str] | None = None
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: SkippedFiles = field(default_factory=SkippedFiles)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -1,12 +1,8 @@
 """The corpus index: all audio of a corpus, decoded once, as utterances or with the reason why it was skipped."""
 
-import csv
-import hashlib
-import io
-import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +11,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_distill.pipeline.corpus.decoded_sources import DecodedSources, remove_parts, skipped_of, stamp_rows, stamps_of
+from ray_distill.pipeline.corpus.decoded_sources import DecodedSources, remove_parts, skipped_of, stamps_of
 from ray_distill.pipeline.corpus.decoding import Limits, LongAudio
 from ray_distill.pipeline.corpus.decoding_work import Decode, decode_here
 from ray_distill.pipeline.corpus.duplicates import duplicate_notes
-from ray_distill.pipeline.corpus.found import FoundFiles, Skipped, channel_of
+from ray_distill.pipeline.corpus.found import FoundFiles, SkippedFiles
+from ray_distill.pipeline.corpus.index_files import (
+    fingerprint_of,
+    index_states,
+    read_skipped,
+    read_utterances,
+    write_skipped,
+    write_utterances,
+)
 from ray_distill.pipeline.corpus.labels import LabelCounts, audio_folder_notes, labels_of, write_labels
 from ray_distill.pipeline.corpus.search import find_audio
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary
-from ray_distill.pipeline.corpus.utterance_files import fingerprint_of, read_utterances, write_utterances
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from ray_distill.teacher_cache.sources.address import AudioAddress, Channel
 from ray_distill.teacher_cache.storage.shard_assignment import hash_order
@@ -54,7 +57,7 @@ class CorpusIndex:
     """
 
     utterances: Utterances
-    skipped: list[Skipped]
+    skipped: SkippedFiles
     reused: bool = False
     splits: tuple[SplitSummary, ...] = ()
     notes: tuple[str, ...] = ()
@@ -64,7 +67,7 @@ class CorpusIndex:
     @property
     def num_unused(self) -> int:
         """Number of files of splits that are neither for training nor for validation."""
-        return sum(skip.reason == "unused_split" for skip in self.skipped)
+        return self.skipped.counts()["unused_split"]
 
     @property
     def hours(self) -> float:
@@ -90,8 +93,7 @@ class CorpusIndex:
         """
         try:
             utterances, metadata = read_utterances(folder / INDEX)
-            with (folder / SKIPPED).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-                skipped = [Skipped(Path(row["path"]), row["reason"], row["message"]) for row in csv.DictReader(file)]
+            skipped = read_skipped(folder / SKIPPED)
         except (OSError, LookupError, pa.ArrowException) as error:
             raise ValueError(f"{folder} has no complete corpus index; run the index stage first") from error
         notes = json.loads(metadata.get(_NOTES, b"[]"))
@@ -160,13 +162,13 @@ def index_corpus(
     path = path.absolute()
     found = find_audio(path, train_splits, validation_splits, format=format)
     entries, stamps = found.entries, stamps_of(found.entries)
-    skipped = list(found.skipped)
     audio: list[object] = [min_seconds, max_seconds]
     if channel is not None or long_audio != "skip":  # Indexes of earlier versions stay valid.
         audio += [channel, long_audio]
-    states = _states((_SCHEMA, *_EARLIER_SCHEMAS), entries, stamps, skipped, [validation_fraction, *audio])
+    states = index_states((_SCHEMA, *_EARLIER_SCHEMAS), entries, stamps, found.skipped, [validation_fraction, *audio])
     stored = (output / STATE).read_text() if all((output / name).is_file() for name in (INDEX, SKIPPED, STATE)) else ""
     if stored in states:
+        found = replace(found, skipped=SkippedFiles())  # The index has them too.
         index = CorpusIndex.load(output)
         if progress is not None:
             progress(len(entries), len(entries))
@@ -187,19 +189,21 @@ def index_corpus(
                 if progress is not None:
                     progress(done, len(entries))
         results, positions = sources.results()
+        skipped = SkippedFiles()
+        skipped += found.skipped
         skipped += skipped_of(results)
         utterances = _utterances(results, positions, entries, validation_fraction)
         columns = [utterances.table[name] for name in ("sha256", "split", "id")]
         index = CorpusIndex(
             utterances,
-            sorted(skipped, key=lambda skip: str(skip.path)),
+            skipped.sorted_by_path(),
             notes=_notes(_totals(results, positions), max_seconds) + duplicate_notes(*columns),
         )
         _save(index, states[0], output)
         sources.save(results, output)
         remove_parts(output)
     if empty := {"train", "validation"} - set(pc.unique(index.utterances.table["split"]).to_pylist()):
-        counts = Counter(skip.reason for skip in index.skipped)
+        counts = index.skipped.counts()
         first = next((skip.message for skip in index.skipped if skip.reason == counts.most_common(1)[0][0]), "")
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none"
         raise ValueError(
@@ -339,43 +343,6 @@ def _summarise(
     )
 
 
-def _states(
-    schemas: Sequence[int], entries: FoundFiles, stamps: np.ndarray, skipped: list[Skipped], settings: list[object]
-) -> list[str]:
-    """Return, for each version, a hash of everything that an index of that version depends on.
-
-    Args:
-        schemas: Versions.
-        entries: The entries sorted by id.
-        stamps: Stamps of their files.
-        skipped: What isn't used.
-        settings: Settings of the index.
-    """
-
-    def files() -> Iterator[object]:
-        rows = entries.rows("id", "path", "role", "start", "end", "channel", "inside")
-        for (id, path, role, start, end, channel, inside), stamp in zip(rows, stamp_rows(stamps), strict=True):
-            yield [id, path, role, *(stamp or ["missing"])]
-            piece = [start, end, channel_of(channel), inside]
-            if piece != [None] * 4:
-                yield piece
-
-    digests = [hashlib.sha256(f"[{schema}, [".encode()) for schema in schemas]
-    end = f"], {json.dumps([[str(skip.path), skip.reason] for skip in skipped])}, {json.dumps(settings)}]"
-    for text in itertools.chain(_separated(files()), [end]):
-        for digest in digests:
-            digest.update(text.encode())
-    return [json.dumps({"sha256": digest.hexdigest()}) for digest in digests]
-
-
-def _separated(items: Iterable[object]) -> Iterator[str]:
-    """Yield the JSON of items with what separates them in an array."""
-    separator = ""
-    for item in items:
-        yield f"{separator}{json.dumps(item)}"
-        separator = ", "
-
-
 def _save(index: CorpusIndex, state: str, output: Path) -> None:
     """Write the index atomically: each file is renamed into place, and the state that validates them exists only at the end."""
     output.mkdir(parents=True, exist_ok=True)
@@ -383,11 +350,9 @@ def _save(index: CorpusIndex, state: str, output: Path) -> None:
     temporary = output / f"{INDEX}.tmp"
     write_utterances(temporary, index.utterances, {_NOTES: json.dumps(index.notes)} if index.notes else {})
     temporary.replace(output / INDEX)
-    report = io.StringIO(newline="")
-    writer = csv.writer(report)
-    writer.writerow(["path", "reason", "message"])
-    writer.writerows([skip.place, skip.reason, skip.message] for skip in index.skipped)
-    for name, text in ((SKIPPED, report.getvalue()), (STATE, state)):
-        temporary = output / f"{name}.tmp"
-        temporary.write_bytes(text.encode(errors="surrogateescape"))
-        temporary.replace(output / name)
+    temporary = output / f"{SKIPPED}.tmp"
+    write_skipped(temporary, index.skipped)
+    temporary.replace(output / SKIPPED)
+    temporary = output / f"{STATE}.tmp"
+    temporary.write_text(state)
+    temporary.replace(output / STATE)

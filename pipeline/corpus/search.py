@@ -13,9 +13,12 @@ import pyarrow.compute as pc
 
 from ray_distill.pipeline.composition.suggestions import enumerated
 from ray_distill.pipeline.corpus.formats import FORMATS, open_format, recognise
-from ray_distill.pipeline.corpus.found import FoundFiles, Search, Skipped
+from ray_distill.pipeline.corpus.found import FoundFiles, Search, Skipped, SkippedFiles
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary, assign_splits, kinds
 from ray_distill.pipeline.corpus.suffixes import SUFFIXES
+
+_COMPARED = 4096
+"""Number of files with equal ids that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class FoundCorpus:
     """
 
     entries: FoundFiles
-    skipped: list[Skipped]
+    skipped: SkippedFiles
     splits: list[SplitSummary]
     notes: list[str]
     format: str
@@ -62,7 +65,7 @@ def find_audio(
             _refuse_wrong_level(path)
     search = Search(None if train is None else list(train), None if validation is None else list(validation))
     found = FoundFiles.of(open_format(format).find(path, search))
-    skipped, notes = search.skipped, search.notes
+    skipped, notes = SkippedFiles.of(search.skipped), search.notes
     if format != "folder" and format in FORMATS:
         others = [
             name
@@ -95,7 +98,7 @@ def find_audio(
     return FoundCorpus(entries, skipped, splits, notes, format)
 
 
-def _unique(used: FoundFiles) -> tuple[FoundFiles, list[Skipped]]:
+def _unique(used: FoundFiles) -> tuple[FoundFiles, SkippedFiles]:
     """Return files sorted by id, without those that have the id of an earlier one, and these.
 
     Audio that is in two splits, such as two tables of Common Voice, is not trained on.
@@ -109,18 +112,26 @@ def _unique(used: FoundFiles) -> tuple[FoundFiles, list[Skipped]]:
     repeated = np.zeros(len(ids), bool)
     repeated[1:] = pc.equal(ids[:-1], ids[1:]).to_numpy(zero_copy_only=False)
     if not repeated.any():
-        return used, []
+        return used, SkippedFiles()
     first = np.maximum.accumulate(np.where(repeated, 0, np.arange(len(ids))))
-    skipped = []
-    for position in np.flatnonzero(repeated).tolist():
-        entry, other = used[position], used[int(first[position])]
-        message = (
-            f"{entry.address} is listed twice"
-            if entry.address == other.address
-            else f"{entry.address} has the same id as {other.address}: {entry.id!r}"
-        )
-        skipped.append(Skipped(entry.path, "duplicate_id", message))
+    skipped = SkippedFiles()
+    positions = np.flatnonzero(repeated)
+    for begin in range(0, len(positions), _COMPARED):
+        some = positions[begin : begin + _COMPARED]
+        for entry, other in zip(_taken(used, some), _taken(used, first[some]), strict=True):
+            message = (
+                f"{entry.address} is listed twice"
+                if entry.address == other.address
+                else f"{entry.address} has the same id as {other.address}: {entry.id!r}"
+            )
+            skipped.append(Skipped(entry.path, "duplicate_id", message))
     return used.take(np.flatnonzero(~repeated)), skipped
+
+
+def _taken(files: FoundFiles, positions: np.ndarray) -> FoundFiles:
+    """Return the rows at ascending positions, without a look at the whole table, which a take may copy."""
+    begin, end = int(positions[0]), int(positions[-1]) + 1
+    return FoundFiles(files.table.slice(begin, end - begin)).take(positions - begin)
 
 
 _SAYS = "(?i)dev|val|held|tst|test"

@@ -15,10 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_distill.pipeline.corpus.found import FoundFiles, Skipped
+from ray_distill.pipeline.corpus.found import FoundFiles, SkippedFiles
 
 NO_SPLIT = "."
 """Name of the split of the files that are in no folder of a split."""
+_ROWS = 1 << 16
+"""Number of messages that are made at a time."""
+_ESCAPED = r"[^ -&(-\[\]-~]"
+"""Characters that ``repr`` may write in another way, or for which it takes other quotation marks."""
 KEYS = "corpus.train_splits and corpus.validation_splits"
 
 _WORDS = re.compile(
@@ -106,7 +110,7 @@ def split_of_folders(parts: Sequence[str], wanted: Iterable[str], file: Path) ->
 
 def assign_splits(
     found: FoundFiles, train: Sequence[str] | None, validation: Sequence[str] | None, path: Path
-) -> tuple[FoundFiles, list[Skipped], list[SplitSummary]]:
+) -> tuple[FoundFiles, SkippedFiles, list[SplitSummary]]:
     """Choose the splits to train on and to validate on.
 
     Args:
@@ -129,7 +133,11 @@ def assign_splits(
             raise ValueError(
                 f"{path} has no splits, so {absent[0]!r} can't be one; remove corpus.train_splits and corpus.validation_splits"
             )
-        return found, [], [SplitSummary(NO_SPLIT, len(found), None, "train", "no folder or column names a split")]
+        return (
+            found,
+            SkippedFiles(),
+            [SplitSummary(NO_SPLIT, len(found), None, "train", "no folder or column names a split")],
+        )
     train = None if train is None else _resolve(train, names, path)
     validation = None if validation is None else _resolve(validation, names, path)
     both = sorted(set(train or []) & set(validation or []))
@@ -159,18 +167,9 @@ def assign_splits(
                 f"no split of {path} starts with 'train'; set corpus.train_splits to some of {', '.join(names)}"
             )
     role = dict.fromkeys(train, "train") | dict.fromkeys(validation, "validation")
-    splits = found.texts("split")
-    unused = [
-        Skipped(
-            entry.path,
-            "unused_split",
-            f"{entry.id!r} is in the split {entry.split!r}, which is not used; add it to corpus.train_splits to use it",
-        )
-        for entry in FoundFiles(found.table.filter(pc.invert(pc.is_in(splits, pa.array(role, pa.large_string())))))
-    ]
     return (
         _with_roles(found, role),
-        unused,
+        _unused(found, role),
         [SplitSummary(name, counts[name], None, role.get(name, "not used"), _listed(origins[name])) for name in names],
     )
 
@@ -193,6 +192,32 @@ def _with_roles(found: FoundFiles, role: dict[str, str]) -> FoundFiles:
     table = found.table if pc.all(used).as_py() else found.table.filter(used)
     roles = pa.DictionaryArray.from_arrays(places.drop_null(), pa.array(role.values(), pa.string()))
     return FoundFiles(table.set_column(table.schema.get_field_index("role"), "role", roles))
+
+
+def _unused(found: FoundFiles, role: dict[str, str]) -> SkippedFiles:
+    """Return the files whose split has no role."""
+    splits = found.texts("split")
+    table = found.table.select(["path", "id", "split"]).filter(
+        pc.invert(pc.is_in(splits, pa.array(role, pa.large_string())))
+    )
+    messages = []
+    for begin in range(0, table.num_rows, _ROWS):
+        ids, names = (_reprs(FoundFiles(table.slice(begin, _ROWS)).texts(name)) for name in ("id", "split"))
+        end = pa.scalar(", which is not used; add it to corpus.train_splits to use it", pa.large_string())
+        parts = (ids, pa.scalar(" is in the split ", pa.large_string()), names, end)
+        messages.append(pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string())))
+    reasons = pa.DictionaryArray.from_arrays(np.zeros(table.num_rows, np.int32), ["unused_split"])
+    return SkippedFiles.of_columns(
+        table["path"], pa.chunked_array([reasons]), pa.chunked_array(messages, pa.large_string())
+    )
+
+
+def _reprs(texts: pa.LargeStringArray) -> pa.LargeStringArray:
+    """Return what Python's ``repr`` returns."""
+    if texts.null_count or pc.any(pc.match_substring_regex(texts, _ESCAPED)).as_py():
+        return pa.array(map(repr, texts.to_pylist()), pa.large_string())
+    quote = pa.scalar("'", pa.large_string())
+    return pc.binary_join_element_wise(quote, texts, quote, pa.scalar("", pa.large_string()))
 
 
 def _resolve(wanted: Sequence[str], names: list[str], path: Path) -> list[str]:

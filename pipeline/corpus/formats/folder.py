@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray_distill.pipeline.corpus.found import FoundFile, Search, Skipped
+from ray_distill.pipeline.corpus.found import FoundFile, Search, Skipped, SkippedFiles
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, kinds, match_wanted, split_of_folders
 from ray_distill.pipeline.corpus.suffixes import FIRST_SUFFIXES, SUFFIXES, UNSUPPORTED
 
@@ -70,7 +70,7 @@ def find(path: Path, search: Search) -> list[FoundFile]:
 
 
 def _find_in_librispeech(
-    files: list[Path], names: list[Path], wanted: list[str], skipped: list[Skipped]
+    files: list[Path], names: list[Path], wanted: list[str], skipped: SkippedFiles
 ) -> list[FoundFile]:
     """Return the files of a folder in LibriSpeech's layout, where each folder is a split, whatever its name."""
     entries = []
@@ -96,7 +96,7 @@ class _Walked:
     lists: list[Path] = field(default_factory=list)
 
 
-def _walk(path: Path, skipped: list[Skipped]) -> _Walked:
+def _walk(path: Path, skipped: SkippedFiles) -> _Walked:
     """Find the audio files below a folder, sorted.
 
     Links to folders are followed, because corpora are often assembled from links. Each folder is visited once. Folders below the

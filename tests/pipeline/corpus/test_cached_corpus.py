@@ -11,6 +11,7 @@ import soundfile
 
 from ray_distill.pipeline.corpus import index as corpus_index
 from ray_distill.pipeline.corpus.cached_corpus import known_fingerprint
+from ray_distill.pipeline.corpus.found import SkippedFiles
 from ray_distill.pipeline.corpus.index import CorpusIndex, index_corpus
 from ray_distill.teacher_cache.build.audio_store import build_audio_store, plan_audio
 from ray_distill.teacher_cache.build.build_cache import build_cache
@@ -77,7 +78,7 @@ def test_another_corpus_is_not_taken_for_that_of_the_cache(corpus: Path, tmp_pat
     members = index.utterances
 
     def known(*changed: Utterance) -> bool:
-        other = CorpusIndex(Utterances.of(changed), [])
+        other = CorpusIndex(Utterances.of(changed), SkippedFiles())
         return known_fingerprint(cache, other) != other.fingerprint
 
     assert known(*members)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ray_distill.pipeline.corpus.utterance_files import fingerprint_of, read_utterances, write_utterances
+from ray_distill.pipeline.corpus.index_files import fingerprint_of, read_utterances, write_utterances
 from ray_distill.teacher_cache.frames import num_frames
 from ray_distill.teacher_cache.storage import shard_assignment
 from ray_distill.teacher_cache.storage.create import create_cache

@@ -158,9 +158,9 @@ def test_urls_in_a_manifest(tmp_path: Path, write_audio: Writer) -> None:
     (tmp_path / "m.csv").write_text("path,start,end\n" + "\n".join(rows))
     index = index_corpus(tmp_path / "m.csv", output=tmp_path / "i")
     assert [u.num_samples for u in index.utterances] == [16_000, 8_000, 8_000]
-    assert [skip.place for skip in index.skipped] == ["memory://corpus/no.wav"]
+    assert [str(skip.path) for skip in index.skipped] == ["memory:/corpus/no.wav"]
     assert (
-        "memory://corpus/no.wav,undecodable,memory://corpus/no.wav can't be read"
+        "\nmemory://corpus/no.wav,undecodable,memory://corpus/no.wav can't be read"
         in (tmp_path / "i/skipped.csv").read_text()
     )
     assert index_corpus(tmp_path / "m.csv", output=tmp_path / "i").reused

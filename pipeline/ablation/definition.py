@@ -38,6 +38,8 @@ from ray_distill.pipeline.recipes import other_kind
 from ray_distill.student.training.field_effects import SAME_IN_ABLATION, keys_with
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_OWN_KEYS = ("name", "seeds", "concurrent", "cpus_per_worker")
+"""Keys of an ablation that the command line may change."""
 _SECTIONS = [name for name in Config.model_fields if name not in ("name", "runs")]
 
 
@@ -190,7 +192,8 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
     Args:
         path: YAML file.
         overrides: Changes of the form ``section.key=value`` to all runs, also by short keys such as ``corpus=...``, which have the
-            effect that they have on a single run; ``name=...`` names the ablation. Default: none.
+            effect that they have on a single run; ``name``, ``seeds``, ``concurrent`` and ``cpus_per_worker`` are the ablation's own.
+            Default: none.
         probe: Probe settings that replace those of the file. Default: None, which keeps them.
 
     Raises:
@@ -202,8 +205,8 @@ def load_ablation(path: Path, overrides: Sequence[str] = (), probe: ProbeSection
         raise ConfigError(f"{path} {other}")
     changes = []
     for key, value in map(parse_override, overrides):
-        if key == "name":
-            tree["name"] = value
+        if key in _OWN_KEYS:
+            tree[key] = value
             continue
         long = long_key(key, value)
         try:

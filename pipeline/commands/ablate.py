@@ -21,7 +21,7 @@ def ablate(
             metavar="[GRID] KEY=VALUE",
             autocompletion=complete_recipe("ablations"),
             help="The ablation, if --config is not given, and changes of all runs, as in train.epochs=3. corpus=, teacher= and "
-            "cache= are short keys, as for `run`.",
+            "cache= are short keys, as for `run`; name=, seeds=, concurrent= and cpus_per_worker= change the ablation.",
         ),
     ] = None,
     config: Annotated[

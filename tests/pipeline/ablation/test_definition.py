@@ -149,6 +149,9 @@ def test_short_keys_mean_what_they_mean_for_a_run(tmp_path: Path) -> None:
 
 
 def test_another_name_is_another_folder(tmp_path: Path) -> None:
+    few = load_ablation(write(tmp_path), ["seeds=[7]", "concurrent=2", "cpus_per_worker=3"])
+    assert {run.seed for run in few.runs} == {7}
+    assert (few.settings.concurrent, few.settings.cpus_per_worker) == (2, 3)
     ablation = load_ablation(write(tmp_path), ["name=again", "runs=/data"])
     assert ablation.settings.name == "again" and ablation.folder == Path("/data/again")
     assert ablation.runs[0].config.folder == Path("/data/again/a-seed0")

@@ -43,10 +43,11 @@ def config_with_origins(path: Path, overrides: Sequence[str] = ()) -> str:
 def _student(config: Config) -> dict[str, Any]:
     """Return all keys of the student; those that it takes from the teacher are ``teacher`` unless they are given."""
     predictions = "split_heads" if config.student.get("heads") == "split" else "encoder_layers"
-    of_teacher = (predictions, "target_dim", "patches")
+    of_teacher = {predictions, "target_dim", "patches"}
     defaults = StudentConfig().model_dump(mode="json")
     if (last := last_head(config.student)) is not None:
-        of_teacher, defaults = of_teacher[1:], defaults | {"encoder_layers": last}
+        of_teacher.discard("encoder_layers")
+        defaults["encoder_layers"] = last
     return {
         name: config.student.get(name, "teacher" if name in of_teacher else default)
         for name, default in defaults.items()

@@ -18,7 +18,7 @@ def copy_to_host(tensor: Tensor) -> Callable[[], np.ndarray]:
     if not tensor.is_cuda:
         return tensor.numpy
     host = empty_like(tensor, device="cpu", pin_memory=True)
-    stream = cuda.Stream(tensor.device)
+    stream = cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
     stream.wait_stream(cuda.current_stream(tensor.device))
     with cuda.stream(stream):
         host.copy_(tensor, non_blocking=True)

@@ -5,12 +5,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ray_distill.whole_files import replacing
+
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically: readers see either the old text or the new text, even after a kill."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    """Replace a file atomically: readers see either the old text or the new text, even after a kill.
+
+    Raises:
+        OSError: The file can't be written. The error names it.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def check_room(folder: Path) -> None:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from ray_distill.pipeline.corpus.decoding import Decoded
 from ray_distill.pipeline.corpus.found import FoundFile, FoundFiles, Skipped, channel_of
+from ray_distill.whole_files import replacing
 
 DECODED = "decoded.parquet"
 DECODING = "decoding"
@@ -278,9 +279,8 @@ class DecodedSources:
         self._write(rows, output / DECODED)
 
     def _write(self, rows: pa.Table, file: Path) -> None:
-        temporary = file.with_name(f"{file.name}.tmp")
-        pq.write_table(rows.replace_schema_metadata(self._metadata), temporary, compression="zstd")
-        temporary.replace(file)
+        with replacing(file) as temporary:
+            pq.write_table(rows.replace_schema_metadata(self._metadata), temporary, compression="zstd")
 
 
 def remove_parts(output: Path) -> None:

@@ -28,6 +28,7 @@ from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from ray_distill.teacher_cache.sources.address import AudioAddress, Channel
 from ray_distill.teacher_cache.storage.shard_assignment import hash_order
 from ray_distill.teacher_cache.storage.shard_plan import UTTERANCE_SCHEMA, Utterances
+from ray_distill.whole_files import replacing
 
 INDEX = "index.parquet"
 SKIPPED = "skipped.csv"
@@ -380,14 +381,12 @@ def _save(index: CorpusIndex, state: str, output: Path) -> None:
     """Write the index atomically: each file is renamed into place, and the state that validates them exists only at the end."""
     output.mkdir(parents=True, exist_ok=True)
     (output / STATE).unlink(missing_ok=True)
-    temporary = output / f"{INDEX}.tmp"
-    write_utterances(temporary, index.utterances, {_NOTES: json.dumps(index.notes)} if index.notes else {})
-    temporary.replace(output / INDEX)
+    with replacing(output / INDEX) as temporary:
+        write_utterances(temporary, index.utterances, {_NOTES: json.dumps(index.notes)} if index.notes else {})
     report = io.StringIO(newline="")
     writer = csv.writer(report)
     writer.writerow(["path", "reason", "message"])
     writer.writerows([skip.place, skip.reason, skip.message] for skip in index.skipped)
     for name, text in ((SKIPPED, report.getvalue()), (STATE, state)):
-        temporary = output / f"{name}.tmp"
-        temporary.write_bytes(text.encode(errors="surrogateescape"))
-        temporary.replace(output / name)
+        with replacing(output / name) as temporary:
+            temporary.write_bytes(text.encode(errors="surrogateescape"))

@@ -91,6 +91,7 @@ def _plan_cache(run: Run, needed: dict[int, int]) -> CostPlan | None:
         run.say(f"plan    the cache at {run.cache.location} has all layers and draws that are needed")
         return None
     run.check_precision()
+    run.cache.check_writable()
     teacher = run.teacher
     if run.config.cache.gpus_per_actor and torch.cuda.is_available():
         teacher = load_teacher(run.checkpoint, "cuda")

@@ -261,6 +261,11 @@ class Store:
             return None
         return shutil.disk_usage(self._existing(self.local)).free
 
+    def check_writable(self) -> None:
+        """Raise CacheAccessError if the cache is on a local disk and can't be written to. Object stores are not asked."""
+        if self.local is not None:
+            LocalFiles(self.local).check_writable()
+
     def disk(self) -> int:
         """Return the number of the local disk, equal for two places on the same one. 0 for an object store."""
         return 0 if self.local is None else self._existing(self.local).stat().st_dev

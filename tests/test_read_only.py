@@ -1,6 +1,7 @@
 """Folders and files that this user may not write or read are named before any work."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,24 @@ import pytest
 import soundfile
 
 from ray_distill.pipeline.config import load_config
+from ray_distill.pipeline.corpus.index import index_corpus
 from ray_distill.pipeline.planning.dry_run import plan_run
 from ray_distill.pipeline.ray_session import _need_no_home
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.teacher_cache.audio import AudioError, load_audio
 
 from .tiny import CONFIGS, TEACHER
+
+
+def refusing(file: Path, opened: Callable[[object], soundfile.SoundFile]) -> Callable[[object], soundfile.SoundFile]:
+    """Return a function that opens audio, except a file, which fails as without permission."""
+
+    def open_audio(stream: object) -> soundfile.SoundFile:
+        if stream == file:
+            raise soundfile.LibsndfileError(2)
+        return opened(stream)
+
+    return open_audio
 
 
 def close(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,12 +64,9 @@ def test_a_run_in_a_read_only_folder_says_which_key_to_set(tmp_path: Path, monke
 
 
 def test_audio_without_permission_is_not_called_a_system_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise soundfile.LibsndfileError(2)
-
     file = tmp_path / "a.wav"
     soundfile.write(file, np.zeros(1000), 16_000)
-    monkeypatch.setattr(soundfile, "SoundFile", refuse)
+    monkeypatch.setattr(soundfile, "SoundFile", refusing(file, soundfile.SoundFile))
     close(tmp_path, monkeypatch)
     with pytest.raises(AudioError, match="Permission denied"):
         load_audio(file)
@@ -72,3 +82,14 @@ def test_ray_needs_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     close(tmp_path, monkeypatch)
     _need_no_home()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_audio_that_may_be_read_now_is_indexed(speech_folder: Path, tmp_path: Path) -> None:
+    file = next(speech_folder.rglob("*.flac"))
+    with pytest.MonkeyPatch.context() as closed:
+        close(file, closed)
+        closed.setattr(soundfile, "SoundFile", refusing(file, soundfile.SoundFile))
+        first = index_corpus(speech_folder, output=tmp_path / "index")
+    second = index_corpus(speech_folder, output=tmp_path / "index")
+    assert (len(first.skipped), len(second.skipped)) == (1, 0)
+    assert len(second.utterances) == len(first.utterances) + 1

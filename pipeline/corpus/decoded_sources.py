@@ -58,7 +58,8 @@ Row = tuple[bytes, bool, bool, str, bytes, int, str, str, bytes]
 
 
 def stamps_of(entries: FoundFiles) -> np.ndarray:
-    """Return the (N, 2) int64 sizes and modification times of the entries' files. The size is -1 if a file has no stamp."""
+    """Return the (N, 2) int64 sizes and modification times of the entries' files. The size is -1 if a file has no
+    stamp, or can't be read by this user."""
     paths = entries.texts("path")
     places = None
     if any(entries.table[name].null_count < len(entries) for name in ("start", "end", "inside")):
@@ -69,7 +70,8 @@ def stamps_of(entries: FoundFiles) -> np.ndarray:
         for n, path in enumerate(paths[begin : begin + _STAMPED].to_pylist(), begin):
             with suppress(OSError):
                 stat = os.stat(path)  # noqa: PTH116 (a Path for each of millions of files takes time)
-                stamps[n] = stat.st_size, stat.st_mtime_ns
+                if os.access(path, os.R_OK):  # Else it is skipped, and decoded once this user may read it.
+                    stamps[n] = stat.st_size, stat.st_mtime_ns
     return stamps if places is None else stamps[places]
 
 

@@ -18,6 +18,7 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.shapes_only import shapes_only
 from ray_distill.teacher_cache.teachers import Teacher
 from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher
+from ray_distill.whole_files import replacing
 
 _FRONT_END = (
     (r"feature_extractor\.conv_layers\.(\d+)\.conv\.(weight|bias)", r"conv_blocks.\1.conv.\2"),
@@ -165,9 +166,8 @@ def write_initial(path: Path, tensors: dict[str, Tensor]) -> None:
         tensors: Tensors by their names in the student.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
 
 
 def _renamed(weights: dict[str, Tensor], rules: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,6 +87,7 @@ def init_ray() -> None:
     paths = os.environ.get("PYTHONPATH", "")
     if root not in paths.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, paths]))
+    _need_no_home()
     for attempt in range(1, _STARTS + 1):
         try:
             with kept_handlers():
@@ -108,6 +110,14 @@ def init_ray() -> None:
                 ) from error
         else:
             return
+
+
+def _need_no_home() -> None:
+    """Give a local Ray a token if it could not keep one in the home folder, which can't be written to in many containers."""
+    home = next(folder for folder in (Path.home() / ".ray", *(Path.home() / ".ray").parents) if folder.exists())
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    if owns_ray() and not given and not os.access(home, os.W_OK | os.X_OK):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def owns_ray() -> bool:

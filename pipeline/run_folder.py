@@ -12,7 +12,7 @@ import yaml
 from ray_distill.pipeline.composition.sections import CacheSection
 from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_config
 from ray_distill.pipeline.corpus.index import SKIPPED
-from ray_distill.pipeline.files import read_json_object, write_text
+from ray_distill.pipeline.files import check_room, read_json_object, write_text
 from ray_distill.pipeline.run_lock import LockHolder, lock_run
 from ray_distill.pipeline.run_plugins import PLUGINS, absent_plugin, note_plugins
 from ray_distill.student.training.field_effects import CHANGES_NO_RESULT, fields_with, keys_with
@@ -257,6 +257,10 @@ class RunFolder:
         """
         return read_rows(self.metrics_file)
 
+    def check_room(self) -> None:
+        """Raise a ValueError if nothing can be written into the folder, which need not exist yet."""
+        check_room(self.path, "set runs=... to a folder that this user can write to")
+
     @contextmanager
     def begin(self, config: Config, *, shared: bool = False) -> Iterator[LockHolder | None]:
         """Lock the folder for a run of a configuration while the block runs, and store the configuration.
@@ -274,7 +278,9 @@ class RunFolder:
         Raises:
             RunInUseError: Another process is working on the run.
             ConfigError: The folder contains results of another configuration.
+            ValueError: Nothing can be written into the folder.
         """
+        self.check_room()
         new = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         with lock_run(self.lock_file, self.lock_record) as previous:

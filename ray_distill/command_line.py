@@ -29,6 +29,7 @@ from ray_distill.pipeline.commands.teachers import list_teachers, show_teacher
 from ray_distill.pipeline.recipes import find_recipe
 from ray_distill.serve.command import serve
 from ray_distill.teacher_cache.commands import derive, info, repair, verify
+from ray_distill.whole_files import is_disk_full
 
 MISTAKES = (ValueError, OSError, FloatingPointError)
 """Exceptions that mean a mistake of the user; any other exception is our own and keeps its traceback."""
@@ -51,6 +52,8 @@ class _Sentences:
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             sentence = " ".join(lines) or type(error).__name__
+            if isinstance(error, OSError) and is_disk_full(error):
+                sentence = f"{sentence}; free some space there and run the same command again"
             if advice := advice_about_store(sentence):
                 sentence = f"{sentence.rstrip('.')}; {advice}"
             typer.secho(f"error: {sentence}", err=True, fg="red")

@@ -6,6 +6,7 @@ Nothing heavy is imported before the options are read, so that ``--help`` answer
 import inspect
 import logging
 import signal
+import socket
 import sys
 import threading
 import time
@@ -38,6 +39,7 @@ def serve(**values: Any) -> None:
     settings = ServeSettings(**given)
     for path in (settings.model, *settings.more.values()):
         check_model_path(path, settings.runtime)
+    check_address(settings.host, settings.port)
     # Uvicorn shuts down, then raises the signal again; without this handler a requested stop would look like a crash.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _configure_logging()
@@ -47,6 +49,26 @@ def serve(**values: Any) -> None:
         from ray_distill.serve.server import run
 
         run(settings, ready)
+
+
+def check_address(host: str, port: int) -> None:
+    """Check that the service can listen at an address, before the seconds that the models take to load.
+
+    Raises:
+        ValueError: The port is in use or reserved, or the address is none of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"The service can't listen on port {port} of {host} ({error.strerror}): give another --port or --host."
+        ) from error
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Decoding of audio files of any rate and channel count to 16 kHz mono."""
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -247,6 +249,8 @@ def _decoder(stream: Path | BinaryIO, name: str) -> Iterator[soundfile.SoundFile
         file = soundfile.SoundFile(stream)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         detail = "unknown format" if isinstance(error, TypeError) else _detail(error)
+        if isinstance(stream, Path) and not os.access(stream, os.R_OK):
+            detail = os.strerror(errno.EACCES)  # soundfile calls it a system error.
         raise AudioError("undecodable", f"{name} can't be decoded as audio ({detail})") from error
     with file:
         rate, channels = file.samplerate, file.channels

@@ -16,6 +16,7 @@ def import_config(
     """
     from ray_distill.pipeline import published_config
     from ray_distill.pipeline.config import ConfigError, dump_config
+    from ray_distill.pipeline.files import write_text
 
     imported = published_config.import_config(published)
     if output is None:
@@ -23,7 +24,7 @@ def import_config(
     elif output.exists():
         raise ConfigError(f"{output} exists already; choose another --output")
     else:
-        output.write_text(dump_config(imported.config))
+        write_text(output, dump_config(imported.config))
     typer.echo(f"kept    {', '.join(imported.kept)}", err=True)
     for sentence in imported.changed:
         typer.echo(f"changed {sentence}", err=True)

@@ -43,6 +43,7 @@ def profile(
     from ray_distill.pipeline.files import check_room
     from ray_distill.pipeline.model_profile import load_models, profile_student, profile_table, profile_teacher
     from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
+    from ray_distill.whole_files import named
 
     if seconds * SAMPLE_RATE < RECEPTIVE_FIELD:
         raise ValueError(
@@ -58,4 +59,5 @@ def profile(
     if output is not None:
         record = {"student": asdict(profiles[0]), "teacher": asdict(profiles[1]), "teacher_name": loaded.name}
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=2) + "\n")
+        with named(output):
+            output.write_text(json.dumps(record, indent=2) + "\n")

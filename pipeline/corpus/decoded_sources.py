@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from ray_distill.pipeline.corpus.decoding import Decoded
 from ray_distill.pipeline.corpus.found import FoundFile, FoundFiles, Skipped, SkippedFiles, channel_of, encoded
+from ray_distill.whole_files import replacing
 
 DECODED = "decoded.parquet"
 DECODING = "decoding"
@@ -57,7 +58,8 @@ Row = tuple[bytes, bool, bool, str, bytes, int, str, str, bytes]
 
 
 def stamps_of(entries: FoundFiles) -> np.ndarray:
-    """Return the (N, 2) int64 sizes and modification times of the entries' files. The size is -1 if a file has no stamp."""
+    """Return the (N, 2) int64 sizes and modification times of the entries' files. The size is -1 if a file has no
+    stamp, or can't be read by this user."""
     paths = entries.texts("path")
     places = None
     if any(entries.table[name].null_count < len(entries) for name in ("start", "end", "inside")):
@@ -68,7 +70,8 @@ def stamps_of(entries: FoundFiles) -> np.ndarray:
         for n, path in enumerate(paths[begin : begin + _STAMPED].to_pylist(), begin):
             with suppress(OSError):
                 stat = os.stat(path)  # noqa: PTH116 (a Path for each of millions of files takes time)
-                stamps[n] = stat.st_size, stat.st_mtime_ns
+                if os.access(path, os.R_OK):  # Else it is skipped, and decoded once this user may read it.
+                    stamps[n] = stat.st_size, stat.st_mtime_ns
     return stamps if places is None else stamps[places]
 
 
@@ -270,9 +273,8 @@ class DecodedSources:
         self._write(rows, output / DECODED)
 
     def _write(self, rows: pa.Table, file: Path) -> None:
-        temporary = file.with_name(f"{file.name}.tmp")
-        pq.write_table(rows.replace_schema_metadata(self._metadata), temporary, compression="zstd")
-        temporary.replace(file)
+        with replacing(file) as temporary:
+            pq.write_table(rows.replace_schema_metadata(self._metadata), temporary, compression="zstd")
 
 
 def remove_parts(output: Path) -> None:

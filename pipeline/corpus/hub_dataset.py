@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_distill.pipeline.files import write_text
+
 PREFIX = "hf://datasets/"
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _NAME = re.compile(
@@ -134,4 +136,4 @@ def keep_dataset(file: Path, requested: HubDataset | None, resolved: HubDataset 
     if requested is None:
         file.unlink(missing_ok=True)
     else:
-        file.write_text(json.dumps({"requested": str(requested), "resolved": str(resolved)}, indent=2) + "\n")
+        write_text(file, json.dumps({"requested": str(requested), "resolved": str(resolved)}, indent=2) + "\n")

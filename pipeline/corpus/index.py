@@ -31,6 +31,7 @@ from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from ray_distill.teacher_cache.sources.address import AudioAddress, Channel
 from ray_distill.teacher_cache.storage.shard_assignment import hash_order
 from ray_distill.teacher_cache.storage.shard_plan import UTTERANCE_SCHEMA, Utterances
+from ray_distill.whole_files import replacing
 
 INDEX = "index.parquet"
 SKIPPED = "skipped.csv"
@@ -347,12 +348,9 @@ def _save(index: CorpusIndex, state: str, output: Path) -> None:
     """Write the index atomically: each file is renamed into place, and the state that validates them exists only at the end."""
     output.mkdir(parents=True, exist_ok=True)
     (output / STATE).unlink(missing_ok=True)
-    temporary = output / f"{INDEX}.tmp"
-    write_utterances(temporary, index.utterances, {_NOTES: json.dumps(index.notes)} if index.notes else {})
-    temporary.replace(output / INDEX)
-    temporary = output / f"{SKIPPED}.tmp"
-    write_skipped(temporary, index.skipped)
-    temporary.replace(output / SKIPPED)
-    temporary = output / f"{STATE}.tmp"
-    temporary.write_text(state)
-    temporary.replace(output / STATE)
+    with replacing(output / INDEX) as temporary:
+        write_utterances(temporary, index.utterances, {_NOTES: json.dumps(index.notes)} if index.notes else {})
+    with replacing(output / SKIPPED) as temporary:
+        write_skipped(temporary, index.skipped)
+    with replacing(output / STATE) as temporary:
+        temporary.write_text(state)

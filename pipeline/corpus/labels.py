@@ -24,6 +24,7 @@ from ray_distill.pipeline.corpus.formats.text_lines import (
     text_of,
 )
 from ray_distill.pipeline.corpus.found import FoundFiles
+from ray_distill.whole_files import replacing
 
 LABELS = "labels.parquet"
 _MAX_TEXT = 1 << 20
@@ -222,22 +223,19 @@ def write_labels(folder: Path, labels: Iterable[tuple[str, Label]]) -> LabelCoun
     """
     for known in (_metadata, _text_files, _table):
         known.cache_clear()  # The files may have changed since another index of this process.
-    file, temporary = folder / LABELS, folder / f"{LABELS}.tmp"
+    file = folder / LABELS
     schema = pa.schema([(name, pa.string()) for name in ("id", "speaker", "text", "domain")])
     rows = ((id, label.speaker, label.text, label.domain) for id, label in labels if label != Label("", ""))
     transcripts, count, speakers, domains = 0, 0, set[str](), Counter[str]()
-    with pq.ParquetWriter(temporary, schema) as writer:
+    with replacing(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         while batch := list(itertools.islice(rows, _ROWS)):
             writer.write_table(pa.table(list(zip(*batch, strict=True)), schema=schema), _ROWS)
             count += len(batch)
             transcripts += sum(bool(text) for _, _, text, _ in batch)
             speakers |= {speaker for _, speaker, _, _ in batch}
             domains.update(domain for *_, domain in batch if domain)
-    if count:
-        temporary.replace(file)
-    else:
-        temporary.unlink()
-        file.unlink(missing_ok=True)
+    if not count:
+        file.unlink()
     return LabelCounts(transcripts, len(speakers - {""}), dict(sorted(domains.items())))
 
 

@@ -66,6 +66,7 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
         ValueError: The corpus, the teacher, the cache or the run's folder can't be used with this configuration.
     """
     RunFolder(config.folder.absolute()).refuse_other_config(config, may_extend=True)
+    RunFolder(config.folder.absolute()).check_room()
     corpus = config.corpus
     splits: tuple[SplitSummary, ...] = ()
     if (dataset := parse_hub_dataset(corpus.path)) is not None:
@@ -243,6 +244,7 @@ def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) 
     if config.train.targets == "online":
         return "nothing, since targets are online"
     if cache is None:
+        Store(config.cache.location).check_writable()
         return f"build the cache at {config.cache.location}"
     refuse_audio_store(cache, "set cache.path to another folder")
     # The fingerprints of the teacher and the corpus are unknown without weights and samples; take the cache's for granted.

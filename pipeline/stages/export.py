@@ -6,6 +6,7 @@ from pathlib import Path
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.student import load_student
+from ray_distill.whole_files import replacing
 
 
 def export_best(run: Run) -> None:
@@ -21,14 +22,12 @@ def export_best(run: Run) -> None:
     if _has_copy(export, best):
         run.say(f"export  {export} is up to date")
         return
-    temporary = export.with_name(f".{export.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(best, temporary)
-    for file in run.folder.teacher_files:  # The export may be moved, and then still names the commits of its teachers.
-        shutil.copy(file, temporary)
-    load_student(temporary)
-    shutil.rmtree(export, ignore_errors=True)
-    temporary.rename(export)
+    with replacing(export) as temporary:
+        temporary.mkdir()
+        # The export may be moved, and then still names the commits of its teachers.
+        for file in (*best.iterdir(), *run.folder.teacher_files):
+            shutil.copy(file, temporary)
+        load_student(temporary)
     run.say(f"export  {export}")
 
 

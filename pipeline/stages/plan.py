@@ -66,8 +66,8 @@ def _plan_audio(run: Run, planned: Sequence[CostPlan], needed: dict[int, int]) -
         needed[store.disk()] = needed.get(store.disk(), 0) + round(size)
         if free is not None and needed[store.disk()] > free:
             raise ConfigError(
-                f"cache.audio_path: {place} has {free / 1e9:.1f} GB free, but the audio and the caches need about "
-                f"{needed[store.disk()] / 1e9:.1f} GB more; choose another disk"
+                f"cache.audio_path: {place} has {shown_bytes(free)} free, but the audio and the caches need about "
+                f"{shown_bytes(needed[store.disk()])} more; choose another disk"
             )
 
 
@@ -91,6 +91,7 @@ def _plan_cache(run: Run, needed: dict[int, int]) -> CostPlan | None:
         run.say(f"plan    the cache at {run.cache.location} has all layers and draws that are needed")
         return None
     run.check_precision()
+    run.cache.check_writable()
     teacher = run.teacher
     if run.config.cache.gpus_per_actor and torch.cuda.is_available():
         teacher = load_teacher(run.checkpoint, "cuda")
@@ -108,8 +109,8 @@ def _plan_cache(run: Run, needed: dict[int, int]) -> CostPlan | None:
     if needed[disk] > cost.free_bytes:
         what = "the cache needs" if needed[disk] == round(more) else "the caches of the teachers so far need"
         raise ConfigError(
-            f"cache.path: {run.cache.location} has {cost.free_bytes / 1e9:.1f} GB free, but {what} about "
-            f"{needed[disk] / 1e9:.1f} GB more; choose another disk, a smaller codec, fewer layers or fewer draws"
+            f"cache.path: {run.cache.location} has {shown_bytes(cost.free_bytes)} free, but {what} about "
+            f"{shown_bytes(needed[disk])} more; choose another disk, a smaller codec, fewer layers or fewer draws"
         )
     return cost
 

@@ -10,6 +10,7 @@ from ray_distill.student.exporters.origin import Origin, describe
 from ray_distill.student.exporters.portable import SOURCES, Features, named_weights, portable_student
 from ray_distill.student.model.student import Student
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.whole_files import filling
 
 _HERE = Path(__file__).parent
 _SOURCES = (*SOURCES, "huggingface_configuration.py", "huggingface_modeling.py")
@@ -93,54 +94,52 @@ def export_huggingface(student: Student, folder: Path, origin: Origin, features:
         ValueError: the folder is not empty, or the student has options that exports do not support.
     """
     model = portable_student(student, features)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; give a new folder")
-    tensors = {f"student.{name}": tensor for name, tensor in named_weights(model).items()}
-    tensors["masked_spec_embed"] = student.mask_embedding.detach().contiguous()
-    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    config: dict[str, Any] = {
-        "architectures": ["DistilledStudentModel"],
-        "auto_map": _AUTO_MAP,
-        "model_type": "distilled_student",
-        "dtype": "float32",
-        "custom_pipelines": _PIPELINES,
-        "hidden_size": model.width,
-        "num_hidden_layers": len(model.layers),
-        "student": model.config,
-        "origin": origin,
-    }
-    extractor = {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "feature_size": 1,
-        "sampling_rate": SAMPLE_RATE,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "do_normalize": False,
-        "return_attention_mask": True,
-    }
-    for name, tree in (("config.json", config), ("preprocessor_config.json", extractor)):
-        (folder / name).write_text(json.dumps(tree, indent=2) + "\n")
-    for source in _SOURCES:
-        (folder / source).write_text((_HERE / source).read_text())
-    reused = sum(model.config["reuses"])
-    hours = origin.get("corpus_hours")
-    card = _CARD.format(
-        title=origin.get("run") or folder.name,
-        teacher=origin.get("teacher") or "an unknown teacher",
-        layers=len(model.layers),
-        width=model.config["encoder_embed_dim"],
-        heads="with its prediction heads"
-        if features == "heads"
-        else "without the prediction heads, which only distillation uses",
-        states=f"`hidden_states` are the heads' predictions of {model.num_features} layers of the teacher, of width {model.width}"
-        if features == "heads"
-        else "`hidden_states[0]` is the encoder's input and `hidden_states[k]` the output of layer k",
-        milliseconds=1000 * model.stride / SAMPLE_RATE,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        reuse=f" {reused} layers reuse the attention map of an earlier layer." if reused else "",
-        origin="\n".join(f"- {line}" for line in describe(origin)) or "Unknown.",
-        receptive_field=model.receptive_field,
-        data=f"{hours} h, see `origin`" if hours is not None else "of unknown duration",
-    )
-    (folder / "README.md").write_text(card)
+    with filling(folder) as written:
+        tensors = {f"student.{name}": tensor for name, tensor in named_weights(model).items()}
+        tensors["masked_spec_embed"] = student.mask_embedding.detach().contiguous()
+        (written / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+        config: dict[str, Any] = {
+            "architectures": ["DistilledStudentModel"],
+            "auto_map": _AUTO_MAP,
+            "model_type": "distilled_student",
+            "dtype": "float32",
+            "custom_pipelines": _PIPELINES,
+            "hidden_size": model.width,
+            "num_hidden_layers": len(model.layers),
+            "student": model.config,
+            "origin": origin,
+        }
+        extractor = {
+            "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+            "feature_size": 1,
+            "sampling_rate": SAMPLE_RATE,
+            "padding_side": "right",
+            "padding_value": 0.0,
+            "do_normalize": False,
+            "return_attention_mask": True,
+        }
+        for name, tree in (("config.json", config), ("preprocessor_config.json", extractor)):
+            (written / name).write_text(json.dumps(tree, indent=2) + "\n")
+        for source in _SOURCES:
+            (written / source).write_text((_HERE / source).read_text())
+        reused = sum(model.config["reuses"])
+        hours = origin.get("corpus_hours")
+        card = _CARD.format(
+            title=origin.get("run") or folder.name,
+            teacher=origin.get("teacher") or "an unknown teacher",
+            layers=len(model.layers),
+            width=model.config["encoder_embed_dim"],
+            heads="with its prediction heads"
+            if features == "heads"
+            else "without the prediction heads, which only distillation uses",
+            states=f"`hidden_states` are the heads' predictions of {model.num_features} layers of the teacher, of width {model.width}"
+            if features == "heads"
+            else "`hidden_states[0]` is the encoder's input and `hidden_states[k]` the output of layer k",
+            milliseconds=1000 * model.stride / SAMPLE_RATE,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            reuse=f" {reused} layers reuse the attention map of an earlier layer." if reused else "",
+            origin="\n".join(f"- {line}" for line in describe(origin)) or "Unknown.",
+            receptive_field=model.receptive_field,
+            data=f"{hours} h, see `origin`" if hours is not None else "of unknown duration",
+        )
+        (written / "README.md").write_text(card)

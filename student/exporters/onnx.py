@@ -1,5 +1,6 @@
 """Export to ONNX and to `torch.export` programs, for batches of any size and length. ONNX needs the ``onnx`` extra."""
 
+import io
 import json
 import logging
 import tempfile
@@ -15,6 +16,7 @@ from ray_distill.student.exporters.origin import Origin
 from ray_distill.student.exporters.portable import Features, portable_student
 from ray_distill.student.exporters.portable_model import PortableStudent
 from ray_distill.student.model.student import Student
+from ray_distill.whole_files import replacing
 
 OPSET = 20
 """First ONNX operator set with a GELU; supported by runtimes since 2024."""
@@ -76,8 +78,9 @@ def export_torch(student: Student, file: Path, origin: Origin, features: Feature
         raise ValueError(f"{file} must end in .pt2, the suffix of torch.export programs; name it {file.stem}.pt2")
     with _quiet():
         program, _ = _program(student, features)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.export.save(program, file, extra_files={"origin.json": json.dumps(origin)})
+    buffer = io.BytesIO()  # On a full disk, torch.export.save to a file would abort the process.
+    torch.export.save(program, buffer, extra_files={"origin.json": json.dumps(origin)})
+    _write(file, buffer.getbuffer())
 
 
 def export_onnx(
@@ -136,8 +139,13 @@ def export_onnx(
             plain = quantised
         model = onnx.load(str(plain))
         onnx.helper.set_model_props(model, {"origin": json.dumps(origin), "weights": "int8" if int8 else "float32"})
-        file.parent.mkdir(parents=True, exist_ok=True)
-        onnx.save(model, str(file))
+        _write(file, model.SerializeToString())
+
+
+def _write(file: Path, content: bytes | memoryview) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        temporary.write_bytes(content)
 
 
 def _check_new(file: Path) -> None:

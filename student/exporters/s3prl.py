@@ -1,5 +1,6 @@
 """Export to a self-contained S3PRL upstream: expert, hubconf, weights and configuration, for PyTorch 1.13 or newer."""
 
+import io
 import json
 import keyword
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from ray_distill.student.exporters.origin import Origin, describe
 from ray_distill.student.exporters.portable import SOURCES, Features, named_weights, portable_student
 from ray_distill.student.model.student import Student
+from ray_distill.whole_files import filling
 
 _HERE = Path(__file__).parent
 
@@ -91,18 +93,18 @@ def export_s3prl(student: Student, folder: Path, origin: Origin, features: Featu
             f"S3PRL imports the folder, so its name must be a Python identifier such as my_student, not {name!r}"
         )
     model = portable_student(student, features)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; give a new folder")
-    torch.save(named_weights(model), folder / "weights.pt")
-    (folder / "config.json").write_text(json.dumps({"model": model.config, "origin": origin}, indent=2) + "\n")
-    for source, target in (*((name, name) for name in SOURCES), ("s3prl_expert.py", "expert.py")):
-        (folder / target).write_text((_HERE / source).read_text())
-    (folder / "__init__.py").write_text("")
-    (folder / "hubconf.py").write_text(_HUBCONF.format(name=name))
-    (folder / "run_downstream.py").write_text(_LAUNCHER.format(name=name))
-    states = f"the encoder's input and the outputs of {len(model.layers)} layers, of width {model.width}"
-    if features == "heads":
-        states = f"the predictions of {model.num_features} layers of the teacher by the student's heads, of width {model.width}"
-    lines = "\n".join(f"- {line}" for line in describe(origin)) or "Unknown."
-    (folder / "README.md").write_text(_README.format(name=name, origin=lines, states=states, stride=model.stride))
+    with filling(folder) as written:
+        buffer = io.BytesIO()  # torch.save's own error does not mention a full disk.
+        torch.save(named_weights(model), buffer)
+        (written / "weights.pt").write_bytes(buffer.getbuffer())
+        (written / "config.json").write_text(json.dumps({"model": model.config, "origin": origin}, indent=2) + "\n")
+        for source, target in (*((name, name) for name in SOURCES), ("s3prl_expert.py", "expert.py")):
+            (written / target).write_text((_HERE / source).read_text())
+        (written / "__init__.py").write_text("")
+        (written / "hubconf.py").write_text(_HUBCONF.format(name=name))
+        (written / "run_downstream.py").write_text(_LAUNCHER.format(name=name))
+        states = f"the encoder's input and the outputs of {len(model.layers)} layers, of width {model.width}"
+        if features == "heads":
+            states = f"the predictions of {model.num_features} layers of the teacher by the student's heads, of width {model.width}"
+        lines = "\n".join(f"- {line}" for line in describe(origin)) or "Unknown."
+        (written / "README.md").write_text(_README.format(name=name, origin=lines, states=states, stride=model.stride))

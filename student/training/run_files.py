@@ -1,7 +1,8 @@
 """Files and folders in a run's folder that training and loading a student need: their names, and how they are replaced."""
 
-import os
 from pathlib import Path
+
+from ray_distill.whole_files import replacing
 
 METRICS = "metrics.jsonl"
 """Rows of metrics, one JSON object per line."""
@@ -42,16 +43,5 @@ def step_folder(step: int) -> str:
 
 def replace_text(path: Path, text: str) -> None:
     """Replace a file atomically: even after a kill or a power failure it has either the old text or the new text."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with replacing(path, durable=True) as temporary:
+        temporary.write_text(text)

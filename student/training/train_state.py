@@ -19,6 +19,7 @@ from ray_distill.student.training import run_files
 from ray_distill.student.training.metric_rows import read_rows
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.target_source import TargetSource
+from ray_distill.whole_files import replacing, sync
 
 _FOLDER = 0x10
 """Attribute of a folder in a ZIP file. For a record with it, torch.load would return memory that it has not filled."""
@@ -233,12 +234,11 @@ class Checkpoints:
             parts = {name: part.state_dict() for name, part in self._parts.items()}
             content = {"parts": parts, "state": asdict(state), "random": everyone, "source": self._source}
             torch.save(content, buffer)
-            temporary = self._folder / run_files.LAST / f".{run_files.STATE}.tmp"
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(buffer.getbuffer())
-            run_files.sync(temporary)
-            temporary.replace(temporary.with_name(run_files.STATE))
-            run_files.sync(temporary.parent)
+            folder = self._folder / run_files.LAST
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / run_files.STATE, durable=True) as temporary:
+                temporary.write_bytes(buffer.getbuffer())
+            sync(folder)
 
         self._on_rank_0(write, state.step)
 
@@ -255,20 +255,14 @@ class Checkpoints:
             return
 
         def write() -> None:
-            name = run_files.step_folder(state.step)
-            temporary = self._folder / f".{name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            save_student(student, temporary, {"step": state.step, "validation_loss": loss})
-            for path in (*temporary.iterdir(), temporary):
-                run_files.sync(path)
-            # Exists only if a run was killed after this rename and before `last` was written.
-            shutil.rmtree(self._folder / name, ignore_errors=True)
-            temporary.rename(self._folder / name)
+            # The folder exists only if a run was killed after it was written and before `last` was.
+            with replacing(self._folder / run_files.step_folder(state.step), durable=True) as temporary:
+                save_student(student, temporary, {"step": state.step, "validation_loss": loss})
             link = self._folder / f".{run_files.BEST}.tmp"
             link.unlink(missing_ok=True)
             link.symlink_to(run_files.step_folder(best[0][1]))
             link.replace(self._folder / run_files.BEST)
-            run_files.sync(self._folder)
+            sync(self._folder)
 
         self._on_rank_0(write, state.step)
         state.best = best

@@ -19,7 +19,8 @@ from ray_distill.teacher_cache.storage.create import check_location, create_cach
 from ray_distill.teacher_cache.storage.failed_utterances import DEFAULT_MAX_FAILED
 from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import Shard, Shards, Utterance, plan_shards, with_sources
-from ray_distill.teacher_cache.storage.store import Store, is_disk_full
+from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.whole_files import is_disk_full
 
 
 def plan_audio(utterances: Iterable[Utterance], shard_seconds: float) -> pa.Table:

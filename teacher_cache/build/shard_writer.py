@@ -28,11 +28,11 @@ from ray_distill.teacher_cache.storage.cache import Cache, ShardFile
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.failed_utterances import reason_of
 from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterance, Utterances
-from ray_distill.teacher_cache.storage.store import is_disk_full
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
 from ray_distill.teacher_cache.targets.frame_rate import teacher_mask
 from ray_distill.teacher_cache.targets.target_batch import pad_waveforms
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
+from ray_distill.whole_files import is_disk_full
 
 _PENDING_BATCHES = 4
 """Maximum number of encoded batches that wait for the disk."""

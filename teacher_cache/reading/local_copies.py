@@ -26,7 +26,8 @@ from weakref import WeakSet, WeakValueDictionary
 from ray_distill.teacher_cache.storage.cache import damage_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError
 from ray_distill.teacher_cache.storage.local_files import open_lock_file
-from ray_distill.teacher_cache.storage.store import Store, is_disk_full
+from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.whole_files import is_disk_full
 
 RANGE_BYTES = 32 << 20
 """Bytes per request. At 50 MB/s, a request of 30 ms then spends 4 % of its time waiting."""

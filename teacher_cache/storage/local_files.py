@@ -109,6 +109,12 @@ class LocalFiles:
                 raise _unwritable(path.parent, error) from error
             raise
 
+    def check_writable(self) -> None:
+        """Raise CacheAccessError if files can't be created in the root, which need not exist yet."""
+        there = next(folder for folder in (self._root, *self._root.parents) if folder.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise _unwritable(there, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
     def move(self, name: str, to: str) -> None:
         """Rename a file or folder."""
         with self.writing(to) as target:
@@ -174,7 +180,7 @@ def open_lock_file(path: Path) -> int:
 
 def _unwritable(folder: Path, error: OSError) -> CacheAccessError:
     return CacheAccessError(
-        f"the folder {folder} can't be written to ({error.strerror}); make it writable, or copy the cache to a folder that is"
+        f"the folder {folder} can't be written to ({error.strerror}); make it writable, or give another folder"
     )
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.local_files import open_lock_file
-from ray_distill.teacher_cache.storage.store import Store, is_disk_full
+from ray_distill.teacher_cache.storage.store import Store
+from ray_distill.whole_files import is_disk_full
 
 LEASE = "building.json"
 """Name of the lock object in an object store."""

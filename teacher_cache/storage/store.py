@@ -1,7 +1,6 @@
 """Storage of a cache: a folder on a local disk or a prefix in an object store, through pyarrow's file systems."""
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -262,6 +261,11 @@ class Store:
             return None
         return shutil.disk_usage(self._existing(self.local)).free
 
+    def check_writable(self) -> None:
+        """Raise CacheAccessError if the cache is on a local disk and can't be written to. Object stores are not asked."""
+        if self.local is not None:
+            LocalFiles(self.local).check_writable()
+
     def disk(self) -> int:
         """Return the number of the local disk, equal for two places on the same one. 0 for an object store."""
         return 0 if self.local is None else self._existing(self.local).stat().st_dev
@@ -275,11 +279,6 @@ class Store:
 def _check_size(size: int | None, max_bytes: int | None) -> None:
     if size is not None and max_bytes is not None and size > max_bytes:
         raise ValueError(f"it has {size} bytes; the limit is {max_bytes}")
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Return whether an error means that the disk is full or the user's quota is used up."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _local_path(location: str) -> str:

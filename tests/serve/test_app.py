@@ -381,8 +381,11 @@ def test_the_reference_needs_no_network(client: httpx.Client, student: Student) 
     page = client.get("/docs")
     assert page.status_code == 200 and "connect-src 'self'" in page.headers["content-security-policy"]
     assert "http" not in page.text.replace("http-equiv", "")
-    for name in re.findall(r'(?:src|href)="(/docs/[^"]+)"', page.text):
-        assert client.get(name).status_code == 200 and client.get(name).content
+    files = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert files and not any(name.startswith("/") for name in files), "it also works under a path of another site"
+    for name in files:
+        assert client.get(f"/{name}").status_code == 200 and client.get(f"/{name}").content
+    assert '"/openapi' not in client.get("/docs/start.js").text
     assert "SmartBear" in client.get("/docs/NOTICE.txt").text
     assert_refused(client.get("/docs/none.js"), 404, "not_found")
     schema = create_app(student, api_keys=["secret"]).openapi()

@@ -88,6 +88,7 @@ def test_the_nginx_example_works(address: str, speech: Path, tmp_path: Path) -> 
     temporary = "".join(
         f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
+    block = block.replace("limit_conn addresses 32", "limit_conn addresses 2")
     gone = f"location = /healthz {{ proxy_pass http://127.0.0.1:{closed}; }} location / {{"  # A service that does not answer.
     block = block.replace("location / {", gone, 1)
     (tmp_path / "nginx.conf").write_text(
@@ -95,6 +96,8 @@ def test_the_nginx_example_works(address: str, speech: Path, tmp_path: Path) -> 
     )
     with subprocess.Popen(["nginx", "-p", tmp_path, "-c", tmp_path / "nginx.conf", "-e", tmp_path / "log"]) as process:
         try:
+            trusting = ssl.create_default_context(cafile=tmp_path / "pem")
+            trusting.check_hostname = False
             with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=False, trust_env=False) as client:
                 for _ in range(200):
                     with suppress(httpx.TransportError):
@@ -105,10 +108,18 @@ def test_the_nginx_example_works(address: str, speech: Path, tmp_path: Path) -> 
                 assert answer.json()["shape"] == [49, 16] and len(answer.headers["x-request-id"]) == 32
                 large = client.post("/v1/features", content=b"x" * 200_000)
                 assert (large.status_code, large.json()["error_type"]) == (413, "too_large")
+                idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+                half = [trusting.wrap_socket(one) for one in idle]
+                for one in half:
+                    one.sendall(b"POST /v1/features HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
+                time.sleep(0.2)
+                busy = client.get("/readyz")
+                assert (busy.status_code, busy.json()["error_type"]) == (429, "overloaded")
+                assert busy.headers["retry-after"] == "1"
+                for one in half:
+                    one.close()
                 down = client.get("/healthz")
                 assert (down.status_code, down.json()["error_type"]) == (503, "not_ready")
-            trusting = ssl.create_default_context(cafile=tmp_path / "pem")
-            trusting.check_hostname = False
             with websockets.connect(f"wss://127.0.0.1:{port}/v1/features/stream", ssl=trusting, proxy=None) as stream:
                 assert json.loads(stream.recv())["model"] == "tiny"
                 stream.send("end")

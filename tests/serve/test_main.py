@@ -4,6 +4,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -207,3 +208,23 @@ def test_a_folder_without_a_student_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_port_in_use_is_named_before_the_models_are_loaded(export: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [*COMMAND, "--model", str(export), "--port", port],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2 and "Importing" not in done.stderr
+    assert f"can't listen on port {port} of 127.0.0.1 (Address already in use)" in done.stderr
+
+
+def test_an_address_of_another_machine_is_named(export: Path) -> None:
+    command = [*COMMAND, "--model", str(export), "--host", "203.0.113.1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "of 203.0.113.1" in done.stderr and "--host" in done.stderr

@@ -38,6 +38,7 @@ def read_options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ServeSetti
     """Return the settings that the command would serve with."""
     found: list[ServeSettings] = []
     monkeypatch.setattr("ray_distill.serve.command.check_model_path", lambda *_: None)
+    monkeypatch.setattr("ray_distill.serve.command.check_address", lambda *_: None)
     monkeypatch.setattr("ray_distill.serve.command._configure_logging", lambda: None)
     monkeypatch.setattr("ray_distill.serve.command.signal.signal", lambda *_: None)
     monkeypatch.setattr("ray_distill.serve.server.run", lambda settings, ready: found.append(settings))

@@ -109,7 +109,7 @@ def test_a_disk_that_is_too_small_is_refused(
     plan_cache(run)
     monkeypatch.setattr(Store, "free_bytes", lambda store: 10_000)
     with pytest.raises(
-        ConfigError, match=r"cache.path: .*cache has 0.0 GB free, but the cache needs about .* choose another disk"
+        ConfigError, match=r"cache.path: .*cache has 10.00 kB free, but the cache needs about .* choose another disk"
     ):
         plan_cache(run)
     assert not (tmp_path / "cache").exists()

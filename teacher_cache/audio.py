@@ -18,7 +18,8 @@ import torchaudio.functional
 
 from ray_distill.teacher_cache.frames import RECEPTIVE_FIELD, SAMPLE_RATE
 from ray_distill.teacher_cache.sources.address import AudioAddress
-from ray_distill.teacher_cache.sources.claimed_length import bytes_after_data, cut_off, has_later_streams
+from ray_distill.teacher_cache.sources.claimed_length import TOLERANCE, bytes_after_data, refused_length
+from ray_distill.teacher_cache.sources.mp3_length import wrong_mp3_length
 
 Reason = Literal["undecodable", "empty", "too_short", "too_long", "no_channel", "outside"]
 
@@ -210,8 +211,8 @@ class _Opened:
     @property
     def frames(self) -> int | None:
         """Number of samples of a channel. None if the header doesn't know it exactly."""
-        # MP3 headers have an estimate, and FLAC and Ogg streams the largest possible number.
-        known = self.file.format in ("WAV", "WAVEX", "FLAC") and self.file.frames < 2**62
+        # MP3 headers, also inside WAV, have an estimate, and FLAC and Ogg streams the largest possible number.
+        known = self.file.format in ("WAV", "WAVEX", "FLAC") and self.file.frames < 2**62 and not self.lossy
         return int(self.file.frames) if known else None
 
     @property
@@ -273,11 +274,9 @@ def _blocks(opened: _Opened, on_block: Callable[[int], None] | None = None) -> I
     outside = AudioError("outside", f"{opened.name} is outside the audio, which is shorter")
     if opened.frames is not None and max(start, end or 0) > opened.frames:
         raise outside
-    if end is None and (short := cut_off(file)) is not None:  # A piece that ends before the end is complete.
-        raise AudioError("undecodable", f"{opened.name} is cut off ({short}); copy or convert it again")
-    if end is None and file.format == "OGG" and has_later_streams(opened.stream):
-        message = f"{opened.name} is a chain of several Ogg streams, of which only the first would be read; convert it to one stream"
-        raise AudioError("undecodable", message)
+    # A piece that ends before the end is complete.
+    if end is None and (wrong := refused_length(file, opened.stream)) is not None:
+        raise AudioError("undecodable", f"{opened.name} {wrong}")
     try:
         drop = start - _seek(opened, start)
         # soundfile seeks after each read of a seekable file. That fails in FLAC streams of unknown length.
@@ -303,6 +302,10 @@ def _blocks(opened: _Opened, on_block: Callable[[int], None] | None = None) -> I
         raise AudioError(
             "undecodable", f"{opened.name} is damaged (its header says {expected} samples, but it has {at})"
         )
+    if end is None and file.subtype == "MPEG_LAYER_III":
+        wrong = wrong_mp3_length(opened.stream, at, file.frames, int(TOLERANCE * file.samplerate))
+        if wrong is not None:
+            raise AudioError("undecodable", f"{opened.name} {wrong}")
     if drop or left:
         raise outside
 

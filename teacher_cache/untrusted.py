@@ -110,6 +110,8 @@ def load_untrusted(path: Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UntrustedCheckpointError(f"{path} is not a file; a checkpoint written by torch.save is needed")
+    if what := what_instead(path):
+        raise UntrustedCheckpointError(f"{path} {what}")
     try:
         found = _globals(path)
     except Exception as error:  # The parsers can raise anything for damaged bytes.
@@ -135,6 +137,17 @@ def load_untrusted(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UntrustedCheckpointError(f"{path} has a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
     return checkpoint
+
+
+def what_instead(path: Path) -> str | None:
+    """Return what a file is that a failed download left in place of weights, after its name. None if it is none of these."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS and not the weights; fetch them with git lfs pull, or download the file"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page and not the weights; download the file itself"
+    return None if start else "is empty; download it again"
 
 
 def plain(value: Any) -> Any:

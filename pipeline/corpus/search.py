@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from ray_distill.pipeline.composition.suggestions import enumerated
 from ray_distill.pipeline.corpus.formats import FORMATS, open_format, recognise
+from ray_distill.pipeline.corpus.formats.huggingface.dataset import has_tables
 from ray_distill.pipeline.corpus.found import FoundFiles, Search, Skipped, SkippedFiles
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary, assign_splits, kinds
 from ray_distill.pipeline.corpus.suffixes import SUFFIXES
@@ -84,6 +85,12 @@ def find_audio(
             if undecoded
             else ""
         )
+        if format != "folder":
+            raise ValueError(
+                f"{path} is in the format {format}, but names no audio{also}; add audio, or set corpus.format if it is another"
+            )
+        if has_tables(path):
+            FORMATS["huggingface"].find(path, search)  # It says which columns there are.
         raise ValueError(f"{path} contains no audio{also}; audio files end in {', '.join(SUFFIXES)}")
     used, unused, splits = assign_splits(found, train, validation, path)
     skipped += unused

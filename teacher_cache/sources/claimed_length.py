@@ -23,11 +23,25 @@ _UNKNOWN = 2**31 - 2**16
 """Programs that write to a pipe claim about 2 or 4 GiB, since they don't know the length before the end."""
 
 
-def cut_off(file: soundfile.SoundFile) -> str | None:
+def refused_length(file: soundfile.SoundFile, source: Path | str | BinaryIO) -> str | None:
+    """Return what is wrong with the length of audio that is to be decoded to its end, after its name. None if nothing is known to be.
+
+    Args:
+        file: Decoder of the audio.
+        source: Path or binary file of the same audio.
+    """
+    if (short := _cut_off(file)) is not None:
+        return f"is cut off ({short}); copy or convert it again"
+    if file.format == "OGG" and _has_later_streams(source):
+        return "is a chain of several Ogg streams, of which only the first would be read; convert it to one stream"
+    return None
+
+
+def _cut_off(file: soundfile.SoundFile) -> str | None:
     """Return what is wrong with a file that ends before its header says, or None if it is complete.
 
     Sizes that stand for an unknown length are accepted. Known for WAV, RF64, W64, AIFF and AU; the decoders of FLAC and others
-    notice it themselves.
+    notice it themselves; see also `mp3_length`.
     """
     found = re.search(_SHORT[file.format], file.extra_info, re.MULTILINE) if file.format in _SHORT else None
     if found is None:
@@ -53,7 +67,7 @@ def bytes_after_data(source: Path | str | BinaryIO) -> int:
     return 0 if at < 0 or is_chunk else source.seek(0, 2) - (at + 8)
 
 
-def has_later_streams(source: Path | str | BinaryIO) -> bool:
+def _has_later_streams(source: Path | str | BinaryIO) -> bool:
     """Return whether an Ogg file is a chain of streams, of which libsndfile decodes only the first.
 
     A recording of a radio station begins a stream with each title. The streams of a chain have different serial numbers (RFC 3533), so
@@ -61,7 +75,7 @@ def has_later_streams(source: Path | str | BinaryIO) -> bool:
     """
     if isinstance(source, (str, Path)):
         with Path(source).open("rb") as file:
-            return has_later_streams(file)
+            return _has_later_streams(file)
     at = source.tell()
     try:
         source.seek(0)

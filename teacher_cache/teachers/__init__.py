@@ -162,10 +162,15 @@ def open_folder(path: Path) -> HuggingFaceFolder:
 
 
 def check_supported(folder: HuggingFaceFolder) -> None:
-    """Raise TeacherError if the type of a Hugging Face folder's model or its sampling rate is not supported."""
+    """Raise TeacherError if the type of a Hugging Face folder's model or its sampling rate is not supported, or it is quantised."""
     if folder.model_type not in HUGGINGFACE_LOADERS:
         raise TeacherError(
             f"{folder.name} has a model of type {folder.model_type!r}; the supported types are {', '.join(HUGGINGFACE_LOADERS)}"
+        )
+    if quantised := folder.config.get("quantization_config"):
+        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+        raise TeacherError(
+            f"{folder.name} is quantised ({method or 'quantization_config'} in its config.json); use the original model"
         )
     _ = folder.preprocessor  # Its sampling rate is checked for every type.
 
@@ -188,6 +193,10 @@ def _load(spec: str, device: str | torch.device) -> Teacher:
             f"there is no teacher {spec!r}{suggestion(spec)}; give the path of a checkpoint or of a Hugging Face folder, the name "
             "OWNER/NAME of a model on the Hugging Face Hub, torchaudio:NAME, builtin:NAME, or random:LAYERSxDIM"
             f"{''.join(f', or {name}:... of an installed package' for name in plugin_names('teacher'))}"
+        )
+    if path.suffix in (".safetensors", ".json") or (path.name.startswith("pytorch_model") and path.suffix == ".bin"):
+        raise TeacherError(
+            f"{path} is a part of a Hugging Face folder; give the folder, which must have config.json and the weights"
         )
     checkpoint = load_untrusted(path)
     load = load_wavlm if is_wavlm(checkpoint) else load_distiller if is_distiller(checkpoint) else load_fairseq

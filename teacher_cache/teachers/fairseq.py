@@ -97,7 +97,7 @@ def load_fairseq(checkpoint: Mapping[str, Any], name: str, device: str | torch.d
     if sample_rate != SAMPLE_RATE:
         raise TeacherError(f"{name} was trained on audio at {sample_rate} Hz, but teachers must take {SAMPLE_RATE} Hz")
     architecture = fairseq_architecture(model_cfg, name)
-    weights, mask_embedding = torchaudio_weights(checkpoint.get("model"), name)
+    weights, mask_embedding = torchaudio_weights(checkpoint.get("model", checkpoint.get("model_weight")), name)
     model = load_model(lambda: build_model(architecture, name), weights, architecture.modules, name)
     return Wav2Vec2Teacher(
         model,
@@ -240,14 +240,21 @@ def _torchaudio_name(key: str, name: str) -> str:
 
 
 def _configuration(checkpoint: Mapping[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the configurations of the model and of its task. Before 2021 fairseq had both in one ``args`` namespace."""
+    """Return the configurations of the model and of its task. Before 2021 fairseq had both in one ``args`` namespace.
+
+    S3PRL converts checkpoints of fairseq to files with ``model_cfg``, ``task_cfg`` and ``model_weight``.
+    """
     cfg, args = plain(checkpoint.get("cfg")), plain(checkpoint.get("args"))
+    if "model_cfg" in checkpoint:
+        cfg = {"model": plain(checkpoint["model_cfg"]), "task": plain(checkpoint.get("task_cfg"))}
     if isinstance(cfg, dict) and isinstance(cfg.get("model"), dict):
         task = cfg.get("task")
         return cfg["model"], task if isinstance(task, dict) else {}
     if isinstance(args, dict):
         return args, args
-    raise TeacherError(f"{name} has neither 'cfg' nor 'args', so it is not a checkpoint of fairseq or WavLM")
+    raise TeacherError(
+        f"{name} has neither 'cfg' nor 'args', so it is not a checkpoint of fairseq or WavLM; weights alone are not enough"
+    )
 
 
 def _integer(cfg: Mapping[str, Any], key: str, default: int, name: str) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
-from ray_distill.teacher_cache.untrusted import load_untrusted
+from ray_distill.teacher_cache.untrusted import load_untrusted, what_instead
 
 STUDENT = "distilled_student"
 """Type of the students that this project exports."""
@@ -156,6 +156,8 @@ class HuggingFaceFolder:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
+        if what := what_instead(path):
+            raise TeacherError(f"{path} {what}")
         state: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise TeacherError(f"{path} is not a readable safetensors file: {error}") from error

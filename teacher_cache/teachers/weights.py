@@ -70,16 +70,30 @@ def checked_mask_embedding(mask_embedding: Tensor | None, dim: int, source: str)
 
 def _check_shapes(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     expected = model.state_dict()
-    _refuse("lacks weights that its configuration needs", sorted(expected.keys() - weights.keys()), source)
-    _refuse("has weights that its configuration doesn't know", sorted(weights.keys() - expected.keys()), source)
+    unknown = sorted(weights.keys() - expected.keys())
+    others = f"; it has others instead, such as {unknown[0]}" if unknown else ""
+    _refuse("lacks weights that its configuration needs", sorted(expected.keys() - weights.keys()), source, others)
+    _refuse("has weights that its configuration doesn't know", unknown, source)
     wrong = sorted(key for key in expected if expected[key].shape != weights[key].shape)
     _refuse("has weights whose shapes don't fit its configuration", wrong, source)
+    # Their scales are elsewhere, so as numbers they mean nothing.
+    quantised = sorted(key for key in expected if expected[key].is_floating_point() and not _is_number(weights[key]))
+    _refuse(
+        "has quantised weights, not floating-point numbers of at least 16 bits",
+        quantised,
+        source,
+        "; use the original model",
+    )
 
 
-def _refuse(problem: str, keys: list[str], source: str) -> None:
+def _is_number(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.element_size() > 1
+
+
+def _refuse(problem: str, keys: list[str], source: str, advice: str = "") -> None:
     if keys:
         more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-        raise TeacherError(f"{source} {problem}: {', '.join(keys[:3])}{more}")
+        raise TeacherError(f"{source} {problem}: {', '.join(keys[:3])}{more}{advice}")
 
 
 def _is_finite(weight: Tensor) -> bool:

@@ -261,6 +261,46 @@ def test_a_chain_of_ogg_streams_is_refused(tmp_path: Path, subtype: str) -> None
         assert len(load_audio(io.BytesIO(whole))) >= 15_990
 
 
+TAG_1, TAG_2 = b"TAG" + bytes(125), b"ID3\x04\0\0\0\0\x01\x00" + bytes(128)
+
+
+@pytest.mark.parametrize("between", [b"", TAG_1, TAG_2, TAG_1 + TAG_2, bytes(300)])
+def test_joined_mp3_files_are_refused(tmp_path: Path, between: bytes) -> None:
+    first, second = (encode(tone(seconds, 16_000), 16_000, "MP3") for seconds in (1.0, 2.0))
+    (tmp_path / "a.mp3").write_bytes(first + between + second)
+    with pytest.raises(
+        AudioError, match=r"a\.mp3 has 5\d+ samples, of which only the first 16000 would be read"
+    ) as caught:
+        load_audio(tmp_path / "a.mp3")
+    assert caught.value.reason == refused(TAG_2 + first + between + second).reason == "undecodable"
+    assert len(load_audio(AudioAddress(str(tmp_path / "a.mp3"), start=0, end=8000))) == 8000  # In the first one.
+    assert len(load_audio(io.BytesIO(TAG_2 + first + between + b"APETAGEX" + bytes(3000)))) == 16_000
+
+
+def test_a_cut_off_mp3(tmp_path: Path) -> None:
+    data = encode(tone(3.0, 16_000), 16_000, "MP3")
+    (tmp_path / "a.mp3").write_bytes(data[: len(data) // 2])
+    with pytest.raises(AudioError, match=r"a\.mp3 is cut off \(its header says 48000 samples, but it has 2\d+\); copy"):
+        load_audio(tmp_path / "a.mp3")
+    assert len(load_audio(AudioAddress(str(tmp_path / "a.mp3"), start=0, end=8000))) == 8000
+
+
+@pytest.mark.parametrize("silence", [0.0, 8.0])
+def test_an_mp3_that_does_not_count_its_frames(silence: float) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32)
+    waveform = np.concatenate([noise, np.zeros(int(silence * 16_000), np.float32)])
+    buffer = io.BytesIO()
+    mode = "VARIABLE" if silence else "CONSTANT"
+    soundfile.write(buffer, waveform, 16_000, format="MP3", bitrate_mode=mode, compression_level=0)
+    assert len(load_audio(io.BytesIO(buffer.getvalue()))) == len(waveform)
+    data = buffer.getvalue()
+    data = data[data.index(data[:2], 4) :]  # The first frame counts the others.
+    if silence:  # The first frame has more bytes than the others, so libsndfile expects too few.
+        assert "has a variable bit rate without a header" in str(refused(data))
+    else:
+        assert len(waveform) - 1600 < len(load_audio(io.BytesIO(data))) < len(waveform) + 3456
+
+
 def test_mp3_inside_wav() -> None:
     mp3 = encode(tone(1.0, 16_000), 16_000, "MP3")
     form = struct.pack("<HHIIHHHHIHHH", 0x55, 1, 16_000, 4000, 1, 0, 12, 1, 2, 288, 1, 0)

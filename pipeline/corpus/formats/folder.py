@@ -114,28 +114,40 @@ def _walk(path: Path, skipped: SkippedFiles) -> _Walked:
             raise ValueError(message) from error
         skipped.append(Skipped(folder, "unreadable_folder", message))
 
-    for folder, folders, names in os.walk(path, followlinks=True, onerror=unreadable):
-        folders.sort()
-        real = Path(folder).resolve()
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        audio = {Path(name).stem for name in names if name.lower().endswith(SUFFIXES)}
-        for name in sorted(names):
-            file = Path(folder) / name
-            suffix = file.suffix.lower()
-            if name.lower().endswith(SUFFIXES):
-                walked.audio.append(file)
-            elif suffix in UNSUPPORTED:
-                message = (
-                    f"{file} can't be decoded, since libsndfile doesn't read {suffix} files; convert it to flac or wav"
-                )
-                skipped.append(Skipped(file, "unsupported_format", message))
-            elif suffix in _LISTS and file.stem not in audio and kinds(file.stem) - {"train"}:
-                walked.lists.append(file)
+    # A folder's own place counts before a link to it, which may lie in another split or in none.
+    places = [str(path)]
+    while places:
+        links: list[str] = []
+        for place in places:
+            for folder, folders, names in os.walk(place, onerror=unreadable):
+                real = Path(folder).resolve()
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                folders.sort()
+                links += (inner for name in folders if os.path.islink(inner := os.path.join(folder, name)))  # noqa: PTH114, PTH118
+                _add(walked, skipped, folder, names)
+        places = sorted(links)
     walked.audio.sort()
     return walked
+
+
+def _add(walked: _Walked, skipped: list[Skipped], folder: str, names: list[str]) -> None:
+    """Add the files of a folder."""
+    audio = {Path(name).stem for name in names if name.lower().endswith(SUFFIXES)}
+    for name in sorted(names):
+        file = Path(folder) / name
+        suffix = file.suffix.lower()
+        if name.lower().endswith(SUFFIXES):
+            walked.audio.append(file)
+        elif suffix in UNSUPPORTED:
+            message = (
+                f"{file} can't be decoded, since libsndfile doesn't read {suffix} files; convert it to flac or wav"
+            )
+            skipped.append(Skipped(file, "unsupported_format", message))
+        elif suffix in _LISTS and file.stem not in audio and kinds(file.stem) - {"train"}:
+            walked.lists.append(file)
 
 
 def _is_librispeech(name: Path) -> bool:

@@ -76,7 +76,11 @@ def _recordings(scp: Path) -> dict[str, str]:
             )
         if not audio:
             raise ValueError(f"line {number} of {scp} is {line[:80]!r}; give a recording's id and its path")
-        recordings[name] = audio
+        if recordings.setdefault(name, audio) != audio:
+            raise ValueError(
+                f"line {number} of {scp} names {audio!r} as the recording {name!r}, which is {recordings[name]!r} before; give "
+                "each its own id"
+            )
     return recordings
 
 

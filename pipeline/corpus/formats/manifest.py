@@ -12,12 +12,9 @@ import pyarrow.compute as pc
 
 from ray_distill.pipeline.corpus.formats.file_splits import located
 from ray_distill.pipeline.corpus.formats.manifest_table import COLUMNS, NEEDED, SUFFIXES, Columns, read_columns
-from ray_distill.pipeline.corpus.formats.text_lines import check_piece, seconds_of, text_of
+from ray_distill.pipeline.corpus.formats.text_lines import check_piece, seconds_of, text_of, words_of_pieces
 from ray_distill.pipeline.corpus.found import FOUND_SCHEMA, FoundFiles, Search, piece_id, without_suffix
 from ray_distill.teacher_cache.sources.address import Channel
-
-# Other columns with such a word select a piece of a file.
-_PARTS = {"start", "end", "begin", "stop", "offset", "onset"}
 
 _NAMES_OF_PATHS = (
     "file",
@@ -68,14 +65,16 @@ def find(path: Path, search: Search) -> FoundFiles:
     if "path" not in columns:
         other = next((name for name in header if name.strip().lower() in _NAMES_OF_PATHS), None)
         hint = "" if other is None else f"; rename the column {other!r} to path"
+        separator = "tabs" if path.suffix.lower() == ".tsv" else "commas"
         hint = hint or (
-            "; separate the columns by commas" if len(header) == 1 and re.search(r"[;\t|]", header[0]) else ""
+            f"; separate the columns by {separator}" if len(header) == 1 and re.search(r"[,;\t|]", header[0]) else ""
         )
         raise ValueError(
             f"the manifest {path} has no column 'path'; its columns are {', '.join(header) or 'none'}{hint}"
         )
     _refuse_other_pieces(header, columns, path)
-    unknown = [name for name in header if name.strip().lower() not in COLUMNS]
+    # pandas writes its row numbers to a column without a name.
+    unknown = [name for name in header if name.strip() and name.strip().lower() not in COLUMNS]
     if unknown:
         search.notes.append(
             f"the columns {', '.join(unknown)} of {path} are not used; the known ones are {', '.join(COLUMNS)}"
@@ -232,7 +231,7 @@ def _channel(text: str, place: str) -> Channel | None:
 def _refuse_other_pieces(header: list[str], columns: Columns, path: Path) -> None:
     """Raise ValueError if pieces of files seem to be meant by columns other than ``start`` and ``end``."""
     names = {name.strip().lower(): name for name in header}
-    others = [name for low, name in names.items() if low not in COLUMNS and set(re.split("[^a-z]+", low)) & _PARTS]
+    others = [name for low, name in names.items() if low not in COLUMNS and words_of_pieces(low)]
     if "duration" in names and "start" in columns and "end" not in columns:
         others.append(names["duration"])
     if others:

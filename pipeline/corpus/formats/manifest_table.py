@@ -2,6 +2,8 @@
 
 import csv
 import itertools
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,7 +88,13 @@ def _json_columns(path: Path) -> tuple[list[str], int, Columns]:
             if key.strip().lower() in COLUMNS:
                 if key not in found:
                     found[key] = [pa.array([""] * count, pa.large_string())]
-                found[key].append(pa.array([text_of(record.get(key)) for record in batch], pa.large_string()))
+                values = [record.get(key) for record in batch]
+                if wrong := next((value for value in values if isinstance(value, dict | list)), None):
+                    raise ValueError(
+                        f"the {key} of an object in the manifest {path} is {json.dumps(wrong)[:80]}; give one text or number, as the "
+                        "columns of a table have"
+                    )
+                found[key].append(pa.array(list(map(text_of, values)), pa.large_string()))
         count += len(batch)
     names = list(header)
     at = known_columns(names, path) if count else {}
@@ -161,6 +169,8 @@ def _wrong_row(
     ):
         return None
     advice = "remove tabs inside values" if tabs else "quote values that contain commas"
+    if not tabs and len(header) == 1 and re.search(r"[;\t|]", header[0]):
+        advice = "separate the columns by commas, and write numbers with a dot"
     for line, row in batch:
         if len(row) != len(header):
             return ValueError(

@@ -42,6 +42,11 @@ def find(path: Path, search: Search) -> list[FoundFile]:
         for line, record in read_records(manifest):
             place = f"line {line} of {manifest}"
             audio = record.get("audio_filepath")
+            if isinstance(audio, list):
+                raise ValueError(
+                    f"{place} has a list as audio_filepath, but each utterance must be in one file; join the channels in one file, or "
+                    "write a line for each"
+                )
             if not isinstance(audio, str) or not audio:
                 raise ValueError(f"{place} has no audio_filepath; give the path of its audio")
             if "shard_id" in record:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ TEXTS = ("text", "transcript", "transcription", "sentence", "normalized_text", "
 """Columns of Hugging Face's datasets that have a transcript, the first of them first."""
 SPEAKERS = ("speaker_id", "speaker", "spk_id", "client_id")
 """Columns of Hugging Face's datasets that have a speaker."""
+
+# Columns with such a word, other than start and end of manifests, select a piece of a file.
+_PIECES = {"start", "tstart", "begin", "onset", "offset", "end", "tend", "stop", "segments"}
 
 _JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
@@ -120,6 +124,12 @@ def check_piece(start: float | None, end: float | None, place: str) -> None:
     """Raise ValueError if a piece ends before it starts. An empty piece passes: decoding lists it as skipped."""
     if end is not None and end < (start or 0):
         raise ValueError(f"{place} has a piece from {start or 0:g} s to {end:g} s; its end must come after its start")
+
+
+def words_of_pieces(column: str) -> bool:
+    """Return whether a column's name says that it selects pieces of files, as ``start_time`` and ``offset`` do."""
+    name = column.strip().lower()
+    return name in ("from", "to") or bool(set(re.split("[^a-z]+", name)) & _PIECES)
 
 
 def text_of(value: object) -> str:

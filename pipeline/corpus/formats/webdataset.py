@@ -155,5 +155,6 @@ def _labels(suffix: str, content: bytes, known: dict[str, str]) -> Iterator[tupl
         return
     if isinstance(tree, dict):
         for name, keys in (("text", ("text", "transcript")), ("speaker", ("speaker", "speaker_id"))):
-            if value := next((tree[key] for key in keys if isinstance(tree.get(key), (str, int))), None):
+            value = next((tree[key] for key in keys if isinstance(tree.get(key), (str, int))), "")
+            if value != "":
                 yield name, text_of(value)

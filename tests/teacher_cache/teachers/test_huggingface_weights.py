@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ray_distill.teacher_cache.teachers import TeacherError, load_teacher
 from ray_distill.teacher_cache.teachers.header import load_header
@@ -98,3 +98,48 @@ def test_a_pickle_with_code_or_without_weights_is_refused(folder: Path, monkeypa
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(TeacherError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         load_teacher(str(folder))
+
+
+def test_quantised_weights_are_refused(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    name = "encoder.layers.0.attention.k_proj.weight"
+    for kind in (torch.int8, torch.uint8, torch.float8_e4m3fn):
+        save_file(state | {name: state[name].to(kind)}, folder / "model.safetensors")
+        message = "has quantised weights, .* of at least 16 bits: .*k_proj.weight; use the original model"
+        for load in (load_teacher, load_header):
+            with pytest.raises(TeacherError, match=message):
+                load(str(folder))
+    save_file(state, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(TeacherError, match="is quantised .bitsandbytes in its config"):
+        load_teacher(str(folder))
+
+
+def test_names_with_another_prefix_are_said(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file({f"module.{name}": weight for name, weight in state.items()}, folder / "model.safetensors")
+    with pytest.raises(TeacherError, match=r"lacks weights .* more; it has others instead, such as module\.encoder\."):
+        load_teacher(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of Git LFS and not the"),
+        (b"<!DOCTYPE html><html>", "is a web page and not the weights"),
+        (b"", "is empty; download it again"),
+    ],
+)
+def test_what_a_failed_download_left_is_named(folder: Path, content: bytes, message: str) -> None:
+    for file in (folder / "model.safetensors", folder / "a.pt"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{file.name} {message}"):
+            load_teacher(str(folder if file.name.startswith("model") else file))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin"])
+def test_a_file_of_a_folder_is_no_teacher(folder: Path, name: str) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(TeacherError, match=f"{name} is a part of a Hugging Face folder; give the folder"):
+        load_teacher(str(folder / name))

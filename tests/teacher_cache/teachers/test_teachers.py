@@ -323,6 +323,18 @@ def test_huggingface_errors(tmp_path: Path) -> None:
         load_teacher(str(folder))
 
 
+def test_a_checkpoint_that_s3prl_converted(tmp_path: Path) -> None:
+    checkpoint = golden_checkpoint("hubert")
+    converted = {
+        "task_cfg": checkpoint["cfg"]["task"],
+        "model_cfg": checkpoint["cfg"]["model"],
+        "model_weight": checkpoint["model"],
+        "dictionaries_symbols": [],
+    }
+    expected = load_teacher(saved(checkpoint, tmp_path / "fairseq.pt"))
+    assert load_teacher(saved(converted, tmp_path / "s3prl.pt")).fingerprint == expected.fingerprint
+
+
 def test_unsupported_checkpoints(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "teacher.pt"
 

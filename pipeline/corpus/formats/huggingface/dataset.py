@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_distill.pipeline.corpus.formats.huggingface import arrow_bytes
-from ray_distill.pipeline.corpus.formats.text_lines import SPEAKERS, TEXTS, first_of
+from ray_distill.pipeline.corpus.formats.text_lines import SPEAKERS, TEXTS, first_of, text_of, words_of_pieces
 from ray_distill.pipeline.corpus.found import FoundFile, Search, without_suffix
 from ray_distill.pipeline.corpus.splits import split_of_folders
 from ray_distill.teacher_cache.sources.address import AudioAddress
@@ -21,8 +21,12 @@ _SUFFIXES = (".parquet", ".arrow")
 
 def matches(path: Path) -> bool:
     """Return whether a file, or the first Parquet or Arrow file below a folder, has a column with the bytes of audio."""
-    files = _files(path, 1)
-    return bool(files) and _audio_column(files[0]) is not None
+    return any(_audio_columns(file) for file in _files(path, 1))
+
+
+def has_tables(path: Path) -> bool:
+    """Return whether there are Parquet or Arrow files, with audio or without."""
+    return bool(_files(path, 1))
 
 
 def _files(path: Path, most: int | None = None) -> list[Path]:
@@ -44,18 +48,33 @@ def _schema(file: Path) -> pa.Schema:
         raise ValueError(f"{file} can't be read ({str(error).splitlines()[0]})") from error
 
 
-def _audio_column(file: Path) -> str | None:
-    """Return the name of the column with the bytes of audio: a struct with a field ``bytes``. None if there is none."""
+def _audio_columns(file: Path) -> list[str]:
+    """Return the names of the columns with the bytes of audio: structs with a field ``bytes``."""
     try:
         schema = _schema(file)
     except ValueError:
-        return None
-    names = [
+        return []
+    return [
         field.name
         for field in schema
         if pa.types.is_struct(field.type) and any(_is_bytes(field.type.field(n)) for n in range(field.type.num_fields))
     ]
-    return "audio" if "audio" in names else next(iter(names), None)
+
+
+def _audio_column(file: Path, schema: pa.Schema) -> str:
+    """Return the name of the column of audio: ``audio``, or the only one with bytes."""
+    names = _audio_columns(file)
+    if "audio" in names or len(names) == 1:
+        return "audio" if "audio" in names else names[0]
+    if names:
+        raise ValueError(
+            f"{file} has several columns of audio, {', '.join(names)}, of which one is used; rename it to audio, for example with "
+            "rename_column of the library datasets"
+        )
+    raise ValueError(
+        f"{file} has no column with the bytes of audio (a struct with a field 'bytes'); its columns are {', '.join(schema.names)}; "
+        "save it with a column of type datasets.Audio at the top level, or write a manifest if it names files"
+    )
 
 
 def _is_bytes(field: pa.Field) -> bool:
@@ -76,28 +95,33 @@ class _Row:
 def find(path: Path, search: Search) -> list[FoundFile]:
     """Return the rows of a file or of all files in a folder, up to three folders deep.
 
-    The split is the beginning of a file's name, as in ``train-00000-of-00010.parquet``, or a folder. The id is a column ``id``
+    The split is the column ``split`` if it has text, or else the beginning of a file's name, as in
+    ``train-00000-of-00010.parquet``, or a folder. The id is a column ``id``
     (or ``utt_id``, ``utterance_id``, ``segment_id``, ``key``), or else the name of the audio without suffix if all are different,
     or else the file and the row. The transcript and the speaker are the first columns among ``text``, ``transcript``,
     ``transcription``, ``sentence``, ``normalized_text`` and ``raw_text``, and among ``speaker_id``, ``speaker``, ``spk_id`` and
     ``client_id``. A row without bytes names a file, which must be inside the folder.
 
     Raises:
-        ValueError: There is no such file, one can't be read, or a row has neither bytes nor a file inside the folder.
+        ValueError: There is no such file, one can't be read or has several columns of audio, none of which is ``audio``, or a row has
+            no split, or neither bytes nor a file inside the folder.
     """
     files = _files(path)
     if not files:
         raise ValueError(f"{path} has no Parquet or Arrow file of a Hugging Face dataset")
     root = path if path.is_dir() else path.parent
     rows: list[_Row] = []
+    pieces: set[str] = set()
     for file in files:
-        column = _audio_column(file)
-        if column is None:
-            raise ValueError(
-                f"{file} has no column with the bytes of audio (a struct with a field 'bytes'); its columns are "
-                f"{', '.join(_schema(file).names)}"
-            )
+        schema = _schema(file)
+        column = _audio_column(file, schema)
         rows += _parquet_rows(file, column) if file.suffix == ".parquet" else _arrow_rows(file, column)
+        pieces.update(name for name in schema.names if words_of_pieces(name))
+    if pieces:
+        search.notes.append(
+            f"the columns {', '.join(sorted(pieces))} of {path} are not used: each row's whole audio is an utterance; if it should be "
+            "a piece, write a manifest with the columns start and end"
+        )
     ids = _ids(rows, root)
     splits = _splits(files, root, search.wanted)
     return [_entry(row, id, splits[row.file], root) for row, id in zip(rows, ids, strict=True)]
@@ -105,13 +129,20 @@ def find(path: Path, search: Search) -> list[FoundFile]:
 
 def _entry(row: _Row, id: str, split: tuple[str | None, str], root: Path) -> FoundFile:
     path, address = row.file, row.address
+    place = f"row {row.number} of {row.file}"
     if address is None:
         path = root / row.name
-        if not path.resolve().is_relative_to(root.resolve()) or not row.name:
+        if not row.name:
+            raise ValueError(f"{place} has neither the bytes of audio nor the name of a file; remove the row")
+        if not path.resolve().is_relative_to(root.resolve()):
             raise ValueError(
-                f"row {row.number} of {row.file} has no bytes of audio, but names {row.name or 'no file'}, which is not inside "
-                f"{root}; embed the audio (save_to_disk does), or write a manifest with the paths"
+                f"{place} has no bytes of audio, but names {row.name}, which is not inside {root}; embed the audio (save_to_disk "
+                "does), or write a manifest with the paths"
             )
+    if "split" in row.labels:
+        split = text_of(row.labels["split"]), "column split"
+        if not split[0]:
+            raise ValueError(f"{place} has no split; fill in the column split, or remove it")
     return FoundFile(
         id,
         path,
@@ -149,7 +180,15 @@ def _splits(files: list[Path], root: Path, wanted: list[str]) -> dict[Path, tupl
 
 
 def _label_columns(schema: pa.Schema) -> list[str]:
-    return [name for name in (*_IDS, *TEXTS, *SPEAKERS) if name in schema.names]
+    names = [name for name in (*_IDS, *TEXTS, *SPEAKERS) if name in schema.names]
+    if "split" in schema.names and _is_text(schema.field("split").type):
+        names.append("split")
+    return names
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _parquet_rows(file: Path, column: str) -> list[_Row]:

@@ -131,7 +131,8 @@ def _recording(record: Any, place: str) -> Recording:
         raise ValueError(f"{place} has no recording with sources")
     if record.get("transforms"):
         raise ValueError(
-            f"{place} has a recording that is to be changed (transforms), which is not done; use the plain recording"
+            f"{place} has a recording that is to be changed (transforms), which is not done; use the plain "
+            "recording, or store the changed one as a file with save_audios of lhotse"
         )
     sources = []
     for source in record["sources"]:
@@ -180,7 +181,10 @@ def _cuts(file: Path) -> list[Piece]:
         place = f"line {line} of {file}"
         kind = record.get("type")
         if kind not in ("MonoCut", "MultiCut"):
-            raise ValueError(f"{place} is a {kind}; only MonoCut and MultiCut, pieces of one recording, are read")
+            raise ValueError(
+                f"{place} is a {kind}; only MonoCut and MultiCut, pieces of one recording, are read; store such audio as files with "
+                "save_audios of lhotse"
+            )
         pieces.append(
             cut_piece(record, _recording(record.get("recording"), place), record.get("supervisions") or [], place)
         )

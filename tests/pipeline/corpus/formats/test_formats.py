@@ -259,7 +259,7 @@ def test_huggingface_ids_and_paths(tmp_path: Path, write_audio: Writer) -> None:
         ("mixed.parquet", False),
     ]
     (tmp_path / "c/link.wav").symlink_to(tmp_path / "named.parquet")
-    for path in ("../named.parquet", str(tmp_path / "named.parquet"), "link.wav", ""):
+    for path in ("../named.parquet", str(tmp_path / "named.parquet"), "link.wav"):
         outside = pa.array([{"bytes": None, "path": path}], mixed.type)
         pq.write_table(pa.table({"audio": outside}), tmp_path / "c/out.parquet")
         refuse(tmp_path / "c/out.parquet", "row 0 of .*out.parquet has no bytes of audio, but names .* not inside")

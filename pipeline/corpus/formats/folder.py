@@ -133,7 +133,7 @@ def _walk(path: Path, skipped: SkippedFiles) -> _Walked:
     return walked
 
 
-def _add(walked: _Walked, skipped: list[Skipped], folder: str, names: list[str]) -> None:
+def _add(walked: _Walked, skipped: SkippedFiles, folder: str, names: list[str]) -> None:
     """Add the files of a folder."""
     audio = {Path(name).stem for name in names if name.lower().endswith(SUFFIXES)}
     for name in sorted(names):

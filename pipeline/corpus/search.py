@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_distill.pipeline.composition.suggestions import enumerated
-from ray_distill.pipeline.corpus.formats import FORMATS, open_format, recognise
+from ray_distill.pipeline.corpus.formats import FORMATS, matches, open_format, recognise
 from ray_distill.pipeline.corpus.formats.huggingface.dataset import has_tables
 from ray_distill.pipeline.corpus.found import FoundFiles, Search, Skipped, SkippedFiles
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, SplitSummary, assign_splits, kinds
@@ -70,8 +70,8 @@ def find_audio(
     if format != "folder" and format in FORMATS:
         others = [
             name
-            for name, other in FORMATS.items()
-            if name not in (format, "folder", "manifest", *_PARTS.get(format, ())) and other.matches(path)
+            for name in FORMATS
+            if name not in (format, "folder", "manifest", *_PARTS.get(format, ())) and matches(name, path)
         ]
         if others:
             notes.append(
@@ -167,7 +167,7 @@ def _refuse_wrong_level(path: Path) -> None:
     """Raise ValueError if a folder, which is in no format with tables, is above or below one that is."""
     if not path.is_dir():
         return
-    if path.name == "clips" and FORMATS["common_voice"].matches(path.parent):
+    if path.name == "clips" and matches("common_voice", path.parent):
         raise ValueError(
             f"{path} has the clips of all splits of a Common Voice corpus; give {path.parent}, whose tables tell them apart, or set "
             "corpus.format=folder to use all of them"
@@ -175,7 +175,7 @@ def _refuse_wrong_level(path: Path) -> None:
     children = list(islice(_folders(path), _LOOKED_AT))
     for inner in [*children, *(inner for child in children[:10] for inner in islice(_folders(child), _LOOKED_AT))]:
         for name in _TABLES:
-            if FORMATS[name].matches(inner):
+            if matches(name, inner):
                 raise ValueError(
                     f"{path} is no corpus with tables itself, but {inner} is one in the format {name}; give that folder, or set "
                     f"corpus.format=folder to use all audio below {path}"

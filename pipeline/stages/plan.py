@@ -87,8 +87,10 @@ def _plan_cache(run: Run, needed: dict[int, int]) -> CostPlan | None:
         run.check_precision()
         run.say("plan    targets are online: no cache is needed")
         return None
-    if Cache.exists(run.cache) and Cache.open(run.cache).covers(run.spec):
-        run.say(f"plan    the cache at {run.cache.location} has all layers and draws that are needed")
+    if Cache.exists(run.cache) and (cache := Cache.open(run.cache)).covers(run.spec):
+        lacking = len(cache.missing(run.spec))
+        left = f", and lacks {counted(lacking, 'shard')}, which the cache stage builds" if lacking else ""
+        run.say(f"plan    the cache at {run.cache.location} has all layers and draws that are needed{left}")
         return None
     run.check_precision()
     run.cache.check_writable()

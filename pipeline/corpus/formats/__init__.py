@@ -58,6 +58,14 @@ def open_format(name: str) -> CorpusFormat:
     return FORMATS.get(check_format(name)) or format_of_package(name)
 
 
+def matches(name: str, path: Path) -> bool:
+    """Return whether a file or folder is in a format of this package. One in a folder that this user may not read is in none."""
+    try:
+        return FORMATS[name].matches(path)
+    except PermissionError:
+        return False  # The search of a folder says what can't be read.
+
+
 def recognise(path: Path) -> str:
     """Return the name of the format of a file or folder.
 
@@ -71,7 +79,7 @@ def recognise(path: Path) -> str:
         raise ValueError(
             f"there is no corpus at {path}; give a folder of audio, a manifest, or a corpus in another known format"
         )
-    found = next((name for name, candidate in FORMATS.items() if candidate.matches(path)), None)
+    found = next((name for name in FORMATS if matches(name, path)), None)
     broken = ""
     for name in [] if found else plugin_names("corpus format"):
         try:

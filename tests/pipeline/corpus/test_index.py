@@ -351,6 +351,15 @@ def test_folders_that_cannot_be_read_are_said(
     assert [(skip.path, skip.reason) for skip in index.skipped] == [(closed[0], "unreadable_folder")]
     assert f"the folder {closed[0]} can't be read (Permission denied)" in (tmp_path / "index/skipped.csv").read_text()
     assert len(index.utterances) == 11
+    is_file = Path.is_file
+
+    def guarded_file(path: Path) -> bool:
+        if path.parent in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", guarded_file)  # Formats look into folders for their files.
+    assert len(index_corpus(speech_folder, output=tmp_path / "again").utterances) == 11
     closed[0] = speech_folder
     with pytest.raises(ValueError, match=f"the folder {speech_folder} can't be read"):
         index_corpus(speech_folder, output=tmp_path / "index")

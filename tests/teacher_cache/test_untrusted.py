@@ -100,7 +100,9 @@ def test_truncated_files_give_one_sentence(tmp_path: Path, keep: int, zip_format
     path = tmp_path / "cut.pt"
     torch.save({"model": {"w": torch.zeros(2000)}}, path, _use_new_zipfile_serialization=zip_format)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UntrustedCheckpointError, match=r"cut\.pt is (not a readable PyTorch checkpoint|empty)") as caught:
+    with pytest.raises(
+        UntrustedCheckpointError, match=r"cut\.pt is (not a readable PyTorch checkpoint|empty)"
+    ) as caught:
         load_untrusted(path)
     assert "\n" not in str(caught.value)
 

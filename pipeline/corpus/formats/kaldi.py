@@ -66,7 +66,7 @@ def _find_in(folder: Path, split: str | None) -> list[FoundFile]:
 
 
 def _recordings(scp: Path) -> dict[str, str]:
-    recordings = {}
+    recordings: dict[str, str] = {}
     for number, line in read_lines(scp):
         name, audio = _key_and_value(line)
         if audio.endswith("|"):

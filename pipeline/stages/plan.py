@@ -89,8 +89,8 @@ def _plan_cache(run: Run, needed: dict[int, int]) -> CostPlan | None:
         return None
     if Cache.exists(run.cache) and (cache := Cache.open(run.cache)).covers(run.spec):
         lacking = len(cache.missing(run.spec))
-        left = f", and lacks {counted(lacking, 'shard')}, which the cache stage builds" if lacking else ""
-        run.say(f"plan    the cache at {run.cache.location} has all layers and draws that are needed{left}")
+        rest = f", and lacks {counted(lacking, 'shard')}, which the cache stage builds" if lacking else ""
+        run.say(f"plan    the cache at {run.cache.location} has all layers and draws that are needed{rest}")
         return None
     run.check_precision()
     run.cache.check_writable()

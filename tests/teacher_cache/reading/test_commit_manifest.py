@@ -22,6 +22,7 @@ from ray_distill.teacher_cache.reading.commit_manifest import (
     current_manifest,
     read_manifest,
     rewrite_manifest,
+    write_rows,
 )
 from ray_distill.teacher_cache.reading.local_copies import CommittedFile
 from ray_distill.teacher_cache.reading.shard_file_pool import ShardFilePool
@@ -29,6 +30,7 @@ from ray_distill.teacher_cache.storage.cache import Cache, ShardFile
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.storage.json_record import decode_record, encode_record
+from ray_distill.teacher_cache.storage.local_files import FileEntry
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
 from ray_distill.teacher_cache.storage.store import Store
 
@@ -248,3 +250,17 @@ def test_a_record_of_another_size_counts_even_if_it_seems_old(root: Path) -> Non
     os.utime(root / COMMIT, ns=(0, 0))
     with pytest.raises(CacheError, match=f"{MASKED} is missing or does not have its committed size"):
         CacheReader(root, "train")
+
+
+def test_a_row_of_another_shard_is_not_taken(tmp_path: Path) -> None:
+    record = {"rows": 1, "bytes": 2, "sha256": "a" * 64, "content": "b" * 64}
+    store = Store(tmp_path)
+    write_rows(store, [("clean", 0, record), ("clean", 2, record)])
+    entry = store.entries()[MANIFEST]
+    manifest = read_manifest(store, entry.changed)
+    assert manifest is not None
+    size = int(manifest.parts["clean"].record_bytes[0])
+    old = FileEntry(size, entry.changed)
+    found = [manifest.row("clean", shard, old) for shard in range(4)]
+    assert [row and row["shard"] for row in found] == [0, None, 2, None]
+    assert manifest.row("masked/draw=0", 0, old) is None and manifest.row("clean", 0, FileEntry(size + 1, 0)) is None

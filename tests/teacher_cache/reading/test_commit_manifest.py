@@ -182,10 +182,12 @@ def test_checks_of_records_take_few_requests(root: Path) -> None:
     assert [problem.name for problem in verify_cache(root, checksums=False)] == [COMMIT]
 
 
-def test_a_small_manifest_can_not_claim_much_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = 100_000
+@pytest.mark.parametrize(("rows", "text", "compression"), [(100_000, 1000, "none"), (20, 2_000_000, "zstd")])
+def test_a_small_manifest_can_not_claim_much_memory(
+    root: Path, monkeypatch: pytest.MonkeyPatch, rows: int, text: int, compression: str
+) -> None:
     columns = [
-        pa.array(["p" * 1000] * rows, field.type)
+        pa.array(["p" * text] * rows, field.type)
         if field.name == "part"
         else pa.array([bytes(32)] * rows, field.type)
         if field.name in ("sha256", "content")
@@ -199,12 +201,12 @@ def test_a_small_manifest_can_not_claim_much_memory(root: Path, monkeypatch: pyt
     pq.write_table(
         pa.table(columns, commit_manifest._SCHEMA),
         root / MANIFEST,
-        compression="none",
+        compression=compression,
         use_dictionary=False,
-        column_encoding=encodings,
+        column_encoding=encodings if compression == "none" else None,
         write_statistics=False,
     )
-    assert (root / MANIFEST).stat().st_size < rows
+    assert (root / MANIFEST).stat().st_size < rows * text / 1000
     monkeypatch.setattr(pq.ParquetFile, "read", lambda *_: pytest.fail("it is expanded"))
     assert read_manifest(Store(root)) is None
 

@@ -11,9 +11,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_distill.pipeline.corpus.formats.file_splits import located
-from ray_distill.pipeline.corpus.formats.manifest_table import COLUMNS, NEEDED, SUFFIXES, Columns, read_columns
+from ray_distill.pipeline.corpus.formats.manifest_table import (
+    COLUMNS,
+    NEEDED,
+    SPLIT_LIKE,
+    SUFFIXES,
+    Columns,
+    read_columns,
+)
 from ray_distill.pipeline.corpus.formats.text_lines import check_piece, seconds_of, text_of, words_of_pieces
 from ray_distill.pipeline.corpus.found import FOUND_SCHEMA, FoundFiles, Search, piece_id, without_suffix
+from ray_distill.pipeline.corpus.splits import split_kinds
 from ray_distill.teacher_cache.sources.address import Channel
 
 _NAMES_OF_PATHS = (
@@ -73,6 +81,8 @@ def find(path: Path, search: Search) -> FoundFiles:
             f"the manifest {path} has no column 'path'; its columns are {', '.join(header) or 'none'}{hint}"
         )
     _refuse_other_pieces(header, columns, path)
+    for name in SPLIT_LIKE:
+        _refuse_other_splits(name, columns.pop(name, None), "split" in columns, path)
     # pandas writes its row numbers to a column without a name.
     unknown = [name for name in header if name.strip() and name.strip().lower() not in COLUMNS]
     if unknown:
@@ -80,6 +90,18 @@ def find(path: Path, search: Search) -> FoundFiles:
             f"the columns {', '.join(unknown)} of {path} are not used; the known ones are {', '.join(COLUMNS)}"
         )
     return _found(columns, path)
+
+
+def _refuse_other_splits(name: str, column: pa.LargeStringArray | None, has_split: bool, path: Path) -> None:
+    """Raise ValueError if a manifest without a column ``split`` has another that says what is for validation or test."""
+    if column is None or has_split:
+        return
+    other = next((value for value in pc.unique(column).to_pylist() if split_kinds(value) - {"train"}), None)
+    if other is not None:
+        raise ValueError(
+            f"the column {name!r} of the manifest {path} seems to say what is for training, as with {other!r}; rename it to split, or "
+            "to something else if it doesn't"
+        )
 
 
 def _found(columns: Columns, path: Path) -> FoundFiles:

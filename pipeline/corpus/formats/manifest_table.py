@@ -12,21 +12,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ray_distill.pipeline.corpus.formats.text_lines import read_records, text_of
+from ray_distill.pipeline.corpus.formats.text_lines import is_text, read_records, text_of
 
 NEEDED = ("path", "id", "split")
 COLUMNS = (*NEEDED, "start", "end", "channel", "speaker", "text", "domain")
 """The known columns. A value of the first three can't be empty where the column exists."""
+SPLIT_LIKE = ("splits", "subset", "partition", "set", "fold", "data_split")
+"""Columns that may say what is for training, and are read so that a manifest in which they do can be refused."""
+_READ = (*COLUMNS, *SPLIT_LIKE)
 SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _BATCH = 1 << 15
 """Number of rows that are Python objects at a time."""
 
 Columns = dict[str, pa.LargeStringArray]
-"""The known columns of a manifest, by name. An empty value is an empty text."""
+"""The columns of a manifest that are read, by name. An empty value is an empty text."""
 
 
 def known_columns(header: list[str], path: Path) -> dict[str, int]:
-    """Return the positions of the known columns, whose names may have spaces around them and capital letters.
+    """Return the positions of the columns to read, whose names may have spaces around them and capital letters.
 
     Raises:
         ValueError: A column is repeated.
@@ -35,14 +38,14 @@ def known_columns(header: list[str], path: Path) -> dict[str, int]:
     for name, count in Counter(names).items():
         if count > 1 and name:
             raise ValueError(f"the manifest {path} has {count} columns {name!r}; rename or remove all but one of them")
-    return {name: names.index(name) for name in COLUMNS if name in names}
+    return {name: names.index(name) for name in _READ if name in names}
 
 
 def read_columns(path: Path) -> tuple[list[str], int, Columns]:
     """Read a manifest.
 
     Returns:
-        The names of all columns, the number of rows, and the known columns.
+        The names of all columns, the number of rows, and the columns that are read.
 
     Raises:
         ValueError: It can't be read, or repeats a column.
@@ -70,7 +73,7 @@ def _text_columns(path: Path) -> tuple[list[str], int, Columns]:
     for batch in batches:
         count += len(batch)
         for name, arrays, values in zip(header, found, zip(*batch, strict=True), strict=True):
-            if name.strip().lower() in COLUMNS:
+            if name.strip().lower() in _READ:
                 arrays.append(pc.utf8_trim_whitespace(pa.array(values, pa.large_string())))
     # Rows are checked first, so that a repeated column is not said instead.
     at = known_columns(header, path) if count else {}
@@ -85,10 +88,12 @@ def _json_columns(path: Path) -> tuple[list[str], int, Columns]:
     while batch := list(itertools.islice(records, _BATCH)):
         header |= dict.fromkeys(key for record in batch for key in record)
         for key in header:
-            if key.strip().lower() in COLUMNS:
+            if (known := key.strip().lower()) in _READ:
                 if key not in found:
                     found[key] = [pa.array([""] * count, pa.large_string())]
                 values = [record.get(key) for record in batch]
+                if known in SPLIT_LIKE:
+                    values = [value if isinstance(value, str) else None for value in values]
                 if wrong := next((value for value in values if isinstance(value, dict | list)), None):
                     raise ValueError(
                         f"the {key} of an object in the manifest {path} is {json.dumps(wrong)[:80]}; give one text or number, as the "
@@ -107,6 +112,8 @@ def _parquet_columns(path: Path) -> tuple[list[str], int, Columns]:
             header = list(file.schema_arrow.names)
             at = known_columns(header, path)
             count = file.metadata.num_rows
+            texts = {field.name: is_text(field.type) for field in file.schema_arrow}
+            at = {name: place for name, place in at.items() if name in COLUMNS or texts[header[place]]}
             tables = {name: file.read(columns=[header[place]]) for name, place in at.items()}
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"the manifest {path} can't be read ({str(error).splitlines()[0]})") from error

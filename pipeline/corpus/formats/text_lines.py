@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 MAX_LINE = 1 << 24
 """Maximum number of bytes of a line."""
 MAX_LOOKED_AT = 50
@@ -140,3 +142,9 @@ def text_of(value: object) -> str:
 def first_of(row: Mapping[str, Any], names: Sequence[str]) -> str:
     """Return the text of the first of some columns that a row has; empty if it has none."""
     return next((text_of(row[name]) for name in names if name in row), "")
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a column of this type has texts."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_distill.pipeline.corpus.formats.huggingface import arrow_bytes
-from ray_distill.pipeline.corpus.formats.text_lines import SPEAKERS, TEXTS, first_of, text_of, words_of_pieces
+from ray_distill.pipeline.corpus.formats.text_lines import SPEAKERS, TEXTS, first_of, is_text, text_of, words_of_pieces
 from ray_distill.pipeline.corpus.found import FoundFile, Search, without_suffix
 from ray_distill.pipeline.corpus.splits import split_of_folders
 from ray_distill.teacher_cache.sources.address import AudioAddress
@@ -181,14 +181,9 @@ def _splits(files: list[Path], root: Path, wanted: list[str]) -> dict[Path, tupl
 
 def _label_columns(schema: pa.Schema) -> list[str]:
     names = [name for name in (*_IDS, *TEXTS, *SPEAKERS) if name in schema.names]
-    if "split" in schema.names and _is_text(schema.field("split").type):
+    if "split" in schema.names and is_text(schema.field("split").type):
         names.append("split")
     return names
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _parquet_rows(file: Path, column: str) -> list[_Row]:

@@ -38,6 +38,32 @@ def table(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_column_that_says_the_split_by_another_name_is_refused(
+    tmp_path: Path, write_audio: Writer, kind: str
+) -> None:
+    files = [write_audio(tmp_path / f"{n}.wav") for n in range(3)]
+
+    def manifest(**columns: list[Any]) -> Path:
+        names, rows = list(columns), list(zip(*columns.values(), strict=True))
+        path = tmp_path / f"audio.{kind}"
+        if kind == "parquet":
+            pq.write_table(pa.table(columns), path)
+        elif kind == "csv":
+            path.write_text("\n".join([",".join(names), *(",".join(map(str, row)) for row in rows)]) + "\n")
+        else:
+            path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+        return path
+
+    paths = [str(file) for file in files]
+    message = (
+        r"the column 'subset' of the manifest .* seems to say what is for training, as with 'test'; rename it to split"
+    )
+    refuse(manifest(path=paths, subset=["train", "test", "dev"]), message)
+    assert len(find_audio(manifest(path=paths, subset=["a", "b", "c"], fold=[1, 2, 3]), None, None).entries) == 3
+    assert len(find_audio(manifest(path=paths, subset=["test"] * 3, split=["train"] * 3), None, None).entries) == 3
+
+
 def test_one_of_several_columns_of_audio_is_not_chosen(
     tmp_path: Path, table: Callable[..., Path], write_audio: Writer
 ) -> None:

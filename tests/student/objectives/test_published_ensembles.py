@@ -99,3 +99,21 @@ def test_usad_predicts_layers_of_two_teachers(draw: np.random.Generator, head_di
             loss = np.abs(x - y).mean(-1) + np.log1p(np.exp(-cosine))
             expected += 0.5 * float(loss[real].sum()) / sum(FRAMES)
     assert found.total.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("heads", [{"head_layers": (2, 4), "head_dim": 5}, {"heads": "split", "split_heads": 2}])
+def test_heads_of_another_teacher_give_as_much_gradient_as_the_students_own(
+    draw: np.random.Generator, heads: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    student = Student(tiny_student(encoder_layers=4, layer_grad_scale=True, **heads)).eval()
+    own = TeacherHeads(student.config, 2, 32)
+    own.load_state_dict({name: value for name, value in student.state_dict().items() if name in own.state_dict()})
+    waveforms, lengths, _ = batch(draw)
+    gradients = []
+    for other in (False, True):
+        layers, inputs, _ = student.layer_outputs(waveforms, lengths)
+        read = own.inputs(inputs, layers) if other else inputs
+        (gradient,) = torch.autograd.grad(sum(x.square().sum() for x in read), [student.projection.weight])
+        gradients.append(gradient)
+    torch.testing.assert_close(*gradients)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pydantic
 from safetensors.torch import save
 
 from ray_distill.student.model.student import Student
@@ -71,10 +72,19 @@ def load_student(model: Path | str, config: Path | str | None = None) -> Student
         if not needed.is_file():
             raise ValueError(f"{path} is not a student: the file {needed} is missing")
     record = _read_config(described)
+    if "model_type" in record:
+        raise ValueError(
+            f"{path} is a model for transformers (model_type {str(record['model_type'])[:40]!r}); give the folder of a run, or of its "
+            "export, from which such models are made"
+        )
+    if "student" not in record:
+        raise ValueError(f"{described} does not describe a student (it lacks the key 'student')")
     try:
         student_config = StudentConfig.model_validate(record["student"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{described} does not describe a student ({' '.join(str(error).split())})") from error
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "student"
+        raise ValueError(f"{described} does not describe a student ({place}: {first['msg']})") from error
     student = student_with_weights(student_config, load_tensors(weights), weights)
     if record.get(_WEIGHTS_DIGEST, digest := _sha256(weights)) != digest:
         raise ValueError(

@@ -13,7 +13,7 @@ from ray_distill.student.exporters.huggingface import export_huggingface
 from ray_distill.student.exporters.origin import Origin
 from ray_distill.student.exporters.portable import Features, default_features
 from ray_distill.student.model.student import Student
-from ray_distill.teacher_cache.teachers import split_options
+from ray_distill.teacher_cache.teachers import TeacherError, split_options
 from ray_distill.teacher_cache.teachers.hub.hub_name import PREFIX, HubName, parse_hub_name
 
 _KEPT = (".gitattributes",)
@@ -68,7 +68,10 @@ def push_student(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    hub_name = parse_hub_name(f"hf://{name}")
+    try:
+        hub_name = parse_hub_name(f"hf://{name}")
+    except TeacherError:
+        raise ConfigError(f"{name!r} is not the name of a repository on the hub; write OWNER/NAME") from None
     assert hub_name is not None, "the prefix makes it a name on the hub or an error"
     if hub_name.revision is not None:
         raise ConfigError(

@@ -127,8 +127,14 @@ def test_damaged_files_are_refused(saved: tuple[Student, Path]) -> None:
         load_student(folder)
     for text in ("{", "[]", "{}", '{"student": {"width": 3}}', '{"student": {"encoder_attention_heads": 5}}'):
         (folder / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"config\.json does not describe a student"):
+        with pytest.raises(ValueError, match=r"config\.json does not describe a student") as refused:
             load_student(folder)
+        assert "pydantic" not in str(refused.value)
+    (folder / "config.json").write_text('{"model_type": "hubert"}')
+    with pytest.raises(
+        ValueError, match=r"is a model for transformers \(model_type 'hubert'\); give the folder of a run"
+    ):
+        load_student(folder)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,10 @@ def test_refusals(run: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest
         assert done.exit_code == 2 and message in done.output and done.output.count("\n") == 1, done.output
 
     refused("needs a token that may write there; set HF_TOKEN")
+    done = CliRunner().invoke(application, ["push", str(run), "nope", "--license", "mit"])
+    assert (
+        done.exit_code == 2 and "'nope' is not the name of a repository on the hub; write OWNER/NAME\n" in done.output
+    )
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     refused("which answers 403; use a token that may write there")
     monkeypatch.setenv("HF_TOKEN", TOKEN)

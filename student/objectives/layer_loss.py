@@ -22,6 +22,7 @@ def distillation_loss(
     hint_weight: float = 0.1,
     final_weight: float = 1.0,
     cosine_weight: float = 0.0,
+    frame_weights: tuple[float, float] = (1.0, 1.0),
     hints: Sequence[bool] | None = None,
     count_padding: bool = False,
     normalizer: float | Tensor | None = None,
@@ -37,12 +38,15 @@ def distillation_loss(
         projections: (B, L, T, D) float, outputs of the student's heads.
         targets: (B, L, T, D) float, composite targets of the mask draw, or clean targets.
         num_frames: (B,) integer, real frames.
-        frame_mask: (B, T) bool, True at masked frames; only used to split the loss into masked and unmasked frames.
+        frame_mask: (B, T) bool, True at masked frames; only used for ``frame_weights``, and to split the loss into masked and
+            unmasked frames.
         kind: Squared or absolute error. Default ``mse``.
         hint_weight: Weight of the layers below the last. Default 0.1, as published.
         final_weight: Weight of the last layer. Default 1.0, as published.
         cosine_weight: Weight, in each m_l, of ``-log sigmoid(cos(projection, target))``, DistilHuBERT's second term (there
             1). Default 0.
+        frame_weights: Weights of the errors of masked and of unmasked frames. The number of frames to divide by does not change.
+            Default (1, 1). Without masks they have no effect.
         hints: For each layer below the last, whether it takes part in the hint. Default: all do. ``per_layer`` and the
             contributions by mask always include all layers.
         count_padding: Whether to count padded frames, in the sum and in the number of frames, as the published code does.
@@ -73,8 +77,18 @@ def distillation_loss(
         cosines = F.cosine_similarity(projections.float(), targets.float(), -1)
         per_frame = per_frame - cosine_weight * F.logsigmoid(cosines)
     per_frame = per_frame.masked_fill(padded[:, None], 0)
+    if (weights := weights_of_frames(frame_mask, frame_weights)) is not None:
+        per_frame = per_frame * weights[:, None]
     per_layer = per_frame.sum((0, 2)) / divisor
     return combine_layers(per_layer, per_frame.detach(), frame_mask, divisor, hint_weight, final_weight, hints)
+
+
+def weights_of_frames(frame_mask: Tensor | None, frame_weights: tuple[float, float]) -> Tensor | None:
+    """Return the (B, T) weight of each frame, or None if all are 1: without masks, or with equal weights of 1."""
+    if frame_mask is None or frame_weights == (1, 1):
+        return None
+    masked, unmasked = frame_weights
+    return torch.where(frame_mask, masked, unmasked)
 
 
 def combine_layers(
@@ -114,6 +128,7 @@ def head_loss(
     kind: ErrorKind,
     cosines: bool,
     cosine_weight: float = 0.0,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of one layer, with the same numbers as the head followed by `distillation_loss`.
 
@@ -125,10 +140,11 @@ def head_loss(
         kind: Squared or absolute error.
         cosines: Whether to compute cosine similarities.
         cosine_weight: Weight of the cosine term in the error. Default 0.
+        weights: (B, T) float, weight of each frame's error. Default None: 1.
 
     Returns:
         () float, sum of the errors of real frames; then, without gradients, (B, T) error of each real frame averaged over
-        D, and (B, T) cosine similarities, or an empty tensor if they were not requested.
+        D, weighted, and (B, T) cosine similarities, or an empty tensor if they were not requested.
     """
     projections, targets = head(x).float(), targets.float()
     # Targets may hold anything at padding, NaN included, which must not reach the gradients.
@@ -143,4 +159,6 @@ def head_loss(
         per_frame = per_frame - cosine_weight * F.logsigmoid(similarities).masked_fill(padded, 0)
     elif cosines:
         similarities = F.cosine_similarity(projections.detach(), targets, -1)
+    if weights is not None:
+        per_frame = per_frame * weights
     return per_frame.sum(), per_frame.detach(), similarities.detach()

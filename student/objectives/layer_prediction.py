@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.objectives.layer_loss import combine_layers, head_loss
+from ray_distill.student.objectives.layer_loss import combine_layers, head_loss, weights_of_frames
 from ray_distill.student.objectives.objective import (
     DistillationLoss,
     Distiller,
@@ -26,6 +26,8 @@ from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING
 from ray_distill.student.training.spec_augment import SpecAugment
 from ray_distill.teacher_cache.targets.target_batch import SymbolLayout
 
+_Weight = Annotated[float, pydantic.Field(ge=0)]
+
 
 class LayerPrediction(FeatureObjective, frozen=True):
     """Heads predict the teacher's layers (ARMHuBERT, DistilHuBERT)."""
@@ -37,6 +39,9 @@ class LayerPrediction(FeatureObjective, frozen=True):
     """Weight of the last layer's loss."""
     cosine_weight: Annotated[float, CHANGES_LOSS_MEANING] = pydantic.Field(default=0.0, ge=0)
     """Weight of DistilHuBERT's second term, ``-log sigmoid(cos)``. The published ARMHuBERT does not use it (0)."""
+    frame_weights: tuple[_Weight, _Weight] = (1.0, 1.0)
+    """Weights of the errors of masked and of unmasked frames in training: ``[1, 0]`` learns at masked frames only. Validations, whose
+    input is unmasked, weigh all frames by 1, so their losses can be compared."""
     hint_layers: int | None = pydantic.Field(default=None, ge=1)
     """Number of layers below the last that take part in the loss, drawn anew for each epoch (published
     ``distil_random_layer``). None uses all."""
@@ -54,6 +59,16 @@ class LayerPrediction(FeatureObjective, frozen=True):
             raise ValueError(
                 f"train.hint_layers is {self.hint_layers}, but there are {config.num_predictions - 1} layers below the last to draw "
                 "from; give a smaller number, or remove it to learn from all"
+            )
+
+    def check_source(self, codec: str, *, cached: bool, draws: int, fresh_masks: bool) -> None:
+        """See `Objective.check_source`."""
+        super().check_source(codec, cached=cached, draws=draws, fresh_masks=fresh_masks)
+        if not any(self.frame_weights):
+            raise ValueError("train.frame_weights are both 0; one must be positive")
+        if self.frame_weights != (1, 1) and not draws and not fresh_masks:
+            raise ValueError(
+                "train.frame_weights does nothing without masks; set masks.draws, or train.masks=fresh, or remove it"
             )
 
     def constant_loss(self, variance: Tensor) -> float | None:
@@ -77,6 +92,7 @@ class LayerPrediction(FeatureObjective, frozen=True):
             hint_weight=self.hint_weight,
             final_weight=self.final_weight,
             cosine_weight=self.cosine_weight,
+            frame_weights=self.frame_weights,
             hint_layers=self.hint_layers,
             seed=seed,
             spec_augment=spec_augment,
@@ -91,7 +107,7 @@ class LayerDistiller(Distiller):
 
     Args:
         student: The student.
-        kind, hint_weight, final_weight, cosine_weight: As for `distillation_loss`.
+        kind, hint_weight, final_weight, cosine_weight, frame_weights: As for `distillation_loss`.
         hint_layers: Number of layers below the last that take part in each epoch. Default None: all.
         seed: Seed of the choice of hint layers. Default 0.
         spec_augment: Augmentation of the student's features in training mode. Default None: no augmentation.
@@ -116,6 +132,7 @@ class LayerDistiller(Distiller):
         hint_weight: float = 0.1,
         final_weight: float = 1.0,
         cosine_weight: float = 0.0,
+        frame_weights: tuple[float, float] = (1.0, 1.0),
         hint_layers: int | None = None,
         seed: int = 0,
         spec_augment: SpecAugment | None = None,
@@ -124,7 +141,7 @@ class LayerDistiller(Distiller):
         check_kind(kind)
         self.kind = kind
         self.hint_weight, self.final_weight, self.cosine_weight = hint_weight, final_weight, cosine_weight
-        self.hint_layers, self.seed = hint_layers, seed
+        self.frame_weights, self.hint_layers, self.seed = frame_weights, hint_layers, seed
         self.hints: Sequence[bool] | None = None
 
     def use_heads(self, heads: TeacherHeads) -> None:
@@ -161,9 +178,10 @@ class LayerDistiller(Distiller):
         expected = (len(padded), len(head_inputs), padded.shape[1], dim)
         if targets.shape != expected:
             raise ValueError(f"targets must be (B, P, T, D) = {expected}, not {tuple(targets.shape)}")
+        weights = weights_of_frames(frame_mask, self.frame_weights)
         sums, errors, similarities = zip(
             *(
-                head_loss(x, head, targets[:, layer], padded, self.kind, cosines, self.cosine_weight)
+                head_loss(x, head, targets[:, layer], padded, self.kind, cosines, self.cosine_weight, weights)
                 for layer, (x, head) in enumerate(zip(head_inputs, heads, strict=True))
             ),
             strict=True,

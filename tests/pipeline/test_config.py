@@ -89,6 +89,7 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
             "train.masks=fresh",
             r"train\.masks fresh draws a mask for each epoch, so masks\.draws 2 does nothing; set masks\.draws=0",
         ),
+        ("train.frame_weights=[0,0]", r"train\.frame_weights are both 0; one must be positive"),
         ("train.objective=units", "train.hint_weight does nothing with train.objective units"),
         ("train.codebooks=independent", "it belongs to objective mvq"),
         ("teacher.layers=[]", r"^teacher\.layers: \[\] must name one or more layers, each once, such as"),
@@ -159,7 +160,7 @@ CHANGES_RESULT = {
     "train": "targets epochs max_steps batch_size batch_seconds crop_seconds shuffle accumulate workers use_gpu precision "
     "learning_rate optimizer warmup_fraction betas eps weight_decay hint_layers count_padding spec_augment mask_embedding "
     "init_from init_front_end init_encoder_layers init_teacher unit_dim codebook_hidden prune "
-    "max_grad_norm compile ema_decay draw_order validate_every log_every seed",
+    "max_grad_norm compile ema_decay draw_order validate_every log_every seed frame_weights",
 }
 """Keys without an effect, by section: they change a run's result, keep the loss's meaning, and may differ within an ablation."""
 

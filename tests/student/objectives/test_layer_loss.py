@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ray_distill.student import Student, distillation_loss
 from ray_distill.student.objectives.layer_loss import head_loss
-from ray_distill.student.objectives.layer_prediction import LayerDistiller
+from ray_distill.student.objectives.layer_prediction import LayerDistiller, LayerPrediction
 
 from ...tiny import tiny_student
 
@@ -119,6 +120,21 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict[str, object], messa
         distillation_loss(**arguments)
 
 
+def test_masked_and_unmasked_frames_are_weighted_apart() -> None:
+    torch.manual_seed(0)
+    projections, targets = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    frames = torch.tensor([5, 3])
+    mask = torch.rand(2, 5) < 0.5
+    plain = distillation_loss(projections, targets, frames, mask, hint_weight=1.0)
+    assert plain.mask_hint is not None and plain.mask_final is not None
+    masked, total = plain.mask_hint + plain.mask_final, plain.total
+    for weights in ((1.0, 0.0), (0.0, 1.0), (0.5, 2.0)):
+        loss = distillation_loss(projections, targets, frames, mask, hint_weight=1.0, frame_weights=weights)
+        torch.testing.assert_close(loss.total, weights[0] * masked + weights[1] * (total - masked))
+        unmasked = distillation_loss(projections, targets, frames, None, hint_weight=1.0, frame_weights=weights)
+        torch.testing.assert_close(unmasked.total, total)
+
+
 TINY = tiny_student(encoder_layers=3, target_dim=16)
 WAVEFORMS, LENGTHS = torch.randn(3, 6400, generator=torch.Generator().manual_seed(0)), torch.tensor([6400, 4321, 3000])
 FRAME_MASK = torch.rand(3, 19, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -149,12 +165,17 @@ def assert_same_loss(found: object, expected: object) -> None:
 @pytest.mark.parametrize("mask", [FRAME_MASK, None])
 @pytest.mark.parametrize("normalizer", [None, 50.0, torch.tensor(50)])
 @pytest.mark.parametrize("kind", ["mse", "l1"])
+@pytest.mark.parametrize("frame_weights", [(1.0, 1.0), (2.0, 0.0)])
 @pytest.mark.parametrize("target_dim", [16, 12])  # 12: as wide as the student, so without heads
 def test_a_distiller_gives_the_loss_and_gradients_of_the_two_apart(
-    kind: str, target_dim: int, normalizer: float | Tensor | None, mask: Tensor | None
+    kind: str,
+    target_dim: int,
+    normalizer: float | Tensor | None,
+    mask: Tensor | None,
+    frame_weights: tuple[float, float],
 ) -> None:
     student, targets = tiny(target_dim)
-    weights = {"hint_weight": 0.3, "final_weight": 2.0}
+    weights: dict[str, Any] = {"hint_weight": 0.3, "final_weight": 2.0, "frame_weights": frame_weights}
     out = student(WAVEFORMS, LENGTHS, mask)
     expected = distillation_loss(
         out.projections, targets, out.num_frames, mask, kind=kind, normalizer=normalizer, **weights
@@ -266,6 +287,14 @@ def test_a_loss_that_is_not_finite_shows_in_the_gradients() -> None:
 def test_targets_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayerDistiller(tiny()[0])(WAVEFORMS, LENGTHS, None, torch.zeros(shape))
+
+
+def test_weights_of_frames_without_masks_are_refused() -> None:
+    objective = LayerPrediction(frame_weights=(1.0, 0.0))
+    for draws, fresh in ((2, False), (0, True)):
+        objective.check_source("pca", cached=True, draws=draws, fresh_masks=fresh)
+    with pytest.raises(ValueError, match=r"train\.frame_weights does nothing without masks; set masks\.draws"):
+        objective.check_source("pca", cached=True, draws=0, fresh_masks=False)
 
 
 def test_an_unknown_kind_is_refused() -> None:

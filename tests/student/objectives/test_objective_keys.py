@@ -20,7 +20,7 @@ OBJECTIVES = {
     "units": UnitPrediction,
     "mvq": CodebookPrediction,
 }
-ARCHITECTURE = ("hint_layers", "unit_dim", "codebook_hidden")
+ARCHITECTURE = ("hint_layers", "unit_dim", "codebook_hidden", "frame_weights")
 """Keys that do not change what the loss means."""
 
 

@@ -181,7 +181,7 @@ class LocalCopies:
         self._path(file, "parquet").unlink(missing_ok=True)
 
     def _fetch_ahead(self) -> None:
-        most = _AHEAD_SHARE * self.limit / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        most = _AHEAD_SHARE * self.limit / max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         with self._mutex:
             users = list(self._shared.users)
             while waiting := [user for user in users if user._queue]:

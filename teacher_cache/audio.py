@@ -250,8 +250,7 @@ def _decoder(stream: Path | BinaryIO, name: str) -> Iterator[soundfile.SoundFile
         file = soundfile.SoundFile(stream)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         detail = "unknown format" if isinstance(error, TypeError) else _detail(error)
-        is_libsndfiles = isinstance(error, soundfile.SoundFileError)
-        if is_libsndfiles and isinstance(stream, Path) and not os.access(stream, os.R_OK):
+        if not isinstance(error, OSError) and isinstance(stream, Path) and not os.access(stream, os.R_OK):
             detail = os.strerror(errno.EACCES)  # libsndfile calls it a system error.
         raise AudioError("undecodable", f"{name} can't be decoded as audio ({detail})") from error
     with file:

@@ -471,6 +471,22 @@ def test_the_plan_counts_audio_that_is_read_once_for_all_teachers(
     assert "the 2 caches: about 10.00 GB, 5.00 GB read per epoch" in shown.get()
 
 
+def test_the_plan_says_what_a_cache_lacks(config: Callable[..., Config]) -> None:
+    run = begin(config())
+    build(run)
+
+    def planned() -> str:
+        with run.console.capture() as shown:
+            run.console.quiet = False
+            plan_cache(run)
+        return " ".join(shown.get().split())
+
+    assert planned().count("has all layers and draws that are needed") == 2 and "lacks" not in planned()
+    commits = Path(run.parts[0].cache.location) / "commits"
+    next(commits.rglob("*.json")).unlink()
+    assert planned().count("are needed, and lacks 1 shard, which the cache stage builds") == 1
+
+
 def test_frame_rates_that_cant_be_right_are_refused(config: Callable[..., Config]) -> None:
     run = Run(config(), Console(quiet=True))
     check_frame_rates(run)

@@ -123,6 +123,11 @@ class Config(Section):
                 settings.check_source(
                     cache.codec, cached=self.train.targets == "cached", draws=self.masks.draws, fresh_masks=fresh
                 )
+                if cache.targets == "masked_everywhere" and not self.masks.draws:
+                    raise ValueError(
+                        "cache.targets masked_everywhere takes targets from masked passes, but masks.draws is 0; set masks.draws, or "
+                        "cache.targets=clean_only"
+                    )
             except ValueError as error:
                 raise ValueError(for_teacher(name, str(error)) if name else str(error)) from error
         return self

@@ -22,7 +22,7 @@ from ray_distill.teacher_cache.reading.referred_rows import ReferredRows, decode
 from ray_distill.teacher_cache.reading.shard_rows import ShardRows
 from ray_distill.teacher_cache.reading.split_rows import SplitRows
 from ray_distill.teacher_cache.storage.cache import Cache, column_name
-from ray_distill.teacher_cache.storage.cache_spec import CacheError, Part, Targets, parts_of
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, Part, Targets, parts_of, serves
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.target_batch import (
     Batch,
@@ -57,7 +57,7 @@ class CacheReader:
         threads: Number of threads that read and decode. Default up to 16 (limited by the number of cores) for a local
             cache, 32 for an object store.
         targets: Kind of targets. ``clean_only`` reads no masked pass from a ``clean_and_masked`` cache, so that targets are
-            clean at unmasked frames too. Default the cache's own kind.
+            clean at unmasked frames too; see `serves`. Default the cache's own kind.
         local: Absolute path of a folder of this node for copies of shard files; see `LocalCopies`. Whole files are then fetched
             and read from there. Default None: rows are read from the cache itself.
         local_gb: Limit on the size of that folder in units of 1e9 bytes. Default `LocalCopies`' own.
@@ -111,7 +111,7 @@ class CacheReader:
         spec = self.cache.spec
         refuse_audio_store(self.cache, "give the cache of a teacher")
         self.targets = targets or spec.targets
-        if self.targets != spec.targets and (spec.targets, targets) != ("clean_and_masked", "clean_only"):
+        if not serves(spec.targets, self.targets):
             raise CacheError(f"the cache at {self.cache.store.location} has targets {spec.targets}, not {targets}")
         self.layers = tuple(layers) if layers is not None else spec.layers
         missing = sorted(set(self.layers) - set(spec.layers))
@@ -281,7 +281,9 @@ class CacheReader:
         """
         spec = self.cache.spec
         composite = self.targets == "composite_only" and draw is not None
-        no_features = composite or 0 not in self._sets
+        # The clean pass is not read where the targets are those of another pass.
+        whole = composite or (self.targets == "masked_everywhere" and draw is not None)
+        no_features = whole or 0 not in self._sets
         first: list[Any] = []
         waveform = np.zeros(0, np.float32)
         embedded = audio and self._audio is None
@@ -296,10 +298,11 @@ class CacheReader:
         mask: np.ndarray | None = None
         count = int(self.num_frames[index])
         for number, _codecs in self._sets.items():
-            if composite:
-                mask_value, *values = self._columns(index, "composite", draw, number, ["mask"], None)
-                mask = self._mask(index, "composite", draw, number, mask_value)
-                codes += self._codes(index, "composite", draw, number, values, count)
+            if whole:
+                kind = "composite" if composite else "masked"
+                mask_value, *values = self._columns(index, kind, draw, number, ["mask"], None)
+                mask = self._mask(index, kind, draw, number, mask_value)
+                codes += self._codes(index, kind, draw, number, values, count)
                 continue
             clean = first if number == 0 else self._columns(index, "clean", None, number, [], None)
             arrays = self._codes(index, "clean", None, number, clean, count)
@@ -309,10 +312,11 @@ class CacheReader:
                 mask_value, *values = self._columns(index, "masked", draw, number, ["mask"], None)
                 mask = self._mask(index, "masked", draw, number, mask_value)
                 unmasked = ~mask
-                masked = self._codes(index, "masked", draw, number, values, int(unmasked.sum()))
+                at_masked = self._parts["masked", draw, number].at_masked
+                masked = self._codes(index, "masked", draw, number, values, count if at_masked else int(unmasked.sum()))
                 arrays = [array.copy() for array in arrays]
-                for array, values_at_unmasked in zip(arrays, masked, strict=True):
-                    array[unmasked] = values_at_unmasked
+                for array, whole_pass in zip(arrays, masked, strict=True):
+                    array[unmasked] = whole_pass[unmasked] if at_masked else whole_pass
             codes += arrays
         return waveform, codes, mask
 

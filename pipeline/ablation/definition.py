@@ -36,6 +36,7 @@ from ray_distill.pipeline.composition.explanation import explain
 from ray_distill.pipeline.config import Config, ConfigError, check_config
 from ray_distill.pipeline.recipes import other_kind
 from ray_distill.student.training.field_effects import SAME_IN_ABLATION, keys_with
+from ray_distill.teacher_cache.storage.cache_spec import Targets, serves
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _OWN_KEYS = ("name", "seeds", "concurrent", "cpus_per_worker")
@@ -357,7 +358,8 @@ def _needs_of_teacher(runs: list[PlannedRun], number: int, most: Config) -> Conf
     layers = {tuple(part.teacher.layers or ()) for part in parts}
     union = None if () in layers else sorted({layer for chosen in layers for layer in chosen})
     mine = most.parts[number]
-    update = {"targets": "clean_and_masked" if len(targets) > 1 else targets.pop()}
+    kinds: tuple[Targets, ...] = ("clean_only", "clean_and_masked", "masked_everywhere", "composite_only")
+    update = {"targets": next(kind for kind in kinds if all(serves(kind, needed) for needed in targets))}
     return mine.model_copy(
         update={
             "teacher": mine.teacher.model_copy(update={"layers": union}),

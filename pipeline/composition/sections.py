@@ -120,7 +120,7 @@ class CacheSection(Section):
     ``layer-pca:STEP`` set the quantisation step. ``units:CLUSTERS`` and ``mvq:CODEBOOKS`` store discrete targets, for the objectives
     ``units`` and ``mvq``."""
     targets: Targets = "clean_and_masked"
-    """Targets to store: ``clean_and_masked``, ``composite_only`` or ``clean_only``; see `CacheSpec`."""
+    """Targets to store: ``clean_and_masked``, ``composite_only``, ``clean_only`` or ``masked_everywhere``; see `CacheSpec`."""
     precision: Annotated[Precision | None, SAME_IN_ABLATION] = None
     """Precision of the teacher's forward passes; ``fp16`` needs GPUs. None takes the precision of an existing cache, or else
     ``fp16`` on GPUs and ``fp32`` on CPUs."""

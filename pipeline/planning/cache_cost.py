@@ -91,6 +91,7 @@ class CostPlan:
         passes = {
             "clean_only": 1.0,
             "clean_and_masked": 1 + self.draws * (1 - self.masked_fraction),
+            "masked_everywhere": 1.0 + self.draws,
             "composite_only": float(self.draws or 1),
         }[targets]
         held = self.audio_bytes if self.spec.embeds_audio else 0.0
@@ -98,7 +99,7 @@ class CostPlan:
 
     @property
     def bytes_per_epoch(self) -> float:
-        """Bytes that one epoch of training reads: the audio, the clean pass and one draw."""
+        """Bytes that one epoch of training reads: the audio, and what the targets of one draw need."""
         passes = 1.0
         if self.draws and self.spec.targets == "clean_and_masked":
             passes += 1 - self.masked_fraction
@@ -117,7 +118,7 @@ class CostPlan:
     @property
     def pays_after(self) -> int:
         """Number of epochs after which a teacher in the loop has needed more passes than building the cache."""
-        online = 1 if self.spec.targets == "clean_only" or not self.draws else 2
+        online = 1 if self.spec.targets in ("clean_only", "masked_everywhere") or not self.draws else 2
         return math.ceil(self.teacher_passes / online)
 
 
@@ -250,14 +251,15 @@ def cost_table(plan: CostPlan) -> Table:
     beside = "" if spec.embeds_audio else ", beside the audio"
     table = Table(title=f"estimated size of the cache{draws}{beside}", show_lines=False)
     table.add_column("codec")
-    for targets in _TARGETS:
+    kinds = _TARGETS if spec.targets in _TARGETS else (spec.targets, *_TARGETS[1:])
+    for targets in kinds:
         table.add_column(targets, justify="right", no_wrap=True)
     table.add_column("kB per s", justify="right", no_wrap=True)  # Per second of audio; the table has to fit 80 columns.
     for codec in plan.bytes_per_frame:
         chosen = codec == spec.codec
         cells = [
             shown_bytes(plan.total_bytes(codec, targets)) + (" <-" if chosen and targets == spec.targets else "")
-            for targets in _TARGETS
+            for targets in kinds
         ]
         rate = plan.total_bytes(codec, spec.targets) / plan.hours / 3600 / 1e3
         table.add_row(codec, *cells, f"{rate:.1f}", style="bold" if chosen else None)

@@ -1,6 +1,6 @@
 """Teacher hours that an ablation saved by training from a cache."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ray_distill.pipeline.ablation.definition import Ablation
 from ray_distill.pipeline.ray_session import counted
@@ -13,21 +13,23 @@ from ray_distill.teacher_cache.storage.shard_plan import Utterances
 from ray_distill.teacher_cache.storage.store import Store
 
 
-def teacher_hours(time: TeacherTime, train_seconds: float, passes: Mapping[bool, float]) -> tuple[float, float] | None:
+def teacher_hours(
+    time: TeacherTime, train_seconds: float, clean_passes: float, masked_passes: float
+) -> tuple[float, float] | None:
     """Return the teacher hours of training with the teacher in the loop, and those of building the cache.
 
     Args:
         time: Teacher time recorded while the cache was built.
         train_seconds: Seconds of audio in the training split.
-        passes: Epochs of all runs together: those with a masked pass beside the clean one (True) and those without (False).
+        clean_passes, masked_passes: Passes over that split in the epochs of all runs together.
 
     Returns:
         None if a needed pass was not recorded: by an earlier version, or because every build was killed.
     """
     clean, masked = time.clean.rate, time.masked.rate
-    if clean is None or (passes[True] and masked is None):
+    if (clean_passes and clean is None) or (masked_passes and masked is None):
         return None
-    online = (sum(passes.values()) * clean + passes[True] * (masked or 0.0)) * train_seconds
+    online = (clean_passes * (clean or 0.0) + masked_passes * (masked or 0.0)) * train_seconds
     return online / 3600, time.seconds / 3600
 
 
@@ -48,16 +50,18 @@ def _sentences_of_teacher(ablation: Ablation, results: Sequence[RunResult], numb
         return ""
     cache = Cache.open(store)
     samples = Utterances(cache.plan).of_split("train").num_samples
-    passes = {True: 0.0, False: 0.0}
+    clean_passes = masked_passes = 0.0
     finished = 0
     for planned, result in zip(ablation.runs, results, strict=True):
         if result.training is not None:
             finished += 1
-            masked = planned.config.masks.draws > 0 and planned.config.parts[number].cache.targets != "clean_only"
-            passes[masked] += TrainingPlan(samples, planned.config.train, planned.config.train.workers).passes
+            passes = TrainingPlan(samples, planned.config.train, planned.config.train.workers).passes
+            targets = planned.config.parts[number].cache.targets if planned.config.masks.draws else "clean_only"
+            clean_passes += passes * (targets != "masked_everywhere")
+            masked_passes += passes * (targets != "clean_only")
     seconds = float(samples.sum()) / SAMPLE_RATE
     time = total_teacher_time(store)
-    hours = teacher_hours(time, seconds, passes)
+    hours = teacher_hours(time, seconds, clean_passes, masked_passes)
     if hours is None:
         return "The teacher time saved is unknown, because the teacher's time was not fully recorded while this cache was built."
     online, built = hours
@@ -66,9 +70,9 @@ def _sentences_of_teacher(ablation: Ablation, results: Sequence[RunResult], numb
     outcome = "saved" if online > built else "spent, not saved"
     return (
         f"Teacher time {outcome}: {_duration(abs(online - built))}. With the teacher in the loop, "
-        f"{counted(finished, 'finished run')} would have needed {_duration(online)}: {sum(passes.values()):.1f} passes over "
-        f"{_duration(seconds / 3600)} of audio, "
-        f"{passes[True]:.1f} of them with a masked pass as well, at {rates}. These rates were measured while the cache was built. "
+        f"{counted(finished, 'finished run')} would have needed {_duration(online)}: {clean_passes:.1f} clean passes and "
+        f"{masked_passes:.1f} masked passes over {_duration(seconds / 3600)} of audio, at {rates}. "
+        "These rates were measured while the cache was built. "
         f"Building the cache took {_duration(built)} of teacher time."
     )
 

@@ -86,7 +86,8 @@ def _frames(spec: CacheSpec, layers: Sequence[int], utterance: Utterance, teache
         return _finite(frames, layers)
     mask = teacher_mask(spec.masks, spec.rate, 0, [utterance.id], [len(waveform)], [len(frames)]).to(teacher.device)
     masked = teacher(padded, lengths, mask, layers, precision=spec.precision)[0].transpose(0, 1)
-    return _finite(torch.cat([frames, masked[~mask[0]]]), layers)
+    kept = masked if spec.targets == "masked_everywhere" else masked[~mask[0]]
+    return _finite(torch.cat([frames, kept]), layers)
 
 
 def _finite(frames: Tensor, layers: Sequence[int]) -> Tensor:

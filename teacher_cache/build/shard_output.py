@@ -78,7 +78,7 @@ class ShardOutput:
                 values += [self._shard.utterances[row].num_samples, *counts, self._audio[row]]
             if masks is not None:
                 values.append(masks[b, :frames])
-                if self.part.kind == "masked":
+                if self.part.kind == "masked" and not self.part.at_masked:
                     kept -= int(masks[b, :frames].sum())
             for n, (codec, column) in enumerate(zip(self.codecs, codes, strict=True)):
                 value = column[starts[n] : starts[n] + kept]

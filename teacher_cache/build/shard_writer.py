@@ -229,7 +229,7 @@ class ShardWriter:
             targets, kept = clean, real
             if output.part.kind != "clean":
                 assert mask is not None and masked is not None
-                targets, kept = masked, real & ~mask
+                targets, kept = masked, real if output.part.at_masked else real & ~mask
                 if output.part.kind == "composite":
                     assert clean is not None
                     targets, kept = torch.where(mask[:, None, :, None], clean, masked), real

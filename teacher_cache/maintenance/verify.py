@@ -312,8 +312,11 @@ def _teacher_and_cached(
     batch = reader.read([index], draw).to(teacher.device)
     waveforms, lengths, mask, layers = batch.waveforms, batch.lengths, batch.frame_mask, reader.layers
     precision = reader.cache.spec.precision
-    targets = teacher(waveforms, lengths, layers=layers, precision=precision)
-    if mask is not None and reader.cache.spec.targets != "clean_only":
-        masked = teacher(waveforms, lengths, mask, layers, precision=precision)
-        targets = torch.where(mask[:, None, :, None], targets, masked)
+    kind = reader.cache.spec.targets
+    if kind == "clean_only":
+        mask = None
+    targets = teacher(waveforms, lengths, mask, layers, precision=precision)
+    if mask is not None and kind != "masked_everywhere":
+        clean = teacher(waveforms, lengths, layers=layers, precision=precision)
+        targets = torch.where(mask[:, None, :, None], clean, targets)
     return targets[0].transpose(0, 1).cpu(), batch.targets[0].transpose(0, 1).cpu()

@@ -16,7 +16,11 @@ from ray_distill.teacher_cache.precision import Precision
 
 SCHEMA_VERSION = 2
 
-Targets = Literal["clean_and_masked", "composite_only", "clean_only"]
+Targets = Literal["clean_and_masked", "masked_everywhere", "composite_only", "clean_only"]
+_ALSO_SERVES: dict[Targets, tuple[Targets, ...]] = {
+    "clean_and_masked": ("clean_only",),
+    "masked_everywhere": ("clean_and_masked", "clean_only"),
+}
 _OF_AUDIO = ("layers", "corpus", "shard_seconds", "audio", "schema_version")
 """The settings of an audio store. The others describe a teacher, which it lacks."""
 _WITHOUT_TEACHER = {
@@ -57,7 +61,8 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
     """Kind of targets. ``clean_and_masked`` stores the whole clean pass and, per draw, the masked pass at unmasked frames,
     which is enough for the targets of every draw. ``composite_only`` stores one complete tensor per draw, which is smaller
     for a single draw. ``clean_only`` stores the clean pass only, so targets are clean at unmasked frames too (an
-    ablation)."""
+    ablation). ``masked_everywhere`` stores the clean pass and, per draw, the whole masked pass, which is the target at masked
+    frames too (an ablation); the files serve ``clean_and_masked`` as well."""
     codec: Annotated[str, pydantic.AfterValidator(check_codec)]
     """Name of the codec."""
     corpus: str
@@ -141,7 +146,7 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
     def differences(self, needed: "CacheSpec") -> list[str]:
         """Return the differences that prevent this cache, even when extended, from serving a need.
 
-        A cache serves needs with fewer layers or draws, and ``clean_and_masked`` serves ``clean_only``. Missing layers and
+        A cache serves needs with fewer layers or draws, and some targets serve others; see `serves`. Missing layers and
         draws can be added. The exception is ``composite_only``: such a cache has clean training targets only if it has no
         draws, so a cache with draws and one without can't serve each other. A need that does not name a cache to be derived from
         is served by any.
@@ -157,7 +162,7 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
         if self.audio != needed.audio:  # That alone is said.
             mine.pop("audio_store", None)
             theirs.pop("audio_store", None)
-        if (self.targets, needed.targets) == ("clean_and_masked", "clean_only"):
+        if serves(self.targets, needed.targets):
             theirs["targets"] = self.targets
         if self.targets == needed.targets == "composite_only" and (self.masks.draws == 0) != (needed.masks.draws == 0):
             mine["masks.draws"], theirs["masks.draws"] = self.masks.draws, needed.masks.draws
@@ -184,6 +189,14 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
         return self.model_copy(update={"masks": masks, "layers": layers})
 
 
+def serves(cached: Targets, needed: Targets) -> bool:
+    """Return whether a cache of some targets has all that others need.
+
+    ``masked_everywhere`` serves ``clean_and_masked``, and both serve ``clean_only``.
+    """
+    return needed == cached or needed in _ALSO_SERVES.get(cached, ())
+
+
 class LayerSet(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Layers that were cached together. Layers added later form another set, in separate files."""
 
@@ -207,6 +220,7 @@ class Part:
             only.
         has_audio: Whether the file holds the audio: that of an audio store, and otherwise the clean part of set 0, unless the audio is
             elsewhere.
+        at_masked: Whether a ``masked`` file holds the masked frames too. Default False: the unmasked ones only.
     """
 
     kind: Literal["clean", "masked", "composite", "audio"]
@@ -214,6 +228,7 @@ class Part:
     draw: int | None = None
     features: bool = True
     has_audio: bool = False
+    at_masked: bool = False
 
     @property
     def leads(self) -> bool:
@@ -239,7 +254,8 @@ def parts_of(spec: CacheSpec, layer_sets: int, split: str) -> list[Part]:
             parts.append(Part("clean", number, features=not composite, has_audio=has_audio))
         if split == "train" and spec.targets != "clean_only":
             kind: Literal["masked", "composite"] = "composite" if composite else "masked"
-            parts += [Part(kind, number, draw) for draw in range(spec.masks.draws)]
+            everywhere = spec.targets == "masked_everywhere"
+            parts += [Part(kind, number, draw, at_masked=everywhere) for draw in range(spec.masks.draws)]
     return parts
 
 

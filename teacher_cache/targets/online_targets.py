@@ -30,8 +30,8 @@ class OnlineReader:
         teacher: Teacher, on the device on which it computes.
         masks: Policies and seed of the mask draws. Any draw can be read, unless ``masks.draws`` is 0.
         layers: 1-based layers. Default all.
-        targets: Kind of targets, as in `CacheSpec.targets`. ``clean_only`` skips the masked pass; the other two give the
-            same targets here. Default ``clean_and_masked``.
+        targets: Kind of targets, as in `CacheSpec.targets`. ``clean_only`` skips the masked pass, and ``masked_everywhere`` the
+            clean one; the other two give the same targets here. Default ``clean_and_masked``.
         precision: Precision of the teacher's arithmetic, as in `CacheSpec.precision`. Default ``fp32``.
         frames: How frames of another rate than 50 become those of a student, as for `StudentFrames`. Default None: ``average``.
 
@@ -63,7 +63,7 @@ class OnlineReader:
         self.dim = teacher.dim
         self._teacher = teacher
         self._masks = masks
-        self._clean_only = targets == "clean_only"
+        self._targets = targets
         self._precision: Precision = precision
         if masks.draws == 0:
             self.draws = 0
@@ -80,18 +80,18 @@ class OnlineReader:
         waveforms, lengths = waveforms.to(teacher.device), lengths.to(teacher.device)
         theirs = teacher.num_frames(lengths)
         frames = theirs if self._rate == FRAME_RATE else num_frames(lengths)
-        targets = teacher(waveforms, lengths, layers=layers, precision=precision)
-        frame_mask = None
+        frame_mask = mask = None
         if draw is not None:
-            frame_mask = self._masks.frame_mask(draw, ids, frames.tolist()).to(teacher.device)
-            if not self._clean_only:
-                mask = frame_mask
-                if self._rate != FRAME_RATE:
-                    mask = spread_mask(frame_mask.cpu(), self._rate, frames.tolist(), theirs.tolist()).to(
-                        teacher.device
-                    )
-                masked = teacher(waveforms, lengths, mask, layers, precision=precision)
-                targets = torch.where(mask[:, None, :, None], targets, masked)
+            frame_mask = mask = self._masks.frame_mask(draw, ids, frames.tolist()).to(teacher.device)
+            if self._targets == "clean_only":
+                mask = None
+            elif self._rate != FRAME_RATE:
+                spread = spread_mask(frame_mask.cpu(), self._rate, frames.tolist(), theirs.tolist())
+                mask = spread.to(teacher.device)
+        targets = teacher(waveforms, lengths, mask, layers, precision=precision)
+        if mask is not None and self._targets != "masked_everywhere":
+            clean = teacher(waveforms, lengths, layers=layers, precision=precision)
+            targets = torch.where(mask[:, None, :, None], clean, targets)
         if self._rate != FRAME_RATE:
             whole = targets.new_zeros(*targets.shape[:2], int(frames.max()), self.dim)
             for row, found, count, available in zip(whole, targets, frames.tolist(), theirs.tolist(), strict=True):

@@ -63,7 +63,10 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
             r"cache\.codec: .*known codecs: fp32, fp16, int8, pca, layer-pca, and pca:STEP, layer-pca:STEP",
         ),
         ("cache.codec=pca:0", r"cache\.codec: .*step after the colon must be a positive number"),
-        ("cache.targets=all", r"cache\.targets: .*'clean_and_masked', 'composite_only' or 'clean_only'"),
+        (
+            "cache.targets=all",
+            r"cache\.targets: .*'clean_and_masked', 'masked_everywhere', 'composite_only' or 'clean_only'",
+        ),
         ("masks.policies=[{}, {}, {}]", "3 policies for 2 draws"),
         (
             "masks.policies=[{mask_prb: 0.4}]",
@@ -113,6 +116,14 @@ def test_what_is_wrong_is_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(DEMO, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_masked_targets_need_masks() -> None:
+    load_config(DEMO, ["cache.targets=masked_everywhere"])
+    with pytest.raises(
+        ConfigError, match="masked_everywhere takes targets from masked passes, but masks.draws is 0; set masks"
+    ):
+        load_config(DEMO, ["cache.targets=masked_everywhere", "masks.draws=0"])
 
 
 def test_missing_file_and_section(tmp_path: Path) -> None:

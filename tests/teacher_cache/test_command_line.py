@@ -63,7 +63,12 @@ def test_the_deep_check_finds_what_checksums_cannot(tmp_path: Path, make_cache: 
 
 
 @pytest.mark.parametrize(
-    ("targets", "folder"), [("clean_and_masked", "masked/draw=1"), ("composite_only", "composite/draw=1")]
+    ("targets", "folder"),
+    [
+        ("clean_and_masked", "masked/draw=1"),
+        ("masked_everywhere", "masked/draw=1"),
+        ("composite_only", "composite/draw=1"),
+    ],
 )
 def test_the_deep_check_looks_at_every_draw(tmp_path: Path, make_cache: Make, targets: str, folder: str) -> None:
     make_cache(tmp_path / "cache", codec="fp16", targets=targets)

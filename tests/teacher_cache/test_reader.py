@@ -117,7 +117,7 @@ def test_a_reader_is_a_dataset(tmp_path: Path, make_cache: Make, cache: Path) ->
     assert torch.equal(validation[0].targets, validation.read([0], None).targets[0])
     copy = pickle.loads(pickle.dumps(reader))
     assert copy.layers == (2,) and torch.equal(copy[5].targets, reader[5].targets)
-    for kind in ("composite_only", "clean_only"):
+    for kind in ("composite_only", "masked_everywhere", "clean_only"):
         make_cache(tmp_path / kind, targets=kind, codec="pca")
         other = CacheReader(tmp_path / kind, "train")
         assert torch.equal(other[1].targets, other.read([1], 0).targets[0])
@@ -228,6 +228,46 @@ def test_fp16_is_close(tmp_path: Path, make_cache: Make, cache: Path) -> None:
     make_cache(tmp_path / "half", codec="fp16")
     half, full = CacheReader(tmp_path / "half", "train").read([2], 0), CacheReader(cache, "train").read([2], 0)
     torch.testing.assert_close(half.targets, full.targets, rtol=2**-11, atol=1e-6)
+
+
+def test_the_masked_pass_everywhere_serves_the_other_targets_too(
+    tmp_path: Path, make_cache: Make, cache: Path, source_utterances: list[Utterance]
+) -> None:
+    place = tmp_path / "everywhere"
+    make_cache(place, targets="masked_everywhere")
+    reader = CacheReader(place, "train")
+    members = [{u.id: u for u in source_utterances}[reader.ids[index]] for index in (0, 4)]
+    teacher = load_teacher(TEACHER)
+    for draw in (0, 1):
+        ours = reader.read([0, 4], draw)
+        assert ours.frame_mask is not None
+        masked = teacher(ours.waveforms, ours.lengths, ours.frame_mask)
+        clean = teacher(ours.waveforms, ours.lengths)
+        masks, kinds = reader.cache.spec.masks, ("masked_everywhere", "clean_and_masked", "clean_only")
+        for kind, expected in zip(
+            kinds, (masked, torch.where(ours.frame_mask[:, None, :, None], clean, masked), clean), strict=True
+        ):
+            read = CacheReader(place, "train", targets=kind).read([0, 4], draw)
+            online = OnlineReader(members, teacher, masks, targets=kind).read([0, 1], draw)
+            for row, frames in enumerate(ours.num_frames):
+                torch.testing.assert_close(
+                    read.targets[row, :, :frames], expected[row, :, :frames], rtol=1e-4, atol=1e-5
+                )
+                torch.testing.assert_close(online.targets[row, :, :frames], expected[row, :, :frames])
+            assert torch.equal(read.frame_mask, ours.frame_mask) and torch.equal(read.waveforms, ours.waveforms)
+        composite = CacheReader(cache, "train").read([0, 4], draw)
+        assert torch.equal(
+            CacheReader(place, "train", targets="clean_and_masked").read([0, 4], draw).targets, composite.targets
+        )
+        assert torch.equal(ours.frame_mask, composite.frame_mask) and not torch.equal(ours.targets, composite.targets)
+    assert torch.equal(reader.read([0, 4], None).targets, CacheReader(cache, "train").read([0, 4], None).targets)
+    only_masked = CacheReader(place, "train")
+    only_masked.read([0, 4], 0)
+    both = CacheReader(place, "train", targets="clean_and_masked")
+    both.read([0, 4], 0)
+    assert only_masked.bytes_read < both.bytes_read, "the features of the clean pass are not read"
+    with pytest.raises(CacheError, match="has targets clean_and_masked, not masked_everywhere"):
+        CacheReader(cache, "train", targets="masked_everywhere")
 
 
 def test_composite_only_gives_the_same_targets(tmp_path: Path, make_cache: Make, cache: Path) -> None:

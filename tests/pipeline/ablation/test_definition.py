@@ -61,6 +61,21 @@ def test_one_cache_has_what_all_runs_need(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kinds", "needed"),
+    [
+        (["clean_only"], "clean_only"),
+        (["clean_and_masked", "clean_only"], "clean_and_masked"),
+        (["masked_everywhere", "clean_only"], "masked_everywhere"),
+        (["clean_only", "clean_and_masked", "masked_everywhere"], "masked_everywhere"),
+        (["composite_only"], "composite_only"),
+    ],
+)
+def test_the_cache_has_the_fewest_targets_that_serve_all_runs(tmp_path: Path, kinds: list[str], needed: str) -> None:
+    variants = {kind: {"cache.targets": kind} for kind in kinds}
+    assert load_ablation(write(tmp_path, variants=variants)).needs.cache.targets == needed
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"variants": {"a": {"train.epoch": 3}}}, "variant a: train.epoch: unknown key; did you mean train.epochs?"),

@@ -28,7 +28,7 @@ Make = Callable[..., CacheSpec]
 
 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "pca"])
-@pytest.mark.parametrize("targets", ["clean_and_masked", "composite_only", "clean_only"])
+@pytest.mark.parametrize("targets", ["clean_and_masked", "masked_everywhere", "composite_only", "clean_only"])
 def test_the_plan_predicts_the_size(
     tmp_path: Path, make_cache: Make, source_utterances: list[Utterance], codec: str, targets: str
 ) -> None:
@@ -62,6 +62,13 @@ def test_what_the_plan_says(tmp_path: Path, cache_spec: Make, source_utterances:
     assert "\u2026" not in table and max(map(len, table.splitlines())) <= 80, "the table fits a narrow terminal"
     for wanted in ("pca", "fp16", "int8", "layer-pca", "composite_only", "5 mask draws", "clean_only", "<-"):
         assert wanted in table
+    spec = cache_spec(TEACHER, codec="pca", targets="masked_everywhere", masks=MaskDraws(draws=5))
+    plan = plan_cost(source_utterances, spec, teacher, str(tmp_path))
+    assert "6 teacher passes" in (text := " ".join(cost_lines(plan))) and "pays off after 6 epochs" in text
+    console.print(cost_table(plan))
+    table = console.export_text()
+    assert "\u2026" not in table and max(map(len, table.splitlines())) <= 80
+    assert "masked_everywhere" in table and "clean_and_masked" not in table and "<-" in table
     columns = plan_cost(
         source_utterances, cache_spec(TEACHER, codec="fp16", masks=MaskDraws(draws=0)), teacher, str(tmp_path)
     )

@@ -66,9 +66,9 @@ def test_a_difference_is_significant_only_beyond_the_variation_over_seeds() -> N
 
 def test_teacher_hours_count_the_passes_that_runs_would_have_made() -> None:
     time = TeacherTime(clean=PassTime(100.0, 1000.0), masked=PassTime(240.0, 2000.0))
-    online, built = teacher_hours(time, 3600.0, {True: 10.0, False: 5.0}) or (0, 0)
+    online, built = teacher_hours(time, 3600.0, 15.0, 10.0) or (0, 0)
     assert online == pytest.approx(15 * 0.1 + 10 * 0.12) and built == pytest.approx(340 / 3600)
-    assert teacher_hours(TeacherTime(), 3600.0, {True: 1.0, False: 0.0}) is None, "a cache of an earlier version"
+    assert teacher_hours(TeacherTime(), 3600.0, 1.0, 1.0) is None, "a cache of an earlier version"
 
 
 @pytest.fixture

@@ -114,6 +114,7 @@ def test_keys_of_online_targets() -> None:
     others = [
         key("clean_only"),
         key("composite_only"),
+        key("masked_everywhere"),
         key(frames="average"),
         key(frames="nearest"),
         key(split="validation"),

@@ -135,7 +135,7 @@ def test_the_codec_state_is_deterministic_and_part_of_the_identity(
     assert record["fingerprint"] == Cache.open(tmp_path / "two").fingerprint
 
 
-@pytest.mark.parametrize("targets", ["composite_only", "clean_only"])
+@pytest.mark.parametrize("targets", ["composite_only", "masked_everywhere", "clean_only"])
 def test_layers_and_draws_at_once_in_the_other_layouts(tmp_path: Path, make_cache: Make, targets: str) -> None:
     root = tmp_path / "cache"
     make_cache(root, TEACHER, layers=(3,), masks=masks(1), targets=targets)
@@ -145,6 +145,7 @@ def test_layers_and_draws_at_once_in_the_other_layouts(tmp_path: Path, make_cach
     train = next(shard.number for shard in Cache.open(root).shards if shard.split == "train")
     assert {str(Path(name).parent) for name in new if name.endswith(f"part-{train:05d}.parquet")} == {
         "composite_only": {"composite/draw=1", "composite/draw=0/set=1", "composite/draw=1/set=1"},
+        "masked_everywhere": {"clean/set=1", "masked/draw=1", "masked/draw=0/set=1", "masked/draw=1/set=1"},
         "clean_only": {"clean/set=1"},
     }[targets]
     assert verify_cache(root) == []

@@ -90,7 +90,7 @@ def test_audio(tmp_path: Path, make_cache: Make, audio: str) -> None:
 
 
 @pytest.mark.parametrize("codec", ["fp16", "pca"])
-@pytest.mark.parametrize("targets", ["clean_and_masked", "composite_only", "clean_only"])
+@pytest.mark.parametrize("targets", ["clean_and_masked", "masked_everywhere", "composite_only", "clean_only"])
 def test_every_file_and_column_is_documented(tmp_path: Path, make_cache: Make, codec: str, targets: str) -> None:
     root = tmp_path / "cache"
     make_cache(root, "random:3x32", layers=(1,), codec=codec, targets=targets)
@@ -113,6 +113,7 @@ def test_every_file_and_column_is_documented(tmp_path: Path, make_cache: Make, c
             assert types[name] == kind, f"{path}: {field}"
     assert {path.relative_to(root).parts[0] for path in shards} == {
         "clean_and_masked": {"clean", "masked"},
+        "masked_everywhere": {"clean", "masked"},
         "composite_only": {"clean", "composite"},
         "clean_only": {"clean"},
     }[targets]

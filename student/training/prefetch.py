@@ -4,7 +4,7 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +170,7 @@ def micro_batches(
     accumulate: int,
     *,
     count_padding: bool = False,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch]:
     """Yield a rank's batches from optimiser step ``first_step`` on; earlier batches are skipped without being read.
 
     A background thread plans epochs and reads at most PREFETCH batches ahead, so that training waits neither for the disk nor

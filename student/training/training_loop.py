@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -162,18 +162,19 @@ class _Loop:
             settings.accumulate,
             count_padding=settings.count_padding,
         )
-        for micro in batches:
-            self.window.waited += time.monotonic() - mark
-            self.backward(micro)
-            if micro.last_of_step:
-                self.step(micro)
-                if self.is_logged(state.step):
-                    self.log(micro)
-                if self.plan.validates_after(state.step):
-                    self.validate()
-                elif settings.checkpoint_every and state.step % settings.checkpoint_every == 0:
-                    self.checkpoint()
-            mark = time.monotonic()
+        with closing(batches):  # An error stops the reading ahead, too.
+            for micro in batches:
+                self.window.waited += time.monotonic() - mark
+                self.backward(micro)
+                if micro.last_of_step:
+                    self.step(micro)
+                    if self.is_logged(state.step):
+                        self.log(micro)
+                    if self.plan.validates_after(state.step):
+                        self.validate()
+                    elif settings.checkpoint_every and state.step % settings.checkpoint_every == 0:
+                        self.checkpoint()
+                mark = time.monotonic()
         if state.first_loss is None or state.last_loss is None:
             raise FloatingPointError("no step of this training had a finite loss; check the targets and the waveforms")
         assert state.first_validation_loss is not None and state.last_validation_loss is not None

@@ -1,6 +1,7 @@
 """The training loop without Ray: cached equals online targets, ranks and accumulation do not matter, rows and files."""
 
 import json
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -79,6 +80,19 @@ def test_the_same_seed_gives_the_same_losses(
     one, two, three = (losses(rows(tmp_path / name)) for name in ("one", "two", "three"))
     assert one == two
     assert all(a != b for a, b in zip(one, three, strict=True))
+
+
+def test_a_failed_training_reads_nothing_more(
+    tmp_path: Path, tiny: StudentConfig, settings: Settings, readers: Readers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr("ray_distill.student.training.steps.trained_parts.batch_loss", fail)
+    with pytest.raises(RuntimeError, match="the device is lost") as caught:
+        train(tiny, settings(max_steps=100), *readers, tmp_path / "run")
+    assert caught.tb is not None, "the frames of the training are kept"
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def learning_rate(settings: TrainSettings, step: int, total_steps: int) -> float
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """Return the optimiser with weight decay on all parameters but biases and gates, as in the published parameter groups.
 
-    AdamW is fused on a GPU. The group of the gates has the key ``lr_scale``, the factor on its learning rate.
+    AdamW is fused. The group of the gates has the key ``lr_scale``, the factor on its learning rate.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     gates = [parameter for name, parameter in named if name.startswith("gates.")]
@@ -93,7 +93,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
-        fused=next(model.parameters()).is_cuda,
+        fused=True,
     )
 
 

@@ -59,6 +59,7 @@ class TrainedParts:
         # Without masks the mask embedding is unused, and DDP would wait for its gradient.
         self.student.mask_embedding.requires_grad_(train_reader.draws != 0 and settings.mask_embedding == "learned")
         self.distiller = make_distiller(self.student, settings, train_reader, validation_reader).to(rank.device)
+        self._parameters = list(self.distiller.parameters())  # To find them takes the host milliseconds.
         # Ranks start from the same weights, but draw different dropout masks.
         torch.manual_seed(settings.seed * 1_000_003 + 1 + rank.index)
         self.optimizer = make_optimizer(self.distiller, settings)
@@ -119,14 +120,14 @@ class TrainedParts:
     def gradient_norm(self) -> Tensor:
         """Return the () norm of the gradients, from which the loss scale is removed."""
         self.scaler.unscale_(self.optimizer)
-        return nn.utils.get_total_norm([p.grad for p in self.distiller.parameters() if p.grad is not None])
+        return nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
 
     def update(self, norm: Tensor) -> None:
         """Update weights and average, or nothing if the gradient norm is not finite."""
         if not self.defers and not math.isfinite(float(norm)):
             return
         if self._settings.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.distiller.parameters(), self._settings.max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(self._parameters, self._settings.max_grad_norm, norm)
         if self.defers:
             step_if_finite(self.optimizer, norm)
         else:

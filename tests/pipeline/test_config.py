@@ -57,7 +57,7 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("train.precision=fp16", "needs train.use_gpu"),
         *(
             (f"{key}={value}", f"^{key}: {message}$")
-            for key in ("train.batch_seconds",)
+            for key in ("train.batch_seconds", "cache.batch_seconds")
             for value, message in (
                 *(
                     (size, r"\S+ can't be .*; give a positive number of seconds of audio, or auto")

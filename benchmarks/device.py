@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +34,7 @@ from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
 from ray_distill.student.training.validation import batch_loss, make_distiller
 from ray_distill.teacher_cache.audio import load_audio
-from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.build.build_cache import BuildReport, build_cache
 from ray_distill.teacher_cache.codecs import fit_codec, open_codec, relative_error
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
@@ -168,8 +168,18 @@ class Bench:
         train(config, self.settings(**changes), reader, validation, run, rank=Rank(device=self.device))
         return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
-    def cache(self, name: str, codec: str, precision: Precision = "fp32") -> float:
-        """Build a cache and return the seconds that it took, without fitting the codec."""
+    def cache(
+        self, name: str, codec: str, precision: Precision = "fp32", *, auto: bool = False, times: int = 1
+    ) -> tuple[BuildReport, list[str]]:
+        """Build a cache on the device, and return the report, whose time is without fitting the codec, and what the teacher noted.
+
+        Args:
+            name: Name of its folder.
+            codec: Its codec.
+            precision: Precision of the teacher.
+            auto: Whether the size of batches is found. All utterances of a split are then in one shard, which limits it.
+            times: How many times it has each utterance.
+        """
         spec = CacheSpec(
             teacher=self.teacher.fingerprint,
             num_layers=self.teacher.num_layers,
@@ -178,14 +188,14 @@ class Bench:
             masks=MASKS,
             codec=codec,
             corpus="noise",
-            shard_seconds=max(60.0, self.sizes.corpus_seconds / 4),
-            batch_seconds=self.sizes.batch_seconds,
+            shard_seconds=1e9 if auto else max(60.0, self.sizes.corpus_seconds / 4),
+            batch_seconds="auto" if auto else self.sizes.batch_seconds,
             precision=precision,
         )
-        plan = plan_shards(self.utterances, spec.shard_seconds)
-        teacher = self.sizes.teacher
-        report = build_cache(self.folder / name, spec, plan, teacher, teacher_name=teacher, workers=None)
-        return report.elapsed
+        copies = [replace(one, id=one.id + copy * "+") for copy in range(times) for one in self.utterances]
+        plan, teacher, notes = plan_shards(copies, spec.shard_seconds), self.sizes.teacher, list[str]()
+        how: dict[str, Any] = {"workers": None, "device": self.device.type, "on_note": notes.append}
+        return build_cache(self.folder / name, spec, plan, teacher, teacher_name=teacher, **how), notes
 
 
 class Repeated:
@@ -252,7 +262,7 @@ def measure_build(bench: Bench) -> list[dict[str, Any]]:
     found = []
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "bf16") if bench.on_gpu else ("fp32",)
     for precision in precisions:
-        seconds = bench.cache(f"cache-pca-{precision}", "pca", precision)
+        seconds = bench.cache(f"cache-pca-{precision}", "pca", precision)[0].elapsed
         alone = bench.seconds(lambda precision=precision: bench.teacher(batch, precision=precision))
         bare = batch.numel() / SAMPLE_RATE / alone / 2
         rate = audio / seconds
@@ -360,6 +370,28 @@ def measure_auto(bench: Bench) -> list[dict[str, Any]]:
         )
         row |= {"training_allocated_bytes": allocated, "training_reserved_bytes": reserved}
         found.append(row | {"seconds_with_one_step": seconds})
+    return found
+
+
+def measure_auto_build(bench: Bench) -> list[dict[str, Any]]:
+    """Return what ``cache.batch_seconds=auto`` finds for each arithmetic, and the memory and speed of the build; nothing on a CPU."""
+    found: list[dict[str, Any]] = []
+    precisions: tuple[Precision, ...] = ("fp32", "fp16") if bench.on_gpu else ()
+    for precision in precisions:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(bench.device)
+        # The search goes on until a shard as a whole fits, so there must be much.
+        report, notes = bench.cache(f"cache-auto-{precision}", "int8", precision, auto=True, times=8)
+        found.append(
+            {
+                "precision": precision,
+                "batch_seconds": list(report.batch_seconds),
+                "notes": notes,
+                "audio_seconds_per_second": report.seconds / report.elapsed,
+                "search_allocated_bytes": torch.cuda.max_memory_allocated(bench.device),
+                "search_reserved_bytes": torch.cuda.max_memory_reserved(bench.device),
+            }
+        )
     return found
 
 
@@ -483,6 +515,7 @@ def main(
         "per_step": measure_calls,
         "memory": measure_memory,
         "auto": measure_auto,
+        "auto_build": measure_auto_build,
         "codecs": measure_codecs,
         "reader": measure_reader,
         "inference": measure_inference,

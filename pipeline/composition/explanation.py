@@ -56,16 +56,23 @@ def for_teacher(name: str, sentence: str) -> str:
 
 
 def _without_alternatives(errors: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Return the errors without those of the other types that a mistyped word could have had.
+    """Return the errors, with one where a key takes some words or another type, and the value is a mistyped word or no number.
 
-    Where a key takes some words or another type, pydantic reports an error for each, and names the type in the location.
+    Pydantic reports an error for each type there, and names the type in the location.
     """
     kept: list[ErrorDetails] = []
-    words = [item for item in errors if item["type"] == "literal_error" and isinstance(item["input"], str)]
     for item in errors:
-        same = [word for word in words if word["loc"][:-1] == item["loc"][:-1] and word["input"] == item["input"]]
-        if item in words and str(item["loc"][-1]).startswith("literal["):
-            kept.append(ErrorDetails(**{**item, "loc": item["loc"][:-1]}))
-        elif item in words or not any(str(word["loc"][-1]).startswith("literal[") for word in same):
+        place, value = item["loc"][:-1], item["input"]
+        same = [other for other in errors if other["loc"] and other["loc"][:-1] == place and other["input"] is value]
+        words = [other for other in same if str(other["loc"][-1]).startswith("literal[")]
+        numbers = [other["type"] for other in same if other["type"].startswith(("float_", "int_"))]
+        if not words or not (isinstance(value, str) or len(words) + len(numbers) == len(same)):
             kept.append(item)
+        elif item in words:
+            message = item["msg"]
+            if numbers:
+                kind = "a whole number" if numbers[0].startswith("int_") else "a number"
+                unit = " of seconds" if str(place[-1]).endswith("_seconds") else ""
+                message = message.replace("should be ", f"should be {kind}{unit} or ", 1)
+            kept.append(ErrorDetails(**{**item, "loc": place, "msg": message}))
     return kept

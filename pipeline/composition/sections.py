@@ -12,9 +12,10 @@ from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHA
 from ray_distill.student.training.train_settings import ONE_OR_MORE
 from ray_distill.teacher_cache.codecs import DEFAULT_CODEC, check_codec
 from ray_distill.teacher_cache.precision import Precision
-from ray_distill.teacher_cache.storage.cache_spec import Targets
+from ray_distill.teacher_cache.storage.cache_spec import DEFAULT_BATCH_SECONDS, Targets
 from ray_distill.teacher_cache.storage.failed_utterances import DEFAULT_MAX_FAILED
 from ray_distill.teacher_cache.targets.domains import Weight
+from ray_distill.teacher_cache.targets.fitting_batch import BatchSeconds
 from ray_distill.teacher_cache.targets.frame_rate import FrameRule
 
 
@@ -134,8 +135,9 @@ class CacheSection(Section):
     shard_minutes: Annotated[float | None, SAME_IN_ABLATION] = pydantic.Field(default=None, gt=0)
     """Minutes of audio per shard, the unit of work, retry and resume. None takes those of an existing cache, or else 10, and for more
     than 1,000 h of audio a minute per 100 h, but at most 60."""
-    batch_seconds: Annotated[float, SAME_IN_ABLATION] = pydantic.Field(default=120.0, gt=0)
-    """Seconds of audio per teacher batch, padding included."""
+    batch_seconds: Annotated[BatchSeconds, SAME_IN_ABLATION] = DEFAULT_BATCH_SECONDS
+    """Seconds of audio per teacher batch, padding included. ``auto``: each worker of a new cache measures how many fit on its GPU, and
+    an existing cache keeps its own setting. Needs gpus_per_actor."""
     actors: Annotated[int, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=1, ge=1)
     """Number of teachers that run in parallel."""
     gpus_per_actor: Annotated[float, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=0.0, ge=0)

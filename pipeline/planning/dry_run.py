@@ -22,6 +22,7 @@ from ray_distill.pipeline.stages.frame_rates import check_frame_rates
 from ray_distill.pipeline.stages.index import split_table
 from ray_distill.pipeline.stages.run import TeacherRun
 from ray_distill.pipeline.stages.run_audio import check_reference
+from ray_distill.pipeline.stages.run_device import batch_seconds_of
 from ray_distill.student import Student
 from ray_distill.student.pruning.gates import Gates
 from ray_distill.student.training.train_state import saved_batch_seconds
@@ -104,6 +105,7 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
         "training": f"{length}, {train.targets} targets, "
         f"batches of {batch}, {counted(train.workers, 'worker')}, peak learning rate {train.learning_rate:g}",
     }
+    checks = "cache" in stages
     actions = {
         "index": _index_action(folder),
         "plan": "estimate the size of the cache" if cached else "check the lengths of the utterances",
@@ -111,7 +113,7 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
             [
                 *(_audio_action(run) if cached else []),
                 *(
-                    f"{label.lstrip()}: {_cache_action(part.config, cache, header)}".removeprefix(": ")
+                    f"{label.lstrip()}: {_cache_action(part, cache, header, checks)}".removeprefix(": ")
                     for label, part, header, cache in parts
                 ),
             ]
@@ -149,7 +151,8 @@ def _cache_facts(run: Run) -> str:
     beside = "" if audio is None else f", audio at {audio}"
     if run.config.cache.audio == "source":
         beside = ", audio read from the corpus"
-    return f"{run.config.cache.location}: {run.config.cache.codec}, {run.config.cache.targets}{beside}"
+    batches = ", batches found on each GPU (auto)" if batch_seconds_of(run.config.cache) == "auto" else ""
+    return f"{run.config.cache.location}: {run.config.cache.codec}, {run.config.cache.targets}{batches}{beside}"
 
 
 def _audio_action(run: Run) -> list[str]:
@@ -239,12 +242,22 @@ def _index_action(folder: RunFolder) -> str:
     return f"decode all files, and write the index to {folder.corpus}"
 
 
-def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) -> str:
-    """Say what the cache stage would do, after checking that an existing cache can serve the run."""
+def _cache_action(run: Run, cache: Cache | None, teacher: Teacher | None, checks_device: bool) -> str:
+    """Say what the cache stage would do, after checking that an existing cache can serve the run.
+
+    Args:
+        run: The run as the teacher sees it.
+        cache: The existing cache, or None.
+        teacher: The teacher's header, or None if it would be downloaded.
+        checks_device: Whether to check that the teacher can run on its device if it has something to do.
+    """
+    config = run.config
     if config.train.targets == "online":
         return "nothing, since targets are online"
     if cache is None:
         Store(config.cache.location).check_writable()
+        if checks_device:
+            _check_device(run)
         return f"build the cache at {config.cache.location}"
     refuse_audio_store(cache, "set cache.path to another folder")
     # The fingerprints of the teacher and the corpus are unknown without weights and samples; take the cache's for granted.
@@ -252,7 +265,7 @@ def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) 
         "masks": config.masks,
         "codec": config.cache.codec,
         "targets": config.cache.targets,
-        "batch_seconds": config.cache.batch_seconds,
+        "batch_seconds": batch_seconds_of(config.cache),
         "audio": config.cache.audio,
         "audio_store": None,
     }
@@ -273,10 +286,19 @@ def _cache_action(config: Config, cache: Cache | None, teacher: Teacher | None) 
         draws = max(0, needed.masks.draws - cache.spec.masks.draws)
         additions = [f"layers {', '.join(map(str, layers))}"] if layers else []
         additions += [counted(draws, "mask draw")] if draws else []
+        if checks_device:
+            _check_device(run)
         return f"add {' and '.join(additions)} to {present}"
     if missing := sum(map(len, cache.missing(needed).values())):
+        if checks_device:
+            _check_device(run)
         return f"write {counted(missing, 'missing file')} of {present}"
     return f"reuse {present} if it belongs to the same teacher weights and audio"
+
+
+def _check_device(run: Run) -> None:
+    with run.named():
+        run.check_device()
 
 
 def _train_action(folder: RunFolder, config: Config) -> str:

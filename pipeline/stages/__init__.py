@@ -99,10 +99,10 @@ def _check_start(run: Run, stages: set[str]) -> None:
         for part in run.parts:
             with part.named():
                 if not cached:
-                    part.check_precision()
+                    part.check_device()
                 elif "cache" in stages and not Cache.exists(part.cache):
                     check_location(part.cache)
-                    part.check_precision()
+                    part.check_device()
                 part.layers  # noqa: B018 (loads the teacher)
         check_frame_rates(run)
         run.config.check_aggregate([(len(part.layers), part.teacher.dim) for part in run.parts])

@@ -28,7 +28,7 @@ def cache_targets(run: Run) -> None:
     The audio to which caches refer is stored first.
 
     Raises:
-        ConfigError: A teacher can't run at the cache's precision, or Ray has no resources for its workers.
+        ConfigError: A teacher can't run as configured on its device, or Ray has no resources for its workers.
         CacheError: A cache was made for something else, or can't be built.
     """
     if run.config.train.targets == "online":
@@ -47,7 +47,7 @@ def _cache_targets(run: Run) -> None:
     if complete and not Cache.open(run.cache).missing(run.spec):
         detail = "all shards exist, reused"
     else:
-        run.check_precision()
+        run.check_device()
         with quiet_ray(run.folder.ray_log), run.progress("cache", "utterances") as update:
             init_ray()
             keys = "cache.cpus_per_actor, cache.gpus_per_actor"
@@ -69,12 +69,15 @@ def _cache_targets(run: Run) -> None:
                 workers=Workers(settings.actors, settings.gpus_per_actor, settings.cpus_per_actor),
                 max_failed=settings.max_failed,
                 on_progress=show,
+                on_note=lambda note: run.say(f"cache   {escape(note)}"),
                 audio=settings.audio_location,
             )
         detail = (
             f"{counted(report.written, 'shard')} written in {report.elapsed:.0f} s "
             f"({report.seconds / max(report.elapsed, 1e-9) / 60:.2f} h of audio per minute)"
         ) + (f", {report.reused} reused" if report.reused else "")
+        if sizes := [f"{size:g}" for size in report.batch_seconds]:
+            detail += f", in batches of {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} s (auto)"
     size = cache_bytes(Cache.open(run.cache))
     run.say(
         f"cache   {detail}: {size / 1e6:.1f} MB, {size / run.seconds / 1e3:.1f} kB per second of audio"

@@ -84,7 +84,7 @@ def _plan_cache(run: Run, needed: dict[int, int]) -> CostPlan | None:
     _check_lengths(run)
     _check_memory(run)
     if run.config.train.targets == "online":
-        run.check_precision()
+        run.check_device()
         run.say("plan    targets are online: no cache is needed")
         return None
     if Cache.exists(run.cache) and (cache := Cache.open(run.cache)).covers(run.spec):
@@ -93,7 +93,7 @@ def _plan_cache(run: Run, needed: dict[int, int]) -> CostPlan | None:
         rest = f", and lacks {counted(lacking, 'shard')}, which the cache stage builds" if lacking else ""
         run.say(f"plan    the cache at {run.cache.location} has all layers and draws that are needed{rest}")
         return None
-    run.check_precision()
+    run.check_device()
     run.cache.check_writable()
     teacher = run.teacher
     if run.config.cache.gpus_per_actor and torch.cuda.is_available():

@@ -22,6 +22,7 @@ from ray_distill.pipeline.corpus.index import INDEX, CorpusIndex
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages.progress import Position, ProgressUpdate, shown
 from ray_distill.pipeline.stages.run_audio import audio_spec_of, check_reference, shard_seconds_of
+from ray_distill.pipeline.stages.run_device import batch_seconds_of, check_device
 from ray_distill.pipeline.stages.run_teacher import keep_checkpoint, other_commit, run_checkpoint
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import resume_step
@@ -248,7 +249,7 @@ class Run:
             targets=cache.targets,
             corpus=corpus,
             shard_seconds=shard_seconds_of(cache, audio, self.seconds),
-            batch_seconds=cache.batch_seconds,
+            batch_seconds=batch_seconds_of(cache),
             precision=self.precision,
             audio=cache.audio,
             audio_store=None if audio is None else audio.audio_fingerprint,
@@ -272,25 +273,9 @@ class Run:
             return Cache.open(self.cache).spec.precision
         return "fp16" if settings.gpus_per_actor else "fp32"
 
-    def check_precision(self) -> None:
-        """Check that the teacher can run at the configured precision, in the cache's actors or in the training's workers.
-
-        Raises:
-            ConfigError: The precision is fp16, and the teacher runs on CPU.
-        """
-        if self.precision != "fp16":
-            return
-        found = Cache.exists(self.cache) and Cache.open(self.cache).spec.precision == "fp16"
-        origin = f", and the cache at {self.cache.location} was computed in fp16" if found else ""
-        if self.config.train.targets == "online" and not self.config.train.use_gpu:
-            raise ConfigError(
-                f"cache.precision fp16 needs GPUs{origin}; set train.use_gpu=true, or set cache.precision=fp32"
-            )
-        if self.config.train.targets == "cached" and not self.config.cache.gpus_per_actor:
-            raise ConfigError(
-                f"cache.precision fp16 needs GPUs{origin}; set cache.gpus_per_actor, or set cache.precision=fp32"
-                f"{' and a new cache.path' if found else ''}"
-            )
+    def check_device(self) -> None:
+        """Check that the teacher can run as configured on its device; see `run_device.check_device`."""
+        check_device(self.config, self.precision)
 
     @contextmanager
     def progress(self, name: str, unit: str) -> Iterator[ProgressUpdate]:

@@ -12,6 +12,7 @@ from ray_distill.student.pruning.prune_settings import PruneSettings
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT
 from ray_distill.student.training.spec_augment import SpecAugment
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.targets.fitting_batch import BatchSeconds
 
 PRUNING_OBJECTIVES = ("prediction", "star")
 """Objectives without predictors of their own, which a training with two phases can have."""
@@ -43,7 +44,7 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     """Limit on the number of optimiser steps; the learning-rate schedule then spans these steps. None trains for all epochs."""
     batch_size: int | None = pydantic.Field(default=None, ge=1)
     """Number of utterances per worker and batch, as published. Give either this or batch_seconds."""
-    batch_seconds: float | Literal["auto"] | None = None
+    batch_seconds: BatchSeconds | None = None
     """Seconds of audio per worker and batch, padding included. ``auto`` measures before the first step how many fit on the GPUs, and
     the run keeps that number when it is resumed or made longer. Needs use_gpu. Give either this or batch_size."""
     crop_seconds: float | None = pydantic.Field(default=None, ge=1)
@@ -149,10 +150,6 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
             raise ValueError(
                 f"train.batch_size is {self.batch_size} and train.batch_seconds is {seconds}, but a batch has one "
                 "size; set one of them to null, as in train.batch_seconds=null"
-            )
-        if isinstance(self.batch_seconds, float) and self.batch_seconds <= 0:
-            raise ValueError(
-                f"train.batch_seconds is {self.batch_seconds:g}; give a positive number of seconds of audio, or auto"
             )
         if self.batch_seconds == "auto" and not self.use_gpu:
             raise ValueError(

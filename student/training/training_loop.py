@@ -20,7 +20,6 @@ from ray_distill.student.training.metrics import Metrics, MetricWindow
 from ray_distill.student.training.optimizer import learning_rate
 from ray_distill.student.training.prefetch import MicroBatch, TrainingPlan, micro_batches
 from ray_distill.student.training.rank import Rank
-from ray_distill.student.training.steps.fitting_batch import FittingBatch
 from ray_distill.student.training.steps.step_memory import find_fitting_batch
 from ray_distill.student.training.steps.trained_parts import TrainedParts
 from ray_distill.student.training.target_source import TargetSource
@@ -28,6 +27,7 @@ from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import BatchRecord, Checkpoints, StepRecord, TrainResult
 from ray_distill.student.training.validation import validate
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.targets.fitting_batch import FittingBatch
 from ray_distill.teacher_cache.targets.target_batch import TargetReader
 
 MIN_LOSS_SCALE = 1e-4

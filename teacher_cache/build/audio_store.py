@@ -105,7 +105,14 @@ def write_audio(
     return (
         record
         | TeacherTime().to_columns()
-        | {"bytes": written, "failed": json.dumps(failed), "failures": failures, "full": full}
+        | {
+            "bytes": written,
+            "batch_seconds": 0.0,
+            "failed": json.dumps(failed),
+            "failures": failures,
+            "notes": [],
+            "full": full,
+        }
     )
 
 

@@ -74,6 +74,8 @@ class BuildReport:
         elapsed: Wall time in seconds.
         seconds: Seconds of audio in the written shards.
         busy: Seconds in which teachers and codecs worked, summed over the actors.
+        batch_seconds: Seconds of audio in the batches of the written shards, ascending, if the workers found them themselves; empty
+            otherwise.
     """
 
     written: int
@@ -81,6 +83,7 @@ class BuildReport:
     elapsed: float
     seconds: float
     busy: float
+    batch_seconds: tuple[float, ...] = ()
 
 
 def build_cache(
@@ -93,7 +96,9 @@ def build_cache(
     workers: Workers | None = Workers(),
     max_failed: float = DEFAULT_MAX_FAILED,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_note: Callable[[str], None] = lambda note: None,
     audio: str | None = None,
+    device: str = "cpu",
 ) -> BuildReport:
     """Create, resume or extend a cache: write all files that the specification needs and that are missing.
 
@@ -108,16 +113,18 @@ def build_cache(
         max_failed: Number of utterances that may fail, or below 1 their share, at least 3 utterances; 0 allows none. The cache
             lacks an utterance that failed, and its commits record the reason; see `failed_utterances`. Default 0.001.
         on_progress: Called after every shard.
+        on_note: Called with what a worker says about itself: the size of the batches that it found, and a smaller one later.
         audio: Location of the finished audio store, or of the cache with audio, that the cache refers to. A new cache with ``audio``
             ``store`` needs it. Default: what an existing cache has recorded.
+        device: Device of the teacher in this process, without workers: ``cpu`` or ``cuda``. Default ``cpu``.
 
     Returns:
         Numbers of shards and times of this build.
 
     Raises:
-        CacheError: If the teacher lacks a layer, its frame rate allows no masked targets, the location holds a different cache
-            or other files, another process builds the cache, the disk is full, too many utterances failed, or a file of the
-            cache is damaged (all other shards are written before this error is raised).
+        CacheError: If the teacher lacks a layer, its frame rate allows no masked targets, a worker on a CPU shall find the size of its
+            batches, the location holds a different cache or other files, another process builds the cache, the disk is full, too
+            many utterances failed, or a file of the cache is damaged (all other shards are written before this error is raised).
     """
     unknown = [layer for layer in spec.layers if not 1 <= layer <= spec.num_layers]
     if unknown:
@@ -128,19 +135,33 @@ def build_cache(
     check_location(store)
     if not spec.refers_to_store:
         refuse_place(store, spec, audio)
+    device = device if workers is None else workers.device
     with cache_lock(store) as check_lock:
         store.remove_leftovers()
-        cache = _create_or_grow(store, spec, plan, teacher_spec, teacher_name, workers, max_failed, audio, check_lock)
+        if spec.batch_seconds == "auto" and device == "cpu":
+            _refuse_auto(store, spec)
+        cache = _create_or_grow(
+            store, spec, plan, teacher_spec, teacher_name, workers, max_failed, audio, check_lock, device
+        )
         remove_unused_states(cache)
         # The corpus may have moved since the cache was created. The identity of each file shows that it is the same.
         shards = Shards(with_sources(cache.plan, plan))
 
         def records(todo: list[Shard], allowed: int) -> Generator[dict[str, Any], None, None]:
-            return records_of(cache, todo, teacher_spec, workers, allowed, audio)
+            return records_of(cache, todo, teacher_spec, workers, allowed, audio, device)
 
-        report = write_missing(cache, shards, records, workers, max_failed, on_progress, check_lock)
+        report = write_missing(cache, shards, records, workers, max_failed, on_progress, check_lock, on_note, device)
         store.remove_leftovers()
     return report
+
+
+def _refuse_auto(store: Store, spec: CacheSpec) -> None:
+    """Raise CacheError if something is to be built on a CPU, which has no memory to measure."""
+    if not (Cache.exists(store) and (cache := Cache.open(store)).covers(spec) and not cache.missing(spec)):
+        raise CacheError(
+            f"the batches of the cache at {store.location} are auto, which measures the memory of a GPU, but the teacher runs on the "
+            "CPU; set cache.gpus_per_actor, or give the seconds, as in cache.batch_seconds=120, and a new cache.path"
+        )
 
 
 def _create_or_grow(
@@ -153,10 +174,11 @@ def _create_or_grow(
     max_failed: float,
     audio: str | None,
     check_lock: Callable[[], None],
+    device: str,
 ) -> Cache:
     if not Cache.exists(store):
         place = _place_of_audio(store, spec, plan, audio) if spec.refers_to_store else None
-        state = _fit(spec, spec.layers, plan, teacher_spec, workers, max_failed)
+        state = _fit(spec, spec.layers, plan, teacher_spec, workers, max_failed, device)
         check_lock()
         return create_cache(
             store,
@@ -175,7 +197,7 @@ def _create_or_grow(
     if covered:
         return cache
     new = tuple(sorted(set(spec.layers) - set(cache.spec.layers)))
-    state = _fit(spec, new, plan, teacher_spec, workers, max_failed) if new else {}
+    state = _fit(spec, new, plan, teacher_spec, workers, max_failed, device) if new else {}
     check_lock()
     return grow_cache(cache, spec, state)
 
@@ -203,11 +225,12 @@ def _fit(
     teacher_spec: str,
     workers: Workers | None,
     max_failed: float,
+    device: str,
 ) -> Mapping[str, Tensor]:
     if not is_learned(spec.codec):
         return {}
     if workers is None:
-        teacher = load_teacher(teacher_spec)
+        teacher = load_teacher(teacher_spec, device)
         try:
             return fit_codec_to_corpus(spec, layers, plan, teacher, max_failed)
         except (ValueError, RuntimeError, MemoryError) as error:
@@ -217,7 +240,7 @@ def _fit(
     def fit() -> Mapping[str, Tensor] | str:
         # Ray would wrap an exception in a traceback, and can't pickle every exception.
         try:
-            return fit_codec_to_corpus(spec, layers, plan, load_teacher(teacher_spec, workers.device), max_failed)
+            return fit_codec_to_corpus(spec, layers, plan, load_teacher(teacher_spec, device), max_failed)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             return _fit_failure(error)
 
@@ -246,6 +269,8 @@ def write_missing(
     max_failed: float,
     on_progress: Callable[[Progress], None],
     check_lock: Callable[[], None],
+    on_note: Callable[[str], None] = lambda note: None,
+    device: str = "cpu",
 ) -> BuildReport:
     """Write all files of a cache without a commit record, and its manifest. Call it only while holding the lock of the cache.
 
@@ -256,6 +281,7 @@ def write_missing(
             given the maximum number of failed utterances of a shard.
         workers, max_failed, on_progress: As for `build_cache`.
         check_lock: Raises CacheError if the lock was lost.
+        on_note, device: As for `build_cache`. ``device`` is that of the workers if there are any.
     """
     started = time.monotonic()
     missing = cache.missing()
@@ -271,12 +297,15 @@ def write_missing(
     failed: dict[str, str] = {}  # All of the cache's, once any is found.
     failed_shards: list[int] = []
     teacher_time = TeacherTime()
+    sizes: set[float] = set()
     # Closing stops the actors, so that none of them writes after the lock is released.
     with closing(records_of(todo, allowed)) as records:
         for record in records:
             check_lock()
             if record.get("refused"):
                 raise CacheError(record["refused"])
+            for note in record["notes"]:
+                on_note(note)
             if record["full"]:
                 raise disk_full_error(cache.store, record["failures"][-1])
             if found := json.loads(record["failed"]):
@@ -293,6 +322,8 @@ def write_missing(
                 failures += record["failures"]
                 continue
             written += 1
+            if cache.spec.batch_seconds == "auto" and record["batch_seconds"]:
+                sizes.add(record["batch_seconds"])
             utterances += record["utterances"]
             seconds += record["seconds"]
             elapsed = time.monotonic() - started
@@ -311,12 +342,12 @@ def write_missing(
             )
     elapsed = time.monotonic() - started
     if teacher_time.seconds:
-        device = "cpu" if workers is None else workers.device
-        write_build_statistics(cache.store, teacher_time, device=device, actors=actors, elapsed=elapsed)
+        how: dict[str, Any] = {"device": device, "actors": actors, "elapsed": elapsed, "batch_seconds": sorted(sizes)}
+        write_build_statistics(cache.store, teacher_time, **how)
     raise_failures(failures)
     if written or not cache.store.size(MANIFEST):
         update_manifest(cache, manifest)
-    return BuildReport(written, len(finished), elapsed, seconds, busy)
+    return BuildReport(written, len(finished), elapsed, seconds, busy, tuple(sorted(sizes)))
 
 
 def raise_failures(failures: list[str], doing: str = "while caching:") -> None:

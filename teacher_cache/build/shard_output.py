@@ -19,22 +19,41 @@ from ray_distill.teacher_cache.storage.cache import (
     file_record,
     write_commit,
 )
+from ray_distill.teacher_cache.storage.cache_spec import Part
 from ray_distill.teacher_cache.storage.shard_plan import Shard
 
 
-class ShardOutput:
+class EncodedPart:
+    """What the encoding of a part needs, and which utterances it could not encode.
+
+    Args:
+        part: The part.
+        codecs: Codecs of its columns; none for a part without features.
+        failed: Reasons by id for utterances that have failed before.
+
+    Attributes:
+        failed: Reasons by id for all utterances that have failed.
+    """
+
+    def __init__(self, part: Part, codecs: tuple[ColumnCodec, ...], failed: Mapping[str, str]) -> None:
+        self.part, self.codecs, self.failed = part, codecs, dict(failed)
+
+    def fail(self, failed: Mapping[str, str]) -> None:
+        """Leave out utterances, with reasons by id. The first reason of an utterance counts."""
+        self.failed = {**failed, **self.failed}
+
+
+class ShardOutput(EncodedPart):
     """A shard file that is being written, with one row group per utterance in the shard's order, without the failed ones.
 
     Attributes:
-        failed: Reasons by id for the utterances that the file lacks.
         rows: Number of rows written so far.
     """
 
     def __init__(
         self, path: Path, file: ShardFile, codecs: tuple[ColumnCodec, ...], shard: Shard, audio: ShardAudio
     ) -> None:
-        self.part, self.codecs = file.part, codecs
-        self.failed = dict(audio.failed)
+        super().__init__(file.part, codecs, audio.failed)
         self.rows = 0
         self._shard = shard
         part = file.part
@@ -61,10 +80,6 @@ class ShardOutput:
             write_statistics=False,
             write_page_checksum=True,
         )
-
-    def fail(self, failed: Mapping[str, str]) -> None:
-        """Leave out utterances, with reasons by id. The first reason of an utterance counts."""
-        self.failed = {**failed, **self.failed}
 
     def write(self, rows: list[int], codes: list[np.ndarray], masks: np.ndarray | None) -> None:
         """Append rows of the shard. Codes hold the kept frames of all rows, concatenated."""

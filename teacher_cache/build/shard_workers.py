@@ -42,8 +42,12 @@ class Workers:
 
 
 @contextmanager
-def ray_errors_as_cache_errors() -> Iterator[None]:
-    """Turn Ray's errors about failed workers into a CacheError of one sentence."""
+def ray_errors_as_cache_errors(*, auto: bool = False) -> Iterator[None]:
+    """Turn Ray's errors about failed workers into a CacheError of one sentence.
+
+    Args:
+        auto: Whether workers find their batches themselves. Default False.
+    """
     import ray.exceptions
 
     try:
@@ -57,7 +61,7 @@ def ray_errors_as_cache_errors() -> Iterator[None]:
         advice = "remove the cause"
         if died or ran_out_of_memory(error):
             advice = f"{'if' if died else 'since'} memory ran out, lower cache.actors, or corpus.max_seconds or cache.batch_seconds"
-            advice += " with a new cache.path"
+            advice += f"{' (a number below what auto found)' if auto else ''} with a new cache.path"
         raise CacheError(
             f"the cache stage stopped because a worker failed ({line}); finished files are kept: {advice}, and run the same command "
             "again"
@@ -93,12 +97,12 @@ class _ShardMetrics:
 class ShardWriterActor:
     """`ShardWriter` in a Ray Data actor. It returns a user's mistake as a record, because Ray would retry after an exception."""
 
-    def __init__(self, location: str, teacher_spec: str, device: str, max_failed: int) -> None:
+    def __init__(self, location: str, teacher_spec: str, device: str, max_failed: int, gpu_share: float = 1.0) -> None:
         self._metrics = _ShardMetrics()
         self._refused = ""
         try:
             with memory_named("a worker of the cache stage", "lower cache.actors"):
-                self._writer = ShardWriter(location, teacher_spec, device, max_failed=max_failed)
+                self._writer = ShardWriter(location, teacher_spec, device, max_failed=max_failed, gpu_share=gpu_share)
         except (ValueError, OSError) as error:
             self._refused = str(error)
 
@@ -121,6 +125,7 @@ def records_of(
     workers: Workers | None,
     max_failed: int,
     audio: str | None = None,
+    device: str = "cpu",
 ) -> Generator[dict[str, Any], None, None]:
     """Write the missing files of shards, and yield the record of each as it is finished; see `ShardWriter.write`.
 
@@ -131,6 +136,7 @@ def records_of(
         workers: Ray Data actors. None writes in this process.
         max_failed: Maximum number of failed utterances of a shard.
         audio: Where the audio is that the cache refers to. Default: the recorded place.
+        device: Device of the teacher in this process, without workers. Default ``cpu``.
 
     Raises:
         CacheError: If a worker failed too often, or there is no such audio.
@@ -139,11 +145,11 @@ def records_of(
         return
     referred = ReferredAudio(cache, audio) if cache.spec.refers_to_store else None
     if workers is None:
-        with open_writer(cache, teacher_spec, max_failed=max_failed) as writer:
+        with open_writer(cache, teacher_spec, device, max_failed=max_failed) as writer:
             for shard in shards:
                 yield writer.write(shard, load_shard_audio(cache, shard, referred))
         return
-    with ray_errors_as_cache_errors():
+    with ray_errors_as_cache_errors(auto=cache.spec.batch_seconds == "auto"):
         for begin in range(0, len(shards), _SHARDS_AT_ONCE):
             some = shards[begin : begin + _SHARDS_AT_ONCE]
             yield from _records_on_ray(cache.store.location, some, teacher_spec, workers, max_failed, referred)
@@ -217,7 +223,7 @@ def _records_on_ray(
     dataset = ray.data.from_items(items, override_num_blocks=len(shards)).map(decode, num_cpus=1)
     yield from dataset.map_batches(
         ShardWriterActor,
-        fn_constructor_args=(location, teacher_spec, workers.device, max_failed),
+        fn_constructor_args=(location, teacher_spec, workers.device, max_failed, min(1.0, workers.gpus_per_actor)),
         batch_size=1,
         batch_format="pyarrow",
         # An actor takes two shards at a time: the teacher runs on one while the other is unpacked, written or synced.

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from ray_distill.memory import ran_out_of_memory
 from ray_distill.teacher_cache.build.host_copy import copy_to_host
+from ray_distill.teacher_cache.build.pass_memory import BatchSize
 from ray_distill.teacher_cache.build.shard_audio import ShardAudio, load_shard_audio
-from ray_distill.teacher_cache.build.shard_output import ShardOutput, open_output
+from ray_distill.teacher_cache.build.shard_output import EncodedPart, ShardOutput, open_output
 from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.embedded_audio import from_pcm
 from ray_distill.teacher_cache.frames import SAMPLE_RATE, padding_mask
 from ray_distill.teacher_cache.storage.build_statistics import PassTime, TeacherTime
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile
-from ray_distill.teacher_cache.storage.cache_spec import CacheError
+from ray_distill.teacher_cache.storage.cache_spec import CacheError, parts_of
 from ray_distill.teacher_cache.storage.failed_utterances import reason_of
 from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterance, Utterances
 from ray_distill.teacher_cache.targets.batch_sampler import cut_by_seconds
@@ -59,15 +60,22 @@ class ShardWriter:
     Args:
         location: Location of a cache that has its ``cache.json``.
         teacher: A teacher, or a specification for `load_teacher`.
-        device: ``cuda`` or ``cpu``, for a teacher given by its specification.
+        device: ``cuda`` or ``cpu``: the teacher's, or where one given by its specification is loaded.
         max_failed: Maximum number of failed utterances of a shard; one with more is not finished. Default: no limit.
+        gpu_share: Share of the GPU that this teacher has, up to 1. Default 1.
 
     Raises:
-        CacheError: If the cache was made with another teacher.
+        CacheError: If the cache was made with another teacher, or the longest utterance does not fit on the GPU.
     """
 
     def __init__(
-        self, location: str, teacher: str | Teacher, device: str = "cpu", *, max_failed: int | None = None
+        self,
+        location: str,
+        teacher: str | Teacher,
+        device: str = "cpu",
+        *,
+        max_failed: int | None = None,
+        gpu_share: float = 1.0,
     ) -> None:
         self._cache = Cache.open(location)
         self._max_failed = max_failed
@@ -82,6 +90,26 @@ class ShardWriter:
             )
         self._codecs = [self._cache.codecs(number) for number in range(len(self._cache.layer_sets))]
         self._teacher_lock = threading.Lock()
+        self._size = BatchSize(self._cache.spec)
+        if self._size.is_auto and device != "cpu":
+            self._size.measure(self._cache, self._try_passes, self._teacher.device, gpu_share)
+
+    def _try_passes(self, lengths: Sequence[int]) -> int:
+        """Run all passes of the training split over noise, encode them, and return the bytes of the codes and masks."""
+        noise = 0.1 * torch.randn(len(lengths), max(lengths), generator=torch.Generator().manual_seed(0))
+        outputs = [
+            EncodedPart(part, self._codecs[part.layer_set] if part.features else (), {})
+            for part in parts_of(self._cache.spec, len(self._codecs), "train")
+        ]
+        encoded = self._encode(
+            outputs,
+            [str(number) for number in range(len(lengths))],
+            (noise, torch.tensor(lengths)),
+            [self._teacher.num_frames(length) for length in lengths],
+            TeacherTime(),
+        )
+        arrays = [wait for codes, mask in encoded for wait in (*codes, *([] if mask is None else [mask]))]
+        return sum(wait().nbytes for wait in arrays)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Write the decoded shards of a Ray Data batch and return one record for each; see `write`."""
@@ -105,9 +133,10 @@ class ShardWriter:
 
         Returns:
             A record with ``shard`` (its number), ``utterances``, ``seconds`` (of audio), ``busy`` (seconds of the teacher and
-            the codecs), ``bytes`` (written), the columns of `TeacherTime`, ``failed`` (JSON, the reasons by id of the utterances that
-            its files lack), ``failures`` (sentences; if there are any, the shard is not finished) and ``full`` (whether the disk is
-            full). A shard with more failed utterances than are allowed is not finished either.
+            the codecs), ``bytes`` (written), ``batch_seconds`` (of its batches; 0 if nothing was written), the columns of
+            `TeacherTime`, ``failed`` (JSON, the reasons by id of the utterances that its files lack), ``failures`` (sentences; if
+            there are any, the shard is not finished), ``notes`` (sentences about the worker since the record before) and ``full``
+            (whether the disk is full). A shard with more failed utterances than are allowed is not finished either.
 
         Raises:
             CacheError: If the teacher's device has too little memory, so that other shards would fail too.
@@ -119,24 +148,20 @@ class ShardWriter:
         failed: dict[str, str] = {}
         full = False
         written = 0
+        seconds = 0.0
         if missing:
             audio = audio or load_shard_audio(self._cache, shard)
             failures = [audio.problem] if audio.problem else []
             try:
                 if not failures:
-                    record["busy"], failed = self._write_files(shard, missing, audio, teacher_time)
+                    record["busy"], failed, seconds = self._write_fitting(shard, missing, audio, teacher_time)
                     written = sum(self._cache.store.size(file.name) or 0 for file in missing)
             except _TooManyFailedError as error:
                 failed = error.failed
             except (RuntimeError, MemoryError) as error:
                 if not ran_out_of_memory(error):
                     raise
-                raise CacheError(
-                    f"{self._teacher.name} ran out of memory on {self._teacher.device} with batches of "
-                    f"{self._cache.spec.batch_seconds:g} s of audio; stop other work on that device, or lower "
-                    "cache.batch_seconds, or corpus.max_seconds if one utterance is as long as a batch, and give a new cache.path, "
-                    "because a cache keeps both"
-                ) from error
+                raise self._memory_error(audio) from error
             except ValueError as error:
                 failures = [f"shard {shard.number}: {error}"]
             except OSError as error:
@@ -147,16 +172,52 @@ class ShardWriter:
             | teacher_time.to_columns()
             | {
                 "bytes": written,
+                "batch_seconds": seconds,
                 "failed": json.dumps(failed),
                 "failures": failures,
+                "notes": self._size.take_notes(),
                 "full": full,
             }
         )
 
-    def _write_files(
+    def _memory_error(self, audio: ShardAudio) -> CacheError:
+        """Return the error for a shard whose batches do not fit."""
+        ran_out = f"{self._teacher.name} ran out of memory on {self._teacher.device} with"
+        if self._size.is_auto:
+            return CacheError(
+                f"{ran_out} one utterance of {_longest(audio):.1f} s; stop other work on that device, or lower corpus.max_seconds and "
+                "give a new cache.path, because a cache keeps it"
+            )
+        return CacheError(
+            f"{ran_out} batches of {self._size.seconds:g} s of audio; stop other work on that device, or lower cache.batch_seconds, "
+            "or corpus.max_seconds if one utterance is as long as a batch, and give a new cache.path, because a cache keeps both"
+        )
+
+    def _write_fitting(
         self, shard: Shard, files: list[ShardFile], audio: ShardAudio, teacher_time: TeacherTime
+    ) -> tuple[float, dict[str, str], float]:
+        """Write the files as `_write_files`, and return the size of the batches too.
+
+        Where memory runs out with a size that was measured, the shard begins again with half of it.
+        """
+        while True:
+            seconds = self._size.seconds
+            try:
+                return *self._write_files(shard, files, audio, teacher_time, seconds), seconds
+            except (RuntimeError, MemoryError) as error:
+                if not (self._size.is_auto and seconds > _longest(audio) and ran_out_of_memory(error)):
+                    raise
+            # The error is gone, and with it what held the memory of the passes.
+            self._size.halve(seconds, self._teacher.device)
+
+    def _write_files(
+        self, shard: Shard, files: list[ShardFile], audio: ShardAudio, teacher_time: TeacherTime, seconds: float
     ) -> tuple[float, dict[str, str]]:
-        """Write the files. Return the seconds of the teacher and the codecs, and the failed utterances with reasons."""
+        """Write the files in batches of so many seconds.
+
+        Returns:
+            The seconds of the teacher and the codecs, and the failed utterances with reasons.
+        """
         samples = np.array([len(waveform) for waveform in audio.waveforms])
         rows = [row for row, utterance in enumerate(shard.utterances) if utterance.id not in audio.failed]
         if any(shard.num_frames[row] != self._teacher.num_frames(int(samples[row])) for row in rows):
@@ -172,7 +233,7 @@ class ShardWriter:
             # One thread for each file: its rows stay in order, and compression needs no interpreter lock.
             pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in outputs]
             waiting: list[Future[None]] = []
-            for batch in cut_by_seconds(rows, samples, self._cache.spec.batch_seconds):
+            for batch in cut_by_seconds(rows, samples, seconds):
                 padded, lengths = pad_waveforms([audio.waveforms[i] for i in batch])
                 if self._teacher.device.type == "cuda":
                     padded = padded.pin_memory()  # While the teacher is at another batch.
@@ -201,7 +262,7 @@ class ShardWriter:
 
     def _encode(
         self,
-        outputs: list[ShardOutput],
+        outputs: Sequence[EncodedPart],
         ids: list[str],
         waveforms: tuple[Tensor, Tensor],
         num_frames: list[int],
@@ -257,6 +318,11 @@ class ShardWriter:
             torch.cuda.synchronize(states.device)
         pass_time.add(time.perf_counter() - started, float(lengths.sum()) / SAMPLE_RATE)
         return states
+
+
+def _longest(audio: ShardAudio) -> float:
+    """Return the seconds of a shard's longest utterance."""
+    return max(map(len, audio.waveforms), default=0) / SAMPLE_RATE
 
 
 def _write(output: ShardOutput, rows: list[int], codes: list[_HostArray], masks: _HostArray | None) -> None:

@@ -6,7 +6,7 @@ The records are measurements and not part of a cache's identity. Only reports re
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -75,7 +75,13 @@ class TeacherTime:
 
 
 def write_build_statistics(
-    store: Store, teacher_time: TeacherTime, *, device: str, actors: int, elapsed: float
+    store: Store,
+    teacher_time: TeacherTime,
+    *,
+    device: str,
+    actors: int,
+    elapsed: float,
+    batch_seconds: Sequence[float] = (),
 ) -> None:
     """Record a build.
 
@@ -85,9 +91,13 @@ def write_build_statistics(
         device: Device of the teachers.
         actors: Number of teachers that ran in parallel.
         elapsed: Wall time in seconds.
+        batch_seconds: Sizes of batches that the workers found themselves, ascending. Default: none.
     """
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    record = {"finished": now, "device": device, "actors": actors, "elapsed": elapsed} | teacher_time.to_columns()
+    record: dict[str, Any] = {"finished": now, "device": device, "actors": actors, "elapsed": elapsed}
+    record |= teacher_time.to_columns()
+    if batch_seconds:
+        record["batch_seconds"] = list(batch_seconds)
     store.write(f"{BUILDS}/{now.replace(':', '')}-{uuid.uuid4().hex[:8]}.json", encode_record(record))
 
 

@@ -15,6 +15,8 @@ from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.precision import Precision
 
 SCHEMA_VERSION = 2
+DEFAULT_BATCH_SECONDS = 120.0
+"""Padded audio per teacher batch, in seconds."""
 
 Targets = Literal["clean_and_masked", "masked_everywhere", "composite_only", "clean_only"]
 _ALSO_SERVES: dict[Targets, tuple[Targets, ...]] = {
@@ -69,8 +71,9 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
     """Fingerprint of the corpus (ids, samples, splits)."""
     shard_seconds: float
     """Target duration of the audio per shard, in seconds."""
-    batch_seconds: float
-    """Padded audio per teacher batch, in seconds. It affects rounding and so the stored bytes."""
+    batch_seconds: float | Literal["auto"]
+    """Padded audio per teacher batch, in seconds. It affects rounding and so the stored bytes. ``auto``: each worker measures how much
+    fits on its GPU. What it finds is no part of the identity, so the bytes are only known up to that rounding."""
     precision: Precision = "fp32"
     """Precision of the teacher's arithmetic: ``fp32``, ``fp16`` or ``bf16``."""
     audio: AudioFormat | Literal["store", "source"] = "flac"

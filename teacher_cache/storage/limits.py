@@ -74,8 +74,9 @@ def check_identity(spec: CacheSpec, layer_sets: Sequence[LayerSet], record: Mapp
         raise ValueError("its sets of layers are not its layers")
     if not all(1 <= layer <= spec.num_layers for layer in cached) or not all(s.layers for s in layer_sets):
         raise ValueError(f"its layers are not among 1 to {spec.num_layers}")
-    for name in ("shard_seconds", "batch_seconds"):
-        _check_seconds(spec, name)
+    _check_seconds(spec, "shard_seconds")
+    if spec.batch_seconds != "auto":
+        _check_seconds(spec, "batch_seconds")
     for policy in (spec.masks.policy, *spec.masks.policies):
         _check_policy(policy)
 

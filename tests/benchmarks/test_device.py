@@ -6,6 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.device import QUICK, Bench, measure_auto_build
+from ray_distill.teacher_cache.build import build_cache, shard_writer
+from ray_distill.teacher_cache.build.pass_memory import PassMemory
+from ray_distill.teacher_cache.teachers import load_teacher
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +34,25 @@ def test_quick(tmp_path: Path) -> None:
     assert [row["codec"] for row in record["codecs"]] == ["pca", "layer-pca", "int8", "fp16"]
     assert record["build"][0]["relative_to_bare_teacher"] > 0
     assert record["per_step"]["kernels"] > 100
-    assert record["auto"] == [], "a CPU has no memory of a GPU"
+    assert record["auto"] == record["auto_build"] == [], "a CPU has no memory of a GPU"
     assert len(record["checks"]) >= 10
     assert all(row["passed"] for row in record["checks"])
+
+
+def test_what_a_build_finds_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(torch.device("cpu"), QUICK, tmp_path)
+    assert measure_auto_build(bench) == []
+    # A function stands for the memory of a GPU.
+    bench.device, bench.on_gpu = torch.device("cuda", 0), True
+    for module in (build_cache, shard_writer):
+        monkeypatch.setattr(module, "load_teacher", lambda spec, device="cpu": load_teacher(spec))
+    monkeypatch.setattr(PassMemory, "_usable_bytes", lambda memory, share: 30_000_000)
+    monkeypatch.setattr(PassMemory, "_peak", lambda memory, lengths: 1_000_000 * len(lengths) * max(lengths) // 16_000)
+    for name in ("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 7)
+    rows = measure_auto_build(bench)
+    assert [row["precision"] for row in rows] == ["fp32", "fp16"]
+    for row in rows:
+        assert 25 < row["batch_seconds"][0] <= 30 and row["audio_seconds_per_second"] > 0
+        assert row["notes"][0].startswith(f"batches of {row['batch_seconds'][0]:g} s of audio (auto) on ")
+        assert row["search_allocated_bytes"] == 7

@@ -55,8 +55,21 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
         ("train.targets=both", r"train\.targets: .*'cached' or 'online'"),
         ("train.batch_size=4", "train.batch_size is 4 and train.batch_seconds is 10, .*train.batch_seconds=null"),
         ("train.precision=fp16", "needs train.use_gpu"),
-        ("train.batch_seconds=0", "train.batch_seconds is 0; give a positive number of seconds of audio, or auto$"),
-        ("train.batch_seconds=much", r"train\.batch_seconds: Input should be 'auto'"),
+        *(
+            (f"{key}={value}", f"^{key}: {message}$")
+            for key in ("train.batch_seconds", "cache.batch_seconds")
+            for value, message in (
+                *(
+                    (size, r"\S+ can't be .*; give a positive number of seconds of audio, or auto")
+                    for size in ("0", ".nan", ".inf")
+                ),
+                ("much", r"Input should be a number of seconds or 'auto' \(got 'much'\)"),
+                ("[1]", r"Input should be a number of seconds or 'auto' \(got \[1\]\)"),
+            )
+        ),
+        ("corpus.channel=left", r"^corpus\.channel: Input should be a whole number or 'mix' \(got 'left'\)$"),
+        ("corpus.channel=0.5", r"^corpus\.channel: Input should be a whole number or 'mix' \(got 0.5\)$"),
+        ("train.validate_every=epok", r"be a whole number or 'epoch' \(got 'epok'\); did you mean epoch\?$"),
         ("train.batch_seconds=auto", "auto measures the memory of a GPU, but this training runs on the CPU; give the"),
         (
             "cache.codec=mp3",

@@ -137,6 +137,11 @@ def test_an_interruption_says_where_it_was_and_what_comes_next(tmp_path: Path) -
         (["teacher.checkpoint=/nowhere/teacher.pt"], "there is no teacher '/nowhere/teacher.pt'"),
         (["teacher.layers=[3]"], "there is no layer 3"),
         (["cache.precision=fp16"], "cache.precision fp16 needs GPUs; set cache.gpus_per_actor"),
+        (
+            ["cache.batch_seconds=auto"],
+            "^cache.batch_seconds auto measures the memory of a GPU, but the teacher runs on the CPU; give the seconds, as in "
+            "cache.batch_seconds=120, or set cache.gpus_per_actor=1$",
+        ),
         (["train.targets=online", "cache.precision=fp16"], "cache.precision fp16 needs GPUs; set train.use_gpu=true"),
         (["corpus.path=/nowhere"], "/nowhere"),
         (["corpus.train_splits=[none]"], "none"),

@@ -1,7 +1,10 @@
 """Runs: the results that a folder accepts, the lock, caches shared with other runs, and a report without a cache."""
 
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.pipeline.stages.report import report_run
 from ray_distill.pipeline.stages.train import initial_student
 from ray_distill.student import Student, save_student
-from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.build.build_cache import BuildReport, build_cache
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.create import grow_cache
@@ -186,6 +189,40 @@ def test_another_run_that_adds_to_the_cache_stops_nobody(
     (tmp_path / "cache" / "masked" / "draw=0" / "part-00000.parquet").unlink()
     with pytest.raises(CacheError, match="is damaged: .*draw=0/part-00000.parquet is missing; .*`ray-distill"):
         check_cache(run)
+
+
+def test_batches_that_workers_find_are_said(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = io.StringIO()
+    gpu = ("cache.batch_seconds=auto", "cache.gpus_per_actor=1", "cache.precision=fp32")
+    config = demo_config(tmp_path, f"corpus.path={speech_folder}", "cache.codec=fp16", *gpu)
+    run = Run(config, Console(file=said, width=300))
+    with run.folder.begin(run.config):
+        index_audio(run)
+    assert run.spec.batch_seconds == "auto"
+
+    def on_gpus(*arguments: Any, on_note: Callable[[str], None], **options: Any) -> BuildReport:
+        """Build without Ray, and tell of two GPUs."""
+        assert options["workers"].gpus_per_actor == 1
+        monkeypatch.undo()
+        spec = run.spec.model_copy(update={"batch_seconds": 60.0})
+        build_cache(arguments[0], spec, arguments[2], "random:2x64", teacher_name="random:2x64", workers=None)
+        on_note("batches of 240 s of audio (auto) on one")
+        on_note("batches of 480 s of audio (auto) on [other]")
+        return BuildReport(2, 0, 1.0, 30.0, 1.0, (240.0, 480.0))
+
+    for name, value in (("init_ray", lambda: None), ("require_resources", lambda *_: None), ("build_cache", on_gpus)):
+        monkeypatch.setattr(f"ray_distill.pipeline.stages.cache.{name}", value)
+    cache_targets(run)
+    text = said.getvalue()
+    assert "cache   batches of 240 s of audio (auto) on one\n" in text and "(auto) on [other]\n" in text
+    assert "cache   2 shards written in 1 s (0.50 h of audio per minute), in batches of 240 to 480 s (auto): " in text
+    # A later run with auto takes what is there, also without a GPU.
+    again = begin(tmp_path, f"corpus.path={speech_folder}", "name=again", "cache.codec=fp16", gpu[0], gpu[2])
+    index_audio(again)
+    assert again.spec.batch_seconds == 60
+    cache_targets(again)
 
 
 @pytest.mark.slow

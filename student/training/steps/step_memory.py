@@ -4,6 +4,7 @@ import gc
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,15 +13,19 @@ from ray_distill.student.model.attention import WHOLE_MAP_FRAMES
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.training.prefetch import PREFETCH
 from ray_distill.student.training.rank import Rank
-from ray_distill.student.training.steps.fitting_batch import FittingBatch, agree, find_fitting, largest_batches
 from ray_distill.student.training.steps.trained_parts import TrainedParts
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, SAMPLE_RATE
 from ray_distill.teacher_cache.targets.crop import crop_batch
+from ray_distill.teacher_cache.targets.fitting_batch import (
+    FittingBatch,
+    find_fitting,
+    largest_batches,
+    plain,
+    usable_bytes,
+)
 from ray_distill.teacher_cache.targets.target_batch import Batch, TargetReader
 
-MARGIN = 0.1
-"""Share of the free memory that is left for fragmentation and for what PyTorch does not allocate itself."""
 _WARM_UP = 32
 """Largest number of steps until fp16 has a loss scale with which the optimiser takes one."""
 
@@ -58,6 +63,25 @@ def find_fitting_batch(
             + f"lower corpus.max_seconds{crop}"
         )
     return found
+
+
+def agree(found: FittingBatch | None, limit: int, rank: Rank) -> tuple[FittingBatch | None, int]:
+    """Return the smallest size of all ranks, rounded down to a plain one, or None if a rank has none, and the lowest limit of all.
+
+    Every rank must call this.
+
+    Args:
+        found: What this rank has found.
+        limit: Bytes that a step may need on this rank.
+        rank: This process.
+    """
+    everyone: list[tuple[FittingBatch | None, int]] = rank.gather((found, limit))
+    lowest = min(of_rank for _, of_rank in everyone)
+    sizes = [one for one, _ in everyone if one is not None]
+    if len(sizes) < len(everyone):
+        return None, lowest
+    least = min(sizes, key=lambda one: one.seconds)
+    return replace(least, seconds=plain(least.seconds)), lowest
 
 
 @contextmanager
@@ -117,11 +141,7 @@ class StepMemory:
             raise ValueError(
                 "train.batch_seconds auto measures the memory of a GPU, but this training runs on the CPU; give the seconds"
             )
-        gc.collect()
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.memory_allocated(device) + int((1 - MARGIN) * (free + unused))
+        return usable_bytes(device)
 
     def __call__(self, seconds: float) -> int:
         try:

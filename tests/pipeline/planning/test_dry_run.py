@@ -76,6 +76,27 @@ def test_the_size_of_batches_is_told(tmp_path: Path, speech_folder: Path) -> Non
     assert "batches of 97.5 s of audio (auto), 1 worker" in facts(*auto)
 
 
+def test_batches_that_each_gpu_finds_are_told(tmp_path: Path, make_cache: Make) -> None:
+    auto = (*OF_THE_CACHE, "cache.batch_seconds=auto")
+    on_gpu = (*auto, "cache.gpus_per_actor=1")
+    plan = plan_run(configure(tmp_path, *on_gpu), ["cache"])
+    assert plan.facts["cache"].endswith(": fp32, clean_and_masked, batches found on each GPU (auto)")
+    with pytest.raises(
+        ConfigError, match=r"^cache.batch_seconds auto .* on the CPU; give the seconds, as in \S+=120, or set"
+    ):
+        plan_run(configure(tmp_path, *auto), ["cache"])
+    assert "cache" not in plan_run(configure(tmp_path, *auto), ["train"]).stages, (
+        "the machine that trains builds nothing"
+    )
+    # An existing cache keeps its size, and then a CPU can add to it.
+    make_cache(tmp_path / "cache")
+    plan = plan_run(configure(tmp_path, *auto), ["cache"])
+    assert "auto" not in plan.facts["cache"] and plan.stages["cache"].startswith("reuse the cache at")
+    assert (
+        plan_run(configure(tmp_path, *auto, "masks.draws=5"), ["cache"]).stages["cache"].startswith("add 3 mask draws")
+    )
+
+
 def test_the_students_size_is_that_of_the_run(tmp_path: Path, speech_folder: Path) -> None:
     plan = plan_run(configure(tmp_path), list(STAGES))
     settings, _ = initial_student(Run(configure(tmp_path), Console(quiet=True)))

@@ -16,11 +16,12 @@ from ray_distill.student.pruning.phases import train_in_phases
 from ray_distill.student.training.prefetch import PREFETCH
 from ray_distill.student.training.rank import Rank
 from ray_distill.student.training.steps import trained_parts
-from ray_distill.student.training.steps.step_memory import StepMemory
+from ray_distill.student.training.steps.step_memory import StepMemory, agree
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.train_state import saved_batch_seconds
 from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.targets.fitting_batch import FittingBatch
 from ray_distill.teacher_cache.targets.target_batch import Batch
 
 Readers = tuple[CacheReader, CacheReader]
@@ -212,6 +213,20 @@ def _rank(index: int, config: StudentConfig, options: TrainSettings, cache: Path
         patch.setattr(StepMemory, "_free_bytes", lambda memory: 9_000_000)
         train(config, options, *readers, folder / "run", rank=Rank(index, 2), wrap=DistributedDataParallel)
     torch.distributed.destroy_process_group()
+
+
+class Ranks(Rank):
+    """This rank, and others that have found something else."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, (FittingBatch(97.3, 5, 6), 6), (FittingBatch(250.0, 7, 8), 8)]
+
+
+def test_ranks_take_the_smallest_size() -> None:
+    assert agree(FittingBatch(123.4, 1, 2), 2, Rank()) == (FittingBatch(120, 1, 2), 2)
+    assert agree(FittingBatch(123.4, 1, 2), 9, Ranks()) == (FittingBatch(97, 5, 6), 6)
+    assert agree(FittingBatch(90.0, 1, 2), 9, Ranks())[0] == FittingBatch(90, 1, 2)
+    assert agree(None, 2, Ranks()) == (None, 2), "no rank goes on if the longest utterance does not fit on one"
 
 
 class Allocator:

@@ -1,18 +1,39 @@
-"""The search for the largest batch for which a memory is enough, given a function that measures what a batch needs."""
+"""The search for the largest batch for which a memory is enough, given a function that measures what a batch needs.
 
+The training measures its steps with it, and the build of a cache the passes of its teacher.
+"""
+
+import gc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
 import numpy as np
+import pydantic
+import torch
 
 from ray_distill.memory import ran_out_of_memory
-from ray_distill.student.training.rank import Rank
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 
 Measure = Callable[[float], int]
-"""Return the peak bytes of a training step on the largest batch of so many seconds. An error about memory means too many."""
+"""Return the peak bytes of the work on the largest batch of so many seconds. An error about memory means too many."""
 
+
+def _check_positive(seconds: float | Literal["auto"]) -> float | Literal["auto"]:
+    if seconds != "auto" and not 0 < seconds < math.inf:
+        raise ValueError(
+            f"{seconds:g} can't be the size of a batch; give a positive number of seconds of audio, or auto"
+        )
+    return seconds
+
+
+_Number = Annotated[float, pydantic.WithJsonSchema({"type": "number", "exclusiveMinimum": 0})]
+BatchSeconds = Annotated[_Number | Literal["auto"], pydantic.AfterValidator(_check_positive)]
+"""Seconds of audio per batch, or ``auto``: as many as are measured to fit."""
+
+MARGIN = 0.1
+"""Share of the free memory that is left for fragmentation and for what PyTorch does not allocate itself."""
 AIM = 0.98
 """Share of the limit at which the line is read, so that the size that it gives is likely to fit."""
 CLOSE = 1.05
@@ -29,8 +50,8 @@ class FittingBatch:
 
     Attributes:
         seconds: Seconds of audio per batch, padding included.
-        peak_bytes: Largest memory of a training step at that size, with all else that the process holds on the device.
-        limit_bytes: Memory that a step may need.
+        peak_bytes: Largest memory of the work at that size, with all else that the process holds on the device.
+        limit_bytes: Memory that the work may need.
     """
 
     seconds: float
@@ -51,7 +72,7 @@ def find_fitting(measure: Measure, limit: int, shortest: float, most: float) -> 
 
     Args:
         measure: The measurement. More seconds must not need less memory, apart from noise.
-        limit: Bytes that a step may need.
+        limit: Bytes that the work may need.
         shortest, most: Smallest and largest size to return, in seconds.
     """
     measured: list[tuple[float, int]] = []
@@ -97,25 +118,6 @@ def _measured(measure: Measure, size: float) -> int | None:
         return None
 
 
-def agree(found: FittingBatch | None, limit: int, rank: Rank) -> tuple[FittingBatch | None, int]:
-    """Return the smallest size of all ranks, rounded down to a plain one, or None if a rank has none, and the lowest limit of all.
-
-    Every rank must call this.
-
-    Args:
-        found: What this rank has found.
-        limit: Bytes that a step may need on this rank.
-        rank: This process.
-    """
-    everyone: list[tuple[FittingBatch | None, int]] = rank.gather((found, limit))
-    lowest = min(of_rank for _, of_rank in everyone)
-    sizes = [one for one, _ in everyone if one is not None]
-    if len(sizes) < len(everyone):
-        return None, lowest
-    least = min(sizes, key=lambda one: one.seconds)
-    return replace(least, seconds=plain(least.seconds)), lowest
-
-
 def plain(seconds: float) -> float:
     """Round down to a twentieth of the power of ten below, as from 1,234 to 1,200, from 123.4 to 120 and from 12.34 to 12."""
     unit = 10.0 ** math.floor(math.log10(seconds)) / 20
@@ -140,3 +142,19 @@ def largest_batches(num_samples: np.ndarray, seconds: float, switches: Sequence[
     below = [int(np.argmax(longest <= switch)) for switch in switches]  # 0 if there are none.
     starts = dict.fromkeys((0, int(np.argmax(rows * longest)), *below))
     return [order[start : start + rows[start]].tolist() for start in starts]
+
+
+def usable_bytes(device: torch.device, share: float = 1.0) -> int:
+    """Return the bytes that work on a GPU may need: what is allocated now, and nine tenths of the free memory.
+
+    Args:
+        device: A CUDA device.
+        share: Share of the device that this process has. With less than 1, nine tenths of that share are the most. Default 1.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    unused = torch.cuda.memory_reserved(device) - allocated
+    usable = allocated + int((1 - MARGIN) * (free + unused))
+    return min(usable, int((1 - MARGIN) * share * total)) if share < 1 else usable

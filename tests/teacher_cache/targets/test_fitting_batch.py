@@ -2,22 +2,19 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 
-from ray_distill.student.training.rank import Rank
-from ray_distill.student.training.steps.fitting_batch import (
+from ray_distill.teacher_cache.targets.batch_sampler import plan_epoch
+from ray_distill.teacher_cache.targets.fitting_batch import (
     CLOSE,
     TRIES,
     FittingBatch,
-    agree,
     find_fitting,
     largest_batches,
     plain,
 )
-from ray_distill.teacher_cache.targets.batch_sampler import plan_epoch
 
 LIMIT = 70_000_000_000
 SHORTEST = 16.0
@@ -93,20 +90,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
     with pytest.raises(ValueError, match="part-00003"):
         find_fitting(damaged, LIMIT, SHORTEST, 1e6)
-
-
-class Ranks(Rank):
-    """This rank, and others that have found something else."""
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value, (FittingBatch(97.3, 5, 6), 6), (FittingBatch(250.0, 7, 8), 8)]
-
-
-def test_ranks_take_the_smallest_size() -> None:
-    assert agree(FittingBatch(123.4, 1, 2), 2, Rank()) == (FittingBatch(120, 1, 2), 2)
-    assert agree(FittingBatch(123.4, 1, 2), 9, Ranks()) == (FittingBatch(97, 5, 6), 6)
-    assert agree(FittingBatch(90.0, 1, 2), 9, Ranks())[0] == FittingBatch(90, 1, 2)
-    assert agree(None, 2, Ranks()) == (None, 2), "no rank goes on if the longest utterance does not fit on one"
 
 
 def test_plain_numbers() -> None:

@@ -138,6 +138,9 @@ class Train(_Section):
         cores: Number of CPU cores of the trainers that read and decode the cache. None: more than they need.
         reader_audio_per_second: Seconds of audio per second that one core reads and decodes, from a cache with audio. Given with
             ``cores``.
+        batch_seconds: Seconds of audio in a batch of one trainer. None: so many that no card waits for the host.
+        host_seconds_per_step: Seconds that the host needs for the forward and backward pass of a batch and the step, whatever its size.
+            Given with ``batch_seconds``.
         local_bytes: Space for copies on the disks of one node (``cache.local`` with ``train.shuffle: window``), so that files
             are read from the store in large ranges: once if the space holds the cache, else in each epoch. 0, the default: no
             copies, and single utterances are read.
@@ -153,13 +156,16 @@ class Train(_Section):
     reader_threads: int = pydantic.Field(ge=1)
     cores: int | None = pydantic.Field(default=None, ge=1)
     reader_audio_per_second: Unit | None = None
+    batch_seconds: Unit | None = None
+    host_seconds_per_step: Unit | None = None
     local_bytes: float = pydantic.Field(default=0, ge=0)
     price_per_hour: Unit
 
     @pydantic.model_validator(mode="after")
-    def _check_cores(self) -> Self:
-        if (self.cores is None) != (self.reader_audio_per_second is None):
-            raise ValueError("give cores and reader_audio_per_second together")
+    def _check_pairs(self) -> Self:
+        for one, other in (("cores", "reader_audio_per_second"), ("batch_seconds", "host_seconds_per_step")):
+            if (getattr(self, one) is None) != (getattr(self, other) is None):
+                raise ValueError(f"give {one} and {other} together")
         return self
 
 

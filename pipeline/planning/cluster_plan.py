@@ -162,6 +162,9 @@ def plan_cluster(cluster: Cluster, hours: float, results: Path = RESULTS) -> Clu
         if from_corpus:  # At least the decoding, which takes longer than that of the audio in a cache.
             core = min(core, build.number("decode_audio_per_second", results))
         epoch_seconds["decoding by the readers"] = seconds / (core * train.cores)
+    if train.batch_seconds is not None:
+        steps = seconds / (train.number("batch_seconds", results) * train.trainers)
+        epoch_seconds["hosts of the students"] = steps * train.number("host_seconds_per_step", results)
     epoch_wall = max(epoch_seconds.values())
     online = seconds * (1 / rate + min(passes, 2) / teacher) / train.trainers
     build_accelerator_hours = max(build_seconds.values()) / 3600 * build.accelerators

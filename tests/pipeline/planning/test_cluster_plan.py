@@ -172,6 +172,16 @@ def test_the_cores_of_the_trainers_decode() -> None:
     assert bottleneck(plan.epoch_hours) == "decoding by the readers"
 
 
+def test_the_hosts_dispatch_the_steps_of_the_students() -> None:
+    changed = round_numbers().model_dump()
+    assert "hosts of the students" not in plan_cluster(Cluster.model_validate(changed), 1000).epoch_hours
+    changed["train"] |= {"batch_seconds": 10, "host_seconds_per_step": 0.05}
+    plan = plan_cluster(Cluster.model_validate(changed), 1000)
+    steps = 3.6e6 / 10 / changed["train"]["trainers"]
+    assert plan.epoch_hours["hosts of the students"] == pytest.approx(steps * 0.05 / 3600)
+    assert bottleneck(plan.epoch_hours) == "hosts of the students"
+
+
 def test_local_copies_are_read_once_if_the_cache_fits() -> None:
     small, large = (plan_cluster(round_numbers(train__local_bytes=3.6e6 * 84e3), hours) for hours in (1000, 1001))
     assert (small.copied, large.copied) == (True, False)
@@ -269,6 +279,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         ({"node_bytes_per_second": -1}, "node_bytes_per_second: input should be greater than 0"),
         ({"name": None}, "name: input should be a valid string"),
         ({"train": tree["train"] | {"cores": 8}}, "train: .*give cores and reader_audio_per_second together"),
+        ({"train": tree["train"] | {"batch_seconds": 8}}, "train: .*give batch_seconds and host_seconds_per_step together"),
     ):
         path.write_text(yaml.safe_dump(tree | change))
         with pytest.raises(ClusterError, match=message):

@@ -139,7 +139,7 @@ class Train(_Section):
         reader_audio_per_second: Seconds of audio per second that one core reads and decodes, from a cache with audio. Given with
             ``cores``.
         batch_seconds: Seconds of audio in a batch of one trainer. None: so many that no card waits for the host.
-        host_seconds_per_step: Seconds that the host needs for the forward and backward pass of a batch and the step, whatever its size.
+        host_seconds_per_step: Seconds that the host needs to dispatch the training step of a batch, whatever its size.
             Given with ``batch_seconds``.
         local_bytes: Space for copies on the disks of one node (``cache.local`` with ``train.shuffle: window``), so that files
             are read from the store in large ranges: once if the space holds the cache, else in each epoch. 0, the default: no

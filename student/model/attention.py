@@ -201,7 +201,7 @@ class _DropoutAttention(torch.autograd.Function):
 
     Padded frames are skipped; their outputs are zeros. The dropout masks of long utterances are drawn again in backward. For two
     utterances of 8 s, this stores 3.8 MB for backward where `torch.nn.functional.scaled_dot_product_attention` with dropout stores
-    49 MB, and needs 0.9 times its CPU time (benchmarks/student/autograd_functions.py).
+    49 MB, and needs 0.9 times its CPU time (benchmarks/training_step/autograd_functions.py).
     """
 
     @staticmethod

@@ -85,7 +85,7 @@ class _GeluConvolution(torch.autograd.Function):
     """GELU and convolution that store only x and the weight for backward, and on a CPU work block by block in its caches.
 
     For the whole front end on a CPU, this needs half the stored bytes and 0.83 times the CPU time of plain GELU and
-    convolution (benchmarks/student/autograd_functions.py).
+    convolution (benchmarks/training_step/autograd_functions.py).
     """
 
     @staticmethod

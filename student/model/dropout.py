@@ -55,7 +55,7 @@ class _ByteMaskDropout(torch.autograd.Function):
     """Dropout that stores one byte per entry for backward, where PyTorch's dropout on a CPU stores a float.
 
     On a CPU, this needs a quarter of the stored bytes and two thirds of the CPU time of `torch.nn.functional.dropout`
-    (benchmarks/student/autograd_functions.py).
+    (benchmarks/training_step/autograd_functions.py).
     """
 
     @staticmethod

@@ -8,7 +8,7 @@ class _ScaleGradient(torch.autograd.Function):
     """Identity whose gradient is scaled.
 
     The forward pass returns x itself, as a view. The plain form ``scale * x + (1 - scale) * x.detach()`` would round x, and
-    needs about 1.7 times the CPU time (benchmarks/student/autograd_functions.py).
+    needs about 1.7 times the CPU time (benchmarks/training_step/autograd_functions.py).
     """
 
     @staticmethod

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def test_quick(tmp_path: Path) -> None:
     output = tmp_path / "functions.json"
-    command = [sys.executable, "-m", "benchmarks.student.autograd_functions", "--quick", "--output", str(output)]
+    command = [sys.executable, "-m", "benchmarks.training_step.autograd_functions", "--quick", "--output", str(output)]
     subprocess.run(command, capture_output=True, check=True, timeout=120, cwd=REPOSITORY)
     rows = {row["function"]: row for row in json.loads(output.read_text())["rows"]}
     assert rows.keys() == {"convolution", "dropout", "attention", "scale_gradient"}

@@ -17,7 +17,7 @@ def test_quick(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "benchmarks.student.student_step",
+        "benchmarks.training_step.student_step",
         "--quick",
         "--device",
         "cpu",

@@ -2,8 +2,8 @@
 
 A GPU works through the kernels of a step while the host dispatches those of the next one, so no step is shorter than this time. It
 is measured on a CPU with students of the published depth and of so few channels and frames that the arithmetic takes no time. A
-GPU adds the launches of the kernels, a few microseconds each, which are not measured here. ``python -m benchmarks.student.host_time``
-also says from which size of batches on a card would not wait for the host.
+GPU adds the launches of the kernels, a few microseconds each, which are not measured here.
+``python -m benchmarks.training_step.host_time`` also says from which size of batches on a card would not wait for the host.
 """
 
 import math
@@ -66,7 +66,7 @@ class Resident:
 def main(
     steps: Annotated[int, typer.Option(help="Steps of a training, of which the second half counts.")] = 200,
     rounds: Annotated[int, typer.Option(help="Trainings of each way, in turns.")] = 3,
-    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/host_time.json",
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "training_step/host_time.json",
 ) -> None:
     """Measure steps of each student, as it is and compiled."""
     torch.set_num_threads(1)
@@ -80,7 +80,11 @@ def main(
     rows = []
     for (recipe, compiled), found in times.items():
         seconds = statistics.median(found)
-        row: dict[str, Any] = {"student": recipe, "way": "compiled" if compiled else "plain", "host_seconds_per_step": seconds}
+        row: dict[str, Any] = {
+            "student": recipe,
+            "way": "compiled" if compiled else "plain",
+            "host_seconds_per_step": seconds,
+        }
         row |= {"lowest": min(found), "highest": max(found)}
         row["batch_seconds_that_hide_it"] = {str(rate): math.ceil(rate * seconds) for rate in RATES}
         rows.append(row)

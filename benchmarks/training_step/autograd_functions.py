@@ -1,6 +1,6 @@
 """Time and memory saved by each hand-written autograd function of the student, against plain PyTorch under autograd.
 
-``python -m benchmarks.student.autograd_functions`` runs each function and its plain form in turns on the same input, at the
+``python -m benchmarks.training_step.autograd_functions`` runs each function and its plain form in turns on the same input, at the
 sizes of ARMHuBERT-S: two utterances of 8 s in training. It first shows that both give equal gradients (without dropout,
 whose random numbers differ), then takes medians, over several rounds, of the CPU time of forward and backward and of the
 ratio of both, and counts the bytes that autograd saves between them, apart from inputs and parameters.
@@ -171,7 +171,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Number of utterances.")] = 2,
     rounds: Annotated[int, typer.Option(help="Number of rounds, of which medians are taken.")] = 15,
     quick: Annotated[bool, typer.Option("--quick", help="Short audio and two rounds, to try the script.")] = False,
-    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "student" / "autograd_functions.json",
+    output: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "training_step" / "autograd_functions.json",
 ) -> None:
     """Measure what each hand-written autograd function of the student saves, on one thread of the CPU."""
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Measure a training step of the student against a straightforward implementation of the same network.
 
-``python -m benchmarks.student.student_step`` first checks that both give the same numbers. It then times them in turns (medians of
-several rounds) and measures the peak memory of one step, each in a fresh process. Ours is `LayerDistiller`; the other is
+``python -m benchmarks.training_step.student_step`` first checks that both give the same numbers. It then times them in turns
+(medians of several rounds) and measures the peak memory of one step, each in a fresh process. Ours is `LayerDistiller`; the other is
 `published_student.py` beside this file, with the same weights. It runs on a GPU in fp32 and bf16 if CUDA is available.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.memory import forget_peak, peak_resident_bytes, resident_bytes
 from benchmarks.result_file import RESULTS, write_result
-from benchmarks.student.published_student import PublishedStudent, published_loss
+from benchmarks.training_step.published_student import PublishedStudent, published_loss
 from ray_distill.student import Student, StudentConfig
 from ray_distill.student.objectives.layer_prediction import LayerDistiller
 from ray_distill.teacher_cache.frames import num_frames
@@ -198,7 +198,7 @@ def main(
     quick: Annotated[
         bool, typer.Option("--quick", help="Run a tiny student for a moment, only to try the script.")
     ] = False,
-    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "student/student_step.json",
+    output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "training_step/student_step.json",
 ) -> None:
     """Measure time and memory of a training step of the student against the published way of computing it."""
     if device == "auto":

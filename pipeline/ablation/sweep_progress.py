@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.progress import ProgressUpdate
-from ray_distill.pipeline.stages.train import last_row
+from ray_distill.pipeline.stages.train import training_progress
 
 _SECONDS = 2.0
 """Time between two looks at the metrics of the runs."""
@@ -42,11 +42,13 @@ def shown_runs(shared: Run, folders: Sequence[RunFolder]) -> Iterator[None]:
 def _active(folders: Sequence[RunFolder], since: float) -> Iterator[str]:
     """Yield how far each run is that is training now: it has written metrics since a time."""
     for folder in folders:
-        metrics = folder.metrics_file
-        if (
-            not folder.is_trained
-            and metrics.is_file()
-            and metrics.stat().st_mtime >= since
-            and (row := last_row(folder))
-        ):
-            yield f"{folder.name} step {row['step']} of {row['steps']}, loss {row['loss']:.4f}"
+        if folder.is_trained:
+            continue
+        try:
+            progress = training_progress(folder, since)
+        except ValueError as error:  # The run itself is refused with it.
+            yield f"{folder.name}: {error}"
+            continue
+        if progress is not None:
+            step, steps, text = progress
+            yield f"{folder.name} step {step} of {steps}, {text}"

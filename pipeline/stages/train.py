@@ -207,9 +207,23 @@ def initial_student(run: Run) -> tuple[StudentConfig, dict[str, Tensor]]:
     return config, initial_tensors(origin.teacher, config, settings) if settings.starts_from_teacher else {}
 
 
-def last_row(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the last row of a training's metrics, or None if it has none yet. ValueError if a row is damaged."""
-    return read_last_train_row(folder.metrics_file)
+def training_progress(folder: RunFolder, since: float = 0) -> tuple[int, int, str] | None:
+    """Return the last logged step of a training, the number of steps, and what is said of it. ValueError if a row is damaged.
+
+    Until a student that is pruned goes on without gates, they are those of the first phase.
+
+    Args:
+        folder: Folder of the run.
+        since: Time from which on its metrics must have been written. Default: any.
+
+    Returns:
+        None if it has no such row.
+    """
+    for path in (folder.metrics_file, folder.path / PRUNING / METRICS):
+        if path.is_file() and path.stat().st_mtime >= since and (row := read_last_train_row(path)) is not None:
+            phase = f"pruning, sparsity {row['sparsity']:.3f}, " if path.parent != folder.path else ""
+            return row["step"], row.get("steps", row["step"]), f"{phase}loss {row['loss']:.4f}"
+    return None
 
 
 def pruning_record(folder: RunFolder) -> dict[str, Any] | None:
@@ -234,16 +248,9 @@ def _show_metrics(run: Run, update: ProgressUpdate, done: threading.Event, start
                     f"train   batches of {run.config.train.describe_batch(found['batch_seconds'])}; a step needs "
                     f"{found['peak_bytes'] / 1e9:.1f} of the {found['limit_bytes'] / 1e9:.1f} GB that it may use"
                 )
-            row = last_row(run.folder)
-            pruning = last_row(RunFolder(run.folder.path / PRUNING)) if row is None else None
+            progress = training_progress(run.folder)
         except ValueError as error:
             run.say(f"train   the progress is no longer shown: {error}")
             return
-        if pruning is not None:
-            update(
-                pruning["step"],
-                pruning["steps"],
-                f"pruning, sparsity {pruning['sparsity']:.3f}, loss {pruning['loss']:.4f}",
-            )
-        if row is not None and row["step"] > start:
-            update(row["step"], row.get("steps", row["step"]), f"loss {row['loss']:.4f}")
+        if progress is not None and progress[0] > start:
+            update(*progress)

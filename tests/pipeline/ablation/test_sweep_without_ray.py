@@ -1,5 +1,6 @@
 """The part of an ablation outside of Ray: the work that is left, the resources it needs, and when a run counts as reported."""
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from ray_distill.command_line import Command
 from ray_distill.pipeline.ablation.definition import load_ablation
 from ray_distill.pipeline.ablation.sweep import Job, Probing, Sweep, _is_reported
+from ray_distill.pipeline.ablation.sweep_progress import _active
 from ray_distill.pipeline.commands.ablate import ablate
 from ray_distill.pipeline.config import ConfigError, dump_config
 from ray_distill.pipeline.probing.probe_record import read_probes
@@ -135,3 +137,20 @@ def test_the_list_reads_the_manifest_of_the_probe(tmp_path: Path) -> None:
         and "can't be read" in " ".join(done.output.split())
         and "aggregate: 9 runs" not in done.output
     )
+
+
+def test_the_progress_of_runs_includes_their_pruning(tmp_path: Path) -> None:
+    folders = [RunFolder(tmp_path / name) for name in ("waiting", "pruned", "prunes", "damaged", "old")]
+    row = {"kind": "train", "step": 7, "steps": 9, "loss": 2.0, "sparsity": 0.25}
+    for folder in folders[1:]:
+        for path in (folder.path / "pruning" / "metrics.jsonl", folder.metrics_file):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(row | {"step": 7 if "pruning" in path.parts else 3}) + "\n")
+    folders[2].metrics_file.unlink()
+    folders[3].metrics_file.write_text("{]\n")
+    for path in (folders[4].path / "pruning" / "metrics.jsonl", folders[4].metrics_file):
+        os.utime(path, (1000, 1000))
+    pruned, prunes, damaged = _active(folders, since=2000)
+    assert pruned == "pruned step 3 of 9, loss 2.0000"
+    assert prunes == "prunes step 7 of 9, pruning, sparsity 0.250, loss 2.0000"
+    assert damaged.startswith("damaged: ") and "metrics.jsonl" in damaged

@@ -91,6 +91,40 @@ def test_short_keys_set_their_long_keys(tmp_path: Path) -> None:
     assert load_config(file, ["teacher.layers=[2]"]).teacher.layers == [2]
 
 
+def test_paths_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(
+        tmp_path,
+        "a.yaml",
+        "base: demo\nruns: ~/runs\ncorpus: ~/speech\n"
+        "cache: {path: ~/cache, audio: store, audio_path: ~/audio, local: ~/copies}\ntrain: {init_from: ~/first}\n",
+    )
+    config = load_config(file)
+    assert (config.runs, config.corpus.path) == (tmp_path / "runs", tmp_path / "speech")
+    cache = config.cache
+    assert [cache.path, cache.audio_path, cache.local, config.train.init_from] == [
+        str(tmp_path / name) for name in ("cache", "audio", "copies", "first")
+    ]
+    recipe = CONFIGS / "armhubert-s-100.yaml"
+    (tmp_path / "speech" / "train-clean-100").mkdir(parents=True)
+    assert load_config(recipe, ["corpus=~/speech"]).corpus.train_splits == ["train-clean-100"]
+    for change, message in (
+        ("cache=$HOME/c", r"^cache.path: \$HOME/c has the variable \$HOME, which is not replaced in a configuration"),
+        ("runs=${SCRATCH}/r", r"^runs: .* has the variable \$\{SCRATCH\}"),
+        ("corpus=~nobody-here/x", "begins with ~nobody-here, which is no user of this machine"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config(DEMO, [change])
+
+
+def test_one_split_names_the_cache() -> None:
+    for value in ("train-a", "[train-a]"):
+        config = load_config(DEMO, ["corpus=/data/x", f"corpus.train_splits={value}"])
+        assert config.cache.path == "caches/builtin-phone-hubert-x-train-a" and config.corpus.train_splits == [
+            "train-a"
+        ]
+
+
 @pytest.mark.parametrize("key", ["teacher", "corpus", "cache"])
 def test_a_short_key_needs_a_value(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}= has no value; write {key}="):

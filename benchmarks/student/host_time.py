@@ -80,7 +80,11 @@ def main(
     rows = []
     for (recipe, compiled), found in times.items():
         seconds = statistics.median(found)
-        row: dict[str, Any] = {"student": recipe, "way": "compiled" if compiled else "plain", "host_seconds_per_step": seconds}
+        row: dict[str, Any] = {
+            "student": recipe,
+            "way": "compiled" if compiled else "plain",
+            "host_seconds_per_step": seconds,
+        }
         row |= {"lowest": min(found), "highest": max(found)}
         row["batch_seconds_that_hide_it"] = {str(rate): math.ceil(rate * seconds) for rate in RATES}
         rows.append(row)

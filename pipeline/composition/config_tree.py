@@ -205,6 +205,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"{text!r} is not an override; write section.key=value, such as train.epochs=3")
+    if (plain := key.strip("+-~ ")) != key:
+        raise ConfigError(f"{key!r} is not a key; write {plain}={value}")
     try:
         return key, load_yaml(value)
     except ValueError as error:

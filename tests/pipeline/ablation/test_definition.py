@@ -79,7 +79,7 @@ def test_the_cache_has_the_fewest_targets_that_serve_all_runs(tmp_path: Path, ki
     ("changes", "message"),
     [
         ({"variants": {"a": {"train.epoch": 3}}}, "variant a: train.epoch: unknown key; did you mean train.epochs?"),
-        ({"variants": {"a": {"student.dropout": 2}}}, "variant a: student.dropout: Input should be less than 1"),
+        ({"variants": {"a": {"student.dropout": 2}}}, "variant a: student.dropout: must be less than 1"),
         ({"variants": {"a": {"train.batch_size": 3}}}, "variant a: .*train.batch_size is 3 and"),
         (
             {"set": {"train.use_gpu": True}, "variants": {"a": {}, "b": {"train.batch_seconds": "auto"}}},

@@ -57,6 +57,10 @@ def test_wrong_bases_are_refused(tmp_path: Path) -> None:
         (b"base: demo\ntrain:\n\tmax_steps: 3\n", r"at line 3, .*; indent with spaces, not with tabs"),
         (b"\xff\xfen", r"a\.yaml is not UTF-8 \(invalid start byte at byte 0\); save it as UTF-8"),
         (
+            b"base: demo\ntrain.epochs: 3\n",
+            r"^train\.epochs: unknown key; in a file, write epochs in the table train$",
+        ),
+        (
             b'base: demo\nname: "\xc3\xbcber"\n',
             "name: 'über' can't be a name; use letters from a to z, digits, '.', '_' and",
         ),

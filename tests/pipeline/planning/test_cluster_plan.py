@@ -279,7 +279,10 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         ({"node_bytes_per_second": -1}, "node_bytes_per_second: input should be greater than 0"),
         ({"name": None}, "name: input should be a valid string"),
         ({"train": tree["train"] | {"cores": 8}}, "train: .*give cores and reader_audio_per_second together"),
-        ({"train": tree["train"] | {"batch_seconds": 8}}, "train: .*give batch_seconds and host_seconds_per_step together"),
+        (
+            {"train": tree["train"] | {"batch_seconds": 8}},
+            "train: .*give batch_seconds and host_seconds_per_step together",
+        ),
     ):
         path.write_text(yaml.safe_dump(tree | change))
         with pytest.raises(ClusterError, match=message):

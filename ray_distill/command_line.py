@@ -48,7 +48,6 @@ class _Sentences:
         try:
             return super().main(*args, **kwargs)  # type: ignore[misc]  # The mixin stands before a command.
         except Interrupted as interrupted:
-            typer.secho(str(interrupted), err=True, fg="yellow")
             interrupted.leave()
         except MISTAKES as error:
             if os.environ.get(TRACEBACK) == "1":
@@ -84,7 +83,7 @@ class ServerCommand(_Sentences, TyperCommand):
 class Command(ServerCommand):
     """A command; a user's mistake is one sentence on standard error, with exit code 2.
 
-    Ctrl-C and SIGTERM end it with one sentence too, and with exit codes 130 and 143.
+    Ctrl-C, SIGTERM and SIGHUP end it with one sentence too, and with exit codes 130, 143 and 129.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

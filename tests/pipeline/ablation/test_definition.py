@@ -82,6 +82,11 @@ def test_the_cache_has_the_fewest_targets_that_serve_all_runs(tmp_path: Path, ki
         ({"variants": {"a": {"student.dropout": 2}}}, "variant a: student.dropout: must be less than 1"),
         ({"variants": {"a": {"train.batch_size": 3}}}, "variant a: .*train.batch_size is 3 and"),
         (
+            {"variants": {True: {}}},
+            r'variants\.1: must be text, but YAML reads it as True; put it in quotes, as in "NAME":',
+        ),
+        ({"variants": ["a"]}, r"variants: \['a'\] is a list, but this key needs a table"),
+        (
             {"set": {"train.use_gpu": True}, "variants": {"a": {}, "b": {"train.batch_seconds": "auto"}}},
             "variant b: train.batch_seconds: auto would measure another size for each student and GPU, .*give the seconds$",
         ),

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self
 import pydantic
 import yaml
 
+from ray_distill.local_paths import Local
 from ray_distill.pipeline.composition.config_tree import ConfigError as ConfigError  # Exported here too.
 from ray_distill.pipeline.composition.config_tree import compose, default_cache, with_default_audio
 from ray_distill.pipeline.composition.explanation import explain, for_teacher
@@ -39,7 +40,7 @@ class Config(Section):
 
     name: Annotated[str, SAME_IN_ABLATION] = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run. Its files are stored in the folder ``runs/name``."""
-    runs: Annotated[Path, CHANGES_NO_RESULT, SAME_IN_ABLATION] = Path("runs")
+    runs: Annotated[Local[Path], CHANGES_NO_RESULT, SAME_IN_ABLATION] = Path("runs")
     """Folder of all runs."""
     corpus: Annotated[CorpusSection, SAME_IN_ABLATION]
     """Location of the audio, and which of it is used."""

@@ -34,6 +34,9 @@ from ray_distill.whole_files import is_disk_full
 MISTAKES = (ValueError, OSError, FloatingPointError)
 """Exceptions that mean a mistake of the user; any other exception is our own and keeps its traceback."""
 
+_SHORT_KEYS = ("teacher", "corpus", "cache", "name", "runs")
+"""Keys of a configuration without a dot."""
+
 TRACEBACK = "RAY_DISTILL_TRACEBACK"
 """Environment variable that, if set to 1, makes a user's mistake show its traceback too."""
 
@@ -45,7 +48,6 @@ class _Sentences:
         try:
             return super().main(*args, **kwargs)  # type: ignore[misc]  # The mixin stands before a command.
         except Interrupted as interrupted:
-            typer.secho(str(interrupted), err=True, fg="yellow")
             interrupted.leave()
         except MISTAKES as error:
             if os.environ.get(TRACEBACK) == "1":
@@ -81,8 +83,20 @@ class ServerCommand(_Sentences, TyperCommand):
 class Command(ServerCommand):
     """A command; a user's mistake is one sentence on standard error, with exit code 2.
 
-    Ctrl-C and SIGTERM end it with one sentence too, and with exit codes 130 and 143.
+    Ctrl-C, SIGTERM and SIGHUP end it with one sentence too, and with exit codes 130, 143 and 129.
     """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments. A key of the configuration that is written as an option is said to be none."""
+        if any(parameter.name == "words" for parameter in self.params):
+            known = {name for parameter in self.params for name in parameter.opts}
+            for number, arg in enumerate(args):
+                option, equals, value = arg.partition("=")
+                key = option.removeprefix("--")
+                if key != option and option not in known and ("." in key or key in _SHORT_KEYS):
+                    value = value if equals else " ".join(args[number + 1 : number + 2]) or "VALUE"
+                    raise ValueError(f"{option} is no option but a key of the configuration; write {key}={value}")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

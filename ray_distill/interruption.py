@@ -1,17 +1,19 @@
-"""Ctrl-C and SIGTERM: what was interrupted, what the same command does then, and a prompt end of the process."""
+"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal): what was interrupted, what the same command does then, and a prompt end."""
 
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+
+import typer
 
 SECONDS = 6.0
 """Longest time to release locks after a signal. Then the process ends without releasing them, and the kernel does."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _descriptions: list[Callable[[], str]] = []
 
 
@@ -19,7 +21,7 @@ class Interrupted(BaseException):
     """A signal that asked this process to stop. The message says what was interrupted.
 
     Attributes:
-        exit_code: 130 after SIGINT and 143 after SIGTERM, the codes that shells report for these signals.
+        exit_code: 130 after SIGINT, 143 after SIGTERM and 129 after SIGHUP, the codes that shells report for these signals.
     """
 
     def __init__(self, number: int, message: str) -> None:
@@ -27,12 +29,12 @@ class Interrupted(BaseException):
         self.exit_code = 128 + number
 
     def leave(self) -> None:
-        """End the process, whose locks are released."""
-        if (
-            "ray" in sys.modules
-        ):  # Ray's exit handlers wait for its workers, and have crashed. Its processes end with this one.
+        """Print the message, and end the process, whose locks are released."""
+        with suppress(OSError):  # A closed terminal takes no text.
+            typer.secho(str(self), err=True, fg="yellow")
             sys.stdout.flush()
             sys.stderr.flush()
+        if "ray" in sys.modules:  # Ray's exit handlers wait for its workers, and have crashed. Its processes end here.
             os._exit(self.exit_code)
         sys.exit(self.exit_code)
 
@@ -49,7 +51,7 @@ def described(describe: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Stop the block at SIGINT or SIGTERM. A second signal, or a clean-up longer than `SECONDS`, ends the process at once.
+    """Stop the block at SIGINT, SIGTERM or SIGHUP. A second signal, or a clean-up longer than `SECONDS`, ends the process at once.
 
     Raises:
         Interrupted: A signal arrived. Inside the block it is a KeyboardInterrupt, which Ray passes on.
@@ -61,7 +63,8 @@ def interruptible() -> Iterator[None]:
     errors = os.dup(2)  # The block may redirect standard error.
 
     def end() -> None:
-        os.write(errors, f"{stopping[0]}\n".encode())
+        with suppress(OSError):  # A closed terminal takes no text.
+            os.write(errors, f"{stopping[0]}\n".encode())
         os._exit(stopping[0].exit_code)
 
     limit = threading.Timer(SECONDS, end)
@@ -74,7 +77,7 @@ def interruptible() -> Iterator[None]:
         limit.start()
         raise KeyboardInterrupt
 
-    # A shell starts background jobs with SIGINT ignored. They keep that.
+    # A shell starts background jobs with SIGINT ignored, and nohup jobs with SIGHUP ignored. They keep that.
     caught = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in caught}
     try:

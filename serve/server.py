@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import signal
 import socket
 import threading
@@ -43,7 +44,7 @@ class Server(uvicorn.Server):  # type: ignore[misc]
 
     On SIGTERM, /readyz starts to answer 503; after ``leave_seconds`` the server accepts no new connections, finishes the open
     requests and stops. SIGINT or a second SIGTERM skips the wait; a second SIGINT stops at once. SIGHUP reads the models and the API
-    keys again.
+    keys again, or stops like SIGTERM where it comes from the closed terminal of a service that was not started with nohup.
 
     Args:
         app: Application made by `create_app`.
@@ -90,7 +91,16 @@ class Server(uvicorn.Server):  # type: ignore[misc]
 
     def run(self) -> None:
         """Serve until a signal stops the server."""
-        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self._state.reload, daemon=True).start())
+        before = signal.getsignal(signal.SIGHUP)
+        ends_with_terminal = before is not signal.SIG_IGN and _has_terminal()
+
+        def hang_up(*_: object) -> None:
+            if ends_with_terminal and not _has_terminal():
+                self.handle_exit(signal.SIGTERM, None)
+            else:
+                threading.Thread(target=self._state.reload, daemon=True).start()
+
+        signal.signal(signal.SIGHUP, hang_up)
         super().run()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -103,3 +113,12 @@ class Server(uvicorn.Server):  # type: ignore[misc]
             timer.start()
         else:
             super().handle_exit(sig, frame)
+
+
+def _has_terminal() -> bool:
+    """Return whether the process has a terminal that is open."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

@@ -239,7 +239,7 @@ class ServeSettings(AppSettings):
     """Settings of a service: its models, the application and the server around it."""
 
     model: Path
-    """Folder of an exported student, such as runs/demo/export, or an .onnx file."""
+    """Folder of a run or of an exported student, such as runs/demo, or an .onnx file."""
     more: Annotated[dict[str, Path], NoDecode, BeforeValidator(_named_folders)] = Field(default_factory=dict)
     """Further model, as NAME=FOLDER; may be repeated."""
     host: str = "127.0.0.1"

@@ -70,7 +70,10 @@ def load_student(model: Path | str, config: Path | str | None = None) -> Student
     described = Path(config) if config is not None else weights.with_name(CONFIG)
     for needed in (weights, described):
         if not needed.is_file():
-            raise ValueError(f"{path} is not a student: the file {needed} is missing")
+            what = f"the file {needed} is missing" if path.exists() else "there is no such file or folder"
+            raise ValueError(
+                f"{path} is not a student: {what}; give the folder of a run, of an export or of a checkpoint"
+            )
     record = _read_config(described)
     if "model_type" in record:
         raise ValueError(

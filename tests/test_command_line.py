@@ -168,6 +168,12 @@ def test_completion_can_be_shown() -> None:
             "demo.yaml is the configuration of a run; give it to `ray-distill run`",
         ),
         (["ablate", "--config", "ablations/smoke", "--units", "words"], "--units needs --probe"),
+        (
+            ["run", "demo", "--train.epochs", "3"],
+            "--train.epochs is no option but a key of the configuration; write train.epochs=3",
+        ),
+        (["run", "demo", "--corpus=/data"], "--corpus is no option but a key of the configuration; write corpus=/data"),
+        (["ablate", "ablations/smoke", "--train.epochs"], "of the configuration; write train.epochs=VALUE"),
         (["import-config", "nothing.yaml"], "nothing.yaml"),
         (["plan-cluster", "--cluster", "nothing"], "there is no cluster description at nothing"),
         (["export", "nothing", "--format", "torch", "--output", "x"], "nothing is not a student"),

@@ -1,6 +1,7 @@
-"""Ctrl-C and SIGTERM: one sentence about what was interrupted, the exit code, and a prompt end, whatever the work does."""
+"""Ctrl-C, SIGTERM and SIGHUP: one sentence about what was interrupted, the exit code, and a prompt end, whatever the work does."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -45,6 +46,8 @@ app()
     [
         (signal.SIGINT, "plain"),
         (signal.SIGTERM, "plain"),
+        (signal.SIGHUP, "plain"),
+        (signal.SIGHUP, "hangs"),
         (signal.SIGTERM, "library"),
         (signal.SIGINT, "swallows"),
         (signal.SIGINT, "hangs"),
@@ -62,3 +65,29 @@ def test_a_signal_ends_a_command_with_one_sentence(number: signal.Signals, kind:
     rest, said = process.communicate(timeout=60)
     assert (process.returncode, rest, said) == (128 + number, "", "interrupted in the fake stage\n")
     assert time.monotonic() - started < 30  # The work sleeps for a minute.
+
+
+@pytest.mark.parametrize("kind", ["plain", "hangs"])
+def test_a_closed_terminal_ends_a_command(kind: str) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [sys.executable, "-c", STAGE, kind], os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    assert os.read(terminal, 100).strip() == b"ready"
+    os.close(terminal)
+    started = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert time.monotonic() - started < 30
+
+
+def test_nohup_is_kept() -> None:
+    started = ["nohup", sys.executable, "-c", STAGE, "plain"]
+    process = subprocess.Popen(
+        started, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM

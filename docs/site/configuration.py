@@ -15,6 +15,7 @@ INTRODUCTION = """\
 A run is one YAML file, and `section.key=value` on the command line changes a key. Unknown keys and impossible combinations are
 refused before any work begins. The folder `configs/` contains the published recipes. None is `null` in YAML.
 Relative paths start at the working directory of the command, wherever the file is; only `base` starts at the file's folder.
+`~` is the home folder; variables such as `$HOME` are refused, since only a shell replaces them.
 
 `teacher=`, `corpus=` and `cache=` are short for `teacher.checkpoint=`, `corpus.path=` and `cache.path=`, also in the file. Where
 `corpus=` names a corpus with none of the recipe's splits, the corpus's own splits are used, and a short key for teacher or corpus

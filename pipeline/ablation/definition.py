@@ -83,6 +83,12 @@ class AblationSettings(pydantic.BaseModel, frozen=True, extra="forbid", use_attr
     probe: ProbeSection | None = None
     """Probes of the trained students. None runs no probes."""
 
+    @pydantic.field_validator("variants", mode="before")
+    @classmethod
+    def _empty_is_no_change(cls, variants: Any) -> Any:
+        """Let ``a:`` without a value stand for a variant without changes."""
+        return {name: changes or {} for name, changes in variants.items()} if isinstance(variants, dict) else variants
+
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if not self.variants and not self.grid:

@@ -9,6 +9,7 @@ import typer
 from ray_distill.pipeline.recipes import complete_recipe, find_recipe, recipe_and_changes, recipe_names
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from ray_distill.pipeline.ablation.definition import Ablation
@@ -43,6 +44,13 @@ def ablate(
     only_list: Annotated[
         bool, typer.Option("--list", help="Check the file, show the runs, and start nothing.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="As --list, and check corpus, teacher and cache for each variant; nothing is started.",
+        ),
+    ] = False,
     only_report: Annotated[
         bool, typer.Option("--report", help="Write the report from the present results, without training.")
     ] = False,
@@ -69,10 +77,12 @@ def ablate(
     ablation = load_ablation(find_recipe(grid), overrides, section)
     for note in ablation.notes:
         typer.echo(f"config  {note}")
-    if only_list:
+    if only_list or dry_run:
         if (labelled := ablation.settings.probe) is not None:
             read_task(labelled.manifest, labelled.units)  # A probe that can't be is refused before the trainings.
         console.print(runs_table(ablation))
+        if dry_run:
+            plan_ablation(ablation, console)
         return
     sweep = Sweep(ablation, console)
     failures = {} if only_report else sweep.run()
@@ -84,13 +94,33 @@ def ablate(
         raise typer.Exit(1)
 
 
+def plan_ablation(ablation: "Ablation", console: "Console") -> None:
+    """Plan the cache that all runs share and one run of each variant, and print the cache's plan and the students.
+
+    Raises:
+        ValueError: A run is impossible with the corpus, the teacher or the cache. The message names the variant.
+    """
+    from ray_distill.pipeline.planning.dry_run import plan_run, print_plan
+
+    shared = plan_run(ablation.needs, ["index", "plan", "cache"])
+    for run in ablation.runs[: len(ablation.variants)]:  # All variants with the first seed.
+        try:
+            plan = plan_run(run.config, ["train"])
+        except ValueError as error:
+            raise ValueError(f"variant {run.variant}: {error}") from error
+        console.print(
+            f"{run.variant}: {plan.facts['student']}; {plan.stages['train']}", highlight=False, soft_wrap=True
+        )
+    print_plan(shared, console)
+
+
 def runs_table(ablation: "Ablation") -> "Table":
     """Return a table of the variants of an ablation, with their changes and seeds."""
     from rich.table import Table
 
     table = Table(title=f"{ablation.settings.name}: {len(ablation.runs)} runs")
     for column in ("variant", "changes", "seeds"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")  # Names that were cut would look alike.
     for variant in ablation.variants:
         changes = "\n".join(f"{key}={value}" for key, value in variant.changes.items()) or "(none)"
         table.add_row(variant.name, changes, ", ".join(map(str, ablation.settings.seeds)))

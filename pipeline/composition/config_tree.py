@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray_distill.local_paths import in_home
 from ray_distill.pipeline.composition.yaml_text import load_yaml, read_yaml
 from ray_distill.pipeline.corpus.hub_dataset import parse_hub_dataset
 from ray_distill.pipeline.recipes import find_recipe, other_kind, other_recipes, recipe_name
@@ -117,8 +118,8 @@ class ConfigTree:
         corpus = self.tree["corpus"]
         lists = [key for key in ("train_splits", "validation_splits") if corpus.get(key)]
         recipes = [key for key in lists if self.source_of(f"corpus.{key}") != COMMAND_LINE]
-        path = Path(str(corpus["path"]))
-        names = [str(name) for key in recipes for name in corpus[key]]
+        path = Path(str(in_home(corpus["path"])))
+        names = [name for key in recipes for name in _names(corpus[key])]
         on_hub = parse_hub_dataset(path) is not None  # Its splits are known once it is downloaded.
         if not names or not (on_hub or path.exists()) or any(_has_folder(path, name) for name in names):
             return
@@ -204,6 +205,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"{text!r} is not an override; write section.key=value, such as train.epochs=3")
+    if (plain := key.strip("+-~ ")) != key:
+        raise ConfigError(f"{key!r} is not a key; write {plain}={value}")
     try:
         return key, load_yaml(value)
     except ValueError as error:
@@ -268,8 +271,13 @@ def with_default_audio(cache: dict[str, Any], corpus: dict[str, Any]) -> dict[st
 
 
 def _in_caches(name: str, corpus: dict[str, Any], more: Sequence[str] = ()) -> str:
-    parts = [name, _last_part(str(corpus["path"])), *map(str, corpus.get("train_splits") or ()), *more]
+    parts = [name, _last_part(str(corpus["path"])), *_names(corpus.get("train_splits")), *more]
     return "caches/" + re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-.")
+
+
+def _names(value: Any) -> list[str]:
+    """Return the names in a list that has not been checked; a single text or number stands for a list of one."""
+    return [str(name) for name in value or ()] if isinstance(value, list | tuple) or value is None else [str(value)]
 
 
 def _teacher_name(spec: str) -> str:

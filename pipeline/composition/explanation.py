@@ -1,11 +1,22 @@
 """The errors of a configuration's validation, in sentences for the user."""
 
 import re
+from typing import Any
 
 import pydantic
 from pydantic_core import ErrorDetails
 
 from ray_distill.pipeline.composition.suggestions import unknown_key, wrong_word
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list",
+    "tuple": "a list",
+    "string": "text",
+}
+"""What a value must be, by the first word of the type of pydantic's error."""
 
 
 def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], prefix: str) -> str:
@@ -25,10 +36,10 @@ def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], pr
         elif item["type"] == "missing":
             sentences.append(f"{key}: missing; this key is required")
         elif item["type"] == "literal_error":
-            sentences.append(f"{key}: {wrong_word(item['msg'], item['input'])}")
+            sentences.append(f"{key}: {wrong_word(item['msg'], item['input'])}{_without_unit(key, item['input'])}")
         elif item["type"] == "union_tag_invalid":
             context = item["ctx"]
-            sentences.append(f"{key}: {wrong_word('Input should be ' + context['expected_tags'], context['tag'])}")
+            sentences.append(f"{key}: {wrong_word('must be ' + context['expected_tags'], context['tag'])}")
         elif item["type"] == "string_pattern_mismatch" and location[-1:] == ["name"]:
             dot = "'.', " if "." in item["ctx"]["pattern"] else ""
             sentences.append(
@@ -36,17 +47,44 @@ def explain(error: pydantic.ValidationError, model: type[pydantic.BaseModel], pr
                 "letter or digit"
             )
         elif item["type"] in ("model_type", "model_attributes_type", "dict_type"):
-            sentences.append(
-                f"{key}: {item['input']!r} is a single value, but this key needs a table of keys and values"
-            )
+            what = {list: "a list", type(None): "no value"}.get(type(item["input"]), "a single value")
+            sentences.append(f"{key}: {item['input']!r} is {what}, but this key needs a table of keys and values")
         elif item["type"] == "value_error":
             reason = str(item["ctx"]["error"])
             sentences.append(
                 f"{key}: {reason}" if location else f"{prefix.rstrip('.')}: {reason}" if prefix else reason
             )
         else:
-            sentences.append(f"{key}: {item['msg']} (got {item['input']!r})")
+            sentences.append(f"{key.removesuffix('.[key]')}: {_wrong_value(key, item)}")
     return "; ".join(sentences)
+
+
+def _wrong_value(key: str, item: ErrorDetails) -> str:
+    """Say what a value must be, and what it is."""
+    value, kind = item["input"], _KINDS.get(item["type"].partition("_")[0])
+    if value is None:
+        return f"has no value; it must be {kind}" if kind else "has no value"
+    if item["type"] == "string_type" and isinstance(value, list | dict):
+        return f"must be text, not {value!r}"
+    if item["type"] == "string_type":
+        name = "NAME" if key.endswith("[key]") else key.rpartition(".")[2]
+        written = '"NAME":' if key.endswith("[key]") else f'{name}: "TEXT", or on the command line {name}=\'"TEXT"\''
+        return f"must be text, but YAML reads it as {value}; put it in quotes, as in {written}"
+    if kind and item["type"].endswith(("_type", "_parsing", "_from_float")):
+        return f"must be {kind}, not {value!r}{_without_unit(key, value)}"
+    message = re.sub("^(Value error, )?Input should be ", "must be ", item["msg"])
+    return f"{message}, not {value!r}"
+
+
+def _without_unit(key: str, value: Any) -> str:
+    """Return how a number with a unit is written instead, such as 30 for ``30s``; an empty text for other values."""
+    number = re.fullmatch(r"\s*[\d.,_]*\d\s*([A-Za-z]+|%)\s*", str(value))
+    if number is None:
+        return ""
+    if number[1] == "%":
+        return "; write a share without %, as in 0.4 for 40 %"
+    unit = next((unit for unit in ("seconds", "minutes", "hours", "steps") if key.endswith(unit)), "")
+    return f"; write the number alone{', in ' * bool(unit)}{unit}"
 
 
 def for_teacher(name: str, sentence: str) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
+from ray_distill.local_paths import Local
 from ray_distill.pipeline.corpus.formats import check_format
 from ray_distill.student.objectives.several_teachers import TeacherObjective
 from ray_distill.student.training.field_effects import CHANGES_LOSS_MEANING, CHANGES_NO_RESULT, SAME_IN_ABLATION
@@ -37,7 +38,7 @@ def is_url(path: Any) -> bool:
 class CorpusSection(Section):
     """Location of the audio, and which of it is used."""
 
-    path: Path
+    path: Local[Path]
     """Folder in LibriSpeech's layout, any other folder of audio, a manifest (CSV, TSV, Parquet or JSON lines) with a column ``path``,
     or a corpus in another format; see ``format``. ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, if there is no such path, and
     ``hf://datasets/OWNER/NAME`` are datasets on the Hugging Face Hub, which are downloaded."""
@@ -113,7 +114,7 @@ class TeacherSection(Section):
 class CacheSection(Section):
     """The teacher cache, and how it is built."""
 
-    path: Annotated[str, SAME_IN_ABLATION]
+    path: Annotated[Local[str], SAME_IN_ABLATION]
     """Folder of the cache, or a URI such as ``s3://bucket/prefix``. A configuration that names none takes
     ``caches/TEACHER-CORPUS``."""
     codec: Annotated[str, pydantic.AfterValidator(check_codec), SAME_IN_ABLATION] = DEFAULT_CODEC
@@ -129,7 +130,7 @@ class CacheSection(Section):
     """Storage of the audio: ``flac`` (smaller) or ``pcm`` (faster to read) in the cache itself, or ``store``: once for any number of
     caches, in ``audio_path``. The cache then refers to it by its fingerprint. ``source`` stores none: every epoch decodes the files of
     the corpus and compares their hashes, which is fast enough for FLAC and WAV at 16 kHz."""
-    audio_path: Annotated[str | None, CHANGES_NO_RESULT, SAME_IN_ABLATION] = None
+    audio_path: Annotated[Local[str | None], CHANGES_NO_RESULT, SAME_IN_ABLATION] = None
     """Folder or URI of the audio with ``audio`` ``store``: an audio store, which the cache stage builds if nothing is there, or a
     cache that holds the audio of the same corpus. A configuration that names none takes ``caches/audio-CORPUS``."""
     shard_minutes: Annotated[float | None, SAME_IN_ABLATION] = pydantic.Field(default=None, gt=0)
@@ -148,7 +149,7 @@ class CacheSection(Section):
     """Number of utterances that may fail while the cache is built, because their audio can't be decoded or a hidden state is not
     finite; below 1 their share, at least 3 utterances; 0 allows none. They are left out and listed with reasons in
     ``corpus/failed.csv``. If more fail, the build stops."""
-    local: Annotated[str | None, CHANGES_NO_RESULT, SAME_IN_ABLATION] = None
+    local: Annotated[Local[str | None], CHANGES_NO_RESULT, SAME_IN_ABLATION] = None
     """Folder on a disk of each training node, such as ``/nvme/copies``, for copies of the cache's files. The workers of a node share
     it. None reads every utterance from ``path``. Give one if ``path`` is an object store or a slow network disk."""
     local_gb: Annotated[float | None, CHANGES_NO_RESULT, SAME_IN_ABLATION] = pydantic.Field(default=None, gt=0)

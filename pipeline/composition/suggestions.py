@@ -29,14 +29,14 @@ _OTHER_NAMES = {
 def nearest(name: str, options: Iterable[str]) -> list[str]:
     """Return the options that a name may stand for, nearest first, at most three.
 
-    A name stands for an option with similar letters, for one whose words have its letters as initials (``lr`` for
+    A name stands for an option with similar letters, small or capital, for one whose words have its letters as initials (``lr`` for
     ``learning_rate``), and for one that other programs call so.
 
     Example:
         >>> nearest("lr", ["layers", "learning_rate", "loss"])
         ['learning_rate']
     """
-    options = list(options)
+    options, name = list(options), name.lower()
     known = [option for option in _OTHER_NAMES.get(name, ()) if option in options]
     initials = [o for o in options if "_" in o and "".join(word[:1] for word in o.split("_")) == name]
     found = known or initials or difflib.get_close_matches(name, options, n=3)
@@ -86,8 +86,14 @@ def unknown_key(location: Sequence[int | str], model: "type[pydantic.BaseModel]"
         choices = [k for k in (kind, *_parts_of(kind)) if hasattr(k, "model_fields")]
         owner = choices[0] if choices else owner
     name, section = str(location[-1]), prefix + "".join(f"{part}." for part in location[:-1])
+    everywhere = list(_all_keys(model, prefix))
+    if (dotted := f"{section}{name}") in everywhere and "." in name:  # Only a file has such a key.
+        inner = name.rpartition(".")[2]
+        return f"in a file, write {inner} in the table {dotted.removesuffix(f'.{inner}')}"
     found = [f"{section}{key}" for key in nearest(name, owner.model_fields)]
-    found = found or [key for key in _all_keys(model, prefix) if key.rpartition(".")[2] == name]
+    found = found or [key for key in everywhere if key.rpartition(".")[2] == name]
+    last = nearest(name, {key.rpartition(".")[2] for key in everywhere}) if not found else []
+    found = found or [key for key in everywhere if key.rpartition(".")[2] in last][:3]
     return question(found) or f"allowed here: {', '.join(sorted(owner.model_fields))}"
 
 
@@ -96,10 +102,10 @@ def wrong_word(message: str, value: Any) -> str:
 
     Example:
         >>> wrong_word("Input should be 'none' or 'alternate'", "altrnate")
-        "Input should be 'none' or 'alternate' (got 'altrnate'); did you mean alternate?"
+        "must be 'none' or 'alternate', not 'altrnate'; did you mean alternate?"
     """
     near = question(nearest(str(value), re.findall(r"'([^']*)'", message))[:1])
-    return f"{message} (got {value!r})" + (f"; {near}" if near else "")
+    return f"{message.replace('Input should be', 'must be', 1)}, not {value!r}" + (f"; {near}" if near else "")
 
 
 def _all_keys(model: "type[pydantic.BaseModel]", prefix: str) -> Iterator[str]:

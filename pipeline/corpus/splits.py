@@ -226,7 +226,8 @@ def _resolve(wanted: Sequence[str], names: list[str], path: Path) -> list[str]:
     for name in wanted:
         same = [name] if name in names else [other for other in names if other.casefold() == name.strip("/").casefold()]
         if not same:
-            raise ValueError(f"{path} has no split {name!r}; its splits are {', '.join(names)}")
+            several = f"; several are written as a list, [{name}]" if "," in name else ""
+            raise ValueError(f"{path} has no split {name!r}; its splits are {', '.join(names)}{several}")
         resolved += same
     return resolved
 

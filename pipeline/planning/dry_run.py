@@ -18,7 +18,7 @@ from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.audio import audio_places, refuse_other_place
 from ray_distill.pipeline.stages.domains import check_found_domains
-from ray_distill.pipeline.stages.frame_rates import check_frame_rates
+from ray_distill.pipeline.stages.frame_rates import check_frame_rates, check_student_frames
 from ray_distill.pipeline.stages.index import split_table
 from ray_distill.pipeline.stages.run import TeacherRun
 from ray_distill.pipeline.stages.run_audio import check_reference
@@ -220,6 +220,7 @@ def _student_facts(config: Config, headers: Sequence[Teacher | None]) -> str:
     dim = config.target_dim([header.dim for header in known])
     settings = config.resolve_student(layers, dim, teacher.patches)
     config.training(sizes).chosen_objective.check_targets(settings, layers, dim)
+    check_student_frames(settings, teacher)
     if config.train.init_from is not None:
         tensors_of_student(config.train.init_from, settings)
     with torch.device("meta"):

@@ -11,7 +11,7 @@ from ray_distill.pipeline.ray_session import check_ray, require_gpus
 from ray_distill.pipeline.run_plugins import needed_plugins, unused_plugins
 from ray_distill.pipeline.stages.cache import cache_targets
 from ray_distill.pipeline.stages.export import export_best
-from ray_distill.pipeline.stages.frame_rates import check_frame_rates
+from ray_distill.pipeline.stages.frame_rates import check_frame_rates, check_student_frames
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.pipeline.stages.progress import Position
@@ -108,5 +108,6 @@ def _check_start(run: Run, stages: set[str]) -> None:
         run.config.check_aggregate([(len(part.layers), part.teacher.dim) for part in run.parts])
         if training:
             student, _ = initial_student(run)
+            check_student_frames(student, run.teacher)
             run.settings().chosen_objective.check_targets(student, len(run.layers), run.target_dim)
         run.keep_checkpoint()

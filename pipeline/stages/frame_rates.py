@@ -1,7 +1,10 @@
 """Whether the frames of a run's teachers can become those of its student."""
 
+import numpy as np
+
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.stages.run import Run, TeacherRun
+from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.teacher_cache.codecs import is_discrete
 from ray_distill.teacher_cache.frames import FRAME_RATE, SAMPLE_RATE, num_frames
 from ray_distill.teacher_cache.targets.frame_rate import check_masked, check_rule
@@ -48,6 +51,16 @@ def check_frame_rates(run: Run) -> None:
                     f"of audio, but {first.teacher.name} has {counts[0]} {_unit(first.teacher)}; patches of a spectrogram are not "
                     "mapped to frames, so either all teachers of a run have the same patches, or none has patches"
                 )
+
+
+def check_student_frames(student: StudentConfig, teacher: Teacher) -> None:
+    """Check that the student makes the frames that the targets have, which depends on no utterance.
+
+    Raises:
+        ValueError: It makes others.
+    """
+    samples = [SAMPLE_RATE, 10 * SAMPLE_RATE]
+    student.check_frames(np.array(samples), np.array([_student_frames(teacher, count) for count in samples]))
 
 
 def _student_frames(teacher: Teacher, samples: int) -> int:

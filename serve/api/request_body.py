@@ -109,14 +109,23 @@ async def _read_multipart(request: Request) -> list[bytes]:
         f"A multipart/form-data body must be valid and contain 1 to {MAX_FILES} files, all in fields named 'file'."
     )
     try:
-        form = await _InMemoryParser(request.headers, request.stream(), max_files=MAX_FILES, max_fields=0).parse()
+        parser = _InMemoryParser(request.headers, request.stream(), max_files=MAX_FILES, max_fields=MAX_FILES)
+        form = await parser.parse()
     # KeyError: there is no boundary. UnicodeError: the charset is unknown or wrong.
     except (MultiPartException, KeyError, UnicodeError, LookupError) as error:
         raise ServiceError("bad_body", message) from error
     parts = form.multi_items()
-    if parts and all(name == "file" and isinstance(part, UploadFile) for name, part in parts):
-        return [await part.read() for _, part in parts if isinstance(part, UploadFile)]
-    raise ServiceError("bad_body", message)
+    if not parts:
+        raise ServiceError("bad_body", message)
+    for name, part in parts:
+        field = f"The field {name[:40]!r} of the form"
+        if name != "file" and isinstance(part, UploadFile):
+            raise ServiceError("bad_body", f"{field} has a file: name the field of each file 'file'.")
+        if name != "file":
+            raise ServiceError("bad_body", f"{field} is no file: parameters go into the query string, as in ?layer=2.")
+        if not isinstance(part, UploadFile):
+            raise ServiceError("bad_body", f"{field} has text and no file: with curl, write -F file=@speech.flac.")
+    return [await part.read() for _, part in parts if isinstance(part, UploadFile)]
 
 
 def _read_json(body: bytes) -> tuple[list[bytes], dict[str, Any], bool]:

@@ -7,7 +7,7 @@ def check_model_path(path: Path, runtime: str | None) -> None:
     """Check a model's path without reading the model.
 
     Args:
-        path: Folder of an exported student, or a file of ``export --format onnx``.
+        path: Folder of an exported student or of a run, or a file of ``export --format onnx``.
         runtime: ``torch``, ``onnx``, or None to choose by the path.
 
     Raises:
@@ -24,8 +24,14 @@ def check_model_path(path: Path, runtime: str | None) -> None:
         )
     elif not path.is_dir():
         raise ValueError(f"There is no model folder at '{path}': give the folder that the export stage wrote.")
-    elif not (path / "config.json").is_file():
+    elif not (model_folder(path) / "config.json").is_file():
         raise ValueError(f"'{path}' holds no student (no config.json): give the folder that the export stage wrote.")
+
+
+def model_folder(path: Path) -> Path:
+    """Return the folder ``export`` in the folder of a run that has one; any other path as it is."""
+    run = (path / "export" / "config.json").is_file() and not (path / "config.json").is_file()
+    return path / "export" if run else path
 
 
 def model_name(path: Path) -> str:
@@ -50,9 +56,8 @@ def models_in(folder: Path, named: bool = True) -> dict[str, Path]:
     """
     found = {}
     for path in sorted(folder.iterdir()):
-        model = next((place for place in (path, path / "export") if (place / "config.json").is_file()), None)
         if path.suffix == ".onnx":
             found[path.stem] = path
-        elif model:
+        elif ((model := model_folder(path)) / "config.json").is_file():
             found[path.name] = model
     return {name: path for name, path in found.items() if can_be_named(name) is named}

@@ -11,7 +11,7 @@ from pathlib import Path
 from ray_distill.serve.api.errors import ServiceError
 from ray_distill.serve.inference.backends import Backend, OnnxBackend, TorchBackend
 from ray_distill.serve.inference.engine import BatchRecord, FeatureEngine
-from ray_distill.serve.inference.model_files import can_be_named, check_model_path, model_name, models_in
+from ray_distill.serve.inference.model_files import can_be_named, check_model_path, model_folder, model_name, models_in
 from ray_distill.serve.settings import AppSettings, BackendOptions
 from ray_distill.student import Student, load_student
 
@@ -197,7 +197,7 @@ def open_backend(source: Source, options: BackendOptions) -> Backend:
         check_model_path(path, options.runtime)
         if path.suffix == ".onnx":
             return OnnxBackend(path, options)
-        source = load_student(path)
+        source = load_student(model_folder(path))
     if source.config.patches is not None:
         raise ValueError(
             "The service can't run this student: it reads patches of a spectrogram (AST), and the service returns frames of 20 ms. "

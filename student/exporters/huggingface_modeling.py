@@ -371,8 +371,8 @@ class DistilledStudentForAudioFrameClassification(_Head):
 class DistilledStudentFeaturePipeline(AudioClassificationPipeline):
     """The task feature-extraction of transformers' pipeline for audio; transformers' own takes text.
 
-    It takes the same inputs as the pipeline ``audio-classification``, and returns the last hidden state (1, T, width) as nested
-    lists, or with ``return_tensors=True`` as a tensor.
+    It takes the same inputs as the pipeline ``audio-classification``, and returns the last hidden state (1, T, width) of the frames
+    of each input, without those of the padding in a batch, as nested lists, or with ``return_tensors=True`` as a tensor.
     """
 
     def __init__(self, *given: Any, **options: Any) -> None:
@@ -383,7 +383,13 @@ class DistilledStudentFeaturePipeline(AudioClassificationPipeline):
             raise ValueError(f"feature-extraction of a distilled student has no option {next(iter(others))!r}")
         return {}, {}, {} if return_tensors is None else {"return_tensors": return_tensors}
 
+    def _forward(self, model_inputs: Any, **options: Any) -> Any:
+        """Return the last hidden state (B, T, width) and the number of frames of each input (B,)."""
+        state = self.model(**model_inputs, **options).last_hidden_state
+        samples = model_inputs["attention_mask"].sum(-1)
+        return {"state": state, "frames": self.model._get_feat_extract_output_lengths(samples)}
+
     def postprocess(self, model_outputs: Any, return_tensors: bool = False) -> Any:
         """Return the last hidden state."""
-        state = model_outputs.last_hidden_state
+        state = model_outputs["state"][:, : int(model_outputs["frames"])]
         return state if return_tensors else state.tolist()

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
+from ray_distill.local_paths import Local
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.objective import Objective
 from ray_distill.student.objectives.objective_keys import ObjectiveKeys, objective_of
@@ -93,7 +94,7 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
     """What the student predicts of several teachers (``teachers``): each one's layers with heads of their own (``heads``), or with
     one set of heads the ``average`` of the teachers' layers with their weights, or all channels side by side (``concatenate``);
     see EKD (arXiv 2302.12757)."""
-    init_from: str | None = None
+    init_from: Local[str | None] = None
     """Student whose weights the training starts from: the folder of a run, an export or a checkpoint. All parts but the heads must
     have the shapes of this student's; heads with other shapes start anew. None starts from random weights."""
     init_front_end: bool = False

@@ -164,8 +164,11 @@ def open_folder(path: Path) -> HuggingFaceFolder:
 def check_supported(folder: HuggingFaceFolder) -> None:
     """Raise TeacherError if the type of a Hugging Face folder's model or its sampling rate is not supported, or it is quantised."""
     if folder.model_type not in HUGGINGFACE_LOADERS:
+        typed = "model_type" in folder.config
+        what = f"has a model of type {folder.model_type!r}" if typed else "has a config.json without model_type"
         raise TeacherError(
-            f"{folder.name} has a model of type {folder.model_type!r}; the supported types are {', '.join(HUGGINGFACE_LOADERS)}"
+            f"{folder.name} {what}; the supported types are {', '.join(HUGGINGFACE_LOADERS)}, and a package can add others "
+            "(docs/how-to/extending.md)"
         )
     if quantised := folder.config.get("quantization_config"):
         method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""

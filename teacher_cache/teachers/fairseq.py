@@ -252,8 +252,14 @@ def _configuration(checkpoint: Mapping[str, Any], name: str) -> tuple[dict[str, 
         return cfg["model"], task if isinstance(task, dict) else {}
     if isinstance(args, dict):
         return args, args
+    if "dims" in checkpoint and "model_state_dict" in checkpoint:
+        raise TeacherError(
+            f"{name} is OpenAI's own checkpoint of Whisper; give the model of the Hugging Face Hub, such as openai/whisper-small, or "
+            "its folder"
+        )
     raise TeacherError(
-        f"{name} has neither 'cfg' nor 'args', so it is not a checkpoint of fairseq or WavLM; weights alone are not enough"
+        f"{name} has neither 'cfg' nor 'args', so it is not a checkpoint of fairseq or WavLM; weights alone are not enough, so give "
+        "the model's Hugging Face folder, or its name on the hub"
     )
 
 

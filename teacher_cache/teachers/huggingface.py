@@ -23,7 +23,7 @@ _NORMALIZE_EPS = 1e-7
 
 # Weights for pre-training only. No layer output depends on them.
 _PRETRAINING_WEIGHTS = re.compile(
-    r"(quantizer|project_hid|project_q|ctc_proj|speaker_proj|layer_norm_for_extract)\.|label_embeddings_concat$"
+    r"(quantizer|project_hid|project_q|ctc_proj|speaker_proj|layer_norm_for_extract|final_proj)\.|label_embeddings_concat$"
 )
 
 # Weights of the task heads of fine-tuned models.

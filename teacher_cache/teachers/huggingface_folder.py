@@ -42,7 +42,10 @@ class HuggingFaceFolder:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Content of config.json."""
-        return _read_json(self.path / "config.json")
+        path = self.path / "config.json"
+        if not path.exists():
+            raise TeacherError(f"{path} is missing; a Hugging Face folder must have it{_instead(self.path)}")
+        return _read_json(path)
 
     is_local = True
     """Whether the weights are files of the folder."""
@@ -152,6 +155,21 @@ class HuggingFaceFolder:
                 raise TeacherError(
                     f"{self.name} has {key} = {self.config[key]!r}, but only {' or '.join(map(repr, values))} is supported"
                 )
+
+
+def _instead(folder: Path) -> str:
+    """Return what to give instead of a folder without config.json, after its message; an empty text if it has nothing like a model."""
+    if (folder / "adapter_config.json").is_file():
+        return "; this is an adapter, so merge it into its model and save that, as PEFT's merge_and_unload does"
+    inner = sorted(
+        path.parent for pattern in ("*/config.json", "snapshots/*/config.json") for path in folder.glob(pattern)
+    )
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".ckpt"))
+    found = [*inner, *files]
+    if not found:
+        return ""
+    others = f" (or {len(found) - 1} more)" if len(found) > 1 else ""
+    return f"; give {found[0]}{others}, which is in this folder"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ def test_each_teacher_has_a_cache_section_of_its_own() -> None:
         ),
         (
             {"teachers": [A, B | {"objective": "mvv"}]},
-            r"^teachers.b.objective: .*'mvq' \(got 'mvv'\); did you mean mvq\?$",
+            r"^teachers.b.objective: .*'mvq', not 'mvv'; did you mean mvq\?$",
         ),
         (
             {"teachers": [A, B | {"objective": "units"}]},

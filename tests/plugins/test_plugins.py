@@ -146,7 +146,7 @@ def test_what_needs_an_absent_package_names_it(
     )
     with pytest.raises(TeacherError, match="there is no teacher 'mel:24'"):
         load_teacher(other.teacher.checkpoint)
-    with pytest.raises(ConfigError, match="train.objective: Input should be 'prediction'.*got 'huber'"):
+    with pytest.raises(ConfigError, match="train.objective: must be 'prediction'.*not 'huber'"):
         check_config(tree(tmp_path, filelists) | {"cache": {"path": "y"}, "corpus": {"path": "x"}})
     with pytest.raises(ConfigError, match="cache.codec: codec 'float8' is not known; known codecs: fp32"):
         check_config(tiny_tree(cache={"path": "y", "codec": "float8"}))

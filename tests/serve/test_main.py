@@ -2,6 +2,7 @@
 
 import io
 import os
+import pty
 import re
 import signal
 import socket
@@ -228,3 +229,18 @@ def test_an_address_of_another_machine_is_named(export: Path) -> None:
     command = [*COMMAND, "--model", str(export), "--host", "203.0.113.1"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "of 203.0.113.1" in done.stderr and "--host" in done.stderr
+
+
+def test_a_closed_terminal_stops_the_service(export: Path) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(REPOSITORY)
+        os.execv(sys.executable, [*COMMAND, "--model", str(export), "--port", "0"])
+    said = b""
+    while b"Ready after" not in said:
+        said += os.read(terminal, 10_000)
+    os.kill(pid, signal.SIGHUP)  # It comes from elsewhere, since the terminal is still open.
+    time.sleep(1)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

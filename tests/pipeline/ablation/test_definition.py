@@ -79,8 +79,13 @@ def test_the_cache_has_the_fewest_targets_that_serve_all_runs(tmp_path: Path, ki
     ("changes", "message"),
     [
         ({"variants": {"a": {"train.epoch": 3}}}, "variant a: train.epoch: unknown key; did you mean train.epochs?"),
-        ({"variants": {"a": {"student.dropout": 2}}}, "variant a: student.dropout: Input should be less than 1"),
+        ({"variants": {"a": {"student.dropout": 2}}}, "variant a: student.dropout: must be less than 1"),
         ({"variants": {"a": {"train.batch_size": 3}}}, "variant a: .*train.batch_size is 3 and"),
+        (
+            {"variants": {True: {}}},
+            r'variants\.1: must be text, but YAML reads it as True; put it in quotes, as in "NAME":',
+        ),
+        ({"variants": ["a"]}, r"variants: \['a'\] is a list, but this key needs a table"),
         (
             {"set": {"train.use_gpu": True}, "variants": {"a": {}, "b": {"train.batch_seconds": "auto"}}},
             "variant b: train.batch_seconds: auto would measure another size for each student and GPU, .*give the seconds$",

@@ -57,6 +57,10 @@ def test_wrong_bases_are_refused(tmp_path: Path) -> None:
         (b"base: demo\ntrain:\n\tmax_steps: 3\n", r"at line 3, .*; indent with spaces, not with tabs"),
         (b"\xff\xfen", r"a\.yaml is not UTF-8 \(invalid start byte at byte 0\); save it as UTF-8"),
         (
+            b"base: demo\ntrain.epochs: 3\n",
+            r"^train\.epochs: unknown key; in a file, write epochs in the table train$",
+        ),
+        (
             b'base: demo\nname: "\xc3\xbcber"\n',
             "name: 'über' can't be a name; use letters from a to z, digits, '.', '_' and",
         ),
@@ -89,6 +93,40 @@ def test_short_keys_set_their_long_keys(tmp_path: Path) -> None:
     assert section.teacher.layers == [1]
     file = write(tmp_path, "a.yaml", "name: a\nteacher: random:2x32\ncorpus: /x\ntrain: {batch_size: 2}\n")
     assert load_config(file, ["teacher.layers=[2]"]).teacher.layers == [2]
+
+
+def test_paths_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(
+        tmp_path,
+        "a.yaml",
+        "base: demo\nruns: ~/runs\ncorpus: ~/speech\n"
+        "cache: {path: ~/cache, audio: store, audio_path: ~/audio, local: ~/copies}\ntrain: {init_from: ~/first}\n",
+    )
+    config = load_config(file)
+    assert (config.runs, config.corpus.path) == (tmp_path / "runs", tmp_path / "speech")
+    cache = config.cache
+    assert [cache.path, cache.audio_path, cache.local, config.train.init_from] == [
+        str(tmp_path / name) for name in ("cache", "audio", "copies", "first")
+    ]
+    recipe = CONFIGS / "armhubert-s-100.yaml"
+    (tmp_path / "speech" / "train-clean-100").mkdir(parents=True)
+    assert load_config(recipe, ["corpus=~/speech"]).corpus.train_splits == ["train-clean-100"]
+    for change, message in (
+        ("cache=$HOME/c", r"^cache.path: \$HOME/c has the variable \$HOME, which is not replaced in a configuration"),
+        ("runs=${SCRATCH}/r", r"^runs: .* has the variable \$\{SCRATCH\}"),
+        ("corpus=~nobody-here/x", "begins with ~nobody-here, which is no user of this machine"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config(DEMO, [change])
+
+
+def test_one_split_names_the_cache() -> None:
+    for value in ("train-a", "[train-a]"):
+        config = load_config(DEMO, ["corpus=/data/x", f"corpus.train_splits={value}"])
+        assert config.cache.path == "caches/builtin-phone-hubert-x-train-a" and config.corpus.train_splits == [
+            "train-a"
+        ]
 
 
 @pytest.mark.parametrize("key", ["teacher", "corpus", "cache"])

@@ -92,6 +92,7 @@ def test_a_split_alone_lends_some_of_its_own_for_validation(librispeech: Path, t
             "no split 'train-clean-100'; its splits are dev-clean, test-clean, train-clean-5",
         ),
         ({"validation_splits": ["dev"]}, "no split 'dev'"),
+        ({"train_splits": ["a,b"]}, r"no split 'a,b'; .*; several are written as a list, \[a,b\]$"),
         ({"train_splits": ["dev-clean"], "validation_splits": ["dev-clean"]}, "used for both training and validation"),
         ({"train_splits": []}, "left for the train split"),
     ],

@@ -13,7 +13,7 @@ from ray_distill.command_line import application
 from ray_distill.pipeline.config import Config, ConfigError, dump_config, load_config
 from ray_distill.pipeline.planning.dry_run import plan_run
 from ray_distill.pipeline.ray_session import require_gpus
-from ray_distill.pipeline.stages import STAGES, Run
+from ray_distill.pipeline.stages import STAGES, Run, run_stages
 from ray_distill.pipeline.stages.train import initial_student
 from ray_distill.student import Student
 from ray_distill.teacher_cache.build.audio_store import build_audio_store, plan_audio
@@ -235,3 +235,39 @@ def test_a_student_that_does_not_fit_and_missing_gpus_are_told(tmp_path: Path, s
         ):
             require_gpus(config)
     require_gpus(load_config(DEMO, paths))
+
+
+def test_a_student_with_other_frames_is_refused_before_the_cache_is_built(tmp_path: Path, speech_folder: Path) -> None:
+    config = configure(tmp_path, "student.conv_layers=[[32, 10, 5], [32, 8, 4]]")
+    message = r"the student makes \d+ frames from an utterance of 16000 samples, but the targets have 49; .*student\.conv_layers$"
+    with pytest.raises(ValueError, match=message):
+        plan_run(config, list(STAGES))
+    with pytest.raises(ValueError, match=message):
+        run_stages(Run(config, Console(quiet=True)), ["index", "plan", "cache", "train"])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_dry_run_of_an_ablation_names_the_variant(tmp_path: Path, speech_folder: Path) -> None:
+    grid = tmp_path / "grid.yaml"
+    text = f"""name: grid
+base: demo
+set: {{corpus.path: {speech_folder}, cache.path: {tmp_path / "cache"}, runs: {tmp_path / "runs"}}}
+variants:
+  as-it-is:
+  none: {{student.attention_reuse: none}}
+"""
+    grid.write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    shown = CliRunner().invoke(application, ["ablate", str(grid), "--dry-run"], env={"COLUMNS": "300"})
+    assert shown.exit_code == 0, shown.output
+    for line in (
+        "as-it-is: 225,688 parameters, 6 layers of width 56; train from the first step",
+        "none: 244,840 parameters, 6 layers of width 56; train from the first step",
+        f"build the cache at {tmp_path / 'cache'}",
+        "nothing was started or written",
+    ):
+        assert line in shown.output
+    grid.write_text(f"{text}  b: {{teacher.layers: [9]}}\n")
+    refused = CliRunner().invoke(application, ["ablate", str(grid), "--dry-run"])
+    assert refused.exit_code == 2 and "error: variant b: teacher.layers: there is no layer 9" in refused.stderr
+    assert sorted(tmp_path.rglob("*")) == before

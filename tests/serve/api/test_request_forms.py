@@ -57,6 +57,26 @@ def test_odd_json_is_refused(app_client: TestClient, route: str, body: str, expe
     assert refusal(app_client.post(f"/v1/{route}", content=body, headers=JSON)) == expected
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"file": ("a.wav", AUDIO), "layer": (None, "2")},
+            "The field 'layer' of the form is no file: parameters go into",
+        ),
+        ({"audio": ("a.wav", AUDIO)}, "The field 'audio' of the form has a file: name the field of each file 'file'."),
+        ({"file": (None, "a.wav")}, "The field 'file' of the form has text and no file: with curl, write -F file=@"),
+        (
+            {f"x{number}": (None, "2") for number in range(100)},
+            "A multipart/form-data body must be valid and contain 1 to",
+        ),
+    ],
+)
+def test_the_refusal_of_a_form_names_the_field(app_client: TestClient, parts: Any, message: str) -> None:
+    answer = app_client.post("/v1/features", files=parts)
+    assert refusal(answer) == (400, "bad_body") and answer.json()["error"].startswith(message)
+
+
 def test_mutations_of_every_form_never_fail(app_client: TestClient) -> None:
     pick = random.Random(0)
     values: list[Any] = [

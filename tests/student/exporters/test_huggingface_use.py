@@ -242,6 +242,11 @@ def test_pipelines(load: Load, folders: dict[str, tuple[Student, Path]], tmp_pat
     assert torch.equal(extract(wave, return_tensors=True), expected)
     assert len(extract([wave, wave])) == 2
     assert len(extract(wave)[0]) == expected.shape[1]
+    for batch_size in (1, 2, 3):
+        found = extract(waves(), batch_size=batch_size, return_tensors=True)
+        for one, features in zip(waves(), found, strict=True):
+            alone = load()(torch.from_numpy(one)[None]).last_hidden_state
+            torch.testing.assert_close(features, alone, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="no option 'truncation'"):
         extract(wave, truncation=True)
     extract.model.save_pretrained(tmp_path / "from_pipeline")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchaudio
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ray_distill.teacher_cache.frames import num_frames
@@ -124,6 +125,49 @@ def test_distilhubert_and_plain_mert(tmp_path: Path) -> None:
         config.write_text(json.dumps(settings | change))
         with pytest.raises(TeacherError, match=message):
             load_teacher(str(tmp_path))
+
+
+def test_contentvec_has_a_projection_for_training(tmp_path: Path) -> None:
+    # HubertModelWithFinalProj of lengyue233/content-vec-best, in a .bin file.
+    plain = load_teacher(save_tiny("hubert", tmp_path))
+    state = load_file(tmp_path / "model.safetensors")
+    torch.save(
+        state | {"final_proj.weight": torch.ones(4, 32), "final_proj.bias": torch.ones(4)},
+        tmp_path / "pytorch_model.bin",
+    )
+    (tmp_path / "model.safetensors").unlink()
+    assert load_teacher(str(tmp_path)).fingerprint == plain.fingerprint
+
+
+def test_a_folder_without_a_model_says_where_one_is(tmp_path: Path) -> None:
+    def refused(folder: str, message: str) -> None:
+        with pytest.raises(TeacherError, match=message):
+            load_teacher(str(tmp_path / folder))
+
+    cached = tmp_path / "models--owner--name"
+    save_tiny("hubert", cached / "snapshots" / "abc")
+    refused(
+        cached.name,
+        r"models--owner--name/config\.json is missing; .*; give \S+/snapshots/abc, which is in this folder$",
+    )
+    (tmp_path / "fairseq").mkdir()
+    refused("fairseq", "is missing; a Hugging Face folder must have it$")
+    (tmp_path / "fairseq" / "hubert.pt").touch()
+    refused("fairseq", r"; give \S+/hubert\.pt, which is in this folder$")
+    (tmp_path / "fairseq" / "old.pt").touch()
+    refused("fairseq", r"; give \S+/hubert\.pt \(or 1 more\), which is in this folder$")
+    (tmp_path / "fairseq" / "adapter_config.json").touch()
+    refused("fairseq", "; this is an adapter, so merge it into its model and save that")
+    torch.save({"dims": {"n_mels": 80}, "model_state_dict": {"x": torch.ones(1)}}, tmp_path / "small.pt")
+    refused("small.pt", "small.pt is OpenAI's own checkpoint of Whisper; give the model of the Hugging Face Hub")
+    torch.save({"encoder.x": torch.ones(1)}, tmp_path / "other.pth")
+    refused(
+        "other.pth", "weights alone are not enough, so give the model's Hugging Face folder, or its name on the hub$"
+    )
+    (tmp_path / "config.json").write_text("{}")
+    refused(
+        "", "has a config.json without model_type; the supported types are hubert, .*, and a package can add others"
+    )
 
 
 def test_distilhubert_of_s3prl_is_that_of_transformers(tmp_path: Path) -> None:

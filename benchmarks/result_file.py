@@ -22,7 +22,7 @@ def write_result(path: Path, **measured: Any) -> None:
         "machine": machine(),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "pyarrow", "ray") if find_spec(name)},
-        "commit": commit(),
+        "commit": _COMMIT,
         "command": " ".join(["python -m", module_name(Path(sys.argv[0])), *sys.argv[1:]]),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,3 +50,7 @@ def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
+
+
+_COMMIT = commit()
+"""The commit when the benchmark began, since a long one may end at another."""

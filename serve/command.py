@@ -5,6 +5,7 @@ Nothing heavy is imported before the options are read, so that ``--help`` answer
 
 import inspect
 import logging
+import os
 import signal
 import socket
 import sys
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from ray_distill.serve.inference.model_files import check_model_path
-from ray_distill.serve.settings import ServeSettings, options
+from ray_distill.serve.settings import ServeSettings, options, unknown_variables
 
 _LOG = logging.getLogger(__name__)
 _COMMAND_LINE_TYPES: dict[str, Any] = {
@@ -43,6 +44,8 @@ def serve(**values: Any) -> None:
     # Uvicorn shuts down, then raises the signal again; without this handler a requested stop would look like a crash.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _configure_logging()
+    for sentence in unknown_variables(os.environ):
+        _LOG.warning(sentence)
     with reporting_seconds() as ready:
         _LOG.info("Importing PyTorch and the service")
 

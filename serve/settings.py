@@ -5,6 +5,7 @@ docs/in-depth/serving.md has a table that is made from them. An option that is n
 ``RAY_DISTILL_SERVE_NAME``; without that, its default holds.
 """
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENVIRONMENT_PREFIX = "RAY_DISTILL_SERVE_"
+_OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP)(_\w+)?)?$")
 Runtime = Literal["torch", "onnx"]
 Precision = Literal["fp32", "bf16"]
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[^\s/?#@:A-Z]+)(:\d+)?")
@@ -294,6 +296,24 @@ def options() -> Iterator[Option]:
                 if field_name in kind.model_fields:
                     field = ServeSettings.model_fields[field_name]
                     yield Option(title, _option_name(field.validation_alias or field_name), field_name, field)
+
+
+def unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each variable that begins like those of the settings, but names none.
+
+    Variables that Kubernetes sets for services, such as ``RAY_DISTILL_SERVE_SVC_PORT_8000_TCP``, are not meant for this one.
+    """
+    known = [option.name.upper() for option in options()]
+    for name in sorted(environment):
+        setting = name.removeprefix(ENVIRONMENT_PREFIX)
+        if setting not in (name, *known) and not _OF_KUBERNETES.search(name):
+            near = difflib.get_close_matches(setting, known, n=1)
+            hint = (
+                f"did you mean {ENVIRONMENT_PREFIX}{near[0]}?"
+                if near
+                else "ray-distill serve --help lists the settings."
+            )
+            yield f"The environment variable {name} has no effect, because no setting has that name; {hint}"
 
 
 def _option_name(name: object) -> str:

@@ -10,7 +10,7 @@ def export(
     model: Annotated[
         Path, typer.Argument(help="Folder of a run, of an export or of a checkpoint; or a published .ckpt file.")
     ],
-    output: Annotated[Path, typer.Option(help="New folder; for onnx and torch, new file, for torch ending in .pt2.")],
+    output: Annotated[Path, typer.Option(help="New folder; for onnx and torch, new file that ends in .onnx or .pt2.")],
     format: Annotated[
         Literal["s3prl", "huggingface", "onnx", "torch"],
         typer.Option(help="Format to write: s3prl, huggingface, onnx or torch (torch.export)."),

@@ -73,9 +73,7 @@ def export_torch(student: Student, file: Path, origin: Origin, features: Feature
     Raises:
         ValueError: the file exists or does not end in ``.pt2``, or the student has options that exports do not support.
     """
-    _check_new(file)
-    if file.suffix != ".pt2":
-        raise ValueError(f"{file} must end in .pt2, the suffix of torch.export programs; name it {file.stem}.pt2")
+    _check_new(file, ".pt2", "torch.export programs")
     with _quiet():
         program, _ = _program(student, features)
     buffer = io.BytesIO()  # On a full disk, torch.export.save to a file would abort the process.
@@ -99,9 +97,10 @@ def export_onnx(
             activations. Default False.
 
     Raises:
-        ValueError: the file exists, packages are not installed, or the student has options that exports do not support.
+        ValueError: the file exists or does not end in ``.onnx``, packages are not installed, or the student has options that
+            exports do not support.
     """
-    _check_new(file)
+    _check_new(file, ".onnx", "ONNX files, by which the service tells them from folders")
     try:
         import onnx
         import onnxscript  # noqa: F401 (torch.onnx needs it)
@@ -148,9 +147,11 @@ def _write(file: Path, content: bytes | memoryview) -> None:
         temporary.write_bytes(content)
 
 
-def _check_new(file: Path) -> None:
+def _check_new(file: Path, suffix: str, of_what: str) -> None:
     if file.exists():
         raise ValueError(f"{file} already exists; give the name of a new file")
+    if file.suffix != suffix:
+        raise ValueError(f"{file} must end in {suffix}, the suffix of {of_what}; name it {file.stem}{suffix}")
 
 
 @contextmanager

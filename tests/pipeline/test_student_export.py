@@ -140,6 +140,7 @@ def test_features_are_in_the_origin(run_folder: Path, tmp_path: Path, chosen: li
         (["MODEL", "--format", "s3prl", "--int8", "--output", "x"], "--int8"),
         (["RUN", "--format", "s3prl", "--output", "x"], "has no exported student"),
         (["MODEL", "--format", "torch", "--output", "x.bin"], r"must end in .pt2"),
+        (["MODEL", "--format", "onnx", "--output", "x"], "folders; name it x.onnx"),
     ],
 )
 def test_mistakes(run_folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -18,7 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 from ray_distill.serve.command import reporting_seconds, serve
-from ray_distill.serve.settings import AppSettings, Limits, ServeSettings, options
+from ray_distill.serve.settings import AppSettings, Limits, ServeSettings, options, unknown_variables
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENT = REPOSITORY / "docs" / "in-depth" / "serving.md"
@@ -228,3 +228,22 @@ def test_the_package_and_the_options_import_nothing_heavy() -> None:
 if __name__ == "__main__":
     text = DOCUMENT.read_text()
     DOCUMENT.write_text(text.partition(HEADING)[0] + HEADING + settings_table())
+
+
+def test_variables_of_the_environment_that_name_no_setting_are_said() -> None:
+    environment = {
+        "RAY_DISTILL_SERVE_PORT": "8000",
+        "RAY_DISTILL_SERVE_PROT": "8000",
+        "RAY_DISTILL_SERVE_TLS": "yes",
+        "RAY_DISTILL_CACHE": "x",
+        # What Kubernetes sets for a service named ray-distill-serve-svc.
+        "RAY_DISTILL_SERVE_SVC_SERVICE_HOST": "10.0.0.1",
+        "RAY_DISTILL_SERVE_SVC_SERVICE_PORT_HTTP": "8000",
+        "RAY_DISTILL_SERVE_SVC_PORT": "tcp://10.0.0.1:8000",
+        "RAY_DISTILL_SERVE_SVC_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "RAY_DISTILL_SERVE_SVC_PORT_8000_TCP_ADDR": "10.0.0.1",
+    }
+    port, tls = unknown_variables(environment)
+    assert port.startswith("The environment variable RAY_DISTILL_SERVE_PROT has no effect")
+    assert port.endswith("did you mean RAY_DISTILL_SERVE_PORT?")
+    assert "RAY_DISTILL_SERVE_TLS" in tls and tls.endswith("ray-distill serve --help lists the settings.")

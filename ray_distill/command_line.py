@@ -95,7 +95,7 @@ class Command(ServerCommand):
                 key = option.removeprefix("--")
                 if key != option and option not in known and ("." in key or key in _SHORT_KEYS):
                     value = value if equals else " ".join(args[number + 1 : number + 2]) or "VALUE"
-                    raise ValueError(f"{option} is no option but a key of the configuration; write {key}={value}")
+                    raise ValueError(f"{option} is not an option but a key of the configuration; write {key}={value}")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

@@ -157,14 +157,14 @@ for _panel, _commands in _PANELS.items():
         kind = ServerCommand if _name == "serve" else Command
         application.command(_name, cls=kind, rich_help_panel=_panel)(_function)
 
-_cache = typer.Typer(cls=Group, no_args_is_help=True, help="Show, check or repair a teacher cache, or derive another.")
+_cache = typer.Typer(
+    cls=Group, no_args_is_help=True, help="Show, check or repair a teacher cache, or derive one from it."
+)
 for _function in (info, verify, repair, derive):
     _cache.command(cls=Command)(_function)
 application.add_typer(_cache, name="cache", rich_help_panel="Teacher cache")
 
-_teachers = typer.Typer(
-    cls=Group, no_args_is_help=True, help="Show which teachers there are, and what is known of one."
-)
+_teachers = typer.Typer(cls=Group, no_args_is_help=True, help="List known teachers, or show the facts of one.")
 _teachers.command("list", cls=Command)(list_teachers)
 _teachers.command("show", cls=Command)(show_teacher)
 application.add_typer(_teachers, name="teachers", rich_help_panel="Teacher cache")

@@ -61,13 +61,13 @@ class Limits(_Group):
     window_seconds: float = Field(default=30.0, ge=1)
     """Length of a window, in seconds."""
     overlap_seconds: float = Field(default=4.0, ge=0)
-    """Least overlap of neighbouring windows, in seconds. Each frame comes from the window whose centre is nearer."""
+    """Minimum overlap of neighbouring windows, in seconds. Each frame comes from the window whose centre is nearer."""
     request_seconds: float = Field(default=300.0, gt=0)
     """Audio in all files of one request, in seconds; at most queue_seconds, but one file of the longest length is always accepted."""
     max_sample_rate: int = Field(default=192_000, ge=16_000)
     """Highest sampling rate of an audio file, in Hz."""
     max_channels: int = Field(default=8, ge=1)
-    """Most channels of an audio file."""
+    """Largest number of channels of an audio file."""
     decode_seconds: float = Field(default=5.0, gt=0)
     """Decoding that may wait, in seconds of expected work. Idle decoders accept any file."""
     max_bytes: int = Field(default=32 * 2**20, ge=1)

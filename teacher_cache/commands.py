@@ -16,7 +16,7 @@ Location = Annotated[
 TeacherSpec = Annotated[
     str | None,
     typer.Option(
-        help="Teacher: a checkpoint, OWNER/NAME on the hub, torchaudio:NAME, ... Default: the one that the cache names, if that "
+        help="Teacher: a checkpoint, OWNER/NAME on the hub, torchaudio:NAME, ... Default: the one that the cache names, if it "
         "needs no file."
     ),
 ]
@@ -24,8 +24,8 @@ AudioPlace = Annotated[
     str | None,
     typer.Option(
         metavar="PLACE",
-        help="Where the audio is now to which the cache refers. Default: the place that the cache has recorded. For a cache with "
-        "cache.audio=source: the index of the corpus as it is now, which is corpus/index.parquet in the folder of a run.",
+        help="Present place of the audio to which the cache refers. Default: the place that the cache has recorded. For a cache with "
+        "cache.audio=source, give the index of the corpus as it is now, which is corpus/index.parquet in the folder of a run.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device of the teacher: cpu, cuda.")]
@@ -51,11 +51,12 @@ def verify(
 ) -> None:
     """Check the files of a cache or an audio store, and with --deep the features of a cache.
 
-    Every file is compared with its commit record; --deep compares features with those of the teacher. The exit code is 1 if the
-    cache is damaged. The manifest of an intact cache is written again if it is missing, old or damaged. Of audio to which
-    a cache refers only the sizes are checked; verify its store to read it. Of a corpus from which a cache reads its audio only the
-    files are looked for; their content is checked whenever it is read. Training does not read a cache again that is
-    sound and has not changed since.
+    Every file is compared with its commit record; --deep compares features with those of the teacher.
+    The exit code is 1 if the cache is damaged.
+    The manifest of an intact cache is written again if it is missing, old or damaged.
+    If the cache refers to stored audio, only the sizes of its files are checked; verify the audio store to read them.
+    If the cache reads its audio from the corpus, its files only have to exist; their content is checked when it is read.
+    Training does not verify a cache again that was intact here and has not changed since.
     """
     from rich.table import Table
 
@@ -135,15 +136,15 @@ def repair(
         str | None,
         typer.Option(
             metavar="PLACE",
-            help="New place of the audio to which the cache refers, which is then recorded. For a cache with cache.audio=source: the "
-            "index of the corpus as it is now.",
+            help="New place of the audio to which the cache refers, which is then recorded. For a cache with cache.audio=source, give "
+            "the index of the corpus as it is now.",
         ),
     ] = None,
 ) -> None:
     """Restore damaged records from their copies, rebuild damaged or missing shards, and move unknown files to set-aside/.
 
-    Rebuilt shards have the same bytes as the originals on the same kind of machine with the same library versions. An audio store is
-    repaired alike, without a teacher.
+    Rebuilt shards have the same bytes as the originals on the same kind of machine with the same library versions.
+    An audio store is repaired in the same way, without a teacher.
     """
     from ray_distill.teacher_cache.device import check_device
     from ray_distill.teacher_cache.maintenance.repair import repair_cache
@@ -178,15 +179,15 @@ def derive(
         str | None,
         typer.Option(
             metavar="STORE",
-            help="Audio store, or cache with audio such as CACHE, to which the new cache refers. Default: it holds a copy of the "
-            "audio, refers to what CACHE refers to, or reads it from the corpus as CACHE does.",
+            help="Audio store, or cache with audio such as CACHE, to which the new cache refers. Default: the new cache does as "
+            "CACHE does: it holds a copy of the audio, refers to the same store, or reads it from the corpus.",
         ),
     ] = None,
 ) -> None:
     """Make a cache of discrete targets from the clean pass of another cache, without the teacher.
 
-    Its fingerprint names the cache that it was derived from. The same command finishes an
-    interrupted derivation.
+    Its fingerprint names the cache that it was derived from.
+    Running the same command again finishes an interrupted derivation.
     """
     from ray_distill.teacher_cache.maintenance.derive import derive_cache
     from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes

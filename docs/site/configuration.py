@@ -19,8 +19,8 @@ Relative paths start at the working directory of the command, wherever the file 
 
 `teacher=`, `corpus=` and `cache=` are short for `teacher.checkpoint=`, `corpus.path=` and `cache.path=`, also in the file. Where
 `corpus=` names a corpus with none of the recipe's splits, the corpus's own splits are used, and a short key for teacher or corpus
-replaces the recipe's cache by `caches/TEACHER-CORPUS`; the run says so. `ray-distill run RECIPE --print-config` shows the resolved
-configuration and where each value comes from.
+replaces the recipe's cache with `caches/TEACHER-CORPUS-SPLITS`; the run says so. `ray-distill run RECIPE --print-config` shows the
+resolved configuration and where each value comes from.
 
 A file may begin with `base: NAME`, the path of another file (relative to this one) or a recipe, and then contains only what differs:
 

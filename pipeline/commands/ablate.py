@@ -21,7 +21,7 @@ def ablate(
         typer.Argument(
             metavar="[GRID] KEY=VALUE",
             autocompletion=complete_recipe("ablations"),
-            help="The ablation, if --config is not given, and changes of all runs, as in train.epochs=3. corpus=, teacher= and "
+            help="Ablation, unless --config is given, and changes to all runs, as in train.epochs=3. corpus=, teacher= and "
             "cache= are short keys, as for `run`; name=, seeds=, concurrent= and cpus_per_worker= change the ablation.",
         ),
     ] = None,
@@ -35,7 +35,7 @@ def ablate(
     ] = None,
     probe: Annotated[
         Path | None,
-        typer.Option(help="Manifest to probe the students on, in place of the file's own; see `probe --help`."),
+        typer.Option(help="Manifest to probe the students with, in place of the file's own; see `probe --help`."),
     ] = None,
     units: Annotated[
         Literal["characters", "words"] | None,
@@ -48,11 +48,11 @@ def ablate(
         bool,
         typer.Option(
             "--dry-run",
-            help="As --list, and check corpus, teacher and cache for each variant; nothing is started.",
+            help="Like --list, and also check the corpus, the teacher and the cache for each variant.",
         ),
     ] = False,
     only_report: Annotated[
-        bool, typer.Option("--report", help="Write the report from the present results, without training.")
+        bool, typer.Option("--report", help="Write the report from the results so far, without training.")
     ] = False,
 ) -> None:
     """Train a grid of students from one cache and compare them.

@@ -11,8 +11,8 @@ def probe(
     manifest: Annotated[
         Path,
         typer.Argument(
-            help="CSV file with the columns path and label, transcript or frame_labels, optionally split; or the folder of a run, "
-            "with --task."
+            help="CSV file with the columns path and one of label, transcript and frame_labels, and optionally split; or, with "
+            "--task, the folder of a run."
         ),
     ],
     student: Annotated[
@@ -29,7 +29,7 @@ def probe(
     task: Annotated[
         Literal["characters", "speakers"] | None,
         typer.Option(
-            help="What to probe with the labels that the corpus of a run brings. Its student is probed, as with --run."
+            help="What to probe, with the labels of the corpus of a run. The run's student is probed, as with --run."
         ),
     ] = None,
     hours: Annotated[
@@ -45,7 +45,7 @@ def probe(
         int | None,
         typer.Option(
             help="Number of passes over the training utterances. Default: until a probe stops improving on a tenth of them, which is "
-            "left out.",
+            "held out.",
             min=1,
             show_default=False,
         ),

@@ -14,7 +14,7 @@ def push(
     license: Annotated[
         str,
         typer.Option(
-            help="License of the student, such as apache-2.0. It has to respect that of the teacher and data."
+            help="License of the student, such as apache-2.0. It must be compatible with those of the teacher and the data."
         ),
     ],
     language: Annotated[
@@ -33,8 +33,8 @@ def push(
 ) -> None:
     """Publish a student on the Hugging Face Hub with its card.
 
-    The student is exported for transformers. Its record of the origin is published without the paths of this machine. HF_TOKEN
-    must be a token that may write there.
+    The student is exported for transformers. Its record of the origin is published without the paths of this machine.
+    HF_TOKEN must be a token that may write there.
     """
     from ray_distill.pipeline.publishing.hub_push import CardFacts, push_student
     from ray_distill.pipeline.student_export import open_student

@@ -13,7 +13,7 @@ def run(
         typer.Argument(
             metavar="[RECIPE] KEY=VALUE",
             autocompletion=complete_recipe(),
-            help="Recipe, if --config is not given, and changes to the configuration, as in train.epochs=3. teacher=, corpus= and "
+            help="Recipe, unless --config is given, and changes to the configuration, as in train.epochs=3. teacher=, corpus= and "
             "cache= are short for teacher.checkpoint=, corpus.path= and cache.path=.",
         ),
     ] = None,
@@ -51,8 +51,8 @@ def run(
 ) -> None:
     """Run a job: index, plan, cache, train, export, report.
 
-    `ray-distill run armhubert-s-100 teacher=/models/hubert_base_ls960.pt corpus=/data/LibriSpeech` is a whole command. Running the
-    same command again resumes the job.
+    `ray-distill run armhubert-s-100 teacher=/models/hubert_base_ls960.pt corpus=/data/LibriSpeech` is a whole command.
+    Running the same command again resumes the job.
     """
     known = f"such as demo; they are {', '.join(recipe_names())}"
     recipe, overrides = recipe_and_changes(config, words or [], known)

@@ -15,7 +15,7 @@ COST = (
 
 
 def list_teachers(as_json: Json = False) -> None:
-    """List how teachers are named, and well-known ones on the hub.
+    """Show how to name teachers, and list well-known ones on the hub.
 
     Their facts are stated as published; nothing is read from the network.
     """
@@ -42,7 +42,7 @@ def show_teacher(
 ) -> None:
     """Show the facts of a teacher from its configuration.
 
-    Its weights are not read; of a model on the hub, only its configuration is downloaded, and the headers of safetensors are read.
+    Its weights are not read. For a model on the hub, only the configuration and the headers of safetensors are downloaded.
     """
     from rich.console import Console
 

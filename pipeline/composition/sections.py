@@ -116,7 +116,7 @@ class CacheSection(Section):
 
     path: Annotated[Local[str], SAME_IN_ABLATION]
     """Folder of the cache, or a URI such as ``s3://bucket/prefix``. A configuration that names none takes
-    ``caches/TEACHER-CORPUS``."""
+    ``caches/TEACHER-CORPUS-SPLITS``, with the training splits that it names and, at the end, the name of a discrete codec."""
     codec: Annotated[str, pydantic.AfterValidator(check_codec), SAME_IN_ABLATION] = DEFAULT_CODEC
     """Storage format of the features: ``pca``, ``layer-pca``, ``int8``, ``fp16`` or ``fp32``. ``pca:STEP`` and
     ``layer-pca:STEP`` set the quantisation step. ``units:CLUSTERS`` and ``mvq:CODEBOOKS`` store discrete targets, for the objectives
@@ -132,7 +132,7 @@ class CacheSection(Section):
     the corpus and compares their hashes, which is fast enough for FLAC and WAV at 16 kHz."""
     audio_path: Annotated[Local[str | None], CHANGES_NO_RESULT, SAME_IN_ABLATION] = None
     """Folder or URI of the audio with ``audio`` ``store``: an audio store, which the cache stage builds if nothing is there, or a
-    cache that holds the audio of the same corpus. A configuration that names none takes ``caches/audio-CORPUS``."""
+    cache that holds the audio of the same corpus. A configuration that names none takes ``caches/audio-CORPUS-SPLITS``."""
     shard_minutes: Annotated[float | None, SAME_IN_ABLATION] = pydantic.Field(default=None, gt=0)
     """Minutes of audio per shard, the unit of work, retry and resume. None takes those of an existing cache, or else 10, and for more
     than 1,000 h of audio a minute per 100 h, but at most 60."""
@@ -221,8 +221,8 @@ class TeacherEntry(TeacherSection):
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """Name of the teacher, by which metrics and reports call it."""
     cache: CacheSection
-    """Cache of this teacher. Keys that are not given are those of the section ``cache``, and the path is ``caches/TEACHER-CORPUS``. A
-    string is its path."""
+    """Cache of this teacher. Keys that are not given are those of the section ``cache``, and the path is
+    ``caches/TEACHER-CORPUS-SPLITS``. A string is its path."""
     objective: TeacherObjective | None = None
     """Objective with this teacher: a table with ``objective`` (its name) and its keys as in ``train``, or the name alone. None takes
     the objective of ``train``."""

@@ -71,7 +71,7 @@ class StreamQuery(CommonQuery):
         None,
         ge=0,
         allow_inf_nan=False,
-        description="Least overlap of two windows in seconds, at most half of a window. Default: the service's overlap_seconds.",
+        description="Minimum overlap of two windows in seconds, at most half of a window. Default: the service's overlap_seconds.",
     )
     timeout: float | None = Field(
         None,

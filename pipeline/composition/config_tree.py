@@ -112,7 +112,7 @@ class ConfigTree:
                 set_key(self.tree, f"teachers.{name}.cache", {k: v for k, v in cache.items() if k != "path"})
                 names.append(name)
         if names:
-            self.notes.append(f"the teachers {', '.join(names)} have caches for this corpus in caches/TEACHER-CORPUS")
+            self.notes.append(f"the teachers {', '.join(names)} have caches for this corpus in caches/TEACHER-CORPUS-SPLITS")
 
     def _drop_foreign_splits(self) -> None:
         corpus = self.tree["corpus"]
@@ -247,10 +247,10 @@ def _teacher_named(tree: dict[str, Any], name: str, key: str) -> dict[str, Any]:
 
 
 def default_cache(tree: dict[str, Any]) -> str:
-    """Return the path of the cache of a configuration that names none: ``caches/TEACHER-CORPUS``.
+    """Return the path of the cache of a configuration that names none: ``caches/TEACHER-CORPUS-SPLITS``.
 
-    Runs with equal teachers, corpora and training splits thus share a cache, whatever their names. A discrete codec follows the name
-    of the corpus, as in ``caches/TEACHER-CORPUS-units-500``, since one teacher may have such a cache beside that of its layers.
+    Runs with equal teachers, corpora and training splits thus share a cache, whatever their names. A discrete codec follows those$
+    of the splits, as in ``caches/TEACHER-CORPUS-SPLITS-units-500``, since one teacher may have such a cache beside that of its layers.
 
     Args:
         tree: Sections with the keys ``teacher.checkpoint`` and ``corpus.path``.

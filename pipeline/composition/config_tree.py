@@ -249,8 +249,8 @@ def _teacher_named(tree: dict[str, Any], name: str, key: str) -> dict[str, Any]:
 def default_cache(tree: dict[str, Any]) -> str:
     """Return the path of the cache of a configuration that names none: ``caches/TEACHER-CORPUS-SPLITS``.
 
-    Runs with equal teachers, corpora and training splits thus share a cache, whatever their names. A discrete codec follows those$
-    of the splits, as in ``caches/TEACHER-CORPUS-SPLITS-units-500``, since one teacher may have such a cache beside that of its layers.
+    Runs with equal teachers, corpora and training splits thus share a cache, whatever their names. A discrete codec follows,
+    as in ``caches/TEACHER-CORPUS-SPLITS-units-500``, since one teacher may have such a cache beside that of its layers.
 
     Args:
         tree: Sections with the keys ``teacher.checkpoint`` and ``corpus.path``.

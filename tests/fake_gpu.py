@@ -1,8 +1,8 @@
 """A GPU without values, for tests on machines that have none.
 
-Tensors have PyTorch's fake ones behind them: devices, shapes and types are those of a GPU, and operations on two devices are errors, as
-is whatever reads a value, for which the host would wait. Autograd's engine can't run on such tensors, so backward passes are out of
-reach.
+Tensors have PyTorch's fake ones behind them: devices, shapes and types are those of a GPU. An
+operation on two devices is an error, and so is one that reads a value, for which the host would wait.
+Autograd's engine can't run on such tensors, so backward passes are out of reach.
 """
 
 from collections.abc import Iterator

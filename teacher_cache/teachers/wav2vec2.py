@@ -158,8 +158,8 @@ class Wav2Vec2Teacher(Teacher):
             # Otherwise the position convolution would carry padding into real frames.
             x_BTD = x_BTD.masked_fill(padding[:, :, None], 0.0)
             if isinstance(self._layers[0].attention, WavLMSelfAttention):
-                # It is added to the position bias, so it needs its dtype.
-                key_padding = torch.zeros_like(padding, dtype=x_BTD.dtype).masked_fill(padding, -torch.inf)
+                # It is added to the position bias, so it needs its dtype, which autocast leaves as it is.
+                key_padding = torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, -torch.inf)
             else:
                 # PyTorch would turn a bool mask, or one of another dtype, into a whole (T, T) map for each utterance.
                 kind = x_BTD.device.type

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torchaudio.models.wav2vec2.wavlm_attention import WavLMSelfAttention
 
 from ray_distill.student.student_teacher import StudentTeacher
 from ray_distill.teacher_cache import spectrograms
 from ray_distill.teacher_cache.precision import Precision, autocast
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
+from ray_distill.teacher_cache.teachers.wav2vec2 import Wav2Vec2Teacher, _position_bias
 
 from ...fake_gpu import GPU, fake_gpu
 from .test_teacher_promises import KINDS, sound
@@ -57,3 +59,17 @@ def test_the_mean_of_a_student_replaces_masked_frames_on_a_gpu(tmp_path: Path) -
     assert isinstance(teacher, StudentTeacher)
     teacher._mask_embedding, teacher.mean_mask = None, True
     assert {layer.device for layer in passes(teacher, "fp32", masked=True)} == {GPU}
+
+
+def test_wavlms_bias_is_torchaudios_without_its_work_on_the_cpu(tmp_path: Path) -> None:
+    teacher = load_teacher(KINDS["wavlm"](tmp_path))
+    assert isinstance(teacher, Wav2Vec2Teacher)
+    attention = teacher._layers[0].attention
+    assert isinstance(attention, WavLMSelfAttention)
+    with torch.no_grad():
+        for frames in (1, 2, 3, 700, 1_300):  # The distances are clipped at 800.
+            found = _position_bias(attention, frames, torch.device("cpu"))
+            assert torch.equal(found[0], attention.compute_bias(frames, frames))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "compute_bias", lambda *_: pytest.fail("the GPU would wait for the CPU"))
+        passes(teacher, "fp16", masked=False)

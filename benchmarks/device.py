@@ -1,8 +1,9 @@
 """Measure teacher, build, training, codecs, reader and student on one device, and check what only a GPU can get wrong.
 
 ``python -m benchmarks.device`` needs neither Ray nor a network. The teacher has random weights and the audio is synthetic, since speed
-depends on neither. ``--quick`` tries it with small sizes, also on a CPU. The result file is written before a failed check ends the
-script.
+depends on neither. ``--quick`` tries it with small sizes, also on a CPU. ``--only`` measures some of it, where the time on a device is
+short. A measurement that fails is named with its error, and the others follow. The result file is written before that, or a failed
+check, ends the script.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import os
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -197,6 +199,12 @@ class Bench:
         how: dict[str, Any] = {"workers": None, "device": self.device.type, "on_note": notes.append}
         return build_cache(self.folder / name, spec, plan, teacher, teacher_name=teacher, **how), notes
 
+    def cached(self) -> Path:
+        """Return a cache of codec pca, which is built at the first call."""
+        if not (self.folder / "cache-pca-fp32").exists():
+            self.cache("cache-pca-fp32", "pca")
+        return self.folder / "cache-pca-fp32"
+
 
 class Repeated:
     """A corpus that has each utterance of a reader several times, since one that fits into a batch as a whole says little."""
@@ -275,7 +283,7 @@ def measure_build(bench: Bench) -> list[dict[str, Any]]:
 def measure_steps(bench: Bench) -> list[dict[str, Any]]:
     """Return for each student and source of targets the seconds of audio that a training takes in a second."""
     found = []
-    cached = CacheReader(bench.folder / "cache-pca-fp32", "train")
+    cached = CacheReader(bench.cached(), "train")
     by_id = {utterance.id: utterance for utterance in bench.utterances}
     online = OnlineReader(
         [by_id[name] for name in cached.ids], bench.teacher, MASKS, precision="bf16" if bench.on_gpu else "fp32"
@@ -303,7 +311,7 @@ def measure_steps(bench: Bench) -> list[dict[str, Any]]:
 
 def measure_calls(bench: Bench) -> dict[str, float]:
     """Return kernels (on a CPU: operators) and reads by the host per training step, without those of rows of metrics."""
-    reader = CacheReader(bench.folder / "cache-pca-fp32", "train")
+    reader = CacheReader(bench.cached(), "train")
     config = bench.student(RECIPES[1])
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.on_gpu else [])]
     counts: list[dict[str, int]] = []
@@ -354,7 +362,7 @@ def measure_memory(bench: Bench) -> list[dict[str, float]]:
 def measure_auto(bench: Bench) -> list[dict[str, Any]]:
     """Return what ``train.batch_seconds=auto`` finds for each student, and the memory of a training with it; nothing on a CPU."""
     found: list[dict[str, Any]] = []
-    corpus = Repeated(CacheReader(bench.folder / "cache-pca-fp32", "train"), 20)
+    corpus = Repeated(CacheReader(bench.cached(), "train"), 20)
     for recipe in RECIPES if bench.on_gpu else ():
         config, steps = bench.student(recipe), max(1, bench.sizes.steps // 4)
         began = time.perf_counter()
@@ -425,7 +433,7 @@ def measure_reader(bench: Bench) -> list[dict[str, float]]:
     found = []
     threads = 1
     while threads <= cores:
-        reader = CacheReader(bench.folder / "cache-pca-fp32", "train", threads=threads)
+        reader = CacheReader(bench.cached(), "train", threads=threads)
         audio = float(reader.num_samples.sum()) / SAMPLE_RATE
         began = time.process_time()
         seconds = bench.seconds(lambda reader=reader: reader.read(range(len(reader)), 0))
@@ -456,6 +464,43 @@ def measure_inference(bench: Bench) -> list[dict[str, Any]]:
     return found
 
 
+def large_batches(bench: Bench, rows: int = 90, seconds: int = 16) -> Iterator[tuple[str, float, float]]:
+    """Yield checks of batches in which the first convolution has more values than an int32 counts.
+
+    Args:
+        bench: The measurement.
+        rows, seconds: Size of the batch. Default: 1,440 s, 2.4 billion values.
+
+    Yields:
+        The name, the difference and its limit.
+    """
+    waveforms = bench.waveforms(seconds, rows)
+    student = Student(bench.student(RECIPES[1])).to(bench.device).eval()
+    with torch.inference_mode():
+        for name, run in (("teacher", bench.teacher), ("student", lambda x: student.encode(x)[0])):
+            together, alone = run(waveforms)[-1, -1], run(waveforms[-1:])[-1, -1]
+            difference = float(relative_error(alone[:, None], together[:, None]))
+            yield f"{name} in a batch of {rows * seconds} s against alone", difference, 1e-4
+    settings = bench.settings()
+    distiller, weight = make_distiller(student, settings).eval(), student.conv_blocks[1].conv.weight
+    count = student.config.num_frames(waveforms.shape[1])
+    targets = torch.randn(rows, len(bench.layers), count, bench.teacher.dim, device=bench.device)
+
+    def gradient(some: slice) -> Tensor:
+        student.zero_grad(set_to_none=True)
+        lengths = [waveforms.shape[1]] * len(waveforms[some])
+        given = torch.tensor(lengths, device=bench.device)
+        frames = student.num_frames(given)
+        batch = Batch(["noise"] * len(lengths), waveforms[some], given, frames, targets[some], None)
+        batch_loss(distiller, batch, settings, rows * count, lengths=lengths).total.backward()
+        return weight.grad.flatten()
+
+    half = rows // 2
+    parts = gradient(slice(half)) + gradient(slice(half, None))
+    difference = float((gradient(slice(None)) - parts).norm() / parts.norm())
+    yield f"gradient of a batch of {rows * seconds} s against its halves", difference, 3e-2
+
+
 def check(bench: Bench, measured: dict[str, Any]) -> list[dict[str, Any]]:
     """Return each numerical check with its value and its limit."""
     found: list[dict[str, Any]] = []
@@ -464,10 +509,10 @@ def check(bench: Bench, measured: dict[str, Any]) -> list[dict[str, Any]]:
         found.append({"check": name, "value": value, "limit": limit, "passed": value <= limit})
 
     limits = {"fp32": 1e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 1e-1}
-    for row in measured["teacher"]:
+    for row in measured.get("teacher", ()):
         if row["arithmetic"] in limits:
             add(f"teacher in {row['arithmetic']} against fp32", row["relative_error"], limits[row["arithmetic"]])
-    for row in measured["codecs"]:
+    for row in measured.get("codecs", ()):
         add(
             f"{row['codec']} on the device against a CPU", row["difference_from_cpu"], 0.01 * row["stated_error"] + 1e-6
         )
@@ -491,6 +536,9 @@ def check(bench: Bench, measured: dict[str, Any]) -> list[dict[str, Any]]:
                 limit = (1e-2 if bench.on_gpu else 1e-4) if precision == torch.float32 else 5e-2
                 difference = float(relative_error(alone[:, None], together[:, None]))
                 add(f"{name} in a batch against alone, {str(precision).removeprefix('torch.')}", difference, limit)
+    if bench.on_gpu and bench.sizes is FULL:
+        for name, difference, limit in large_batches(bench):
+            add(name, difference, limit)
     rows = bench.train(bench.student(RECIPES[1]), cached, precision="fp16", use_gpu=True, max_skipped_steps=40)
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     causes = {row["cause"] for row in rows if row["kind"] == "skipped"} - {"loss scale"}
@@ -503,6 +551,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Use small sizes, only to try the script.")] = False,
     output: Annotated[Path, typer.Option(help="Result file (JSON).")] = RESULTS / "device.json",
+    only: Annotated[list[str] | None, typer.Option(help="Measure this, and others that are given.")] = None,
 ) -> None:
     """Measure everything on one device, print it, and write it."""
     if device == "auto":
@@ -521,16 +570,27 @@ def main(
         "inference": measure_inference,
     }
     measured: dict[str, Any] = {}
+    if unknown := {*(only or ())} - {*measures, "checks"}:
+        raise typer.BadParameter(f"--only {unknown.pop()} is none of {', '.join(measures)} and checks")
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(torch.device(device), sizes, Path(folder))
-        for name, measure in measures.items():
+        # Last, since they look at what was measured.
+        for name, measure in (measures | {"checks": lambda bench: check(bench, measured)}).items():
+            if only and name not in only:
+                continue
             began = time.perf_counter()
-            measured[name] = measure(bench)
-            print(f"{name} ({time.perf_counter() - began:.0f} s)", json.dumps(measured[name], indent=1), flush=True)
-        measured["checks"] = check(bench, measured)
-    print(json.dumps(measured["checks"], indent=1))
-    write_result(output, device=device, sizes=vars(sizes), **measured)
-    if failed := [row["check"] for row in measured["checks"] if not row["passed"]]:
+            try:
+                measured[name] = measure(bench)
+            except Exception as error:  # Time on a GPU is short, so what else there is to measure follows.
+                traceback.print_exc()
+                failed.append(f"{name} ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+                continue
+            seconds = time.perf_counter() - began
+            print(f"{name} ({seconds:.0f} s)", json.dumps(measured[name], indent=1), flush=True)
+    write_result(output, device=device, sizes=vars(sizes), failed=failed, **measured)
+    failed += [row["check"] for row in measured.get("checks", ()) if not row["passed"]]
+    if failed:
         raise SystemExit(f"failed: {'; '.join(failed)}")
 
 

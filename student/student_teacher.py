@@ -90,9 +90,11 @@ class StudentTeacher(Teacher):
 
     def layer_outputs(self, waveforms: Tensor, lengths: Tensor, frame_mask: Tensor | None) -> Iterator[Tensor]:
         """See `Teacher.layer_outputs`."""
-        layers, _, _ = self._student.layer_outputs(
-            waveforms, lengths, augment=lambda x_BTD, counts: self.masked(x_BTD, frame_mask, counts)
-        )
+
+        def mask(x_BTD: Tensor, frame_counts: Tensor) -> Tensor:
+            return self.masked(x_BTD, frame_mask, frame_counts.to(x_BTD.device))
+
+        layers, _, _ = self._student.layer_outputs(waveforms, lengths, augment=mask)
         yield from layers
 
 

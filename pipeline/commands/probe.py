@@ -63,6 +63,7 @@ def probe(
     """
     from rich.console import Console
 
+    from ray_distill.gpu import set_up_gpu
     from ray_distill.pipeline.files import check_room
     from ray_distill.pipeline.probing.corpus_task import read_corpus_task
     from ray_distill.pipeline.probing.feature_source import FeatureSource
@@ -82,6 +83,7 @@ def probe(
 
     console = Console(soft_wrap=True, highlight=False)
     check_device(device)
+    set_up_gpu(device)
     if manifest.is_dir() != (task is not None):
         raise ValueError(
             f"{manifest} is {'a folder' if task is None else 'no folder'}; give a CSV manifest, or the folder of a run and --task "

@@ -99,8 +99,11 @@ def _plan_cache(run: Run, needed: dict[int, int]) -> CostPlan | None:
     if run.config.cache.gpus_per_actor and torch.cuda.is_available():
         teacher = load_teacher(run.checkpoint, "cuda")
     cost = plan_cost(run.utterances, run.spec, teacher, run.cache.location)
+    if teacher is not run.teacher:
+        del teacher
+        torch.cuda.empty_cache()  # The workers need its memory, while this process waits for them.
     if isinstance(run, TeacherRun):
-        run.say(f"plan    {teacher.name}, cache at {run.cache.location}")
+        run.say(f"plan    {run.teacher.name}, cache at {run.cache.location}")
     run.console.print(cost_table(cost))
     for line in cost_lines(cost):
         run.say(f"plan    {line}")

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ray_distill.gpu import set_up_gpu
 from ray_distill.serve.settings import BackendOptions, Runtime
 from ray_distill.student import Student
 from ray_distill.teacher_cache.frames import FRAME_SAMPLES, RECEPTIVE_FIELD, SAMPLE_RATE
@@ -92,6 +93,7 @@ class TorchBackend:
             raise ValueError(
                 f"Can't use device '{options.device}': PyTorch finds no such device on this machine."
             ) from error
+        set_up_gpu(device)
         self.device = str(device)
         self.revision = revision_of(student)
         self.num_parameters = sum(parameter.numel() for parameter in student.parameters())

@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -231,6 +232,8 @@ class FeatureEngine:
         try:
             arrays = self.backend.run(batch)
         except Exception as error:
+            # Its frames hold the tensors of the batch, whose memory the utterances may need one by one.
+            traceback.clear_frames(error.__traceback__)
             with self._changed:
                 self._schedule.finish(batch, None)
             return error

@@ -142,7 +142,7 @@ def _attend_by_chunks(
         softmaxes: Number of softmaxes, 1 or 2.
     """
 
-    def attend_rows(first: int, last: int) -> Tensor:
+    def attend_rows(values: Tensor, first: int, last: int) -> Tensor:
         scores = factors.queries[:, :, first:last] @ factors.keys.transpose(-1, -2) / math.sqrt(factors.keys.shape[-1])
         if factors.bias is not None:
             scores = scores + factors.bias[:, :, first:last]
@@ -156,12 +156,13 @@ def _attend_by_chunks(
 
     batch, heads, frames, _ = values.shape
     if frames <= WHOLE_MAP_FRAMES:
-        return attend_rows(0, frames)
+        return attend_rows(values, 0, frames)
     step = max(1, _CHUNK_ENTRIES // (batch * heads * frames))
     chunks = [(first, min(first + step, frames)) for first in range(0, frames, step)]
     if not torch.is_grad_enabled():
-        return torch.cat([attend_rows(*chunk) for chunk in chunks], 2)
-    return torch.cat([checkpoint(attend_rows, *chunk, use_reentrant=False) for chunk in chunks], 2)
+        return torch.cat([attend_rows(values, *chunk) for chunk in chunks], 2)
+    # Backward draws the same dropout, because PyTorch keeps the random states of the devices of the arguments. A GPU has its own.
+    return torch.cat([checkpoint(attend_rows, values, *chunk, use_reentrant=False) for chunk in chunks], 2)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None, dropout: float) -> Tensor:

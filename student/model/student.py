@@ -183,8 +183,8 @@ class Student(nn.Module):
 
         Args:
             waveforms: (B, S) float, 16 kHz, in [-1, 1]; padding may hold any finite values.
-            lengths: (B,) integer, real samples of each row: a tensor, or numbers on the host, with which the host does not wait
-                for a GPU. Default None: S for all rows.
+            lengths: (B,) integer, real samples of each row: a tensor on any device, or numbers on the host, with which the host
+                does not wait for a GPU. Default None: S for all rows.
             frame_mask: (B, T) bool, True where a frame is replaced by the mask embedding. Default None: no masking.
 
         Returns:
@@ -248,6 +248,7 @@ class Student(nn.Module):
             raise ValueError(f"waveforms must be float and lengths integer, not {waveforms.dtype} and {kind}")
         if isinstance(lengths, Tensor):
             samples = lengths.tolist()  # For the checks. With lengths on a GPU, the host waits for it here.
+            lengths = lengths.to(waveforms.device)
         else:
             samples = [waveforms.shape[1]] * len(waveforms) if lengths is None else list(lengths)
             lengths = torch.tensor(samples, dtype=torch.int64).to(waveforms.device, non_blocking=True)

@@ -282,9 +282,11 @@ class ShardWriter:
         draw: int | None = None
         mask: Tensor | None = None
         masked: Tensor | None = None
+        targets: Tensor | None = None
         for output in outputs:
             if output.part.draw is not None and output.part.draw != draw:
                 draw = output.part.draw
+                masked = targets = None  # The pass has their memory.
                 mask = teacher_mask(spec.masks, spec.rate, draw, ids, waveforms[1].tolist(), num_frames).to(device)
                 masked = self._hidden_states(padded, lengths, mask, layers, teacher_time.masked)
             targets, kept = clean, real
@@ -298,11 +300,13 @@ class ShardWriter:
             if output.codecs:
                 assert targets is not None
                 frames_NLD = targets.transpose(1, 2)[kept]
+                targets = None
                 for codec in output.codecs:
                     positions = [layers.index(layer) for layer in codec.layers]
                     coded, failed = _encoded(codec, frames_NLD[:, positions], kept)
                     codes.append(copy_to_host(coded))
                     output.fail({ids[b]: reason for b, reason in failed.items()})
+                del frames_NLD
                 if output.part.leads:
                     for other in outputs:
                         other.fail(output.failed)

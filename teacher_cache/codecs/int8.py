@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ray_distill.teacher_cache.codecs.device_copies import DeviceCopies
+
 _HEADROOM = 1.1
 """Range of a channel, relative to its largest deviation in the sample. A few channels of SSL teachers are 70 times the others."""
 _CONSTANT = 1e-3
@@ -21,11 +23,12 @@ class Int8Codec:
     compression = "zstd"
 
     def __init__(self, layers: tuple[int, ...], state: dict[str, Tensor]) -> None:
-        self._mean, self._scale = state["mean"], state["scale"]
+        mean = state["mean"]
+        self._state = DeviceCopies(mean, state["scale"])
         self.layers = layers
         self.error = state.get("error", torch.zeros(1))
-        self.state_shape = tuple(self._mean.shape)
-        self.dim = self.bytes_per_frame = self._mean.shape[-1]
+        self.state_shape = tuple(mean.shape)
+        self.dim = self.bytes_per_frame = mean.shape[-1]
 
     @staticmethod
     def fit(sample: Tensor) -> dict[str, Tensor]:
@@ -38,7 +41,7 @@ class Int8Codec:
 
     def encode(self, frames: Tensor) -> Tensor:
         """See `ColumnCodec.encode`. Values outside the range are clipped. ValueError if a value is not finite."""
-        mean, scale = self._mean.to(frames.device), self._scale.to(frames.device)
+        mean, scale = self._state.on(frames.device)
         if not bool(frames.isfinite().all()):
             raise ValueError(f"a hidden state of layer {self.layers[0]} is not finite")
         codes = ((frames - mean) / scale).round()
@@ -46,5 +49,5 @@ class Int8Codec:
 
     def decode(self, codes: Tensor) -> Tensor:
         """See `ColumnCodec.decode`."""
-        mean, scale = self._mean.to(codes.device), self._scale.to(codes.device)
+        mean, scale = self._state.on(codes.device)
         return torch.addcmul(mean, codes.view(torch.int8).float().unsqueeze(-2), scale)

@@ -6,6 +6,7 @@ Objectives predict the chosen entries (MVQ-KD, arXiv 2211.00508; SPEAR, arXiv 25
 import torch
 from torch import Tensor
 
+from ray_distill.teacher_cache.codecs.device_copies import DeviceCopies
 from ray_distill.teacher_cache.codecs.direct_sum import SIZE, choose_entries, sum_entries, train_codebooks
 
 MAX_CODEBOOKS = 64
@@ -25,10 +26,11 @@ class MvqCodec:
 
     def __init__(self, layers: tuple[int, ...], state: dict[str, Tensor]) -> None:
         self.layers = layers
-        self._mean, self._codebooks = state["mean"], state["codebooks"]
-        self.bytes_per_frame = self.symbols_per_frame = len(self._codebooks)
-        self.dim = self._codebooks.shape[2]
-        self.state_shape = tuple(self._mean.shape)
+        mean, codebooks = state["mean"], state["codebooks"]
+        self._state = DeviceCopies(mean, codebooks)
+        self.bytes_per_frame = self.symbols_per_frame = len(codebooks)
+        self.dim = codebooks.shape[2]
+        self.state_shape = tuple(mean.shape)
         self.error = state.get("error", torch.zeros(1))
 
     @staticmethod
@@ -46,8 +48,8 @@ class MvqCodec:
         """See `ColumnCodec.encode`. ValueError if a value is not finite."""
         if not bool(frames.isfinite().all()):
             raise ValueError(f"a hidden state of layer {self.layers[0]} is not finite")
-        centred = (frames - self._mean.to(frames.device))[:, 0]
-        return choose_entries(centred, self._codebooks.to(frames.device)).to(torch.uint8)
+        mean, codebooks = self._state.on(frames.device)
+        return choose_entries((frames - mean)[:, 0], codebooks).to(torch.uint8)
 
     def symbols(self, codes: Tensor) -> Tensor:
         """See `DiscreteCodec.symbols`."""
@@ -55,5 +57,5 @@ class MvqCodec:
 
     def decode(self, codes: Tensor) -> Tensor:
         """See `ColumnCodec.decode`."""
-        mean = self._mean.to(codes.device)
-        return mean + sum_entries(self._codebooks.to(codes.device), codes.long()).unsqueeze(-2)
+        mean, codebooks = self._state.on(codes.device)
+        return mean + sum_entries(codebooks, codes.long()).unsqueeze(-2)

@@ -7,6 +7,7 @@ a frame, with a large error.
 import torch
 from torch import Tensor
 
+from ray_distill.teacher_cache.codecs.device_copies import DeviceCopies
 from ray_distill.teacher_cache.codecs.kmeans import cluster, nearest
 
 MAX_UNITS = 1 << 16
@@ -27,8 +28,9 @@ class UnitsCodec:
 
     def __init__(self, layers: tuple[int, ...], state: dict[str, Tensor]) -> None:
         self.layers = layers
-        self._centroids = state["centroids"][:, 0]
-        self.alphabet, self.dim = self._centroids.shape
+        centroids = state["centroids"][:, 0]
+        self._state = DeviceCopies(centroids)
+        self.alphabet, self.dim = centroids.shape
         self.state_shape = tuple(state["centroids"].shape[1:])
         self.error = state.get("error", torch.zeros(1))
 
@@ -46,7 +48,8 @@ class UnitsCodec:
         """See `ColumnCodec.encode`. ValueError if a value is not finite."""
         if not bool(frames.isfinite().all()):
             raise ValueError(f"a hidden state of layer {self.layers[0]} is not finite")
-        index, _ = nearest(frames[:, 0], self._centroids.to(frames.device))
+        (centroids,) = self._state.on(frames.device)
+        index, _ = nearest(frames[:, 0], centroids)
         return torch.stack([index & 255, index >> 8], 1).to(torch.uint8)
 
     def symbols(self, codes: Tensor) -> Tensor:
@@ -56,4 +59,5 @@ class UnitsCodec:
 
     def decode(self, codes: Tensor) -> Tensor:
         """See `ColumnCodec.decode`."""
-        return self._centroids.to(codes.device)[self.symbols(codes)[..., 0]]
+        (centroids,) = self._state.on(codes.device)
+        return centroids[self.symbols(codes)[..., 0]]

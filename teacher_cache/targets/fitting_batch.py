@@ -80,7 +80,7 @@ def find_fitting(measure: Measure, limit: int, shortest: float, most: float) -> 
     too_much, failures = math.inf, 0
     size = shortest
     for _ in range(TRIES):
-        peak = _measured(measure, size)
+        peak = _measured(measure, size, has_fitted=bool(fitting))
         if peak is not None:
             measured.append((size, peak))
         if peak is None or peak > limit:
@@ -109,11 +109,13 @@ def _on_the_line(points: Sequence[tuple[float, int]], height: float) -> float:
     return right + (height - high) / slope if slope > 0 else math.inf
 
 
-def _measured(measure: Measure, size: float) -> int | None:
+def _measured(measure: Measure, size: float, *, has_fitted: bool) -> int | None:
     try:
         return measure(size)
     except Exception as error:
-        if not ran_out_of_memory(error):
+        # cuDNN may say this in place of its lack of memory. Where a smaller batch has fitted, nothing else is meant.
+        no_engine = has_fitted and "unable to find an engine to execute this computation" in str(error)
+        if not (no_engine or ran_out_of_memory(error)):
             raise
         return None
 

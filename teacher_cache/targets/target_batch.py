@@ -232,9 +232,16 @@ class Batch:
         return replace(self._map_inputs(move), coded=coded)
 
     def pinned(self) -> "Batch":
-        """Return the batch in page-locked memory, from which copies to a GPU are asynchronous."""
-        coded = self.coded.pin_memory() if isinstance(self.coded, Tensor) else self.coded.map(Tensor.pin_memory)
-        return replace(self._map_inputs(Tensor.pin_memory), coded=coded)
+        """Return the batch in page-locked memory, from which copies to a GPU are asynchronous.
+
+        Tensors that are on a GPU, as those of an `OnlineReader` are, stay there.
+        """
+
+        def pin(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
+
+        coded = pin(self.coded) if isinstance(self.coded, Tensor) else self.coded.map(pin)
+        return replace(self._map_inputs(pin), coded=coded)
 
     def _map_inputs(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(

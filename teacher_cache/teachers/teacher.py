@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ray_distill.gpu import set_up_gpu
 from ray_distill.teacher_cache.frames import FRAME_RATE, RECEPTIVE_FIELD, Length, num_frames, padding_mask
 from ray_distill.teacher_cache.patch_geometry import PatchGeometry
 from ray_distill.teacher_cache.precision import Precision, autocast
@@ -98,6 +99,7 @@ class Teacher(ABC):
         """
         self.name, self.num_layers, self.dim = name, num_layers, dim
         self.device = torch.device(device)
+        set_up_gpu(self.device)
         self.model = model.eval().requires_grad_(False).to(self.device)
         self._identity = list(identity)
         self._mask_embedding = None if mask_embedding is None else mask_embedding.detach().float().to(self.device)

@@ -158,8 +158,8 @@ class Wav2Vec2Teacher(Teacher):
             # Otherwise the position convolution would carry padding into real frames.
             x_BTD = x_BTD.masked_fill(padding[:, :, None], 0.0)
             if isinstance(self._layers[0].attention, WavLMSelfAttention):
-                # It is added to the position bias, so it needs its dtype.
-                key_padding = torch.zeros_like(padding, dtype=x_BTD.dtype).masked_fill(padding, -torch.inf)
+                # It is added to the position bias, so it needs its dtype, which autocast leaves as it is.
+                key_padding = torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, -torch.inf)
             else:
                 # PyTorch would turn a bool mask, or one of another dtype, into a whole (T, T) map for each utterance.
                 kind = x_BTD.device.type
@@ -172,6 +172,9 @@ class Wav2Vec2Teacher(Teacher):
         if transformer.layer_norm_first:
             x_BTD = transformer.layer_norm(x_BTD)
         position_bias: Tensor | None = None
+        first = self._layers[0].attention
+        if isinstance(first, WavLMSelfAttention):
+            position_bias = _position_bias(first, frames, x_BTD.device).repeat(batch, 1, 1, 1)
         for layer in self._layers:
             x_BTD, position_bias = layer(
                 x_BTD, attention_mask=attention_mask, position_bias=position_bias, key_padding_mask=key_padding
@@ -199,3 +202,21 @@ class Wav2Vec2Teacher(Teacher):
                 x = norm(x)
             x = F.gelu(x)
         return x.transpose(1, 2), lengths
+
+
+def _position_bias(attention: WavLMSelfAttention, frames: int, device: torch.device) -> Tensor:
+    """Return the (1, heads, T, T) float32 bias of WavLM's attention, before its gates.
+
+    It has the numbers of ``attention.compute_bias``. That finds the bucket of each pair of frames on the CPU, where a GPU would wait
+    for it in each pass: 75 ms for 30 s of audio. A bucket depends on the distance only.
+
+    Args:
+        attention: Attention of the first layer.
+        frames: Number of frames T.
+        device: Device of its weights.
+    """
+    distances = torch.arange(1 - frames, frames)
+    buckets = attention._relative_positions_bucket(distances, bidirectional=True).to(device, non_blocking=True)
+    positions = torch.arange(frames, device=device)
+    biases: Tensor = attention.rel_attn_embed(buckets)[positions - positions[:, None] + frames - 1]
+    return biases.permute(2, 0, 1)[None]

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
-from benchmarks.device import QUICK, Bench, measure_auto_build
+from benchmarks import device as benchmark
+from benchmarks.device import QUICK, Bench, large_batches, measure_auto_build
 from ray_distill.teacher_cache.build import build_cache, shard_writer
 from ray_distill.teacher_cache.build.pass_memory import PassMemory
 from ray_distill.teacher_cache.teachers import load_teacher
@@ -37,6 +39,27 @@ def test_quick(tmp_path: Path) -> None:
     assert record["auto"] == record["auto_build"] == [], "a CPU has no memory of a GPU"
     assert len(record["checks"]) >= 10
     assert all(row["passed"] for row in record["checks"])
+
+
+def test_what_fails_does_not_end_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(bench: Bench) -> None:
+        raise RuntimeError("no kernel\nis there")
+
+    monkeypatch.setattr(benchmark, "measure_inference", broken)
+    with pytest.raises(SystemExit, match=r"^failed: inference \(RuntimeError: no kernel\)$"):
+        benchmark.main("cpu", True, tmp_path / "device.json", ["memory", "inference", "checks"])
+    record = json.loads((tmp_path / "device.json").read_text())
+    assert record["failed"] == ["inference (RuntimeError: no kernel)"]
+    assert record["memory"] and len(record["checks"]) > 5 and "teacher" not in record
+    with pytest.raises(typer.BadParameter, match="--only speed is none of teacher, build, "):
+        benchmark.main("cpu", True, tmp_path / "device.json", ["speed"])
+
+
+def test_a_large_batch_equals_its_parts(tmp_path: Path) -> None:
+    checks = list(large_batches(Bench(torch.device("cpu"), QUICK, tmp_path), rows=4, seconds=1))
+    assert len(checks) == 3
+    assert all(0 <= difference < 1e-3 * limit for _, difference, limit in checks[2:])
+    assert all(difference < limit for _, difference, limit in checks)
 
 
 def test_what_a_build_finds_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

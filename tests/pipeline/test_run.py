@@ -2,6 +2,7 @@
 
 import io
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ray_distill.memory import MemoryRanOutError
 from ray_distill.pipeline import stages
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.stages import STAGES, Run, run_stages
+from ray_distill.pipeline.stages import plan as plan_stage
 from ray_distill.pipeline.stages.cache import cache_targets, check_cache
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
@@ -26,6 +28,7 @@ from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.create import grow_cache
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
+from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
 from ..tiny import demo_config
 
@@ -223,6 +226,27 @@ def test_batches_that_workers_find_are_said(
     index_audio(again)
     assert again.spec.batch_seconds == 60
     cache_targets(again)
+
+
+def test_a_plan_gives_back_the_memory_of_a_gpu(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(tmp_path, f"corpus.path={speech_folder}", "cache.codec=fp16", "cache.gpus_per_actor=1")
+    index_audio(run)
+    loaded: list[weakref.ref[Teacher]] = []
+    freed: list[bool] = []
+
+    def load(spec: str, device: str) -> Teacher:
+        assert device == "cuda"
+        teacher = load_teacher(spec)
+        loaded.append(weakref.ref(teacher))
+        return teacher
+
+    monkeypatch.setattr(plan_stage, "load_teacher", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(loaded[0]() is None))
+    plan_cache(run)
+    assert freed == [True]
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from ray_distill.teacher_cache.codecs import ColumnCodec, check_codec, fit_codec
 from ray_distill.teacher_cache.codecs.pca import PcaCodec
 from ray_distill.teacher_cache.targets.target_batch import CodedTargets
 
+from ..fake_gpu import GPU, CopiesToGpu, fake_gpu
+
 LAYERS, DIM = 3, 24
 LOUD = (3, 17)
 QUIET = [n for n in range(DIM) if n not in LOUD]
@@ -51,6 +53,20 @@ def test_the_stated_error_holds_for_other_frames(name: str) -> None:
     if name not in ("fp32", "fp16"):
         assert (stated > 1e-4).all()
         assert (found > 0.5 * stated).all(), "the stated error is far too large"
+
+
+@pytest.mark.parametrize("name", [*NAMES, "units:20", "mvq:2"])
+def test_a_gpu_gets_the_state_of_a_codec_once(name: str) -> None:
+    for codec in fitted(name):
+        codes = codec.encode(features(10, 4)[:, [n - 1 for n in codec.layers]])
+        with fake_gpu() as mode, mode:
+            there = codes.to(GPU)
+            for number in range(3):
+                with CopiesToGpu() as copies:
+                    decoded = codec.decode(there)
+                assert (decoded.device, decoded.dtype) == (GPU, torch.float32)
+                assert decoded.shape == (10, len(codec.layers), DIM)
+                assert number == 0 or copies.count == 0, "the host would wait for the GPU at every step"
 
 
 @pytest.mark.parametrize("name", NAMES)

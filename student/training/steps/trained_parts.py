@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ray_distill.gpu import set_up_gpu
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.objectives.objective import DistillationLoss
@@ -50,6 +51,7 @@ class TrainedParts:
         initial: Path | None = None,
     ) -> None:
         self._settings, self._factor = settings, rank.world_size
+        set_up_gpu(rank.device)
         torch.manual_seed(settings.seed)
         self.student = Student(config).to(rank.device)
         if initial is not None:

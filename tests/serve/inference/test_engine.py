@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,32 @@ def test_a_failing_utterance_does_not_fail_its_batch(student: Student, monkeypat
     assert sizes == [3, 1, 1, 1]
     assert isinstance(second, AssertionError)
     assert first.array.shape == third.array.shape == (3, 24, 16)
+
+
+def test_utterances_one_by_one_have_the_memory_of_their_batch(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FeatureEngine(TorchBackend(student), limits=BatchLimits(wait_seconds=0.2))
+    real = student.layer_outputs
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def small(waveforms: torch.Tensor, lengths: torch.Tensor, **options: Any) -> Any:
+        if len(lengths) > 1:
+            activations = torch.zeros(10)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert held[0]() is None, "the failed batch still has its memory"
+        return real(waveforms, lengths, **options)
+
+    monkeypatch.setattr(student, "layer_outputs", small)
+
+    async def main() -> list[Any]:
+        clips = [np.full(8_000, value, np.float32) for value in (0.1, 0.2)]
+        return await asyncio.gather(*map(engine.features, clips))
+
+    assert [features.array.shape for features in asyncio.run(main())] == [(3, 24, 16)] * 2
+    engine.close()
+    assert len(held) == 1
 
 
 def test_an_engine_that_keeps_failing_is_not_alive(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Attention that saves no (T, T) maps, compared with explicit maps."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ray_distill.student.model import attention
 from ray_distill.student.model.attention import attend
 
+from ...fake_gpu import GPU, fake_gpu
 from ...tiny import tiny_student
 
 WIDTH = 6
@@ -124,6 +126,25 @@ def test_maps_by_chunks_are_the_whole_maps(monkeypatch: pytest.MonkeyPatch, posi
             (gradient,) = torch.autograd.grad((out * 3).sum(), values)
             torch.testing.assert_close((gradient * values).sum(), (out * 3).sum())
             assert not torch.allclose(mixed, expected[0])
+
+
+def test_recomputed_maps_keep_the_random_state_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch keeps it for the devices of the arguments. Without it, backward would have other dropout than forward."""
+    devices: list[set[torch.device]] = []
+
+    def recomputed(function: Any, *arguments: Any, use_reentrant: bool) -> Tensor:
+        devices.append({argument.device for argument in arguments if isinstance(argument, Tensor)})
+        result: Tensor = function(*arguments)
+        return result
+
+    monkeypatch.setattr(attention, "checkpoint", recomputed)
+    monkeypatch.setattr(attention, "WHOLE_MAP_FRAMES", 8)
+    monkeypatch.setattr(attention, "_CHUNK_ENTRIES", 2 * 2 * 9 * 2)
+    with fake_gpu() as mode:
+        layer = attention.Attention(tiny_student(position="relative"), False).to(GPU).train()
+        with mode:
+            layer(torch.zeros(2, 9, 16, device=GPU), None, None)
+    assert len(devices) == 5 and all(found == {GPU} for found in devices)
 
 
 def test_dropout_in_half_precision() -> None:

@@ -107,6 +107,20 @@ def test_no_more_is_read_ahead_than_said(settings: Settings) -> None:
     assert feeds() == []
 
 
+def test_batches_that_are_on_the_gpu_already_are_not_pinned(settings: Settings) -> None:
+    """PyTorch refuses to pin them. The meta device stands for the GPU of a teacher that computes the targets."""
+
+    class Online(Reader):
+        def read(self, indices: Sequence[int], draw: int | None) -> Batch:
+            return super().read(indices, draw).moved("meta")
+
+    with pytest.raises(RuntimeError, match="only dense CPU tensors can be pinned"):
+        torch.zeros(1, device="meta").pin_memory()
+    gpu = Rank(device=torch.device("cuda", 0))
+    micros = list(feed(Online(), settings(batch_size=2, max_steps=3), rank=gpu))
+    assert [micro.batch.waveforms.device.type for micro in micros] == ["meta"] * 3
+
+
 def test_epochs_are_planned_ahead_in_the_background(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     planners: list[tuple[int, str]] = []
     original = TrainingPlan._plan

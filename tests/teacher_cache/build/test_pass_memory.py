@@ -1,6 +1,7 @@
 """Builds that find their own batches write what they would with that number. A function stands for the memory of a GPU."""
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor
 
 from ray_distill.teacher_cache.build import build_cache as building
 from ray_distill.teacher_cache.build import shard_writer
@@ -18,6 +20,7 @@ from ray_distill.teacher_cache.build.shard_workers import ShardWriterActor, Work
 from ray_distill.teacher_cache.build.shard_writer import ShardWriter
 from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
+from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy
 from ray_distill.teacher_cache.storage.build_statistics import BUILDS
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
@@ -122,6 +125,26 @@ def test_a_build_that_chose_equals_one_that_was_told(
     for name, sizes in (("auto", [found]), ("told", None)):
         (record,) = (tmp_path / name / BUILDS).iterdir()
         assert json.loads(record.read_text()).get("batch_seconds") == sizes
+
+
+@pytest.mark.parametrize(("targets", "held"), [("clean_and_masked", 1), ("composite_only", 1), ("clean_only", 0)])
+def test_a_pass_has_the_memory_of_the_masked_pass_before_it(
+    targets: str, held: int, tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most: list[int] = []
+    compute = Teacher.hidden_states
+
+    def states(teacher: Teacher, *arguments: Any, **options: Any) -> Tensor:
+        most.append(sum(of_pass() is not None for of_pass in alive))
+        found = compute(teacher, *arguments, **options)
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Teacher, "hidden_states", states)
+    masks = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=4), draws=3)
+    build(tmp_path / "cache", "cpu", batch_seconds=4, targets=targets, masks=masks, codec="fp16")
+    assert max(most) == held, "only the clean pass is there while the masked ones run"
 
 
 def test_what_is_found_is_no_part_of_the_identity(tmp_path: Path, build: Build, gpu: Gpu) -> None:

@@ -23,6 +23,8 @@ SHORTEST = 16.0
 class Memory:
     """A device on which a step needs ``needed(seconds)`` bytes, and which has no more than ``capacity``."""
 
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB"
+
     def __init__(self, needed: Callable[[float], float], capacity: float = math.inf) -> None:
         self.needed, self.capacity = needed, capacity
         self.sizes: list[float] = []
@@ -30,7 +32,7 @@ class Memory:
     def __call__(self, seconds: float) -> int:
         self.sizes.append(seconds)
         if self.needed(seconds) > self.capacity:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise RuntimeError(self.message)
         return int(self.needed(seconds))
 
     def search(self, most: float = 1e6) -> FittingBatch:
@@ -64,6 +66,15 @@ def test_memory_that_runs_out_below_the_limit_is_approached_from_below(capacity:
     memory = Memory(lambda s: 3e9 + 1e8 * s, capacity)
     best = (capacity - 3e9) / 1e8
     assert best / 1.12 <= memory.search().seconds <= best
+
+
+def test_cudnn_may_have_its_own_words_for_it() -> None:
+    memory = Memory(lambda s: 3e9 + 1e8 * s, 20e9)
+    memory.message = "GET was unable to find an engine to execute this computation"
+    assert 150 <= memory.search().seconds <= 170
+    memory.capacity = 0.0  # Where no batch has fitted, they may mean a convolution that the GPU lacks.
+    with pytest.raises(RuntimeError, match="unable to find an engine"):
+        find_fitting(memory, LIMIT, SHORTEST, 1e6)
 
 
 def test_noise_changes_little() -> None:

@@ -172,7 +172,10 @@ def test_completion_can_be_shown() -> None:
             ["run", "demo", "--train.epochs", "3"],
             "--train.epochs is not an option but a key of the configuration; write train.epochs=3",
         ),
-        (["run", "demo", "--corpus=/data"], "--corpus is not an option but a key of the configuration; write corpus=/data"),
+        (
+            ["run", "demo", "--corpus=/data"],
+            "--corpus is not an option but a key of the configuration; write corpus=/data",
+        ),
         (["ablate", "ablations/smoke", "--train.epochs"], "of the configuration; write train.epochs=VALUE"),
         (["import-config", "nothing.yaml"], "nothing.yaml"),
         (["plan-cluster", "--cluster", "nothing"], "there is no cluster description at nothing"),

@@ -112,7 +112,9 @@ class ConfigTree:
                 set_key(self.tree, f"teachers.{name}.cache", {k: v for k, v in cache.items() if k != "path"})
                 names.append(name)
         if names:
-            self.notes.append(f"the teachers {', '.join(names)} have caches for this corpus in caches/TEACHER-CORPUS-SPLITS")
+            self.notes.append(
+                f"the teachers {', '.join(names)} have caches for this corpus in caches/TEACHER-CORPUS-SPLITS"
+            )
 
     def _drop_foreign_splits(self) -> None:
         corpus = self.tree["corpus"]

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import SEEK_END
 from pathlib import Path
@@ -122,7 +122,13 @@ class CostPlan:
         return math.ceil(self.teacher_passes / online)
 
 
-def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher, location: str) -> CostPlan:
+def plan_cost(
+    utterances: Sequence[Utterance],
+    spec: CacheSpec,
+    teacher: Teacher,
+    location: str,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> CostPlan:
     """Estimate the cost of a cache, by running the teacher and the codecs on about 40 s of its audio.
 
     Args:
@@ -130,6 +136,7 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
         spec: Specification of the cache.
         teacher: Teacher, on the device to time it on.
         location: Folder or URI of the cache.
+        progress: Called with the numbers of finished and of all measurements, and what is measured next. Default: nothing is called.
     """
     utterances = Utterances.of(utterances)
     frames = count_frames(utterances.num_samples, teacher.num_frames)
@@ -163,7 +170,13 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
         per_second = 32_000.0
     else:
         per_second = sum(len(to_flac(w)) for w in waveforms) / seconds
+    codecs = list(dict.fromkeys([spec.codec, *_COMPARED]))
+    progress(0, 1 + len(codecs), teacher.name)
     hidden, audio_per_second = _timed(teacher, spec, [pad_waveforms([w]) for w in waveforms])
+    bytes_per_frame = {}
+    for done, codec in enumerate(codecs, start=1):
+        progress(done, 1 + len(codecs), f"codec {codec}")
+        bytes_per_frame[codec] = _bytes_per_frame(codec, hidden)
     store = Store(location)
     total = utterances.seconds
     return CostPlan(
@@ -172,7 +185,7 @@ def plan_cost(utterances: Sequence[Utterance], spec: CacheSpec, teacher: Teacher
         frames=int(frames.sum()),
         draws=spec.masks.draws,
         masked_fraction=masked,
-        bytes_per_frame={codec: _bytes_per_frame(codec, hidden) for codec in dict.fromkeys([spec.codec, *_COMPARED])},
+        bytes_per_frame=bytes_per_frame,
         audio_bytes=total * per_second,
         audio_per_second=audio_per_second,
         device=str(teacher.device),
@@ -244,6 +257,11 @@ def shown_bytes(number: float) -> str:
     return f"{number / 1e3:,.2f} kB"
 
 
+def shown_hours(hours: float) -> str:
+    """Return a duration in hours, or in minutes if it is less than one hour."""
+    return f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.2g} min"
+
+
 def cost_table(plan: CostPlan) -> Table:
     """Return a table of the sizes of the cache by codec and targets; an arrow marks the configured ones."""
     spec = plan.spec
@@ -280,8 +298,7 @@ def cost_lines(plan: CostPlan) -> list[str]:
             f"the audio is read from the corpus in each epoch: {plan.source_per_second:,.0f} s of audio per CPU second, measured now; "
             "if that is too slow for the student, set cache.audio=store"
         ]
-    hours = plan.teacher_hours
-    duration = f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.2g} min"
+    duration = shown_hours(plan.teacher_hours)
     return [
         f"{plan.hours:.2f} h, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, {counted(plan.draws, 'mask draw')} "
         f"({plan.masked_fraction:.0%} masked), {spec.codec}: about {shown_bytes(plan.total_bytes(spec.codec, spec.targets))}"

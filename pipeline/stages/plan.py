@@ -9,7 +9,14 @@ import numpy as np
 import torch
 
 from ray_distill.pipeline.config import ConfigError
-from ray_distill.pipeline.planning.cache_cost import CostPlan, cost_lines, cost_table, plan_cost, shown_bytes
+from ray_distill.pipeline.planning.cache_cost import (
+    CostPlan,
+    cost_lines,
+    cost_table,
+    plan_cost,
+    shown_bytes,
+    shown_hours,
+)
 from ray_distill.pipeline.ray_session import counted, owns_ray
 from ray_distill.pipeline.stages.audio import audio_places
 from ray_distill.pipeline.stages.run import Run, TeacherRun
@@ -39,8 +46,8 @@ def plan_cache(run: Run) -> None:
         read = sum(cost.bytes_per_epoch - cost.audio_bytes for cost in planned) + max(c.audio_bytes for c in planned)
         hours = sum(cost.teacher_hours for cost in planned)
         run.say(
-            f"plan    the {len(planned)} caches: about {shown_bytes(size)}, {shown_bytes(read)} read per epoch, {hours:.2g} h of "
-            "teacher time one after another"
+            f"plan    the {len(planned)} caches: about {shown_bytes(size)}, {shown_bytes(read)} read per epoch, "
+            f"{shown_hours(hours)} of teacher time one after another"
         )
 
 
@@ -98,7 +105,8 @@ def _plan_cache(run: Run, needed: dict[int, int]) -> CostPlan | None:
     teacher = run.teacher
     if run.config.cache.gpus_per_actor and torch.cuda.is_available():
         teacher = load_teacher(run.checkpoint, "cuda")
-    cost = plan_cost(run.utterances, run.spec, teacher, run.cache.location)
+    with run.progress("plan", "measurements") as update:  # They take minutes for a large teacher on a CPU.
+        cost = plan_cost(run.utterances, run.spec, teacher, run.cache.location, update)
     if teacher is not run.teacher:
         del teacher
         torch.cuda.empty_cache()  # The workers need its memory, while this process waits for them.

@@ -468,7 +468,9 @@ def test_the_plan_counts_audio_that_is_read_once_for_all_teachers(
     with run.console.capture() as shown:
         run.console.quiet = False
         plan_cache(run)
-    assert "the 2 caches: about 10.00 GB, 5.00 GB read per epoch" in shown.get()
+    text = " ".join(shown.get().split())
+    assert "the 2 caches: about 10.00 GB, 5.00 GB read per epoch" in text
+    assert re.search(r"read per epoch, [0-9.e-]+ min of teacher time one after another", text)
 
 
 def test_the_plan_says_what_a_cache_lacks(config: Callable[..., Config]) -> None:

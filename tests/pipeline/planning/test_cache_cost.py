@@ -49,6 +49,13 @@ def test_the_plan_predicts_the_size(
     assert plan.audio_per_second > 0
 
 
+def test_the_plan_shows_how_far_it_is(tmp_path: Path, cache_spec: Make, source_utterances: list[Utterance]) -> None:
+    spec, shown = cache_spec(TEACHER, codec="int8"), []
+    plan_cost(source_utterances, spec, load_teacher(TEACHER), str(tmp_path), lambda *position: shown.append(position))
+    assert [(done, total) for done, total, _ in shown] == [(done, 5) for done in range(5)]
+    assert [note for _, _, note in shown] == [TEACHER, "codec int8", "codec fp16", "codec layer-pca", "codec pca"]
+
+
 def test_what_the_plan_says(tmp_path: Path, cache_spec: Make, source_utterances: list[Utterance]) -> None:
     teacher = load_teacher(TEACHER)
     spec = cache_spec(TEACHER, codec="pca", masks=MaskDraws(draws=5))

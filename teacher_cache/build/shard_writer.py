@@ -6,7 +6,7 @@ An utterance that can't be decoded or encoded is left out and recorded; see `fai
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -101,13 +101,10 @@ class ShardWriter:
             EncodedPart(part, self._codecs[part.layer_set] if part.features else (), {})
             for part in parts_of(self._cache.spec, len(self._codecs), "train")
         ]
-        encoded = self._encode(
-            outputs,
-            [str(number) for number in range(len(lengths))],
-            (noise, torch.tensor(lengths)),
-            [self._teacher.num_frames(length) for length in lengths],
-            TeacherTime(),
-        )
+        ids = [str(number) for number in range(len(lengths))]
+        num_frames = [self._teacher.num_frames(length) for length in lengths]
+        masks = self._masks(outputs, ids, lengths, num_frames)
+        encoded = self._encode(outputs, ids, (noise, torch.tensor(lengths)), num_frames, masks, TeacherTime())
         arrays = [wait for codes, mask in encoded for wait in (*codes, *([] if mask is None else [mask]))]
         return sum(wait().nbytes for wait in arrays)
 
@@ -234,18 +231,16 @@ class ShardWriter:
             pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in outputs]
             waiting: list[Future[None]] = []
             for batch in cut_by_seconds(rows, samples, seconds):
+                # While the teacher is at another batch.
                 padded, lengths = pad_waveforms([audio.waveforms[i] for i in batch])
                 if self._teacher.device.type == "cuda":
-                    padded = padded.pin_memory()  # While the teacher is at another batch.
+                    padded = padded.pin_memory()
+                ids = [shard.utterances[i].id for i in batch]
+                num_frames = [shard.num_frames[i] for i in batch]
+                masks = self._masks(outputs, ids, lengths.tolist(), num_frames)
                 with self._teacher_lock:
                     started = time.perf_counter()
-                    encoded = self._encode(
-                        outputs,
-                        [shard.utterances[i].id for i in batch],
-                        (padded, lengths),
-                        [shard.num_frames[i] for i in batch],
-                        teacher_time,
-                    )
+                    encoded = self._encode(outputs, ids, (padded, lengths), num_frames, masks, teacher_time)
                     busy += time.perf_counter() - started
                 waiting += [
                     pool.submit(_write, output, batch, *rest)
@@ -260,17 +255,29 @@ class ShardWriter:
                 raise _TooManyFailedError(failed)
         return busy, failed
 
+    def _masks(
+        self, outputs: Sequence[EncodedPart], ids: list[str], lengths: Sequence[int], num_frames: list[int]
+    ) -> dict[int, Tensor]:
+        """Return the (B, T) masks of a batch on the CPU by the draws of the outputs."""
+        spec, draws = self._cache.spec, dict.fromkeys(output.part.draw for output in outputs)
+        return {
+            draw: teacher_mask(spec.masks, spec.rate, draw, ids, lengths, num_frames)
+            for draw in draws
+            if draw is not None
+        }
+
     def _encode(
         self,
         outputs: Sequence[EncodedPart],
         ids: list[str],
         waveforms: tuple[Tensor, Tensor],
         num_frames: list[int],
+        masks: Mapping[int, Tensor],
         teacher_time: TeacherTime,
     ) -> list[tuple[list[_HostArray], _HostArray | None]]:
         """Return, per output, the codes of each column (frames of all utterances concatenated) and the (B, T) masks, all on their way
         to the host."""
-        device, spec = self._teacher.device, self._cache.spec
+        device = self._teacher.device
         padded, lengths = (tensor.to(device, non_blocking=True) for tensor in waveforms)
         real = ~padding_mask(torch.tensor(num_frames, device=device), max(num_frames))
         kinds = {output.part.kind for output in outputs if output.codecs}
@@ -287,7 +294,7 @@ class ShardWriter:
             if output.part.draw is not None and output.part.draw != draw:
                 draw = output.part.draw
                 masked = targets = None  # The pass has their memory.
-                mask = teacher_mask(spec.masks, spec.rate, draw, ids, waveforms[1].tolist(), num_frames).to(device)
+                mask = masks[draw].to(device)
                 masked = self._hidden_states(padded, lengths, mask, layers, teacher_time.masked)
             targets, kept = clean, real
             if output.part.kind != "clean":

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -145,6 +146,28 @@ def test_a_pass_has_the_memory_of_the_masked_pass_before_it(
     masks = MaskDraws(policy=MaskPolicy(mask_prob=0.5, mask_length=4), draws=3)
     build(tmp_path / "cache", "cpu", batch_seconds=4, targets=targets, masks=masks, codec="fp16")
     assert max(most) == held, "only the clean pass is there while the masked ones run"
+
+
+def test_masks_are_drawn_while_the_teacher_is_at_another_batch(
+    tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python draws them, in milliseconds, in which a GPU would have nothing to do."""
+    held: dict[str, set[bool]] = {"_masks": set(), "_encode": set()}
+
+    def watched(name: str) -> Callable[..., Any]:
+        original = getattr(ShardWriter, name)
+
+        def call(writer: ShardWriter, *arguments: Any) -> Any:
+            held[name].add(writer._teacher_lock.locked())
+            return original(writer, *arguments)
+
+        return call
+
+    for name in held:
+        monkeypatch.setattr(ShardWriter, name, watched(name))
+    monkeypatch.setattr(shard_writer, "teacher_mask", watched_mask := Mock(wraps=shard_writer.teacher_mask))
+    build(tmp_path / "cache", "cpu", batch_seconds=4, codec="fp16")
+    assert held == {"_masks": {False}, "_encode": {True}} and watched_mask.call_count > 1
 
 
 def test_what_is_found_is_no_part_of_the_identity(tmp_path: Path, build: Build, gpu: Gpu) -> None:

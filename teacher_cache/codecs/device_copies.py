@@ -1,25 +1,32 @@
-"""The tensors of a codec's state on the devices that use them."""
+"""The tensors of a codec on the devices that use them."""
+
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
 
 class DeviceCopies:
-    """Tensors on the CPU, and their copies on other devices.
+    """Tensors of a codec on each device that uses them.
 
-    Each copy is made once and kept, because the host waits for all the work of a GPU when it copies a tensor there. Otherwise every
-    step of a training would wait for the step before it.
-
-    Args:
-        tensors: The tensors.
+    They are copied once and kept, because the host waits for all the work of a GPU when it copies a tensor there. Otherwise every step
+    of a training would wait for the step before it.
     """
 
-    def __init__(self, *tensors: Tensor) -> None:
-        self._tensors = tensors
-        self._copies: dict[torch.device, tuple[Tensor, ...]] = {}
+    def __init__(self) -> None:
+        self._copies: dict[tuple[torch.device, Hashable], tuple[Tensor, ...]] = {}
 
-    def on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Return the tensors, in their order, on a device."""
-        if device not in self._copies:
-            self._copies[device] = tuple(tensor.to(device) for tensor in self._tensors)
-        return self._copies[device]
+    def on(
+        self, device: torch.device, make: Callable[[], tuple[Tensor, ...]], use: Hashable = None
+    ) -> tuple[Tensor, ...]:
+        """Return what ``make`` returns, on a device. It is called once for each device and use.
+
+        Args:
+            device: The device.
+            make: Function that returns the tensors.
+            use: What distinguishes them from other tensors of the codec. Default None, for a codec with one use.
+        """
+        key = device, use
+        if key not in self._copies:
+            self._copies[key] = tuple(tensor.to(device) for tensor in make())
+        return self._copies[key]

@@ -24,7 +24,7 @@ class Int8Codec:
 
     def __init__(self, layers: tuple[int, ...], state: dict[str, Tensor]) -> None:
         mean = state["mean"]
-        self._state = DeviceCopies(mean, state["scale"])
+        self._state, self._copies = (mean, state["scale"]), DeviceCopies()
         self.layers = layers
         self.error = state.get("error", torch.zeros(1))
         self.state_shape = tuple(mean.shape)
@@ -41,7 +41,7 @@ class Int8Codec:
 
     def encode(self, frames: Tensor) -> Tensor:
         """See `ColumnCodec.encode`. Values outside the range are clipped. ValueError if a value is not finite."""
-        mean, scale = self._state.on(frames.device)
+        mean, scale = self._copies.on(frames.device, lambda: self._state)
         if not bool(frames.isfinite().all()):
             raise ValueError(f"a hidden state of layer {self.layers[0]} is not finite")
         codes = ((frames - mean) / scale).round()
@@ -49,5 +49,5 @@ class Int8Codec:
 
     def decode(self, codes: Tensor) -> Tensor:
         """See `ColumnCodec.decode`."""
-        mean, scale = self._state.on(codes.device)
+        mean, scale = self._copies.on(codes.device, lambda: self._state)
         return torch.addcmul(mean, codes.view(torch.int8).float().unsqueeze(-2), scale)

@@ -27,7 +27,7 @@ class MvqCodec:
     def __init__(self, layers: tuple[int, ...], state: dict[str, Tensor]) -> None:
         self.layers = layers
         mean, codebooks = state["mean"], state["codebooks"]
-        self._state = DeviceCopies(mean, codebooks)
+        self._state, self._copies = (mean, codebooks), DeviceCopies()
         self.bytes_per_frame = self.symbols_per_frame = len(codebooks)
         self.dim = codebooks.shape[2]
         self.state_shape = tuple(mean.shape)
@@ -48,7 +48,7 @@ class MvqCodec:
         """See `ColumnCodec.encode`. ValueError if a value is not finite."""
         if not bool(frames.isfinite().all()):
             raise ValueError(f"a hidden state of layer {self.layers[0]} is not finite")
-        mean, codebooks = self._state.on(frames.device)
+        mean, codebooks = self._copies.on(frames.device, lambda: self._state)
         return choose_entries((frames - mean)[:, 0], codebooks).to(torch.uint8)
 
     def symbols(self, codes: Tensor) -> Tensor:
@@ -57,5 +57,5 @@ class MvqCodec:
 
     def decode(self, codes: Tensor) -> Tensor:
         """See `ColumnCodec.decode`."""
-        mean, codebooks = self._state.on(codes.device)
+        mean, codebooks = self._copies.on(codes.device, lambda: self._state)
         return mean + sum_entries(codebooks, codes.long()).unsqueeze(-2)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ray_distill.teacher_cache.codecs.device_copies import DeviceCopies
+
 DEFAULT_STEP = 0.5
 _MIN_DEVIATION = 0.3
 """Minimum standard deviation of a component, relative to the step. Smaller components would almost always round to zero."""
@@ -53,16 +55,7 @@ class PcaCodec:
         spread = state["spread"].repeat_interleave(self.dim)
         self._encoder = (basis / spread / state["step"]).T.contiguous()
         self._decoder = basis * spread * state["step"]
-        self._on: dict[tuple[torch.device, str, tuple[int, ...]], tuple[Tensor, ...]] = {}
-
-    def _kept(
-        self, device: torch.device, use: str, layers: tuple[int, ...], make: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """Return on a device the tensors that a use with some layers needs. They are made once."""
-        key = device, use, layers
-        if key not in self._on:
-            self._on[key] = tuple(tensor.to(device) for tensor in make())
-        return self._on[key]
+        self._copies = DeviceCopies()
 
     @staticmethod
     def fit(sample: Tensor, step: float) -> dict[str, Tensor]:
@@ -90,7 +83,9 @@ class PcaCodec:
 
     def encode(self, frames: Tensor) -> Tensor:
         """See `ColumnCodec.encode`. Coefficients outside the range are clipped. ValueError if a value is not finite."""
-        encoder, mean = self._kept(frames.device, "encode", self.layers, lambda: (self._encoder, self._mean.flatten()))
+        encoder, mean = self._copies.on(
+            frames.device, lambda: (self._encoder, self._mean.flatten()), ("encode", self.layers)
+        )
         codes = ((frames.flatten(1) - mean) @ encoder).round()
         if not bool(codes.isfinite().all()):
             finite = frames.isfinite().all(2).all(0).tolist()
@@ -131,7 +126,7 @@ class PcaCodec:
                 decoder = self._decoder.unflatten(1, self.state_shape)[:, places].flatten(1)  # type: ignore[no-untyped-call]
                 return decoder, self._mean[places].flatten()
 
-            decoder, mean = self._kept(codes.device, "decode", wanted, matrices)
+            decoder, mean = self._copies.on(codes.device, matrices, ("decode", wanted))
             frames = torch.addmm(mean, coefficients.flatten(0, -2), decoder)
         return frames.view(*codes.shape[:-1], len(wanted), self.dim)
 
@@ -160,7 +155,7 @@ class PcaCodec:
             rows = torch.cat([basis[:wide], 256 * basis[:wide], basis[wide:], basis.new_zeros(surplus, basis.shape[1])])
             return rows.half(), self._scale[places].repeat_interleave(self.dim), self._mean[places].flatten()
 
-        rows, scale, mean = self._kept(codes.device, "decode in halves", layers, matrices)
+        rows, scale, mean = self._copies.on(codes.device, matrices, ("decode in halves", layers))
         operand = torch.zeros(len(codes), size + surplus, dtype=torch.float16, device=codes.device)
         operand[:, :wide] = codes[:, :wide]
         operand[:, wide:size] = codes[:, wide:].view(torch.int8)

@@ -29,7 +29,7 @@ class UnitsCodec:
     def __init__(self, layers: tuple[int, ...], state: dict[str, Tensor]) -> None:
         self.layers = layers
         centroids = state["centroids"][:, 0]
-        self._state = DeviceCopies(centroids)
+        self._state, self._copies = (centroids,), DeviceCopies()
         self.alphabet, self.dim = centroids.shape
         self.state_shape = tuple(state["centroids"].shape[1:])
         self.error = state.get("error", torch.zeros(1))
@@ -48,7 +48,7 @@ class UnitsCodec:
         """See `ColumnCodec.encode`. ValueError if a value is not finite."""
         if not bool(frames.isfinite().all()):
             raise ValueError(f"a hidden state of layer {self.layers[0]} is not finite")
-        (centroids,) = self._state.on(frames.device)
+        (centroids,) = self._copies.on(frames.device, lambda: self._state)
         index, _ = nearest(frames[:, 0], centroids)
         return torch.stack([index & 255, index >> 8], 1).to(torch.uint8)
 
@@ -59,5 +59,5 @@ class UnitsCodec:
 
     def decode(self, codes: Tensor) -> Tensor:
         """See `ColumnCodec.decode`."""
-        (centroids,) = self._state.on(codes.device)
+        (centroids,) = self._copies.on(codes.device, lambda: self._state)
         return centroids[self.symbols(codes)[..., 0]]

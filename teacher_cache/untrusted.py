@@ -115,7 +115,7 @@ def load_untrusted(path: Path) -> dict[str, Any]:
     try:
         found = _globals(path)
     except Exception as error:  # The parsers can raise anything for damaged bytes.
-        raise UntrustedCheckpointError(f"{path} is not a readable PyTorch checkpoint: {_one_line(error)}") from error
+        raise UntrustedCheckpointError(_unreadable(path, error)) from error
     refused = sorted(name for name in found if not _is_harmless(name) and not _may_be_torch(name))
     if refused:
         raise UntrustedCheckpointError(
@@ -133,10 +133,14 @@ def load_untrusted(path: Path) -> dict[str, Any]:
             raise UntrustedCheckpointError(
                 f"{path} is refused: its pickle names {unsupported[1]}, which could run code when loaded"
             ) from error
-        raise UntrustedCheckpointError(f"{path} is not a readable PyTorch checkpoint: {_one_line(error)}") from error
+        raise UntrustedCheckpointError(_unreadable(path, error)) from error
     if not isinstance(checkpoint, dict):
         raise UntrustedCheckpointError(f"{path} has a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
     return checkpoint
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"{path} is not a readable PyTorch checkpoint, so it may be cut off; download or save it again ({_one_line(error)})"
 
 
 def what_instead(path: Path) -> str | None:

@@ -151,7 +151,7 @@ def resolve_teacher(spec: str) -> str:
     if (found := parse_hub_name(name)) is not None:
         return options + str(found if found.is_commit else open_hub_model(found).name)
     path = Path(name).expanduser()
-    return options + str(path.absolute()) if path.exists() else spec
+    return options + str(path.absolute()) if name and path.exists() else spec
 
 
 def open_folder(path: Path) -> HuggingFaceFolder:
@@ -187,7 +187,7 @@ def _load(spec: str, device: str | torch.device) -> Teacher:
     if (name := parse_hub_name(spec)) is not None:
         return _load_from_hub(name, device)
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():  # An empty path would be the folder of the process.
         folder = open_folder(path)
         check_supported(folder)
         return HUGGINGFACE_LOADERS[folder.model_type](folder, device)

@@ -104,6 +104,12 @@ def init_ray() -> None:
                 where = "" if owns_ray() else f" at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
                 reason = str(error).strip().split("\n")[0] or type(error).__name__
                 raise RayStartError(f"Ray can't be used{where}: {reason}") from error
+            limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if limit != resource.RLIM_INFINITY:
+                raise RayStartError(
+                    f"Ray did not start within 30 s; files may have at most {limit / 1e6:.0f} MB here (ulimit -f), but Ray keeps its "
+                    "objects in one file of a third of the memory, so start this with `ulimit -f unlimited`"
+                ) from error
             if attempt == _STARTS:
                 raise RayStartError(
                     f"Ray did not start within 30 s in {_STARTS} attempts, because this machine is busy; try again later"

@@ -1,5 +1,6 @@
 """Loading of teachers from checkpoints, Hugging Face folders and names on the hub, torchaudio bundles and this package."""
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -70,7 +71,7 @@ NAMED = (*_NAMED, "hf", *(option.removesuffix(":") for option in _OPTIONS))
 """Words before a colon that have a meaning of their own in a specification."""
 
 
-def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
+def load_teacher(spec: str | Path, device: str | torch.device = "cpu") -> Teacher:
     """Load a frozen teacher.
 
     No code in a checkpoint is executed, and neither fairseq nor transformers is needed.
@@ -96,7 +97,7 @@ def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
         >>> load_teacher("random:4x96")
         Wav2Vec2Teacher('random:4x96', num_layers=4, dim=96, num_parameters=594,272, device='cpu')
     """
-    options, spec = split_options(spec)
+    options, spec = split_options(os.fspath(spec))
     teacher = _load(spec, device)
     teacher.name = options + teacher.name
     teacher.layer_norm = "layer-norm:" in options

@@ -50,6 +50,7 @@ def test_a_checkpoint_of_a_wrapped_model(kind: str, tmp_path: Path) -> None:
     wrapped = plain | {"model": {f"module._orig_mod.{name}": weight for name, weight in plain["model"].items()}}
     expected = load_teacher(saved(plain, tmp_path / "plain.pt")).fingerprint
     assert load_teacher(saved(wrapped, tmp_path / "wrapped.pt")).fingerprint == expected
+    assert load_teacher(tmp_path / "plain.pt").fingerprint == expected, "a path is not only text"
 
 
 def test_own_golden_values(kind: str, tmp_path: Path) -> None:
@@ -424,6 +425,14 @@ def test_arguments_that_do_not_fit() -> None:
     cases: list[tuple[tuple[Any, ...], str]] = [
         ((waveforms[0],), "waveforms must be a float tensor of shape"),
         ((waveforms.long(),), "waveforms must be a float tensor of shape"),
+        (
+            (waveforms.numpy(),),
+            "waveforms must be a float tensor .* not of the type ndarray; torch.from_numpy makes one",
+        ),
+        (
+            (waveforms, [1_000, 400]),
+            "lengths must be an integer tensor .* not of the type list; torch.tensor makes one",
+        ),
         ((waveforms, lengths[:1]), "lengths must be an integer tensor of shape"),
         ((waveforms, lengths.float()), "lengths must be an integer tensor of shape"),
         ((waveforms, torch.tensor([1_000, 399])), "from 399 to 1000 samples, but each must be at least 400"),

@@ -9,6 +9,12 @@ from ray_distill.student import load_student
 from ray_distill.whole_files import replacing
 
 
+def require_training(run: Run) -> None:
+    """Raise ConfigError if the training is not finished."""
+    if not run.folder.is_trained:
+        raise ConfigError(f"the run {run.config.name} has no finished training to export; run the train stage first")
+
+
 def export_best(run: Run) -> None:
     """Copy the student with the lowest validation loss to the run's export folder, unless that is up to date, or the checkpoints were
     removed since.
@@ -17,8 +23,7 @@ def export_best(run: Run) -> None:
         ConfigError: The training is not finished.
         ValueError: The checkpoint is missing or damaged.
     """
-    if not run.folder.is_trained:
-        raise ConfigError(f"the run {run.config.name} has no finished training to export; run the train stage first")
+    require_training(run)
     best, export = run.folder.best, run.folder.export
     if not best.is_dir() and export.is_dir():
         run.say(f"export  {export} is kept; the checkpoint that it was made from, {best}, is no longer there")

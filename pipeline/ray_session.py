@@ -5,6 +5,7 @@ import os
 import resource
 import secrets
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,6 +101,8 @@ def init_ray() -> None:
                 )
         except (Exception, SystemExit) as error:  # Ray has no exception type of its own for a failed start.
             ray.shutdown()
+            if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+                signal.raise_signal(signal.SIGTERM)  # It came while Ray's own handler was in place.
             if "timed out during startup" not in str(error):
                 where = "" if owns_ray() else f" at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
                 reason = str(error).strip().split("\n")[0] or type(error).__name__

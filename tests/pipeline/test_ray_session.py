@@ -2,6 +2,8 @@
 
 import io
 import resource
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import ray
 from rich.console import Console
 
+from ray_distill.interruption import Interrupted, interruptible
 from ray_distill.pipeline.config import ConfigError, load_config
 from ray_distill.pipeline.ray_session import (
     RayStartError,
@@ -132,3 +135,22 @@ def test_ray_that_does_not_start_in_time(
     with pytest.raises(RayStartError, match=message):
         init_ray()
     assert begun == ["local"] * starts
+
+
+def test_sigterm_while_ray_starts_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # As Ray does.
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    # Where Ray is loaded, such a process ends, so the signals are ignored afterwards.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(Interrupted) as caught, interruptible():
+            init_ray()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert caught.value.exit_code == 143

@@ -28,6 +28,7 @@ from ray_distill.pipeline.commands.run import run
 from ray_distill.pipeline.commands.teachers import list_teachers, show_teacher
 from ray_distill.pipeline.recipes import find_recipe
 from ray_distill.serve.command import serve
+from ray_distill.serve.settings import forget_service_link
 from ray_distill.teacher_cache.commands import derive, info, repair, verify
 from ray_distill.whole_files import is_disk_full
 
@@ -73,6 +74,7 @@ class ServerCommand(_Sentences, TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments. Typer's messages lose the words with which pydantic begins those of some types."""
+        forget_service_link(os.environ)
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:

@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ray_distill import __version__
 from ray_distill.interruption import Interrupted, interruptible
+from ray_distill.local_paths import in_home
 from ray_distill.memory import ran_out_of_memory
 from ray_distill.object_store import advice_about_store
 from ray_distill.pipeline.commands.ablate import ablate
@@ -76,7 +77,7 @@ class ServerCommand(_Sentences, TyperCommand):
         """Read the arguments. Typer's messages lose the words with which pydantic begins those of some types."""
         forget_service_link(os.environ)
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, [_in_home(arg) for arg in args])
         except typer.BadParameter as error:
             error.message = error.message.removeprefix("Value error, ")
             raise
@@ -104,6 +105,12 @@ class Command(ServerCommand):
         """Run the command."""
         with interruptible():
             return super().invoke(ctx)
+
+
+def _in_home(arg: str) -> str:
+    """Return an argument such as ``--output=~/student`` with the home folder, since a shell replaces only a leading ``~``."""
+    option, _, value = arg.partition("=")
+    return f"{option}={in_home(value)}" if option.startswith("--") and value.startswith("~") else arg
 
 
 class Group(_Sentences, TyperGroup):

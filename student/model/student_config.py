@@ -96,7 +96,7 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     """Layers with a ``layerwise`` head, counted from 1, and the last one among them: with ``[3, 6, 9, 12]`` four layers learn from
     four of the teacher (USAD, arXiv 2506.18843). None gives each layer one."""
     head_dim: int | None = pydantic.Field(default=None, ge=1)
-    """Inner width of each ``layerwise`` head, which then has two linear layers with a GELU between them (USAD). None gives it one."""
+    """Inner width of each ``layerwise`` head, which then has two linear layers with a ReLU between them (USAD). None gives it one."""
     split_heads: int = pydantic.Field(default=3, ge=1)
     """Number of ``split`` heads."""
     split_dim: int | None = pydantic.Field(default=None, ge=1)

@@ -52,4 +52,4 @@ class TeacherHeads(nn.Module):
         read = [x if scale == 1 else scale_gradient(x, scale) for x, scale in zip(read, self._scales, strict=True)]
         if self.split is not None:
             return list(F.gelu(self.split(read[0])).chunk(len(self.heads), -1))
-        return [F.gelu(inner(x)) for inner, x in zip(self.inner_heads, read, strict=True)]
+        return [inner(x).relu() for inner, x in zip(self.inner_heads, read, strict=True)]

@@ -100,7 +100,7 @@ def test_heads_on_some_layers_and_of_two_layers() -> None:
         out = made(WAVEFORMS, LENGTHS)
         expected = torch.stack(
             [
-                made.heads[k](F.gelu(made.inner_heads[k](out.hidden_states[:, layer - 1])))
+                made.heads[k](F.relu(made.inner_heads[k](out.hidden_states[:, layer - 1])))
                 for k, layer in enumerate((2, 4))
             ],
             1,

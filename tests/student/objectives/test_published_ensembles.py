@@ -74,7 +74,8 @@ def linear(module: torch.nn.Module, x: np.ndarray) -> np.ndarray:
 def test_usad_predicts_layers_of_two_teachers(draw: np.random.Generator, head_dim: int | None) -> None:
     """For some layers and each teacher the L1 error minus the log-sigmoid of the cosine, over unmasked input and real frames."""
     torch.manual_seed(0)
-    student = Student(tiny_student(encoder_layers=4, head_layers=(2, 4), head_dim=head_dim)).eval()
+    activation: dict[str, Any] = {"head_activation": "relu"} if head_dim else {}
+    student = Student(tiny_student(encoder_layers=4, head_layers=(2, 4), head_dim=head_dim, **activation)).eval()
     settings = {"objective": "prediction", "loss": "l1", "cosine_weight": 1.0, "hint_weight": 0.5, "final_weight": 0.5}
     distiller = teachers(settings, settings, weights=(1.0, 1.0))
     module = distiller.distiller_for(student, [None, None], spec_augment=None, seed=0).eval()

@@ -12,7 +12,7 @@ from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.probing.task import PHONES_FILE, read_task
 from ray_distill.pipeline.ray_session import counted
-from ray_distill.pipeline.reports.explained_variance import explained_variance
+from ray_distill.pipeline.reports.explained_variance import explained_variance, shown_share
 from ray_distill.pipeline.reports.feature_maps import FeatureMaps, feature_maps
 from ray_distill.pipeline.reports.run_report import write_run_report
 from ray_distill.pipeline.reports.training_charts import rows_of_kind
@@ -217,12 +217,12 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
             f"heads were left (sparsity {pruned['sparsity']:.3f})"
         )
     if summary["constant_loss"] is not None:
-        shares = list(summary["explained_variance"].values())
+        shares = list(summary["explained_variance"].items())
         facts["loss"] = (
             f"{summary['constant_loss']:.4g} is the validation loss of the best constant prediction, the mean of each layer's "
             "validation targets"
         ) + (
-            f"; at the last validation, the student explains {shares[-1]:.1%} of the last layer's variance"
+            f"; of the targets' variance, the student explains at the last validation {shown_share(shares[-1][1], shares[-1][0])}"
             if shares
             else ""
         )
@@ -307,7 +307,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     if summary.get("explained_variance"):
         layer, share = list(summary["explained_variance"].items())[-1]
         table.add_row(
-            "explained variance", f"{share:.1%} of layer {layer}; a constant has loss {summary['constant_loss']:.4f}"
+            "explained variance",
+            f"{shown_share(share, layer)}; a constant has loss {summary['constant_loss']:.4f}",
         )
     table.add_row("teacher", f"{summary['teacher']}: {summary['teacher_parameters']:,} parameters{random}")
     table.add_row("student", f"{summary['student_parameters']:,} parameters")

@@ -360,15 +360,18 @@ class Cache:
                 f"the cache at {self.store.location} was made for something else ({'; '.join(differences)}); "
                 "set cache.path to another folder, or use the settings the cache was made with"
             )
-        return set(needed.layers) <= set(self.spec.layers) and needed.masks.draws <= self.spec.masks.draws
+        return self.spec.lacking(needed) is None
 
 
-def derived_error(cache: Cache) -> CacheError:
-    """Return the error for a derived cache that lacks files, layers or draws, which its teacher would compute differently."""
-    return CacheError(
-        f"the cache at {cache.store.location} was derived from another one, with the fingerprint {cache.spec.derived_from}, and lacks "
-        "files, layers or draws; run `ray-distill cache derive` from that cache again"
-    )
+def refuse_derived(cache: Cache, needed: CacheSpec | None = None) -> None:
+    """Raise CacheError if a cache that lacks files, or some of a need, was derived, because the teacher would compute others."""
+    if cache.spec.derived_from is not None:
+        lacking = None if needed is None else cache.spec.lacking(needed)
+        raise CacheError(
+            f"the cache at {cache.store.location} was derived from another one, with the fingerprint {cache.spec.derived_from}, and "
+            f"lacks {lacking or 'files'}; run `ray-distill cache derive` from that cache again"
+            + (", with another --output and all layers that are needed" if lacking else "")
+        )
 
 
 def check_content(metadata: Mapping[bytes, bytes] | None, file: ShardFile) -> None:

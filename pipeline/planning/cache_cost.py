@@ -15,9 +15,9 @@ from torch import Tensor
 from ray_distill.pipeline.ray_session import counted
 from ray_distill.teacher_cache.audio import read_header
 from ray_distill.teacher_cache.build.codec_fit import CodecSample, codec_pass_seconds, sample_order
-from ray_distill.teacher_cache.codecs import check_codec, discrete_bytes, is_learned, open_codec
+from ray_distill.teacher_cache.codecs import check_codec, discrete_bytes, is_joint, is_learned, open_codec
 from ray_distill.teacher_cache.embedded_audio import to_flac
-from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.frames import SAMPLE_RATE, shown_audio
 from ray_distill.teacher_cache.source_audio import load_waveform
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, Targets
@@ -31,6 +31,9 @@ from ray_distill.teacher_cache.teachers import Teacher
 _MASKS_SAMPLED = 200
 _SECONDS_SAMPLED = 40.0
 """Seconds of audio for timing the teacher and trying the codecs."""
+_ROW_BYTES, _COLUMN_BYTES = 370, 60
+"""Bytes of a row of a shard beside its codes and audio, and those that each column of codes adds. Most are Parquet's metadata, since
+each utterance is a row group of its own."""
 _TARGETS: tuple[Targets, ...] = ("clean_and_masked", "composite_only", "clean_only")
 _COMPARED = ("fp16", "int8", "layer-pca", "pca")
 TYPICAL_BYTES_PER_VALUE = {"fp16": 2.0, "int8": 0.81, "layer-pca": 0.17, "pca": 0.073}
@@ -60,6 +63,7 @@ class CostPlan:
         hours: Hours of audio.
         utterances, frames: Numbers of utterances and frames of the corpus.
         train_share: Share of the training split, the only one with masked passes, in the frames.
+        train_utterances: Number of utterances in it.
         draws: Number of mask draws.
         masked_fraction: Fraction of masked frames, from the masks of a sample of utterances; 0 without draws.
         bytes_per_frame: Size of a frame of all layers of one pass, by codec.
@@ -80,6 +84,7 @@ class CostPlan:
     utterances: int
     frames: int
     train_share: float
+    train_utterances: int
     draws: int
     masked_fraction: float
     bytes_per_frame: dict[str, float]
@@ -104,14 +109,17 @@ class CostPlan:
             "composite_only": 1 - self.train_share + masked if self.draws else 1.0,
         }[targets]
         held = self.audio_bytes if self.spec.embeds_audio else 0.0
-        return held + self.frames * self.bytes_per_frame[codec] * passes
+        rows = self.utterances + (0 if targets == "clean_only" else self.draws * self.train_utterances)
+        columns = 1 if is_joint(codec) else len(self.spec.layers)
+        codes = self.frames * self.bytes_per_frame[codec] * passes
+        return held + codes + rows * (_ROW_BYTES + columns * _COLUMN_BYTES)
 
     @property
     def bytes_per_epoch(self) -> float:
         """Bytes that one epoch of training reads: the audio, and what the targets of one draw need."""
         passes = 1.0
         if self.draws and self.spec.targets == "clean_and_masked":
-            passes += 1 - self.masked_fraction
+            passes += self.train_share * (1 - self.masked_fraction)
         return self.audio_bytes + self.frames * self.bytes_per_frame[self.spec.codec] * passes
 
     @property
@@ -205,6 +213,7 @@ def plan_cost(
         hours=total / 3600,
         utterances=len(utterances),
         frames=int(frames.sum()),
+        train_utterances=len(train),
         train_share=float(count_frames(train.num_samples, teacher.num_frames).sum() / frames.sum()),
         draws=spec.masks.draws,
         masked_fraction=masked,
@@ -340,9 +349,10 @@ def cost_lines(plan: CostPlan) -> list[str]:
         )
     fit = f", with {shown_hours(plan.fit_seconds / 3600)} of audio to fit the codec" if plan.fit_seconds else ""
     return [
-        f"{plan.hours:.2f} h, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, {counted(plan.draws, 'mask draw')} "
-        f"({plan.masked_fraction:.0%} masked), {spec.codec}: about {shown_bytes(plan.total_bytes(spec.codec, spec.targets))}"
-        f"{beside}, {shown_bytes(plan.bytes_per_epoch)} read per epoch" + (f"; {subset}" if subset else ""),
+        f"{shown_audio(plan.hours * 3600)}, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, "
+        f"{counted(plan.draws, 'mask draw')} ({plan.masked_fraction:.0%} masked), {spec.codec}: "
+        f"about {shown_bytes(plan.total_bytes(spec.codec, spec.targets))}{beside}, {shown_bytes(plan.bytes_per_epoch)} read per epoch"
+        + (f"; {subset}" if subset else ""),
         f"{passes}{fit}: about {shown_hours(plan.teacher_hours)} on one {plan.device} "
         f"({plan.audio_per_second:.0f} s of audio per second, measured now){pays}",
         *source,

@@ -27,8 +27,9 @@ from ray_distill.student import Student
 from ray_distill.student.pruning.gates import Gates
 from ray_distill.student.training.train_state import saved_batch_seconds
 from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holder, refuse_audio_store
-from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes, refuse_derived
+from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
+from ray_distill.teacher_cache.storage.create import refuse_derived
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.domains import shown
 from ray_distill.teacher_cache.teachers import Teacher

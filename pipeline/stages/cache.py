@@ -12,6 +12,7 @@ from ray_distill.pipeline.stages.audio import check_audio, store_audio
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.teacher_cache.build.build_cache import Progress, build_cache
 from ray_distill.teacher_cache.build.shard_workers import Workers
+from ray_distill.teacher_cache.frames import shown_audio
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
@@ -55,8 +56,8 @@ def _cache_targets(run: Run) -> None:
 
             def show(progress: Progress) -> None:
                 note = (
-                    f"{progress.seconds_done / 3600:.2f} of {progress.seconds / 3600:.2f} h, "
-                    f"{progress.audio_per_second / 60:.2f} h of audio/min, teachers busy {progress.busy:.0%}"
+                    f"{shown_audio(progress.seconds_done)} of {shown_audio(progress.seconds)}, "
+                    f"{shown_audio(60 * progress.audio_per_second)} of audio/min, teachers busy {progress.busy:.0%}"
                 )
                 update(progress.utterances_done, progress.utterances, note)
 
@@ -74,7 +75,7 @@ def _cache_targets(run: Run) -> None:
             )
         detail = (
             f"{counted(report.written, 'shard')} written in {report.elapsed:.0f} s "
-            f"({report.seconds / max(report.elapsed, 1e-9) / 60:.2f} h of audio per minute)"
+            f"({shown_audio(60 * report.seconds / max(report.elapsed, 1e-9))} of audio per minute)"
         ) + (f", {report.reused} reused" if report.reused else "")
         if sizes := [f"{size:g}" for size in report.batch_seconds]:
             detail += f", in batches of {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} s (auto)"

@@ -21,7 +21,8 @@ from ray_distill.pipeline.ray_session import counted, owns_ray
 from ray_distill.pipeline.stages.audio import audio_places
 from ray_distill.pipeline.stages.run import Run, TeacherRun
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
-from ray_distill.teacher_cache.storage.cache import Cache, refuse_derived
+from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.create import refuse_derived
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 

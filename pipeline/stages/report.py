@@ -23,6 +23,7 @@ from ray_distill.student import Student, load_student
 from ray_distill.student.objectives.several_teachers import SeveralTeachers
 from ray_distill.student.training.target_source import several_readers
 from ray_distill.student.training.train_state import saved_batch_seconds
+from ray_distill.teacher_cache.frames import shown_audio
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.targets.domains import counted_domains, shown
@@ -204,7 +205,7 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     layers = f"layers {', '.join(map(str, run.layers))} of width {run.teacher.dim}"
     loss = "" if run.config.teachers else f"{train.loss}, "  # Several teachers have one each.
     facts = {
-        "corpus": f"{summary['hours']:.2f} h, {summary['utterances']:,} utterances, {_left_out(summary)}",
+        "corpus": f"{shown_audio(summary['hours'] * 3600)}, {summary['utterances']:,} utterances, {_left_out(summary)}",
         "teacher": f"{summary['teacher']}, {summary['teacher_parameters']:,} parameters, {layers}",
         "student": f"{summary['student_parameters']:,} parameters, heads included",
         "masks": f"{counted(masks.draws, 'draw')}, {policy}, seed {masks.seed}" if masks.draws else "none",
@@ -290,7 +291,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         random = " (RANDOM weights: features are meaningless)"
     table.add_row(
         "audio",
-        f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {_left_out(summary)}",
+        f"{shown_audio(summary['hours'] * 3600)}, {summary['utterances']} utterances, {_left_out(summary)}",
     )
     if summary["cache_bytes"] is not None:
         table.add_row(

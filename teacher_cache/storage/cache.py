@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ray_distill.plugins import missing_plugin
 from ray_distill.teacher_cache.codecs import ColumnCodec, open_codec
+from ray_distill.teacher_cache.frames import shown_audio
 from ray_distill.teacher_cache.storage.cache_spec import (
     SCHEMA_VERSION,
     CacheAccessError,
@@ -357,21 +358,11 @@ class Cache:
         differences = self.spec.differences(needed)
         if differences:
             raise CacheError(
-                f"the cache at {self.store.location} was made for something else ({'; '.join(differences)}); "
+                f"the cache at {self.store.location} ({self.record['utterances']} utterances, "
+                f"{shown_audio(self.record['seconds'])} of audio) was made for something else ({'; '.join(differences)}); "
                 "set cache.path to another folder, or use the settings the cache was made with"
             )
         return self.spec.lacking(needed) is None
-
-
-def refuse_derived(cache: Cache, needed: CacheSpec | None = None) -> None:
-    """Raise CacheError if a cache that lacks files, or some of a need, was derived, because the teacher would compute others."""
-    if cache.spec.derived_from is not None:
-        lacking = None if needed is None else cache.spec.lacking(needed)
-        raise CacheError(
-            f"the cache at {cache.store.location} was derived from another one, with the fingerprint {cache.spec.derived_from}, and "
-            f"lacks {lacking or 'files'}; run `ray-distill cache derive` from that cache again"
-            + (", with another --output and all layers that are needed" if lacking else "")
-        )
 
 
 def check_content(metadata: Mapping[bytes, bytes] | None, file: ShardFile) -> None:

@@ -36,14 +36,10 @@ def test_the_plan_predicts_the_size(
 ) -> None:
     spec = make_cache(tmp_path / "cache", codec=codec, targets=targets)
     plan = plan_cost(source_utterances, spec, load_teacher(TEACHER), str(tmp_path / "new"))
-    # In such a small cache, Parquet's metadata adds about 1.2 kB per row group.
-    groups = sum(
-        len(shard.utterances)
-        for shard in Cache.open(tmp_path / "cache").shards
-        for _ in Cache.open(tmp_path / "cache").files(shard)
-    )
-    actual = cache_bytes(Cache.open(tmp_path / "cache")) - 1200 * groups
-    assert plan.total_bytes(codec, targets) == pytest.approx(actual, rel=0.25)  # type: ignore[arg-type]
+    cache = Cache.open(tmp_path / "cache")
+    # Each of these small shards has a schema, of about 4 kB, which rows share otherwise.
+    actual = cache_bytes(cache) - 4000 * sum(len(cache.files(shard)) for shard in cache.shards)
+    assert plan.total_bytes(codec, targets) == pytest.approx(actual, rel=0.1)  # type: ignore[arg-type]
     assert plan.utterances == 12
     assert plan.frames == Cache.open(tmp_path / "cache").record["frames"]
     assert plan.there_bytes == 0

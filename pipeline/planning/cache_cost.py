@@ -19,7 +19,7 @@ from ray_distill.teacher_cache.codecs import check_codec, discrete_bytes, is_joi
 from ray_distill.teacher_cache.embedded_audio import to_flac
 from ray_distill.teacher_cache.frames import SAMPLE_RATE, shown_audio
 from ray_distill.teacher_cache.source_audio import load_waveform
-from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, Targets
 from ray_distill.teacher_cache.storage.shard_assignment import count_frames
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, Utterances
@@ -72,7 +72,7 @@ class CostPlan:
         device: Device of that measurement.
         spec: Specification of the cache that is needed.
         free_bytes: Free space of the cache's disk; None for an object store.
-        there_bytes: Size of the cache if it exists already, else 0.
+        there_bytes: Size of the shard files of the cache if it exists already, else 0.
         lacking: What an existing cache lacks, in words; None if there is none.
         teacher_seconds: Seconds of audio, summed over the teacher's passes, that it processes to build what is missing.
         fit_seconds: Seconds of audio, summed likewise, that it processes before that to fit the codec.
@@ -223,7 +223,7 @@ def plan_cost(
         device=str(teacher.device),
         spec=spec,
         free_bytes=store.free_bytes(),
-        there_bytes=sum(store.sizes().values()) if existing else 0,
+        there_bytes=cache_bytes(existing) if existing else 0,
         lacking=None if existing is None else existing.spec.lacking(spec),
         teacher_seconds=seconds_of_teacher,
         fit_seconds=codec_pass_seconds(spec, len(new_layers), train.seconds, masked) if fits else 0.0,
@@ -343,14 +343,13 @@ def cost_lines(plan: CostPlan) -> list[str]:
         passes = counted(plan.teacher_passes, "teacher pass", "teacher passes")
         pays = f"; this pays off after {counted(plan.pays_after, 'epoch')}, compared with a teacher in the loop"
     else:
-        passes, pays = (
-            f"the cache has {shown_bytes(plan.there_bytes)} and lacks {plan.lacking}, which the teacher adds",
-            "",
-        )
-    fit = f", with {shown_hours(plan.fit_seconds / 3600)} of audio to fit the codec" if plan.fit_seconds else ""
+        passes = f"the cache has {shown_bytes(plan.there_bytes)} and lacks {plan.lacking}, which the teacher adds"
+        pays = ""
+    masks = f"{counted(plan.draws, 'mask draw')} ({plan.masked_fraction:.0%} masked), " if plan.draws else ""
+    fit = f", with {shown_audio(plan.fit_seconds)} of audio to fit the codec" if plan.fit_seconds else ""
     return [
-        f"{shown_audio(plan.hours * 3600)}, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, "
-        f"{counted(plan.draws, 'mask draw')} ({plan.masked_fraction:.0%} masked), {spec.codec}: "
+        f"{shown_audio(plan.hours * 3600)}, {plan.frames} frames, {counted(len(spec.layers), 'layer')} x {spec.dim}, "
+        f"{masks}{spec.codec}: "
         f"about {shown_bytes(plan.total_bytes(spec.codec, spec.targets))}{beside}, {shown_bytes(plan.bytes_per_epoch)} read per epoch"
         + (f"; {subset}" if subset else ""),
         f"{passes}{fit}: about {shown_hours(plan.teacher_hours)} on one {plan.device} "

@@ -68,6 +68,9 @@ def test_masked_passes_of_the_training_split_alone_are_planned(
     more = spec.model_copy(update={"masks": MaskDraws.model_validate(spec.masks.model_dump() | {"draws": 3})})
     plan = plan_cost(source_utterances, more, teacher, str(place))
     assert (plan.teacher_seconds, plan.fit_seconds) == (pytest.approx(seconds["train"]), 0)
+    assert plan.there_bytes == cache_bytes(Cache.open(place)), (
+        "the codec's state, which may be larger, is not planned either"
+    )
     assert " and lacks 1 mask draw, which the teacher adds: about" in (text := " ".join(cost_lines(plan)))
     assert "teacher pass" not in text and "pays off" not in text
     layers = spec.model_copy(update={"layers": (1, 2)})

@@ -223,7 +223,7 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
             f"{summary['constant_loss']:.4g} is the validation loss of the best constant prediction, the mean of each layer's "
             "validation targets"
         ) + (
-            f"; of the targets' variance, the student explains at the last validation {shown_share(shares[-1][1], shares[-1][0])}"
+            f"; variance explained at the last validation: {shown_share(shares[-1][1], shares[-1][0])}"
             if shares
             else ""
         )

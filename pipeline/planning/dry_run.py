@@ -30,7 +30,7 @@ from ray_distill.student.training.train_state import saved_batch_seconds
 from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holder, refuse_audio_store
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
-from ray_distill.teacher_cache.storage.create import check_location
+from ray_distill.teacher_cache.storage.create import check_location, refuse_derived
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.domains import shown
 from ray_distill.teacher_cache.teachers import Teacher
@@ -300,14 +300,12 @@ def _cache_action(run: Run, cache: Cache | None, teacher: Teacher | None, checks
     needed = CacheSpec.model_validate(values)
     present = f"the cache at {config.cache.location} ({cache_bytes(cache) / 1e6:,.1f} MB)"
     if not cache.covers(needed):
-        layers = sorted(set(needed.layers) - set(cache.spec.layers))
-        draws = max(0, needed.masks.draws - cache.spec.masks.draws)
-        additions = [f"layers {', '.join(map(str, layers))}"] if layers else []
-        additions += [counted(draws, "mask draw")] if draws else []
+        refuse_derived(cache, needed)
         if checks_device:
             _check_device(run)
-        return f"add {' and '.join(additions)} to {present}"
+        return f"add {cache.spec.lacking(needed)} to {present}"
     if missing := sum(map(len, cache.missing(needed).values())):
+        refuse_derived(cache)
         if checks_device:
             _check_device(run)
         return f"write {counted(missing, 'missing file')} of {present}"

@@ -347,7 +347,8 @@ class Student(nn.Module):
         elif config.head_layers is not None:
             head_inputs = [head_inputs[layer - 1] for layer in config.head_layers if layer <= len(layers)]
         if self.inner_heads:
-            head_inputs = [F.gelu(inner(x)) for inner, x in zip(self.inner_heads, head_inputs)]  # noqa: B905 (fewer layers)
+            activation = getattr(F, config.head_activation)
+            head_inputs = [activation(inner(x)) for inner, x in zip(self.inner_heads, head_inputs)]  # noqa: B905 (fewer layers)
         return layers, head_inputs
 
 

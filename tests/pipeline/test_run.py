@@ -252,6 +252,37 @@ def test_batches_that_workers_find_are_said(
     cache_targets(again)
 
 
+def test_a_codec_fitted_to_little_audio_is_said(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray_distill.pipeline.stages.cache.init_ray", lambda: None)
+    monkeypatch.setattr("ray_distill.pipeline.stages.cache.require_resources", lambda *_: None)
+
+    def build_here(*arguments: Any, **options: Any) -> BuildReport:
+        return build_cache(*arguments, teacher_name=options["teacher_name"], workers=None)
+
+    monkeypatch.setattr("ray_distill.pipeline.stages.cache.build_cache", build_here)
+    texts = {}
+    for codec in ("pca", "fp16"):
+        config = demo_config(
+            tmp_path,
+            f"corpus.path={speech_folder}",
+            f"cache.codec={codec}",
+            f"cache.path={tmp_path / codec}",
+            f"name={codec}",
+        )
+        for time in ("first", "again"):
+            run = Run(config, Console(file=(said := io.StringIO()), width=300))
+            with run.folder.begin(run.config):
+                index_audio(run)
+                cache_targets(run)
+            texts[codec, time] = said.getvalue()
+    error = max(float(codec.error.max()) for codec in Cache.open(tmp_path / "pca").codecs(0))
+    sentence = f" s of training audio, so it fits other audio badly: its error is up to {error:.0%} of a layer's standard deviation"
+    assert [key for key, text in texts.items() if sentence in text] == [("pca", "first")]
+    assert not any("fits other audio" in text for key, text in texts.items() if key != ("pca", "first"))
+
+
 def test_a_plan_gives_back_the_memory_of_a_gpu(
     tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import resource
 import secrets
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ _SOCKET_PATH = 103 if sys.platform == "darwin" else 107
 """Longest path of a Unix socket, in bytes."""
 _FREE_BYTES = 200e6
 """Smallest free space for the logs and spilled objects of a local Ray."""
+_CONNECT_SECONDS = 10
+"""Time in which the head node of a cluster must take a connection. Ray itself would try for minutes."""
 _LAST_LINES = 10
 """Number of lines of Ray's log that are shown if Ray fails."""
 
@@ -37,11 +40,13 @@ def check_ray() -> None:
     Raises:
         ConfigError: The limit of open files is too low, or the folder for Ray's temporary files has too long a path or too little
             space, or can't be written to.
+        RayStartError: Nothing listens at RAY_ADDRESS.
     """
     for name in [name for name, value in os.environ.items() if not value]:
         if name == "TMPDIR" or name.startswith("RAY_"):
             del os.environ[name]
     if not owns_ray():
+        _check_address(os.environ["RAY_ADDRESS"])
         return
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # Ray raises the soft limit to the hard one by itself.
     if most != resource.RLIM_INFINITY and most < _OPEN_FILES:
@@ -68,6 +73,21 @@ def check_ray() -> None:
         raise ConfigError(
             f"{named}: {free / 1e6:.0f} MB are free, but Ray needs at least {_FREE_BYTES / 1e6:.0f} MB; free some space, or {advice}"
         )
+
+
+def _check_address(address: str) -> None:
+    """Raise RayStartError if an address such as ``10.0.0.1:6379`` takes no connection; other forms, as ``auto``, are left to Ray."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RayStartError(
+            f"Ray can't be used at RAY_ADDRESS={address}: {reason}; start that cluster, correct the address, or unset RAY_ADDRESS "
+            "to use this machine alone"
+        ) from error
 
 
 def init_ray() -> None:

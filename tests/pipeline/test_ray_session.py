@@ -3,6 +3,7 @@
 import io
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from ray_distill.interruption import Interrupted, interruptible
 from ray_distill.pipeline.config import ConfigError, load_config
 from ray_distill.pipeline.ray_session import (
     RayStartError,
+    check_ray,
     count_fitting_workers,
     counted,
     describe_resources,
@@ -154,3 +156,17 @@ def test_sigterm_while_ray_starts_is_an_interruption(monkeypatch: pytest.MonkeyP
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert caught.value.exit_code == 143
+
+
+def test_an_address_where_nothing_listens_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as bound:  # Bound and not listening, so that a connection is refused.
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(RayStartError, match=f"at RAY_ADDRESS={address}: Connection refused; start that cluster"):
+            check_ray()
+        bound.listen()
+        check_ray()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:99999")
+    with pytest.raises(RayStartError, match="correct the address"):
+        check_ray()

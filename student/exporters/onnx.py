@@ -3,11 +3,13 @@
 import io
 import json
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,8 +139,22 @@ def export_onnx(
                 )
             plain = quantised
         model = onnx.load(str(plain))
+        _name_axes(model.graph)
         onnx.helper.set_model_props(model, {"origin": json.dumps(origin), "weights": "int8" if int8 else "float32"})
         _write(file, model.SerializeToString())
+
+
+def _name_axes(graph: Any) -> None:
+    """Name the axes of an `onnx.GraphProto` ``batch``, ``samples`` and ``frames``, in place of ``s2``, ``s52`` and a formula."""
+    batch, samples = (axis.dim_param for axis in graph.input[0].type.tensor_type.shape.dim)
+    frames = graph.output[0].type.tensor_type.shape.dim[-2].dim_param
+    names = {batch: "batch", samples: "samples"}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param == frames:
+                axis.dim_param = "frames"
+            elif axis.dim_param:
+                axis.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), axis.dim_param)
 
 
 def _write(file: Path, content: bytes | memoryview) -> None:

@@ -83,6 +83,9 @@ def test_onnx_of_any_batch_and_length(tmp_path: Path, tiny: StudentConfig, optio
     run = OnnxRun(tmp_path / "student.onnx")
     first_output = "projections" if features == "heads" else "hidden_states"
     assert [output.name for output in run.session.get_outputs()] == [first_output, "num_frames"]
+    assert [axes.shape for axes in run.session.get_inputs()] == [["batch", "samples"], ["batch"]]
+    features_shape, counts_shape = (axes.shape for axes in run.session.get_outputs())
+    assert (features_shape[0], features_shape[2], counts_shape) == ("batch", "frames", ["batch"])
     for lengths in BATCHES:
         assert difference(student, run, noise(lengths), features) < 1e-5
 

@@ -80,7 +80,7 @@ class Run:
         if checkpoint is not None:
             self.checkpoint = checkpoint
         self.teacher_file = self.folder.teacher_file
-        self.failed_file = self.folder.failed_utterances
+        self.failed_file = self.folder.failed_file
         self.parts: tuple[Run, ...] = tuple(TeacherRun(self, entry) for entry in config.teachers) or (self,)
 
     @property
@@ -327,7 +327,7 @@ class TeacherRun(Run):
         with self.named():
             super().__init__(whole.config.of_teacher(entry), whole.console)
         self.teacher_file = self.folder.teacher_file_of(entry.name)
-        self.failed_file = self.folder.failed_utterances_of(entry.name)
+        self.failed_file = self.folder.failed_file_of(entry.name)
 
     def say(self, text: str) -> None:
         """Print one line for the user, with the teacher's name after the first word."""

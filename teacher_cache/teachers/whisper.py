@@ -43,7 +43,7 @@ class WhisperTeacher(Teacher):
 
     Whisper pads all audio with silence to 30 s and attends to all of it. Here real frames attend to real frames only. The
     input of the first layer is the same, short utterances are much cheaper, and features of speech change little (measured in
-    ``benchmarks/whisper.py``). Frames are cropped to HuBERT's number, which is at most one less than Whisper's. Audio longer
+    ``benchmarks/student/whisper.py``). Frames are cropped to HuBERT's number, which is at most one less than Whisper's. Audio longer
     than Whisper's positions (30 s) is an error.
     """
 

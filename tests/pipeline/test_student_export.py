@@ -70,9 +70,8 @@ def test_the_fingerprint_belongs_to_the_training_cache(
     text = (run_folder / "config.yaml").read_text()
     (run_folder / "config.yaml").write_text(text.replace(str(tmp_path / "cache"), "caches/relative"))
     assert open_student(run_folder)[1]["cache_fingerprint"] == Cache.open(tmp_path / "cache").fingerprint
-    (run_folder / "train.json").write_text(
-        json.dumps({"steps": 12, "cache_fingerprint": "f00"})
-    )  # The fingerprint before the cache grew.
+    # The fingerprint before the cache grew.
+    (run_folder / "train.json").write_text(json.dumps({"steps": 12, "cache_fingerprint": "f00"}))
     origin = open_student(run_folder)[1]
     assert origin["cache_fingerprint"] == "f00" and origin["metrics"]["steps"] == 12
 

@@ -87,9 +87,8 @@ def test_deep_verification_allows_for_the_rounding_of_half_precision(tmp_path: P
     teacher = load_teacher(TEACHER)
     assert all(check.good for check in verify_deep(tmp_path / "cache", teacher))
     assert teacher.fingerprint == CacheReader(tmp_path / "cache", "train").cache.spec.teacher
-    teacher.model.encoder.transformer.layers[0].final_layer_norm.weight.mul_(
-        1.1
-    )  # The fingerprint is not computed again.
+    # The fingerprint is not computed again.
+    teacher.model.encoder.transformer.layers[0].final_layer_norm.weight.mul_(1.1)
     checks = verify_deep(tmp_path / "cache", teacher)
     assert not any(check.good for check in checks if check.layer == 1)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray_distill
+from ray_distill.first_line import first_line
 from ray_distill.interruption import kept_handlers
 from ray_distill.pipeline.config import Config, ConfigError
 
@@ -102,8 +103,7 @@ def init_ray() -> None:
             ray.shutdown()
             if "timed out during startup" not in str(error):
                 where = "" if owns_ray() else f" at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-                reason = str(error).strip().split("\n")[0] or type(error).__name__
-                raise RayStartError(f"Ray can't be used{where}: {reason}") from error
+                raise RayStartError(f"Ray can't be used{where}: {first_line(error)}") from error
             if attempt == _STARTS:
                 raise RayStartError(
                     f"Ray did not start within 30 s in {_STARTS} attempts, because this machine is busy; try again later"

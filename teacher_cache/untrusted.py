@@ -18,6 +18,8 @@ import torch
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING  # Tables by which torch's unpickler renames globals.
 from torch.utils.serialization import config as serialization
 
+from ray_distill.first_line import first_line
+
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLES_IN_LEGACY_FILE = 5  # magic number, protocol, system info, object, storage keys
 _MAX_DEPTH = 64
@@ -115,7 +117,9 @@ def load_untrusted(path: Path) -> dict[str, Any]:
     try:
         found = _globals(path)
     except Exception as error:  # The parsers can raise anything for damaged bytes.
-        raise UntrustedCheckpointError(f"{path} is not a readable PyTorch checkpoint: {_one_line(error)}") from error
+        raise UntrustedCheckpointError(
+            f"{path} is not a readable PyTorch checkpoint: {first_line(error)[:200]}"
+        ) from error
     refused = sorted(name for name in found if not _is_harmless(name) and not _may_be_torch(name))
     if refused:
         raise UntrustedCheckpointError(
@@ -133,7 +137,9 @@ def load_untrusted(path: Path) -> dict[str, Any]:
             raise UntrustedCheckpointError(
                 f"{path} is refused: its pickle names {unsupported[1]}, which could run code when loaded"
             ) from error
-        raise UntrustedCheckpointError(f"{path} is not a readable PyTorch checkpoint: {_one_line(error)}") from error
+        raise UntrustedCheckpointError(
+            f"{path} is not a readable PyTorch checkpoint: {first_line(error)[:200]}"
+        ) from error
     if not isinstance(checkpoint, dict):
         raise UntrustedCheckpointError(f"{path} has a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
     return checkpoint
@@ -239,8 +245,3 @@ def _current_name(module: str, name: str) -> str:
     if (module, name) in NAME_MAPPING:
         module, name = NAME_MAPPING[(module, name)]
     return f"{IMPORT_MAPPING.get(module, module)}.{name}"
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_distill.first_line import first_line
 from ray_distill.teacher_cache.reading.commit_table import CommitTable
 from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
 from ray_distill.teacher_cache.reading.shard_file_pool import ShardFilePool
@@ -110,7 +111,7 @@ class ShardRows:
                 if attempt or not (self._commits.refresh(part, shard, file) or self._open.discard(file)):
                     if isinstance(error, CacheError):
                         raise
-                    reason = f"is damaged ({str(error).splitlines()[0]})"
+                    reason = f"is damaged ({first_line(error)})"
                     raise damage_error(self.cache.store, file.name, reason) from error
         if found != self.utterances.ids[index]:
             raise self.damaged(index, part, f"it holds utterance {found!r} in place of {self.utterances.ids[index]!r}")

@@ -14,6 +14,7 @@ from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_deep
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy, draw_mask
 from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.reading.shard_rows import ShardRows
 from ray_distill.teacher_cache.storage.cache import Cache, file_record, write_commit
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, content_key, parts_of
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
@@ -398,3 +399,13 @@ def test_files_of_composite_caches_with_draws_keep_their_key() -> None:
         ("composite/draw=0", "train"): "9efd8b28",
         ("clean", "validation"): "27bad5c4",
     }
+
+
+def test_an_error_without_a_message_is_a_sentence_too(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TimeoutError  # Of the client of an object store that fsspec opens.
+
+    reader = CacheReader(cache, "train")
+    monkeypatch.setattr(ShardRows, "_values", fail)
+    with pytest.raises(CacheError, match=r"part-\d+\.parquet is damaged \(TimeoutError\)"):
+        reader.read([0], None)

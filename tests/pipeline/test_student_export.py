@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from ray_distill.command_line import application
+from ray_distill.pipeline import student_export
 from ray_distill.pipeline.student_export import open_student
 from ray_distill.student import Student, save_student
 from ray_distill.teacher_cache.storage.cache import Cache
@@ -41,6 +42,13 @@ def run_folder(tmp_path: Path, make_cache) -> Path:  # type: ignore[no-untyped-d
     }
     (run / "summary.json").write_text(json.dumps(summary))
     return run
+
+
+def test_an_installed_package_has_no_commit_of_a_clone_around_it(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(student_export, "_REPOSITORY", Path(__file__).parent)
+    assert open_student(run_folder)[1]["commit"] is None
 
 
 def test_origin_of_a_run(run_folder: Path) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_distill.first_line import first_line
 from ray_distill.teacher_cache.reading.commit_table import CommitTable
 from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
 from ray_distill.teacher_cache.reading.shard_file_pool import ShardFilePool
 from ray_distill.teacher_cache.reading.split_rows import PlanSplits
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, damage_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, Part
+from ray_distill.teacher_cache.storage.read_error import read_error
 
 _OPEN_FILES = 256
 """Maximum number of idle open files on a local disk."""
@@ -93,6 +93,7 @@ class ShardRows:
         """Return the values of some columns of one row.
 
         Raises:
+            CacheAccessError: If an object store does not give the file.
             CacheError: If the file is damaged.
         """
         shard, row = int(self.utterances.shard[index]), int(self.utterances.row[index])
@@ -111,8 +112,7 @@ class ShardRows:
                 if attempt or not (self._commits.refresh(part, shard, file) or self._open.discard(file)):
                     if isinstance(error, CacheError):
                         raise
-                    reason = f"is damaged ({first_line(error)})"
-                    raise damage_error(self.cache.store, file.name, reason) from error
+                    raise read_error(self.cache.store, file.name, error) from error
         if found != self.utterances.ids[index]:
             raise self.damaged(index, part, f"it holds utterance {found!r} in place of {self.utterances.ids[index]!r}")
         return values

@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from ray_distill.teacher_cache.reading.shard_rows import ShardRows
 from ray_distill.teacher_cache.storage.cache import Cache, file_record, write_commit
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, content_key, parts_of
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -401,11 +403,27 @@ def test_files_of_composite_caches_with_draws_keep_their_key() -> None:
     }
 
 
-def test_an_error_without_a_message_is_a_sentence_too(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise TimeoutError  # Of the client of an object store that fsspec opens.
-
-    reader = CacheReader(cache, "train")
-    monkeypatch.setattr(ShardRows, "_values", fail)
-    with pytest.raises(CacheError, match=r"part-\d+\.parquet is damaged \(TimeoutError\)"):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (TimeoutError(), r"can't be read \(TimeoutError\); run the same"),
+        (
+            OSError("AWS Error NETWORK_CONNECTION during HeadObject operation"),
+            r"can't be read \(AWS Error NETWORK_CONN",
+        ),
+        (FileNotFoundError("no such key"), r"is damaged \(no such key\); `ray-distill cache repair memory://"),
+        (OSError("Unexpected end of stream"), r"is damaged \(Unexpected end of stream\)"),
+    ],
+)
+def test_a_store_that_fails_is_not_called_damage(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, message: str
+) -> None:
+    local, remote = Store(cache), Store(f"memory://{cache.parent.name}")
+    for name in local.names():
+        remote.write(name, local.read(name))
+    reader = CacheReader(remote.location, "train")
+    reader.read([0], None)
+    monkeypatch.setattr(ShardRows, "_values", Mock(side_effect=error))
+    with pytest.raises(CacheError, match=rf"part-\d+\.parquet {message}") as raised:
         reader.read([0], None)
+    assert raised.value.__cause__ is error, "training starts again after an error of the store"

@@ -42,7 +42,7 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} is damaged: it does not contain a JSON object")
+        raise ValueError(f"{path} is damaged (it does not contain a JSON object); restore it from a copy")
     return tree

@@ -5,6 +5,7 @@ import os
 import resource
 import secrets
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,9 +102,17 @@ def init_ray() -> None:
                 )
         except (Exception, SystemExit) as error:  # Ray has no exception type of its own for a failed start.
             ray.shutdown()
+            if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+                signal.raise_signal(signal.SIGTERM)  # It came while Ray's own handler was in place.
             if "timed out during startup" not in str(error):
                 where = "" if owns_ray() else f" at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
                 raise RayStartError(f"Ray can't be used{where}: {first_line(error)}") from error
+            limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if limit != resource.RLIM_INFINITY:
+                raise RayStartError(
+                    f"Ray did not start within 30 s; files may have at most {limit / 1e6:.0f} MB here (ulimit -f), but Ray keeps its "
+                    "objects in one file of a third of the memory, so start this with `ulimit -f unlimited`"
+                ) from error
             if attempt == _STARTS:
                 raise RayStartError(
                     f"Ray did not start within 30 s in {_STARTS} attempts, because this machine is busy; try again later"

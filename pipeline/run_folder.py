@@ -9,6 +9,7 @@ from typing import Any
 import pydantic
 import yaml
 
+from ray_distill.pipeline.composition.config_difference import told_differences
 from ray_distill.pipeline.composition.sections import CacheSection
 from ray_distill.pipeline.config import Config, ConfigError, check_config, dump_config
 from ray_distill.pipeline.corpus.index import SKIPPED
@@ -344,12 +345,10 @@ class RunFolder:
         if None in (mine["cache"]["shard_minutes"], recorded["cache"].get("shard_minutes")):
             # One of them is that of the cache, which is compared when the cache is opened.
             mine["cache"]["shard_minutes"] = recorded["cache"]["shard_minutes"] = None
-        theirs = _result_keys(recorded)
-        changed = [section for section in mine if mine[section] != theirs.get(section)]
-        if changed:
+        theirs = {section: value for section, value in _result_keys(recorded).items() if section in mine}
+        if differs := told_differences(theirs, mine):
             raise ConfigError(
-                f"{self.path} holds a run with another configuration (sections that differ: {', '.join(changed)}); "
-                "choose another name=..., or remove that folder"
+                f"{self.path} holds a run with another configuration ({differs}); choose another name=..., or remove that folder"
                 + ("; only a larger train.epochs or train.max_steps continues it" if may_extend else "")
             )
 

@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ray_distill import __version__
 from ray_distill.interruption import Interrupted, interruptible
+from ray_distill.local_paths import in_home
 from ray_distill.memory import ran_out_of_memory
 from ray_distill.object_store import advice_about_store
 from ray_distill.pipeline.commands.ablate import ablate
@@ -28,6 +29,7 @@ from ray_distill.pipeline.commands.run import run
 from ray_distill.pipeline.commands.teachers import list_teachers, show_teacher
 from ray_distill.pipeline.recipes import find_recipe
 from ray_distill.serve.command import serve
+from ray_distill.serve.settings import forget_service_link
 from ray_distill.teacher_cache.commands import derive, info, repair, verify
 from ray_distill.whole_files import is_disk_full
 
@@ -73,8 +75,9 @@ class ServerCommand(_Sentences, TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments. Typer's messages lose the words with which pydantic begins those of some types."""
+        forget_service_link(os.environ)
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, [_in_home(arg) for arg in args])
         except typer.BadParameter as error:
             error.message = error.message.removeprefix("Value error, ")
             raise
@@ -102,6 +105,12 @@ class Command(ServerCommand):
         """Run the command."""
         with interruptible():
             return super().invoke(ctx)
+
+
+def _in_home(arg: str) -> str:
+    """Return an argument such as ``--output=~/student`` with the home folder, since a shell replaces only a leading ``~``."""
+    option, _, value = arg.partition("=")
+    return f"{option}={in_home(value)}" if option.startswith("--") and value.startswith("~") else arg
 
 
 class Group(_Sentences, TyperGroup):

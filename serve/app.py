@@ -216,6 +216,16 @@ def _add_status_routes(app: FastAPI, models: Models, admission: Admission, metri
         others = (await anyio.to_thread.run_sync(models.in_library)).keys() - {record.id for record in served}
         return ModelList(data=served, library=sorted(others))
 
+    @app.get(
+        "/v1/models/{name}",
+        summary="Describe a model; one of the library is loaded first",
+        tags=["features"],
+        responses={status: ERROR_RESPONSES[status] for status in (401, 404, 503)},
+    )
+    async def show_model(request: Request, name: str) -> ModelRecord:
+        admission.check_key(request)
+        return _record(await models.find(name))
+
     @app.get("/metrics", summary="Show the Prometheus metrics", tags=["service"], response_class=Response)
     async def show_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -3,6 +3,7 @@
 ``serve run ray_distill.serve.deployment:build model=/data/runs/demo/export`` starts it.
 """
 
+import os
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,7 +12,7 @@ from ray.serve import Application
 
 from ray_distill.serve.app import create_app
 from ray_distill.serve.decoding import silence_decoders
-from ray_distill.serve.settings import ServeSettings
+from ray_distill.serve.settings import ServeSettings, forget_service_link
 
 _REFUSED = 64
 """Number of requests beyond ``max_requests`` that reach a replica at once, to be refused there."""
@@ -27,6 +28,7 @@ def build(arguments: dict[str, Any]) -> Application:
     Raises:
         ValueError: the model is missing, or a setting is wrong.
     """
+    forget_service_link(os.environ)
     settings = ServeSettings(**arguments)
     return _deployment(settings).bind(settings)
 

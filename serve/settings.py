@@ -8,7 +8,7 @@ docs/in-depth/serving.md has a table that is made from them. An option that is n
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ENVIRONMENT_PREFIX = "RAY_DISTILL_SERVE_"
+_PORT = f"{ENVIRONMENT_PREFIX}PORT"
 _OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP)(_\w+)?)?$")
 Runtime = Literal["torch", "onnx"]
 Precision = Literal["fp32", "bf16"]
@@ -303,6 +304,15 @@ def options() -> Iterator[Option]:
                 if field_name in kind.model_fields:
                     field = ServeSettings.model_fields[field_name]
                     yield Option(title, _option_name(field.validation_alias or field_name), field_name, field)
+
+
+def forget_service_link(environment: MutableMapping[str, str]) -> None:
+    """Remove ``RAY_DISTILL_SERVE_PORT`` from an environment if it is a link, such as ``tcp://10.0.0.1:8000``.
+
+    Kubernetes sets it in the pods beside a Service that is named ``ray-distill-serve``; it is no port to listen on.
+    """
+    if re.fullmatch(r"(tcp|udp|sctp)://.*", environment.get(_PORT, "")):
+        del environment[_PORT]
 
 
 def unknown_variables(environment: Mapping[str, str]) -> Iterator[str]:

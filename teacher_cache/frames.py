@@ -1,4 +1,4 @@
-"""Frame arithmetic: numbers of frames, padding masks, and normalisation that ignores padding."""
+"""Frame arithmetic: numbers of frames, durations, padding masks, and normalisation that ignores padding."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -34,6 +34,13 @@ def num_frames(num_samples: Length) -> Length:
     """
     frames = (num_samples - RECEPTIVE_FIELD) // FRAME_SAMPLES + 1
     return frames.clamp(min=0) if isinstance(frames, Tensor) else max(frames, 0)
+
+
+def shown_audio(seconds: float) -> str:
+    """Return a duration of audio in hours, such as ``0.17 h``, or below a tenth of an hour in minutes or seconds."""
+    if seconds >= 360:
+        return f"{seconds / 3600:.2f} h"
+    return f"{seconds / 60:.2g} min" if seconds >= 60 else f"{seconds:.2g} s"
 
 
 def conv_output_length(length: Length, kernels_and_strides: Sequence[tuple[int, int]]) -> Length:

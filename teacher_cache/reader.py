@@ -115,10 +115,13 @@ class CacheReader:
             raise CacheError(f"the cache at {self.cache.store.location} has targets {spec.targets}, not {targets}")
         self.layers = tuple(layers) if layers is not None else spec.layers
         missing = sorted(set(self.layers) - set(spec.layers))
-        if missing:
-            raise CacheError(
-                f"the cache at {self.cache.store.location} has no layer {missing[0]}; it has layers {list(spec.layers)}"
+        if missing or not self.layers:
+            wrong = (
+                f"the cache at {self.cache.store.location} has no layer {missing[0]}"
+                if missing
+                else "no layer is named"
             )
+            raise CacheError(f"{wrong}; it has layers {list(spec.layers)}")
         if draws is not None and draws > spec.masks.draws:
             raise CacheError(f"the cache at {self.cache.store.location} has {spec.masks.draws} mask draws, not {draws}")
         self.dim = spec.dim
@@ -241,8 +244,11 @@ class CacheReader:
 
         Raises:
             CacheError: If the draw is not cached or a file is damaged.
+            IndexError: If there are no indices, or one is out of range.
         """
         spec = self.cache.spec
+        if not len(indices):
+            raise IndexError(f"a batch needs an index; the split {self._split!r} has {len(self)} utterances")
         if draw is not None and not 0 <= draw < (self.draws or 0):
             present = f"draws 0 to {self.draws - 1}" if self.draws else "no draws"
             raise CacheError(f"mask draw {draw} is not in the cache at {self.cache.store.location}; it has {present}")

@@ -187,6 +187,9 @@ def test_completion_can_be_shown() -> None:
         (["cache", "verify", "/nowhere"], "there is no teacher cache at /nowhere"),
         (["cache", "repair", "/nowhere"], "there is no teacher cache at /nowhere"),
         (["serve", "--model", "nothing"], "There is no model folder at 'nothing'"),
+        # A shell replaces ~ only where an argument begins with it.
+        (["serve", "--model=~/nothing"], f"There is no model folder at '{Path.home() / 'nothing'}'"),
+        (["probe", "nothing.csv", "--student=~no-user/x"], "~no-user/x begins with ~no-user, which is no user"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )

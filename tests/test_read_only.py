@@ -47,10 +47,10 @@ def test_a_dry_run_names_a_folder_that_is_read_only(
     config = load_config(
         CONFIGS / "demo.yaml", [*places, f"corpus.path={speech_folder}", f"teacher.checkpoint={TEACHER}"]
     )
-    plan_run(config, ["cache"])
+    plan_run(config, ["index", "cache"])
     close(tmp_path / closed, monkeypatch)
     with pytest.raises(ValueError, match=message):
-        plan_run(config, ["cache"])
+        plan_run(config, ["index", "cache"])
 
 
 def test_a_run_in_a_read_only_folder_says_which_key_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

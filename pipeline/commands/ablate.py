@@ -105,7 +105,7 @@ def plan_ablation(ablation: "Ablation", console: "Console") -> None:
     shared = plan_run(ablation.needs, ["index", "plan", "cache"])
     for run in ablation.runs[: len(ablation.variants)]:  # All variants with the first seed.
         try:
-            plan = plan_run(run.config, ["train"])
+            plan = plan_run(run.config, ["index", "plan", "cache", "train"])
         except ValueError as error:
             raise ValueError(f"variant {run.variant}: {error}") from error
         console.print(

@@ -21,7 +21,7 @@ class Skipped:
     Attributes:
         path: Path of the file or folder.
         reason: ``undecodable``, ``empty``, ``too_short``, ``too_long``, ``missing``, ``no_channel``, ``outside``, ``duplicate_id``,
-            ``no_split``, ``unused_split``, ``unsupported_format``, ``bad_name`` or ``unreadable_folder``.
+            ``no_split``, ``unused_split``, ``unsupported_format``, ``bad_name``, ``hidden`` or ``unreadable_folder``.
         message: The reason as a sentence.
     """
 

@@ -83,7 +83,7 @@ def find_audio(
         also = (
             f" ({', '.join(f'{n} {suffix}' for suffix, n in sorted(undecoded.items()))} files can't be decoded)"
             if undecoded
-            else ""
+            else next((f" ({skip.message})" for skip in skipped if skip.reason == "hidden"), "")
         )
         if format != "folder":
             raise ValueError(

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from rich.table import Table
 from torch import Tensor
 
 from ray_distill.pipeline.ray_session import counted
 from ray_distill.teacher_cache.audio import read_header
-from ray_distill.teacher_cache.codecs import check_codec, discrete_bytes, fit_codec, open_codec
+from ray_distill.teacher_cache.build.codec_fit import CodecSample, codec_pass_seconds, sample_order
+from ray_distill.teacher_cache.codecs import check_codec, discrete_bytes, is_joint, is_learned, open_codec
 from ray_distill.teacher_cache.embedded_audio import to_flac
-from ray_distill.teacher_cache.frames import SAMPLE_RATE
+from ray_distill.teacher_cache.frames import SAMPLE_RATE, shown_audio
 from ray_distill.teacher_cache.source_audio import load_waveform
-from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec, Targets
 from ray_distill.teacher_cache.storage.shard_assignment import count_frames
 from ray_distill.teacher_cache.storage.shard_plan import Utterance, Utterances
@@ -31,6 +31,9 @@ from ray_distill.teacher_cache.teachers import Teacher
 _MASKS_SAMPLED = 200
 _SECONDS_SAMPLED = 40.0
 """Seconds of audio for timing the teacher and trying the codecs."""
+_ROW_BYTES, _COLUMN_BYTES = 370, 60
+"""Bytes of a row of a shard beside its codes and audio, and those that each column of codes adds. Most are Parquet's metadata, since
+each utterance is a row group of its own."""
 _TARGETS: tuple[Targets, ...] = ("clean_and_masked", "composite_only", "clean_only")
 _COMPARED = ("fp16", "int8", "layer-pca", "pca")
 TYPICAL_BYTES_PER_VALUE = {"fp16": 2.0, "int8": 0.81, "layer-pca": 0.17, "pca": 0.073}
@@ -59,6 +62,8 @@ class CostPlan:
     Attributes:
         hours: Hours of audio.
         utterances, frames: Numbers of utterances and frames of the corpus.
+        train_share: Share of the training split, the only one with masked passes, in the frames.
+        train_utterances: Number of utterances in it.
         draws: Number of mask draws.
         masked_fraction: Fraction of masked frames, from the masks of a sample of utterances; 0 without draws.
         bytes_per_frame: Size of a frame of all layers of one pass, by codec.
@@ -67,7 +72,10 @@ class CostPlan:
         device: Device of that measurement.
         spec: Specification of the cache that is needed.
         free_bytes: Free space of the cache's disk; None for an object store.
-        there_bytes: Size of the cache if it exists already, else 0.
+        there_bytes: Size of the shard files of the cache if it exists already, else 0.
+        lacking: What an existing cache lacks, in words; None if there is none.
+        teacher_seconds: Seconds of audio, summed over the teacher's passes, that it processes to build what is missing.
+        fit_seconds: Seconds of audio, summed likewise, that it processes before that to fit the codec.
         source_per_second: Seconds of audio that a core of this machine reads per second from the corpus; None unless the audio is read
             there.
     """
@@ -75,6 +83,8 @@ class CostPlan:
     hours: float
     utterances: int
     frames: int
+    train_share: float
+    train_utterances: int
     draws: int
     masked_fraction: float
     bytes_per_frame: dict[str, float]
@@ -84,36 +94,43 @@ class CostPlan:
     spec: CacheSpec
     free_bytes: int | None
     there_bytes: int
+    lacking: str | None
+    teacher_seconds: float
+    fit_seconds: float
     source_per_second: float | None = None
 
     def total_bytes(self, codec: str, targets: Targets) -> float:
         """Return the size of the whole cache for a codec and a choice of targets, without audio that it refers to."""
+        masked = self.train_share * self.draws
         passes = {
             "clean_only": 1.0,
-            "clean_and_masked": 1 + self.draws * (1 - self.masked_fraction),
-            "masked_everywhere": 1.0 + self.draws,
-            "composite_only": float(self.draws or 1),
+            "clean_and_masked": 1 + masked * (1 - self.masked_fraction),
+            "masked_everywhere": 1 + masked,
+            "composite_only": 1 - self.train_share + masked if self.draws else 1.0,
         }[targets]
         held = self.audio_bytes if self.spec.embeds_audio else 0.0
-        return held + self.frames * self.bytes_per_frame[codec] * passes
+        rows = self.utterances + (0 if targets == "clean_only" else self.draws * self.train_utterances)
+        columns = 1 if is_joint(codec) else len(self.spec.layers)
+        codes = self.frames * self.bytes_per_frame[codec] * passes
+        return held + codes + rows * (_ROW_BYTES + columns * _COLUMN_BYTES)
 
     @property
     def bytes_per_epoch(self) -> float:
         """Bytes that one epoch of training reads: the audio, and what the targets of one draw need."""
         passes = 1.0
         if self.draws and self.spec.targets == "clean_and_masked":
-            passes += 1 - self.masked_fraction
+            passes += self.train_share * (1 - self.masked_fraction)
         return self.audio_bytes + self.frames * self.bytes_per_frame[self.spec.codec] * passes
 
     @property
     def teacher_passes(self) -> int:
-        """Number of teacher passes over the corpus that building the cache takes."""
+        """Number of teacher passes over the training split that building the whole cache takes."""
         return 1 if self.spec.targets == "clean_only" else 1 + self.draws
 
     @property
     def teacher_hours(self) -> float:
-        """Hours of one device that these passes take."""
-        return self.hours * self.teacher_passes / self.audio_per_second
+        """Hours of one device that the teacher takes for what is missing, the fit of the codec included."""
+        return (self.teacher_seconds + self.fit_seconds) / 3600 / self.audio_per_second
 
     @property
     def pays_after(self) -> int:
@@ -150,8 +167,8 @@ def plan_cost(
     waveforms: list[np.ndarray] = []
     sample: list[Utterance] = []
     problem: ValueError | None = None
-    # Utterances at even distances over the corpus, until there is enough audio.
-    for utterance in utterances[:: max(1, len(utterances) // 20)]:
+    train = utterances.of_split("train")
+    for utterance in sample_order(train):  # As in the build, whose codec is fitted to the first of them.
         try:
             waveforms.append(load_waveform(utterance))
             sample.append(utterance)
@@ -173,16 +190,31 @@ def plan_cost(
     codecs = list(dict.fromkeys([spec.codec, *_COMPARED]))
     progress(0, 1 + len(codecs), teacher.name)
     hidden, audio_per_second = _timed(teacher, spec, [pad_waveforms([w]) for w in waveforms])
+    frames_of_codec = CodecSample()
+    for number, states in enumerate(hidden, start=1):
+        frames_of_codec.add(states, last=number == len(train))
     bytes_per_frame = {}
     for done, codec in enumerate(codecs, start=1):
         progress(done, 1 + len(codecs), f"codec {codec}")
-        bytes_per_frame[codec] = _bytes_per_frame(codec, hidden)
+        bytes_per_frame[codec] = _bytes_per_frame(codec, frames_of_codec, hidden)
     store = Store(location)
     total = utterances.seconds
+    existing = Cache.open(store) if Cache.exists(store) else None
+    new_layers = set(spec.layers) - set(existing.spec.layers if existing else ())
+    # A cache that has all layers gets more draws, which need the clean pass of the training split only if they are composite.
+    draws = spec.masks.draws if spec.targets != "clean_only" else 0
+    if existing is None or new_layers:
+        seconds_of_teacher = total + draws * train.seconds
+    else:
+        added = draws - existing.spec.masks.draws + (1 if spec.targets == "composite_only" else 0)
+        seconds_of_teacher = max(0, added) * train.seconds
+    fits = is_learned(spec.codec) and bool(new_layers)
     return CostPlan(
         hours=total / 3600,
         utterances=len(utterances),
         frames=int(frames.sum()),
+        train_utterances=len(train),
+        train_share=float(count_frames(train.num_samples, teacher.num_frames).sum() / frames.sum()),
         draws=spec.masks.draws,
         masked_fraction=masked,
         bytes_per_frame=bytes_per_frame,
@@ -191,7 +223,10 @@ def plan_cost(
         device=str(teacher.device),
         spec=spec,
         free_bytes=store.free_bytes(),
-        there_bytes=sum(store.sizes().values()) if Cache.exists(store) else 0,
+        there_bytes=cache_bytes(existing) if existing else 0,
+        lacking=None if existing is None else existing.spec.lacking(spec),
+        teacher_seconds=seconds_of_teacher,
+        fit_seconds=codec_pass_seconds(spec, len(new_layers), train.seconds, masked) if fits else 0.0,
         source_per_second=source_per_second,
     )
 
@@ -231,22 +266,28 @@ def _timed(teacher: Teacher, spec: CacheSpec, batches: list[tuple[Tensor, Tensor
     return hidden, sum(int(lengths.sum()) for _, lengths in batches) / SAMPLE_RATE / elapsed
 
 
-def _bytes_per_frame(name: str, hidden: list[Tensor]) -> float:
-    """Return the stored bytes of a frame of all layers, from encoding some utterances one by one as in a shard."""
-    frames = torch.cat(hidden)
+def _bytes_per_frame(name: str, sample: CodecSample, hidden: list[Tensor]) -> float:
+    """Return the stored bytes of a frame of all layers, from encoding some utterances one by one as in a shard.
+
+    Args:
+        name: Name of the codec.
+        sample: Frames to fit it to.
+        hidden: (T, L, D) hidden states of each utterance.
+    """
+    _, layers, dim = hidden[0].shape
     if (size := discrete_bytes(name)) is not None:
-        return float(frames.shape[1] * size)
-    state = fit_codec(check_codec(name), frames, frames[:: max(1, len(frames) // 200)])
+        return float(layers * size)
+    state = sample.fit(check_codec(name))
     zstd = pa.Codec("zstd")
     stored = 0
-    for codec in open_codec(name, range(1, frames.shape[1] + 1), frames.shape[2], state):
+    for codec in open_codec(name, range(1, layers + 1), dim, state):
         for utterance in hidden:
             codes = codec.encode(utterance[:, [layer - 1 for layer in codec.layers]]).numpy()
             if codec.compression == "none":
                 stored += codes.size
             else:
                 stored += len(zstd.compress((codes.T if codec.planar else codes).tobytes(), asbytes=True))
-    return stored / len(frames)
+    return stored / sum(map(len, hidden))
 
 
 def shown_bytes(number: float) -> str:
@@ -298,13 +339,20 @@ def cost_lines(plan: CostPlan) -> list[str]:
             f"the audio is read from the corpus in each epoch: {plan.source_per_second:,.0f} s of audio per CPU second, measured now; "
             "if that is too slow for the student, set cache.audio=store"
         ]
-    duration = shown_hours(plan.teacher_hours)
+    if plan.lacking is None:
+        passes = counted(plan.teacher_passes, "teacher pass", "teacher passes")
+        pays = f"; this pays off after {counted(plan.pays_after, 'epoch')}, compared with a teacher in the loop"
+    else:
+        passes = f"the cache has {shown_bytes(plan.there_bytes)} and lacks {plan.lacking}, which the teacher adds"
+        pays = ""
+    masks = f"{counted(plan.draws, 'mask draw')} ({plan.masked_fraction:.0%} masked), " if plan.draws else ""
+    fit = f", with {shown_audio(plan.fit_seconds)} of audio to fit the codec" if plan.fit_seconds else ""
     return [
-        f"{plan.hours:.2f} h, {plan.frames} frames, {len(spec.layers)} layers x {spec.dim}, {counted(plan.draws, 'mask draw')} "
-        f"({plan.masked_fraction:.0%} masked), {spec.codec}: about {shown_bytes(plan.total_bytes(spec.codec, spec.targets))}"
-        f"{beside}, {shown_bytes(plan.bytes_per_epoch)} read per epoch" + (f"; {subset}" if subset else ""),
-        f"{counted(plan.teacher_passes, 'teacher pass', 'teacher passes')}: about {duration} on one {plan.device} "
-        f"({plan.audio_per_second:.0f} s of audio per second, measured now); this pays off after {counted(plan.pays_after, 'epoch')}, "
-        "compared with a teacher in the loop",
+        f"{shown_audio(plan.hours * 3600)}, {plan.frames} frames, {counted(len(spec.layers), 'layer')} x {spec.dim}, "
+        f"{masks}{spec.codec}: "
+        f"about {shown_bytes(plan.total_bytes(spec.codec, spec.targets))}{beside}, {shown_bytes(plan.bytes_per_epoch)} read per epoch"
+        + (f"; {subset}" if subset else ""),
+        f"{passes}{fit}: about {shown_hours(plan.teacher_hours)} on one {plan.device} "
+        f"({plan.audio_per_second:.0f} s of audio per second, measured now){pays}",
         *source,
     ]

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ray_distill.pipeline.config import Config, ConfigError
 from ray_distill.pipeline.corpus.hub_dataset import dataset_of_run, parse_hub_dataset
-from ray_distill.pipeline.corpus.index import INDEX
+from ray_distill.pipeline.corpus.index import INDEX, CorpusIndex
 from ray_distill.pipeline.corpus.search import count_files, find_audio
 from ray_distill.pipeline.corpus.splits import SplitSummary
 from ray_distill.pipeline.initialise import tensors_of_student
@@ -18,6 +18,7 @@ from ray_distill.pipeline.run_folder import RunFolder
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.audio import audio_places, refuse_other_place
 from ray_distill.pipeline.stages.domains import check_found_domains
+from ray_distill.pipeline.stages.export import require_training
 from ray_distill.pipeline.stages.frame_rates import check_frame_rates, check_student_frames
 from ray_distill.pipeline.stages.index import split_table
 from ray_distill.pipeline.stages.run import TeacherRun
@@ -29,6 +30,7 @@ from ray_distill.student.training.train_state import saved_batch_seconds
 from ray_distill.teacher_cache.reading.audio_place import AUDIO_ONLY, open_holder, refuse_audio_store
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheSpec
+from ray_distill.teacher_cache.storage.create import check_location, refuse_derived
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.domains import shown
 from ray_distill.teacher_cache.teachers import Teacher
@@ -105,6 +107,9 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
         "training": f"{length}, {train.targets} targets, "
         f"batches of {batch}, {counted(train.workers, 'worker')}, peak learning rate {train.learning_rate:g}",
     }
+    _refuse_missing_work(
+        run, stages, [part for part, cache in zip(run.parts, caches, strict=True) if cached and cache is None]
+    )
     checks = "cache" in stages
     actions = {
         "index": _index_action(folder),
@@ -124,6 +129,16 @@ def plan_run(config: Config, stages: list[str]) -> RunPlan:
     }
     chosen = {stage: action for stage, action in actions.items() if stage in stages}
     return RunPlan(config.name, facts, chosen, splits)
+
+
+def _refuse_missing_work(run: Run, stages: list[str], without_cache: Sequence[Run]) -> None:
+    """Raise as the first of some stages will, if it needs the work of an earlier stage that is neither done nor chosen."""
+    if "index" not in stages and {"plan", "cache", "train", "report"} & set(stages):
+        CorpusIndex.load(run.folder.corpus)
+    if without_cache and "train" in stages and "cache" not in stages:
+        Cache.open(without_cache[0].cache)
+    if "export" in stages and "train" not in stages:
+        require_training(run)
 
 
 def _listed(counts: dict[str, int]) -> str:
@@ -256,7 +271,9 @@ def _cache_action(run: Run, cache: Cache | None, teacher: Teacher | None, checks
     if config.train.targets == "online":
         return "nothing, since targets are online"
     if cache is None:
-        Store(config.cache.location).check_writable()
+        store = Store(config.cache.location)
+        store.check_writable()
+        check_location(store)
         if checks_device:
             _check_device(run)
         return f"build the cache at {config.cache.location}"
@@ -283,14 +300,12 @@ def _cache_action(run: Run, cache: Cache | None, teacher: Teacher | None, checks
     needed = CacheSpec.model_validate(values)
     present = f"the cache at {config.cache.location} ({cache_bytes(cache) / 1e6:,.1f} MB)"
     if not cache.covers(needed):
-        layers = sorted(set(needed.layers) - set(cache.spec.layers))
-        draws = max(0, needed.masks.draws - cache.spec.masks.draws)
-        additions = [f"layers {', '.join(map(str, layers))}"] if layers else []
-        additions += [counted(draws, "mask draw")] if draws else []
+        refuse_derived(cache, needed)
         if checks_device:
             _check_device(run)
-        return f"add {' and '.join(additions)} to {present}"
+        return f"add {cache.spec.lacking(needed)} to {present}"
     if missing := sum(map(len, cache.missing(needed).values())):
+        refuse_derived(cache)
         if checks_device:
             _check_device(run)
         return f"write {counted(missing, 'missing file')} of {present}"

@@ -23,6 +23,13 @@ class ExplainedVariance:
     share: dict[str, float]
 
 
+def shown_share(share: float, layer: str) -> str:
+    """Return the share of a layer's variance that a student explains as words, such as ``12.3% of layer 12``."""
+    if share >= 0:
+        return f"{share:.1%} of layer {layer}"
+    return f"none of layer {layer}, whose error is {1 - share:,.3g} times that of a constant"
+
+
 def explained_variance(metrics: Rows) -> ExplainedVariance | None:
     """Return the comparison. None without a validation, with another loss than the squared error, and for runs of earlier versions."""
     validation = rows_of_kind(metrics, "validation")

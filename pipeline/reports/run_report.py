@@ -140,7 +140,9 @@ def _tiles(summary: Mapping[str, Any], metrics: Rows) -> list[tuple[str, str]]:
         tiles.append((f"{best:.4g}", f"best validation loss so far ({first:.4g} at the start)"))
     if explained is not None and explained.share:
         layer, share = list(explained.share.items())[-1]
-        tiles.append((f"{share:.1%}", f"of the variance of layer {layer} explained at the last validation"))
+        more = f"; the error is {1 - share:,.3g} times that of a constant" if share < 0 else ""
+        what = f"of the variance of layer {layer} explained at the last validation{more}"
+        tiles.append((f"{share:.1%}" if share >= 0 else "none", what))
     owners = "all teachers'" if summary.get("teachers") else "the teacher's"
     ratio = summary["teacher_parameters"] / summary["student_parameters"]
     tiles.append(

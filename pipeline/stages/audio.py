@@ -6,6 +6,7 @@ from ray_distill.pipeline.stages.run import Run
 from ray_distill.teacher_cache.build.audio_store import build_audio_store, plan_audio
 from ray_distill.teacher_cache.build.build_cache import Progress
 from ray_distill.teacher_cache.build.shard_workers import Workers
+from ray_distill.teacher_cache.frames import shown_audio
 from ray_distill.teacher_cache.maintenance.verify import Problem, verify_audio
 from ray_distill.teacher_cache.reading.audio_place import holder_of
 from ray_distill.teacher_cache.reading.source_rows import SOUGHT_FILES, missing_sources
@@ -51,8 +52,8 @@ def _store_audio(run: Run, place: str) -> None:
 
         def show(progress: Progress) -> None:
             note = (
-                f"audio, {progress.seconds_done / 3600:.2f} of {progress.seconds / 3600:.2f} h, "
-                f"{progress.audio_per_second / 60:.2f} h of audio/min"
+                f"audio, {shown_audio(progress.seconds_done)} of {shown_audio(progress.seconds)}, "
+                f"{shown_audio(60 * progress.audio_per_second)} of audio/min"
             )
             update(progress.utterances_done, progress.utterances, note)
 

@@ -12,12 +12,16 @@ from ray_distill.pipeline.stages.audio import check_audio, store_audio
 from ray_distill.pipeline.stages.run import Run
 from ray_distill.teacher_cache.build.build_cache import Progress, build_cache
 from ray_distill.teacher_cache.build.shard_workers import Workers
+from ray_distill.teacher_cache.codecs import is_learned
+from ray_distill.teacher_cache.frames import shown_audio
 from ray_distill.teacher_cache.maintenance.verify import verify_cache
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.cache_spec import CacheError
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 
+_LITTLE_SECONDS = 60.0
+"""Seconds of audio below which the fit of a codec is worth a word."""
 _SHOWN_PROBLEMS = 3
 """Number of a cache's problems that an error message lists."""
 
@@ -55,8 +59,8 @@ def _cache_targets(run: Run) -> None:
 
             def show(progress: Progress) -> None:
                 note = (
-                    f"{progress.seconds_done / 3600:.2f} of {progress.seconds / 3600:.2f} h, "
-                    f"{progress.audio_per_second / 60:.2f} h of audio/min, teachers busy {progress.busy:.0%}"
+                    f"{shown_audio(progress.seconds_done)} of {shown_audio(progress.seconds)}, "
+                    f"{shown_audio(60 * progress.audio_per_second)} of audio/min, teachers busy {progress.busy:.0%}"
                 )
                 update(progress.utterances_done, progress.utterances, note)
 
@@ -74,7 +78,7 @@ def _cache_targets(run: Run) -> None:
             )
         detail = (
             f"{counted(report.written, 'shard')} written in {report.elapsed:.0f} s "
-            f"({report.seconds / max(report.elapsed, 1e-9) / 60:.2f} h of audio per minute)"
+            f"({shown_audio(60 * report.seconds / max(report.elapsed, 1e-9))} of audio per minute)"
         ) + (f", {report.reused} reused" if report.reused else "")
         if sizes := [f"{size:g}" for size in report.batch_seconds]:
             detail += f", in batches of {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} s (auto)"
@@ -83,7 +87,21 @@ def _cache_targets(run: Run) -> None:
         f"cache   {detail}: {size / 1e6:.1f} MB, {size / run.seconds / 1e3:.1f} kB per second of audio"
         f"{'' if settings.audio in ('flac', 'pcm') else ' beside it'}, at {run.cache.location}"
     )
+    if not complete:
+        _say_little_audio(run, Cache.open(run.cache))
     _list_failed(run, failed_utterances(Cache.open(run.cache), run.spec))
+
+
+def _say_little_audio(run: Run, cache: Cache) -> None:
+    """Say what the error of the codec is if it was fitted to little audio."""
+    seconds = run.utterances.of_split("train").seconds
+    if not is_learned(run.spec.codec) or seconds >= _LITTLE_SECONDS:
+        return
+    error = max(float(codec.error.max()) for number in range(len(cache.layer_sets)) for codec in cache.codecs(number))
+    run.say(
+        f"[yellow]cache   codec {run.spec.codec} was fitted to less than {shown_audio(seconds)} of training audio, so it fits other "
+        f"audio badly: its error is up to {error:.0%} of a layer's standard deviation[/yellow]"
+    )
 
 
 def _list_failed(run: Run, failed: Mapping[str, str]) -> None:

@@ -9,25 +9,39 @@ from ray_distill.student import load_student
 from ray_distill.whole_files import replacing
 
 
+def require_training(run: Run) -> None:
+    """Raise ConfigError if the training is not finished."""
+    if not run.folder.is_trained:
+        raise ConfigError(f"the run {run.config.name} has no finished training to export; run the train stage first")
+
+
 def export_best(run: Run) -> None:
-    """Copy the student with the lowest validation loss to the run's export folder, unless that is up to date.
+    """Copy the student with the lowest validation loss to the run's export folder, unless that is up to date, or the checkpoints were
+    removed since.
 
     Raises:
         ConfigError: The training is not finished.
-        ValueError: The student is damaged.
+        ValueError: The checkpoint is missing or damaged.
     """
-    if not run.folder.is_trained:
-        raise ConfigError(f"the run {run.config.name} has no finished training to export; run the train stage first")
+    require_training(run)
     best, export = run.folder.best, run.folder.export
+    if not best.is_dir() and export.is_dir():
+        run.say(f"export  {export} is kept; the checkpoint that it was made from, {best}, is no longer there")
+        return
+    if not best.is_dir():
+        raise ValueError(
+            f"the checkpoint {best}, from which the student would be exported, is missing; restore it from a copy, or remove "
+            f"{run.folder.path} to train again"
+        )
     if _has_copy(export, best):
         run.say(f"export  {export} is up to date")
         return
+    load_student(best)  # If it is damaged, the message names it.
     with replacing(export) as temporary:
         temporary.mkdir()
         # The export may be moved, and then still names the commits of its teachers.
         for file in (*best.iterdir(), *run.folder.teacher_files):
             shutil.copy(file, temporary)
-        load_student(temporary)
     run.say(f"export  {export}")
 
 

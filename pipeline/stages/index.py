@@ -16,6 +16,7 @@ from ray_distill.pipeline.ray_session import counted, init_ray, owns_ray, quiet_
 from ray_distill.pipeline.run_plugins import format_found, note_format
 from ray_distill.pipeline.stages.domains import check_domains
 from ray_distill.pipeline.stages.run import Run
+from ray_distill.teacher_cache.frames import shown_audio
 
 CLUSTER_SOURCES = 1000
 """Number of sources to decode from which a cluster decodes them."""
@@ -69,7 +70,8 @@ def index_audio(run: Run) -> None:
     known = ", ".join(filter(None, numbers))
     run.say(f"index   format {index.format}{f', with {known}' if known else ''}")
     run.say(
-        f"index   {counted(len(index.utterances), 'utterance')}, {index.hours:.2f} h of audio{skipped}{unused}{where}{again}"
+        f"index   {counted(len(index.utterances), 'utterance')}, {shown_audio(index.hours * 3600)} of audio{skipped}{unused}"
+        f"{where}{again}"
     )
     check_domains(run)
 
@@ -99,12 +101,12 @@ def _modified(file: Path) -> float:
 
 def split_table(splits: Sequence[SplitSummary]) -> list[str]:
     """Return the lines of a table of a corpus's splits."""
-    rows = [("split", "files", "hours", "role", "from")]
+    rows = [("split", "files", "audio", "role", "from")]
     rows += [
         (
             escape(split.name),
             f"{split.files:,}",
-            "-" if split.hours is None else f"{split.hours:.2f}",
+            "-" if split.hours is None else shown_audio(split.hours * 3600),
             split.role,
             escape(split.origin),
         )
@@ -112,6 +114,6 @@ def split_table(splits: Sequence[SplitSummary]) -> list[str]:
     ]
     widths = [max(len(row[n]) for row in rows) for n in range(4)]
     return [
-        f"{name:{widths[0]}}  {files:>{widths[1]}}  {hours:>{widths[2]}}  {role:{widths[3]}}  {origin}"
-        for name, files, hours, role, origin in rows
+        f"{name:{widths[0]}}  {files:>{widths[1]}}  {audio:>{widths[2]}}  {role:{widths[3]}}  {origin}"
+        for name, files, audio, role, origin in rows
     ]

@@ -22,6 +22,7 @@ from ray_distill.pipeline.stages.audio import audio_places
 from ray_distill.pipeline.stages.run import Run, TeacherRun
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.storage.cache import Cache
+from ray_distill.teacher_cache.storage.create import refuse_derived
 from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -100,6 +101,8 @@ def _plan_cache(run: Run, needed: dict[int, int]) -> CostPlan | None:
         rest = f", and lacks {counted(lacking, 'shard')}, which the cache stage builds" if lacking else ""
         run.say(f"plan    the cache at {run.cache.location} has all layers and draws that are needed{rest}")
         return None
+    if Cache.exists(run.cache):
+        refuse_derived(Cache.open(run.cache), run.spec)
     run.check_device()
     run.cache.check_writable()
     teacher = run.teacher

@@ -12,7 +12,7 @@ from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.files import write_text
 from ray_distill.pipeline.probing.task import PHONES_FILE, read_task
 from ray_distill.pipeline.ray_session import counted
-from ray_distill.pipeline.reports.explained_variance import explained_variance
+from ray_distill.pipeline.reports.explained_variance import explained_variance, shown_share
 from ray_distill.pipeline.reports.feature_maps import FeatureMaps, feature_maps
 from ray_distill.pipeline.reports.run_report import write_run_report
 from ray_distill.pipeline.reports.training_charts import rows_of_kind
@@ -23,6 +23,7 @@ from ray_distill.student import Student, load_student
 from ray_distill.student.objectives.several_teachers import SeveralTeachers
 from ray_distill.student.training.target_source import several_readers
 from ray_distill.student.training.train_state import saved_batch_seconds
+from ray_distill.teacher_cache.frames import shown_audio
 from ray_distill.teacher_cache.storage.cache import Cache, cache_bytes
 from ray_distill.teacher_cache.storage.failed_utterances import failed_utterances
 from ray_distill.teacher_cache.targets.domains import counted_domains, shown
@@ -204,7 +205,7 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
     layers = f"layers {', '.join(map(str, run.layers))} of width {run.teacher.dim}"
     loss = "" if run.config.teachers else f"{train.loss}, "  # Several teachers have one each.
     facts = {
-        "corpus": f"{summary['hours']:.2f} h, {summary['utterances']:,} utterances, {_left_out(summary)}",
+        "corpus": f"{shown_audio(summary['hours'] * 3600)}, {summary['utterances']:,} utterances, {_left_out(summary)}",
         "teacher": f"{summary['teacher']}, {summary['teacher_parameters']:,} parameters, {layers}",
         "student": f"{summary['student_parameters']:,} parameters, heads included",
         "masks": f"{counted(masks.draws, 'draw')}, {policy}, seed {masks.seed}" if masks.draws else "none",
@@ -217,12 +218,12 @@ def _facts(run: Run, summary: dict[str, Any]) -> dict[str, str]:
             f"heads were left (sparsity {pruned['sparsity']:.3f})"
         )
     if summary["constant_loss"] is not None:
-        shares = list(summary["explained_variance"].values())
+        shares = list(summary["explained_variance"].items())
         facts["loss"] = (
             f"{summary['constant_loss']:.4g} is the validation loss of the best constant prediction, the mean of each layer's "
             "validation targets"
         ) + (
-            f"; at the last validation, the student explains {shares[-1]:.1%} of the last layer's variance"
+            f"; variance explained at the last validation: {shown_share(shares[-1][1], shares[-1][0])}"
             if shares
             else ""
         )
@@ -290,7 +291,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         random = " (RANDOM weights: features are meaningless)"
     table.add_row(
         "audio",
-        f"{summary['hours']:.2f} h, {summary['utterances']} utterances, {_left_out(summary)}",
+        f"{shown_audio(summary['hours'] * 3600)}, {summary['utterances']} utterances, {_left_out(summary)}",
     )
     if summary["cache_bytes"] is not None:
         table.add_row(
@@ -307,7 +308,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
     if summary.get("explained_variance"):
         layer, share = list(summary["explained_variance"].items())[-1]
         table.add_row(
-            "explained variance", f"{share:.1%} of layer {layer}; a constant has loss {summary['constant_loss']:.4f}"
+            "explained variance",
+            f"{shown_share(share, layer)}; a constant has loss {summary['constant_loss']:.4f}",
         )
     table.add_row("teacher", f"{summary['teacher']}: {summary['teacher_parameters']:,} parameters{random}")
     table.add_row("student", f"{summary['student_parameters']:,} parameters")

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,7 @@ def train_student(run: Run) -> None:
         say_unused(run, settings.max_steps)
     training = prepare_training(run, max(1, (os.cpu_count() or 1) // settings.workers))
     auto = settings.batch_seconds == "auto"
+    prunes = settings.prune is not None and pruning_record(run.folder) is None
     if auto and (seconds := saved_batch_seconds(run.folder.path)) is not None:
         run.say(f"train   batches of {settings.describe_batch(seconds)}, as at the start of the training")
     if step is not None and run.folder.finished_before:
@@ -73,7 +74,7 @@ def train_student(run: Run) -> None:
         done = threading.Event()
         watcher = threading.Thread(
             target=_show_metrics,
-            args=(run, update, done, 0 if in_pruning else step or 0, auto and step is None),
+            args=(run, update, done, 0 if in_pruning else step or 0, auto and step is None, prunes),
             daemon=True,
         )
         watcher.start()
@@ -84,22 +85,25 @@ def train_student(run: Run) -> None:
             watcher.join()
     result = run.folder.result()
     assert result is not None, "a training that returns has written its result"
-    if (pruned := pruning_record(run.folder)) is not None:
-        run.say(
-            f"train   pruning has left {pruned['parameters']:,} of {pruned['parameters_before']:,} parameters without heads "
-            f"(sparsity {pruned['sparsity']:.3f})"
-        )
-        if pruned["sparsity"] - pruned["expected_sparsity"] > _FAR:
-            run.say(
-                f"[yellow]train   the gates themselves had only reached a sparsity of {pruned['expected_sparsity']:.3f}; a larger "
-                "train.prune.steps or gate_learning_rate lets the student adapt to the rest[/yellow]"
-            )
     run.say(
         f"train   {result['steps']} steps in {result['seconds']:.0f} s: training loss {result['first_loss']:.4f} -> "
         f"{result['last_loss']:.4f}, validation {result['first_validation_loss']:.4f} -> {result['last_validation_loss']:.4f}"
     )
     if settings.max_steps is None or result["steps"] < settings.max_steps:
         say_unused(run, result["steps"])
+
+
+def _say_pruned(run: Run, record: Mapping[str, Any]) -> None:
+    """Say what the first phase of a pruning has left."""
+    run.say(
+        f"train   pruning has left {record['parameters']:,} of {record['parameters_before']:,} parameters without heads "
+        f"(sparsity {record['sparsity']:.3f})"
+    )
+    if record["sparsity"] - record["expected_sparsity"] > _FAR:
+        run.say(
+            f"[yellow]train   the gates themselves had only reached a sparsity of {record['expected_sparsity']:.3f}; a larger "
+            "train.prune.steps or gate_learning_rate lets the student adapt to the rest[/yellow]"
+        )
 
 
 def say_unused(run: Run, steps: int) -> None:
@@ -240,10 +244,21 @@ def _found_batch(folder: RunFolder) -> dict[str, Any] | None:
     return next((row for row in rows if row["kind"] == "batch"), None)
 
 
-def _show_metrics(run: Run, update: ProgressUpdate, done: threading.Event, start: int, measures: bool) -> None:
-    """Show the last logged step after ``start``, once a second, and what was measured if the training measures its batches first."""
-    while not done.wait(1.0):
+def _show_metrics(
+    run: Run, update: ProgressUpdate, done: threading.Event, start: int, measures: bool, prunes: bool = False
+) -> None:
+    """Show the last logged step after ``start``, once a second.
+
+    Say once what was measured if the training ``measures`` its batches first, and what is left by the first phase if it ``prunes``.
+    """
+    while True:
+        ended = done.wait(1.0)
         try:
+            if prunes and (record := pruning_record(run.folder)) is not None:
+                prunes = False
+                _say_pruned(run, record)
+            if ended:
+                return
             if measures and (found := _found_batch(run.folder)) is not None:
                 measures = False
                 run.say(

@@ -239,12 +239,13 @@ class FeatureEngine:
             return error
         elapsed = time.monotonic() - started
         self._failed_batches = 0
+        # Before the answers, so that whoever has one also finds the room in the queue.
+        with self._changed:
+            self._schedule.finish(batch, elapsed)
         for job, array in zip(batch, arrays, strict=True):
             job.future.set_result(Features(array, started - job.queued, elapsed, completed=started + elapsed))
         real = sum(len(job.waveform) for job in batch) / SAMPLE_RATE
         padded = len(batch) * max(len(job.waveform) for job in batch) / SAMPLE_RATE
-        with self._changed:
-            self._schedule.finish(batch, elapsed)
         if self._on_batch:
             self._on_batch(BatchRecord(len(batch), real, padded, elapsed))
         return None

@@ -48,6 +48,7 @@ _OMITTED_FIELDS = (
     "feature_grad_mult",
     "head_layers",
     "head_dim",
+    "head_activation",
 )
 _TOLERANCE = 1e-4
 

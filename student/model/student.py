@@ -240,6 +240,11 @@ class Student(nn.Module):
         """
         if num_layers is not None and not 1 <= num_layers <= self.config.encoder_layers:
             raise ValueError(f"num_layers must be from 1 to {self.config.encoder_layers}, not {num_layers}")
+        if not isinstance(waveforms, Tensor):
+            raise ValueError(
+                f"waveforms must be a float tensor (B, S), not of the type {type(waveforms).__name__}; "
+                "torch.from_numpy makes one of an array"
+            )
         given = None if lengths is None else tuple(lengths.shape) if isinstance(lengths, Tensor) else (len(lengths),)
         if waveforms.ndim != 2 or given not in (None, tuple(waveforms.shape[:1])):
             raise ValueError(f"waveforms must be (B, S) and lengths (B,), not {tuple(waveforms.shape)} and {given}")
@@ -342,7 +347,8 @@ class Student(nn.Module):
         elif config.head_layers is not None:
             head_inputs = [head_inputs[layer - 1] for layer in config.head_layers if layer <= len(layers)]
         if self.inner_heads:
-            head_inputs = [F.gelu(inner(x)) for inner, x in zip(self.inner_heads, head_inputs)]  # noqa: B905 (fewer layers)
+            activation = getattr(F, config.head_activation)
+            head_inputs = [activation(inner(x)) for inner, x in zip(self.inner_heads, head_inputs)]  # noqa: B905 (fewer layers)
         return layers, head_inputs
 
 

@@ -96,7 +96,9 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
     """Layers with a ``layerwise`` head, counted from 1, and the last one among them: with ``[3, 6, 9, 12]`` four layers learn from
     four of the teacher (USAD, arXiv 2506.18843). None gives each layer one."""
     head_dim: int | None = pydantic.Field(default=None, ge=1)
-    """Inner width of each ``layerwise`` head, which then has two linear layers with a GELU between them (USAD). None gives it one."""
+    """Inner width of each ``layerwise`` head, which then has two linear layers (USAD). None gives it one."""
+    head_activation: Literal["gelu", "relu"] = "gelu"
+    """Activation between the two linear layers of a head with a ``head_dim``; USAD's is ``relu``."""
     split_heads: int = pydantic.Field(default=3, ge=1)
     """Number of ``split`` heads."""
     split_dim: int | None = pydantic.Field(default=None, ge=1)
@@ -161,7 +163,9 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
 
     def without_heads(self) -> "StudentConfig":
         """Return a copy without heads."""
-        return self.model_copy(update={"heads": "none", "head_layers": None, "head_dim": None})
+        return self.model_copy(
+            update={"heads": "none", "head_layers": None, "head_dim": None, "head_activation": "gelu"}
+        )
 
     @property
     def has_plain_heads(self) -> bool:
@@ -271,6 +275,10 @@ class StudentConfig(pydantic.BaseModel, frozen=True, extra="forbid", use_attribu
             )
         if self.heads != "layerwise" and (self.head_layers is not None or self.head_dim is not None):
             raise ValueError(f"head_layers and head_dim are for heads layerwise, not {self.heads}; remove them")
+        if self.head_activation != "gelu" and self.head_dim is None:
+            raise ValueError(
+                f"head_activation {self.head_activation} does nothing without head_dim; set head_dim, or remove it"
+            )
         if self.head_layers is not None and (
             sorted({*self.head_layers}) != [*self.head_layers] or self.head_layers[-1:] != (self.encoder_layers,)
         ):

@@ -1,12 +1,12 @@
 """Prediction of the entries of N codebooks (MVQ-KD, arXiv 2211.00508; SPEAR, arXiv 2510.25955).
 
-``joint`` is the predictor of k2-fsa's ``multi_quantization``: the logits of codebook n are
+``joint`` is the default predictor of k2-fsa's ``multi_quantization``: the logits of codebook n are
 
     b_n + B_n x + W_n relu(A x + a + sum over m < n of E_m[i_m])
 
 with the true entries i_m of the codebooks before n, so that entries that depend on each other are predicted together.
-``independent`` leaves the last term out: one linear classifier for each codebook. Initial values are normal with a standard
-deviation of 1 / sqrt(inputs), for E_m of 0.5 / sqrt(N), and 0 for b_n.
+``independent`` is b_n + B_n x alone, its option ``is_joint=False``, which icefall's MVQ-KD and SPEAR use: one linear classifier for
+each codebook. Initial values are normal with a standard deviation of 1 / sqrt(inputs), for E_m of 0.5 / sqrt(N), and 0 for b_n.
 """
 
 from typing import Annotated, ClassVar, Literal, cast

@@ -1,6 +1,7 @@
 """The published distillation loss over real frames, for all layers at once and for a single head."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from ray_distill.student.objectives.objective import DistillationLoss, ErrorKind
 from ray_distill.teacher_cache.frames import padding_mask
 
 _ERRORS = {"mse": F.mse_loss, "l1": F.l1_loss}
+
+CosineTerm = Literal["log_sigmoid", "plain"]
+"""Second term of a layer's error: ``-log sigmoid(cos)`` (DistilHuBERT, USAD) or ``1 - cos`` (DPHuBERT)."""
 
 
 def distillation_loss(
@@ -22,6 +26,7 @@ def distillation_loss(
     hint_weight: float = 0.1,
     final_weight: float = 1.0,
     cosine_weight: float = 0.0,
+    cosine_term: CosineTerm = "log_sigmoid",
     frame_weights: tuple[float, float] = (1.0, 1.0),
     hints: Sequence[bool] | None = None,
     count_padding: bool = False,
@@ -43,8 +48,8 @@ def distillation_loss(
         kind: Squared or absolute error. Default ``mse``.
         hint_weight: Weight of the layers below the last. Default 0.1, as published.
         final_weight: Weight of the last layer. Default 1.0, as published.
-        cosine_weight: Weight, in each m_l, of ``-log sigmoid(cos(projection, target))``, DistilHuBERT's second term (there
-            1). Default 0.
+        cosine_weight: Weight, in each m_l, of the second term, a function of cos(projection, target) (in DistilHuBERT 1). Default 0.
+        cosine_term: The second term; see `cosine_error`. Default ``log_sigmoid``.
         frame_weights: Weights of the errors of masked and of unmasked frames. The number of frames to divide by does not change.
             Default (1, 1). Without masks they have no effect.
         hints: For each layer below the last, whether it takes part in the hint. Default: all do. ``per_layer`` and the
@@ -75,12 +80,20 @@ def distillation_loss(
     per_frame = _ERRORS[kind](projections.float(), targets.float(), reduction="none").mean(-1)
     if cosine_weight:
         cosines = F.cosine_similarity(projections.float(), targets.float(), -1)
-        per_frame = per_frame - cosine_weight * F.logsigmoid(cosines)
+        per_frame = per_frame + cosine_weight * cosine_error(cosines, cosine_term)
     per_frame = per_frame.masked_fill(padded[:, None], 0)
     if (weights := weights_of_frames(frame_mask, frame_weights)) is not None:
         per_frame = per_frame * weights[:, None]
     per_layer = per_frame.sum((0, 2)) / divisor
     return combine_layers(per_layer, per_frame.detach(), frame_mask, divisor, hint_weight, final_weight, hints)
+
+
+def cosine_error(cosines: Tensor, term: CosineTerm) -> Tensor:
+    """Return the second term of each frame's error for cosine similarities of any shape: 0 or more, and 1 - cos for ``plain``.
+
+    DPHuBERT minimises -cos. The 1 changes no gradient, and keeps losses positive, as charts and comparisons expect.
+    """
+    return 1 - cosines if term == "plain" else -F.logsigmoid(cosines)
 
 
 def weights_of_frames(frame_mask: Tensor | None, frame_weights: tuple[float, float]) -> Tensor | None:
@@ -128,6 +141,7 @@ def head_loss(
     kind: ErrorKind,
     cosines: bool,
     cosine_weight: float = 0.0,
+    cosine_term: CosineTerm = "log_sigmoid",
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of one layer, with the same numbers as the head followed by `distillation_loss`.
@@ -140,6 +154,7 @@ def head_loss(
         kind: Squared or absolute error.
         cosines: Whether to compute cosine similarities.
         cosine_weight: Weight of the cosine term in the error. Default 0.
+        cosine_term: The cosine term; see `cosine_error`. Default ``log_sigmoid``.
         weights: (B, T) float, weight of each frame's error. Default None: 1.
 
     Returns:
@@ -156,7 +171,7 @@ def head_loss(
         similarities = F.cosine_similarity(
             projections.masked_fill(padded_rows, 0), targets.masked_fill(padded_rows, 0), -1
         )
-        per_frame = per_frame - cosine_weight * F.logsigmoid(similarities).masked_fill(padded, 0)
+        per_frame = per_frame + cosine_weight * cosine_error(similarities, cosine_term).masked_fill(padded, 0)
     elif cosines:
         similarities = F.cosine_similarity(projections.detach(), targets, -1)
     if weights is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ray_distill.student.model.student import Student
 from ray_distill.student.model.student_config import StudentConfig
-from ray_distill.student.objectives.layer_loss import combine_layers, head_loss, weights_of_frames
+from ray_distill.student.objectives.layer_loss import CosineTerm, combine_layers, head_loss, weights_of_frames
 from ray_distill.student.objectives.objective import (
     DistillationLoss,
     Distiller,
@@ -39,6 +39,8 @@ class LayerPrediction(FeatureObjective, frozen=True):
     """Weight of the last layer's loss."""
     cosine_weight: Annotated[float, CHANGES_LOSS_MEANING] = pydantic.Field(default=0.0, ge=0)
     """Weight of DistilHuBERT's second term, ``-log sigmoid(cos)``. The published ARMHuBERT does not use it (0)."""
+    cosine_term: Annotated[CosineTerm, CHANGES_LOSS_MEANING] = "log_sigmoid"
+    """Form of the second term: ``log_sigmoid``, or ``plain``: 1 - cos, as in DPHuBERT. Needs a ``cosine_weight``."""
     frame_weights: tuple[_Weight, _Weight] = (1.0, 1.0)
     """Weights of the errors of masked and of unmasked frames in training: ``[1, 0]`` learns at masked frames only. Validations, whose
     input is unmasked, weigh all frames by 1, so their losses can be compared."""
@@ -54,6 +56,10 @@ class LayerPrediction(FeatureObjective, frozen=True):
             raise ValueError(
                 "train.objective prediction does not go with student.heads none: prediction needs heads; choose layerwise "
                 "or split heads, or another objective"
+            )
+        if self.cosine_term != "log_sigmoid" and not self.cosine_weight:
+            raise ValueError(
+                f"train.cosine_term {self.cosine_term} does nothing without train.cosine_weight; set cosine_weight, or remove it"
             )
         if self.hint_layers is not None and self.hint_layers >= config.num_predictions:
             raise ValueError(
@@ -92,6 +98,7 @@ class LayerPrediction(FeatureObjective, frozen=True):
             hint_weight=self.hint_weight,
             final_weight=self.final_weight,
             cosine_weight=self.cosine_weight,
+            cosine_term=self.cosine_term,
             frame_weights=self.frame_weights,
             hint_layers=self.hint_layers,
             seed=seed,
@@ -107,7 +114,7 @@ class LayerDistiller(Distiller):
 
     Args:
         student: The student.
-        kind, hint_weight, final_weight, cosine_weight, frame_weights: As for `distillation_loss`.
+        kind, hint_weight, final_weight, cosine_weight, cosine_term, frame_weights: As for `distillation_loss`.
         hint_layers: Number of layers below the last that take part in each epoch. Default None: all.
         seed: Seed of the choice of hint layers. Default 0.
         spec_augment: Augmentation of the student's features in training mode. Default None: no augmentation.
@@ -132,6 +139,7 @@ class LayerDistiller(Distiller):
         hint_weight: float = 0.1,
         final_weight: float = 1.0,
         cosine_weight: float = 0.0,
+        cosine_term: CosineTerm = "log_sigmoid",
         frame_weights: tuple[float, float] = (1.0, 1.0),
         hint_layers: int | None = None,
         seed: int = 0,
@@ -141,6 +149,7 @@ class LayerDistiller(Distiller):
         check_kind(kind)
         self.kind = kind
         self.hint_weight, self.final_weight, self.cosine_weight = hint_weight, final_weight, cosine_weight
+        self.cosine_term: CosineTerm = cosine_term
         self.frame_weights, self.hint_layers, self.seed = frame_weights, hint_layers, seed
         self.hints: Sequence[bool] | None = None
 
@@ -181,7 +190,17 @@ class LayerDistiller(Distiller):
         weights = weights_of_frames(frame_mask, self.frame_weights)
         sums, errors, similarities = zip(
             *(
-                head_loss(x, head, targets[:, layer], padded, self.kind, cosines, self.cosine_weight, weights)
+                head_loss(
+                    x,
+                    head,
+                    targets[:, layer],
+                    padded,
+                    self.kind,
+                    cosines,
+                    self.cosine_weight,
+                    self.cosine_term,
+                    weights,
+                )
                 for layer, (x, head) in enumerate(zip(head_inputs, heads, strict=True))
             ),
             strict=True,

@@ -34,6 +34,7 @@ class TeacherHeads(nn.Module):
             inner = config.head_dim
             self.inner_heads.extend(nn.Linear(width, inner) for _ in range(layers))
         self.heads = nn.ModuleList(nn.Linear(inner, dim) for _ in range(layers))
+        self._activation = getattr(F, config.head_activation)
         self._layers = config.layers_with_heads
         # The gradient of a head on layer n of N is scaled as for the student's own heads.
         count = config.encoder_layers
@@ -52,4 +53,4 @@ class TeacherHeads(nn.Module):
         read = [x if scale == 1 else scale_gradient(x, scale) for x, scale in zip(read, self._scales, strict=True)]
         if self.split is not None:
             return list(F.gelu(self.split(read[0])).chunk(len(self.heads), -1))
-        return [F.gelu(inner(x)) for inner, x in zip(self.inner_heads, read, strict=True)]
+        return [self._activation(inner(x)) for inner, x in zip(self.inner_heads, read, strict=True)]

@@ -233,7 +233,7 @@ class TrainSettings(ObjectiveKeys, frozen=True, extra="forbid", use_attribute_do
             found: Seconds that ``auto`` has found. Default None: it has not measured yet.
         """
         if self.batch_seconds is None:
-            return f"{self.batch_size} utterances"
+            return f"{self.batch_size} utterance{'' if self.batch_size == 1 else 's'}"
         if self.batch_seconds != "auto":
             return f"{self.batch_seconds:g} s of audio"
         return "as much audio as fits (auto)" if found is None else f"{found:g} s of audio (auto)"

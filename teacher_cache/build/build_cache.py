@@ -19,9 +19,15 @@ from ray_distill.teacher_cache.codecs import is_learned
 from ray_distill.teacher_cache.reading.audio_place import check_holds, open_holder, recorded_place, refuse_place
 from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
 from ray_distill.teacher_cache.storage.build_statistics import TeacherTime, write_build_statistics
-from ray_distill.teacher_cache.storage.cache import Cache, derived_error
+from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
-from ray_distill.teacher_cache.storage.create import check_location, create_cache, grow_cache, remove_unused_states
+from ray_distill.teacher_cache.storage.create import (
+    check_location,
+    create_cache,
+    grow_cache,
+    refuse_derived,
+    remove_unused_states,
+)
 from ray_distill.teacher_cache.storage.failed_utterances import (
     DEFAULT_MAX_FAILED,
     allowed_failures,
@@ -193,7 +199,7 @@ def _create_or_grow(
     cache = Cache.open(store)
     covered = cache.covers(spec)
     if cache.spec.derived_from is not None and not (covered and not cache.missing(spec)):
-        raise derived_error(cache)
+        refuse_derived(cache, spec)
     if covered:
         return cache
     new = tuple(sorted(set(spec.layers) - set(cache.spec.layers)))

@@ -25,6 +25,30 @@ HELD_OUT = 0.1
 """Held-out frames per fitted frame; the codec's error is measured on the held-out frames."""
 
 
+class CodecSample:
+    """Frames to fit a codec to, and frames of other utterances to measure its error on."""
+
+    def __init__(self) -> None:
+        self._fitted: list[Tensor] = []
+        self._held_out: list[Tensor] = []
+        self.num_fitted = 0
+        """Number of frames to fit to."""
+        self._num_held_out = 0
+
+    def add(self, frames: Tensor, last: bool) -> None:
+        """Add an utterance's (N, L, D) frames. ``last`` says whether it is the last of all, which is held out so that there is one."""
+        if last or self._num_held_out < HELD_OUT * self.num_fitted:
+            self._held_out.append(frames)
+            self._num_held_out += len(frames)
+        else:
+            self._fitted.append(frames)
+            self.num_fitted += len(frames)
+
+    def fit(self, codec: str) -> State:
+        """Return the state of a codec; see `fit_codec`. A single utterance is both fitted to and held out."""
+        return fit_codec(codec, torch.cat(self._fitted or self._held_out), torch.cat(self._held_out or self._fitted))
+
+
 def fit_codec_to_corpus(
     spec: CacheSpec, layers: Sequence[int], plan: pa.Table, teacher: Teacher, max_failed: float = DEFAULT_MAX_FAILED
 ) -> State:
@@ -37,14 +61,10 @@ def fit_codec_to_corpus(
         ValueError: If more utterances are left out than `allowed_failures` allows.
     """
     utterances = Utterances(plan).of_split("train")
-    fitted: list[Tensor] = []
-    held_out: list[Tensor] = []
-    num_fitted = num_held_out = 0
+    sample = CodecSample()
     wanted = sample_frames(spec.codec, len(layers), spec.dim)
     failed: dict[str, str] = {}
     for number, utterance in enumerate(sample_order(utterances)):
-        # The last utterance of a small corpus is held out too, so that there is always one.
-        hold_out = num_held_out < HELD_OUT * num_fitted or number == len(utterances) - 1
         try:
             frames = _frames(spec, layers, utterance, teacher)
         except (_UnusableError, OSError) as error:
@@ -52,16 +72,30 @@ def fit_codec_to_corpus(
             if len(failed) > allowed_failures(max_failed, plan.num_rows) or len(failed) == len(utterances):
                 raise too_many_error(failed, max_failed, plan.num_rows) from error
             continue
-        (held_out if hold_out else fitted).append(frames)
-        if hold_out:
-            num_held_out += len(frames)
-        else:
-            num_fitted += len(frames)
-        if num_fitted >= wanted:
+        sample.add(frames, last=number == len(utterances) - 1)
+        if sample.num_fitted >= wanted:
             break
-    sample = torch.cat(fitted or held_out)
-    state = fit_codec(spec.codec, sample, torch.cat(held_out or fitted))
-    return {key: value.cpu() for key, value in state.items()}
+    return {key: value.cpu() for key, value in sample.fit(spec.codec).items()}
+
+
+def codec_pass_seconds(spec: CacheSpec, layers: int, train_seconds: float, masked_fraction: float) -> float:
+    """Return the seconds of audio, summed over the teacher's passes, that `fit_codec_to_corpus` takes for a number of layers.
+
+    Args:
+        spec: Specification of the cache.
+        layers: Number of layers that the codec is fitted to.
+        train_seconds: Seconds of audio in the training split.
+        masked_fraction: Fraction of masked frames.
+    """
+    frames = sample_frames(spec.codec, layers, spec.dim) * (1 + HELD_OUT)
+    if not _has_masked_passes(spec):
+        return min(train_seconds, frames / float(spec.rate))
+    kept = 1.0 if spec.targets == "masked_everywhere" else 1 - masked_fraction
+    return 2 * min(train_seconds, frames / float(spec.rate) / (1 + kept))
+
+
+def _has_masked_passes(spec: CacheSpec) -> bool:
+    return bool(spec.masks.draws) and spec.targets != "clean_only"
 
 
 def sample_order(utterances: Utterances) -> Iterator[Utterance]:
@@ -82,7 +116,7 @@ def _frames(spec: CacheSpec, layers: Sequence[int], utterance: Utterance, teache
         raise _UnusableError(str(error)) from error
     padded, lengths = (tensor.to(teacher.device) for tensor in pad_waveforms([waveform]))
     frames = teacher(padded, lengths, layers=layers, precision=spec.precision)[0].transpose(0, 1)
-    if not spec.masks.draws or spec.targets == "clean_only":
+    if not _has_masked_passes(spec):
         return _finite(frames, layers)
     mask = teacher_mask(spec.masks, spec.rate, 0, [utterance.id], [len(waveform)], [len(frames)]).to(teacher.device)
     masked = teacher(padded, lengths, mask, layers, precision=spec.precision)[0].transpose(0, 1)

@@ -170,15 +170,27 @@ def _product_on_tensor_cores(left: Tensor, right: Tensor) -> Tensor:
 def _leading_vectors(x: Tensor, count: int) -> Tensor:
     """Return the (F, count) leading right singular vectors of x, (N, F), sorted by singular value, largest first.
 
-    Randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+    With few columns or rows they follow from the eigenvectors of xᵀ x, or from those of x xᵀ: if u is one, xᵀ u over its length is
+    one of the vectors. That is faster than randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4), which
+    finds them otherwise.
     """
-    generator = torch.Generator().manual_seed(0)
     width = min(count + _OVERSAMPLING, x.shape[1])
+    if x.shape[1] <= width:
+        return _with_sign(torch.linalg.eigh((x.T @ x).double())[1][:, -count:].flip(1).float())
+    if len(x) <= width:
+        values, vectors = torch.linalg.eigh((x @ x.T).double())
+        lengths = values[-count:].clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        return _with_sign(x.T @ (vectors[:, -count:] / lengths).flip(1).float())
+    generator = torch.Generator().manual_seed(0)
     start = torch.randn(x.shape[1], width, generator=generator).to(x.device)
     subspace = torch.linalg.qr(start)[0]
     for _ in range(_ITERATIONS):
         subspace = torch.linalg.qr(x.T @ (x @ subspace))[0]
     projected = x @ subspace
     values, vectors = torch.linalg.eigh((projected.T @ projected).double())
-    leading: Tensor = subspace @ vectors[:, values.argsort(descending=True)[:count]].float()
-    return leading * torch.where(leading.sum(0) < 0, -1.0, 1.0)
+    return _with_sign(subspace @ vectors[:, values.argsort(descending=True)[:count]].float())
+
+
+def _with_sign(vectors: Tensor) -> Tensor:
+    """Return vectors, (F, count), with the signs that make their sums positive."""
+    return vectors * torch.where(vectors.sum(0) < 0, -1.0, 1.0)

@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from torch import Tensor
 
-from ray_distill.teacher_cache.build.codec_fit import HELD_OUT, sample_order
+from ray_distill.teacher_cache.build.codec_fit import CodecSample, sample_order
 from ray_distill.teacher_cache.build.shard_audio import ReferredAudio, ShardAudio, load_shard_audio
 from ray_distill.teacher_cache.build.shard_output import open_output
-from ray_distill.teacher_cache.codecs import check_codec, fit_codec, is_discrete, sample_frames
+from ray_distill.teacher_cache.codecs import check_codec, is_discrete, sample_frames
 from ray_distill.teacher_cache.masks import MaskDraws
 from ray_distill.teacher_cache.reader import CacheReader
 from ray_distill.teacher_cache.reading.audio_place import check_holds, holder_of, open_holder, recorded_place
@@ -156,16 +155,13 @@ def _fit(spec: CacheSpec, reader: CacheReader) -> Mapping[str, Tensor]:
     plan = reader.cache.plan
     known = Utterances(plan.filter(pc.is_in(plan["id"].cast(pa.string()), value_set=pa.array(reader.ids, pa.string()))))
     wanted = sample_frames(spec.codec, len(spec.layers), spec.dim)
-    fitted: list[Tensor] = []
-    held_out: list[Tensor] = []
+    sample = CodecSample()
     for number, utterance in enumerate(sample_order(known)):
-        count = sum(map(len, fitted))
-        if count >= wanted:
+        if sample.num_fitted >= wanted:
             break
-        hold_out = sum(map(len, held_out)) < HELD_OUT * count or number == len(known) - 1
-        (held_out if hold_out else fitted).append(_features(reader, index[utterance.id]))
+        sample.add(_features(reader, index[utterance.id]), last=number == len(known) - 1)
     try:
-        return fit_codec(spec.codec, torch.cat(fitted or held_out), torch.cat(held_out or fitted))
+        return sample.fit(spec.codec)
     except ValueError as error:
         raise CacheError(f"the codec could not be fitted: {error}") from error
 

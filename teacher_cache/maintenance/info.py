@@ -6,6 +6,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from ray_distill.teacher_cache.frames import shown_audio
 from ray_distill.teacher_cache.reading.audio_place import holder_of
 from ray_distill.teacher_cache.reading.source_rows import SOUGHT_FILES, missing_sources
 from ray_distill.teacher_cache.sources.address import AudioAddress
@@ -43,7 +44,7 @@ def info_table(location: str | Path) -> Table:
     frames = "" if spec.is_audio_store else f"{record['frames']} frames, "
     table.add_row(
         "audio",
-        f"{record['seconds'] / 3600:.2f} h, {record['utterances']} utterances, {frames}{_where_audio_is(cache)}",
+        f"{shown_audio(record['seconds'])}, {record['utterances']} utterances, {frames}{_where_audio_is(cache)}",
     )
     if not spec.is_audio_store:
         _add_targets(table, cache)

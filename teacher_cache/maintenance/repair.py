@@ -26,9 +26,9 @@ from ray_distill.teacher_cache.reading.audio_place import holder_of, recorded_pl
 from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, take_manifest, update_manifest
 from ray_distill.teacher_cache.reading.source_rows import with_places
 from ray_distill.teacher_cache.sources.address import AudioAddress
-from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile, derived_error
+from ray_distill.teacher_cache.storage.cache import CACHE_JSON, COPIES, Cache, ShardFile
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError
-from ray_distill.teacher_cache.storage.create import move_audio
+from ray_distill.teacher_cache.storage.create import move_audio, refuse_derived
 from ray_distill.teacher_cache.storage.lock import cache_lock, disk_full_error
 from ray_distill.teacher_cache.storage.shard_plan import PLAN_SCHEMA, Shard, Shards, plain_rows, with_sources
 from ray_distill.teacher_cache.storage.store import Store
@@ -110,7 +110,7 @@ def repair_cache(
             if cache.spec.derived_from is not None:
                 for file in damaged:
                     store.remove(file.commit)
-                raise derived_error(cache)
+                refuse_derived(cache)
             shards = cache.shards if corpus_moved is None else _with_moved_corpus(cache, *map(Path, corpus_moved))
             if from_corpus:
                 shards = Shards(with_places(cache, cache.plan, audio))

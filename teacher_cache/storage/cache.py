@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ray_distill.plugins import missing_plugin
 from ray_distill.teacher_cache.codecs import ColumnCodec, open_codec
+from ray_distill.teacher_cache.frames import shown_audio
 from ray_distill.teacher_cache.storage.cache_spec import (
     SCHEMA_VERSION,
     CacheAccessError,
@@ -357,18 +358,11 @@ class Cache:
         differences = self.spec.differences(needed)
         if differences:
             raise CacheError(
-                f"the cache at {self.store.location} was made for something else ({'; '.join(differences)}); "
+                f"the cache at {self.store.location} ({self.record['utterances']} utterances, "
+                f"{shown_audio(self.record['seconds'])} of audio) was made for something else ({'; '.join(differences)}); "
                 "set cache.path to another folder, or use the settings the cache was made with"
             )
-        return set(needed.layers) <= set(self.spec.layers) and needed.masks.draws <= self.spec.masks.draws
-
-
-def derived_error(cache: Cache) -> CacheError:
-    """Return the error for a derived cache that lacks files, layers or draws, which its teacher would compute differently."""
-    return CacheError(
-        f"the cache at {cache.store.location} was derived from another one, with the fingerprint {cache.spec.derived_from}, and lacks "
-        "files, layers or draws; run `ray-distill cache derive` from that cache again"
-    )
+        return self.spec.lacking(needed) is None
 
 
 def check_content(metadata: Mapping[bytes, bytes] | None, file: ShardFile) -> None:

@@ -146,6 +146,14 @@ class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_d
         """Frames per second; 50 for a teacher with patches too."""
         return Fraction(self.frame_rate or FRAME_RATE)
 
+    def lacking(self, needed: "CacheSpec") -> str | None:
+        """Return which layers and how many draws of a need this specification lacks, in words; None if it has all."""
+        layers = sorted(set(needed.layers) - set(self.layers))
+        draws = max(0, needed.masks.draws - self.masks.draws)
+        parts = [f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"] if layers else []
+        parts += [f"{draws} mask draw{'' if draws == 1 else 's'}"] if draws else []
+        return " and ".join(parts) or None
+
     def differences(self, needed: "CacheSpec") -> list[str]:
         """Return the differences that prevent this cache, even when extended, from serving a need.
 

@@ -115,6 +115,17 @@ def _plugins(codec: str, teacher_spec: str) -> list[Plugin]:
     return [plugin for plugin in found if plugin is not None]
 
 
+def refuse_derived(cache: Cache, needed: CacheSpec | None = None) -> None:
+    """Raise CacheError if a cache that lacks files, or some of a need, was derived, because the teacher would compute others."""
+    if cache.spec.derived_from is not None:
+        lacking = None if needed is None else cache.spec.lacking(needed)
+        raise CacheError(
+            f"the cache at {cache.store.location} was derived from another one, with the fingerprint {cache.spec.derived_from}, and "
+            f"lacks {lacking or 'files'}; run `ray-distill cache derive` from that cache again"
+            + (", with another --output and all layers that are needed" if lacking else "")
+        )
+
+
 def grow_cache(cache: Cache, needed: CacheSpec, state: Mapping[str, Tensor]) -> Cache:
     """Extend a cache's identity by the layers and draws of a need. Existing files stay valid; the new ones are missing.
 

@@ -112,6 +112,10 @@ class LocalFiles:
     def check_writable(self) -> None:
         """Raise CacheAccessError if files can't be created in the root, which need not exist yet."""
         there = next(folder for folder in (self._root, *self._root.parents) if folder.exists())
+        if not there.is_dir():
+            raise CacheAccessError(
+                f"{there} is a file, but a cache is a folder; give the path of a folder, which need not exist yet"
+            )
         if not os.access(there, os.W_OK | os.X_OK):
             raise _unwritable(there, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 

@@ -1,5 +1,6 @@
 """Loading of teachers from checkpoints, Hugging Face folders and names on the hub, torchaudio bundles and this package."""
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -70,7 +71,7 @@ NAMED = (*_NAMED, "hf", *(option.removesuffix(":") for option in _OPTIONS))
 """Words before a colon that have a meaning of their own in a specification."""
 
 
-def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
+def load_teacher(spec: str | Path, device: str | torch.device = "cpu") -> Teacher:
     """Load a frozen teacher.
 
     No code in a checkpoint is executed, and neither fairseq nor transformers is needed.
@@ -96,7 +97,7 @@ def load_teacher(spec: str, device: str | torch.device = "cpu") -> Teacher:
         >>> load_teacher("random:4x96")
         Wav2Vec2Teacher('random:4x96', num_layers=4, dim=96, num_parameters=594,272, device='cpu')
     """
-    options, spec = split_options(spec)
+    options, spec = split_options(os.fspath(spec))
     teacher = _load(spec, device)
     teacher.name = options + teacher.name
     teacher.layer_norm = "layer-norm:" in options
@@ -151,7 +152,7 @@ def resolve_teacher(spec: str) -> str:
     if (found := parse_hub_name(name)) is not None:
         return options + str(found if found.is_commit else open_hub_model(found).name)
     path = Path(name).expanduser()
-    return options + str(path.absolute()) if path.exists() else spec
+    return options + str(path.absolute()) if name and path.exists() else spec
 
 
 def open_folder(path: Path) -> HuggingFaceFolder:
@@ -187,7 +188,7 @@ def _load(spec: str, device: str | torch.device) -> Teacher:
     if (name := parse_hub_name(spec)) is not None:
         return _load_from_hub(name, device)
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():  # An empty path would be the folder of the process.
         folder = open_folder(path)
         check_supported(folder)
         return HUGGINGFACE_LOADERS[folder.model_type](folder, device)

@@ -13,7 +13,7 @@ from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.teachers.architecture import HUBERT_CONVOLUTIONS, Architecture, build_model
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 from ray_distill.teacher_cache.teachers.wav2vec2 import NORMALIZE_EPS, Wav2Vec2Teacher
-from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_model
+from ray_distill.teacher_cache.teachers.weights import checked_mask_embedding, load_model, without_wrappers
 from ray_distill.teacher_cache.untrusted import plain
 
 _PRETRAINED = ("hubert", "wav2vec2")
@@ -223,7 +223,7 @@ def torchaudio_weights(state: Any, name: str) -> tuple[dict[str, Tensor], Tensor
         raise TeacherError(f"{name} has no weights under the key 'model', where fairseq's checkpoints have them")
     mask_embedding: Tensor | None = None
     weights: dict[str, Tensor] = {}
-    for key, value in state.items():
+    for key, value in without_wrappers(state, name).items():
         if key == "mask_emb":
             mask_embedding = value
         elif not _PRETRAINING_WEIGHTS.match(key):

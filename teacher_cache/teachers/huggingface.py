@@ -41,8 +41,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "layer_norm_eps": (1e-5,),
     "add_adapter": (False,),
     "adapter_attn_dim": (None,),
-    "deepnorm": (False,),
-    "attention_relax": (-1, -1.0),
+    "deepnorm": (False,),  # Without it, MERT's attention_relax has no effect.
 }
 
 

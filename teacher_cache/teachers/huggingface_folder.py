@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ray_distill.teacher_cache.frames import SAMPLE_RATE
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
+from ray_distill.teacher_cache.teachers.weights import without_wrappers
 from ray_distill.teacher_cache.untrusted import load_untrusted, what_instead
 
 STUDENT = "distilled_student"
@@ -99,13 +100,14 @@ class HuggingFaceFolder:
         """Return all tensors by name.
 
         They are read from the first of these that exists, as in transformers: model.safetensors, its shards, pytorch_model.bin,
-        its shards. A ``.bin`` file is a pickle, which is read without running code.
+        its shards. A ``.bin`` file is a pickle, which is read without running code. What wrappers such as torch.compile add to the
+        names is left out.
         """
         for name, read in zip(WEIGHT_FILES, (_read_safetensors, _read_bin), strict=True):
             if (self.path / name).is_file():
-                return read(self.path / name)
+                return without_wrappers(read(self.path / name), self.name)
             if (self.path / f"{name}.index.json").is_file():
-                return self._shards(f"{name}.index.json", read)
+                return without_wrappers(self._shards(f"{name}.index.json", read), self.name)
         raise TeacherError(
             f"{self.path} has neither model.safetensors nor pytorch_model.bin; a Hugging Face folder must have its weights in one "
             "of these, or in shards with model.safetensors.index.json or pytorch_model.bin.index.json"
@@ -178,7 +180,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             raise TeacherError(f"{path} {what}")
         state: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise TeacherError(f"{path} is not a readable safetensors file: {error}") from error
+        raise TeacherError(
+            f"{path} is not a readable safetensors file, so it may be cut off; download it again ({error})"
+        ) from error
     return state
 
 

@@ -260,6 +260,11 @@ class Teacher(ABC):
         return torch.where(frame_mask[:, :, None], mean_B1D, x_BTD)
 
     def _checked_lengths(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor:
+        if not isinstance(waveforms, Tensor):
+            raise TeacherError(
+                f"waveforms must be a float tensor of shape (batch, samples), not of the type {type(waveforms).__name__}; "
+                "torch.from_numpy makes one of an array"
+            )
         if waveforms.ndim != 2 or not waveforms.is_floating_point() or waveforms.shape[0] == 0:
             raise TeacherError(
                 f"waveforms must be a float tensor of shape (batch, samples), not {waveforms.dtype} of shape "
@@ -268,6 +273,11 @@ class Teacher(ABC):
         batch, width = waveforms.shape
         if lengths is None:
             lengths = torch.full((batch,), width, dtype=torch.int64)
+        if not isinstance(lengths, Tensor):
+            raise TeacherError(
+                f"lengths must be an integer tensor of shape ({batch},), one length per waveform, not of the type "
+                f"{type(lengths).__name__}; torch.tensor makes one of a list"
+            )
         integer = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
         if lengths.shape != (batch,) or not integer:
             raise TeacherError(

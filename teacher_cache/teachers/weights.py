@@ -1,5 +1,6 @@
 """Loading of a checkpoint's weights into a model, with a check that they are complete and finite."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,6 +11,32 @@ from ray_distill.teacher_cache.shapes_only import shapes_only
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# Parts that torch.compile, FSDP and checkpointing of activations put into the names of a model's weights, anywhere.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def without_wrappers(weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return weights under the names of the plain model, without what wrappers add to them.
+
+    These are the ``module.`` of DataParallel and DistributedDataParallel, at the beginning of all names, and the parts that
+    torch.compile, FSDP and checkpointing of activations insert.
+
+    Args:
+        weights: The weights by name.
+        source: Name of the checkpoint, for messages.
+
+    Raises:
+        TeacherError: Two weights have one name then.
+    """
+    names = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in weights]
+    while names and all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    plain = dict(zip(names, weights.values(), strict=True))
+    if len(plain) < len(weights):
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
+        _refuse("has weights twice, in a wrapper such as torch.compile's and outside of it", twice, source)
+    return plain
 
 
 def load_model(build: Callable[[], Model], weights: dict[str, Tensor], modules: int, source: str) -> Model:

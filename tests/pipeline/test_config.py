@@ -222,6 +222,7 @@ def test_the_effects_of_every_key_are_decided() -> None:
         *("teacher.layers", "train.objective", "train.hint_weight", "train.final_weight", "train.loss"),
         *(
             "train.cosine_weight",
+            "train.cosine_term",
             "train.relation_weights",
             "train.masks",
             "train.masked_weight",

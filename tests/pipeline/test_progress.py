@@ -108,6 +108,37 @@ def test_the_batches_that_a_training_found_are_said_once(tmp_path: Path) -> None
     assert said.getvalue().splitlines() == [sentence]
 
 
+def test_what_a_pruning_has_left_is_said_before_the_second_phase(tmp_path: Path) -> None:
+    said = io.StringIO()
+    run = Run(demo_config(tmp_path), Console(file=said, width=200))
+    pruning = run.folder.path / run_files.PRUNING
+    student = pruning / run_files.PRUNED
+    student.mkdir(parents=True)
+    row = {"kind": "train", "step": 6, "steps": 6, "loss": 0.5, "sparsity": 0.4}
+    (pruning / run_files.METRICS).write_text(json.dumps(row) + "\n")
+    done, ended = threading.Event(), False
+
+    def update(step: int, steps: int, note: str = "") -> None:
+        nonlocal ended
+        if not ended and "pruning, " in note:  # The first phase is over.
+            record = {"parameters": 1500, "parameters_before": 3000, "sparsity": 0.5, "expected_sparsity": 0.4}
+            (student / "config.json").write_text(json.dumps({"metadata": record}))
+            row = {"kind": "train", "step": 1, "steps": 4, "loss": 0.4}
+            run.folder.metrics_file.write_text(json.dumps(row) + "\n")
+        elif not ended:
+            run.say("second phase")
+            done.set()
+            ended = True
+
+    _show_metrics(run, update, done, 0, measures=False, prunes=True)
+    lines = said.getvalue().splitlines()
+    left = "train   pruning has left 1,500 of 3,000 parameters without heads (sparsity 0.500)"
+    assert lines[0] == left and "only reached a sparsity of 0.400" in lines[1] and lines[2:] == ["second phase"]
+    # The training may end within the second in which the record is written.
+    _show_metrics(run, update, done, 0, measures=False, prunes=True)
+    assert said.getvalue().splitlines()[3] == left
+
+
 def test_an_interruption_says_where_it_was_and_what_comes_next(tmp_path: Path) -> None:
     run = Run(demo_config(tmp_path), Console(quiet=True))
     run.position = Position("index", "files")

@@ -16,7 +16,7 @@ from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.report import report_run
 from ray_distill.pipeline.stages.train import initial_student, prepare_training, pruning_record
 from ray_distill.pipeline.student_export import export_student, open_student
-from ray_distill.student import load_student
+from ray_distill.student import Student, load_student
 from ray_distill.student.pruning.gates import Gates
 from ray_distill.student.training import ray_training
 from ray_distill.student.training.steps.step_memory import StepMemory
@@ -111,12 +111,17 @@ def test_what_cant_be_pruned_is_refused_before_anything_is_built(tmp_path: Path,
 
 
 def test_the_recipe_prunes_a_copy_of_hubert_base() -> None:
-    config = load_config(
-        CONFIGS / "pruned" / "dphubert-960.yaml", ["student.encoder_layers=2", "train.init_encoder_layers=2"]
-    )
+    smaller = [
+        "student.encoder_layers=2",
+        "train.init_encoder_layers=2",
+        "teacher.layers=[1,2]",
+        "student.head_layers=[1,2]",
+    ]
+    config = load_config(CONFIGS / "pruned" / "dphubert-960.yaml", smaller)
     student = config.resolve_student(2, 768)
     tensors = initial_tensors(load_teacher("random:2x768"), student, config.train)  # HuBERT Base with fewer layers.
     assert {name.partition(".")[0] for name in tensors} >= {"conv_blocks", "projection", "position", "layers"}
     assert config.train.prune is not None
-    whole = load_config(CONFIGS / "pruned" / "dphubert-960.yaml").resolve_student(12, 768)
+    whole = load_config(CONFIGS / "pruned" / "dphubert-960.yaml").resolve_student(3, 768)
+    assert not list(Student(whole).heads.parameters()), "layers 4, 8 and 12 are compared as they are"
     assert Gates(whole, config.train.prune, 0).total == 94_371_712

@@ -1,14 +1,25 @@
 """Work that does not fit on Ray's nodes: refused on a local Ray, announced on a cluster, which may grow."""
 
 import io
+import resource
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 from rich.console import Console
 
+from ray_distill.interruption import Interrupted, interruptible
 from ray_distill.pipeline.config import ConfigError, load_config
-from ray_distill.pipeline.ray_session import count_fitting_workers, counted, describe_resources
+from ray_distill.pipeline.ray_session import (
+    RayStartError,
+    count_fitting_workers,
+    counted,
+    describe_resources,
+    init_ray,
+)
 from ray_distill.pipeline.stages import Run
 from ray_distill.pipeline.stages.cache import cache_targets
 from ray_distill.pipeline.stages.train import train_student
@@ -96,3 +107,50 @@ def test_workers_fit_on_one_machine_each() -> None:
 
 def test_a_noun_follows_its_number() -> None:
     assert [counted(n, "file") for n in (0, 1, 0.5, 1_234_567)] == ["0 files", "1 file", "0.5 files", "1234567 files"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "starts", "message"),
+    [
+        (4_096_000, 1, r"at most 4 MB here \(ulimit -f\), .* start this with `ulimit -f unlimited`"),
+        (resource.RLIM_INFINITY, 3, "within 30 s in 3 attempts, because this machine is busy"),
+    ],
+)
+def test_ray_that_does_not_start_in_time(
+    monkeypatch: pytest.MonkeyPatch, limit: int, starts: int, message: str
+) -> None:
+    begun = []
+
+    def start(**options: object) -> None:
+        begun.append(options["address"])
+        raise RuntimeError("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    real = resource.getrlimit
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda kind: (limit, limit) if kind == resource.RLIMIT_FSIZE else real(kind)
+    )
+    with pytest.raises(RayStartError, match=message):
+        init_ray()
+    assert begun == ["local"] * starts
+
+
+def test_sigterm_while_ray_starts_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # As Ray does.
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    # Where Ray is loaded, such a process ends, so the signals are ignored afterwards.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(Interrupted) as caught, interruptible():
+            init_ray()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert caught.value.exit_code == 143

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.stages import STAGES, Run, run_stages
 from ray_distill.pipeline.stages import plan as plan_stage
 from ray_distill.pipeline.stages.cache import cache_targets, check_cache
+from ray_distill.pipeline.stages.export import export_best
 from ray_distill.pipeline.stages.index import index_audio
 from ray_distill.pipeline.stages.plan import plan_cache
 from ray_distill.pipeline.stages.report import report_run
@@ -30,7 +32,7 @@ from ray_distill.teacher_cache.storage.create import grow_cache
 from ray_distill.teacher_cache.storage.shard_plan import plan_shards
 from ray_distill.teacher_cache.teachers import Teacher, load_teacher
 
-from ..tiny import demo_config
+from ..tiny import demo_config, tiny_student
 
 
 def make(folder: Path, *overrides: str) -> Run:
@@ -51,25 +53,25 @@ def build(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "section"),
+    ("override", "may_differ"),
     [
-        ("train.max_failures=9", None),
-        ("train.trackers=[mlflow]", None),
-        ("cache.actors=7", None),
-        ("cache.verify=false", None),
-        ("train.max_steps=2000", None),
-        ("train.epochs=2000", None),
-        ("train.max_steps=null", None),
-        ("train.max_steps=9", "train"),
-        ("train.epochs=9", "train"),
-        ("train.seed=9", "train"),
-        ("train.log_every=9", "train"),
-        ("cache.shard_minutes=9", "cache"),
-        ("masks.policy.mask_prob=0.5", "masks"),
-        ("student.conv_pos=64", "student"),
+        ("train.max_failures=9", True),
+        ("train.trackers=[mlflow]", True),
+        ("cache.actors=7", True),
+        ("cache.verify=false", True),
+        ("train.max_steps=2000", True),
+        ("train.epochs=2000", True),
+        ("train.max_steps=null", True),
+        ("train.max_steps=9", False),
+        ("train.epochs=9", False),
+        ("train.seed=9", False),
+        ("train.log_every=9", False),
+        ("cache.shard_minutes=9", False),
+        ("masks.policy.mask_prob=0.5", False),
+        ("student.conv_pos=64", False),
     ],
 )
-def test_only_keys_that_change_no_result_may_differ(tmp_path: Path, override: str, section: str | None) -> None:
+def test_only_keys_that_change_no_result_may_differ(tmp_path: Path, override: str, may_differ: bool) -> None:
     run = begin(tmp_path)
     begin(tmp_path, override)  # Nothing has been made yet.
     begin(tmp_path)
@@ -81,14 +83,36 @@ def test_only_keys_that_change_no_result_may_differ(tmp_path: Path, override: st
     begin(tmp_path)
     begin(tmp_path, "cache.shard_minutes=null")  # It takes that of the cache.
     begin(tmp_path)
-    if section is None:
+    if may_differ:
         begin(tmp_path, override)
     else:
+        key, value = override.split("=")
         with pytest.raises(
-            ConfigError, match=rf"holds a run with another .*\(sections that differ: {section}\); choose"
+            ConfigError, match=rf"holds a run with another .*\({key} is .* there and {value}.* here\); choose"
         ):
             begin(tmp_path, override)
         assert run.folder.config() == run.config, "the refused configuration is not stored"
+
+
+def test_a_damaged_or_missing_checkpoint_is_named_by_the_export(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    run.folder.result_file.write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"the checkpoint .*best, from which the student would be exported, is missing; restore"
+    ):
+        export_best(run)
+    save_student(Student(tiny_student()), run.folder.best)
+    weights = run.folder.best / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=rf"^{weights} is not a safetensors file"):
+        export_best(run)
+    assert not run.folder.export.exists()
+    weights.write_bytes(whole)
+    export_best(run)
+    shutil.rmtree(run.folder.best)
+    export_best(run)
+    assert (run.folder.export / "model.safetensors").read_bytes() == whole, "an export outlives its checkpoint"
 
 
 def test_a_finished_training_that_is_made_longer_is_reopened(tmp_path: Path) -> None:
@@ -226,6 +250,37 @@ def test_batches_that_workers_find_are_said(
     index_audio(again)
     assert again.spec.batch_seconds == 60
     cache_targets(again)
+
+
+def test_a_codec_fitted_to_little_audio_is_said(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray_distill.pipeline.stages.cache.init_ray", lambda: None)
+    monkeypatch.setattr("ray_distill.pipeline.stages.cache.require_resources", lambda *_: None)
+
+    def build_here(*arguments: Any, **options: Any) -> BuildReport:
+        return build_cache(*arguments, teacher_name=options["teacher_name"], workers=None)
+
+    monkeypatch.setattr("ray_distill.pipeline.stages.cache.build_cache", build_here)
+    texts = {}
+    for codec in ("pca", "fp16"):
+        config = demo_config(
+            tmp_path,
+            f"corpus.path={speech_folder}",
+            f"cache.codec={codec}",
+            f"cache.path={tmp_path / codec}",
+            f"name={codec}",
+        )
+        for time in ("first", "again"):
+            run = Run(config, Console(file=(said := io.StringIO()), width=300))
+            with run.folder.begin(run.config):
+                index_audio(run)
+                cache_targets(run)
+            texts[codec, time] = said.getvalue()
+    error = max(float(codec.error.max()) for codec in Cache.open(tmp_path / "pca").codecs(0))
+    sentence = f" s of training audio, so it fits other audio badly: its error is up to {error:.0%} of a layer's standard deviation"
+    assert [key for key, text in texts.items() if sentence in text] == [("pca", "first")]
+    assert not any("fits other audio" in text for key, text in texts.items() if key != ("pca", "first"))
 
 
 def test_a_plan_gives_back_the_memory_of_a_gpu(

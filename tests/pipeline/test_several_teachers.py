@@ -279,7 +279,7 @@ def test_a_run_of_two_teachers(config: Callable[..., Config], tmp_path: Path) ->
     changed["teachers"][1]["cache"]["actors"] = 7
     run.folder.refuse_other_config(check_config(changed))
     changed["teachers"][1]["weight"] = 7
-    with pytest.raises(ConfigError, match=r"another configuration \(sections that differ: teachers\)"):
+    with pytest.raises(ConfigError, match=r"another configuration \(teachers\.b\.weight is 0\.5 there and 7\.0 here\)"):
         run.folder.refuse_other_config(check_config(changed))
 
 

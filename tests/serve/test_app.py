@@ -334,6 +334,7 @@ def test_openapi_describes_the_interface(client: httpx.Client) -> None:
         "/v1/features",
         "/v1/embeddings",
         "/v1/models",
+        "/v1/models/{name}",
         "/healthz",
         "/readyz",
         "/info",

@@ -96,11 +96,11 @@ def test_a_body_that_arrives_after_its_answer_is_read_to_its_end(base: None) -> 
         assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
         for _ in range(3):
             writer.write(b"x" * 100_000)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.4)
         writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
 
-    run(talk, head_seconds=0.15)
+    run(talk, head_seconds=0.8)
 
 
 def test_open_connections_are_limited(base: None) -> None:

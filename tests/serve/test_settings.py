@@ -17,8 +17,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from ray_distill.command_line import application
 from ray_distill.serve.command import reporting_seconds, serve
-from ray_distill.serve.settings import AppSettings, Limits, ServeSettings, options, unknown_variables
+from ray_distill.serve.settings import (
+    AppSettings,
+    Limits,
+    ServeSettings,
+    forget_service_link,
+    options,
+    unknown_variables,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENT = REPOSITORY / "docs" / "in-depth" / "serving.md"
@@ -255,3 +263,16 @@ def test_variables_of_the_environment_that_name_no_setting_are_said() -> None:
     assert port.startswith("The environment variable RAY_DISTILL_SERVE_PROT has no effect")
     assert port.endswith("did you mean RAY_DISTILL_SERVE_PORT?")
     assert "RAY_DISTILL_SERVE_TLS" in tls and tls.endswith("ray-distill serve --help lists the settings.")
+
+
+def test_the_port_of_a_kubernetes_service_is_no_port_to_listen_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_DISTILL_SERVE_PORT", "tcp://10.0.0.1:8000")
+    with pytest.raises(SystemExit):
+        application(["serve", "--model", str(tmp_path / "missing")])
+    message = capsys.readouterr().err
+    assert "There is no model folder" in message and "tcp" not in message
+    environment = {"RAY_DISTILL_SERVE_PORT": "8080"}
+    forget_service_link(environment)
+    assert environment == {"RAY_DISTILL_SERVE_PORT": "8080"}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ray_distill.teacher_cache.codecs import ColumnCodec, check_codec, fit_codec, open_codec, relative_error
-from ray_distill.teacher_cache.codecs.pca import PcaCodec
+from ray_distill.teacher_cache.codecs.pca import PcaCodec, _leading_vectors
 from ray_distill.teacher_cache.targets.target_batch import CodedTargets
 
 from ..fake_gpu import GPU, CopiesToGpu, fake_gpu
@@ -225,6 +225,23 @@ def test_a_smaller_step_has_more_bytes_and_less_error() -> None:
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.01
     assert sizes[1] < LAYERS * DIM  # Fewer bytes than values, before any compression.
+
+
+@pytest.mark.parametrize(("rows", "columns", "count"), [(30, 90, 20), (90, 30, 20), (60, 60, 60), (500, 400, 40)])
+def test_leading_vectors_are_the_singular_vectors(rows: int, columns: int, count: int) -> None:
+    """Few rows, few columns, as many of both, and many, which only an iteration finds."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(rows, columns, generator=generator) * 0.8 ** torch.arange(columns)
+    vectors = _leading_vectors(x, count)
+    assert vectors.shape == (columns, count)
+    exact = torch.linalg.svdvals(x.double())[:count]
+    good = exact > 1e-3 * exact[0]
+    assert torch.allclose((x @ vectors).norm(dim=0).double()[good], exact[good], rtol=1e-2)
+    products = (vectors.T @ vectors)[good][:, good]
+    assert torch.allclose(products, torch.eye(len(products)), atol=1e-2)
+    assert (vectors.sum(0) >= 0).all()
+    if min(rows, columns) < 100:  # Without an iteration, the starting vectors make no difference.
+        assert torch.allclose((x @ vectors).norm(dim=0).double()[good], exact[good], rtol=1e-3)
 
 
 def test_equal_layers_share_their_components() -> None:

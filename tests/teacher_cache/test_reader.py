@@ -112,6 +112,8 @@ def test_a_reader_is_a_dataset(tmp_path: Path, make_cache: Make, cache: Path) ->
             reader[index]
     with pytest.raises(TypeError):
         reader[0:2]  # type: ignore[index]
+    with pytest.raises(IndexError, match="a batch needs an index; the split 'train' has 9 utterances"):
+        reader.read([], 0)
     validation = CacheReader(cache, "validation")
     assert validation.draws == 0 and validation[0].frame_mask is None
     with pytest.raises(CacheError, match="mask draw 0 is not in the cache at .*; it has no draws"):
@@ -207,6 +209,8 @@ def test_layers_can_be_chosen(tmp_path: Path, make_cache: Make, codec: str) -> N
     assert torch.equal(backwards.targets, both.targets.flip(1))
     with pytest.raises(CacheError, match=r"no layer 5; it has layers \[1, 2\]"):
         CacheReader(tmp_path / "cache", "train", [5])
+    with pytest.raises(CacheError, match=r"no layer is named; it has layers \[1, 2\]"):
+        CacheReader(tmp_path / "cache", "train", [])
 
 
 def test_the_joint_codec_has_one_column(tmp_path: Path, make_cache: Make) -> None:

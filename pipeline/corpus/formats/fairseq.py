@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ray_distill.pipeline.corpus.formats.file_splits import split_of_stem
+from ray_distill.pipeline.corpus.formats.hidden import visible
 from ray_distill.pipeline.corpus.formats.text_lines import read_lines
 from ray_distill.pipeline.corpus.found import FoundFile, Search, without_suffix
 
@@ -15,7 +16,7 @@ def matches(path: Path) -> bool:
 
 
 def _manifests(path: Path) -> list[Path]:
-    files = [path] if path.is_file() else sorted(path.glob("*.tsv"))
+    files = [path] if path.is_file() else sorted(visible(path.glob("*.tsv"), path))
     return [file for file in files if file.suffix.lower() == ".tsv" and _is_manifest(file)]
 
 

@@ -3,8 +3,9 @@
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from ray_distill.pipeline.corpus.formats.hidden import hidden, is_hidden
 from ray_distill.pipeline.corpus.found import FoundFile, Search, Skipped, SkippedFiles
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, kinds, match_wanted, split_of_folders
 from ray_distill.pipeline.corpus.suffixes import FIRST_SUFFIXES, SUFFIXES, UNSUPPORTED
@@ -15,9 +16,13 @@ _LISTS = (".tsv", ".csv", ".txt", ".lst", ".scp", ".json", ".jsonl", ".parquet")
 
 def matches(path: Path) -> bool:
     """Return whether there is an audio file at any depth below a folder."""
-    return path.is_dir() and any(
-        name.lower().endswith(SUFFIXES) for _, _, names in os.walk(path, followlinks=False) for name in names
-    )
+    if not path.is_dir():
+        return False
+    for _, folders, names in os.walk(path, followlinks=False):
+        folders[:] = [name for name in folders if not is_hidden(PurePath(name))]
+        if any(name.lower().endswith(SUFFIXES) and not is_hidden(PurePath(name)) for name in names):
+            return True
+    return False
 
 
 def find(path: Path, search: Search) -> list[FoundFile]:
@@ -125,7 +130,9 @@ def _walk(path: Path, skipped: SkippedFiles) -> _Walked:
                     folders.clear()
                     continue
                 seen.add(real)
-                folders.sort()
+                inner_hidden = [Path(folder) / name for name in folders if is_hidden(PurePath(name))]
+                skipped.extend(hidden(inner) for inner in inner_hidden if matches(inner))
+                folders[:] = sorted(name for name in folders if not is_hidden(PurePath(name)))
                 links += (inner for name in folders if os.path.islink(inner := os.path.join(folder, name)))  # noqa: PTH114, PTH118
                 _add(walked, skipped, folder, names)
         places = sorted(links)
@@ -139,7 +146,10 @@ def _add(walked: _Walked, skipped: SkippedFiles, folder: str, names: list[str]) 
     for name in sorted(names):
         file = Path(folder) / name
         suffix = file.suffix.lower()
-        if name.lower().endswith(SUFFIXES):
+        if is_hidden(PurePath(name)):
+            if name.lower().endswith(SUFFIXES):
+                skipped.append(hidden(file))
+        elif name.lower().endswith(SUFFIXES):
             walked.audio.append(file)
         elif suffix in UNSUPPORTED:
             message = (

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from ray_distill.pipeline.corpus.formats.file_splits import base_folder, located, split_of_stem
+from ray_distill.pipeline.corpus.formats.hidden import visible
 from ray_distill.pipeline.corpus.formats.text_lines import check_piece, read_lines, seconds_of
 from ray_distill.pipeline.corpus.found import FoundFile, Search
 from ray_distill.teacher_cache.sources.address import AudioAddress
@@ -15,7 +16,9 @@ def matches(path: Path) -> bool:
 
 
 def _folders(path: Path) -> list[Path]:
-    return [path] if (path / "wav.scp").is_file() else sorted(scp.parent for scp in path.glob("*/wav.scp"))
+    return (
+        [path] if (path / "wav.scp").is_file() else sorted(scp.parent for scp in visible(path.glob("*/wav.scp"), path))
+    )
 
 
 def find(path: Path, search: Search) -> list[FoundFile]:

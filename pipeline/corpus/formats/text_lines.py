@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_distill.pipeline.corpus.formats.hidden import visible
+
 MAX_LINE = 1 << 24
 """Maximum number of bytes of a line."""
 MAX_LOOKED_AT = 50
@@ -87,7 +89,7 @@ def _read_array(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def json_files(path: Path) -> list[Path]:
     """Return the JSON files in a folder, sorted, or the file itself."""
-    files = [path] if path.is_file() else path.iterdir()
+    files = [path] if path.is_file() else visible(path.iterdir(), path)
     return sorted(file for file in files if file.name.lower().endswith(_JSON))
 
 

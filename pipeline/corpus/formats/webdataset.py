@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ray_distill.pipeline.corpus.formats.hidden import hidden, is_hidden, visible
 from ray_distill.pipeline.corpus.formats.text_lines import text_of
 from ray_distill.pipeline.corpus.found import FoundFile, Search, Skipped
 from ray_distill.pipeline.corpus.splits import NO_SPLIT, split_of_folders
@@ -21,7 +22,7 @@ _MAX_TEXT = 1 << 20
 
 def matches(path: Path) -> bool:
     """Return whether a file is a tar file, or a folder has some."""
-    return bool(_shards(path))
+    return bool(visible(_shards(path), path))
 
 
 def _shards(path: Path) -> list[Path]:
@@ -61,7 +62,9 @@ def find(path: Path, search: Search) -> list[FoundFile]:
     Raises:
         ValueError: There is no tar file, or one is compressed or damaged.
     """
-    shards = _shards(path)
+    every = _shards(path)
+    shards = visible(every, path)
+    search.skipped.extend(hidden(file) for file in every if file not in shards)
     if not shards:
         raise ValueError(f"{path} has no tar file, so it is no WebDataset")
     samples: list[_Sample] = []
@@ -108,6 +111,10 @@ def _samples(shard: Path, search: Search) -> list[_Sample]:
                 middle, _, last = suffix.lower().rpartition(".")
                 suffix = f".{last}"
                 is_audio = suffix in SUFFIXES
+                if is_hidden(name):
+                    if is_audio:
+                        search.skipped.append(hidden(shard, member.name))
+                    continue
                 if suffix in UNSUPPORTED or (is_audio and not _is_plain(member)):
                     reason = "it is a link" if is_audio else f"libsndfile doesn't read {suffix} files"
                     message = f"{member.name[:200]} in {shard} can't be used, since {reason}"

@@ -16,6 +16,7 @@ from ray_distill.teacher_cache.teachers.huggingface_folder import (
     HuggingFaceFolder,
 )
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
+from ray_distill.teacher_cache.teachers.weights import without_wrappers
 
 _DESCRIPTIONS = ["config.json", EXTRACTOR_FILE, PROCESSOR_FILE, *(f"{name}.index.json" for name in WEIGHT_FILES)]
 _SPECIAL = re.compile(r"([*?[])")
@@ -135,7 +136,7 @@ class RemoteFolder(HuggingFaceFolder):
 
     def weights(self) -> dict[str, Tensor]:
         """See `HuggingFaceFolder.weights`."""
-        return dict(self._shapes)
+        return without_wrappers(self._shapes, self.name)
 
 
 def open_hub_model(name: HubName) -> HubModel:

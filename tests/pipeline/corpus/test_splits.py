@@ -162,8 +162,8 @@ def test_the_table_of_splits(tmp_path: Path) -> None:
     for _ in range(2):  # Decoded, and reused.
         index = index_corpus(tmp_path / "c", output=tmp_path / "i")
         assert [line.split() for line in split_table(index.splits)] == [
-            ["split", "files", "hours", "role", "from"],
+            ["split", "files", "audio", "role", "from"],
             ["TEST", "1", "-", "not", "used", "folder", "TEST"],
-            ["train", "3", "0.00", "train", "and", "validation", "folder", "train"],
+            ["train", "3", "0.15", "s", "train", "and", "validation", "folder", "train"],
         ]
     assert index.reused

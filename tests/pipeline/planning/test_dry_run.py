@@ -79,21 +79,23 @@ def test_the_size_of_batches_is_told(tmp_path: Path, speech_folder: Path) -> Non
 def test_batches_that_each_gpu_finds_are_told(tmp_path: Path, make_cache: Make) -> None:
     auto = (*OF_THE_CACHE, "cache.batch_seconds=auto")
     on_gpu = (*auto, "cache.gpus_per_actor=1")
-    plan = plan_run(configure(tmp_path, *on_gpu), ["cache"])
+    plan = plan_run(configure(tmp_path, *on_gpu), ["index", "cache"])
     assert plan.facts["cache"].endswith(": fp32, clean_and_masked, batches found on each GPU (auto)")
     with pytest.raises(
         ConfigError, match=r"^cache.batch_seconds auto .* on the CPU; give the seconds, as in \S+=120, or set"
     ):
-        plan_run(configure(tmp_path, *auto), ["cache"])
-    assert "cache" not in plan_run(configure(tmp_path, *auto), ["train"]).stages, (
+        plan_run(configure(tmp_path, *auto), ["index", "cache"])
+    assert "cache" not in plan_run(configure(tmp_path, *auto), ["index", "plan"]).stages, (
         "the machine that trains builds nothing"
     )
     # An existing cache keeps its size, and then a CPU can add to it.
     make_cache(tmp_path / "cache")
-    plan = plan_run(configure(tmp_path, *auto), ["cache"])
+    plan = plan_run(configure(tmp_path, *auto), ["index", "cache"])
     assert "auto" not in plan.facts["cache"] and plan.stages["cache"].startswith("reuse the cache at")
     assert (
-        plan_run(configure(tmp_path, *auto, "masks.draws=5"), ["cache"]).stages["cache"].startswith("add 3 mask draws")
+        plan_run(configure(tmp_path, *auto, "masks.draws=5"), ["index", "cache"])
+        .stages["cache"]
+        .startswith("add 3 mask draws")
     )
 
 
@@ -104,7 +106,31 @@ def test_the_students_size_is_that_of_the_run(tmp_path: Path, speech_folder: Pat
 
 
 def test_only_selected_stages_are_planned(tmp_path: Path, speech_folder: Path) -> None:
-    assert list(plan_run(configure(tmp_path), ["report", "index"]).stages) == ["index", "report"]
+    assert list(plan_run(configure(tmp_path), ["plan", "index"]).stages) == ["index", "plan"]
+
+
+def test_work_of_an_earlier_stage_that_is_missing_is_told(tmp_path: Path, speech_folder: Path) -> None:
+    config = configure(tmp_path)
+    for stages, message in (
+        (["plan"], "has no complete corpus index; run the index stage first"),
+        (["index", "train"], "there is no teacher cache at .*; run the cache stage first"),
+        (["export"], "the run demo has no finished training to export; run the train stage first"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_run(config, stages)
+
+
+def test_a_place_where_no_cache_can_be_is_told(tmp_path: Path, speech_folder: Path) -> None:
+    (tmp_path / "cache").write_text("a")
+    with pytest.raises(CacheError, match=r"/cache is a file, but a cache is a folder; give the path of a folder"):
+        plan_run(configure(tmp_path), list(STAGES))
+    (tmp_path / "cache").unlink()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.tex").write_text("a")
+    with pytest.raises(
+        CacheError, match=r"holds files \(such as thesis.tex\) but no cache.json; set cache.path to an empty"
+    ):
+        plan_run(configure(tmp_path), list(STAGES))
 
 
 def test_the_place_of_an_audio_store_is_not_that_of_a_cache(tmp_path: Path, source_utterances: list[Utterance]) -> None:
@@ -112,25 +138,27 @@ def test_the_place_of_an_audio_store_is_not_that_of_a_cache(tmp_path: Path, sour
     with pytest.raises(
         CacheError, match=r"^the cache at \S+/cache is an audio store, which has no targets; set cache.path to another"
     ):
-        plan_run(configure(tmp_path, *OF_THE_CACHE), ["cache"])
+        plan_run(configure(tmp_path, *OF_THE_CACHE), ["index", "cache"])
 
 
 def test_finished_work_is_reused(tmp_path: Path, make_cache: Make) -> None:
     make_cache(tmp_path / "cache")
     config = configure(tmp_path, *OF_THE_CACHE)
-    assert plan_run(config, ["cache"]).stages["cache"].startswith(f"reuse the cache at {tmp_path / 'cache'}")
+    assert plan_run(config, ["index", "cache"]).stages["cache"].startswith(f"reuse the cache at {tmp_path / 'cache'}")
     more = configure(tmp_path, *OF_THE_CACHE, "masks.draws=5")
-    assert plan_run(more, ["cache"]).stages["cache"].startswith("add 3 mask draws to the cache at")
+    assert plan_run(more, ["index", "cache"]).stages["cache"].startswith("add 3 mask draws to the cache at")
     next((tmp_path / "cache" / "commits").rglob("*.json")).unlink()
-    assert plan_run(config, ["cache"]).stages["cache"].startswith("write 1 missing file of the cache at")
+    assert plan_run(config, ["index", "cache"]).stages["cache"].startswith("write 1 missing file of the cache at")
     run = tmp_path / "runs" / "demo"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(dump_config(config))
-    assert plan_run(config, ["train"]).stages["train"].startswith("resume from the last checkpoint in")
+    assert plan_run(config, ["index", "train"]).stages["train"].startswith("resume from the last checkpoint in")
     (run / "train.json").write_text("{}")
-    assert plan_run(config, ["train"]).stages["train"] == "nothing, since the training is finished"
+    assert plan_run(config, ["index", "train"]).stages["train"] == "nothing, since the training is finished"
     longer = configure(tmp_path, *OF_THE_CACHE, "train.max_steps=1001")
-    assert plan_run(longer, ["train"]).stages["train"].startswith("continue the finished training from its last")
+    assert (
+        plan_run(longer, ["index", "train"]).stages["train"].startswith("continue the finished training from its last")
+    )
 
 
 def test_online_targets_need_no_cache(tmp_path: Path, speech_folder: Path) -> None:
@@ -214,7 +242,7 @@ def test_the_folder_of_another_run_is_refused(tmp_path: Path, speech_folder: Pat
     with Run(config, Console(quiet=True)).folder.begin(config):
         config.folder.joinpath("metrics.jsonl").write_text("")
     assert plan_run(config, ["index"]).name == "demo"
-    with pytest.raises(ConfigError, match=r"another configuration \(sections that differ: train\)"):
+    with pytest.raises(ConfigError, match=r"another configuration \(train\.seed is 0 there and 9 here\)"):
         plan_run(configure(tmp_path, "train.seed=9"), ["index"])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_distill.pipeline.reports.explained_variance import explained_variance
+from ray_distill.pipeline.reports.explained_variance import explained_variance, shown_share
 from ray_distill.pipeline.reports.feature_maps import FeatureMaps, LayerMap, feature_maps
 from ray_distill.pipeline.reports.run_report import write_run_report
 from ray_distill.pipeline.run_folder import RunFolder
@@ -141,6 +141,8 @@ def test_the_loss_is_compared_with_the_best_constant_prediction(tmp_path: Path) 
     assert explained.share == {"1": 0.75, "2": 0.75}
     page = write(tmp_path, metrics)
     assert "<b>75.0%</b><span>of the variance of layer 2 explained at the last validation" in page
+    assert shown_share(0.75, "2") == "75.0% of layer 2"
+    assert shown_share(-458.139, "12") == "none of layer 12, whose error is 459 times that of a constant"
     assert "variance explained</th>" in page and "<td>0.750</td>" in page
 
 

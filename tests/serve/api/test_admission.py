@@ -138,7 +138,7 @@ def test_held_bytes_are_always_released(student: Student) -> None:
 
 def test_models_and_info_need_a_key_and_health_does_not(student: Student) -> None:
     with TestClient(create_app(student, api_keys=KEYS)) as client:
-        for path in ("/info", "/v1/models"):
+        for path in ("/info", "/v1/models", "/v1/models/student"):
             assert refusal(client.get(path)) == (401, "unauthorized")
             assert client.get(path, headers=key("two")).status_code == 200
         assert client.get("/healthz").json() == {"status": "ok"}

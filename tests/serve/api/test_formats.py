@@ -204,6 +204,9 @@ def test_models_are_listed_and_chosen(client: httpx.Client) -> None:
     exact = client.post(f"/v1/features?model=other@{listed[1]['revision']}", content=FILES[0])
     assert exact.status_code == 200
     assert_refused(client.post("/v1/features?model=other@0", content=FILES[0]), 404, "model_not_found")
+    for model in listed:  # As OpenAI's clients retrieve a model.
+        assert client.get(f"/v1/models/{model['id']}").json() == model
+    assert_refused(client.get("/v1/models/none"), 404, "model_not_found")
 
 
 def test_models_have_names_that_requests_can_give(

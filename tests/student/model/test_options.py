@@ -94,13 +94,14 @@ def test_split_heads_predict_several_layers_from_the_last() -> None:
     assert made.config.num_predictions == 3
 
 
-def test_heads_on_some_layers_and_of_two_layers() -> None:
-    made = student(head_layers=(2, 4), head_dim=7)
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_heads_on_some_layers_and_of_two_layers(activation: str) -> None:
+    made = student(head_layers=(2, 4), head_dim=7, head_activation=activation)
     with torch.no_grad():
         out = made(WAVEFORMS, LENGTHS)
         expected = torch.stack(
             [
-                made.heads[k](F.gelu(made.inner_heads[k](out.hidden_states[:, layer - 1])))
+                made.heads[k](getattr(F, activation)(made.inner_heads[k](out.hidden_states[:, layer - 1])))
                 for k, layer in enumerate((2, 4))
             ],
             1,
@@ -116,7 +117,7 @@ def test_heads_on_some_layers_and_of_two_layers() -> None:
     reduced = student(head_layers=(2, 4), time_reduction="fc1", time_reduction_index=2)
     assert list(reduced.upsamplers) == ["3"] and reduced(WAVEFORMS, LENGTHS).projections.shape == (2, 2, 19, 16)
     bare = made.without_heads()
-    assert (bare.config.head_layers, bare.config.head_dim) == (None, None)
+    assert (bare.config.head_layers, bare.config.head_dim, bare.config.head_activation) == (None, None, "gelu")
     assert not [name for name in bare.state_dict() if name.startswith(("heads", "inner_heads"))]
 
 
@@ -128,6 +129,8 @@ def test_numbers_of_layers_with_heads_are_checked(layers: tuple[int, ...]) -> No
         student(head_layers=layers)
     with pytest.raises(ValueError, match="head_layers and head_dim are for heads layerwise, not split; remove them"):
         student(head_layers=(2, 4), heads="split")
+    with pytest.raises(ValueError, match="head_activation relu does nothing without head_dim; set head_dim, or remove"):
+        student(head_activation="relu")
 
 
 def test_without_heads_keeps_hidden_states_and_forgets_projections() -> None:

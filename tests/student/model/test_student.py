@@ -436,6 +436,13 @@ def test_impossible_students_are_refused(values: dict[str, object], message: str
 @pytest.mark.parametrize(
     ("waveforms", "lengths", "mask", "message"),
     [
+        (
+            torch.zeros(1, 4000).numpy(),
+            None,
+            None,
+            "a float tensor .* not of the type ndarray; torch.from_numpy makes one",
+        ),
+        ([[0.0] * 4000], None, None, "not of the type list"),
         (torch.zeros(4000), torch.tensor([4000]), None, r"waveforms must be \(B, S\)"),
         (torch.zeros(2, 4000), torch.tensor([4000]), None, r"lengths \(B,\)"),
         (torch.zeros(1, 4000), torch.tensor([4000.0]), None, "lengths int"),
@@ -448,7 +455,7 @@ def test_impossible_students_are_refused(values: dict[str, object], message: str
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(
-    waveforms: Tensor, lengths: Tensor, mask: Tensor | None, message: str
+    waveforms: Any, lengths: Tensor | None, mask: Tensor | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Student(TINY)(waveforms, lengths, mask)

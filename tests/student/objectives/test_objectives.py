@@ -118,7 +118,8 @@ def test_star_parts_of_a_step_can_be_summed(bare: Student) -> None:
         distiller(WAVEFORMS, LENGTHS, None, targets[:, :2])
 
 
-def test_cosine_term_by_hand_and_its_gradient(still: StudentConfig) -> None:
+@pytest.mark.parametrize("term", ["log_sigmoid", "plain"])
+def test_cosine_term_by_hand_and_its_gradient(still: StudentConfig, term: str) -> None:
     torch.manual_seed(0)
     student, targets = Student(still).eval(), torch.randn(2, 2, 19, 32)
     out = student(WAVEFORMS, LENGTHS)
@@ -126,9 +127,10 @@ def test_cosine_term_by_hand_and_its_gradient(still: StudentConfig) -> None:
     for row, frames in enumerate(FRAMES):
         ours, theirs = out.projections[row, :, :frames], targets[row, :, :frames]
         cosines = (ours * theirs).sum(-1) / ours.norm(dim=-1) / theirs.norm(dim=-1)
-        errors = errors + ((ours - theirs).abs().mean(-1) + 0.7 * torch.log1p(torch.exp(-cosines))).sum(1)
+        second = 1 - cosines if term == "plain" else torch.log1p(torch.exp(-cosines))
+        errors = errors + ((ours - theirs).abs().mean(-1) + 0.7 * second).sum(1)
     by_hand = 0.1 * errors[0] / sum(FRAMES) + errors[1] / sum(FRAMES)
-    settings: dict[str, Any] = {"kind": "l1", "cosine_weight": 0.7}
+    settings: dict[str, Any] = {"kind": "l1", "cosine_weight": 0.7, "cosine_term": term}
     plain = distillation_loss(out.projections, targets, out.num_frames, **settings).total
     torch.testing.assert_close(plain, by_hand)
     plain.backward()
@@ -325,6 +327,7 @@ def test_training_starts_from_given_tensors_and_freezes_a_shared_embedding(
         ({}, {"objective": "star"}, "objective star does not go with student.heads layerwise"),
         ({"heads": "none"}, {}, "prediction needs heads"),
         ({}, {"hint_layers": 2}, "hint_layers is 2, but there are 1 layers below the last"),
+        ({}, {"cosine_term": "plain"}, "train.cosine_term plain does nothing without train.cosine_weight"),
         ({"heads": "split", "split_heads": 3}, {}, "the student predicts 3 layers of width 32, but the targets have 2"),
     ],
 )

@@ -1,5 +1,6 @@
 """Objectives with discrete targets against independent computations, fresh masks, mixtures, and what they refuse."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,38 @@ def test_codebooks_by_hand(bare: Student, kind: Any) -> None:
     assert float(found.total) == pytest.approx(total, rel=1e-5)
     assert found.accuracies is not None
     assert float(found.accuracies[0, 0]) == pytest.approx(right)
+
+
+def waves(scale: float, speed: float, *shape: int) -> Tensor:
+    """Return values that need no random numbers."""
+    return scale * (speed * torch.arange(math.prod(shape)).float()).sin().view(shape)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "total", "first_frame"),
+    [
+        (12, 105.77219391, [1.06345057, 1.54627430, 10.91454124, 9.30873680]),
+        (None, 52.23301697, [1.96698654, 3.29943371, 2.24243212, 2.59823608]),
+    ],
+    ids=["joint", "independent"],
+)
+def test_codebooks_have_the_losses_of_multi_quantization(
+    hidden: int | None, total: float, first_frame: list[float]
+) -> None:
+    """Numbers of ``JointCodebookLoss`` in k2-fsa/multi_quantization (commit 0e944e5a), without and with ``is_joint=False``."""
+    ours = CodebookPredictor(6, 4, 8, hidden)
+    with torch.no_grad():
+        ours.direct.copy_(waves(1, 0.7, 4, 8, 6))
+        ours.bias.copy_(waves(0.5, 1.3, 4, 8))
+        if ours.hidden is not None:
+            ours.hidden.weight.copy_(waves(1, 0.9, 12, 6))
+            ours.hidden.bias.copy_(waves(0.5, 1.1, 12))
+            ours.out.copy_(waves(1, 0.37, 4, 8, 12))
+            ours.entries.copy_(waves(0.5 * (12 / 4) ** 0.5, 0.53, 3, 8, 12))
+    x, entries = waves(1, 2.1, 5, 6), 5 * torch.arange(20).view(5, 4) % 8
+    losses = F.cross_entropy(ours(x, entries).permute(1, 2, 0), entries, reduction="none")
+    torch.testing.assert_close(losses[0], torch.tensor(first_frame), rtol=1e-4, atol=0)
+    assert losses.sum().item() == pytest.approx(total, rel=1e-5)
 
 
 def test_joint_codebooks_agree_with_multi_quantization() -> None:

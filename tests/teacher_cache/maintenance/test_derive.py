@@ -58,13 +58,18 @@ def test_a_derived_cache_encodes_the_decoded_features_and_names_its_source(
     # Its other layers, and what is lost, can't come from the teacher.
     grown = needed.model_copy(update={"layers": (1, 2)})
     with pytest.raises(
-        CacheError, match="was derived from another one, .* run `ray-distill cache derive` from that cache"
+        CacheError,
+        match="was derived from another one, .* and lacks layer 1; run `ray-distill cache derive` from that cache again, with another "
+        "--output and all layers that are needed",
     ):
         build_cache(place, grown, plan, TEACHER, teacher_name=TEACHER, workers=None)
     damaged = place / "clean" / "part-00000.parquet"
     before = damaged.read_bytes()
     damaged.write_bytes(before[:100])
-    with pytest.raises(CacheError, match="was derived from another one"):
+    with pytest.raises(
+        CacheError,
+        match="was derived from another one, .* and lacks files; run .* from that cache again$",
+    ):
         repair_cache(place)
     assert derive_cache(tmp_path / "source", place, "units:20", [2]) == 1
     assert damaged.read_bytes() == before

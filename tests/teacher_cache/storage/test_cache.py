@@ -109,7 +109,8 @@ def test_the_content_key_depends_on_what_determines_the_content_only() -> None:
 def test_using_a_cache_of_something_else_names_the_difference(tmp_path: Path, name: str) -> None:
     cache = create(tmp_path / "cache")
     with pytest.raises(
-        CacheError, match=rf"was made for something else \({name}: .* -> .*\); set cache.path"
+        CacheError,
+        match=rf"cache \(\d+ utterances, [\d.]+ m?i?[sn] of audio\) was made for something else \({name}: .* -> .*\); set cache.path",
     ) as caught:
         cache.covers(spec(**{name: CHANGES[name]}))
     assert str(caught.value).count("->") == 1

@@ -106,6 +106,9 @@ def test_distilhubert_and_plain_mert(tmp_path: Path) -> None:
     settings = json.loads(config.read_text()) | {"model_type": "mert_model", "sample_rate": 16_000, "deepnorm": False}
     config.write_text(json.dumps(settings))
     assert load_teacher(str(tmp_path)).fingerprint == teacher.fingerprint
+    # MERT-v1-330M has attention_relax 32, which is used with deepnorm only.
+    config.write_text(json.dumps(settings | {"attention_relax": 32.0}))
+    assert load_teacher(str(tmp_path)).fingerprint == teacher.fingerprint
     config.write_text(json.dumps(settings | {"sample_rate": 24_000}))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"sampling_rate": 24_000, "do_normalize": False}))
     music = load_teacher(str(tmp_path))

@@ -80,6 +80,31 @@ def test_shards_that_are_missing_or_elsewhere_are_refused(folder: Path) -> None:
             load_teacher(str(folder))
 
 
+@pytest.mark.parametrize("safetensors", [True, False])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_fsdp_wrapped_module."])
+def test_what_wrappers_add_to_names_is_left_out(folder: Path, prefix: str, safetensors: bool) -> None:
+    expected = load_teacher(str(folder)).fingerprint
+    state = to_pickle(folder)
+    wrapped = {
+        prefix + name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."): state[name] for name in state
+    }
+    if safetensors:
+        (folder / "pytorch_model.bin").unlink()
+        save_file(wrapped, folder / "model.safetensors")
+    else:
+        torch.save(wrapped, folder / "pytorch_model.bin")
+    assert load_teacher(str(folder)).fingerprint == expected
+    assert load_header(str(folder)) is not None
+
+
+def test_a_weight_inside_and_outside_of_a_wrapper_is_refused(folder: Path) -> None:
+    state = to_pickle(folder)
+    name = next(iter(state))
+    torch.save(state | {f"_orig_mod.{name}": state[name]}, folder / "pytorch_model.bin")
+    with pytest.raises(TeacherError, match=f"has weights twice, .*: {name}"):
+        load_teacher(str(folder))
+
+
 class Harmful:
     def __reduce__(self) -> tuple[object, ...]:
         return Path.touch, (Path("harm"),)
@@ -118,8 +143,8 @@ def test_quantised_weights_are_refused(folder: Path) -> None:
 
 def test_names_with_another_prefix_are_said(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
-    save_file({f"module.{name}": weight for name, weight in state.items()}, folder / "model.safetensors")
-    with pytest.raises(TeacherError, match=r"lacks weights .* more; it has others instead, such as module\.encoder\."):
+    save_file({f"speech.{name}": weight for name, weight in state.items()}, folder / "model.safetensors")
+    with pytest.raises(TeacherError, match=r"lacks weights .* more; it has others instead, such as speech\.encoder\."):
         load_teacher(str(folder))
 
 

@@ -45,6 +45,14 @@ def saved(checkpoint: dict[str, Any], path: Path) -> str:
     return str(path)
 
 
+def test_a_checkpoint_of_a_wrapped_model(kind: str, tmp_path: Path) -> None:
+    plain = golden_checkpoint(kind)
+    wrapped = plain | {"model": {f"module._orig_mod.{name}": weight for name, weight in plain["model"].items()}}
+    expected = load_teacher(saved(plain, tmp_path / "plain.pt")).fingerprint
+    assert load_teacher(saved(wrapped, tmp_path / "wrapped.pt")).fingerprint == expected
+    assert load_teacher(tmp_path / "plain.pt").fingerprint == expected, "a path is not only text"
+
+
 def test_own_golden_values(kind: str, tmp_path: Path) -> None:
     golden = load_file(GOLDEN)
     teacher = load_teacher(saved(golden_checkpoint(kind), tmp_path / "teacher.pt"))
@@ -257,11 +265,15 @@ def test_huggingface_folder_is_the_same_teacher(
     assert load_teacher(str(tmp_path / "hf")).fingerprint == normalised
 
 
-def test_huggingface_errors(tmp_path: Path) -> None:
+def test_huggingface_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "hf"
     with pytest.raises(TeacherError, match="there is no teacher"):
         load_teacher(str(folder))
     write_huggingface(folder, "hubert", False, "")
+    monkeypatch.chdir(folder)
+    for empty in ("", "layer-norm:"):  # It is not the folder of the process.
+        with pytest.raises(TeacherError, match="there is no teacher ''"):
+            load_teacher(empty)
     config = json.loads((folder / "config.json").read_text())
     for change, message in (
         ({"model_type": "bert"}, "type 'bert'; the supported types are hubert, wavlm, wav2vec2, .*whisper"),
@@ -316,7 +328,7 @@ def test_huggingface_errors(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match=r"and copy preprocessor_config\.json to NEW_FOLDER"):
         load_teacher(str(folder))
     (folder / "model.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(TeacherError, match="not a readable safetensors"):
+    with pytest.raises(TeacherError, match="not a readable safetensors file, so it may be cut off; download it again"):
         load_teacher(str(folder))
     (folder / "model.safetensors").unlink()
     with pytest.raises(TeacherError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
@@ -413,6 +425,14 @@ def test_arguments_that_do_not_fit() -> None:
     cases: list[tuple[tuple[Any, ...], str]] = [
         ((waveforms[0],), "waveforms must be a float tensor of shape"),
         ((waveforms.long(),), "waveforms must be a float tensor of shape"),
+        (
+            (waveforms.numpy(),),
+            "waveforms must be a float tensor .* not of the type ndarray; torch.from_numpy makes one",
+        ),
+        (
+            (waveforms, [1_000, 400]),
+            "lengths must be an integer tensor .* not of the type list; torch.tensor makes one",
+        ),
         ((waveforms, lengths[:1]), "lengths must be an integer tensor of shape"),
         ((waveforms, lengths.float()), "lengths must be an integer tensor of shape"),
         ((waveforms, torch.tensor([1_000, 399])), "from 399 to 1000 samples, but each must be at least 400"),

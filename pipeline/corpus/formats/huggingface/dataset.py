@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_distill.pipeline.corpus.formats.hidden import hidden, visible
 from ray_distill.pipeline.corpus.formats.huggingface import arrow_bytes
 from ray_distill.pipeline.corpus.formats.text_lines import SPEAKERS, TEXTS, first_of, is_text, text_of, words_of_pieces
 from ray_distill.pipeline.corpus.found import FoundFile, Search, without_suffix
@@ -21,24 +22,25 @@ _SUFFIXES = (".parquet", ".arrow")
 
 def matches(path: Path) -> bool:
     """Return whether a file, or the first Parquet or Arrow file below a folder, has a column with the bytes of audio."""
-    return any(_audio_columns(file) for file in _files(path, 1))
+    return any(_audio_columns(file) for file in visible(_files(path, 1), path))
 
 
 def has_tables(path: Path) -> bool:
     """Return whether there are Parquet or Arrow files, with audio or without."""
-    return bool(_files(path, 1))
+    return bool(visible(_files(path, 1), path))
 
 
 def _files(path: Path, most: int | None = None) -> list[Path]:
+    """Return the Parquet and Arrow files, or the first ones that are not hidden, without a look at deeper folders."""
     if path.is_file():
         return [path] if path.suffix in _SUFFIXES else []
     files = []
     # Not os.walk, since a folder with millions of audio files shall be told apart quickly.
     for pattern in (f"{folders}*{suffix}" for folders in ("", "*/", "*/*/", "*/*/*/") for suffix in _SUFFIXES):
         files += [file for file in path.glob(pattern) if not file.name.startswith(("cache-", "tmp"))]
-        if most is not None and files:
-            break
-    return sorted(files)[:most]
+        if most is not None and visible(files, path):
+            return sorted(visible(files, path))[:most]
+    return sorted(files)
 
 
 def _schema(file: Path) -> pa.Schema:
@@ -106,7 +108,9 @@ def find(path: Path, search: Search) -> list[FoundFile]:
         ValueError: There is no such file, one can't be read or has several columns of audio, none of which is ``audio``, or a row has
             no split, or neither bytes nor a file inside the folder.
     """
-    files = _files(path)
+    every = _files(path)
+    files = visible(every, path)
+    search.skipped.extend(hidden(file) for file in every if file not in files)
     if not files:
         raise ValueError(f"{path} has no Parquet or Arrow file of a Hugging Face dataset")
     root = path if path.is_dir() else path.parent

@@ -5,6 +5,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from ray_distill.pipeline.corpus.formats.hidden import visible
 from ray_distill.pipeline.corpus.formats.lhotse.manifests import Piece, Recording, cut_piece
 from ray_distill.pipeline.corpus.formats.text_lines import read_records, seconds_of
 from ray_distill.pipeline.corpus.found import FoundFile, Search
@@ -24,7 +25,7 @@ def matches(path: Path) -> bool:
 def _shards(path: Path, deep: int = 2) -> list[Path]:
     """Return the files with cuts in a folder and in the folders up to some levels deeper, sorted by folder and number."""
     patterns = ("cuts.*", "*/cuts.*", "*/*/cuts.*")[: deep + 1]
-    files = [file for pattern in patterns for file in path.glob(pattern) if _number(file)]
+    files = [file for pattern in patterns for file in visible(path.glob(pattern), path) if _number(file)]
     return sorted(files, key=lambda file: (str(file.parent), int(_number(file)), file.name))
 
 

@@ -60,69 +60,88 @@ def initial_tensors(teacher: Teacher, config: StudentConfig, settings: TrainSett
             f"train.init_front_end, init_encoder_layers, mask_embedding: {teacher.name} does not have wav2vec 2.0's architecture, "
             "so a student can't copy its weights; remove these keys"
         )
-    weights = teacher.weights
-    expected = Student(config).state_dict()
+    with shapes_only():
+        expected = Student(config).state_dict()
     found: dict[str, Tensor] = {}
     if settings.init_front_end:
-        key = "train.init_front_end"
-        found |= _renamed(weights, _FRONT_END)
-        if not config.feature_norm:
-            found = {name: value for name, value in found.items() if not name.startswith("feature_norm.")}
-        keys = "student.conv_layers, conv_norm, conv_bias and encoder_embed_dim"
-        _check(found, expected, ("conv_blocks.", "feature_norm.", "projection."), key, keys)
-        if teacher.input_rate != SAMPLE_RATE:
-            raise ConfigError(
-                f"{key}: the convolutions of {teacher.name} read audio at {teacher.input_rate} Hz, but those of a student at "
-                f"{SAMPLE_RATE} Hz; set {key}=false"
-            )
-        strides = [stride for _, _, stride in config.conv_layers]
-        if strides != teacher.strides:
-            raise ConfigError(
-                f"{key}: the teacher's convolutions have strides {teacher.strides}, the student's {strides}; give student.conv_layers "
-                "the teacher's strides"
-            )
+        found |= _front_end(teacher, config, expected)
     if settings.init_encoder_layers:
-        key, number = "train.init_encoder_layers", settings.init_encoder_layers
-        if number > min(config.encoder_layers, teacher.num_layers):
-            raise ConfigError(
-                f"{key}: {number} is more than the student's {config.encoder_layers} or the teacher's {teacher.num_layers} layers"
-            )
-        if config.layer_type != "transformer" or any(config.reuses[:number]):
-            raise ConfigError(
-                f"{key}: the teacher's layers compute their own attention maps, so the student's first {number} layers must be "
-                "Transformer layers that do the same; change student.layer_type or student.attention_reuse"
-            )
-        for name, ours, theirs in (
-            ("position", config.position, "convolution"),
-            ("encoder_attention_heads", config.encoder_attention_heads, teacher.heads),
-            ("layer_norm_first", config.layer_norm_first, teacher.layer_norm_first),
-        ):
-            if ours != theirs:
-                raise ConfigError(
-                    f"{key}: student.{name} is {ours}, but with the teacher's weights it must be {theirs}, like the teacher's"
-                )
-        layers = _renamed(weights, _POSITION)
-        for layer in range(number):
-            prefix = f"encoder.transformer.layers.{layer}."
-            own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            renamed = _renamed(own, _LAYER)
-            if len(renamed) != len(own):
-                raise ConfigError(
-                    f"{key}: the layers of {teacher.name} have gated relative positions, which a student's layers lack; set {key}=0"
-                )
-            layers |= {f"layers.{layer}.{name}": value for name, value in renamed.items()}
-        parts = ("position.", "encoder_norm.", *(f"layers.{layer}." for layer in range(number)))
-        keys = "student.encoder_embed_dim, encoder_ffn_embed_dim, conv_pos, conv_pos_groups and conv_pos_depth"
-        _check(layers, expected, parts, key, keys)
-        found |= layers
+        found |= _encoder_layers(teacher, config, expected, settings.init_encoder_layers)
     if settings.mask_embedding == "teacher":
-        if "mask_embedding" not in weights:
+        found |= _mask_embedding(teacher, expected)
+    return found
+
+
+def _front_end(teacher: Wav2Vec2Teacher, config: StudentConfig, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of convolutions and projection; ``expected`` has all tensors of the student."""
+    key = "train.init_front_end"
+    found = _renamed(teacher.weights, _FRONT_END)
+    if not config.feature_norm:
+        found = {name: value for name, value in found.items() if not name.startswith("feature_norm.")}
+    keys = "student.conv_layers, conv_norm, conv_bias and encoder_embed_dim"
+    _check(found, expected, ("conv_blocks.", "feature_norm.", "projection."), key, keys)
+    if teacher.input_rate != SAMPLE_RATE:
+        raise ConfigError(
+            f"{key}: the convolutions of {teacher.name} read audio at {teacher.input_rate} Hz, but those of a student at "
+            f"{SAMPLE_RATE} Hz; set {key}=false"
+        )
+    strides = [stride for _, _, stride in config.conv_layers]
+    if strides != teacher.strides:
+        raise ConfigError(
+            f"{key}: the teacher's convolutions have strides {teacher.strides}, the student's {strides}; give student.conv_layers "
+            "the teacher's strides"
+        )
+    return found
+
+
+def _encoder_layers(
+    teacher: Wav2Vec2Teacher, config: StudentConfig, expected: dict[str, Tensor], number: int
+) -> dict[str, Tensor]:
+    """Return the tensors of the first ``number`` layers and of the position convolution."""
+    key = "train.init_encoder_layers"
+    if number > min(config.encoder_layers, teacher.num_layers):
+        raise ConfigError(
+            f"{key}: {number} is more than the student's {config.encoder_layers} or the teacher's {teacher.num_layers} layers"
+        )
+    if config.layer_type != "transformer" or any(config.reuses[:number]):
+        raise ConfigError(
+            f"{key}: the teacher's layers compute their own attention maps, so the student's first {number} layers must be "
+            "Transformer layers that do the same; change student.layer_type or student.attention_reuse"
+        )
+    for name, ours, theirs in (
+        ("position", config.position, "convolution"),
+        ("encoder_attention_heads", config.encoder_attention_heads, teacher.heads),
+        ("layer_norm_first", config.layer_norm_first, teacher.layer_norm_first),
+    ):
+        if ours != theirs:
             raise ConfigError(
-                f"train.mask_embedding: {teacher.name} has no mask embedding that a student could copy; set it to learned"
+                f"{key}: student.{name} is {ours}, but with the teacher's weights it must be {theirs}, like the teacher's"
             )
-        embedding = {"mask_embedding": weights["mask_embedding"]}
-        _check(embedding, expected, ("mask_embedding",), "train.mask_embedding", "student.encoder_embed_dim")
-        found |= embedding
+    weights = teacher.weights
+    found = _renamed(weights, _POSITION)
+    for layer in range(number):
+        prefix = f"encoder.transformer.layers.{layer}."
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        renamed = _renamed(own, _LAYER)
+        if len(renamed) != len(own):
+            raise ConfigError(
+                f"{key}: the layers of {teacher.name} have gated relative positions, which a student's layers lack; set {key}=0"
+            )
+        found |= {f"layers.{layer}.{name}": value for name, value in renamed.items()}
+    parts = ("position.", "encoder_norm.", *(f"layers.{layer}." for layer in range(number)))
+    keys = "student.encoder_embed_dim, encoder_ffn_embed_dim, conv_pos, conv_pos_groups and conv_pos_depth"
+    _check(found, expected, parts, key, keys)
+    return found
+
+
+def _mask_embedding(teacher: Wav2Vec2Teacher, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the mask embedding."""
+    if "mask_embedding" not in teacher.weights:
+        raise ConfigError(
+            f"train.mask_embedding: {teacher.name} has no mask embedding that a student could copy; set it to learned"
+        )
+    found = {"mask_embedding": teacher.weights["mask_embedding"]}
+    _check(found, expected, ("mask_embedding",), "train.mask_embedding", "student.encoder_embed_dim")
     return found
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray_distill
+from ray_distill.first_line import first_line
 from ray_distill.interruption import kept_handlers
 from ray_distill.pipeline.config import Config, ConfigError
 
@@ -125,8 +126,7 @@ def init_ray() -> None:
                 signal.raise_signal(signal.SIGTERM)  # It came while Ray's own handler was in place.
             if "timed out during startup" not in str(error):
                 where = "" if owns_ray() else f" at RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-                reason = str(error).strip().split("\n")[0] or type(error).__name__
-                raise RayStartError(f"Ray can't be used{where}: {reason}") from error
+                raise RayStartError(f"Ray can't be used{where}: {first_line(error)}") from error
             limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
             if limit != resource.RLIM_INFINITY:
                 raise RayStartError(

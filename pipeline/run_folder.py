@@ -69,11 +69,11 @@ class RunFolder:
         return self.corpus / SKIPPED
 
     @property
-    def failed_utterances(self) -> Path:
+    def failed_file(self) -> Path:
         """Table of the utterances that the cache lacks, with reasons. It exists if there are any."""
         return self.corpus / "failed.csv"
 
-    def failed_utterances_of(self, name: str) -> Path:
+    def failed_file_of(self, name: str) -> Path:
         """The same for the cache of one of several teachers."""
         return self.corpus / f"failed-{name}.csv"
 
@@ -194,9 +194,9 @@ class RunFolder:
     def has_results(self) -> bool:
         """Whether the folder contains anything that a run of another configuration must not replace.
 
-        The corpus index, the initial weights, the teacher's commit and the list of starts are made again where they differ, so they
-        don't count.
-        Neither do hidden files, which are locks and unfinished writes.
+        The configuration, Ray's log, the corpus index, the initial weights, the list of starts, the commits of teachers and corpus,
+        and the list of plug-ins are made again where they differ, so they don't count. Neither do hidden files, which are locks and
+        unfinished writes.
         """
         made_again = (
             self.config_file,

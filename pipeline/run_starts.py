@@ -52,9 +52,23 @@ def read_starts(file: Path) -> list[dict[str, Any]]:
 
 def code_version(clone: Path) -> str:
     """Return the commit of the code if it lies in a git clone, and whether files differ from it; otherwise the package's version."""
-    package = f"version {version('ray-distill')}"
+    if (found := clone_commit(clone)) is None:
+        return f"version {version('ray-distill')}"
+    commit, changed = found
+    return f"commit {commit}{', with changes' if changed else ''}"
+
+
+def clone_commit(clone: Path) -> tuple[str, bool] | None:
+    """Return the commit of a git clone, and whether files differ from it.
+
+    Args:
+        clone: Folder of the clone. A folder inside the clone of another project, as that of an installed package may be, is none.
+
+    Returns:
+        None if the folder is no clone, there is no git, or git does not trust the folder's owner.
+    """
     if not (clone / ".git").exists():
-        return package
+        return None
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -63,8 +77,6 @@ def code_version(clone: Path) -> str:
         return done.stdout.strip()
 
     try:
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):  # There is no git, or it does not trust the folder's owner.
-        return package
-    return f"commit {commit}{', with changes' if changed else ''}"
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,7 +1,6 @@
 """A student in the format of another tool, with a record of its origin."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +8,7 @@ import yaml
 
 from ray_distill.pipeline.composition.suggestions import enumerated
 from ray_distill.pipeline.run_folder import RunFolder
+from ray_distill.pipeline.run_starts import clone_commit
 from ray_distill.student.checkpoints import load_student, student_folder
 from ray_distill.student.exporters.origin import Origin
 from ray_distill.student.exporters.portable import Features, default_features
@@ -20,7 +20,7 @@ from ray_distill.teacher_cache.teachers import split_options
 from ray_distill.teacher_cache.teachers.hub.hub_name import PREFIX, parse_hub_name
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-
+"""Root of the clone; in an installed package the package itself."""
 
 Format = Literal["s3prl", "huggingface", "onnx", "torch"]
 
@@ -150,13 +150,11 @@ def _fingerprint(location: str | None) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the Git commit of the program; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=False)
-    except OSError:
-        return None  # Git is not installed, for example in a container.
-    return found.stdout.strip() or None
+    """Return the abbreviated commit of the program, as ``git describe --always --dirty``; None if it is not in a clone of its own."""
+    if (found := clone_commit(_REPOSITORY)) is None:
+        return None
+    commit, changed = found
+    return f"{commit[:12]}{'-dirty' if changed else ''}"
 
 
 def export_student(

@@ -15,7 +15,8 @@ _FILLED = ".unfinished.tmp"
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yield a hidden path beside ``path``; the file or folder written there takes its place when the block ends.
 
-    Readers see either the old file or the new one, even after a kill. If the block fails, what it wrote is removed.
+    Readers see either the old file or the new one, even after a kill. An old folder is removed first, so a kill just then leaves
+    neither at ``path``. If the block fails, what it wrote is removed.
 
     Args:
         path: File or folder to write. Its own folder must exist.

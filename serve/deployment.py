@@ -14,6 +14,9 @@ from ray_distill.serve.app import create_app
 from ray_distill.serve.decoding import silence_decoders
 from ray_distill.serve.settings import ServeSettings, forget_service_link
 
+_REFUSED = 64
+"""Number of requests beyond ``max_requests`` that reach a replica at once, to be refused there."""
+
 
 def build(arguments: dict[str, Any]) -> Application:
     """Build the application for ``serve run``, ``serve build`` and a RayService's ``import_path``.
@@ -27,12 +30,16 @@ def build(arguments: dict[str, Any]) -> Application:
     """
     forget_service_link(os.environ)
     settings = ServeSettings(**arguments)
-    return _deployment(settings.library_loaded).bind(settings)
+    return _deployment(settings).bind(settings)
 
 
-def _deployment(library_loaded: int) -> Any:
+def _deployment(settings: ServeSettings) -> Any:
     # Ray Serve lets more requests through than the application admits, so that the application refuses them with its own errors.
-    @serve.deployment(name="FeatureService", max_ongoing_requests=320, graceful_shutdown_timeout_s=40)
+    @serve.deployment(
+        name="FeatureService",
+        max_ongoing_requests=settings.max_requests + _REFUSED,
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+    )
     @serve.ingress()
     class FeatureService:
         """One replica: an application made by `ray_distill.serve.app.create_app` in the replica's process."""
@@ -52,7 +59,7 @@ def _deployment(library_loaded: int) -> Any:
             if not all(model.engine.alive for model in self._models):
                 raise RuntimeError("Inference of a model has stopped or keeps failing.")
 
-        @serve.multiplexed(max_num_models_per_replica=library_loaded)  # type: ignore[untyped-decorator]
+        @serve.multiplexed(max_num_models_per_replica=settings.library_loaded)  # type: ignore[untyped-decorator]
         async def _load(self, name: str) -> str:
             """Load a model of the library and let Ray Serve record where it is loaded.
 

@@ -1,7 +1,6 @@
 """The process around the application: starting it, and what SIGTERM and SIGHUP do."""
 
 import logging
-import math
 import os
 import signal
 import socket
@@ -20,7 +19,6 @@ from ray_distill.serve.settings import ServeSettings
 from ray_distill.serve.streams.session import MAX_MESSAGE_BYTES
 
 _LOG = logging.getLogger(__name__)
-_SENDING_SECONDS = 10
 
 
 def run(settings: ServeSettings, on_ready: Callable[[], object] | None = None) -> None:
@@ -63,8 +61,6 @@ class Server(uvicorn.Server):  # type: ignore[misc]
         connection: type[Any] | None = None,
         on_ready: Callable[[], object] | None = None,
     ) -> None:
-        # By then every open request has its response, and some time to send it.
-        timeout = math.ceil(app.state.admission.limits.deadline_seconds + _SENDING_SECONDS)
         config = uvicorn.Config(
             app,
             host=host,
@@ -75,7 +71,7 @@ class Server(uvicorn.Server):  # type: ignore[misc]
             # While a stream waits for the model, answers to pings wait behind its audio; idle clients have a deadline anyway.
             ws_ping_interval=None,
             ws_per_message_deflate=False,  # Audio and features hardly compress.
-            timeout_graceful_shutdown=timeout,
+            timeout_graceful_shutdown=app.state.admission.limits.drain_seconds,
             access_log=False,
             server_header=False,
         )

@@ -6,6 +6,7 @@ docs/in-depth/serving.md has a table that is made from them. An option that is n
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -20,6 +21,7 @@ _PORT = f"{ENVIRONMENT_PREFIX}PORT"
 _OF_KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP)(_\w+)?)?$")
 Runtime = Literal["torch", "onnx"]
 Precision = Literal["fp32", "bf16"]
+_SENDING_SECONDS = 10
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[^\s/?#@:A-Z]+)(:\d+)?")
 
 
@@ -123,6 +125,11 @@ class Limits(_Group):
     def longest_seconds(self) -> float:
         """Longest audio file that is accepted, whole or in windows, in seconds."""
         return self.long_seconds if self.long_audio == "windows" else self.max_seconds
+
+    @property
+    def drain_seconds(self) -> int:
+        """Seconds after which every open request has its response, and some time to send it."""
+        return math.ceil(self.deadline_seconds + _SENDING_SECONDS)
 
     def record(self) -> dict[str, Any]:
         """Return the limits as ``/info`` reports them."""

@@ -3,6 +3,7 @@
 Only typer is imported at the top, so that ``--help`` is fast; each function imports what it needs.
 """
 
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+LINE_SECONDS = 30.0
+"""Time between two lines about the progress of a derivation."""
 Location = Annotated[
     str, typer.Argument(metavar="CACHE", help="Folder of the cache, or a URI such as s3://bucket/prefix.")
 ]
@@ -198,7 +201,15 @@ def derive(
     name = f"{codec.replace(':', '-')}-layer-{'-'.join(map(str, sorted(set(layer))))}"
     place = output or f"{cache.rstrip('/')}-{name}"
     console = _console()
-    written = derive_cache(cache, place, codec, layer, audio=audio)
+    said = time.monotonic()
+
+    def show(done: int, shards: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= LINE_SECONDS:
+            said = time.monotonic()
+            console.print(f"{place}: {done} of {shards} shards written", markup=False)
+
+    written = derive_cache(cache, place, codec, layer, on_progress=show, audio=audio)
     made = Cache.open(place)
     what = "with the audio" if made.spec.embeds_audio else "beside the audio"
     console.print(

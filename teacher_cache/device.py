@@ -2,6 +2,8 @@
 
 import torch
 
+from ray_distill.first_line import first_line
+
 
 def check_device(device: str) -> None:
     """Check that PyTorch can use a device on this machine.
@@ -12,5 +14,4 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"--device {device} can't be used on this machine ({reason})") from error
+        raise ValueError(f"--device {device} can't be used on this machine ({first_line(error)})") from error

@@ -45,9 +45,8 @@ def from_flac(data: bytes | memoryview) -> np.ndarray:
                 raise ValueError(f"the audio is not mono FLAC at {SAMPLE_RATE} Hz")
             if not 0 <= file.frames <= MAX_SAMPLES:
                 raise ValueError(f"the audio has {file.frames} samples by its header; the limit is {MAX_SAMPLES}")
-            waveform: np.ndarray = file.read(
-                dtype="float32"
-            )  # libsndfile divides 16-bit samples by 32768, which is exact.
+            # libsndfile divides 16-bit samples by 32768, which is exact.
+            waveform: np.ndarray = file.read(dtype="float32")
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise ValueError(f"the audio can't be decoded: {error}") from error
     return waveform

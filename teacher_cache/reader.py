@@ -303,7 +303,7 @@ class CacheReader:
         codes: list[np.ndarray] = []
         mask: np.ndarray | None = None
         count = int(self.num_frames[index])
-        for number, _codecs in self._sets.items():
+        for number in self._sets:
             if whole:
                 kind = "composite" if composite else "masked"
                 mask_value, *values = self._columns(index, kind, draw, number, ["mask"], None)

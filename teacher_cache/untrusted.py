@@ -18,6 +18,8 @@ import torch
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING  # Tables by which torch's unpickler renames globals.
 from torch.utils.serialization import config as serialization
 
+from ray_distill.first_line import first_line
+
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLES_IN_LEGACY_FILE = 5  # magic number, protocol, system info, object, storage keys
 _MAX_DEPTH = 64
@@ -140,7 +142,8 @@ def load_untrusted(path: Path) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    return f"{path} is not a readable PyTorch checkpoint, so it may be cut off; download or save it again ({_one_line(error)})"
+    reason = first_line(error)[:200]
+    return f"{path} is not a readable PyTorch checkpoint, so it may be cut off; download or save it again ({reason})"
 
 
 def what_instead(path: Path) -> str | None:
@@ -243,8 +246,3 @@ def _current_name(module: str, name: str) -> str:
     if (module, name) in NAME_MAPPING:
         module, name = NAME_MAPPING[(module, name)]
     return f"{IMPORT_MAPPING.get(module, module)}.{name}"
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

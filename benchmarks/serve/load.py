@@ -101,9 +101,8 @@ def running(command: list[str], python_path: Path | None = None) -> Iterator[tup
         yield process.pid, address
     finally:
         if process.poll() is None:
-            for child in psutil.Process(process.pid).children(
-                recursive=True
-            ):  # LitServe's children outlive their parent.
+            # LitServe's children outlive their parent.
+            for child in psutil.Process(process.pid).children(recursive=True):
                 child.terminate()
             process.send_signal(signal.SIGTERM)
             process.wait(60)

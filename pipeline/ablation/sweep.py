@@ -209,9 +209,8 @@ class Sweep:
             with quiet_ray(self.shared.folder.ray_log):
                 init_ray()
             cpus, concurrent = self._allocate()
-            if not all(
-                run.folder.is_trained for run in self.runs.values()
-            ):  # Probes alone need neither corpus nor cache.
+            # Probes alone need neither corpus nor cache.
+            if not all(run.folder.is_trained for run in self.runs.values()):
                 index_audio(self.shared)
                 plan_cache(self.shared)
                 cache_targets(self.shared)
@@ -303,9 +302,7 @@ class Sweep:
             try:
                 jobs[config["run"]]()
             except (ValueError, FloatingPointError, OSError) as error:
-                problem = str(
-                    error
-                )  # Reported as a result, because Tune would retry an exception, which would not help.
+                problem = str(error)  # A result, because Tune would retry an exception, which would not help.
             ray.tune.report({"problem": problem})
 
         class OutcomePrinter(ray.tune.Callback):  # type: ignore[misc]

@@ -119,8 +119,7 @@ def probe(
         sources.append(FeatureSource.log_mel())
     if not sources:
         raise ValueError("nothing to probe; give --teacher, --student or --run")
-    if output or not run:
-        refuse_other_results(folder, settings, sources)
+    refuse_other_results(folder, settings, sources)
     outcomes = run_probes(labelled, sources, epochs=epochs, seed=seed, on_progress=console.print)
     Console().print(outcome_table(outcomes))
     write_outcomes(folder, outcomes, labelled, title, origins, settings, run_student)

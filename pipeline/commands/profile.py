@@ -32,7 +32,7 @@ def profile(
     seconds: Annotated[
         float, typer.Option(help="Length of the utterance in seconds; attention grows with its square.")
     ] = 10.0,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write the counts to as well.")] = None,
+    output: Annotated[Path | None, typer.Option(help="New JSON file to write the counts to as well.")] = None,
 ) -> None:
     """Count parameters and operations of student and teacher.
 
@@ -53,6 +53,8 @@ def profile(
         check_room(output.parent)
         if output.is_dir():
             raise ValueError(f"--output {output} is a folder; give the name of a file")
+        if output.exists():
+            raise ValueError(f"{output} exists already; choose another --output")
     student, loaded = load_models(model, teacher)
     profiles = profile_student(student, seconds), profile_teacher(loaded, seconds)
     Console().print(profile_table(*profiles, ("student", loaded.name)))

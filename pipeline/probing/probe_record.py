@@ -122,7 +122,9 @@ def refuse_other_results(folder: Path, settings: dict[str, Any], sources: Sequen
         return
     stored = _read_probe(path)
     if stored.settings != settings or [o.source for o in stored.outcomes] != [source.name for source in sources]:
-        raise ValueError(f"{folder} holds a probe with other settings or sources; choose another --output")
+        raise ValueError(
+            f"{folder} holds a probe with other settings or sources; remove that folder, or choose another --output"
+        )
 
 
 def distinct_titles(probes: Sequence[ProbeRecord]) -> list[str]:
@@ -150,6 +152,6 @@ def _read_probe(path: Path) -> ProbeRecord:
         _ = probe.student  # Raises IndexError if the index is out of range.
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is not a valid probe record ({error}); remove the file or run the probe again"
+            f"{path} is not a valid probe record ({error}); remove the file and run the probe again"
         ) from error
     return probe

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ray_distill.first_line import first_line
 from ray_distill.pipeline.config import ConfigError
 from ray_distill.pipeline.publishing.public_origin import public_origin
 from ray_distill.student.exporters.huggingface import export_huggingface
@@ -150,10 +151,7 @@ def _push_errors(name: HubName) -> Iterator[None]:
         raise ConfigError(
             f"{name.repository} can't be written at {constants.ENDPOINT}, which answers {status}; {advice}"
         ) from error
-    except (
-        Exception
-    ) as error:  # The errors of its HTTP client and of its transfer library, which change between its versions.
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # Those of its HTTP client and its transfer library change between its versions.
         raise ConfigError(
-            f"{name.repository} can't be uploaded to {constants.ENDPOINT} ({reason[:200]}); check the network"
+            f"{name.repository} can't be uploaded to {constants.ENDPOINT} ({first_line(error)[:200]}); check the network"
         ) from error

@@ -91,7 +91,6 @@ def _check_start(run: Run, stages: set[str]) -> None:
     cached = run.config.train.targets == "cached"
     if training or ("cache" in stages and cached):
         check_ray()
-    if training or ("cache" in stages and cached):
         require_gpus(run.config)
     if training:
         check_trackers(run.config.train.trackers)

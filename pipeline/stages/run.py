@@ -40,8 +40,6 @@ class Run:
     Args:
         config: Configuration.
         console: Console for progress and messages.
-        teacher: Teacher of the configuration on the CPU, if it is already loaded. Default: None.
-        checkpoint: Specification of that teacher; see `checkpoint`. Default: None.
 
     Attributes:
         config: Configuration.
@@ -56,9 +54,7 @@ class Run:
         ConfigError: A path is relative inside a Ray job.
     """
 
-    def __init__(
-        self, config: Config, console: Console, teacher: Teacher | None = None, checkpoint: str | None = None
-    ) -> None:
+    def __init__(self, config: Config, console: Console) -> None:
         teacher_path = split_options(config.teacher.checkpoint)[1]
         refuse_relative("runs", config.runs, config.runs.is_absolute())
         refuse_relative("cache.path", config.cache.path, config.cache.is_absolute)
@@ -76,11 +72,9 @@ class Run:
         self.folder = RunFolder(config.folder.absolute())
         self.cache = Store(config.cache.location)
         self.position = Position("first")
-        self._given_teacher = teacher
-        if checkpoint is not None:
-            self.checkpoint = checkpoint
+        self._given_teacher: Teacher | None = None  # See `sibling`.
         self.teacher_file = self.folder.teacher_file
-        self.failed_file = self.folder.failed_utterances
+        self.failed_file = self.folder.failed_file
         self.parts: tuple[Run, ...] = tuple(TeacherRun(self, entry) for entry in config.teachers) or (self,)
 
     @property
@@ -327,7 +321,7 @@ class TeacherRun(Run):
         with self.named():
             super().__init__(whole.config.of_teacher(entry), whole.console)
         self.teacher_file = self.folder.teacher_file_of(entry.name)
-        self.failed_file = self.folder.failed_utterances_of(entry.name)
+        self.failed_file = self.folder.failed_file_of(entry.name)
 
     def say(self, text: str) -> None:
         """Print one line for the user, with the teacher's name after the first word."""

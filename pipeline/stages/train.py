@@ -27,6 +27,7 @@ from ray_distill.student.training.ray_training import train_on_ray
 from ray_distill.student.training.run_files import METRICS, PRUNED, PRUNING
 from ray_distill.student.training.target_source import TeacherCache
 from ray_distill.student.training.train_state import refuse_missing_metrics, resume_step, saved_batch_seconds
+from ray_distill.teacher_cache.shapes_only import shapes_only
 
 _FAR = 0.02
 """Difference of the sparsity from that of the gates at the end of a pruning that is worth a word."""
@@ -144,7 +145,8 @@ def prepare_training(
         initial = run.folder.initial_weights
         write_initial(initial, tensors)
     if settings.init_from is not None:
-        names = Student(config).state_dict().keys()
+        with shapes_only():
+            names = Student(config).state_dict().keys()
         anew = f"; {len(names) - len(tensors)} tensors of its heads start anew" if len(tensors) < len(names) else ""
         run.say(f"train   the student starts from {settings.init_from} ({len(tensors)} tensors{anew})")
     return partial(

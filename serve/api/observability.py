@@ -98,9 +98,8 @@ class ObservabilityMiddleware:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            if (
-                status != 499 or scope["type"] == "websocket"
-            ):  # The response has begun; the server cuts it off and logs the error.
+            # If the response has begun, the server cuts it off and logs the error.
+            if status != 499 or scope["type"] == "websocket":
                 raise
             # This is not an exception handler of the framework, because the responses of those bypass middleware.
             _LOG.exception("Request %s failed", request_id)

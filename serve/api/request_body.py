@@ -62,9 +62,8 @@ async def read_body(request: Request, max_bytes: int, held: HeldBytes) -> tuple[
         raise too_large
     received = 0
     media_type = media_type_of(request)
-    copies = (
-        2 if media_type == "multipart/form-data" else 1
-    )  # The parser's parts, and the files that are read from them.
+    # A form is there twice: as the parser's parts, and as the files that are read from them.
+    copies = 2 if media_type == "multipart/form-data" else 1
 
     async def receive() -> Message:
         nonlocal received
@@ -138,9 +137,8 @@ def _read_json(body: bytes) -> tuple[list[bytes], dict[str, Any], bool]:
         )
     message = f"A JSON body must be an object whose 'input' is the base64 of an audio file, or a list of 1 to {MAX_FILES} of them."
     try:
-        members = orjson.loads(
-            body
-        )  # Unlike json, it refuses halves of surrogate pairs, which no other library accepts.
+        # Unlike json, it refuses halves of surrogate pairs, which no other library accepts.
+        members = orjson.loads(body)
         names = [found[1] for found in _MEMBER.finditer(body)]
         if repeated := [name for name in members if names.count(name.encode()) > 1]:
             raise ServiceError(

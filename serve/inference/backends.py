@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ray_distill.first_line import first_line
 from ray_distill.gpu import set_up_gpu
 from ray_distill.serve.settings import BackendOptions, Runtime
 from ray_distill.student import Student
@@ -178,7 +179,7 @@ class OnnxBackend:
             try:
                 return onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
             except Exception as error:  # The exceptions of ONNX Runtime have no other common base class.
-                raise ValueError(f"'{file}' is not an ONNX model ({str(error).splitlines()[0]}).") from error
+                raise ValueError(f"'{file}' is not an ONNX model ({first_line(error)}).") from error
 
         self._heads: list[tuple[Array, Array] | None] = []
         self.teacher_dim: int | None = None

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from ray_distill.first_line import first_line
 from ray_distill.memory import memory_named, ran_out_of_memory
 from ray_distill.student.model.student_config import StudentConfig
 from ray_distill.student.pruning.phases import train_in_phases
@@ -393,5 +394,4 @@ def _memory_advice(settings: TrainSettings) -> str:
 
 
 def _first_sentence(error: BaseException) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line.partition(". ")[0].removesuffix(".")
+    return first_line(error).partition(". ")[0].removesuffix(".")

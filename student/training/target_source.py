@@ -75,15 +75,14 @@ def cached_source(reader: SplitReader, fresh_masks: MaskDraws | None = None) -> 
     """
     cache = reader.cache
     spec = cache.spec
-    failed: dict[str, Any] = (
-        {"failed": sorted(reader.failed)} if reader.failed else {}
-    )  # Keys of earlier versions stay valid.
+    # What is not there adds nothing, so that keys of earlier versions stay valid.
+    further: dict[str, Any] = {"failed": sorted(reader.failed)} if reader.failed else {}
     if fresh_masks is not None:
-        failed["fresh_masks"] = fresh_masks.model_dump(mode="json")
+        further["fresh_masks"] = fresh_masks.model_dump(mode="json")
     if isinstance(reader, StudentFrames):
-        failed["frames"] = reader.rule
+        further["frames"] = reader.rule
     key = _digest(
-        failed
+        further
         | {
             "spec": spec.model_dump(mode="json", exclude={"layers", "masks"}),
             # With the SHA-256 of the codec's state.

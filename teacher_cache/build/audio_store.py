@@ -1,6 +1,5 @@
 """Building an audio store: the audio of a corpus in shards, without any teacher, for caches to refer to."""
 
-import json
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,9 @@ import pyarrow as pa
 
 from ray_distill.teacher_cache.build.build_cache import BuildReport, Progress, write_missing
 from ray_distill.teacher_cache.build.shard_audio import ShardAudio, audio_from_corpus
-from ray_distill.teacher_cache.build.shard_output import open_output
+from ray_distill.teacher_cache.build.shard_output import open_output, shard_record
 from ray_distill.teacher_cache.build.shard_workers import Workers, map_on_ray
 from ray_distill.teacher_cache.build.shard_writer import shard_from_json
-from ray_distill.teacher_cache.storage.build_statistics import TeacherTime
 from ray_distill.teacher_cache.storage.cache import Cache
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec
 from ray_distill.teacher_cache.storage.create import check_location, create_cache
@@ -78,7 +76,7 @@ def build_audio_store(
 def write_audio(
     cache: Cache, shard: Shard, audio: ShardAudio | None = None, max_failed: int | None = None
 ) -> dict[str, Any]:
-    """Write the file of a shard of an audio store, and return its record, which is that of `ShardWriter.write`.
+    """Write the file of a shard of an audio store, and return its `shard_record`.
 
     Args:
         cache: The audio store.
@@ -87,7 +85,6 @@ def write_audio(
         max_failed: Maximum number of failed utterances; a shard with more is not finished. Default: no limit.
     """
     (file,) = cache.files(shard)
-    record = {"shard": shard.number, "utterances": len(shard.utterances), "seconds": shard.seconds, "busy": 0.0}
     failures: list[str] = []
     failed: dict[str, str] = {}
     full, written = False, 0
@@ -102,18 +99,7 @@ def write_audio(
         except OSError as error:
             full = is_disk_full(error)
             failures = [f"shard {shard.number} could not be written to {cache.store.location}: {error}"]
-    return (
-        record
-        | TeacherTime().to_columns()
-        | {
-            "bytes": written,
-            "batch_seconds": 0.0,
-            "failed": json.dumps(failed),
-            "failures": failures,
-            "notes": [],
-            "full": full,
-        }
-    )
+    return shard_record(shard, written=written, failed=failed, failures=failures, full=full)
 
 
 def _records_of(

@@ -283,8 +283,8 @@ def write_missing(
     Args:
         cache: The cache.
         shards: Its shards, with the present addresses of their audio.
-        records_of: Function that writes the missing files of shards and yields the record of each, as `ShardWriter.write` returns it,
-            given the maximum number of failed utterances of a shard.
+        records_of: Function that writes the missing files of shards and yields the `shard_record` of each, given the maximum number
+            of failed utterances of a shard.
         workers, max_failed, on_progress: As for `build_cache`.
         check_lock: Raises CacheError if the lock was lost.
         on_note, device: As for `build_cache`. ``device`` is that of the workers if there are any.

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from ray_distill.teacher_cache.embedded_audio import DECODERS, ENCODERS
 from ray_distill.teacher_cache.reading.audio_place import holder_of
 from ray_distill.teacher_cache.source_audio import load_waveform
-from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, check_content, damage_error
+from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, check_content
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, content_key, parts_of
 from ray_distill.teacher_cache.storage.failed_utterances import check_failed, reason_of
+from ray_distill.teacher_cache.storage.read_error import read_error
 from ray_distill.teacher_cache.storage.shard_plan import Shard, Utterances
 
 
@@ -119,18 +120,15 @@ class ReferredAudio:
             except CacheAccessError as error:
                 return ShardAudio([], [], {}, str(error))
             except (OSError, ValueError, LookupError, TypeError, RuntimeError, pa.ArrowException) as error:
-                text = str(error) if isinstance(error, CacheError) else ""
-                return ShardAudio(
-                    [], [], {}, text or str(damage_error(holder.store, file.name, f"is damaged ({error})"))
-                )
+                known = isinstance(error, CacheError)
+                return ShardAudio([], [], {}, str(error if known else read_error(holder.store, file.name, error)))
         decode = DECODERS[holder.spec.audio]
         absent = f"the audio at {holder.store.location} lacks it"
         lacking = {u.id: failed.get(u.id, absent) for u in shard.utterances if u.id not in stored}
         try:
             waveforms = [decode(stored[u.id]) if u.id in stored else np.zeros(0, np.float32) for u in shard.utterances]
         except ValueError as error:
-            text = str(damage_error(holder.store, file.name, f"is damaged ({error})"))
-            return ShardAudio([], [], {}, text)
+            return ShardAudio([], [], {}, str(read_error(holder.store, file.name, error)))
         return ShardAudio(waveforms, [b""] * len(waveforms), lacking)
 
 
@@ -209,7 +207,7 @@ def _from_cache(cache: Cache, shard: Shard, audio_file: ShardFile) -> ShardAudio
     except CacheAccessError as error:
         return ShardAudio([], [], {}, str(error))
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, pa.ArrowException) as error:
-        return ShardAudio([], [], {}, str(damage_error(cache.store, audio_file.name, f"is damaged ({error})")))
+        return ShardAudio([], [], {}, str(read_error(cache.store, audio_file.name, error)))
 
 
 def _read(cache: Cache, file: ShardFile, wanted: pa.LargeStringArray | None = None) -> dict[str, bytes]:

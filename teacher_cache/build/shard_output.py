@@ -1,6 +1,7 @@
 """A shard file while it is written: one row group per utterance, and the commit record at the end."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 
 from ray_distill.teacher_cache.build.shard_audio import ShardAudio
 from ray_distill.teacher_cache.codecs import ColumnCodec
+from ray_distill.teacher_cache.storage.build_statistics import TeacherTime
 from ray_distill.teacher_cache.storage.cache import (
     CONTENT_KEY,
     Cache,
@@ -104,6 +106,49 @@ class ShardOutput(EncodedPart):
             self.rows += 1
             arrays = [pa.array([value], field.type) for value, field in zip(values, self._schema, strict=True)]
             self.writer.write_table(pa.table(arrays, schema=self._schema), row_group_size=1)
+
+
+def shard_record(
+    shard: Shard,
+    teacher_time: TeacherTime | None = None,
+    *,
+    busy: float = 0.0,
+    written: int = 0,
+    batch_seconds: float = 0.0,
+    failed: Mapping[str, str] | None = None,
+    failures: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    full: bool = False,
+) -> dict[str, Any]:
+    """Return what a worker tells of a shard: a row of plain values, as Ray Data passes it on.
+
+    Its keys are ``shard`` (the number), ``utterances``, ``seconds`` (of audio), the columns of `TeacherTime`, ``bytes``, and the
+    other arguments by their names.
+
+    Args:
+        shard: The shard.
+        teacher_time: Time of the teacher's passes. Default: there is no teacher.
+        busy: Seconds of the teacher and the codecs.
+        written: Bytes written.
+        batch_seconds: Seconds of audio in the teacher's batches; 0 if there were none.
+        failed: Reasons by id for the utterances that the files lack, stored as JSON. Default: none.
+        failures: Sentences; if there are any, the shard is not finished.
+        notes: Sentences about the worker since the record before.
+        full: Whether the disk is full.
+    """
+    record = {"shard": shard.number, "utterances": len(shard.utterances), "seconds": shard.seconds, "busy": busy}
+    return (
+        record
+        | (teacher_time or TeacherTime()).to_columns()
+        | {
+            "bytes": written,
+            "batch_seconds": batch_seconds,
+            "failed": json.dumps(dict(failed or {})),
+            "failures": list(failures),
+            "notes": list(notes),
+            "full": full,
+        }
+    )
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def records_of(
     audio: str | None = None,
     device: str = "cpu",
 ) -> Generator[dict[str, Any], None, None]:
-    """Write the missing files of shards, and yield the record of each as it is finished; see `ShardWriter.write`.
+    """Write the missing files of shards, and yield the `shard_record` of each as it is finished.
 
     Args:
         cache: The cache.

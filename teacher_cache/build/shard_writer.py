@@ -20,7 +20,7 @@ from ray_distill.memory import ran_out_of_memory
 from ray_distill.teacher_cache.build.host_copy import copy_to_host
 from ray_distill.teacher_cache.build.pass_memory import BatchSize
 from ray_distill.teacher_cache.build.shard_audio import ShardAudio, load_shard_audio
-from ray_distill.teacher_cache.build.shard_output import EncodedPart, ShardOutput, open_output
+from ray_distill.teacher_cache.build.shard_output import EncodedPart, ShardOutput, open_output, shard_record
 from ray_distill.teacher_cache.codecs import ColumnCodec
 from ray_distill.teacher_cache.embedded_audio import from_pcm
 from ray_distill.teacher_cache.frames import SAMPLE_RATE, padding_mask
@@ -129,29 +129,24 @@ class ShardWriter:
             audio: Decoded audio. Default: read it here.
 
         Returns:
-            A record with ``shard`` (its number), ``utterances``, ``seconds`` (of audio), ``busy`` (seconds of the teacher and
-            the codecs), ``bytes`` (written), ``batch_seconds`` (of its batches; 0 if nothing was written), the columns of
-            `TeacherTime`, ``failed`` (JSON, the reasons by id of the utterances that its files lack), ``failures`` (sentences; if
-            there are any, the shard is not finished), ``notes`` (sentences about the worker since the record before) and ``full``
-            (whether the disk is full). A shard with more failed utterances than are allowed is not finished either.
+            Its `shard_record`. A shard with more failed utterances than are allowed is not finished either.
 
         Raises:
             CacheError: If the teacher's device has too little memory, so that other shards would fail too.
         """
-        record = {"shard": shard.number, "utterances": len(shard.utterances), "seconds": shard.seconds, "busy": 0.0}
         teacher_time = TeacherTime()
         missing = [file for file in self._cache.files(shard) if self._cache.store.size(file.commit) is None]
         failures: list[str] = []
         failed: dict[str, str] = {}
         full = False
         written = 0
-        seconds = 0.0
+        busy = seconds = 0.0
         if missing:
             audio = audio or load_shard_audio(self._cache, shard)
             failures = [audio.problem] if audio.problem else []
             try:
                 if not failures:
-                    record["busy"], failed, seconds = self._write_fitting(shard, missing, audio, teacher_time)
+                    busy, failed, seconds = self._write_fitting(shard, missing, audio, teacher_time)
                     written = sum(self._cache.store.size(file.name) or 0 for file in missing)
             except _TooManyFailedError as error:
                 failed = error.failed
@@ -164,17 +159,16 @@ class ShardWriter:
             except OSError as error:
                 full = is_disk_full(error)
                 failures = [f"shard {shard.number} could not be written to {self._cache.store.location}: {error}"]
-        return (
-            record
-            | teacher_time.to_columns()
-            | {
-                "bytes": written,
-                "batch_seconds": seconds,
-                "failed": json.dumps(failed),
-                "failures": failures,
-                "notes": self._size.take_notes(),
-                "full": full,
-            }
+        return shard_record(
+            shard,
+            teacher_time,
+            busy=busy,
+            written=written,
+            batch_seconds=seconds,
+            failed=failed,
+            failures=failures,
+            notes=self._size.take_notes(),
+            full=full,
         )
 
     def _memory_error(self, audio: ShardAudio) -> CacheError:

@@ -65,6 +65,8 @@ def verify_cache(
     If the cache refers to audio elsewhere, that is checked only for its fingerprint and the sizes of its files, and a corpus only for
     its files being there, unless there is a need: `verify_audio` checks it.
 
+    Where the bytes of a shard file are not read, its commit record is not read either if the manifest repeats it.
+
     Args:
         location: Location of the cache.
         checksums: Whether to read every byte and compare SHA-256. Otherwise only sizes and records are checked.
@@ -73,8 +75,6 @@ def verify_cache(
         audio: Where the audio is that the cache refers to, as for `CacheReader`. Default: the recorded place.
         memory: With checksums, ``write`` notes in the cache which parts are sound, and ``use`` also does not read the shard files of
             a part again that was sound before, if no file of it has changed since. Default: ``none``.
-
-    Where the bytes of a shard file are not read, its commit record is not read either if the manifest repeats it.
 
     Returns:
         The problems found. Empty for an intact cache.

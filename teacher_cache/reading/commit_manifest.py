@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ray_distill.teacher_cache.storage.cache import Cache, ShardFile
+from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, commit_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, Part, content_key, parts_of
 from ray_distill.teacher_cache.storage.json_record import encode_record
-from ray_distill.teacher_cache.storage.limits import MAX_FILES
+from ray_distill.teacher_cache.storage.limits import MAX_FILES, check_commit
 from ray_distill.teacher_cache.storage.local_files import FileEntry
 from ray_distill.teacher_cache.storage.lock import cache_lock
 from ray_distill.teacher_cache.storage.shard_plan import first_rows
@@ -152,13 +152,13 @@ def current_manifest(cache: Cache, previous: Manifest | None = None) -> bytes:
     wanted: dict[str, list[tuple[Part, int, str]]] = {}
     for shard, split in zip(shards.tolist(), plan["split"].take(first).to_pylist(), strict=True):
         for part in parts_of(cache.spec, len(cache.layer_sets), split):
-            if f"commits/{part.folder}/part-{shard:05d}.json" in entries:
+            if commit_name(part, shard) in entries:
                 wanted.setdefault(part.folder, []).append((part, shard, split))
     files = [file for folder in sorted(wanted) for file in wanted[folder]]
 
     def row(file: tuple[Part, int, str]) -> dict[str, Any] | None:
         part, shard, split = file
-        entry = entries[f"commits/{part.folder}/part-{shard:05d}.json"]
+        entry = entries[commit_name(part, shard)]
         if (known := None if previous is None else previous.row(part.folder, shard, entry)) is not None:
             return known
         key = content_key(cache.spec, cache.layer_sets[part.layer_set], part, shard, split)
@@ -235,6 +235,18 @@ def _row_of(folder: str, shard: int, size: int, record: Mapping[str, Any]) -> di
         "content": bytes.fromhex(record["content"]),
         "failed": json.dumps(failed, sort_keys=True) if failed else None,
     }
+
+
+def failed_of_row(text: str | None) -> dict[str, str] | None:
+    """Return the failed utterances in the column ``failed`` of a row, with reasons by id. None if it is damaged."""
+    if text is None:
+        return {}
+    try:
+        failed: dict[str, str] = json.loads(text)
+        check_commit({"rows": 0, "bytes": 0, "sha256": "", "content": "", "failed": failed})
+    except (ValueError, RecursionError):
+        return None
+    return failed
 
 
 def _encode(table: pa.Table) -> bytes:

@@ -1,19 +1,17 @@
 """The commit records of one split's files as columns, from the manifest where it holds, and from the records elsewhere."""
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, Manifest, read_manifest
+from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, Manifest, failed_of_row, read_manifest
 from ray_distill.teacher_cache.reading.local_copies import CommittedFile
 from ray_distill.teacher_cache.reading.split_rows import SplitRows
-from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, damage_error
+from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, commit_name, damage_error, file_name
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, Part, content_key, parts_of
 from ray_distill.teacher_cache.storage.failed_utterances import check_failed
-from ray_distill.teacher_cache.storage.limits import check_commit
 from ray_distill.teacher_cache.storage.local_files import FileEntry
 from ray_distill.teacher_cache.storage.shard_plan import first_rows
 
@@ -76,11 +74,12 @@ class CommitTable:
                     columns[name] = getattr(known, name)[places]
             if entries is not None:
                 for n in np.flatnonzero(~doubtful):
-                    entry = entries.get(f"commits/{folder}/part-{shards[n]:05d}.json")
+                    entry = entries.get(commit_name(part, int(shards[n])))
                     doubtful[n] = entry is None or not manifest.holds(folder, int(places[n]), entry)
             failures = np.zeros(len(shards), np.int64)
             for n in np.flatnonzero(known.failed.is_valid().to_numpy(zero_copy_only=False)[places] & ~doubtful):
-                failed = _failed(known.failed[int(places[n])].as_py())
+                # A damaged row lists none, which does not fit the plan.
+                failed = failed_of_row(known.failed[int(places[n])].as_py()) or {}
                 if failed.keys() <= set(self._planned.of_shard(int(shards[n]))):
                     self.failed[folder, int(shards[n])] = failed
                     failures[n] = len(failed)
@@ -89,13 +88,13 @@ class CommitTable:
         files = {int(n): self._file(part, int(shards[n])) for n in np.flatnonzero(doubtful)}
         for file in files.values():
             if entries is not None and file.commit not in entries:
-                raise CacheError(f"{store.at(file.name)} is not finished; run the cache stage again")
+                raise self._unfinished(file)
         with ThreadPoolExecutor(_THREADS) as pool:
             for (place, file), record in zip(
                 files.items(), pool.map(self._cache.commit_of, files.values()), strict=True
             ):
                 if record is None:
-                    raise CacheError(f"{store.at(file.name)} is not finished; run the cache stage again")
+                    raise self._unfinished(file)
                 numbers["rows"][place], numbers["bytes"][place] = record["rows"], record["bytes"]
                 keys["sha256"][place] = _key(record["sha256"])
                 keys["content"][place] = _key(record["content"])
@@ -108,7 +107,7 @@ class CommitTable:
                     raise damage_error(store, file.commit, f"does not fit the plan ({error})") from error
         if entries is not None:
             for shard, size in zip(shards.tolist(), numbers["bytes"].tolist(), strict=True):
-                name = f"{folder}/part-{shard:05d}.parquet"
+                name = file_name(part, shard)
                 if name not in entries or entries[name].size != size:
                     raise damage_error(store, name, "is missing or does not have its committed size")
         self.rows[folder], self._bytes[folder] = numbers["rows"], numbers["bytes"]
@@ -124,7 +123,7 @@ class CommitTable:
         n = self._place(shard)
         with self._lock:
             size, sha256 = int(self._bytes[part.folder][n]), self._sha256[part.folder][n].tobytes().hex()
-        return CommittedFile(f"{part.folder}/part-{shard:05d}.parquet", size, sha256)
+        return CommittedFile(file_name(part, shard), size, sha256)
 
     def shard_file(self, part: Part, shard: int) -> ShardFile:
         """Return what a file must hold. ValueError if its commit record says that it holds something else."""
@@ -150,7 +149,7 @@ class CommitTable:
         record = self._cache.commit_of(file)
         store = self._cache.store
         if record is None:
-            raise CacheError(f"{store.at(file.name)} is not finished; run the cache stage again")
+            raise self._unfinished(file)
         if record.get("failed", {}) != self.failed.get((folder, shard), {}) or record["rows"] != self.rows[folder][n]:
             raise CacheError(
                 f"{store.at(file.name)} was written again without some of its utterances after the manifest; run "
@@ -162,6 +161,9 @@ class CommitTable:
             self._bytes[folder][n], self._sha256[folder][n] = record["bytes"], _key(record["sha256"])
             self._content[folder][n], self._unchecked[folder][n] = content, False
         return differs or used != self.file(part, shard)
+
+    def _unfinished(self, file: ShardFile) -> CacheError:
+        return CacheError(f"{self._cache.store.at(file.name)} is not finished; run the cache stage again")
 
     def _place(self, shard: int) -> int:
         return int(np.searchsorted(self._shards, shard))
@@ -179,14 +181,3 @@ def _key(text: str) -> np.ndarray:
     except ValueError:
         data = b""
     return np.frombuffer(data if len(data) == 32 else bytes(32), np.uint8)
-
-
-def _failed(text: str) -> dict[str, str]:
-    """Return the failed utterances of a row, or none, which does not fit the plan, if it does not hold any."""
-    try:
-        failed = json.loads(text)
-        check_commit({"rows": 0, "bytes": 0, "sha256": "", "content": "", "failed": failed})
-    except (ValueError, RecursionError):
-        return {}
-    checked: dict[str, str] = failed
-    return checked

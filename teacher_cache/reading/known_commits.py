@@ -1,14 +1,12 @@
 """The commit records of a cache: from the manifest where it holds, and from the records elsewhere."""
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, Manifest, read_manifest
-from ray_distill.teacher_cache.storage.cache import Cache, ShardFile
+from ray_distill.teacher_cache.reading.commit_manifest import MANIFEST, Manifest, failed_of_row, read_manifest
+from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, commit_name
 from ray_distill.teacher_cache.storage.cache_spec import Part
-from ray_distill.teacher_cache.storage.limits import check_commit
 from ray_distill.teacher_cache.storage.local_files import FileEntry
 
 
@@ -35,7 +33,7 @@ class KnownCommits:
     def failed(self, part: Part, shard: int) -> dict[str, str] | None:
         """Return the failed utterances of a file, with reasons by id. None if its record has to be read, or there is none."""
         row = self._row(part, shard)
-        return None if row is None else _failed(row)
+        return None if row is None else failed_of_row(row["failed"])
 
     def record(self, file: ShardFile) -> dict[str, Any] | None:
         """Return the commit record of a file, or None if the file is not finished.
@@ -46,23 +44,11 @@ class KnownCommits:
         if file.commit not in self.entries:
             return None
         row = self._row(file.part, file.shard)
-        if row is None or row["content"].hex() != file.content or (failed := _failed(row)) is None:
+        if row is None or row["content"].hex() != file.content or (failed := failed_of_row(row["failed"])) is None:
             return self._cache.commit_of(file)
         known = {"rows": row["rows"], "bytes": row["bytes"], "sha256": row["sha256"].hex(), "content": file.content}
         return known | ({"failed": failed} if failed else {})
 
     def _row(self, part: Part, shard: int) -> dict[str, Any] | None:
-        entry = self.entries.get(f"commits/{part.folder}/part-{shard:05d}.json")
+        entry = self.entries.get(commit_name(part, shard))
         return None if entry is None or self._manifest is None else self._manifest.row(part.folder, shard, entry)
-
-
-def _failed(row: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return the failed utterances in a row of a manifest, or None if it is damaged."""
-    if row["failed"] is None:
-        return {}
-    try:
-        failed: dict[str, str] = json.loads(row["failed"])
-        check_commit({"rows": 0, "bytes": 0, "sha256": "", "content": "", "failed": failed})
-    except (ValueError, RecursionError):
-        return None
-    return failed

@@ -46,9 +46,8 @@ class ReferredRows:
         self._part = parts_of(holder.spec, len(holder.layer_sets), split)[0]
         self._rows = ShardRows(holder, split, [self._part], local=local, local_gb=local_gb)
         self._places = utterances.ids.places_in(self._rows.utterances.ids)
-        lengths = np.append(
-            self._rows.utterances.num_samples, -1
-        )  # The last is that of what is not there, at place -1.
+        # The last is that of what is not there, at place -1.
+        lengths = np.append(self._rows.utterances.num_samples, -1)
         if len(lost := np.flatnonzero(lengths[self._places] != utterances.num_samples)):
             raise CacheError(
                 f"the audio at {holder.store.location} lacks utterance {utterances.ids[int(lost[0])]} of the cache at "

@@ -15,6 +15,7 @@ from ray_distill.teacher_cache.reading.shard_file_pool import ShardFilePool
 from ray_distill.teacher_cache.reading.split_rows import PlanSplits
 from ray_distill.teacher_cache.storage.cache import Cache, ShardFile, damage_error
 from ray_distill.teacher_cache.storage.cache_spec import CacheAccessError, CacheError, Part
+from ray_distill.teacher_cache.storage.read_error import read_error
 
 _OPEN_FILES = 256
 """Maximum number of idle open files on a local disk."""
@@ -92,6 +93,7 @@ class ShardRows:
         """Return the values of some columns of one row.
 
         Raises:
+            CacheAccessError: If an object store does not give the file.
             CacheError: If the file is damaged.
         """
         shard, row = int(self.utterances.shard[index]), int(self.utterances.row[index])
@@ -110,8 +112,7 @@ class ShardRows:
                 if attempt or not (self._commits.refresh(part, shard, file) or self._open.discard(file)):
                     if isinstance(error, CacheError):
                         raise
-                    reason = f"is damaged ({str(error).splitlines()[0]})"
-                    raise damage_error(self.cache.store, file.name, reason) from error
+                    raise read_error(self.cache.store, file.name, error) from error
         if found != self.utterances.ids[index]:
             raise self.damaged(index, part, f"it holds utterance {found!r} in place of {self.utterances.ids[index]!r}")
         return values

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ray_distill.first_line import first_line
 from ray_distill.teacher_cache.reading.local_copies import CommittedFile, LocalCopies
 from ray_distill.teacher_cache.reading.split_rows import SplitRows
 from ray_distill.teacher_cache.source_audio import ChangedAudioError, load_waveform
@@ -88,7 +89,7 @@ def with_places(cache: Cache, plan: pa.Table, index: str | None) -> pa.Table:
     except (OSError, KeyError, pa.ArrowException) as error:
         raise CacheError(
             f"the cache at {cache.store.location} reads its audio from the corpus (cache.audio=source), but {index} is no index of it "
-            f"({str(error).splitlines()[0]}); give corpus/index.parquet in the folder of a run with that corpus"
+            f"({first_line(error)}); give corpus/index.parquet in the folder of a run with that corpus"
         ) from error
     wanted = Utterances(plan).texts("id")
     rows = pc.index_in(wanted, value_set=ids)

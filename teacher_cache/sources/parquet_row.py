@@ -12,6 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_distill.first_line import first_line
+
 MAX_GROUP_BYTES = 2 << 30
 """Maximum uncompressed size of a column in a row group, 2 GiB. A row group is read as a whole."""
 
@@ -37,7 +39,7 @@ def read_row(path: Path, row: int, column: str) -> bytes:
             values = _read_group(path, stat.st_mtime_ns, stat.st_size, group, column)
         value = values[number].as_py()
     except (pa.ArrowException, OSError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"row {row} of {path} can't be read ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"row {row} of {path} can't be read ({first_line(error)})") from error
     value = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(value, bytes):
         raise ValueError(f"row {row} of {path} has no bytes in the column {column!r}")

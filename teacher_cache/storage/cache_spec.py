@@ -40,7 +40,7 @@ class CacheError(ValueError):
 
 
 class CacheAccessError(CacheError):
-    """A file of a cache that may not be read or written: a link, or a lack of permission. It does not mean damage."""
+    """A file that may not be read or written: a link, a lack of permission, or a store that fails. It does not mean damage."""
 
 
 class CacheSpec(pydantic.BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):

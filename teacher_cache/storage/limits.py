@@ -18,6 +18,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from ray_distill.first_line import first_line
 from ray_distill.teacher_cache.codecs import CODECS, is_joint
 from ray_distill.teacher_cache.codecs.direct_sum import SIZE
 from ray_distill.teacher_cache.embedded_audio import MAX_SAMPLES
@@ -123,7 +124,7 @@ def read_plan(
             batches = [batch for part in pool.map(partial(_row_group, data, schema), groups) for batch in part]
         table = pa.Table.from_batches(batches, schema)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"it is not a plan: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"it is not a plan: {first_line(error)}") from error
     del data
     pa.default_memory_pool().release_unused()  # Otherwise what decoding used stays allocated beside what follows.
     if any(column.null_count for column in table.columns):

@@ -162,9 +162,8 @@ class Utterances(Sequence[Utterance]):
 
     def __iter__(self) -> Iterator[Utterance]:
         for begin in range(0, len(self), _BATCH):
-            batch = (
-                self.table.select(_FIELDS).slice(begin, _BATCH).cast(_PLAIN)
-            )  # Values of a dictionary are slow to get.
+            # Values of a dictionary are slow to get.
+            batch = self.table.select(_FIELDS).slice(begin, _BATCH).cast(_PLAIN)
             for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 yield Utterance(*row)
 

@@ -260,9 +260,8 @@ def test_losing_a_node_or_a_pod_leaves_the_service() -> None:
     (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
     assert group["minReplicas"] >= deployment["autoscaling_config"]["min_replicas"] >= 2
     template = group["template"]
-    labels = template["metadata"]["labels"] | {
-        "ray.io/group": group["groupName"]
-    }  # KubeRay adds the name of the group.
+    # KubeRay adds the name of the group.
+    labels = template["metadata"]["labels"] | {"ray.io/group": group["groupName"]}
     (spread,) = template["spec"]["topologySpreadConstraints"]
     assert spread["topologyKey"] == "kubernetes.io/hostname"
     documents = yaml.safe_load_all((FOLDER / "rayservice.yaml").read_text())

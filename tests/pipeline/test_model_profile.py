@@ -112,21 +112,25 @@ def test_a_run_is_compared_with_its_own_teacher(tmp_path: Path) -> None:
     save_student(Student(tiny_student(encoder_layers=1)), run / "export")
     (run / "config.yaml").write_text("name: one\nteacher: {checkpoint: 'random:2x32'}\ntrain: {}\n")
     for model in (run, run / "export"):
-        result = CliRunner().invoke(
-            application, ["profile", str(model), "--seconds", "1", "--output", str(tmp_path / "new" / "counts.json")]
-        )
+        output = tmp_path / "new" / f"{model.name}.json"
+        result = CliRunner().invoke(application, ["profile", str(model), "--seconds", "1", "--output", str(output)])
         assert result.exit_code == 0, result.output
-        assert json.loads((tmp_path / "new" / "counts.json").read_text())["teacher_name"] == "random:2x32"
+        assert json.loads(output.read_text())["teacher_name"] == "random:2x32"
 
 
-def test_an_unwritable_output_is_reported_before_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_output_is_reported_before_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("counting has started")
 
     monkeypatch.setattr("ray_distill.pipeline.model_profile.profile_student", never)
-    (tmp_path / "file").write_text("")
-    for output, message in ((tmp_path / "file" / "counts.json", "nothing can be written"), (tmp_path, "is a folder")):
+    (tmp_path / "file").write_text("mine")
+    for output, message in (
+        (tmp_path / "file" / "counts.json", "nothing can be written"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "file", "exists already; choose another --output"),
+    ):
         result = CliRunner().invoke(
             application, ["profile", str(REPOSITORY / "configs" / "demo.yaml"), "--output", str(output)]
         )
         assert result.exit_code == 2 and message in result.output and result.output.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"

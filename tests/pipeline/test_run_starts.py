@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_distill.pipeline.run_starts import code_version, read_starts, record_start
+from ray_distill.pipeline.run_starts import clone_commit, code_version, read_starts, record_start
 
 
 def test_starts_are_recorded_until_a_training_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,3 +45,7 @@ def test_the_version_is_the_commit_of_a_clone(tmp_path: Path) -> None:
     assert code_version(tmp_path) == commit
     (tmp_path / "file").write_text("two")
     assert code_version(tmp_path) == f"{commit}, with changes"
+    # An environment in the clone of another project, whose commit says nothing of the package in it.
+    installed = tmp_path / ".venv" / "ray_distill"
+    installed.mkdir(parents=True)
+    assert code_version(installed) == f"version {version('ray-distill')}" and clone_commit(installed) is None

@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from ray_distill.command_line import application
+from ray_distill.pipeline import student_export
 from ray_distill.pipeline.student_export import open_student
 from ray_distill.student import Student, save_student
 from ray_distill.teacher_cache.storage.cache import Cache
@@ -43,6 +44,13 @@ def run_folder(tmp_path: Path, make_cache) -> Path:  # type: ignore[no-untyped-d
     return run
 
 
+def test_an_installed_package_has_no_commit_of_a_clone_around_it(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(student_export, "_REPOSITORY", Path(__file__).parent)
+    assert open_student(run_folder)[1]["commit"] is None
+
+
 def test_origin_of_a_run(run_folder: Path) -> None:
     _, origin = open_student(run_folder)
     assert origin["run"] == "tiny" and "RANDOM" in origin["teacher"]
@@ -70,9 +78,8 @@ def test_the_fingerprint_belongs_to_the_training_cache(
     text = (run_folder / "config.yaml").read_text()
     (run_folder / "config.yaml").write_text(text.replace(str(tmp_path / "cache"), "caches/relative"))
     assert open_student(run_folder)[1]["cache_fingerprint"] == Cache.open(tmp_path / "cache").fingerprint
-    (run_folder / "train.json").write_text(
-        json.dumps({"steps": 12, "cache_fingerprint": "f00"})
-    )  # The fingerprint before the cache grew.
+    # The fingerprint before the cache grew.
+    (run_folder / "train.json").write_text(json.dumps({"steps": 12, "cache_fingerprint": "f00"}))
     origin = open_student(run_folder)[1]
     assert origin["cache_fingerprint"] == "f00" and origin["metrics"]["steps"] == 12
 

@@ -17,9 +17,8 @@ from ray_distill.serve.settings import Limits
 from ray_distill.teacher_cache.audio import AudioHeader
 
 CHEAP = AudioHeader(16_000, 1, 16_000, 16_000, "WAV", "PCM_16")
-COSTLY = AudioHeader(
-    192_000, 8, 60 * 192_000, 60 * 192_000, "FLAC", "PCM_16"
-)  # About 4 seconds of work before it is measured.
+# About 4 seconds of work before it is measured.
+COSTLY = AudioHeader(192_000, 8, 60 * 192_000, 60 * 192_000, "FLAC", "PCM_16")
 
 
 class Gate:

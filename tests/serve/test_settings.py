@@ -178,13 +178,21 @@ def test_a_model_is_required() -> None:
 def test_a_deployment_takes_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     deployment = pytest.importorskip("ray_distill.serve.deployment")
     bound: list[ServeSettings] = []
-    monkeypatch.setattr(deployment, "_deployment", lambda library_loaded: SimpleNamespace(bind=bound.append))
+    monkeypatch.setattr(deployment, "_deployment", lambda settings: SimpleNamespace(bind=bound.append))
     deployment.build({"model": "runs/a", "more": {"b": "runs/b"}, "limits": {"max_seconds": 40}, "library_loaded": 2})
     assert bound == [ServeSettings(model=Path("runs/a"), more={"b": Path("runs/b")}, max_seconds=40, library_loaded=2)]
     with pytest.raises(ValueError, match="model is not set"):
         deployment.build({})
     with pytest.raises(ValueError, match="limits.max_seconds must be greater than 0, not 0."):
         deployment.build({"model": "runs/a", "limits": {"max_seconds": 0}})
+
+
+def test_ray_serve_leaves_the_limits_to_the_application() -> None:
+    deployment = pytest.importorskip("ray_distill.serve.deployment")
+    for limits, ongoing, grace in (({}, 320, 40), ({"max_requests": 1000, "deadline_seconds": 120}, 1064, 130)):
+        service = deployment._deployment(ServeSettings(model=Path("runs/a"), limits=limits))
+        assert service.max_ongoing_requests == ongoing > Limits(**limits).max_requests
+        assert service._deployment_config.graceful_shutdown_timeout_s == grace
 
 
 def test_keys_are_read_from_a_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,9 +15,11 @@ from ray_distill.teacher_cache.maintenance.repair import repair_cache
 from ray_distill.teacher_cache.maintenance.verify import verify_deep
 from ray_distill.teacher_cache.masks import MaskDraws, MaskPolicy, draw_mask
 from ray_distill.teacher_cache.reader import CacheReader
+from ray_distill.teacher_cache.reading.shard_rows import ShardRows
 from ray_distill.teacher_cache.storage.cache import Cache, file_record, write_commit
 from ray_distill.teacher_cache.storage.cache_spec import CacheError, CacheSpec, LayerSet, content_key, parts_of
 from ray_distill.teacher_cache.storage.shard_plan import Utterance
+from ray_distill.teacher_cache.storage.store import Store
 from ray_distill.teacher_cache.targets.online_targets import OnlineReader
 from ray_distill.teacher_cache.teachers import load_teacher
 
@@ -87,9 +90,8 @@ def test_deep_verification_allows_for_the_rounding_of_half_precision(tmp_path: P
     teacher = load_teacher(TEACHER)
     assert all(check.good for check in verify_deep(tmp_path / "cache", teacher))
     assert teacher.fingerprint == CacheReader(tmp_path / "cache", "train").cache.spec.teacher
-    teacher.model.encoder.transformer.layers[0].final_layer_norm.weight.mul_(
-        1.1
-    )  # The fingerprint is not computed again.
+    # The fingerprint is not computed again.
+    teacher.model.encoder.transformer.layers[0].final_layer_norm.weight.mul_(1.1)
     checks = verify_deep(tmp_path / "cache", teacher)
     assert not any(check.good for check in checks if check.layer == 1)
 
@@ -403,3 +405,29 @@ def test_files_of_composite_caches_with_draws_keep_their_key() -> None:
         ("composite/draw=0", "train"): "9efd8b28",
         ("clean", "validation"): "27bad5c4",
     }
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (TimeoutError(), r"can't be read \(TimeoutError\); run the same"),
+        (
+            OSError("AWS Error NETWORK_CONNECTION during HeadObject operation"),
+            r"can't be read \(AWS Error NETWORK_CONN",
+        ),
+        (FileNotFoundError("no such key"), r"is damaged \(no such key\); `ray-distill cache repair memory://"),
+        (OSError("Unexpected end of stream"), r"is damaged \(Unexpected end of stream\)"),
+    ],
+)
+def test_a_store_that_fails_is_not_called_damage(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, message: str
+) -> None:
+    local, remote = Store(cache), Store(f"memory://{cache.parent.name}")
+    for name in local.names():
+        remote.write(name, local.read(name))
+    reader = CacheReader(remote.location, "train")
+    reader.read([0], None)
+    monkeypatch.setattr(ShardRows, "_values", Mock(side_effect=error))
+    with pytest.raises(CacheError, match=rf"part-\d+\.parquet {message}") as raised:
+        reader.read([0], None)
+    assert raised.value.__cause__ is error, "training starts again after an error of the store"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from ray_distill.first_line import first_line
 from ray_distill.teacher_cache.teachers.hub.hub_name import HubName
 from ray_distill.teacher_cache.teachers.known import suggestion
 from ray_distill.teacher_cache.teachers.teacher import TeacherError
@@ -73,8 +74,9 @@ def _sentence(name: HubName, kind: Literal["model", "dataset"], error: Exception
             f"{model} can't be stored in the hub's cache at {constants.HF_HUB_CACHE} ({os.strerror(cause.errno)}); set HF_HOME to a "
             "folder on another disk"
         )
+    reason = first_line(cause)[:200].rstrip(".")
     return (
-        f"{model} is no file or folder here, and can't be downloaded from {constants.ENDPOINT} ({_first_line(cause)}) and is not "
+        f"{model} is no file or folder here, and can't be downloaded from {constants.ENDPOINT} ({reason}) and is not "
         f"complete in the hub's cache at {constants.HF_HUB_CACHE}; check the network, or give the path of a folder with the {kind}"
     )
 
@@ -83,8 +85,3 @@ def _has_no_token() -> bool:
     from huggingface_hub import get_token
 
     return get_token() is None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200].rstrip(".") if lines else type(error).__name__

@@ -48,10 +48,8 @@ def parse_hub_name(spec: str) -> HubName | None:
     if not explicit and (spec.endswith(_FILES) or Path(spec).exists()):
         return None
     match = _NAME.fullmatch(spec.removeprefix(PREFIX))
-    valid = match is not None and not any(
-        part in match["repository"] for part in ("--", "..")
-    )  # The hub's rule, which keeps the names of folders in its cache unique.
-    if valid and match is not None:
+    # The hub's rule about dashes and dots keeps the names of folders in its cache unique.
+    if match is not None and not any(part in match["repository"] for part in ("--", "..")):
         return HubName(match["repository"], match["revision"])
     if explicit:
         raise TeacherError(

@@ -113,6 +113,24 @@ def test_a_probe_of_a_run_is_kept_in_its_folder_for_reports(tmp_path: Path, tone
         read_probes(run)
 
 
+def test_a_probe_of_a_run_does_not_replace_one_with_other_sources(
+    tmp_path: Path, tones: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "one"
+    save_student(Student(tiny_student(target_dim=16)), run / "export", {})
+    (run / "config.yaml").write_text("name: one\nteacher: {checkpoint: none}\ntrain: {}\n")
+    arguments = [str(tones / "first.csv"), "--run", str(run), "--no-log-mel", "--epochs", "1"]
+    with_teacher = [*arguments, "--teacher", "random:2x32"]
+    for _ in range(2):  # The same again is no loss.
+        done = CliRunner().invoke(app, with_teacher)
+        assert done.exit_code == 0, done.output
+    [probed] = read_probes(run)
+    monkeypatch.setattr("ray_distill.pipeline.probing.linear_probe.run_probes", never)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "other settings or sources; remove that folder, or" in result.output
+    assert read_probes(run) == [probed]
+
+
 def test_probes_with_other_settings_lie_beside_each_other_and_know_the_runs_student(
     tmp_path: Path, tones: Path
 ) -> None:

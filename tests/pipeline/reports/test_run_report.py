@@ -102,9 +102,8 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     parser = WellFormed()
     parser.feed(page)
     assert parser.open == []
-    markup = re.sub(
-        r"<script>.*?</script>", "", page, flags=re.DOTALL
-    )  # The library names addresses that it never loads.
+    # The library names addresses that it never loads.
+    markup = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert "http:" not in markup and "https:" not in markup.replace("https://vega.github.io/schema/", "")
     assert (
         "default-src 'none'" in markup and "@import" not in page and "<script src" not in page and "<link" not in page

@@ -48,9 +48,8 @@ def test_windows_give_every_frame_once(overlap: float) -> None:
 
 @pytest.mark.slow
 def test_features_are_those_of_each_window(student: Student) -> None:
-    engine = FeatureEngine(
-        TorchBackend(student), BatchLimits(queue_seconds=5)
-    )  # Less than a window, so most windows must wait.
+    # The queue holds less than a window, so most windows must wait.
+    engine = FeatureEngine(TorchBackend(student), BatchLimits(queue_seconds=5))
     waveform = speechlike(31)
     limits = Limits(long_audio="windows", max_seconds=30, long_seconds=60, window_seconds=8, overlap_seconds=2)
     windows = split_windows(len(waveform), 8, 2)

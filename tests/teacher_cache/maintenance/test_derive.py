@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from ray_distill.command_line import application
+from ray_distill.teacher_cache import commands
 from ray_distill.teacher_cache.build.build_cache import build_cache
 from ray_distill.teacher_cache.maintenance import derive
 from ray_distill.teacher_cache.maintenance.derive import derive_cache
@@ -132,3 +135,18 @@ def test_a_derivation_that_was_killed_before_its_manifest_writes_it(tmp_path: Pa
     (tmp_path / "units" / MANIFEST).unlink()
     assert derive_cache(tmp_path / "source", tmp_path / "units", "units:4", [2]) == 0
     assert (tmp_path / "units" / MANIFEST).read_bytes() == sound
+
+
+def test_the_command_says_how_far_it_is(tmp_path: Path, make_cache: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cache(tmp_path / "source")
+    monkeypatch.setattr(commands, "LINE_SECONDS", 0.0)
+    command = ["cache", "derive", str(tmp_path / "source"), "--layer", "2"]
+    done = CliRunner().invoke(application, [*command, "--units", "20"])
+    place, shards = f"{tmp_path}/source-units-20-layer-2", len(Cache.open(tmp_path / "source").shards)
+    assert done.exit_code == 0 and shards > 1, done.output
+    *lines, last = done.output.splitlines()
+    assert lines == [f"{place}: {number} of {shards} shards written" for number in range(1, shards + 1)]
+    assert last.startswith(f"{place}: {shards} of {shards} shards written, ") and verify_cache(place) == []
+    for codecs in ([], ["--units", "20", "--mvq", "2"]):
+        refused = CliRunner().invoke(application, [*command, *codecs])
+        assert refused.exit_code == 2 and "give exactly one of --units and --mvq" in refused.output

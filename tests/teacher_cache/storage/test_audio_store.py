@@ -90,9 +90,8 @@ def test_batches_are_those_of_a_cache_with_audio(
     refer(tmp_path / "cache", store, codec="int8", targets=targets, masks=masks(1), layers=(1,))
     # It grows by layers and by draws as the other one does, from the audio that it refers to.
     make_cache(tmp_path / "whole", codec="int8", targets=targets, masks=masks(2))
-    shutil.rmtree(
-        tmp_path / "corpus" / "dev-tones"
-    )  # Audio that only the store has now; the codec needs the training split.
+    # Only the store has this audio now; the codec needs the training split.
+    shutil.rmtree(tmp_path / "corpus" / "dev-tones")
     refer(tmp_path / "cache", None, codec="int8", targets=targets, masks=masks(2))
     assert verify_cache(tmp_path / "cache") == verify_cache(store) == []
     for split in ("train", "validation"):

@@ -50,9 +50,8 @@ def test_a_lane_reads_one_window_of_shards_after_another() -> None:
         reads += len(first)
         open_at = [sum(first[s] <= n <= last[s] for s in first) for n in range(len(batches))]
         assert max(open_at) <= 1.5 * WINDOW_SHARDS + 3
-    assert (
-        reads <= 200 + 4 * 3
-    )  # A shard at the border of two lanes is read by both, and some batches move between lanes.
+    # A shard at the border of two lanes is read by both, and some batches move between lanes.
+    assert reads <= 200 + 4 * 3
 
 
 def test_batches_that_fit_no_window_and_fewer_batches_than_lanes() -> None:

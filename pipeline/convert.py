@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ray_distill.student import load_student, save_student
+from ray_distill.whole_files import filling
 
 
 def convert(checkpoint: Path, config: Path, output: Path, *, without_heads: bool = False) -> int:
@@ -13,7 +14,7 @@ def convert(checkpoint: Path, config: Path, output: Path, *, without_heads: bool
     Args:
         checkpoint: Released ``.ckpt`` file. Nothing that is pickled in it is executed.
         config: YAML file of the checkpoint.
-        output: New folder.
+        output: New or empty folder.
         without_heads: Leave out the prediction heads, which only training needs (published as
             ``delete_projections``). Default: False.
 
@@ -21,12 +22,11 @@ def convert(checkpoint: Path, config: Path, output: Path, *, without_heads: bool
         Number of parameters written.
 
     Raises:
-        ValueError: The checkpoint or the YAML file can't be read, they don't fit each other, or ``output`` exists.
+        ValueError: The checkpoint or the YAML file can't be read, they don't fit each other, or ``output`` has files.
     """
-    if output.exists():
-        raise ValueError(f"{output} exists already; choose another folder")
-    student = load_student(checkpoint, config)
-    if without_heads:
-        student = student.without_heads()
-    save_student(student, output, {"converted_from": checkpoint.name})
+    with filling(output) as folder:
+        student = load_student(checkpoint, config)
+        if without_heads:
+            student = student.without_heads()
+        save_student(student, folder, {"converted_from": checkpoint.name})
     return sum(parameter.numel() for parameter in student.parameters())

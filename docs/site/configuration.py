@@ -52,9 +52,8 @@ def configuration() -> str:
     lines = [INTRODUCTION, *_table("", Config, leave_out=sections)]
     for name in (name for name in Config.model_fields if name in sections):
         lines += [f"## {name}", "", f"{Config.model_fields[name].description or ''}", ""]
-        lines += _table(
-            name, sections[name], nested=name != "teachers"
-        )  # The keys of their caches are those of `cache`.
+        # The keys of the teachers' caches are those of `cache`.
+        lines += _table(name, sections[name], nested=name != "teachers")
     return "\n".join(lines).replace("``", "`") + "\n"
 
 

@@ -9,7 +9,7 @@ import typer
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Released .ckpt file.")],
     config: Annotated[Path, typer.Argument(help="YAML file of the checkpoint.")],
-    output: Annotated[Path, typer.Argument(help="New folder.")],
+    output: Annotated[Path, typer.Argument(help="New or empty folder.")],
     without_heads: Annotated[
         bool, typer.Option("--without-heads", help="Leave out the prediction heads, which only training needs.")
     ] = False,

@@ -57,9 +57,8 @@ class UnitPredictor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, K) float32 of frames (N, d)."""
         projected = F.normalize(self.projection(x).float(), dim=-1)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # Half precision is too coarse for cosines at a low temperature.
+        # Half precision is too coarse for cosines at a low temperature.
+        with torch.autocast(x.device.type, enabled=False):
             return projected @ F.normalize(self.embeddings.float(), dim=-1).T / self.temperature
 
 

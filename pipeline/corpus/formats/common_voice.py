@@ -38,9 +38,8 @@ def find(path: Path, search: Search) -> list[FoundFile]:
             raise ValueError(f"{file} has no column 'path'; its columns are {', '.join(header)}")
         for row in rows:
             values = dict(zip(header, row, strict=True))
-            clip = (
-                values["path"] if "." in values["path"] else f"{values['path']}.mp3"
-            )  # The first releases had no suffix.
+            # The first releases had no suffix.
+            clip = values["path"] if "." in values["path"] else f"{values['path']}.mp3"
             found.append(
                 FoundFile(
                     Path(clip).stem,

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ray_distill.first_line import first_line
 from ray_distill.pipeline.corpus.formats.text_lines import is_text, read_records, text_of
 
 NEEDED = ("path", "id", "split")
@@ -116,7 +117,7 @@ def _parquet_columns(path: Path) -> tuple[list[str], int, Columns]:
             at = {name: place for name, place in at.items() if name in COLUMNS or texts[header[place]]}
             tables = {name: file.read(columns=[header[place]]) for name, place in at.items()}
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"the manifest {path} can't be read ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"the manifest {path} can't be read ({first_line(error)})") from error
     columns = {}
     for name, table in tables.items():
         try:

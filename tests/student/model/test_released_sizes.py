@@ -84,7 +84,9 @@ def test_every_tensor_is_read(recipe: str, width: int, inner: int, parameters: i
     if name == "armhubert":
         distiller["reuse_pattern"] = str([True, False] * 6)
     (tmp_path / "m.yaml").write_text(yaml.safe_dump({"distiller": distiller}))
+    (tmp_path / "ours" / ".unfinished.tmp" / "model.safetensors").mkdir(parents=True)  # What a killed process leaves.
     assert convert(tmp_path / "m.ckpt", tmp_path / "m.yaml", tmp_path / "ours") == parameters
+    assert sorted(file.name for file in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors"]
     converted = load_student(tmp_path / "ours")
     assert converted.config.reuses == student.config.reuses  # `none` and `alternate` are equal to their entries.
     assert converted.config == student.config.model_copy(update={"attention_reuse": converted.config.attention_reuse})
@@ -98,7 +100,9 @@ def test_every_tensor_is_read(recipe: str, width: int, inner: int, parameters: i
     torch.testing.assert_close(alone.projections[0], found.projections[1, :, :frames], rtol=1e-4, atol=1e-4)
 
 
-def test_a_folder_that_is_there_is_kept(tmp_path: Path) -> None:
+def test_a_folder_with_files_is_kept(tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
-    with pytest.raises(ValueError, match="exists already"):
+    (tmp_path / "ours" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="ours is not empty; give a new folder"):
         convert(tmp_path / "m.ckpt", tmp_path / "m.yaml", tmp_path / "ours")
+    assert [file.name for file in (tmp_path / "ours").iterdir()] == ["notes.txt"]

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ray_distill.first_line import first_line
+
 
 @dataclass(frozen=True)
 class ArrowRow:
@@ -73,7 +75,7 @@ def read_rows(file: Path, column: str, labels: list[str]) -> Iterator[ArrowRow]:
                 offset = int(starts[n]) if is_valid else None
                 yield ArrowRow(name or "", offset, int(starts[n + 1] - starts[n]), values)
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"{file} can't be read ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{file} can't be read ({first_line(error)})") from error
 
 
 def _starts(file: Path, whole: pa.Buffer, data: pa.Array) -> np.ndarray:

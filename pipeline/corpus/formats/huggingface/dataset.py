@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_distill.first_line import first_line
 from ray_distill.pipeline.corpus.formats.hidden import hidden, visible
 from ray_distill.pipeline.corpus.formats.huggingface import arrow_bytes
 from ray_distill.pipeline.corpus.formats.text_lines import SPEAKERS, TEXTS, first_of, is_text, text_of, words_of_pieces
@@ -47,7 +48,7 @@ def _schema(file: Path) -> pa.Schema:
     try:
         return pq.read_schema(file) if file.suffix == ".parquet" else arrow_bytes.read_schema(file)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} can't be read ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{file} can't be read ({first_line(error)})") from error
 
 
 def _audio_columns(file: Path) -> list[str]:
@@ -201,7 +202,7 @@ def _parquet_rows(file: Path, column: str) -> list[_Row]:
             if not records:
                 records = [{}] * parquet.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} can't be read ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{file} can't be read ({first_line(error)})") from error
     rows = []
     for number, (record, has_bytes) in enumerate(zip(records, embedded, strict=True)):
         name = (record.get(column) or {}).get("path") or ""

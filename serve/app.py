@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import anyio
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
@@ -216,13 +217,17 @@ def _add_status_routes(app: FastAPI, models: Models, admission: Admission, metri
         others = (await anyio.to_thread.run_sync(models.in_library)).keys() - {record.id for record in served}
         return ModelList(data=served, library=sorted(others))
 
+    default = next(iter(models)).name
+
     @app.get(
         "/v1/models/{name}",
         summary="Describe a model; one of the library is loaded first",
         tags=["features"],
         responses={status: ERROR_RESPONSES[status] for status in (401, 404, 503)},
     )
-    async def show_model(request: Request, name: str) -> ModelRecord:
+    async def show_model(
+        request: Request, name: Annotated[str, PathParameter(description="NAME or NAME@REVISION.", examples=[default])]
+    ) -> ModelRecord:
         admission.check_key(request)
         return _record(await models.find(name))
 

@@ -27,6 +27,7 @@ from ray_distill.student import load_student
 from ray_distill.student.training.train_settings import TrainSettings
 from ray_distill.student.training.training_loop import train
 from ray_distill.teacher_cache.build.build_cache import build_cache
+from ray_distill.teacher_cache.build.codec_fit import CodecSample
 from ray_distill.teacher_cache.codecs import check_codec, fit_codec, is_discrete, is_joint, open_codec
 from ray_distill.teacher_cache.maintenance.cache_teacher import chosen_teacher
 from ray_distill.teacher_cache.reader import CacheReader
@@ -203,7 +204,9 @@ def test_the_example_keeps_the_promises_of_its_kinds(extras: None) -> None:
     decoded = torch.cat([codec.decode(codec.encode(frames[:, [n]])) for n, codec in enumerate(codecs)], 1)
     assert decoded.shape == frames.shape and 0 < float((decoded - frames).abs().max()) < 0.2
     assert codecs[0].error.shape == (1,) and 0 < float(codecs[0].error) < 0.05
-    assert 0 < _bytes_per_frame("float8", [frames]) < 2 * 16 + 1
+    sample = CodecSample()
+    sample.add(frames, last=True)
+    assert 0 < _bytes_per_frame("float8", sample, [frames]) < 2 * 16 + 1
     with pytest.raises(ValueError, match="codec float8 takes nothing after a colon"):
         check_codec("float8:2")
 

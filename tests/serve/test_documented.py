@@ -36,7 +36,7 @@ LINES = re.findall(r"^    (curl .*?)(?:  +#.*)?$", DOCUMENT.read_text(), re.MULT
 def address(student: Student) -> Iterator[str]:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(student, name="tiny"), log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(create_app(student, name="demo"), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         while not server.started:
@@ -121,7 +121,7 @@ def test_the_nginx_example_works(address: str, speech: Path, tmp_path: Path) -> 
                 down = client.get("/healthz")
                 assert (down.status_code, down.json()["error_type"]) == (503, "not_ready")
             with websockets.connect(f"wss://127.0.0.1:{port}/v1/features/stream", ssl=trusting, proxy=None) as stream:
-                assert json.loads(stream.recv())["model"] == "tiny"
+                assert json.loads(stream.recv())["model"] == "demo"
                 stream.send("end")
                 assert json.loads(stream.recv())["error_type"] == "too_short"
         finally:

@@ -11,8 +11,8 @@ setup: $(STAMP)
 
 $(STAMP): requirements.txt
 	@echo "setup   installing into $(VENV) (about 5 GB, mostly PyTorch)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
-		|| (echo "Python 3.11 or 3.12 is needed; name it with make PYTHON=python3.11"; exit 1)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' \
+		|| (echo "Python 3.11, 3.12 or 3.13 is needed; name it with make PYTHON=python3.11"; exit 1)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet uv
 	@$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.txt
@@ -51,7 +51,7 @@ coverage: $(STAMP)
 	$(BIN)/python -m pytest -m "not (ray or browser or server or slow)" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 		--cov --cov-report=term:skip-covered
 
-# Pins from pyproject.toml, for Python 3.11 and 3.12 on any Linux.
+# Pins from pyproject.toml, for Python 3.11 to 3.13 on any Linux.
 requirements: $(STAMP)
 	$(BIN)/python -m uv pip compile --quiet --no-emit-index-url --no-header --universal --python-version 3.11 \
 		--extra demo --extra dev pyproject.toml -o requirements.txt

@@ -1,5 +1,6 @@
 """The commit records of a cache: from the manifest where it holds, and from the records elsewhere."""
 
+import threading
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -24,9 +25,16 @@ class KnownCommits:
     def __init__(self, cache: Cache, entries: Mapping[str, FileEntry] | None = None) -> None:
         self._cache = cache
         self.entries = cache.store.entries() if entries is None else entries
+        self._lock = threading.Lock()
+
+    @property
+    def _manifest(self) -> Manifest | None:
+        # Since Python 3.12, threads that ask for a cached property at once would all read the file.
+        with self._lock:
+            return self._read_manifest
 
     @cached_property
-    def _manifest(self) -> Manifest | None:
+    def _read_manifest(self) -> Manifest | None:
         entry = self.entries.get(MANIFEST)
         return None if entry is None else read_manifest(self._cache.store, entry.changed)
 

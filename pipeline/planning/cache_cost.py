@@ -206,8 +206,8 @@ def plan_cost(
     if existing is None or new_layers:
         seconds_of_teacher = total + draws * train.seconds
     else:
-        added = draws - existing.spec.masks.draws + (1 if spec.targets == "composite_only" else 0)
-        seconds_of_teacher = max(0, added) * train.seconds
+        added = max(0, draws - existing.spec.masks.draws)
+        seconds_of_teacher = (added + (1 if added and spec.targets == "composite_only" else 0)) * train.seconds
     fits = is_learned(spec.codec) and bool(new_layers)
     return CostPlan(
         hours=total / 3600,
